@@ -1,0 +1,391 @@
+// Python bindings: thin. Arrays come checked from Python; work runs without the GIL.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <utility>
+
+#include "engine/plan.h"
+#include "engine/steps_basic.h"
+#include "engine/steps_conv.h"
+#include "kernels/dispatch.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace lutra {
+namespace {
+
+template <class T, int kRank>
+using Array = nb::ndarray<const T, nb::ndim<kRank>, nb::c_contig, nb::device::cpu>;
+template <class T, int kRank>
+using OutArray = nb::ndarray<T, nb::ndim<kRank>, nb::c_contig, nb::device::cpu>;
+using Images = nb::ndarray<const float, nb::ndim<4>, nb::device::cpu>;
+using OutImages = nb::ndarray<float, nb::ndim<4>, nb::device::cpu>;
+using Pair = std::pair<int64_t, int64_t>;
+using Limits = std::optional<std::pair<float, float>>;
+
+ConvGeometry geometry(int64_t channels, Pair kernel, Pair stride, Pair padding, Pair dilation) {
+  for (int64_t v : {kernel.first, kernel.second, stride.first, stride.second, dilation.first,
+                    dilation.second}) {
+    require(v >= 1, "kernel, stride and dilation must be at least 1");
+  }
+  require(padding.first >= 0 && padding.second >= 0, "padding must not be negative");
+  return {.channels = channels,
+          .kernel_h = kernel.first,
+          .kernel_w = kernel.second,
+          .stride_h = stride.first,
+          .stride_w = stride.second,
+          .pad_h = padding.first,
+          .pad_w = padding.second,
+          .dilation_h = dilation.first,
+          .dilation_w = dilation.second};
+}
+
+Clamp clamp(const Limits& limits) {
+  return limits ? Clamp{true, limits->first, limits->second} : Clamp{};
+}
+
+template <class T>
+ImageView image(const T& a) {
+  return {.data = const_cast<float*>(a.data()),
+          .n = static_cast<int64_t>(a.shape(0)),
+          .c = static_cast<int64_t>(a.shape(1)),
+          .h = static_cast<int64_t>(a.shape(2)),
+          .w = static_cast<int64_t>(a.shape(3)),
+          .sn = a.stride(0),
+          .sc = a.stride(1),
+          .sh = a.stride(2),
+          .sw = a.stride(3)};
+}
+
+PqShape pq_shape(const Array<uint8_t, 3>& centroids, const Array<int8_t, 3>& tables) {
+  require(tables.shape(0) == centroids.shape(0) && tables.shape(1) == centroids.shape(1),
+          "centroids and tables differ in codebooks or K");
+  return {.books = static_cast<int32_t>(centroids.shape(0)),
+          .centroids = static_cast<int32_t>(centroids.shape(1)),
+          .dim = static_cast<int32_t>(centroids.shape(2)),
+          .outputs = static_cast<int32_t>(tables.shape(2))};
+}
+
+PqLayer pq_layer(const Kernels& kernels, const ConvGeometry& g, const Array<uint8_t, 3>& centroids,
+                 const Array<int8_t, 3>& tables, const Array<float, 1>& scale,
+                 const Array<float, 1>& bias, float act_scale, int act_zero, int act_bits) {
+  const PqShape s = pq_shape(centroids, tables);
+  require(scale.shape(0) == tables.shape(2) && bias.shape(0) == tables.shape(2),
+          "scale and bias need one value per output");
+  return PqLayer(kernels, s, g, {.scale = act_scale, .zero = act_zero, .bits = act_bits},
+                 centroids.data(), tables.data(), scale.data(), bias.data());
+}
+
+std::vector<int> with_residual(int x, int residual) {
+  return residual >= 0 ? std::vector<int>{x, residual} : std::vector<int>{x};
+}
+
+// A PQ layer on its own, for PyTorch's operators: any strides in, any strides out.
+void run_layer(const PqLayer& layer, ThreadPool& pool, const Images& x, const OutImages& out,
+               std::optional<OutArray<uint8_t, 2>> codes) {
+  const ImageView in = image(x), y = image(out);
+  const ConvGeometry& g = layer.geometry();
+  require(in.c == g.channels && y.n == in.n && y.c == layer.shape().outputs &&
+              y.h == g.out_h(in.h) && y.w == g.out_w(in.w) && y.h > 0 && y.w > 0,
+          "input and output do not fit the layer");
+  if (codes) {
+    require(static_cast<int64_t>(codes->shape(0)) == layer.shape().books &&
+                static_cast<int64_t>(codes->shape(1)) == y.n * y.h * y.w,
+            "codes must have the shape (codebooks, rows)");
+  }
+  nb::gil_scoped_release release;
+  // Grown once per calling thread and kept: a training step calls this for every layer.
+  thread_local AlignedBytes memory;
+  thread_local size_t bytes = 0;
+  const size_t needed = layer.workspace_bytes(in.n, in.h, in.w, pool.threads());
+  if (needed > bytes) {
+    memory = AlignedBytes(needed);
+    bytes = needed;
+  }
+  layer.run({.input = in,
+             .output = y,
+             .residual = nullptr,
+             .clamp = {},
+             .codes = codes ? codes->data() : nullptr},
+            memory.data(), pool);
+}
+
+nb::list run_plan(Plan& plan, const std::vector<nb::ndarray<const float, nb::c_contig,
+                                                            nb::device::cpu>>& inputs) {
+  std::vector<Shape> shapes;
+  std::vector<const float*> data;
+  for (const auto& a : inputs) {
+    require(a.ndim() <= kMaxRank, "arrays of more than 6 axes are not supported");
+    Shape s;
+    for (size_t i = 0; i < a.ndim(); ++i) s[s.rank++] = static_cast<int64_t>(a.shape(i));
+    shapes.push_back(s);
+    data.push_back(a.data());
+  }
+  std::unique_ptr<Plan::Context> context;
+  {
+    nb::gil_scoped_release release;
+    context = plan.acquire(shapes);
+  }
+  nb::list results;
+  std::vector<float*> targets;
+  for (size_t i = 0; i < context->outputs(); ++i) {
+    const Shape& s = context->output_shape(i);
+    std::vector<size_t> dims(s.dims.begin(), s.dims.begin() + s.rank);
+    float* memory = new float[static_cast<size_t>(std::max<int64_t>(s.size(), 1))];
+    nb::capsule owner(memory, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+    targets.push_back(memory);
+    results.append(
+        nb::ndarray<nb::numpy, float>(memory, dims.size(), dims.data(), owner).cast());
+  }
+  {
+    nb::gil_scoped_release release;
+    plan.execute(*context, data, targets);
+    plan.release(std::move(context));
+  }
+  return results;
+}
+
+}  // namespace
+
+NB_MODULE(_engine, m) {
+  m.doc() = "The native engine of lutra. Use lutra.Session; nothing here is public.";
+
+  m.def("cpu_model", &cpu_model);
+  m.def("cpu_features", &cpu_feature_names);
+  auto names = [](const std::vector<const Kernels*>& list) {
+    std::vector<std::string> out;
+    for (const Kernels* k : list) out.emplace_back(k->name);
+    return out;
+  };
+  m.def("compiled_isas", [names] { return names(compiled_kernels()); });
+  m.def("runnable_isas", [names] { return names(runnable_kernels()); });
+
+  nb::class_<ThreadPool>(m, "ThreadPool")
+      .def(nb::init<int>(), "threads"_a)
+      .def_prop_ro("threads", &ThreadPool::threads);
+
+  nb::class_<PqLayer>(m, "PqLayer")
+      .def(
+          "__init__",
+          [](PqLayer* self, const std::string& isa, Array<uint8_t, 3> centroids,
+             Array<int8_t, 3> tables, Array<float, 1> scale, Array<float, 1> bias, float act_scale,
+             int act_zero, int act_bits, int64_t channels, Pair kernel, Pair stride, Pair padding,
+             Pair dilation) {
+            new (self) PqLayer(pq_layer(find_kernels(isa),
+                                        geometry(channels, kernel, stride, padding, dilation),
+                                        centroids, tables, scale, bias, act_scale, act_zero,
+                                        act_bits));
+          },
+          "isa"_a, "centroids"_a, "tables"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a,
+          "act_bits"_a, "channels"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a)
+      .def("run", &run_layer, "pool"_a, "x"_a, "out"_a, "codes"_a.none() = nb::none());
+
+  m.def(
+      "table_gradient",
+      [](const std::string& isa, ThreadPool& pool, Array<uint8_t, 2> codes, Images gradient,
+         OutArray<float, 3> out) {
+        const ImageView g = image(gradient);
+        require(codes.shape(0) == out.shape(0) &&
+                    static_cast<int64_t>(codes.shape(1)) == g.n * g.h * g.w &&
+                    static_cast<int64_t>(out.shape(2)) == g.c,
+                "codes, gradient and out do not fit each other");
+        const PqShape s{.books = static_cast<int32_t>(out.shape(0)),
+                        .centroids = static_cast<int32_t>(out.shape(1)),
+                        .dim = 1,
+                        .outputs = static_cast<int32_t>(out.shape(2))};
+        const Kernels& kernels = find_kernels(isa);
+        nb::gil_scoped_release release;
+        table_gradient(kernels, s, codes.data(), g, out.data(), pool);
+      },
+      "isa"_a, "pool"_a, "codes"_a, "gradient"_a, "out"_a);
+
+  m.def(
+      "cluster_sums",
+      [](const std::string& isa, ThreadPool& pool, Images x, Array<uint8_t, 2> codes,
+         float act_scale, int act_zero, int act_bits, Pair kernel, Pair stride, Pair padding,
+         Pair dilation, OutArray<int64_t, 3> sums, OutArray<int64_t, 2> counts) {
+        const ImageView in = image(x);
+        const ConvGeometry g = geometry(in.c, kernel, stride, padding, dilation);
+        const PqShape s{.books = static_cast<int32_t>(sums.shape(0)),
+                        .centroids = static_cast<int32_t>(sums.shape(1)),
+                        .dim = static_cast<int32_t>(sums.shape(2)),
+                        .outputs = 1};
+        require(counts.shape(0) == sums.shape(0) && counts.shape(1) == sums.shape(1) &&
+                    codes.shape(0) == sums.shape(0) &&
+                    static_cast<int64_t>(codes.shape(1)) == in.n * g.out_h(in.h) * g.out_w(in.w) &&
+                    (g.depth() + s.dim - 1) / s.dim == s.books,
+                "codes, sums and counts do not fit the layer");
+        const Kernels& kernels = find_kernels(isa);
+        nb::gil_scoped_release release;
+        cluster_sums(kernels, s, g, {.scale = act_scale, .zero = act_zero, .bits = act_bits}, in,
+                     codes.data(), sums.data(), counts.data(), pool);
+      },
+      "isa"_a, "pool"_a, "x"_a, "codes"_a, "act_scale"_a, "act_zero"_a, "act_bits"_a, "kernel"_a,
+      "stride"_a, "padding"_a, "dilation"_a, "sums"_a, "counts"_a);
+
+  nb::class_<Plan>(m, "Plan")
+      .def(
+          "__init__",
+          [](Plan* self, const std::string& isa, int threads) {
+            require(threads >= 1, "threads must be at least 1");
+            new (self) Plan(find_kernels(isa), threads);
+          },
+          "isa"_a, "threads"_a)
+      .def_prop_ro("isa", [](const Plan& p) { return std::string(p.kernels().name); })
+      .def_prop_ro("threads", &Plan::threads)
+      .def("input", &Plan::add_input)
+      .def(
+          "pq_conv2d",
+          [](Plan& p, int x, Array<uint8_t, 3> centroids, Array<int8_t, 3> tables,
+             Array<float, 1> scale, Array<float, 1> bias, float act_scale, int act_zero,
+             int act_bits, int64_t channels, Pair kernel, Pair stride, Pair padding, Pair dilation,
+             int residual, Limits limits) {
+            const ConvGeometry g = geometry(channels, kernel, stride, padding, dilation);
+            return p.add_step(
+                std::make_unique<PqConvStep>(pq_layer(p.kernels(), g, centroids, tables, scale, bias,
+                                                      act_scale, act_zero, act_bits),
+                                             false, residual >= 0, clamp(limits)),
+                with_residual(x, residual));
+          },
+          "x"_a, "centroids"_a, "tables"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a,
+          "act_bits"_a, "channels"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a,
+          "residual"_a = -1, "clamp"_a.none() = nb::none())
+      .def(
+          "pq_linear",
+          [](Plan& p, int x, Array<uint8_t, 3> centroids, Array<int8_t, 3> tables,
+             Array<float, 1> scale, Array<float, 1> bias, float act_scale, int act_zero,
+             int act_bits, int64_t features, int residual, Limits limits) {
+            const ConvGeometry g{.channels = features};
+            return p.add_step(
+                std::make_unique<PqConvStep>(pq_layer(p.kernels(), g, centroids, tables, scale, bias,
+                                                      act_scale, act_zero, act_bits),
+                                             true, residual >= 0, clamp(limits)),
+                with_residual(x, residual));
+          },
+          "x"_a, "centroids"_a, "tables"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a,
+          "act_bits"_a, "features"_a, "residual"_a = -1, "clamp"_a.none() = nb::none())
+      .def(
+          "conv2d",
+          [](Plan& p, int x, Array<float, 4> weight, Array<float, 1> bias, Pair stride, Pair padding,
+             Pair dilation, int64_t groups, int residual, Limits limits) {
+            require(groups >= 1, "groups must be at least 1");
+            require(bias.shape(0) == weight.shape(0), "bias needs one value per output");
+            const int64_t channels = static_cast<int64_t>(weight.shape(1)) * groups;
+            const Pair kernel{static_cast<int64_t>(weight.shape(2)),
+                              static_cast<int64_t>(weight.shape(3))};
+            return p.add_step(
+                std::make_unique<ConvStep>(
+                    p.kernels(), geometry(channels, kernel, stride, padding, dilation),
+                    static_cast<int64_t>(weight.shape(0)), groups, weight.data(), bias.data(),
+                    residual >= 0, clamp(limits)),
+                with_residual(x, residual));
+          },
+          "x"_a, "weight"_a, "bias"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a,
+          "residual"_a = -1, "clamp"_a.none() = nb::none())
+      .def(
+          "linear",
+          [](Plan& p, int x, Array<float, 2> weight, Array<float, 1> bias, int residual,
+             Limits limits) {
+            require(bias.shape(0) == weight.shape(0), "bias needs one value per output");
+            return p.add_step(std::make_unique<LinearStep>(
+                                  p.kernels(), static_cast<int64_t>(weight.shape(1)),
+                                  static_cast<int64_t>(weight.shape(0)), weight.data(), bias.data(),
+                                  residual >= 0, clamp(limits)),
+                              with_residual(x, residual));
+          },
+          "x"_a, "weight"_a, "bias"_a, "residual"_a = -1, "clamp"_a.none() = nb::none())
+      .def(
+          "clamp",
+          [](Plan& p, int x, float low, float high) { return p.add_step(clamp_step(low, high), {x}); },
+          "x"_a, "low"_a, "high"_a)
+      .def("add", [](Plan& p, int a, int b) { return p.add_step(add_step(), {a, b}); }, "a"_a, "b"_a)
+      .def(
+          "affine",
+          [](Plan& p, int x, Array<float, 1> scale, Array<float, 1> bias) {
+            require(scale.shape(0) == bias.shape(0), "scale and bias differ in length");
+            const size_t n = scale.shape(0);
+            return p.add_step(affine_step({scale.data(), scale.data() + n},
+                                          {bias.data(), bias.data() + n}),
+                              {x});
+          },
+          "x"_a, "scale"_a, "bias"_a)
+      .def(
+          "softmax", [](Plan& p, int x, int axis) { return p.add_step(softmax_step(axis), {x}); },
+          "x"_a, "axis"_a)
+      .def(
+          "mean",
+          [](Plan& p, int x, std::vector<int> axes, bool keepdims) {
+            return p.add_step(mean_step(std::move(axes), keepdims), {x});
+          },
+          "x"_a, "axes"_a, "keepdims"_a)
+      .def(
+          "reshape",
+          [](Plan& p, int x, std::vector<int64_t> shape) {
+            return p.add_step(reshape_step(std::move(shape)), {x});
+          },
+          "x"_a, "shape"_a)
+      .def(
+          "pad",
+          [](Plan& p, int x, std::vector<int64_t> before, std::vector<int64_t> after, float value) {
+            return p.add_step(pad_step(std::move(before), std::move(after), value), {x});
+          },
+          "x"_a, "before"_a, "after"_a, "value"_a)
+      .def(
+          "slice",
+          [](Plan& p, int x, int axis, int64_t start, int64_t stop, int64_t step) {
+            return p.add_step(slice_step(axis, start, stop, step), {x});
+          },
+          "x"_a, "axis"_a, "start"_a, "stop"_a, "step"_a)
+      .def(
+          "concat",
+          [](Plan& p, std::vector<int> xs, int axis) {
+            return p.add_step(concat_step(axis), std::move(xs));
+          },
+          "xs"_a, "axis"_a)
+      .def(
+          "pool",
+          [](Plan& p, int x, bool average, Pair kernel, Pair stride, Pair padding, Pair dilation,
+             bool ceil_mode, bool count_include_pad) {
+            return p.add_step(pool_step(average ? Pool::kAverage : Pool::kMax,
+                                        geometry(1, kernel, stride, padding, dilation), ceil_mode,
+                                        count_include_pad),
+                              {x});
+          },
+          "x"_a, "average"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a, "ceil_mode"_a,
+          "count_include_pad"_a)
+      .def(
+          "adaptive_pool",
+          [](Plan& p, int x, bool average, Pair size) {
+            return p.add_step(adaptive_pool_step(average ? Pool::kAverage : Pool::kMax, size.first,
+                                                 size.second),
+                              {x});
+          },
+          "x"_a, "average"_a, "size"_a)
+      .def("finish", &Plan::set_outputs, "outputs"_a)
+      .def(
+          "arena_bytes",
+          [](Plan& p, const std::vector<std::vector<int64_t>>& input_shapes) {
+            std::vector<Shape> shapes;
+            for (const auto& dims : input_shapes) {
+              require(dims.size() <= kMaxRank, "arrays of more than 6 axes are not supported");
+              Shape s;
+              for (int64_t d : dims) s[s.rank++] = d;
+              shapes.push_back(s);
+            }
+            auto context = p.acquire(shapes);
+            const size_t bytes = context->arena_bytes();
+            p.release(std::move(context));
+            return bytes;
+          },
+          "input_shapes"_a)
+      .def("run", &run_plan, "inputs"_a);
+}
+
+}  // namespace lutra

@@ -1,0 +1,167 @@
+// From an image to the planes of a tile, without an im2col matrix of the whole image.
+//
+// The input is first copied (and quantised) into padded planes, once. A tile then gathers, for each
+// entry d of the flattened (channel, kernel row, kernel column) axis, one value per row into a small
+// buffer that stays in the first-level cache. With a horizontal stride s the columns of a padded row
+// are stored phase by phase (x = 0, s, 2s, ... then 1, s + 1, ...), so that neighbouring output
+// pixels always read neighbouring addresses.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../kernels/kernels.h"
+
+namespace lutra {
+
+struct ConvGeometry {
+  int64_t channels = 1;
+  int64_t kernel_h = 1, kernel_w = 1;
+  int64_t stride_h = 1, stride_w = 1;
+  int64_t pad_h = 0, pad_w = 0;
+  int64_t dilation_h = 1, dilation_w = 1;
+
+  int64_t taps() const { return kernel_h * kernel_w; }
+  int64_t depth() const { return channels * taps(); }
+  int64_t out_h(int64_t h) const { return (h + 2 * pad_h - dilation_h * (kernel_h - 1) - 1) / stride_h + 1; }
+  int64_t out_w(int64_t w) const { return (w + 2 * pad_w - dilation_w * (kernel_w - 1) - 1) / stride_w + 1; }
+};
+
+// A float image batch anywhere in memory; strides in elements.
+struct ImageView {
+  float* data;
+  int64_t n, c, h, w;      // sizes
+  int64_t sn, sc, sh, sw;  // strides
+};
+
+template <class T>
+class PaddedPlanes {
+ public:
+  static constexpr int64_t kChunk = 16 / sizeof(T);  // copies are made of 16 bytes
+  static constexpr int64_t kSlack = 64;              // elements that a copy may pass the end by
+
+  PaddedPlanes(const ConvGeometry& g, int64_t n, int64_t h, int64_t w)
+      : g_(g),
+        n_(n),
+        h_(h),
+        w_(w),
+        phase_((w + 2 * g.pad_w + g.stride_w - 1) / g.stride_w),
+        pitch_(phase_ * g.stride_w),
+        image_((h + 2 * g.pad_h) * pitch_),
+        plane_(n * image_),
+        out_h_(g.out_h(h)),
+        out_w_(g.out_w(w)) {}
+
+  int64_t elements() const { return g_.channels * plane_ + kSlack; }
+  int64_t rows() const { return n_ * out_h_ * out_w_; }
+
+  // 1x1, no stride, no padding: a plane is the channel as it is, of all images on end.
+  bool plain() const {
+    return g_.taps() == 1 && g_.stride_h == 1 && g_.stride_w == 1 && !g_.pad_h && !g_.pad_w;
+  }
+
+  // Fills the planes of channels first..last-1 of image n. convert(const float*, count, T*) turns
+  // consecutive values into T; scratch holds (last - first) * w elements.
+  template <class Convert>
+  void fill(T* planes, const ImageView& x, int64_t n, int64_t first, int64_t last, T padding,
+            T* scratch, const Convert& convert) const {
+    for (int64_t c = first; c < last; ++c) {
+      T* image = planes + c * plane_ + n * image_;
+      if (g_.pad_h || g_.pad_w || pitch_ != w_) {
+        for (int64_t i = 0; i < image_; ++i) image[i] = padding;
+      }
+    }
+    const int64_t channels = last - first;
+    for (int64_t y = 0; y < h_; ++y) {
+      const float* from = x.data + n * x.sn + y * x.sh + first * x.sc;
+      T* to = planes + first * plane_ + n * image_ + (y + g_.pad_h) * pitch_;
+      if (x.sc == 1 && x.sw != 1) {  // channels last: convert pixel by pixel, then spread
+        for (int64_t i = 0; i < w_; ++i) {
+          if (x.sw != channels) convert(from + i * x.sw, channels, scratch + i * channels);
+        }
+        if (x.sw == channels) convert(from, w_ * channels, scratch);
+        for (int64_t c = 0; c < channels; ++c) {
+          spread(scratch + c, channels, to + c * plane_);
+        }
+        continue;
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        const float* line = from + c * x.sc;
+        if (x.sw == 1 && g_.stride_w == 1) {
+          convert(line, w_, to + c * plane_ + g_.pad_w);
+        } else if (x.sw == 1) {
+          convert(line, w_, scratch);
+          spread(scratch, 1, to + c * plane_);
+        } else {
+          for (int64_t i = 0; i < w_; ++i) convert(line + i * x.sw, 1, scratch + i);
+          spread(scratch, 1, to + c * plane_);
+        }
+      }
+    }
+  }
+
+  // Where the rows first..first+count-1 of a tile come from: runs of consecutive addresses.
+  struct Runs {
+    int64_t count = 0;
+    int64_t source[kMaxRowTile];
+    int32_t target[kMaxRowTile], length[kMaxRowTile];
+  };
+
+  Runs runs(int64_t first, int64_t count) const {
+    Runs r;
+    int64_t x = first % out_w_, y = (first / out_w_) % out_h_, n = first / (out_w_ * out_h_);
+    for (int64_t done = 0; done < count;) {
+      const int64_t length = out_w_ - x < count - done ? out_w_ - x : count - done;
+      const int64_t source = n * image_ + y * g_.stride_h * pitch_ + x;
+      const int64_t i = r.count - 1;
+      if (i >= 0 && r.source[i] + r.length[i] == source) {
+        r.length[i] += static_cast<int32_t>(length);
+      } else {
+        r.source[r.count] = source;
+        r.target[r.count] = static_cast<int32_t>(done);
+        r.length[r.count++] = static_cast<int32_t>(length);
+      }
+      done += length;
+      x = 0;
+      if (++y == out_h_) {
+        y = 0;
+        ++n;
+      }
+    }
+    return r;
+  }
+
+  // patch[d - first][row] for entries first..last-1; may write kSlack elements past the end.
+  void gather(const T* planes, const Runs& r, int64_t first, int64_t last, int64_t row_tile,
+              T* patch) const {
+    for (int64_t d = first; d < last; ++d, patch += row_tile) {
+      const int64_t c = d / g_.taps(), tap = d % g_.taps();
+      const int64_t dy = tap / g_.kernel_w * g_.dilation_h, dx = tap % g_.kernel_w * g_.dilation_w;
+      const T* base = planes + c * plane_ + dy * pitch_ + dx % g_.stride_w * phase_ + dx / g_.stride_w;
+      for (int64_t i = 0; i < r.count; ++i) {
+        const T* from = base + r.source[i];
+        T* to = patch + r.target[i];
+        for (int64_t k = 0; k < r.length[i]; k += kChunk) std::memcpy(to + k, from + k, 16);
+      }
+    }
+  }
+
+ private:
+  void spread(const T* from, int64_t step, T* row) const {
+    int64_t phase = g_.pad_w % g_.stride_w, column = g_.pad_w / g_.stride_w;
+    for (int64_t i = 0; i < w_; ++i) {
+      row[phase * phase_ + column] = from[i * step];
+      if (++phase == g_.stride_w) {
+        phase = 0;
+        ++column;
+      }
+    }
+  }
+
+  ConvGeometry g_;
+  int64_t n_, h_, w_;
+  int64_t phase_, pitch_, image_, plane_;  // elements
+  int64_t out_h_, out_w_;
+};
+
+}  // namespace lutra

@@ -1,0 +1,41 @@
+// Shapes and the engine's storage order.
+//
+// A value of shape (N, C, ...) is stored channel first: (C, N, ...). The pixels of the whole batch
+// are then consecutive in a channel's plane, so that the rows of a tile never stop at the end of an
+// image, and a convolution writes its outputs plane by plane.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+namespace lutra {
+
+inline constexpr int kMaxRank = 6;
+using Dims = std::array<int64_t, kMaxRank>;
+
+struct Shape {
+  int rank = 0;
+  Dims dims{};
+
+  Shape() = default;
+  Shape(std::initializer_list<int64_t> list);
+  int64_t operator[](int axis) const { return dims[axis]; }
+  int64_t& operator[](int axis) { return dims[axis]; }
+  bool operator==(const Shape&) const = default;
+  int64_t batch() const { return rank > 0 ? dims[0] : 1; }
+  int64_t channels() const { return rank > 1 ? dims[1] : 1; }
+  int64_t inner() const;  // product of the axes after the second
+  int64_t size() const;
+  std::string text() const;  // "(2, 3, 32, 32)"
+};
+
+Dims storage_strides(const Shape& shape);    // of the engine's order, in elements, by logical axis
+Dims row_major_strides(const Shape& shape);  // of a C-contiguous array
+
+// Copies shape.size() elements between two strided arrays.
+void copy_strided(const Shape& shape, const float* from, const Dims& from_strides, float* to,
+                  const Dims& to_strides);
+
+}  // namespace lutra

@@ -1,0 +1,56 @@
+// A small pool: the caller works too, so a pool of n threads starts n - 1, and a pool of one none.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace lutra {
+
+class ThreadPool {
+ public:
+
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Calls work(index, worker) once for each index < count, worker < threads(). A second caller who
+  // finds the pool busy, or a forked child that has lost its threads, does all the work itself.
+  template <class F>  // void(size_t index, int worker)
+  void run(size_t count, const F& work) {
+    run_erased(count, {&work, [](const void* f, size_t index, int worker) {
+                         (*static_cast<const F*>(f))(index, worker);
+                       }});
+  }
+
+ private:
+  struct Work {  // a reference to the caller's function: no allocation
+    const void* function = nullptr;
+    void (*call)(const void*, size_t, int) = nullptr;
+    void operator()(size_t index, int worker) const { call(function, index, worker); }
+  };
+
+  void run_erased(size_t count, const Work& work);
+  void serve(int worker);
+  void drain(const Work& work, size_t count, int worker);
+
+  std::vector<std::thread> workers_;
+  std::mutex busy_;  // held by the caller whose job is running
+  std::mutex mutex_;
+  std::condition_variable start_, done_;
+  Work work_;
+  size_t count_ = 0;
+  std::atomic<size_t> next_{0};
+  size_t generation_ = 0;
+  int active_ = 0;
+  bool stop_ = false;
+  int pid_;
+};
+
+}  // namespace lutra

@@ -1,0 +1,137 @@
+#include "dispatch.h"
+
+#include <cstring>
+#include <stdexcept>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <cpuid.h>
+#define LUTRA_X86 1
+#endif
+
+namespace lutra {
+namespace {
+
+#ifdef LUTRA_X86
+struct Cpuid {
+  uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+};
+
+Cpuid cpuid(uint32_t leaf, uint32_t sub = 0) {
+  Cpuid r;
+  if (__get_cpuid_max(leaf & 0x80000000u, nullptr) >= leaf) {
+    __cpuid_count(leaf, sub, r.eax, r.ebx, r.ecx, r.edx);
+  }
+  return r;
+}
+
+// Registers whose state the operating system saves (XCR0).
+uint64_t saved_registers() {
+  if (!(cpuid(1).ecx & (1u << 27))) return 0;  // OSXSAVE
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (uint64_t{high} << 32) | low;
+}
+
+struct Flags {
+  bool avx2, fma, avx512f, avx512dq, avx512bw, avx512vl, vbmi, vbmi2, vnni;
+};
+
+Flags flags() {
+  const Cpuid one = cpuid(1), seven = cpuid(7);
+  const uint64_t saved = saved_registers();
+  const bool ymm = (saved & 0x6) == 0x6, zmm = (saved & 0xe6) == 0xe6;
+  auto bit = [](uint32_t word, int i) { return ((word >> i) & 1u) != 0; };
+  return {.avx2 = ymm && bit(seven.ebx, 5),
+          .fma = ymm && bit(one.ecx, 12),
+          .avx512f = zmm && bit(seven.ebx, 16),
+          .avx512dq = zmm && bit(seven.ebx, 17),
+          .avx512bw = zmm && bit(seven.ebx, 30),
+          .avx512vl = zmm && bit(seven.ebx, 31),
+          .vbmi = zmm && bit(seven.ecx, 1),
+          .vbmi2 = zmm && bit(seven.ecx, 6),
+          .vnni = zmm && bit(seven.ecx, 11)};
+}
+#endif
+
+}  // namespace
+
+uint32_t cpu_features() {
+  uint32_t features = 0;
+#ifdef LUTRA_X86
+  const Flags f = flags();
+  if (f.avx2 && f.fma) features |= kFeatureAvx2;
+  if (f.avx2 && f.fma && f.avx512f && f.avx512dq && f.avx512bw && f.avx512vl && f.vbmi && f.vbmi2 &&
+      f.vnni) {
+    features |= kFeatureAvx512;
+  }
+#endif
+  return features;
+}
+
+std::vector<std::string> cpu_feature_names() {
+  std::vector<std::string> names;
+#ifdef LUTRA_X86
+  const Flags f = flags();
+  if (f.avx2) names.push_back("avx2");
+  if (f.fma) names.push_back("fma");
+  if (f.avx512f) names.push_back("avx512f");
+  if (f.avx512dq) names.push_back("avx512dq");
+  if (f.avx512bw) names.push_back("avx512bw");
+  if (f.avx512vl) names.push_back("avx512vl");
+  if (f.vbmi) names.push_back("avx512vbmi");
+  if (f.vbmi2) names.push_back("avx512vbmi2");
+  if (f.vnni) names.push_back("avx512vnni");
+#endif
+  return names;
+}
+
+std::string cpu_model() {
+#ifdef LUTRA_X86
+  char text[49] = {};
+  for (uint32_t i = 0; i < 3; ++i) {
+    const Cpuid r = cpuid(0x80000002u + i);
+    const uint32_t words[4] = {r.eax, r.ebx, r.ecx, r.edx};
+    std::memcpy(text + 16 * i, words, 16);
+  }
+  std::string model(text);
+  const size_t first = model.find_first_not_of(' '), last = model.find_last_not_of(' ');
+  return first == std::string::npos ? "unknown" : model.substr(first, last - first + 1);
+#else
+  return "unknown";
+#endif
+}
+
+std::vector<const Kernels*> compiled_kernels() {
+  std::vector<const Kernels*> all{&kScalar};
+#ifdef LUTRA_HAVE_AVX2
+  all.push_back(&kAvx2);
+#endif
+#ifdef LUTRA_HAVE_AVX512
+  all.push_back(&kAvx512);
+#endif
+  return all;
+}
+
+std::vector<const Kernels*> runnable_kernels() {
+  static const uint32_t features = cpu_features();
+  std::vector<const Kernels*> runnable;
+  for (const Kernels* k : compiled_kernels()) {
+    if ((k->needs & features) == k->needs) runnable.push_back(k);
+  }
+  return runnable;
+}
+
+const Kernels& find_kernels(const std::string& name) {
+  const std::vector<const Kernels*> runnable = runnable_kernels();
+  if (name.empty() || name == "auto") return *runnable.back();
+  std::string list;
+  for (const Kernels* k : runnable) {
+    if (name == k->name) return *k;
+    list += (list.empty() ? "" : ", ") + std::string(k->name);
+  }
+  throw std::invalid_argument("instruction set '" + name +
+                              "' cannot run on this machine with this build; choose one of: auto, " +
+                              list);
+}
+
+}  // namespace lutra
