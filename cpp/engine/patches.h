@@ -23,8 +23,15 @@ struct ConvGeometry {
 
   int64_t taps() const { return kernel_h * kernel_w; }
   int64_t depth() const { return channels * taps(); }
-  int64_t out_h(int64_t h) const { return (h + 2 * pad_h - dilation_h * (kernel_h - 1) - 1) / stride_h + 1; }
-  int64_t out_w(int64_t w) const { return (w + 2 * pad_w - dilation_w * (kernel_w - 1) - 1) / stride_w + 1; }
+  // Positions of the kernel; 0 where it is larger than the padded image.
+  int64_t out_h(int64_t h) const {
+    const int64_t room = h + 2 * pad_h - dilation_h * (kernel_h - 1) - 1;
+    return room < 0 ? 0 : room / stride_h + 1;
+  }
+  int64_t out_w(int64_t w) const {
+    const int64_t room = w + 2 * pad_w - dilation_w * (kernel_w - 1) - 1;
+    return room < 0 ? 0 : room / stride_w + 1;
+  }
 };
 
 // A float image batch anywhere in memory; strides in elements.

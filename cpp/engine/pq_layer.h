@@ -25,10 +25,12 @@ struct Clamp {
   float low = 0.0f, high = 0.0f;
 };
 
-// 64-byte aligned bytes.
+// 64-byte aligned bytes. Moved but never copied: a copy would begin at another offset.
 class AlignedBytes {
  public:
   AlignedBytes() = default;
+  AlignedBytes(AlignedBytes&&) = default;
+  AlignedBytes& operator=(AlignedBytes&&) = default;
   explicit AlignedBytes(size_t size) : storage_(size + 64) {}
   uint8_t* data() {
     const uintptr_t p = reinterpret_cast<uintptr_t>(storage_.data());

@@ -193,7 +193,10 @@ void LinearStep::run(const std::vector<Shape>& shapes, const std::vector<const f
       float v = y[m];
       const size_t at = static_cast<size_t>(m * n) + row;
       if (residual_) v += inputs[1][at];
-      if (clamp_.on) v = std::min(std::max(v, clamp_.low), clamp_.high);
+      if (clamp_.on) {  // as the kernels do: NaN and -0 become `low`
+        v = v > clamp_.low ? v : clamp_.low;
+        v = v < clamp_.high ? v : clamp_.high;
+      }
       out[at] = v;
     }
   });

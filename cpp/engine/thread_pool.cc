@@ -10,64 +10,79 @@
 
 namespace lutra {
 
-ThreadPool::ThreadPool(int threads) : pid_(static_cast<int>(LUTRA_GETPID())) {
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
+ThreadPool::ThreadPool(int threads)
+    : shared_(std::make_unique<Shared>()), pid_(static_cast<int>(LUTRA_GETPID())) {
+  try {
+    for (int i = 1; i < threads; ++i) shared_->workers.emplace_back([this, i] { serve(i); });
+  } catch (...) {
+    stop();
+    throw;
+  }
 }
 
 ThreadPool::~ThreadPool() {
-  if (static_cast<int>(LUTRA_GETPID()) != pid_) {
-    for (std::thread& t : workers_) t.detach();  // a forked child: these threads are not here
-    return;
+  if (forked()) {
+    static_cast<void>(shared_.release());
+  } else {
+    stop();
   }
+}
+
+bool ThreadPool::forked() const { return static_cast<int>(LUTRA_GETPID()) != pid_; }
+
+void ThreadPool::stop() {
   {
-    std::lock_guard lock(mutex_);
-    stop_ = true;
+    std::lock_guard lock(shared_->mutex);
+    shared_->stop = true;
   }
-  start_.notify_all();
-  for (std::thread& t : workers_) t.join();
+  shared_->start.notify_all();
+  for (std::thread& t : shared_->workers) t.join();
 }
 
 void ThreadPool::drain(const Work& work, size_t count, int worker) {
-  for (size_t i = next_.fetch_add(1); i < count; i = next_.fetch_add(1)) work(i, worker);
+  std::atomic<size_t>& next = shared_->next;
+  for (size_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) work(i, worker);
 }
 
 void ThreadPool::run_erased(size_t count, const Work& work) {
-  std::unique_lock<std::mutex> owner(busy_, std::defer_lock);
-  const bool alone = workers_.empty() || count < 2 || static_cast<int>(LUTRA_GETPID()) != pid_;
+  Shared& s = *shared_;
+  std::unique_lock<std::mutex> owner(s.busy, std::defer_lock);
+  const bool alone = s.workers.empty() || count < 2 || forked();
   if (alone || !owner.try_lock()) {
     for (size_t i = 0; i < count; ++i) work(i, 0);
     return;
   }
   {
-    std::lock_guard lock(mutex_);
-    work_ = work;
-    count_ = count;
-    next_ = 0;
-    active_ = static_cast<int>(workers_.size());
-    ++generation_;
+    std::lock_guard lock(s.mutex);
+    s.work = work;
+    s.count = count;
+    s.next = 0;
+    s.active = static_cast<int>(s.workers.size());
+    ++s.generation;
   }
-  start_.notify_all();
+  s.start.notify_all();
   drain(work, count, 0);
-  std::unique_lock lock(mutex_);
-  done_.wait(lock, [this] { return active_ == 0; });
+  std::unique_lock lock(s.mutex);
+  s.done.wait(lock, [&s] { return s.active == 0; });
 }
 
 void ThreadPool::serve(int worker) {
+  Shared& s = *shared_;
   size_t seen = 0;
   for (;;) {
     Work work;
     size_t count;
     {
-      std::unique_lock lock(mutex_);
-      start_.wait(lock, [&] { return stop_ || generation_ != seen; });
-      if (stop_) return;
-      seen = generation_;
-      work = work_;
-      count = count_;
+      std::unique_lock lock(s.mutex);
+      s.start.wait(lock, [&] { return s.stop || s.generation != seen; });
+      if (s.stop) return;
+      seen = s.generation;
+      work = s.work;
+      count = s.count;
     }
     drain(work, count, worker);
-    std::lock_guard lock(mutex_);
-    if (--active_ == 0) done_.notify_one();
+    std::lock_guard lock(s.mutex);
+    if (--s.active == 0) s.done.notify_one();
   }
 }
 

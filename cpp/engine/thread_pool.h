@@ -4,6 +4,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstddef>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -12,13 +13,13 @@ namespace lutra {
 
 class ThreadPool {
  public:
-
+  // Throws std::system_error if the threads cannot be started.
   explicit ThreadPool(int threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+  int threads() const { return static_cast<int>(shared_->workers.size()) + 1; }
 
   // Calls work(index, worker) once for each index < count, worker < threads(). A second caller who
   // finds the pool busy, or a forked child that has lost its threads, does all the work itself.
@@ -36,20 +37,28 @@ class ThreadPool {
     void operator()(size_t index, int worker) const { call(function, index, worker); }
   };
 
+  // On the heap, so that a forked child can leave it behind: destroying a condition variable waits
+  // for the threads that wait on it, and the child has none of them.
+  struct Shared {
+    std::vector<std::thread> workers;
+    std::mutex busy;  // held by the caller whose job is running
+    std::mutex mutex;
+    std::condition_variable start, done;
+    Work work;
+    size_t count = 0;
+    std::atomic<size_t> next{0};
+    size_t generation = 0;
+    int active = 0;
+    bool stop = false;
+  };
+
   void run_erased(size_t count, const Work& work);
   void serve(int worker);
   void drain(const Work& work, size_t count, int worker);
+  void stop();
+  bool forked() const;
 
-  std::vector<std::thread> workers_;
-  std::mutex busy_;  // held by the caller whose job is running
-  std::mutex mutex_;
-  std::condition_variable start_, done_;
-  Work work_;
-  size_t count_ = 0;
-  std::atomic<size_t> next_{0};
-  size_t generation_ = 0;
-  int active_ = 0;
-  bool stop_ = false;
+  std::unique_ptr<Shared> shared_;
   int pid_;
 };
 

@@ -1,0 +1,85 @@
+"""Neural networks by table lookup.
+
+Running a model needs NumPy only::
+
+    session = lutra.Session("model.lutra")
+    y = session(x)
+
+Making one needs PyTorch: ``lutra.convert``, ``lutra.finetune`` and ``lutra.export`` come from
+``lutra.train``, which is imported when one of them is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, Final
+
+from lutra.cpu import cpu_info, runnable_isas
+from lutra.errors import (
+    EngineError,
+    FormatError,
+    GraphError,
+    InputError,
+    LutraError,
+    UnsupportedCpuError,
+    UnsupportedModelError,
+)
+from lutra.format import load_graph, save_graph
+from lutra.graph import Graph, Node, Value
+from lutra.reference import run_reference
+from lutra.session import Session
+
+if TYPE_CHECKING:
+    from lutra.train import PQ as PQ
+    from lutra.train import Keep as Keep
+    from lutra.train import convert as convert
+    from lutra.train import export as export
+    from lutra.train import finetune as finetune
+
+__all__ = [
+    "EngineError",
+    "FormatError",
+    "Graph",
+    "GraphError",
+    "InputError",
+    "LutraError",
+    "Node",
+    "Session",
+    "UnsupportedCpuError",
+    "UnsupportedModelError",
+    "Value",
+    "__version__",
+    "cpu_info",
+    "load_graph",
+    "run_reference",
+    "runnable_isas",
+    "save_graph",
+]
+
+#: The names of lutra.train that are here too. Listed, not asked for: asking imports PyTorch.
+_TRAIN: Final = ("PQ", "Keep", "convert", "export", "finetune")
+
+try:
+    __version__ = version("lutra")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    """Fetches the names of lutra.train on first use."""
+    if name not in _TRAIN and name != "train":
+        raise AttributeError(f"module 'lutra' has no attribute {name!r}")
+    try:
+        train = import_module("lutra.train")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "torch":
+            raise
+        raise ImportError(
+            f"lutra.{name} needs PyTorch; install it with: pip install 'lutra[train]'"
+        ) from error
+    return train if name == "train" else getattr(train, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_TRAIN})

@@ -1,0 +1,127 @@
+"""The command line: ``lutra`` and ``python -m lutra``.
+
+One module for each command, with ``HELP``, ``add_arguments(parser)`` and ``run(args)``, which
+returns the exit code. Everything but ``convert`` needs NumPy and safetensors only.
+
+Exit codes: 0 for success, 1 for a model that fails a check, 2 for a mistake of the caller (one
+sentence on stderr), 130 for Ctrl-C, 141 for a reader that closed the pipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Final, NoReturn, Protocol
+
+import lutra
+from lutra.errors import LutraError
+
+__all__ = ["main"]
+
+#: Module of each command, imported only when it runs.
+COMMANDS: Final = {
+    "doctor": ("doctor", "show CPU, kernels, versions and a self test"),
+    "inspect": ("inspect", "show what is in a file"),
+    "run": ("run", "run a model on .npy files"),
+    "verify": ("verify", "check the engine against the reference on this machine"),
+    "eval": ("evaluate", "measure the accuracy of a classifier"),
+    "bench": ("bench", "measure the speed of a model"),
+    "convert": ("convert", "convert a PyTorch model (needs lutra[train])"),
+}
+_INTERRUPTED: Final = 130
+_PIPE_CLOSED: Final = 141
+
+
+class UsageError(LutraError):
+    """Arguments that do not fit."""
+
+
+class _Command(Protocol):
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, args: argparse.Namespace) -> int: ...
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing its usage, so that every error is one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: Arguments after the program name; by default those of the process.
+
+    Returns:
+        The exit code.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in arguments
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()  # a closed pipe is found out here and not in the exit of Python
+        return code
+    except KeyboardInterrupt:
+        print("lutra: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # What is still buffered cannot be written, and Python would complain at exit.
+        _silence_stdout()
+        return _PIPE_CLOSED
+    except (LutraError, OSError, MemoryError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"lutra: error: {_sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: list[str]) -> int:
+    name = next((word for word in arguments if not word.startswith("-")), "")
+    parser, commands = _parser(), {}
+    choices = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command, (module, summary) in COMMANDS.items():
+        sub = choices.add_parser(
+            command, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
+        )
+        sub.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+        if command == name:  # the others need no arguments, and no import
+            loaded: _Command = importlib.import_module(f"lutra.cli.{module}")
+            loaded.add_arguments(sub)
+            commands[command] = loaded
+    args = parser.parse_args(arguments)
+    return commands[args.command].run(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="lutra", description="Neural networks by table lookup.")
+    parser.add_argument("--version", action="version", version=f"lutra {lutra.__version__}")
+    parser.add_argument("--debug", action="store_true", help="show a traceback with every error")
+    return parser
+
+
+def _sentence(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{os.fsdecode(error.filename)!r}: " if isinstance(error.filename, str) else ""
+        return f"{place}{error.strerror}"
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error}); use smaller inputs" if str(error) else "out of memory"
+    return " ".join(str(error).split())
+
+
+def _silence_stdout() -> None:
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+    except (OSError, ValueError):  # stdout has no file below it, so nothing can fail at exit
+        pass

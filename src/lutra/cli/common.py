@@ -1,0 +1,298 @@
+"""What the commands share: models, arrays, files and tables."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import secrets
+import sys
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lutra.errors import InputError, LutraError
+from lutra.format import load_graph
+from lutra.graph import Graph, Shape
+from lutra.ops.registry import Array
+from lutra.session import Session
+
+_NPY_MAGIC = b"\x93NUMPY"
+_ZIP_MAGIC = b"PK"
+
+
+class UserError(LutraError):
+    """A mistake in the arguments of a command."""
+
+
+# Arguments
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The argparse type of an int that is not smaller."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return number
+
+    return parse
+
+
+def counts(text: str) -> list[int]:
+    """The argparse type of positive ints with commas between them."""
+    return [at_least(1)(part.strip()) for part in text.split(",")]
+
+
+def seconds(text: str) -> float:
+    """The argparse type of a time above zero."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds in 0..86400")
+    return number
+
+
+def add_file(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument FILE."""
+    parser.add_argument("file", metavar="FILE", help="the model, a .lutra file")
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Adds --threads and --isa."""
+    parser.add_argument("--threads", type=at_least(1), metavar="N", help="default: all cores")
+    add_isa(parser)
+
+
+def add_isa(parser: argparse.ArgumentParser) -> None:
+    """Adds --isa."""
+    parser.add_argument("--isa", metavar="NAME", help="kernels to use; see lutra doctor")
+
+
+# Models
+
+
+def open_model(
+    path: str, threads: int | None = None, isa: str | None = None
+) -> tuple[Graph, Session]:
+    """Loads a file and makes a session for it."""
+    graph = load_graph(path)
+    return graph, new_session(graph, threads, isa)
+
+
+def new_session(graph: Graph, threads: int | None = None, isa: str | None = None) -> Session:
+    """A session; a number of threads that makes no sense is a mistake of the user."""
+    try:
+        return Session(graph, threads=threads, isa=isa)
+    except LutraError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def sized(shape: Shape, batch: int) -> tuple[int, ...]:
+    """A shape with a batch in the place of None."""
+    return tuple(batch if size is None else size for size in shape)
+
+
+def random_inputs(graph: Graph, batch: int, rng: np.random.Generator) -> dict[str, Array]:
+    """Normal inputs by name; a batch that the graph fixes wins over ``batch``."""
+    return {
+        value.name: rng.standard_normal(sized(value.shape, batch), np.float32)
+        for value in graph.inputs
+    }
+
+
+# Arrays in
+
+
+def read_array(path: str) -> Array:
+    """Maps a .npy file into memory, read-only; nothing in it is ever executed.
+
+    Raises:
+        InputError: If it cannot be read, is something else, is truncated or holds objects.
+    """
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(len(_NPY_MAGIC))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"cannot read {path!r}: {reason}; check the path") from error
+    if magic != _NPY_MAGIC:
+        kind = "an archive" if magic.startswith(_ZIP_MAGIC) else "not a .npy file"
+        raise InputError(f"{path!r} is {kind}; give an array that np.save wrote")
+    try:
+        # Mapping compares the shape with the size of the file before anything is allocated.
+        array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # numpy raises whatever its parser meets
+        raise InputError(f"cannot read {path!r} as a .npy file: {_first_line(error)}") from error
+    if array.dtype.kind not in "fiub":
+        raise InputError(f"{path!r} holds values of dtype {array.dtype}; it must hold numbers")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def read_archive(path: str, name: str) -> Array:
+    """One array of a .npz file.
+
+    Raises:
+        InputError: If it cannot be read, is something else or lacks the array.
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ValueError("it is not an archive")
+        with loaded as archive:
+            names = list(archive)
+            if name not in names:
+                raise ValueError(f"it has no array {name!r}, only {names}")
+            array: Array = archive[name]
+    except OSError as error:
+        raise InputError(
+            f"cannot read {path!r}: {error.strerror or error}; check the path"
+        ) from error
+    except Exception as error:
+        raise InputError(
+            f"cannot read {path!r} as a .npz file: {_first_line(error)}; "
+            f"make it with np.savez({path!r}, {name}=...)"
+        ) from error
+    return array
+
+
+def need_finite(path: str, array: Array) -> None:
+    """Raises InputError if the array holds NaN or infinity."""
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        bad = array.size - int(np.isfinite(array).sum())
+        raise InputError(f"{path!r} holds {bad} values that are NaN or infinite; remove them")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+# Files out
+
+
+def check_writable(path: str) -> None:
+    """Finds out before the work whether a file can be written after it.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise UserError(f"cannot write {path!r}: it is not a regular file")
+    if not target.parent.is_dir():
+        raise UserError(f"cannot write {path!r}: the folder {str(target.parent)!r} does not exist")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {path!r}: no permission to write in {str(target.parent)!r}")
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Writes a file, all of it or nothing.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    check_writable(path)
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.tmp")
+    try:
+        # Not tempfile: its files are private, and a result is as public as the umask says.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+    except OSError as error:
+        raise UserError(f"cannot write {path!r}: {error.strerror or error}") from error
+
+
+def npy_bytes(array: Array) -> bytes:
+    """The content of a .npy file."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def npz_bytes(arrays: Mapping[str, Array]) -> bytes:
+    """The content of a .npz file."""
+    # Not np.savez: it cannot hold an array that has the name of one of its arguments.
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, array in arrays.items():
+            archive.writestr(f"{name}.npy", npy_bytes(array))
+    return buffer.getvalue()
+
+
+# Text out
+
+
+def print_json(value: object) -> None:
+    """Prints a value as JSON, in ASCII."""
+    sys.stdout.write(json_text(value))
+
+
+def json_text(value: object) -> str:
+    """A value as JSON of several lines, in ASCII."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
+def plain(text: object) -> str:
+    """Text from a file in ASCII, without anything that a terminal could obey."""
+    return str(text).encode("unicode_escape").decode("ascii")
+
+
+def shape_text(shape: Shape) -> str:
+    """A shape with N for an axis of any size."""
+    return "(" + ", ".join("N" if size is None else str(size) for size in shape) + ")"
+
+
+def bytes_text(count: int) -> str:
+    """A number of bytes for people."""
+    if count < 1024:
+        return f"{count} B"
+    if count < 1024**2:
+        return f"{count / 1024:.1f} KiB"
+    return f"{count / 1024**2:.2f} MiB"
+
+
+def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Rows in columns, the first of them a head.
+
+    Args:
+        rows: Cells of equal number.
+        left: How many columns are text, flush left; the others are numbers.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def pairs(entries: Mapping[str, Any]) -> str:
+    """Names and values in two columns."""
+    width = max(map(len, entries))
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in entries.items())

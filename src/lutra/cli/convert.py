@@ -1,0 +1,169 @@
+"""``lutra convert``: a PyTorch model to a file, with the same method for every layer."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import numpy as np
+
+from lutra.cli.common import (
+    UserError,
+    at_least,
+    bytes_text,
+    check_writable,
+    need_finite,
+    plain,
+    read_archive,
+)
+from lutra.errors import InputError, LutraError
+from lutra.ops.pq import CENTROID_COUNTS
+from lutra.ops.registry import Array
+
+_BATCH: Final = 64
+_EXAMPLES: Final = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.add_argument(
+        "model", metavar="MODULE:FUNCTION", help="builds the model: pkg.mod:build or file.py:build"
+    )
+    parser.add_argument(
+        "--data", required=True, metavar="D.npz", help="holds x, float32 calibration inputs"
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the .lutra file")
+    parser.add_argument("--method", choices=["pq"], default="pq", help="default: pq")
+    parser.add_argument(
+        "--v", type=at_least(1), metavar="V", help="values per sub-vector (default: per layer)"
+    )
+    parser.add_argument(
+        "--k", type=int, choices=CENTROID_COUNTS, default=16, help="centroids (default: 16)"
+    )
+    parser.add_argument(
+        "--keep", action="append", default=[], metavar="GLOB", help="layers to leave as they are"
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, help="default: 0")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    torch, train = _training()
+    check_writable(args.output)
+    x = _calibration(args.data)
+    recipe = {glob: train.Keep() for glob in args.keep}
+    if "*" in recipe:
+        raise UserError("--keep '*' leaves no layer to convert; name the layers to leave")
+    recipe["*"] = train.PQ(v=args.v, k=args.k)
+    torch.manual_seed(args.seed)
+    model = _build(args.model)
+    if not isinstance(model, torch.nn.Module):
+        raise UserError(
+            f"{args.model!r} gave a {type(model).__name__}; it must return a torch.nn.Module"
+        )
+    batches = [torch.from_numpy(x[i : i + _BATCH]) for i in range(0, len(x), _BATCH)]
+    try:
+        converted, report = train.convert(model, recipe, batches, seed=args.seed)
+        metadata = {
+            "recipe": {
+                "method": args.method,
+                "v": args.v,
+                "k": args.k,
+                "keep": list(args.keep),
+            },
+            "seed": args.seed,
+            "report": report.to_dict(),
+        }
+        train.export(converted, args.output, batches[0][:_EXAMPLES], metadata=metadata)
+    except (LutraError, OSError, MemoryError):
+        raise
+    except Exception as error:  # what the model raises on the calibration data
+        raise UserError(
+            f"{args.model!r} cannot be converted: {type(error).__name__}: {error}; "
+            "see --debug for where"
+        ) from error
+    print(report)
+    print(f"wrote {plain(args.output)}, {bytes_text(os.path.getsize(args.output))}")
+    print("the codebooks are not fine-tuned: accuracy is better after lutra.train.finetune")
+    return 0
+
+
+def _training() -> tuple[Any, Any]:
+    """torch and lutra.train.
+
+    Raises:
+        UserError: If they are not installed.
+    """
+    try:
+        return importlib.import_module("torch"), importlib.import_module("lutra.train")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"convert needs {error.name}, which is not installed; "
+            "install it with pip install 'lutra[train]'"
+        ) from error
+
+
+def _calibration(path: str) -> Array:
+    """The array x of the archive, float32."""
+    x = read_archive(path, "x")
+    if x.dtype != np.float32:
+        raise InputError(f"{path!r} holds x of dtype {x.dtype}; it must be float32")
+    if x.ndim < 2 or x.size == 0:
+        raise InputError(f"{path!r} holds x of shape {x.shape}; it must be (N, ...) and not empty")
+    need_finite(path, x)
+    return np.ascontiguousarray(x)
+
+
+def _build(target: str) -> Any:
+    """Calls the function that a target names.
+
+    Args:
+        target: ``pkg.mod:build`` or ``file.py:build``.
+
+    Raises:
+        UserError: If there is no such function, or if it fails.
+    """
+    place, colon, name = target.rpartition(":")
+    if not colon or not place or not name.isidentifier():
+        raise UserError(f"{target!r} names no function; use pkg.mod:build or file.py:build")
+    if "" not in sys.path:  # as with python -m: modules of the current folder can be named
+        sys.path.insert(0, "")
+    try:
+        module = _from_file(place) if place.endswith(".py") else importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"cannot import {place!r}: there is no module {error.name!r}; check the name, or "
+            "install what it needs"
+        ) from error
+    except LutraError:
+        raise
+    except Exception as error:
+        raise UserError(f"cannot import {place!r}: {type(error).__name__}: {error}") from error
+    build: Callable[[], Any] | None = getattr(module, name, None)
+    if not callable(build):
+        raise UserError(f"{place!r} has no function {name!r}; check the part after the colon")
+    try:
+        return build()
+    except Exception as error:
+        raise UserError(f"{target!r} failed: {type(error).__name__}: {error}") from error
+
+
+def _from_file(path: str) -> ModuleType:
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"cannot read {path!r}: there is no such file; check the path")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Under its name, because pickling, dataclasses and torch look there for where code comes from.
+    sys.modules.setdefault(file.stem, module)
+    spec.loader.exec_module(module)
+    return module

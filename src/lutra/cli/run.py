@@ -1,0 +1,151 @@
+"""``lutra run``: a model on .npy files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from lutra.cli.common import (
+    UserError,
+    add_engine,
+    add_file,
+    check_writable,
+    need_finite,
+    npy_bytes,
+    npz_bytes,
+    open_model,
+    read_array,
+    write_file,
+)
+from lutra.errors import InputError
+from lutra.graph import Graph, Value
+from lutra.ops.registry import Array
+from lutra.preprocess import ImagePreprocess
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    add_file(parser)
+    parser.add_argument(
+        "-i",
+        "--input",
+        action="append",
+        required=True,
+        metavar="[NAME=]FILE",
+        help="a .npy file; with NAME= for each input where the model has several",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        action="append",
+        required=True,
+        metavar="[NAME=]FILE",
+        help="where to write an output: .npy, or one .npz for all outputs",
+    )
+    add_engine(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    graph, session = open_model(args.file, args.threads, args.isa)
+    sources = assign(args.input, [value.name for value in graph.inputs], "input")
+    targets, archive = _targets(args.output, graph)
+    for path in [archive] if archive else targets.values():
+        check_writable(path)
+    feeds = {value.name: read_input(sources[value.name], value, graph) for value in graph.inputs}
+    names = list(graph.outputs) if archive else list(targets)
+    outputs = dict(zip(names, session.run(names, feeds), strict=True))
+    if archive:
+        write_file(archive, npz_bytes(outputs))
+    for name, path in targets.items():
+        write_file(path, npy_bytes(outputs[name]))
+    return 0
+
+
+def read_input(path: str, value: Value, graph: Graph) -> Array:
+    """One input of a model from a .npy file.
+
+    Args:
+        path: The file: float32 as the model takes it, or uint8 (N, H, W, C) images where the
+            metadata of the model say how to prepare them.
+        value: The input.
+        graph: The model.
+
+    Returns:
+        float32, contiguous.
+
+    Raises:
+        InputError: If the array does not fit.
+    """
+    array = read_array(path)
+    if array.dtype == np.uint8:
+        preprocess = ImagePreprocess.from_metadata(graph.metadata)
+        if preprocess is None:
+            raise InputError(
+                f"{path!r} holds uint8 values, but the model does not say how to prepare images; "
+                f"give float32 as the input {value.name!r} takes it"
+            )
+        return preprocess.apply(array, value.shape)
+    if array.dtype != np.float32:
+        raise InputError(
+            f"{path!r} holds {array.dtype} values but the input {value.name!r} takes float32; "
+            "save it with x.astype(np.float32)"
+        )
+    need_finite(path, array)
+    return np.ascontiguousarray(array)
+
+
+def assign(words: Sequence[str], names: Sequence[str], kind: str) -> dict[str, str]:
+    """Files by input or output name.
+
+    Args:
+        words: ``NAME=FILE`` each; the name may be left out where there is one name only.
+        names: The names that exist.
+        kind: What they are, for errors.
+
+    Raises:
+        UserError: If a name is missing, unknown or repeated.
+    """
+    result: dict[str, str] = {}
+    for word in words:
+        # A name may hold an equals sign, and so may the path of a file.
+        name = max((n for n in names if word.startswith(f"{n}=")), key=len, default=None)
+        path = word if name is None else word[len(name) + 1 :]
+        if name is None:
+            meant = "=" in word and "/" not in word.partition("=")[0] and not os.path.exists(word)
+            if len(names) > 1 or meant:
+                raise UserError(
+                    f"--{kind} {word!r} names no {kind} of the model; "
+                    f"use NAME=FILE with {' or '.join(names)}"
+                )
+            name = names[0]
+        if not path:
+            raise UserError(f"--{kind} {word!r} names no file; use NAME=FILE")
+        if name in result:
+            raise UserError(f"--{kind} gives {name!r} twice; give each {kind} once")
+        result[name] = path
+    missing = [name for name in names if name not in result]
+    if missing and kind == "input":
+        raise UserError(
+            f"--input lacks {', '.join(missing)}; give -i NAME=FILE for each of {', '.join(names)}"
+        )
+    return result
+
+
+def _targets(words: Sequence[str], graph: Graph) -> tuple[dict[str, str], str | None]:
+    """Files by output name, or one archive for all outputs."""
+    named = any(words[0].startswith(f"{name}=") for name in graph.outputs)
+    if len(words) == 1 and not named and words[0].endswith(".npz"):
+        return {}, words[0]
+    if len(words) == 1 and not named and len(graph.outputs) > 1:
+        raise UserError(
+            f"the model has the outputs {', '.join(graph.outputs)}; give -o FILE.npz for all of "
+            "them or -o NAME=FILE.npy for each"
+        )
+    targets = assign(words, graph.outputs, "output")
+    if len({os.path.realpath(path) for path in targets.values()}) < len(targets):
+        raise UserError("two outputs have the same --output file; give each its own")
+    return targets, None

@@ -1,0 +1,360 @@
+"""``lutra verify``: the engine against the NumPy reference, on this machine.
+
+A lookup layer gives the same bits everywhere, but the few dense operators of a network round as
+they like, and a last bit can move an activation to another code. So each node is checked alone, on
+the values that the engine itself gave it, and the whole network is checked in three steps:
+
+1. every value of the network is fetched from the engine, and each node of the reference, run on
+   the engine's inputs, must give the engine's output: the same bits for lookup layers;
+2. the network as users run it (fused, whole batch) must give the same bits as those values;
+3. all kernels must give the same bits as the first.
+
+Outputs are then compared with the reference run of the whole network and with the golden data.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Final
+
+import numpy as np
+
+from lutra.cli.common import (
+    UserError,
+    add_file,
+    at_least,
+    new_session,
+    plain,
+    print_json,
+    random_inputs,
+    table,
+)
+from lutra.cpu import runnable_isas
+from lutra.format import load_graph
+from lutra.graph import Graph, Node
+from lutra.ops.registry import Array
+from lutra.reference import run_node, run_reference
+from lutra.session import Session
+
+_FAILED: Final = 1
+#: Largest difference allowed to dense operators, as a share of the largest value.
+TOLERANCE: Final = 1e-4
+#: The same for golden outputs of networks where rounding upstream of a lookup layer may move an
+#: activation to another code, which changes an output by a small step and not by a last bit.
+MOVED_TOLERANCE: Final = 0.05
+_MOST_PROBLEMS: Final = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs, and what is known about their outputs.
+
+    Attributes:
+        name: ``golden`` or ``random``.
+        feeds: Inputs by name.
+        golden: Outputs in the file by name; empty where there are none.
+        reference: Every value of the reference by name.
+    """
+
+    name: str
+    feeds: Mapping[str, Array]
+    golden: Mapping[str, Array]
+    reference: Mapping[str, Array]
+
+
+@dataclass
+class Result:
+    """What one set of kernels did.
+
+    Attributes:
+        isa: Its name.
+        problems: One sentence for each thing that is wrong.
+        reference_difference: Of the outputs, as a share of the largest.
+        golden_difference: The same, to the golden outputs; None without golden data.
+        moved: Values of lookup layers that differ from the reference run of the whole network
+            because rounding upstream moved an activation to another code.
+    """
+
+    isa: str
+    problems: list[str] = field(default_factory=list)
+    reference_difference: float = 0.0
+    golden_difference: float | None = None
+    moved: int = 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    add_file(parser)
+    parser.add_argument(
+        "--isa", default="all", metavar="NAME", help="kernels to check (default: all)"
+    )
+    parser.add_argument(
+        "--samples",
+        type=at_least(0),
+        default=4,
+        metavar="N",
+        help="random samples besides the golden data (default: 4)",
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the random samples")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; 1 where anything differs."""
+    graph = load_graph(args.file)
+    if graph.golden is None and not args.samples:
+        raise UserError(f"{args.file!r} holds no golden data; give --samples above 0")
+    isas = runnable_isas() if args.isa == "all" else [args.isa]
+    results = verify(graph, isas, samples=args.samples, seed=args.seed)
+    sound = not any(result.problems for result in results)
+    golden = 0 if graph.golden is None else graph.golden[0][0].shape[0]
+    if args.json:
+        print_json(
+            {
+                "file": args.file,
+                "ok": sound,
+                "golden_samples": golden,
+                "random_samples": args.samples,
+                "seed": args.seed,
+                "tolerance": TOLERANCE,
+                "results": [{**asdict(r), "ok": not r.problems} for r in results],
+            }
+        )
+    else:
+        print(_text(args.file, graph, results, golden, args.samples))
+    return 0 if sound else _FAILED
+
+
+def verify(graph: Graph, isas: Sequence[str], *, samples: int = 4, seed: int = 0) -> list[Result]:
+    """Checks the engine on the golden data of a graph and on random inputs.
+
+    Args:
+        graph: The model.
+        isas: Names of the kernels to check, each against the first.
+        samples: Random samples besides the golden ones.
+        seed: Of the random samples.
+
+    Returns:
+        One result for each of the kernels.
+
+    Raises:
+        UnsupportedCpuError: If this machine cannot run one of them.
+    """
+    cases = list(_cases(graph, samples, seed))
+    results: list[Result] = []
+    first: list[dict[str, Array]] | None = None
+    for isa in isas:
+        result = Result(isa)
+        session, tracer = new_session(graph, isa=isa), new_session(_traced(graph), isa=isa)
+        values = [_run_case(result, graph, case, session, tracer) for case in cases]
+        if first is None:
+            for case, got in zip(cases, values, strict=True):
+                _check_nodes(result, graph, case, got)
+            first = values
+        else:
+            for got, want in zip(values, first, strict=True):
+                _compare_kernels(result, graph, got, want, isas[0])
+        for case, got in zip(cases, values, strict=True):
+            _check_outputs(result, graph, case, got)
+        result.problems = list(dict.fromkeys(result.problems))
+        results.append(result)
+    return results
+
+
+def difference(got: Array, want: Array) -> float:
+    """The largest difference as a share of the largest wanted value; inf for NaN."""
+    if got.shape != want.shape:
+        return float("inf")
+    if np.array_equal(got, want, equal_nan=True):
+        return 0.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        worst = float(np.abs(got.astype(np.float64) - want).max(initial=0.0))
+        scale = float(np.abs(want).max(initial=0.0)) or 1.0
+    return worst / scale if np.isfinite(worst) and np.isfinite(scale) else float("inf")
+
+
+def _cases(graph: Graph, samples: int, seed: int) -> Iterator[Case]:
+    given: list[tuple[str, Mapping[str, Array], Mapping[str, Array]]] = []
+    if graph.golden is not None:
+        names = [value.name for value in graph.inputs]
+        inputs, outputs = (
+            dict(zip(keys, arrays, strict=True))
+            for keys, arrays in zip((names, graph.outputs), graph.golden, strict=True)
+        )
+        given.append(("golden", inputs, outputs))
+    if samples:
+        given.append(("random", random_inputs(graph, samples, np.random.default_rng(seed)), {}))
+    for name, feeds, golden in given:
+        yield Case(name, feeds, golden, run_reference(graph, feeds, intermediates=True))
+
+
+def _traced(graph: Graph) -> Graph:
+    """The graph with every value that a node makes as an output."""
+    return replace(graph, outputs=tuple(node.output for node in graph.nodes), golden=None)
+
+
+def _run_case(
+    result: Result, graph: Graph, case: Case, session: Session, tracer: Session
+) -> dict[str, Array]:
+    """Every value of the engine by name; notes where the fused network differs from them."""
+    whole = dict(zip(graph.outputs, session.run(None, case.feeds), strict=True))
+    names = [node.output for node in graph.nodes]
+    parts = [dict(zip(names, tracer.run(None, part), strict=True)) for part in _parts(graph, case)]
+    values = {name: np.concatenate([part[name] for part in parts]) for name in names}
+    for name in graph.outputs:
+        if not _same_bits(whole[name], values[name]):
+            result.problems.append(
+                f"{case.name}: the output {plain(name)!r} of the whole network differs from the "
+                f"same value fetched node by node, by {difference(whole[name], values[name]):.2g}"
+            )
+    values.update(whole)
+    return {**case.feeds, **values}
+
+
+def _parts(graph: Graph, case: Case) -> Iterator[Mapping[str, Array]]:
+    """The inputs sample by sample, which bounds memory; whole where the batch is fixed."""
+    if any(value.shape[0] is not None for value in graph.inputs):
+        yield case.feeds
+        return
+    count = next(iter(case.feeds.values())).shape[0]
+    for index in range(count):
+        yield {name: array[index : index + 1] for name, array in case.feeds.items()}
+
+
+def _check_nodes(result: Result, graph: Graph, case: Case, values: Mapping[str, Array]) -> None:
+    """Runs each node of the reference on the engine's own values."""
+    for node in graph.nodes:
+        inputs = [values[name] for name in node.inputs]
+        if all(_same_bits(values[name], case.reference[name]) for name in node.inputs):
+            want = case.reference[node.output]
+        else:
+            with np.errstate(all="ignore"):
+                want = run_node(node, inputs, graph.node_tensors(node))
+        got = values[node.output]
+        if _is_lookup(node) and not np.array_equal(got, want):
+            wrong = int((got != want).sum()) if got.shape == want.shape else want.size
+            result.problems.append(
+                f"{case.name}: the lookup layer {plain(node.name)!r} ({node.op}) gives {wrong} of "
+                f"{want.size} values that are not those of the reference for the same input"
+            )
+        elif difference(got, want) > TOLERANCE:
+            result.problems.append(
+                f"{case.name}: the node {plain(node.name)!r} ({node.op}) differs from the "
+                f"reference for the same input by {difference(got, want):.2g} of the largest value"
+            )
+
+
+def _compare_kernels(
+    result: Result,
+    graph: Graph,
+    got: Mapping[str, Array],
+    want: Mapping[str, Array],
+    first: str,
+) -> None:
+    for node in graph.nodes:
+        if not _same_bits(got[node.output], want[node.output]):
+            result.problems.append(
+                f"the node {plain(node.name)!r} ({node.op}) gives other bits than with {first}, "
+                f"by {difference(got[node.output], want[node.output]):.2g} of the largest value"
+            )
+            return  # the nodes after it follow
+
+
+def _check_outputs(result: Result, graph: Graph, case: Case, values: Mapping[str, Array]) -> None:
+    """Compares whole outputs with the reference and the golden data."""
+    moved = 0
+    for node in graph.nodes:
+        if _is_lookup(node) and values[node.output].shape == case.reference[node.output].shape:
+            moved += int((values[node.output] != case.reference[node.output]).sum())
+    result.moved += moved
+    for name in graph.outputs:
+        amount = difference(values[name], case.reference[name])
+        result.reference_difference = max(result.reference_difference, amount)
+        # The nodes were checked one by one, so moved codes are all that is left to explain it.
+        if amount > TOLERANCE and not moved:
+            result.problems.append(
+                f"{case.name}: the output {plain(name)!r} differs from the reference by "
+                f"{amount:.2g} of the largest value"
+            )
+    limit = MOVED_TOLERANCE if _rounds_before_lookup(graph) else TOLERANCE
+    for name, want in case.golden.items():
+        amount = difference(values[name], want)
+        result.golden_difference = max(result.golden_difference or 0.0, amount)
+        if amount <= limit:
+            continue
+        if moved and difference(case.reference[name], want) <= TOLERANCE:
+            continue
+        result.problems.append(
+            f"the output {plain(name)!r} differs from the golden data in the file by {amount:.2g} "
+            "of the largest value"
+        )
+
+
+def _rounds_before_lookup(graph: Graph) -> bool:
+    """Whether an operator that may round differently feeds a lookup layer."""
+    rounding = {"conv2d", "linear", "avg_pool2d", "adaptive_avg_pool2d", "mean", "softmax"}
+    rounded: set[str] = set()
+    for node in graph.nodes:
+        follows = any(name in rounded for name in node.inputs)
+        if follows and _is_lookup(node):
+            return True
+        if follows or node.op in rounding:
+            rounded.add(node.output)
+    return False
+
+
+def _is_lookup(node: Node) -> bool:
+    return node.op.startswith("pq_")
+
+
+def _same_bits(a: Array, b: Array) -> bool:
+    """Whether two float32 arrays are the same to the sign of zero."""
+    if a.shape != b.shape:
+        return False
+    bits, others = (np.ascontiguousarray(x).view(np.uint32) for x in (a, b))
+    return np.array_equal(bits, others)
+
+
+def _share(amount: float) -> str:
+    return f"{amount:.1e}" if amount else "equal"
+
+
+def _text(path: str, graph: Graph, results: Sequence[Result], golden: int, samples: int) -> str:
+    rows: list[tuple[str, ...]] = [
+        ("kernels", "result", "to reference", "to golden data", "moved codes")
+    ]
+    for result in results:
+        to_golden = result.golden_difference
+        rows.append(
+            (
+                result.isa,
+                "FAILED" if result.problems else "ok",
+                _share(result.reference_difference),
+                "-" if to_golden is None else _share(to_golden),
+                str(result.moved),
+            )
+        )
+    lookups = sum(_is_lookup(node) for node in graph.nodes)
+    lines = [
+        f"{plain(path)}: {len(graph.nodes)} nodes, {lookups} of them lookup layers; "
+        f"{golden} golden and {samples} random samples",
+        table(rows, left=2),
+    ]
+    if not golden:
+        lines.append("note: the file holds no golden data, so only random inputs were checked")
+    for result in results:
+        lines += [f"{result.isa}: {problem}" for problem in result.problems[:_MOST_PROBLEMS]]
+        if len(result.problems) > _MOST_PROBLEMS:
+            lines.append(f"{result.isa}: and {len(result.problems) - _MOST_PROBLEMS} more")
+    if any(result.moved and not result.problems for result in results):
+        lines.append(
+            "note: moved codes are outputs of lookup layers that differ from the reference because "
+            "a dense operator before them rounds differently; each layer alone gives the same bits"
+        )
+    good = "the engine agrees with the reference" + (
+        " and all kernels give the same bits" if len(results) > 1 else ""
+    )
+    lines.append("FAILED" if any(result.problems for result in results) else f"ok: {good}")
+    return "\n".join(lines)

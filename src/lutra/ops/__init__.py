@@ -1,0 +1,34 @@
+"""The operators of a graph: one file for each family, collected here by name."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from lutra.errors import GraphError
+from lutra.ops import dense, elementwise, pool, pq, shape
+from lutra.ops.registry import REQUIRED, Attr, Cost, OpSpec, TensorRole
+
+__all__ = ["OPS", "REQUIRED", "Attr", "Cost", "OpSpec", "TensorRole", "op_spec"]
+
+#: Every operator by name.
+OPS: dict[str, OpSpec] = {
+    spec.name: spec for family in (pq, dense, elementwise, pool, shape) for spec in family.SPECS
+}
+
+
+def op_spec(name: str, where: str = "the graph") -> OpSpec:
+    """The rules of an operator.
+
+    Args:
+        name: Name of the operator.
+        where: What asks for it, for the error.
+
+    Raises:
+        GraphError: If there is no such operator.
+    """
+    spec = OPS.get(name)
+    if spec is None:
+        near = get_close_matches(name, OPS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(OPS))}"
+        raise GraphError(f"{where} uses the unknown operator {name[:80]!r}; {hint}")
+    return spec

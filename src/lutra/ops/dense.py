@@ -1,0 +1,119 @@
+"""Dense operators: what stays multiplied, in float32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+from lutra.ops.registry import (
+    MAX_EXTENT,
+    Array,
+    Attr,
+    Cost,
+    OpSpec,
+    TensorRole,
+    inner,
+    integer,
+    need_rank,
+    node_error,
+    pair,
+    window_size,
+)
+
+if TYPE_CHECKING:
+    from lutra.graph import Node, Value
+
+
+def _check_bias(node: Node, tensors: Mapping[str, Array]) -> None:
+    outputs = tensors["weight"].shape[0]
+    if tensors["bias"].shape != (outputs,):
+        raise node_error(
+            node,
+            f"has a bias of shape {tensors['bias'].shape}",
+            f"the weight of shape {tensors['weight'].shape} needs ({outputs},)",
+        )
+
+
+def _check_conv(node: Node, tensors: Mapping[str, Array]) -> None:
+    _check_bias(node, tensors)
+    shape = tensors["weight"].shape
+    if max(shape[2:]) > MAX_EXTENT:
+        raise node_error(
+            node, f"has a weight of shape {shape}", f"a kernel may span {MAX_EXTENT} at most"
+        )
+    if shape[0] % integer(node, "groups"):
+        raise node_error(
+            node,
+            f"has {shape[0]} outputs in groups={node.attrs['groups']}",
+            "the groups must divide the outputs",
+        )
+
+
+def _infer_conv(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    (x,) = inputs
+    need_rank(node, x, 4, 4)
+    outputs, depth, *kernel = tensors["weight"].shape
+    channels, height, width = inner(x)
+    if channels != depth * integer(node, "groups"):
+        raise node_error(
+            node,
+            f"has a weight of shape {tensors['weight'].shape} and groups={node.attrs['groups']} "
+            f"but its input {x.name!r} has the shape {x.shape}",
+            f"give it an input of {depth * integer(node, 'groups')} channels",
+        )
+    sizes = [
+        window_size(node, *axis)
+        for axis in zip(
+            (height, width),
+            kernel,
+            pair(node, "stride"),
+            pair(node, "padding"),
+            pair(node, "dilation"),
+            strict=True,
+        )
+    ]
+    return x.with_shape(node.output, (x.shape[0], outputs, *sizes))
+
+
+def _infer_linear(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    (x,) = inputs
+    need_rank(node, x, 2)
+    outputs, features = tensors["weight"].shape
+    if x.shape[-1] != features:
+        raise node_error(
+            node,
+            f"has a weight of shape {tensors['weight'].shape} but its input {x.name!r} has the "
+            f"shape {x.shape}",
+            f"give it an input whose last axis has {features} values",
+        )
+    return x.with_shape(node.output, (*x.shape[:-1], outputs))
+
+
+def _cost(node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]) -> Cost:
+    macs = math.prod(inner(output)) * math.prod(tensors["weight"].shape[1:])
+    return Cost(macs=macs, dense_macs=macs)
+
+
+SPECS: Final = (
+    OpSpec(
+        "conv2d",
+        attrs={
+            "stride": Attr(tuple, default=(1, 1), low=1, high=MAX_EXTENT, length=2),
+            "padding": Attr(tuple, default=(0, 0), low=0, high=MAX_EXTENT, length=2),
+            "dilation": Attr(tuple, default=(1, 1), low=1, high=MAX_EXTENT, length=2),
+            "groups": Attr(int, default=1, low=1, high=2**24),
+        },
+        tensors={"weight": TensorRole("float32", 4), "bias": TensorRole("float32", 1)},
+        check=_check_conv,
+        infer=_infer_conv,
+        cost=_cost,
+    ),
+    OpSpec(
+        "linear",
+        tensors={"weight": TensorRole("float32", 2), "bias": TensorRole("float32", 1)},
+        check=_check_bias,
+        infer=_infer_linear,
+        cost=_cost,
+    ),
+)

@@ -1,0 +1,87 @@
+"""Operators that treat every element alike, and softmax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+from lutra.ops.registry import (
+    Array,
+    Attr,
+    Cost,
+    OpSpec,
+    TensorRole,
+    inner,
+    integer,
+    need_axis,
+    need_rank,
+    node_error,
+)
+
+if TYPE_CHECKING:
+    from lutra.graph import Node, Value
+
+
+def _infer_same(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    return inputs[0].with_shape(node.output, inputs[0].shape)
+
+
+def _infer_add(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    a, b = inputs
+    if a.shape != b.shape:
+        raise node_error(
+            node,
+            f"adds {a.name!r} of shape {a.shape} and {b.name!r} of shape {b.shape}",
+            "the shapes must be the same",
+        )
+    return a.with_shape(node.output, a.shape)
+
+
+def _check_affine(node: Node, tensors: Mapping[str, Array]) -> None:
+    scale, bias = tensors["scale"].shape, tensors["bias"].shape
+    if scale != bias:
+        raise node_error(
+            node, f"has scale of shape {scale} and bias of shape {bias}", "make them the same"
+        )
+
+
+def _infer_affine(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    (x,) = inputs
+    need_rank(node, x, 2)
+    if tensors["scale"].shape != (x.shape[1],):
+        raise node_error(
+            node,
+            f"has scale of shape {tensors['scale'].shape} but its input {x.name!r} has the shape "
+            f"{x.shape}",
+            f"it must be ({x.shape[1]},), one for each channel",
+        )
+    return x.with_shape(node.output, x.shape)
+
+
+def _infer_softmax(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    (x,) = inputs
+    need_axis(node, x, "axis", integer(node, "axis"))
+    return x.with_shape(node.output, x.shape)
+
+
+def _cost_affine(
+    node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]
+) -> Cost:
+    macs = math.prod(inner(output))
+    return Cost(macs=macs, dense_macs=macs)
+
+
+SPECS: Final = (
+    OpSpec("relu", infer=_infer_same),
+    OpSpec("relu6", infer=_infer_same),
+    OpSpec("add", infer=_infer_add, min_inputs=2, max_inputs=2),
+    OpSpec(
+        "affine",
+        tensors={"scale": TensorRole("float32", 1), "bias": TensorRole("float32", 1)},
+        check=_check_affine,
+        infer=_infer_affine,
+        cost=_cost_affine,
+    ),
+    OpSpec("softmax", attrs={"axis": Attr(int, low=1, high=7)}, infer=_infer_softmax),
+)

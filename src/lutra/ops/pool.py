@@ -1,0 +1,137 @@
+"""Pooling and mean, with the rules of PyTorch for padding and rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+from lutra.ops.registry import (
+    MAX_EXTENT,
+    Array,
+    Attr,
+    OpSpec,
+    flag,
+    inner,
+    ints,
+    need_rank,
+    node_error,
+    pair,
+)
+
+if TYPE_CHECKING:
+    from lutra.graph import Node, Value
+
+
+def pooled_size(
+    size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
+) -> int:
+    """Number of pooling windows along one axis; 0 or less where none fits.
+
+    With ``ceil_mode`` the last window may run over the end of the padded axis, but it must begin
+    inside the axis or the padding before it.
+    """
+    room = size + 2 * padding - dilation * (kernel - 1) - 1
+    count = (room + (stride - 1 if ceil_mode else 0)) // stride + 1
+    if ceil_mode and (count - 1) * stride >= size + padding:
+        count -= 1
+    return count
+
+
+def _dilation(node: Node) -> tuple[int, int]:
+    return pair(node, "dilation") if "dilation" in node.attrs else (1, 1)
+
+
+def _check_pool(node: Node, tensors: Mapping[str, Array]) -> None:
+    padding = pair(node, "padding")
+    for axis, (kernel, dilation) in enumerate(
+        zip(pair(node, "kernel"), _dilation(node), strict=True)
+    ):
+        span = dilation * (kernel - 1) + 1
+        if 2 * padding[axis] > span:
+            raise node_error(
+                node,
+                f"has padding={padding} for a kernel that spans {span} on axis {axis + 2}",
+                "the padding must be at most half of the span",
+            )
+
+
+def _infer_pool(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    (x,) = inputs
+    need_rank(node, x, 4, 4)
+    channels, *plane = inner(x)
+    sizes = [
+        pooled_size(*axis, flag(node, "ceil_mode"))
+        for axis in zip(
+            plane,
+            pair(node, "kernel"),
+            pair(node, "stride"),
+            pair(node, "padding"),
+            _dilation(node),
+            strict=True,
+        )
+    ]
+    if min(sizes) < 1:
+        raise node_error(
+            node,
+            f"has kernel={node.attrs['kernel']} and padding={node.attrs['padding']} for the input "
+            f"{x.name!r} of shape {x.shape}, where no window fits",
+            "use a larger input or a smaller kernel",
+        )
+    return x.with_shape(node.output, (x.shape[0], channels, *sizes))
+
+
+def _infer_adaptive(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    (x,) = inputs
+    need_rank(node, x, 4, 4)
+    return x.with_shape(node.output, (*x.shape[:2], *pair(node, "output_size")))
+
+
+def _infer_mean(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    (x,) = inputs
+    axes = ints(node, "axes")
+    rank = len(x.shape)
+    if not axes or sorted(set(axes)) != list(axes) or axes[-1] >= rank:
+        raise node_error(
+            node,
+            f"has axes={axes} for the input {x.name!r} of shape {x.shape}",
+            f"name axes in 1..{rank - 1}, rising, each once",
+        )
+    if flag(node, "keepdims"):
+        shape = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
+    else:
+        shape = tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
+    return x.with_shape(node.output, shape)
+
+
+_WINDOW: Final = {
+    "kernel": Attr(tuple, low=1, high=MAX_EXTENT, length=2),
+    "stride": Attr(tuple, low=1, high=MAX_EXTENT, length=2),
+    "padding": Attr(tuple, default=(0, 0), low=0, high=MAX_EXTENT, length=2),
+    "ceil_mode": Attr(bool, default=False),
+}
+_OUTPUT_SIZE: Final = {"output_size": Attr(tuple, low=1, high=MAX_EXTENT, length=2)}
+
+SPECS: Final = (
+    OpSpec(
+        "max_pool2d",
+        attrs={
+            **_WINDOW,
+            "dilation": Attr(tuple, default=(1, 1), low=1, high=MAX_EXTENT, length=2),
+        },
+        check=_check_pool,
+        infer=_infer_pool,
+    ),
+    OpSpec(
+        "avg_pool2d",
+        attrs={**_WINDOW, "count_include_pad": Attr(bool, default=True)},
+        check=_check_pool,
+        infer=_infer_pool,
+    ),
+    OpSpec("adaptive_avg_pool2d", attrs=_OUTPUT_SIZE, infer=_infer_adaptive),
+    OpSpec("adaptive_max_pool2d", attrs=_OUTPUT_SIZE, infer=_infer_adaptive),
+    OpSpec(
+        "mean",
+        attrs={"axes": Attr(tuple, low=1, high=7), "keepdims": Attr(bool, default=False)},
+        infer=_infer_mean,
+    ),
+)

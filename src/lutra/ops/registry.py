@@ -1,0 +1,317 @@
+"""What an operator is: its attributes, its tensors, its output shape and its cost.
+
+A family of operators is one file next to this one that lists its ``SPECS``. Nothing here runs
+anything: ``lutra.reference`` says what an operator computes and the engine computes it fast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lutra.errors import GraphError
+
+if TYPE_CHECKING:  # graph.py imports this module, so the other direction is for types only
+    from lutra.graph import Node, Value
+
+AttrValue: TypeAlias = int | float | bool | str | tuple[int, ...]
+Array: TypeAlias = NDArray[Any]
+
+#: Largest kernel, stride, dilation, padding or output size that an operator accepts.
+MAX_EXTENT: Final = 4096
+
+
+class Required:
+    """The type of ``REQUIRED``, the default of an attribute that has none."""
+
+    def __repr__(self) -> str:
+        return "REQUIRED"
+
+
+REQUIRED: Final = Required()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one node for one sample, and the bytes that it reads.
+
+    Attributes:
+        lookups: Table entries read and added.
+        encode_ops: Multiply-adds spent on finding codes.
+        macs: Multiply-adds of dense arithmetic that really run.
+        dense_macs: Multiply-adds that the same layer takes without tables.
+        table_bytes: Bytes of the tables.
+        weight_bytes: Bytes of all tensors of the node, tables included.
+    """
+
+    lookups: int = 0
+    encode_ops: int = 0
+    macs: int = 0
+    dense_macs: int = 0
+    table_bytes: int = 0
+    weight_bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.lookups + other.lookups,
+            self.encode_ops + other.encode_ops,
+            self.macs + other.macs,
+            self.dense_macs + other.dense_macs,
+            self.table_bytes + other.table_bytes,
+            self.weight_bytes + other.weight_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class Attr:
+    """One attribute of an operator.
+
+    Attributes:
+        kind: ``int``, ``float``, ``bool``, ``str`` or ``tuple`` (of ints); never a subclass.
+        default: Value used where a node does not give one, or ``REQUIRED``.
+        low: Smallest number allowed, for every entry of a tuple too.
+        high: Largest number allowed, for every entry of a tuple too.
+        length: Number of entries of a tuple; None for any.
+        choices: Strings allowed; empty for any.
+    """
+
+    kind: type
+    default: AttrValue | Required = REQUIRED
+    low: int | None = None
+    high: int | None = None
+    length: int | None = None
+    choices: tuple[str, ...] = ()
+
+    def complaint(self, value: object) -> str | None:
+        """Says what is wrong with a value, or None when it is right."""
+        if type(value) is not self.kind:
+            wanted = "tuple of ints" if self.kind is tuple else self.kind.__name__
+            return f"must be of type {wanted}"
+        if isinstance(value, tuple):
+            if self.length is not None and len(value) != self.length:
+                return f"must have {self.length} entries"
+            if any(type(entry) is not int for entry in value):
+                return "must be a tuple of ints"
+            numbers: Sequence[int | float] = value
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            if isinstance(value, float) and not math.isfinite(value):
+                return "must be finite"
+            numbers = (value,)
+        else:
+            numbers = ()
+        if self.low is not None and any(number < self.low for number in numbers):
+            return f"must be at least {self.low}"
+        if self.high is not None and any(number > self.high for number in numbers):
+            return f"must be at most {self.high}"
+        if self.choices and value not in self.choices:
+            return f"must be one of {', '.join(self.choices)}"
+        return None
+
+
+@dataclass(frozen=True)
+class TensorRole:
+    """One tensor of an operator: its dtype and number of axes."""
+
+    dtype: str
+    ndim: int
+    required: bool = True
+
+
+CheckFn: TypeAlias = "Callable[[Node, Mapping[str, Array]], None]"
+InferFn: TypeAlias = "Callable[[Node, Sequence[Value], Mapping[str, Array]], Value]"
+CostFn: TypeAlias = "Callable[[Node, Sequence[Value], Value, Mapping[str, Array]], Cost]"
+
+
+def no_check(node: Node, tensors: Mapping[str, Array]) -> None:
+    """The check of an operator whose attributes and tensors do not depend on each other."""
+
+
+def no_cost(
+    node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]
+) -> Cost:
+    """The cost of an operator that neither multiplies nor looks up."""
+    return Cost()
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """The rules of one operator.
+
+    Attributes:
+        name: Name of the operator, as it stands in files.
+        infer: ``infer(node, inputs, tensors)`` gives the output value, or raises GraphError.
+            ``tensors`` maps role to array, here and below.
+        attrs: Attributes by name.
+        tensors: Tensors by role.
+        check: ``check(node, tensors)`` raises GraphError where tensors and attributes disagree.
+        cost: ``cost(node, inputs, output, tensors)`` gives the work for one sample.
+        min_inputs: Smallest number of inputs.
+        max_inputs: Largest number of inputs; None for any.
+    """
+
+    name: str
+    infer: InferFn
+    attrs: Mapping[str, Attr] = field(default_factory=dict)
+    tensors: Mapping[str, TensorRole] = field(default_factory=dict)
+    check: CheckFn = no_check
+    cost: CostFn = no_cost
+    min_inputs: int = 1
+    max_inputs: int | None = 1
+
+    def complete(self, attrs: Mapping[str, AttrValue]) -> dict[str, AttrValue]:
+        """Adds the default of every attribute that is not given."""
+        result = dict(attrs)
+        for name, attr in self.attrs.items():
+            if name not in result and not isinstance(attr.default, Required):
+                result[name] = attr.default
+        return result
+
+    def check_node(self, node: Node, tensors: Mapping[str, Array]) -> None:
+        """Checks inputs, attributes and tensors of a node, but not the shapes of its inputs.
+
+        Args:
+            node: The node.
+            tensors: Its tensors by role.
+
+        Raises:
+            GraphError: If one of them is missing, unknown, of the wrong type or out of range.
+        """
+        count = len(node.inputs)
+        if count < self.min_inputs or (self.max_inputs is not None and count > self.max_inputs):
+            least = "at least " if self.max_inputs is None else ""
+            raise node_error(node, f"has {count} inputs", f"give it {least}{self.min_inputs}")
+        self._check_attrs(node)
+        self._check_tensors(node, tensors)
+        self.check(node, tensors)
+
+    def _check_attrs(self, node: Node) -> None:
+        for name in node.attrs:
+            if name not in self.attrs:
+                known = ", ".join(self.attrs) or "none"
+                raise node_error(node, f"has the unknown attribute {name!r}", f"known: {known}")
+        for name, attr in self.attrs.items():
+            if name not in node.attrs:
+                raise node_error(node, f"lacks the attribute {name!r}", "add it")
+            problem = attr.complaint(node.attrs[name])
+            if problem:
+                shown = repr(node.attrs[name])
+                shown = shown if len(shown) <= 80 else shown[:77] + "..."
+                raise node_error(node, f"has {name}={shown}", f"it {problem}")
+
+    def _check_tensors(self, node: Node, tensors: Mapping[str, Array]) -> None:
+        for role in tensors:
+            if role not in self.tensors:
+                known = ", ".join(self.tensors) or "none"
+                raise node_error(node, f"has the unknown tensor {role!r}", f"known: {known}")
+        for role, rule in self.tensors.items():
+            if role not in tensors:
+                if rule.required:
+                    raise node_error(node, f"lacks the tensor {role!r}", "add it")
+                continue
+            array = tensors[role]
+            if array.dtype != np.dtype(rule.dtype) or array.ndim != rule.ndim or array.size == 0:
+                raise node_error(
+                    node,
+                    f"has {role} of dtype {array.dtype} and shape {array.shape}",
+                    f"it must be {rule.dtype} with {rule.ndim} axes, none of them empty",
+                )
+
+
+def node_error(node: Node, what: str, fix: str) -> GraphError:
+    """A GraphError that names the node: what is wrong, and what to do."""
+    return GraphError(f"node {node.name!r} ({node.op}) {what}; {fix}")
+
+
+def inner(value: Value) -> tuple[int, ...]:
+    """The sizes of all axes but the first, none of which is dynamic.
+
+    Raises:
+        GraphError: If one is dynamic.
+    """
+    sizes = tuple(size for size in value.shape[1:] if size is not None)
+    if len(sizes) != len(value.shape) - 1:
+        raise GraphError(
+            f"value {value.name!r} has the shape {value.shape}; only axis 0 may be dynamic"
+        )
+    return sizes
+
+
+def pair(node: Node, name: str) -> tuple[int, int]:
+    """An attribute of two ints."""
+    value = node.attrs[name]
+    assert isinstance(value, tuple)  # check_node saw to it, here and below
+    first, second = value
+    return first, second
+
+
+def ints(node: Node, name: str) -> tuple[int, ...]:
+    """An attribute that is a tuple of ints."""
+    value = node.attrs[name]
+    assert isinstance(value, tuple)
+    return value
+
+
+def integer(node: Node, name: str) -> int:
+    """An attribute that is an int."""
+    value = node.attrs[name]
+    assert isinstance(value, int)
+    return value
+
+
+def number(node: Node, name: str) -> float:
+    """An attribute that is a float."""
+    value = node.attrs[name]
+    assert isinstance(value, float)
+    return value
+
+
+def flag(node: Node, name: str) -> bool:
+    """An attribute that is a bool."""
+    value = node.attrs[name]
+    assert isinstance(value, bool)
+    return value
+
+
+def need_rank(node: Node, value: Value, low: int, high: int | None = None) -> None:
+    """Raises GraphError unless the value has between ``low`` and ``high`` axes."""
+    rank = len(value.shape)
+    if rank < low or (high is not None and rank > high):
+        wanted = f"{low}" if high == low else f"at least {low}" if high is None else f"{low}-{high}"
+        raise node_error(
+            node,
+            f"takes the input {value.name!r} of shape {value.shape}",
+            f"it must have {wanted} axes",
+        )
+
+
+def need_axis(node: Node, value: Value, name: str, axis: int) -> None:
+    """Raises GraphError unless the value has that axis."""
+    if not 1 <= axis < len(value.shape):
+        raise node_error(
+            node,
+            f"has {name}={axis} for the input {value.name!r} of shape {value.shape}",
+            f"it must be in 1..{len(value.shape) - 1}",
+        )
+
+
+def window_size(
+    node: Node, size: int, kernel: int, stride: int, padding: int, dilation: int
+) -> int:
+    """Number of positions of a sliding window along one axis.
+
+    Raises:
+        GraphError: If the window does not fit even once.
+    """
+    span = dilation * (kernel - 1) + 1
+    if span > size + 2 * padding:
+        raise node_error(
+            node,
+            f"slides a kernel that spans {span} over an axis of {size} plus 2*{padding} padding",
+            "use a larger input or a smaller kernel",
+        )
+    return (size + 2 * padding - span) // stride + 1

@@ -1,0 +1,337 @@
+"""From a graph to the steps of the native engine.
+
+A convolution or linear layer takes the ``add`` and the ``relu`` behind it into its own step, where
+nobody else reads what is between them; every other node becomes one step. A new family needs one
+function here, in ``STEPS``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, TypeAlias
+
+import numpy as np
+
+from lutra import _engine
+from lutra.errors import EngineError
+from lutra.graph import Graph, Node, Value
+from lutra.ops.registry import Array, flag, inner, integer, ints, number, pair
+
+__all__ = ["STEPS", "FusedNode", "build_plan", "fuse"]
+
+_MAX_RANK: Final = 6  # of the engine's arrays
+
+#: Lower and upper limit of the operators that only clamp.
+CLAMPS: Final = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
+#: The operators whose step can add another value and clamp while it writes.
+FUSING: Final = frozenset({"pq_conv2d", "pq_linear", "conv2d", "linear"})
+
+
+@dataclass(frozen=True)
+class FusedNode:
+    """A node and what its step takes over from the nodes behind it.
+
+    Attributes:
+        node: The node.
+        output: Name of the value that the step makes: the output of the last node in it.
+        residual: Name of the value that it adds, or None.
+        clamp: The limits that it clamps to in the end, or None.
+    """
+
+    node: Node
+    output: str
+    residual: str | None = None
+    clamp: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a function of ``STEPS`` has to work with.
+
+    Attributes:
+        node: The node.
+        ids: The numbers of its inputs in the plan.
+        inputs: Its inputs.
+        output: Its output.
+        tensors: Its tensors by role, C-contiguous.
+        residual: Number of the value to add, or -1.
+        clamp: The limits to clamp to, or None.
+    """
+
+    node: Node
+    ids: tuple[int, ...]
+    inputs: tuple[Value, ...]
+    output: Value
+    tensors: Mapping[str, Array]
+    residual: int = -1
+    clamp: tuple[float, float] | None = None
+
+
+#: ``step(plan, job)`` adds the step of a node and returns the number of its output.
+StepFn: TypeAlias = Callable[[_engine.Plan, Job], int]
+
+
+def build_plan(graph: Graph, isa: str, threads: int) -> _engine.Plan:
+    """Builds the steps of a graph and packs its tables for one instruction set.
+
+    Args:
+        graph: A graph; it is validated.
+        isa: Name of the kernels, one of ``runnable_isas()``.
+        threads: Number of threads, the caller's included.
+
+    Returns:
+        The plan, ready to run.
+
+    Raises:
+        GraphError: If the graph is not valid.
+        EngineError: If the engine cannot run the graph, with the node named.
+    """
+    values = graph.values
+    for value in values.values():
+        if len(value.shape) > _MAX_RANK:
+            raise EngineError(
+                f"value {value.name!r} has {len(value.shape)} axes and the engine takes "
+                f"{_MAX_RANK}; reshape it to fewer axes in the model"
+            )
+    try:
+        plan = _engine.Plan(isa, threads)
+    except ValueError as error:
+        raise EngineError(f"cannot start the engine: {error}") from error
+    ids = {value.name: plan.input() for value in graph.inputs}
+    for fused in fuse(graph):
+        node = fused.node
+        job = Job(
+            node,
+            tuple(ids[name] for name in node.inputs),
+            tuple(values[name] for name in node.inputs),
+            values[node.output],
+            {role: np.ascontiguousarray(t) for role, t in graph.node_tensors(node).items()},
+            -1 if fused.residual is None else ids[fused.residual],
+            fused.clamp,
+        )
+        step = STEPS.get(node.op)
+        if step is None:
+            raise _unsupported(node, "is not an operator of the engine", "run it in the reference")
+        try:
+            ids[fused.output] = step(plan, job)
+        except ValueError as error:
+            raise EngineError(f"node {node.name!r} ({node.op}): {error}") from error
+    plan.finish([ids[name] for name in graph.outputs])
+    return plan
+
+
+def fuse(graph: Graph) -> list[FusedNode]:
+    """Decides which nodes share a step.
+
+    An operator of ``FUSING`` takes over an ``add`` that alone reads its output, if the other
+    operand exists by then, and after it a clamp that alone reads the sum. Outputs of the graph are
+    read from outside and never disappear.
+
+    Args:
+        graph: A valid graph.
+
+    Returns:
+        The steps in the order in which they run.
+    """
+    readers: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        for name in node.inputs:
+            readers.setdefault(name, []).append(node)
+
+    def only_reader(name: str, ops: Sequence[str]) -> Node | None:
+        nodes = readers.get(name, [])
+        if name in graph.outputs or len(nodes) != 1 or nodes[0].op not in ops:
+            return None
+        return nodes[0]
+
+    made = {value.name for value in graph.inputs}
+    taken: set[str] = set()
+    steps: list[FusedNode] = []
+    for node in graph.nodes:
+        if node.name in taken:
+            continue
+        step = FusedNode(node, node.output)
+        if node.op in FUSING:
+            add = only_reader(step.output, ("add",))
+            if add is not None:
+                (other,) = (name for name in add.inputs if name != step.output)
+                if other in made:
+                    step = replace(step, output=add.output, residual=other)
+                    taken.add(add.name)
+            clamp = only_reader(step.output, tuple(CLAMPS))
+            if clamp is not None:
+                step = replace(step, output=clamp.output, clamp=CLAMPS[clamp.op])
+                taken.add(clamp.name)
+        made.add(step.output)
+        steps.append(step)
+    return steps
+
+
+def _unsupported(node: Node, what: str, fix: str) -> EngineError:
+    return EngineError(f"node {node.name!r} ({node.op}) {what}; {fix}")
+
+
+def _need_rows(job: Job) -> None:
+    """The engine's linear layers take (N, features) only."""
+    (x,) = job.inputs
+    if len(x.shape) != 2:
+        raise _unsupported(
+            job.node,
+            f"reads {x.name!r} of shape {x.shape} and the engine runs linear layers over 2 axes",
+            "flatten its input in the model",
+        )
+
+
+def _pq_conv2d(plan: _engine.Plan, job: Job) -> int:
+    node, tensors = job.node, job.tensors
+    return plan.pq_conv2d(
+        job.ids[0],
+        tensors["centroids"],
+        tensors["tables"],
+        tensors["scale"],
+        tensors["bias"],
+        act_scale=number(node, "act_scale"),
+        act_zero=integer(node, "act_zero"),
+        act_bits=integer(node, "act_bits"),
+        channels=integer(node, "in_channels"),
+        kernel=pair(node, "kernel"),
+        stride=pair(node, "stride"),
+        padding=pair(node, "padding"),
+        dilation=pair(node, "dilation"),
+        residual=job.residual,
+        clamp=job.clamp,
+    )
+
+
+def _pq_linear(plan: _engine.Plan, job: Job) -> int:
+    _need_rows(job)
+    node, tensors = job.node, job.tensors
+    return plan.pq_linear(
+        job.ids[0],
+        tensors["centroids"],
+        tensors["tables"],
+        tensors["scale"],
+        tensors["bias"],
+        act_scale=number(node, "act_scale"),
+        act_zero=integer(node, "act_zero"),
+        act_bits=integer(node, "act_bits"),
+        features=integer(node, "in_features"),
+        residual=job.residual,
+        clamp=job.clamp,
+    )
+
+
+def _conv2d(plan: _engine.Plan, job: Job) -> int:
+    return plan.conv2d(
+        job.ids[0],
+        job.tensors["weight"],
+        job.tensors["bias"],
+        stride=pair(job.node, "stride"),
+        padding=pair(job.node, "padding"),
+        dilation=pair(job.node, "dilation"),
+        groups=integer(job.node, "groups"),
+        residual=job.residual,
+        clamp=job.clamp,
+    )
+
+
+def _linear(plan: _engine.Plan, job: Job) -> int:
+    _need_rows(job)
+    weight, bias = job.tensors["weight"], job.tensors["bias"]
+    return plan.linear(job.ids[0], weight, bias, residual=job.residual, clamp=job.clamp)
+
+
+def _clamp(plan: _engine.Plan, job: Job) -> int:
+    low, high = CLAMPS[job.node.op]
+    return plan.clamp(job.ids[0], low, high)
+
+
+def _add(plan: _engine.Plan, job: Job) -> int:
+    a, b = job.ids
+    return plan.add(a, b)
+
+
+def _affine(plan: _engine.Plan, job: Job) -> int:
+    return plan.affine(job.ids[0], job.tensors["scale"], job.tensors["bias"])
+
+
+def _softmax(plan: _engine.Plan, job: Job) -> int:
+    return plan.softmax(job.ids[0], integer(job.node, "axis"))
+
+
+def _mean(plan: _engine.Plan, job: Job) -> int:
+    return plan.mean(job.ids[0], ints(job.node, "axes"), flag(job.node, "keepdims"))
+
+
+def _reshape(plan: _engine.Plan, job: Job) -> int:
+    return plan.reshape(job.ids[0], inner(job.output))
+
+
+def _pad(plan: _engine.Plan, job: Job) -> int:
+    pads = ints(job.node, "pads")
+    return plan.pad(job.ids[0], pads[::2], pads[1::2], number(job.node, "value"))
+
+
+def _slice(plan: _engine.Plan, job: Job) -> int:
+    axis, start, stop, step = (
+        integer(job.node, name) for name in ("axis", "start", "stop", "step")
+    )
+    return plan.slice(job.ids[0], axis, start, stop, step)
+
+
+def _concat(plan: _engine.Plan, job: Job) -> int:
+    return plan.concat(job.ids, integer(job.node, "axis"))
+
+
+def _max_pool2d(plan: _engine.Plan, job: Job) -> int:
+    return _pool(plan, job, False, pair(job.node, "dilation"), False)
+
+
+def _avg_pool2d(plan: _engine.Plan, job: Job) -> int:
+    return _pool(plan, job, True, (1, 1), flag(job.node, "count_include_pad"))
+
+
+def _pool(
+    plan: _engine.Plan, job: Job, average: bool, dilation: tuple[int, int], count_pad: bool
+) -> int:
+    return plan.pool(
+        job.ids[0],
+        average,
+        kernel=pair(job.node, "kernel"),
+        stride=pair(job.node, "stride"),
+        padding=pair(job.node, "padding"),
+        dilation=dilation,
+        ceil_mode=flag(job.node, "ceil_mode"),
+        count_include_pad=count_pad,
+    )
+
+
+def _adaptive_pool(plan: _engine.Plan, job: Job) -> int:
+    average = job.node.op == "adaptive_avg_pool2d"
+    return plan.adaptive_pool(job.ids[0], average, pair(job.node, "output_size"))
+
+
+#: What adds the step of each operator.
+STEPS: Final[dict[str, StepFn]] = {
+    "pq_conv2d": _pq_conv2d,
+    "pq_linear": _pq_linear,
+    "conv2d": _conv2d,
+    "linear": _linear,
+    "relu": _clamp,
+    "relu6": _clamp,
+    "add": _add,
+    "affine": _affine,
+    "softmax": _softmax,
+    "max_pool2d": _max_pool2d,
+    "avg_pool2d": _avg_pool2d,
+    "adaptive_avg_pool2d": _adaptive_pool,
+    "adaptive_max_pool2d": _adaptive_pool,
+    "mean": _mean,
+    "flatten": _reshape,
+    "reshape": _reshape,
+    "pad": _pad,
+    "slice": _slice,
+    "concat": _concat,
+}

@@ -1,0 +1,123 @@
+"""The reference executor: NumPy, slow and obvious. It is the specification of every operator.
+
+The engine must give the same bits for lookup layers, and the same numbers to float rounding for
+the dense operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, TypeAlias
+
+import numpy as np
+
+from lutra.errors import InputError
+from lutra.graph import Graph, Node
+from lutra.ops.registry import Array
+from lutra.reference import dense, elementwise, pool, pq, shape
+
+__all__ = ["KERNELS", "run_node", "run_reference"]
+
+#: ``kernel(node, inputs, tensors)`` gives the output; ``tensors`` maps role to array.
+Kernel: TypeAlias = Callable[[Node, Sequence[Array], Mapping[str, Array]], Array]
+
+#: What computes each operator.
+KERNELS: Final[dict[str, Kernel]] = {
+    "pq_conv2d": pq.pq_conv2d,
+    "pq_linear": pq.pq_linear,
+    "conv2d": dense.conv2d,
+    "linear": dense.linear,
+    "relu": elementwise.relu,
+    "relu6": elementwise.relu6,
+    "add": elementwise.add,
+    "affine": elementwise.affine,
+    "softmax": elementwise.softmax,
+    "max_pool2d": pool.max_pool2d,
+    "avg_pool2d": pool.avg_pool2d,
+    "adaptive_avg_pool2d": pool.adaptive_avg_pool2d,
+    "adaptive_max_pool2d": pool.adaptive_max_pool2d,
+    "mean": pool.mean,
+    "flatten": shape.flatten,
+    "reshape": shape.reshape,
+    "pad": shape.pad,
+    "slice": shape.slice_,
+    "concat": shape.concat,
+}
+
+
+def run_reference(
+    graph: Graph,
+    inputs: Mapping[str, Array] | Sequence[Array],
+    *,
+    intermediates: bool = False,
+) -> dict[str, Array]:
+    """Runs a graph in NumPy.
+
+    Args:
+        graph: The graph.
+        inputs: float32 arrays by input name, or in the order of the graph's inputs. NaN and
+            infinity are allowed: lookup layers quantise NaN to 0 and clamp infinity.
+        intermediates: Whether to return every value instead of the outputs only.
+
+    Returns:
+        float32 arrays by value name.
+
+    Raises:
+        GraphError: If the graph is not valid.
+        InputError: If an input is missing, unknown, or of the wrong dtype or shape.
+    """
+    expected = graph.values
+    values = _named(graph, inputs)
+    for node in graph.nodes:
+        values[node.output] = run_node(
+            node, [values[name] for name in node.inputs], graph.node_tensors(node)
+        )
+    wanted = expected if intermediates else graph.outputs
+    return {name: values[name] for name in wanted}
+
+
+def run_node(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
+    """Runs one node of a valid graph.
+
+    Args:
+        node: The node.
+        inputs: Its float32 inputs.
+        tensors: Its tensors by role.
+
+    Returns:
+        Its float32 output.
+    """
+    return KERNELS[node.op](node, inputs, tensors)
+
+
+def _named(graph: Graph, inputs: Mapping[str, Array] | Sequence[Array]) -> dict[str, Array]:
+    """The inputs by name, checked."""
+    names = [value.name for value in graph.inputs]
+    if not isinstance(inputs, Mapping):
+        if len(inputs) != len(names):
+            raise InputError(
+                f"run_reference: got {len(inputs)} inputs for a graph with {len(names)}; "
+                f"give one array for each of {names}"
+            )
+        inputs = dict(zip(names, inputs, strict=True))
+    if set(inputs) != set(names):
+        raise InputError(f"run_reference: got the inputs {list(inputs)}; give exactly {names}")
+    batch: int | None = None
+    result: dict[str, Array] = {}
+    for value in graph.inputs:
+        array = inputs[value.name]
+        want = value.shape
+        if not isinstance(array, np.ndarray) or array.dtype != np.float32:
+            kind = getattr(array, "dtype", type(array).__name__)
+            raise InputError(
+                f"run_reference: input {value.name!r} is {kind}; give a float32 numpy array"
+            )
+        if want[0] is None and array.ndim:
+            batch = array.shape[0] if batch is None else batch
+            want = (batch, *want[1:])
+        if array.shape != want:
+            raise InputError(
+                f"run_reference: input {value.name!r} has shape {array.shape}; it must be {want}"
+            )
+        result[value.name] = array
+    return result

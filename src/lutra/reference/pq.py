@@ -1,0 +1,115 @@
+"""Product quantisation in exact integers: see ``lutra.ops.pq`` for the equations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from lutra.graph import Node
+from lutra.ops.registry import Array, integer, number, pair
+from lutra.reference.windows import patches, windows
+
+__all__ = ["encode", "lookup", "pq_conv2d", "pq_linear", "quantise"]
+
+_MAX_ROWS = 2**14  # bounds the memory of one step
+
+
+def quantise(x: Array, act_scale: float, act_zero: int, act_bits: int) -> Array:
+    """Rounds activations to the grid of the codebooks.
+
+    Args:
+        x: float32, any shape.
+        act_scale: Width of one step.
+        act_zero: The integer that stands for 0.0.
+        act_bits: Width of the integers.
+
+    Returns:
+        uint8 in 0..2**act_bits - 1, same shape. NaN gives 0.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        steps = np.rint(x / np.float32(act_scale)) + np.float32(act_zero)
+    steps = np.where(np.isnan(steps), np.float32(0), steps)
+    result: Array = np.clip(steps, 0, 2**act_bits - 1).astype(np.uint8)
+    return result
+
+
+def encode(rows: Array, centroids: Array) -> Array:
+    """Finds the nearest centroid of every sub-vector.
+
+    Args:
+        rows: uint8 (R, D)
+        centroids: uint8 (B, K, V)
+
+    Returns:
+        Codes, int64 (R, B), the lowest on ties.
+    """
+    books, _, width = centroids.shape
+    padded = np.zeros((rows.shape[0], books * width), np.float32)
+    padded[:, : rows.shape[1]] = rows
+    # float32 products are exact here, and much faster than NumPy's integer ones: a score is a sum
+    # of at most 64 products of at most 127 * 127, far below 2**24.
+    subvectors = padded.reshape(-1, books, width).transpose(1, 0, 2)  # (B, R, V)
+    products = subvectors @ centroids.astype(np.float32).transpose(0, 2, 1)  # (B, R, K)
+    half_norms = np.square(centroids.astype(np.int32)).sum(axis=2) >> 1  # (B, K)
+    scores = products.astype(np.int32) - half_norms[:, None, :]
+    codes: Array = scores.argmax(axis=2).T
+    return codes
+
+
+def lookup(codes: Array, tables: Array) -> Array:
+    """Adds the table rows that the codes pick.
+
+    Args:
+        codes: (R, B)
+        tables: int8 (B, K, M)
+
+    Returns:
+        int32 (R, M)
+    """
+    sums = np.zeros((codes.shape[0], tables.shape[2]), np.int32)
+    for book, table in enumerate(tables):
+        sums += table[codes[:, book]]
+    return sums
+
+
+def _rows(rows: Array, tensors: Mapping[str, Array]) -> Array:
+    """From quantised rows, uint8 (R, D), to outputs, float32 (R, M)."""
+    result = np.empty((rows.shape[0], tensors["tables"].shape[2]), np.float32)
+    for first in range(0, rows.shape[0], _MAX_ROWS):
+        part = slice(first, first + _MAX_ROWS)
+        sums = lookup(encode(rows[part], tensors["centroids"]), tensors["tables"])
+        result[part] = sums.astype(np.float32) * tensors["scale"] + tensors["bias"]
+    return result
+
+
+def _quantise(node: Node, x: Array) -> Array:
+    return quantise(
+        x, number(node, "act_scale"), integer(node, "act_zero"), integer(node, "act_bits")
+    )
+
+
+def pq_linear(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
+    """(..., D) to (..., M)."""
+    (x,) = inputs
+    rows = _quantise(node, x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return _rows(rows, tensors).reshape(*x.shape[:-1], tensors["tables"].shape[2])
+
+
+def pq_conv2d(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
+    """(N, C, H, W) to (N, M, Ho, Wo)."""
+    (x,) = inputs
+    rows, columns = pair(node, "padding")
+    x_q = np.pad(
+        _quantise(node, x),
+        ((0, 0), (0, 0), (rows, rows), (columns, columns)),
+        constant_values=integer(node, "act_zero"),
+    )
+    view = windows(x_q, pair(node, "kernel"), pair(node, "stride"), pair(node, "dilation"))
+    outputs, (height, width) = tensors["tables"].shape[2], view.shape[2:4]
+    result = np.empty((x.shape[0], outputs, height, width), np.float32)
+    for image, band, block in patches(view):
+        made = _rows(block, tensors)
+        result[image, :, band] = made.T.reshape(outputs, -1, width)
+    return result

@@ -1,0 +1,23 @@
+"""Training side of lutra: layers, conversion, fine-tuning and export. Needs PyTorch."""
+
+from __future__ import annotations
+
+from lutra.train.convert import convert
+from lutra.train.export import export
+from lutra.train.layers import FrozenPQ, PQConv2d, PQLinear
+from lutra.train.recipe import PQ, Keep, recipe_from_json, recipe_to_json
+from lutra.train.report import ConversionReport, LayerReport
+
+__all__ = [
+    "PQ",
+    "ConversionReport",
+    "FrozenPQ",
+    "Keep",
+    "LayerReport",
+    "PQConv2d",
+    "PQLinear",
+    "convert",
+    "export",
+    "recipe_from_json",
+    "recipe_to_json",
+]

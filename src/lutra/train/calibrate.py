@@ -1,0 +1,156 @@
+"""What flows into the layers that will be replaced: a bounded, uniform sample of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lutra.errors import LutraError
+from lutra.train.geometry import Geometry
+
+
+class Reservoir:
+    """A uniform sample, without replacement, of all rows that pass through a layer.
+
+    Every row draws a random key; the rows with the smallest keys stay. Memory is `capacity` rows.
+    """
+
+    def __init__(self, geometry: Geometry, capacity: int, generator: torch.Generator) -> None:
+        self.geometry, self.capacity, self.generator = geometry, capacity, generator
+        self.rows = torch.empty((0, geometry.depth))
+        self.keys = torch.empty(0)
+        self.seen = 0
+
+    def add(self, x: Tensor) -> None:
+        """Takes the rows of x (N, C, H, W)."""
+        g = self.geometry
+        height, width = g.out_size(x.shape[2], x.shape[3])
+        total = x.shape[0] * height * width
+        keys = torch.rand(total, generator=self.generator)
+        if len(self.keys) == self.capacity:
+            candidates = torch.nonzero(keys < self.keys.max()).flatten()
+        else:
+            candidates = torch.arange(total)
+        if len(candidates) > self.capacity:
+            candidates = candidates[keys[candidates].topk(self.capacity, largest=False).indices]
+        self.seen += total
+        if not len(candidates):
+            return
+        keys = keys[candidates]
+        picked = self._patches(x, candidates.to(x.device), height, width).to("cpu", torch.float32)
+        self.rows, self.keys = torch.cat([self.rows, picked]), torch.cat([self.keys, keys])
+        if len(self.keys) > self.capacity:
+            best = self.keys.topk(self.capacity, largest=False).indices
+            self.rows, self.keys = self.rows[best], self.keys[best]
+
+    def _patches(self, x: Tensor, index: Tensor, height: int, width: int) -> Tensor:
+        g = self.geometry
+        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = g.kernel, g.stride, g.padding, g.dilation
+        padded = F.pad(x, (pw, pw, ph, ph))
+        column, row = index % width, index // width % height
+        image = index // (width * height)
+        ys = row[:, None] * sh + torch.arange(kh, device=x.device) * dh
+        xs = column[:, None] * sw + torch.arange(kw, device=x.device) * dw
+        patch = padded.permute(0, 2, 3, 1)[
+            image[:, None, None], ys[:, :, None], xs[:, None, :]
+        ]  # (rows, kh, kw, C)
+        return patch.permute(0, 3, 1, 2).reshape(len(index), g.depth)
+
+
+def model_inputs(batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a model for a batch of any usual form.
+
+    A tensor is the input; a dict holds keyword arguments; of a tuple or list (inputs, targets) the
+    first entry is the input.
+    """
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        return (), {key: move(value) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        if not batch:
+            raise LutraError("calibration data: a batch is empty; yield tensors or tuples")
+        return model_inputs(batch[0], device)
+    if not isinstance(batch, Tensor):
+        raise LutraError(
+            f"calibration data: a batch is a {type(batch).__name__}; yield tensors, tuples whose "
+            "first entry is the input, or dicts of keyword arguments"
+        )
+    return (move(batch),), {}
+
+
+@torch.no_grad()
+def collect(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    geometries: Mapping[str, Geometry],
+    data: Iterable[Any],
+    *,
+    rows: int,
+    memory_bytes: int,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Reservoir]:
+    """Runs the data through the model in eval mode and samples the inputs of `layers`.
+
+    Args:
+        rows: at most this many rows per layer.
+        memory_bytes: at most this much for all samples together.
+
+    Raises:
+        LutraError: no data, a layer that is never reached, or NaN or infinity in its input.
+    """
+    depth = sum(g.depth for g in geometries.values())
+    capacity = min(rows, memory_bytes // max(1, 4 * depth))
+    if capacity < 64:
+        raise LutraError(
+            f"calibration: {memory_bytes} bytes leave {capacity} sample rows for each of "
+            f"{len(layers)} layers; allow at least {64 * 4 * depth} bytes"
+        )
+    reservoirs: dict[str, Reservoir] = {}
+    handles = []
+    for i, (name, layer) in enumerate(layers.items()):
+        generator = torch.Generator().manual_seed(seed * 1000003 + i)
+        reservoir = reservoirs[name] = Reservoir(geometries[name], capacity, generator)
+
+        def hook(_: nn.Module, args: tuple[Any, ...], into: Reservoir = reservoir) -> None:
+            x = args[0]
+            into.add(x if x.dim() == 4 else x.reshape(-1, x.shape[-1])[:, :, None, None])
+
+        handles.append(layer.register_forward_pre_hook(hook))
+    training = {m: m.training for m in model.modules()}
+    model.eval()
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    batches = 0
+    try:
+        for batch in data:
+            args, kwargs = model_inputs(batch, device)
+            model(*args, **kwargs)
+            batches += 1
+            if progress is not None:
+                progress(batches)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+    if batches == 0:
+        raise LutraError("calibration data is empty; give a few batches of real inputs")
+    for name, reservoir in reservoirs.items():
+        if reservoir.seen == 0:
+            raise LutraError(
+                f"calibration: layer '{name}' got no input from {batches} batches; keep it in the "
+                "recipe, or give data that reaches it"
+            )
+        if not bool(torch.isfinite(reservoir.rows).all()):
+            raise LutraError(
+                f"calibration: the input of layer '{name}' holds NaN or infinity; check the model "
+                "and the calibration data"
+            )
+    return reservoirs

@@ -1,0 +1,195 @@
+"""From a torch module to a functional `torch.export` program with a dynamic batch."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from lutra.errors import InputError, LutraError, UnsupportedModelError
+
+ExampleInput = Tensor | Sequence[Tensor]
+
+
+def example_tensors(example_input: ExampleInput) -> tuple[Tensor, ...]:
+    """Check an example input and return it as a tuple of float32 tensors on the CPU.
+
+    Args:
+        example_input: One tensor, or one per positional argument of the model's `forward`. Axis 0
+            of each is the batch. Other floating types are converted to float32.
+
+    Raises:
+        InputError: No tensors, a tensor without a batch, or batches of different size.
+    """
+    tensors = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+    if not tensors:
+        raise InputError(
+            "export: example_input is empty; give one tensor per argument of the model's forward."
+        )
+    for index, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise InputError(
+                f"export: example_input[{index}] is a {type(tensor).__name__} but must be a "
+                "torch.Tensor; give one tensor per argument of the model's forward."
+            )
+        if tensor.ndim < 2 or tensor.shape[0] == 0:
+            raise InputError(
+                f"export: example_input[{index}] has shape {tuple(tensor.shape)} but must be "
+                "(N, ...) with N >= 1; give at least one sample with a batch axis in front."
+            )
+    sizes = [tensor.shape[0] for tensor in tensors]
+    if len(set(sizes)) > 1:
+        raise InputError(
+            f"export: the tensors of example_input have batch sizes {sizes} but must share one; "
+            "give each the same number of samples in axis 0."
+        )
+    return tuple(
+        tensor.detach()
+        .to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        .contiguous()
+        for tensor in tensors
+    )
+
+
+def prepare_copy(model: nn.Module) -> nn.Module:
+    """Return a deep copy of `model` in eval mode, float32, on the CPU; `model` stays as it is.
+
+    The wrappers of data parallelism and of `torch.compile` are taken off.
+
+    Raises:
+        LutraError: The model cannot be copied.
+    """
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, parallel) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = model.module if isinstance(model, parallel) else model._orig_mod  # type: ignore[assignment]
+    try:
+        clone = copy.deepcopy(model)
+    except Exception as error:
+        raise LutraError(
+            f"export: the {type(model).__name__} cannot be copied ({_first_line(error)}); make "
+            "every tensor it holds a parameter or a buffer so that copy.deepcopy works."
+        ) from error
+    return clone.to("cpu", torch.float32).eval()
+
+
+def argument_names(model: nn.Module, count: int) -> tuple[str, ...]:
+    """Return the names under which `forward` takes its first `count` positional arguments."""
+    bound = inspect.signature(model.forward).bind(*range(count)).arguments
+    names: list[str] = []
+    for name, value in bound.items():
+        # *args collects the rest in one tuple: x -> x_0, x_1, ...
+        names += [f"{name}_{i}" for i in range(len(value))] if isinstance(value, tuple) else [name]
+    return tuple(names)
+
+
+def capture(model: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
+    """Trace an eval-mode CPU model into a functional program whose batch size is dynamic.
+
+    Args:
+        model: The module; it is traced as it stands, so put it in eval mode first.
+        example: From `example_tensors`. One sample is enough.
+
+    Returns:
+        A program free of in-place operators; convolutions and lookup layers stay whole.
+
+    Raises:
+        InputError: The model does not run on the example.
+        UnsupportedModelError: The model cannot be traced, or works for one batch size only.
+    """
+    name = type(model).__name__
+    batch = example[0].shape[0]
+    fixed = UnsupportedModelError(
+        f"export: {name} works for one batch size only ({batch} in the example); write sizes that "
+        "depend on the batch as x.size(0) or -1, for example x.flatten(1) in place of "
+        "x.reshape(8, -1)."
+    )
+    try:
+        dynamic = _dynamic_batch(model, len(example))
+    except TypeError as error:
+        raise InputError(
+            f"export: example_input holds {len(example)} tensors, which {name}.forward does not "
+            f"take ({_first_line(error)}); give one tensor per positional argument."
+        ) from error
+    failure = _run(model, example)
+    if failure is not None:
+        raise InputError(
+            f"export: {name} fails on example_input of shapes {[tuple(t.shape) for t in example]} "
+            f"({_first_line(failure)}); give an example that the model takes."
+        ) from failure
+    if batch == 1:
+        # A batch of 1 would be taken for a constant (and for a broadcast) by torch.export.
+        example = tuple(torch.cat([tensor, tensor]) for tensor in example)
+        failure = _run(model, example)
+        if failure is not None:
+            raise fixed from failure
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.export.export(model, example, dynamic_shapes=dynamic, strict=False)
+            # An empty table decomposes nothing; it only turns in-place operators into pure ones.
+            functional: ExportedProgram = program.run_decompositions({})
+            return functional
+    except Exception as error:
+        if "Constraints violated" in str(error):
+            raise fixed from error
+        raise UnsupportedModelError(
+            f"export: torch.export could not trace {name} ({_first_line(error)}); remove control "
+            "flow that depends on tensor values and calls that leave torch, such as .numpy()."
+        ) from error
+
+
+def node_module(node: fx.Node) -> str:
+    """Return the dotted path of the module whose forward made this node ('' is the root)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    # torch writes "conv@1" for the second call of a module, and a marker of its own for nodes
+    # that belong to no module.
+    return "" if path.startswith("_empty_nn_module_stack") else path.partition("@")[0]
+
+
+def _run(model: nn.Module, example: tuple[Tensor, ...]) -> Exception | None:
+    """Run a model as it is used, without tracing; return what it raises."""
+    try:
+        with torch.no_grad():
+            model(*(tensor.clone() for tensor in example))
+    except Exception as error:
+        return error
+    return None
+
+
+def _dynamic_batch(model: nn.Module, count: int) -> dict[str, Any]:
+    batch = Dim("batch")
+    bound = inspect.signature(model.forward).bind(*range(count)).arguments
+    return {
+        name: tuple({0: batch} for _ in value) if isinstance(value, tuple) else {0: batch}
+        for name, value in bound.items()
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what torch says about its own internals; nothing a user could act on."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*LeafSpec.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=r".*were assigned during export.*")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -1,0 +1,169 @@
+"""Whether a graph computes what the torch model computes, and which node does not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from lutra.errors import LutraError
+from lutra.graph import Graph, Node
+from lutra.ops.registry import Array
+from lutra.reference import run_reference
+from lutra.train.lowering import Lowered
+
+#: Runs a graph on inputs by name and returns its outputs by name.
+Runner = Callable[[Graph, Mapping[str, Array]], Mapping[str, Array]]
+
+
+def runners() -> dict[str, Runner]:
+    """Return what can run a graph here: the reference, and the engine where it is built."""
+    found: dict[str, Runner] = {"the reference executor": run_reference}
+    if importlib.util.find_spec("lutra._engine") and importlib.util.find_spec("lutra.session"):
+        found["the engine"] = _run_session
+    return found
+
+
+def check_graph(
+    lowered: Lowered,
+    program: ExportedProgram,
+    example: Sequence[Tensor],
+    expected: Sequence[Array],
+    *,
+    tolerance: float,
+) -> None:
+    """Compare a graph with the torch program it comes from, in every way it can be run here.
+
+    Args:
+        lowered: The graph and the torch node behind each value.
+        program: What it was lowered from; runs again to find a node that differs.
+        example: Inputs.
+        expected: What torch computes on them, one array per output.
+        tolerance: The largest difference allowed, as a share of the largest expected value.
+
+    Raises:
+        LutraError: An output differs by more; names the first node that does.
+
+    Where the graph has lookup layers, a last-bit difference of a dense operator can move an
+    activation over the border between two codes, so whole outputs may differ although nothing is
+    wrong. Every node is then compared alone, on the inputs that torch gave it; if all agree, the
+    difference is reported as a warning.
+    """
+    feeds = {
+        value.name: tensor.numpy()
+        for value, tensor in zip(lowered.graph.inputs, example, strict=True)
+    }
+    for name, array in zip(lowered.graph.outputs, expected, strict=True):
+        if not np.isfinite(array).all():
+            raise LutraError(
+                f"export: output '{name}' of the torch model holds NaN or infinity on "
+                "example_input; give an example (and weights) with finite results."
+            )
+    for name, run in runners().items():
+        results = run(lowered.graph, feeds)
+        differences = [
+            difference(results[output], want)
+            for output, want in zip(lowered.graph.outputs, expected, strict=True)
+        ]
+        worst = max(differences)
+        if worst <= tolerance:
+            continue
+        output = lowered.graph.outputs[differences.index(worst)]
+        what = (
+            f"export: {name} differs from torch by {worst:.3g} of the largest value in output "
+            f"'{output}' (tolerance {tolerance:.3g})"
+        )
+        first = _first_difference(lowered, _record(program, example), run, tolerance)
+        if first is not None:
+            node, amount = first
+            raise LutraError(
+                f"{what}; the first node that differs on the same inputs is '{node.name}' "
+                f"({node.op}), by {amount:.3g}: please report it with this node's settings "
+                f"{dict(node.attrs)}."
+            )
+        if not any(node.op.startswith("pq_") for node in lowered.graph.nodes):
+            raise LutraError(
+                f"{what}, although each node alone agrees: rounding grows from node to node; raise "
+                "the tolerance if that is acceptable."
+            )
+        warnings.warn(
+            f"{what}, although each node alone agrees: rounding moved activations to other codes.",
+            stacklevel=3,
+        )
+
+
+def difference(got: Array, want: Array) -> float:
+    """Return the largest difference as a share of the largest wanted value (inf for NaN)."""
+    if got.shape != want.shape:
+        return math.inf
+    scale = float(np.abs(want).max(initial=0.0)) or 1.0
+    worst = float(np.abs(got.astype(np.float64) - want).max(initial=0.0))
+    return math.inf if math.isnan(worst) else worst / scale
+
+
+def _first_difference(
+    lowered: Lowered, recorded: Mapping[str, Array], run: Runner, tolerance: float
+) -> tuple[Node, float] | None:
+    graph = lowered.graph
+    values = {value.name: recorded[lowered.origins[value.name]] for value in graph.inputs}
+    for node in graph.nodes:
+        single = Graph(
+            inputs=tuple(graph.values[name] for name in dict.fromkeys(node.inputs)),
+            outputs=(node.output,),
+            nodes=(node,),
+            tensors={name: graph.tensors[name] for name in node.tensors.values()},
+        )
+        got = run(single, {name: values[name] for name in node.inputs})[node.output]
+        want = recorded.get(lowered.origins.get(node.output, ""))
+        if want is None:  # a helper node (such as a pad put before a convolution)
+            values[node.output] = got
+            continue
+        amount = difference(got, want)
+        if amount > tolerance:
+            return node, amount
+        values[node.output] = want
+    return None
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a program and keeps every tensor it computes."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.recorded: dict[str, Array] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.recorded[n.name] = result.detach().numpy().copy()
+        return result
+
+
+def _record(program: ExportedProgram, example: Sequence[Tensor]) -> dict[str, Array]:
+    given = iter(example)
+    arguments: list[Any] = []
+    for spec in program.graph_signature.input_specs:
+        if spec.kind == InputKind.USER_INPUT:
+            arguments.append(next(given))
+        else:
+            assert spec.target is not None  # lowering took nothing but tensors
+            state = program.state_dict
+            arguments.append(state.get(spec.target, program.constants.get(spec.target)))
+    recorder = _Recorder(program.graph_module)
+    with torch.no_grad():
+        recorder.run(*arguments)
+    return recorder.recorded
+
+
+def _run_session(graph: Graph, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+    session = importlib.import_module("lutra.session").Session(graph)
+    return dict(zip(graph.outputs, session.run(None, feeds), strict=True))

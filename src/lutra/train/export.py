@@ -1,0 +1,149 @@
+"""From a trained torch model to a `.lutra` file."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from lutra.errors import InputError
+from lutra.format import save_graph
+from lutra.graph import Graph
+from lutra.reference import run_reference
+from lutra.train.capture import (
+    ExampleInput,
+    argument_names,
+    capture,
+    example_tensors,
+    prepare_copy,
+)
+from lutra.train.check import check_graph
+from lutra.train.fold import fold_batch_norm
+from lutra.train.lowering import lower
+
+_GOLDEN_SAMPLES = 8
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_input: ExampleInput,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    golden: bool = True,
+    tolerance: float = 1e-3,
+) -> Graph:
+    """Write a model as a `.lutra` file, after checking that the file computes what torch does.
+
+    The model is copied, put into eval mode on the CPU in float32, its lookup layers are frozen to
+    integer tables, its batch norms folded, and the rest traced with `torch.export` and turned into
+    a graph. The given model stays as it is, mode and device included.
+
+    Args:
+        model: The trained model; lookup layers may be mixed with ordinary ones.
+        path: The file to write.
+        example_input: A tensor, or one per positional argument of `forward`; axis 0 is the batch,
+            which may have any size in the file. Up to 8 samples are used for the check.
+        metadata: Stored in the file: anything JSON can hold.
+        input_names: One per input; by default the argument names of `forward`.
+        output_names: One per output; by default the keys of a returned dict, else `output`, or
+            `output_0`, `output_1`, ...
+        golden: Store the samples with their outputs, so that `lutra verify` can check the file
+            anywhere.
+        tolerance: The largest difference from torch allowed, as a share of the largest output.
+
+    Returns:
+        The graph that was written.
+
+    Raises:
+        InputError: An example or names that do not fit the model.
+        UnsupportedModelError: Operators that lutra cannot run; lists all of them.
+        EngineError: The engine, where it is built, cannot run the graph.
+        LutraError: The graph computes something else than torch, or the file cannot be written.
+
+    Example:
+        >>> graph = export(model, "model.lutra", images[:8])  # doctest: +SKIP
+        >>> print(graph)  # doctest: +SKIP
+    """
+    example = tuple(tensor[:_GOLDEN_SAMPLES] for tensor in example_tensors(example_input))
+    frozen = freeze_lookup_layers(prepare_copy(model))
+    folded = fold_batch_norm(frozen, example)
+    program = capture(folded, example)
+    names = argument_names(folded, len(example)) if input_names is None else tuple(input_names)
+    if len(set(names)) != len(example) or len(names) != len(example):
+        raise InputError(
+            f"export: input_names {list(names)} does not fit a model with {len(example)} inputs; "
+            "give one name per tensor of example_input, each once."
+        )
+    lowered = lower(program, names, output_names, {"producer": _producer(), **(metadata or {})})
+    graph = lowered.graph
+    graph.validate()
+    check_graph(lowered, program, example, _outputs(folded, example), tolerance=tolerance)
+    if golden:
+        inputs = tuple(tensor.contiguous().numpy().copy() for tensor in example)
+        outputs = run_reference(graph, inputs)
+        graph = replace(graph, golden=(inputs, tuple(outputs[name] for name in graph.outputs)))
+    save_graph(graph, path)
+    return graph
+
+
+def freeze_lookup_layers(model: nn.Module) -> nn.Module:
+    """Replace every lookup layer by its frozen form, in place.
+
+    A lookup layer is a module whose `freeze()` returns another module, which computes with integer
+    tables. A layer that is used in several places is frozen once.
+
+    Args:
+        model: The model; changed unless it is a lookup layer itself.
+
+    Returns:
+        The model, or its frozen form where it is one lookup layer.
+    """
+    return _freeze_tree(model, {})
+
+
+def _freeze_tree(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    if module not in done:
+        done[module] = module  # before its children, which may lead back to it
+        frozen = _frozen(module)
+        if frozen is None:
+            for name, child in module._modules.items():  # named_children() hides repeated ones
+                if child is not None:
+                    module._modules[name] = _freeze_tree(child, done)
+        else:
+            done[module] = frozen
+    return done[module]
+
+
+def _frozen(module: nn.Module) -> nn.Module | None:
+    freeze = getattr(module, "freeze", None)
+    # Other libraries have a `freeze` that stops training and returns None or the module itself.
+    if not callable(freeze) or inspect.signature(freeze).parameters:
+        return None
+    with torch.no_grad():
+        frozen = freeze()
+    return frozen.eval() if isinstance(frozen, nn.Module) and frozen is not module else None
+
+
+def _outputs(model: nn.Module, example: Sequence[Tensor]) -> list[Any]:
+    with torch.no_grad():
+        # Copies, because a model may work in place on its input.
+        leaves = _pytree.tree_leaves(model(*(tensor.clone() for tensor in example)))
+    return [leaf.numpy() for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _producer() -> str:
+    try:
+        version = importlib.metadata.version("lutra")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        version = "unknown"
+    return f"lutra {version}, torch {torch.__version__}"

@@ -1,0 +1,151 @@
+"""Batch norm folded into the layer before it, so that it costs nothing at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from lutra.train.capture import ExampleInput, capture, example_tensors, node_module, prepare_copy
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+_NORM_OPS = ("aten._native_batch_norm_legit_no_training.default", "aten.batch_norm.default")
+# Operator -> where its arguments hold weight and bias (scale and bias of a lookup layer).
+_LAYER_OPS = {
+    "aten.conv2d.default": (1, 2),
+    "aten.conv2d.padding": (1, 2),
+    "aten.convolution.default": (1, 2),
+    "aten.linear.default": (1, 2),
+    "lutra.pq_conv2d.default": (3, 4),
+    "lutra.pq_linear.default": (3, 4),
+}
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A batch norm that can go into a layer; both are module paths."""
+
+    layer: str
+    norm: str
+
+
+def fold_batch_norm(model: nn.Module, example_input: ExampleInput) -> nn.Module:
+    """Return a copy of a model with its batch norms folded into the layers that feed them.
+
+    A norm is folded when it is an `nn.BatchNorm1d` or `nn.BatchNorm2d` with running statistics
+    whose only input is one `nn.Conv2d`, `nn.Linear` or frozen lookup layer (a module with the
+    buffers `tables`, `scale` and `bias`), when nobody else reads what that layer computes, and
+    when neither of them, nor their weights, is used a second time. Who feeds whom is read off the
+    traced program, not off the order of the modules. Folded norms become `nn.Identity`; the
+    others stay.
+
+    Args:
+        model: Any traceable module, in any mode; it is not changed.
+        example_input: What the model takes, a tensor or one per argument, axis 0 the batch.
+
+    Returns:
+        The copy, in eval mode, float32, on the CPU.
+
+    Raises:
+        InputError: A bad example.
+        UnsupportedModelError: The model cannot be traced.
+    """
+    model = prepare_copy(model)
+    for fold in find_folds(model, capture(model, example_tensors(example_input))):
+        _fold(model, fold)
+    return model
+
+
+def find_folds(model: nn.Module, program: ExportedProgram) -> list[Fold]:
+    """List the batch norms of a traced model that can be folded, in the order they run."""
+    parameters = _parameters(program)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls: dict[int, int] = {}  # id of a module -> how many layer and norm operators it runs
+    for node in program.graph.nodes:
+        if str(node.target) in (*_LAYER_OPS, *_NORM_OPS):
+            key = id(modules.get(node_module(node)))
+            calls[key] = calls.get(key, 0) + 1
+    folds: list[Fold] = []
+    for node in program.graph.nodes:
+        layer = node.args[0] if str(node.target) in _NORM_OPS else None
+        if not isinstance(layer, fx.Node) or str(layer.target) not in _LAYER_OPS:
+            continue
+        fold = Fold(node_module(layer), node_module(node))
+        norm, module = modules.get(fold.norm), modules.get(fold.layer)
+        if (
+            len(layer.users) == 1
+            and calls[id(module)] == calls[id(norm)] == 1
+            and type(norm) in _NORMS  # a subclass may do more than normalise
+            and isinstance(norm, nn.modules.batchnorm._BatchNorm)
+            and norm.running_mean is not None
+            and module is not None
+            and _is_foldable(layer, module, fold.layer, parameters)
+        ):
+            folds.append(fold)
+    return folds
+
+
+def _is_foldable(
+    layer: fx.Node, module: nn.Module, path: str, parameters: dict[fx.Node, str]
+) -> bool:
+    """Whether scaling the module's own weight and bias scales what this node computes."""
+    if "linear" in str(layer.target) and layer.meta["val"].ndim != 2:
+        return False  # the norm works on axis 1, which holds the outputs of a 2-D result only
+    lookup = str(layer.target).startswith("lutra.")
+    if not (_is_frozen_lookup(module) if lookup else isinstance(module, (nn.Conv2d, nn.Linear))):
+        return False
+    names = ("scale", "bias") if lookup else ("weight", "bias")
+    for position, name in zip(_LAYER_OPS[str(layer.target)], names, strict=True):
+        argument = layer.args[position] if position < len(layer.args) else None
+        if argument is None and name == "bias":
+            continue
+        # Not a reparametrised weight, and not one that another layer reads too.
+        if not isinstance(argument, fx.Node) or argument not in parameters:
+            return False
+        if getattr(module, name, None) is None or len(argument.users) != 1:
+            return False
+        tied = f"{path}.{name}" if path else name
+        if parameters[argument] != tied:
+            return False
+    return True
+
+
+def _is_frozen_lookup(module: nn.Module) -> bool:
+    buffers = dict(module.named_buffers(recurse=False))
+    return all(name in buffers for name in ("tables", "scale", "bias"))
+
+
+def _parameters(program: ExportedProgram) -> dict[fx.Node, str]:
+    placeholders = (node for node in program.graph.nodes if node.op == "placeholder")
+    specs = program.graph_signature.input_specs
+    return {
+        node: spec.target for node, spec in zip(placeholders, specs, strict=True) if spec.target
+    }
+
+
+def _fold(model: nn.Module, fold: Fold) -> None:
+    layer, norm = model.get_submodule(fold.layer), model.get_submodule(fold.norm)
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    gain = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        gain = gain * norm.weight.double()
+    shift = -norm.running_mean.double() * gain
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    with torch.no_grad():
+        factor = layer.scale if _is_frozen_lookup(layer) else layer.weight
+        assert isinstance(factor, Tensor)
+        # Output channels are axis 0 of a weight and the only axis of a scale.
+        factor.copy_(factor.double() * gain.reshape(-1, *[1] * (factor.ndim - 1)))
+        if isinstance(layer.bias, Tensor):
+            layer.bias.copy_(layer.bias.double() * gain + shift)
+        else:
+            layer.bias = nn.Parameter(shift.float(), requires_grad=False)
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if module is norm:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, nn.Identity())

@@ -1,0 +1,95 @@
+"""Where the rows of a convolution come from: kernel, stride, padding and dilation, as pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lutra.errors import LutraError
+
+Pair = tuple[int, int]
+
+
+def pair(value: int | tuple[int, ...]) -> Pair:
+    """An int or a pair, as a pair."""
+    if isinstance(value, int):
+        return value, value
+    return int(value[0]), int(value[1])
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a 2-D convolution over `channels` input channels; a linear layer is a 1x1 one."""
+
+    channels: int
+    kernel: Pair = (1, 1)
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def depth(self) -> int:
+        """Length D of a row: channels * kernel height * kernel width."""
+        return self.channels * self.taps
+
+    def out_size(self, height: int, width: int) -> Pair:
+        """Height and width of the output for an input of this height and width."""
+        h, w = (
+            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            for size, k, s, p, d in zip(
+                (height, width), self.kernel, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+        return h, w
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d | nn.Linear) -> Geometry:
+        """Geometry of a dense layer.
+
+        Raises:
+            LutraError: grouped convolution, or a padding that is not symmetric zeros.
+        """
+        if isinstance(layer, nn.Linear):
+            return cls(layer.in_features)
+        if layer.groups != 1:
+            raise LutraError(
+                f"a convolution with groups={layer.groups} cannot be product-quantised; keep it"
+            )
+        if layer.padding_mode != "zeros":
+            raise LutraError(
+                f"a convolution with padding_mode={layer.padding_mode!r} cannot be "
+                "product-quantised; keep it, or pad with zeros"
+            )
+        kernel, dilation = pair(layer.kernel_size), pair(layer.dilation)
+        if layer.padding == "same":
+            spans = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+            if any(span % 2 for span in spans):
+                raise LutraError(
+                    f"padding='same' with kernel {kernel} and dilation {dilation} is not "
+                    "symmetric; pad explicitly before the convolution"
+                )
+            padding = (spans[0] // 2, spans[1] // 2)
+        elif layer.padding == "valid":
+            padding = (0, 0)
+        else:
+            assert not isinstance(layer.padding, str)
+            padding = pair(layer.padding)
+        return cls(layer.in_channels, kernel, pair(layer.stride), padding, dilation)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The activation grid: x_q = clamp(round(x / scale) + zero, 0, 2**bits - 1)."""
+
+    scale: float
+    zero: int
+    bits: int = 7
+
+    @property
+    def qmax(self) -> int:
+        return int(2**self.bits - 1)

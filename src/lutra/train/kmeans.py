@@ -1,0 +1,131 @@
+"""k-means over all codebooks of a layer at once.
+
+Deterministic under a seed on one kind of device; with torch.distributed the statistics of every
+step are added up over the processes, each of which holds its own samples.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BLOCK = 1 << 24  # elements of the largest temporary
+
+
+def _all_reduce(t: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(t)
+    return t
+
+
+def _broadcast(t: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(t, 0)
+    return t
+
+
+def assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest centroid of every sample and its squared distance.
+
+    Args:
+        x: samples (B, n, V). centroids: (B, K, V).
+
+    Returns:
+        codes (B, n) int64 and distances (B, n).
+    """
+    books, k, _ = centroids.shape
+    norms = centroids.square().sum(2)[:, None, :]
+    codes, distances = [], []
+    for part in x.split(max(1, BLOCK // (books * k)), dim=1):
+        score = torch.baddbmm(norms, part, centroids.transpose(1, 2), beta=1.0, alpha=-2.0)
+        best, code = score.min(2)
+        codes.append(code)
+        distances.append((best + part.square().sum(2)).clamp_min_(0.0))
+    return torch.cat(codes, 1), torch.cat(distances, 1)
+
+
+def _cluster_sums(x: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Sums (B, K, V) and counts (B, K) of samples x (B, n, V) by code, as one-hot products."""
+    books, n, dim = x.shape
+    sums, counts = x.new_zeros((books, k, dim)), x.new_zeros((books, k))
+    clusters = torch.arange(k, device=x.device)[:, None]
+    block = max(1, BLOCK // (books * k))
+    for first in range(0, n, block):
+        member = (codes[:, None, first : first + block] == clusters).to(x.dtype)  # (B, K, rows)
+        sums.baddbmm_(member, x[:, first : first + block])
+        counts += member.sum(2)
+    return sums, counts
+
+
+def _spread_start(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """k-means++: every next centroid is a sample drawn in proportion to its squared distance."""
+    books, n, _ = x.shape
+    pick = torch.randint(n, (books,), generator=generator).to(x.device)
+    rows = torch.arange(books, device=x.device)
+    chosen = [x[rows, pick]]
+    distance = (x - chosen[0][:, None]).square().sum(2)
+    for _ in range(k - 1):
+        total = distance.cumsum(1)
+        target = torch.rand((books, 1), generator=generator).to(x.device) * total[:, -1:]
+        pick = torch.searchsorted(total, target).clamp_max(n - 1).squeeze(1)
+        chosen.append(x[rows, pick])
+        distance = torch.minimum(distance, (x - chosen[-1][:, None]).square().sum(2))
+    return torch.stack(chosen, 1)
+
+
+def kmeans(
+    x: Tensor, k: int, *, steps: int = 25, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Centroids of every codebook by Lloyd's algorithm.
+
+    A centroid that loses all its samples takes the sample that is worst served. Centroids on
+    which fewer distinct samples than K exist stay duplicates; the counts tell.
+
+    Args:
+        x: float32 samples (B, n, V), n >= 1; with torch.distributed, this process's part.
+        k: centroids per codebook.
+        steps: Lloyd steps.
+        seed: of the start.
+
+    Returns:
+        centroids (B, K, V) and the number of samples of each (B, K).
+    """
+    books = x.shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    centroids = _broadcast(_spread_start(x, k, generator).contiguous())
+    counts = torch.zeros((books, k), device=x.device)
+    for step in range(steps + 1):
+        codes, distances = assign(x, centroids)
+        sums, counts = _cluster_sums(x, codes, k)
+        _all_reduce(counts)
+        if step == steps:
+            break
+        _all_reduce(sums)
+        moved = torch.where(
+            counts[:, :, None] > 0, sums / counts.clamp_min(1.0)[:, :, None], centroids
+        )
+        moved = _revive(moved, counts, x, distances)
+        if torch.equal(moved, centroids):
+            break
+        centroids = moved
+    return centroids, counts
+
+
+def _revive(centroids: Tensor, counts: Tensor, x: Tensor, distances: Tensor) -> Tensor:
+    """Gives the dead centroids of a codebook its worst-served samples, one each."""
+    dead = (counts == 0).sum(1)
+    most = int(dead.max())
+    if most == 0:
+        return centroids
+    take = min(most, x.shape[1])
+    worst_distance, worst = distances.topk(take, 1)
+    samples = torch.gather(x, 1, worst[:, :, None].expand(-1, -1, x.shape[2]))
+    samples = _broadcast(samples.contiguous())
+    worst_distance = _broadcast(worst_distance.contiguous())
+    centroids = centroids.clone()
+    for book in torch.nonzero(dead).flatten().tolist():
+        empty = torch.nonzero(counts[book] == 0).flatten()[:take]
+        useful = worst_distance[book, : len(empty)] > 0  # no sample is left unserved otherwise
+        centroids[book, empty[useful]] = samples[book, : len(empty)][useful]
+    return centroids

@@ -1,0 +1,323 @@
+"""Product-quantised layers as ordinary modules: `PQConv2d` and `PQLinear`.
+
+The forward pass is hard from the first step: it quantises the input to the activation grid, takes
+the nearest centroid of every sub-vector and adds up int8 tables, exactly as the engine does. Only
+the gradients are approximations; `PQ.gradient` chooses which.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lutra.errors import LutraError
+from lutra.train import ops, portable
+from lutra.train.geometry import Geometry, Quantization
+from lutra.train.recipe import PQ
+from lutra.train.soft import SoftLookup
+
+TABLE_MAX = 127  # int8 tables are symmetric
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def quantize_tables(tables: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 tables (B, K, M) and float32 scale (M): one scale per output channel."""
+    scale = (tables.abs().amax((0, 1)) / TABLE_MAX).clamp_min(_TINY)
+    return (tables / scale).round().clamp(-TABLE_MAX, TABLE_MAX).to(torch.int8), scale
+
+
+class _Round(torch.autograd.Function):
+    """Replaces a value by its quantised form and passes the gradient straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, quantized: Tensor) -> Tensor:
+        return quantized
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class StraightThroughLookup(torch.autograd.Function):
+    """y = sum of table rows; the gradient of the tables is exact, that of x is the dense layer's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, tables: Tensor, weight: Tensor, call: tuple[Any, ...]
+    ) -> Tensor:
+        geometry, grid, grid_centroids, int8_tables, scale, keep = call
+        y, codes = ops.forward(x, geometry, grid, grid_centroids, int8_tables, scale)
+        keep.append(codes)
+        ctx.geometry, ctx.grid, ctx.centroids = geometry, grid, tables.shape[1]
+        device = x.device.type
+        ctx.low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        ctx.save_for_backward(x, weight, codes)
+        return y
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight, codes = ctx.saved_tensors
+        need_x, need_tables = ctx.needs_input_grad[:2]
+        grad_x = grad_tables = None
+        if need_tables:
+            grad_tables = ops.table_gradient(codes, gradient, ctx.centroids)
+        if need_x:
+            geometry, grid = ctx.geometry, ctx.grid
+            dtype = ctx.low or x.dtype
+            grad_x = torch.ops.aten.convolution_backward(
+                gradient.to(dtype), x.to(dtype), weight.to(dtype), None,
+                geometry.stride, geometry.padding, geometry.dilation,
+                False, [0, 0], 1, [True, False, False],
+            )[0].to(x.dtype)  # fmt: skip
+            # Where x was clipped it does not move the output. (Zero itself is on the grid.)
+            low = -(grid.zero + 0.5) * grid.scale
+            high = (grid.qmax - grid.zero + 0.5) * grid.scale
+            grad_x = torch.ops.aten.hardtanh_backward(grad_x, x, low, high)
+        return grad_x, grad_tables, None, None
+
+
+class _PQLayer(nn.Module):
+    """What `PQConv2d` and `PQLinear` share. Build them with `from_float`.
+
+    State: `weight` and `bias` of the dense layer; `centroids` (B, K, V) in real units;
+    `act_scale`, the step of the activation grid; `inverse_temperature_logit` (soft gradient only);
+    `cluster_counts` (moving average only). All of it is in `state_dict`.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    act_scale: Tensor
+    signed: Tensor
+    cluster_counts: Tensor
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, geometry: Geometry, method: PQ
+    ) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.method = method
+        self.dim = method.v or (geometry.taps if geometry.taps > 1 else 4)
+        self.books = -(-geometry.depth // self.dim)
+        self.weight = nn.Parameter(weight.detach().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        centroids = torch.zeros((self.books, method.k, self.dim), device=weight.device)
+        self.centroids = nn.Parameter(centroids, requires_grad=method.centroids == "gradient")
+        self.register_buffer("act_scale", torch.ones((), device=weight.device))
+        self.register_buffer("signed", torch.zeros((), dtype=torch.bool, device=weight.device))
+        if method.centroids == "average":
+            self.register_buffer(
+                "cluster_counts", torch.zeros((self.books, method.k), device=weight.device)
+            )
+        if method.gradient == "soft":
+            # 1 / t = softplus(logit) + 1, as in LUT-NN's code
+            inverse = 1.0 / method.temperature
+            logit = math.log(math.expm1(inverse - 1.0)) if inverse - 1.0 < 30 else inverse - 1.0
+            self.inverse_temperature_logit = nn.Parameter(
+                torch.tensor(logit, device=weight.device)
+            )
+
+    @property
+    def outputs(self) -> int:
+        return self.weight.shape[0]
+
+    def grid(self) -> Quantization:
+        """The activation grid; read from the device again only after it was written."""
+        state = (id(self.act_scale), self.act_scale._version, self.signed._version)
+        kept: tuple[Any, Quantization] | None = self.__dict__.get("_grid")
+        if kept is None or kept[0] != state:
+            bits = self.method.act_bits
+            zero = 1 << (bits - 1) if bool(self.signed) else 0
+            kept = (state, Quantization(float(self.act_scale), zero, bits))
+            self.__dict__["_grid"] = kept
+        return kept[1]
+
+    def set_activation_range(self, low: float, high: float) -> None:
+        """Sets the grid to cover low..high: unsigned if nothing is below zero."""
+        bits = self.method.act_bits
+        signed = low < 0.0
+        reach = max(high, -low) if signed else high
+        levels = (1 << (bits - 1)) - 1 if signed else (1 << bits) - 1
+        self.signed.fill_(signed)
+        self.act_scale.fill_(max(reach, 1e-6) / max(levels, 1))
+
+    def weight_blocks(self) -> Tensor:
+        """Weights by codebook: (B, V, M), zero where the last sub-vector is short."""
+        rows = self.weight.reshape(self.outputs, -1)
+        missing = self.books * self.dim - rows.shape[1]
+        if missing:
+            rows = F.pad(rows, (0, missing))
+        return rows.view(self.outputs, self.books, self.dim).permute(1, 2, 0)
+
+    def grid_centroids(self) -> Tensor:
+        """Centroids on the activation grid: (B, K, V) uint8; missing entries are 0."""
+        grid = self.grid()
+        q = portable.quantize(self.centroids.detach(), grid).to(torch.uint8)
+        short = self.books * self.dim - self.geometry.depth
+        if short:
+            q[-1, :, self.dim - short :] = 0
+        return q
+
+    def tables(self, grid_centroids: Tensor) -> Tensor:
+        """Float tables (B, K, M) of the centroids on the grid, with gradients to the weights, and
+        straight through the rounding to the centroids."""
+        grid = self.grid()
+        on_grid = (grid_centroids.float() - grid.zero) * grid.scale
+        short = self.books * self.dim - self.geometry.depth
+        if short and grid.zero:
+            on_grid[-1, :, self.dim - short :] = 0.0
+        return torch.bmm(_Round.apply(self.centroids, on_grid), self.weight_blocks())
+
+    def _run(self, x: Tensor) -> Tensor:
+        """y (N, M, H', W') of x (N, C, H, W), in float32."""
+        if x.shape[1] != self.geometry.channels or x.dim() != 4:
+            raise LutraError(
+                f"{type(self).__name__}: the input has shape {tuple(x.shape)}, but the layer takes "
+                f"{self.geometry.channels} channels or features"
+            )
+        with torch.autocast(x.device.type, enabled=False):
+            grid, geometry = self.grid(), self.geometry
+            x = x.float()
+            grid_centroids = self.grid_centroids()
+            tables = self.tables(grid_centroids)
+            with torch.no_grad():
+                int8_tables, scale = quantize_tables(tables)
+                rounded = int8_tables.float() * scale
+            tables = _Round.apply(tables, rounded)
+        codes: list[Tensor] = []
+        call = (geometry, grid, grid_centroids, int8_tables, scale, codes)
+        if self.method.gradient == "soft":
+            inverse = F.softplus(self.inverse_temperature_logit) + 1.0
+            y = SoftLookup.apply(x, self.centroids, tables, inverse, call)
+        else:
+            weight = self.weight.detach().view(self.outputs, geometry.channels, *geometry.kernel)
+            y = StraightThroughLookup.apply(x, tables, weight, call)
+        if self.training and self.method.centroids == "average":
+            self._follow_clusters(x.detach(), codes[0])
+        return y if self.bias is None else y + self.bias.view(1, -1, 1, 1)
+
+    @torch.no_grad()
+    def _follow_clusters(self, x: Tensor, codes: Tensor) -> None:
+        """Moves every centroid towards the mean of the sub-vectors that chose it."""
+        grid = self.grid()
+        sums, counts = ops.cluster_sums(
+            self.geometry, grid, x, codes, self.method.k, self.dim
+        )
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+            dist.all_reduce(counts)
+        weight = counts.float()
+        mean = (sums.float() / weight.clamp_min(1.0)[:, :, None] - grid.zero) * grid.scale
+        keep = self.method.decay
+        total = keep * self.cluster_counts + (1.0 - keep) * weight
+        step = ((1.0 - keep) * weight / total.clamp_min(1e-6))[:, :, None]
+        self.centroids += step * (mean - self.centroids)
+        self.cluster_counts.copy_(total)
+
+    @torch.no_grad()
+    def freeze(self) -> FrozenPQ:
+        """The layer as the engine runs it: codebooks and int8 tables in place of the weights."""
+        grid_centroids = self.grid_centroids()
+        int8_tables, scale = quantize_tables(self.tables(grid_centroids))
+        bias = torch.zeros_like(scale) if self.bias is None else self.bias.detach().clone()
+        linear = isinstance(self, PQLinear)
+        return FrozenPQ(
+            self.geometry, self.grid(), linear, grid_centroids, int8_tables, scale, bias
+        )
+
+    def extra_repr(self) -> str:
+        g, m = self.geometry, self.method
+        return (
+            f"{g.channels} -> {self.outputs}, kernel={g.kernel}, stride={g.stride}, "
+            f"V={self.dim}, K={m.k}, gradient={m.gradient}, centroids={m.centroids}"
+        )
+
+
+class PQConv2d(_PQLayer):
+    """A product-quantised 2-D convolution (groups = 1)."""
+
+    @classmethod
+    def from_float(cls, layer: nn.Conv2d, method: PQ) -> PQConv2d:
+        """Takes over the weights; the codebooks must still be learned (`lutra.convert` does both).
+
+        Raises:
+            LutraError: grouped convolution or unsupported padding.
+        """
+        return cls(layer.weight, layer.bias, Geometry.of(layer), method)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (N, M, H', W') of x (N, C, H, W)."""
+        if self.training or torch.is_grad_enabled():
+            return self._run(x)
+        return cast(Tensor, _frozen(self)(x))
+
+
+class PQLinear(_PQLayer):
+    """A product-quantised linear layer."""
+
+    @classmethod
+    def from_float(cls, layer: nn.Linear, method: PQ) -> PQLinear:
+        """Takes over the weights; the codebooks must still be learned (`lutra.convert` does both)."""
+        return cls(layer.weight, layer.bias, Geometry.of(layer), method)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (..., M) of x (..., D)."""
+        if self.training or torch.is_grad_enabled():
+            y = self._run(x.reshape(-1, x.shape[-1])[:, :, None, None])
+            return y.reshape(*x.shape[:-1], self.outputs)
+        return cast(Tensor, _frozen(self)(x))
+
+
+class FrozenPQ(nn.Module):
+    """A lookup layer without weights: what is exported. Buffers are the file's tensors."""
+
+    centroids: Tensor
+    tables: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        grid: Quantization,
+        linear: bool,
+        centroids: Tensor,
+        tables: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+    ) -> None:
+        super().__init__()
+        self.geometry, self.grid, self.linear = geometry, grid, linear
+        self.register_buffer("centroids", centroids)
+        self.register_buffer("tables", tables)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shapes as the layer that was frozen."""
+        g, q = self.geometry, self.grid
+        tensors = (self.centroids, self.tables, self.scale, self.bias)
+        if self.linear:
+            return ops.pq_linear(x.float(), *tensors, q.scale, q.zero, q.bits, "nearest")
+        return ops.pq_conv2d(
+            x.float(), *tensors, q.scale, q.zero, q.bits, "nearest",
+            g.kernel, g.stride, g.padding, g.dilation,
+        )  # fmt: skip
+
+
+def _frozen(layer: _PQLayer) -> FrozenPQ:
+    """`layer.freeze()`, kept until a parameter or buffer is written or replaced."""
+    state = tuple(
+        (id(t), t._version) for t in (*layer.parameters(), *layer.buffers()) if not t.is_inference()
+    )
+    kept: tuple[Any, FrozenPQ] | None = layer.__dict__.get("_frozen")
+    if kept is None or kept[0] != state:
+        kept = (state, layer.freeze())
+        layer.__dict__["_frozen"] = kept  # not a submodule: it must not reach state_dict
+    return kept[1]

@@ -1,0 +1,41 @@
+"""From a captured torch program to a graph: one small function per torch operator.
+
+The files mirror `lutra.ops`. To add an operator, write a function like those in them; `core`
+explains its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from lutra.train.lowering import dense, elementwise, pool, pq, shape  # noqa: F401  (they register)
+from lutra.train.lowering.core import Lowered, Lowering, Ref, UnsupportedUse, lowers
+
+__all__ = ["Lowered", "Lowering", "Ref", "UnsupportedUse", "lower", "lowers"]
+
+
+def lower(
+    program: ExportedProgram,
+    input_names: Sequence[str],
+    output_names: Sequence[str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Lowered:
+    """Turn a captured program into a graph.
+
+    Args:
+        program: From `capture.capture`: functional, axis 0 of every input dynamic.
+        input_names: One per input.
+        output_names: One per output; by default the keys of a returned dict, else `output` or
+            `output_0`, `output_1`, ...
+        metadata: Put into the graph as it is.
+
+    Returns:
+        The graph, not yet validated, and the torch node behind each of its values.
+
+    Raises:
+        UnsupportedModelError: Operators that lutra cannot run, all of them in one message.
+    """
+    return Lowering(program).run(input_names, output_names, metadata or {})

@@ -1,0 +1,92 @@
+"""Pools and means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lutra.train.lowering.arguments import need_rank, pair
+from lutra.train.lowering.core import Lowering, Ref, UnsupportedUse, lowers
+
+
+@lowers("aten.max_pool2d.default")
+def _max_pool2d(
+    ctx: Lowering,
+    self: Ref,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    ceil_mode: bool,
+) -> Ref:
+    need_rank(self, 4)
+    return ctx.emit(
+        "max_pool2d",
+        self,
+        attrs={
+            "kernel": pair(kernel_size),
+            "stride": pair(stride or kernel_size),
+            "padding": pair(padding),
+            "dilation": pair(dilation),
+            "ceil_mode": ceil_mode,
+        },
+    )
+
+
+@lowers("aten.max_pool2d_with_indices.default")
+def _max_pool2d_with_indices(
+    ctx: Lowering,
+    self: Ref,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    ceil_mode: bool,
+) -> tuple[Ref, None]:
+    return _max_pool2d(ctx, self, kernel_size, stride, padding, dilation, ceil_mode), None
+
+
+@lowers("aten.avg_pool2d.default")
+def _avg_pool2d(
+    ctx: Lowering,
+    self: Ref,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Ref:
+    need_rank(self, 4)
+    if divisor_override is not None:
+        raise UnsupportedUse("it sets divisor_override; leave that out and scale the result")
+    return ctx.emit(
+        "avg_pool2d",
+        self,
+        attrs={
+            "kernel": pair(kernel_size),
+            "stride": pair(stride or kernel_size),
+            "padding": pair(padding),
+            "ceil_mode": ceil_mode,
+            "count_include_pad": count_include_pad,
+        },
+    )
+
+
+@lowers("aten.adaptive_avg_pool2d.default", "aten._adaptive_avg_pool2d.default")
+def _adaptive_avg_pool2d(ctx: Lowering, self: Ref, output_size: Any) -> Ref:
+    need_rank(self, 4)
+    return ctx.emit("adaptive_avg_pool2d", self, attrs={"output_size": pair(output_size)})
+
+
+@lowers("aten.adaptive_max_pool2d.default")
+def _adaptive_max_pool2d(ctx: Lowering, self: Ref, output_size: Any) -> tuple[Ref, None]:
+    need_rank(self, 4)
+    return ctx.emit("adaptive_max_pool2d", self, attrs={"output_size": pair(output_size)}), None
+
+
+@lowers("aten.mean.dim")
+def _mean(ctx: Lowering, self: Ref, dim: list[int] | None, keepdim: bool) -> Ref:
+    axes = tuple(sorted(axis % self.rank for axis in dim or range(self.rank)))
+    if axes[0] == 0:
+        raise UnsupportedUse("it averages over the batch (axis 0); name the other axes")
+    return ctx.emit("mean", self, attrs={"axes": axes, "keepdims": keepdim})

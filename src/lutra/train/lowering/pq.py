@@ -1,0 +1,71 @@
+"""Lookup layers: the custom operators of `lutra.train`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lutra.train.lowering.arguments import need_rank
+from lutra.train.lowering.core import Lowering, Ref, lowers
+
+
+@lowers("lutra.pq_conv2d.default")
+def _pq_conv2d(
+    ctx: Lowering,
+    x: Ref,
+    centroids: Tensor,
+    tables: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    act_scale: float,
+    act_zero: int,
+    act_bits: int,
+    encoder: str,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Ref:
+    need_rank(x, 4)
+    return ctx.emit(
+        "pq_conv2d",
+        x,
+        attrs={
+            "in_channels": x.shape[1],
+            "kernel": kernel,
+            "stride": stride,
+            "padding": padding,
+            "dilation": dilation,
+            "act_scale": float(act_scale),
+            "act_zero": act_zero,
+            "act_bits": act_bits,
+            "encoder": encoder,
+        },
+        tensors={"centroids": centroids, "tables": tables, "scale": scale, "bias": bias},
+    )
+
+
+@lowers("lutra.pq_linear.default")
+def _pq_linear(
+    ctx: Lowering,
+    x: Ref,
+    centroids: Tensor,
+    tables: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    act_scale: float,
+    act_zero: int,
+    act_bits: int,
+    encoder: str,
+) -> Ref:
+    return ctx.emit(
+        "pq_linear",
+        x,
+        attrs={
+            "in_features": x.shape[-1],
+            "act_scale": float(act_scale),
+            "act_zero": act_zero,
+            "act_bits": act_bits,
+            "encoder": encoder,
+        },
+        tensors={"centroids": centroids, "tables": tables, "scale": scale, "bias": bias},
+    )

@@ -1,0 +1,140 @@
+"""The engine's kernels on PyTorch CPU tensors, without copies and in any memory layout."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lutra import _engine
+from lutra.train.geometry import Geometry, Quantization
+
+Array = np.ndarray[Any, Any]
+
+
+def default_isa() -> str:
+    """The instruction set that LUTRA_ISA asks for, else the best; the engine refuses others."""
+    return os.environ.get("LUTRA_ISA", "auto")
+
+
+@lru_cache(maxsize=4)
+def _pool(threads: int) -> _engine.ThreadPool:
+    return _engine.ThreadPool(threads)
+
+
+def pool() -> _engine.ThreadPool:
+    """A pool as wide as PyTorch's own (`torch.set_num_threads`)."""
+    return _pool(torch.get_num_threads())
+
+
+def _array(t: Tensor) -> Array:
+    array: Array = t.detach().numpy()
+    return array
+
+
+def empty_output(x: Tensor, outputs: int, height: int, width: int) -> Tensor:
+    """An uninitialised (N, outputs, height, width) tensor in the memory layout of `x`."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.empty(
+        (x.shape[0], outputs, height, width),
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+
+
+def make_layer(
+    geometry: Geometry,
+    grid: Quantization,
+    centroids: Tensor,
+    tables: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+) -> _engine.PqLayer:
+    """Packs a layer for the instruction set of this process."""
+    return _engine.PqLayer(
+        default_isa(),
+        _array(centroids.contiguous()),
+        _array(tables.contiguous()),
+        _array(scale.contiguous()),
+        _array(bias.contiguous()),
+        grid.scale,
+        grid.zero,
+        grid.bits,
+        geometry.channels,
+        geometry.kernel,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+    )
+
+
+_layers: dict[int, tuple[weakref.ref[Tensor], object, _engine.PqLayer]] = {}
+
+
+def cached_layer(
+    geometry: Geometry,
+    grid: Quantization,
+    centroids: Tensor,
+    tables: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+) -> _engine.PqLayer:
+    """`make_layer`, packed once for as long as none of the four tensors is replaced or written."""
+    tensors = (centroids, tables, scale, bias)
+    if any(t.is_inference() for t in tensors):  # these do not count their writes
+        return make_layer(geometry, grid, *tensors)
+    state = (geometry, grid, tuple((id(t), t._version) for t in tensors))
+    known = _layers.get(id(tables))
+    if known is not None and known[0]() is tables and known[1] == state:
+        return known[2]
+    layer = make_layer(geometry, grid, *tensors)
+    key = id(tables)
+    _layers[key] = (weakref.ref(tables, lambda _: _layers.pop(key, None)), state, layer)
+    return layer
+
+
+def run(
+    layer: _engine.PqLayer, geometry: Geometry, x: Tensor, outputs: int, codes: Tensor | None
+) -> Tensor:
+    """y (N, M, H', W') of x (N, C, H, W) float32; fills `codes` (B, N*H'*W') uint8 if given."""
+    height, width = geometry.out_size(x.shape[2], x.shape[3])
+    y = empty_output(x, outputs, height, width)
+    if y.numel():
+        layer.run(pool(), _array(x), _array(y), None if codes is None else _array(codes))
+    return y
+
+
+def table_gradient(codes: Tensor, gradient: Tensor, centroids: int) -> Tensor:
+    """grad (B, K, M): the output gradient (N, M, H', W') added up by code."""
+    out = torch.empty((codes.shape[0], centroids, gradient.shape[1]))
+    _engine.table_gradient(default_isa(), pool(), _array(codes), _array(gradient), _array(out))
+    return out
+
+
+def cluster_sums(
+    geometry: Geometry, grid: Quantization, x: Tensor, codes: Tensor, centroids: int, dim: int
+) -> tuple[Tensor, Tensor]:
+    """Sums (B, K, V) of the quantised sub-vectors of each code, and their counts (B, K), int64."""
+    books = codes.shape[0]
+    sums = torch.empty((books, centroids, dim), dtype=torch.int64)
+    counts = torch.empty((books, centroids), dtype=torch.int64)
+    _engine.cluster_sums(
+        default_isa(),
+        pool(),
+        _array(x),
+        _array(codes),
+        grid.scale,
+        grid.zero,
+        grid.bits,
+        geometry.kernel,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        _array(sums),
+        _array(counts),
+    )
+    return sums, counts

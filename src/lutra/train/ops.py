@@ -1,0 +1,154 @@
+"""The lookup layers as operators: native kernels on the CPU, plain PyTorch on other devices.
+
+`lutra::pq_conv2d` and `lutra::pq_linear` are custom operators, so that `torch.export` keeps a lookup
+layer as one node. The training functions below are what the layers' autograd functions call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lutra.errors import LutraError
+from lutra.train import native, portable
+from lutra.train.geometry import Geometry, Quantization
+
+
+def _is_native(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+def _check_encoder(encoder: str) -> None:
+    if encoder != "nearest":
+        raise LutraError(f"encoder {encoder!r} is unknown; choose 'nearest'")
+
+
+@torch.library.custom_op("lutra::pq_conv2d", mutates_args=())
+def pq_conv2d(
+    x: Tensor,
+    centroids: Tensor,
+    tables: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    act_scale: float,
+    act_zero: int,
+    act_bits: int,
+    encoder: str,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Product-quantised convolution of x (N, C, H, W) float32: int8 tables, exact integer sums.
+
+    centroids (B, K, V) uint8, tables (B, K, M) int8, scale (M) and bias (M) float32.
+    """
+    _check_encoder(encoder)
+    geometry = Geometry(
+        x.shape[1],
+        (kernel[0], kernel[1]),
+        (stride[0], stride[1]),
+        (padding[0], padding[1]),
+        (dilation[0], dilation[1]),
+    )
+    grid = Quantization(act_scale, act_zero, act_bits)
+    if not _is_native(x):
+        return portable.forward(x, geometry, grid, centroids, tables, scale, bias)[0].contiguous()
+    layer = native.cached_layer(geometry, grid, centroids, tables, scale, bias)
+    return native.run(layer, geometry, x.float(), tables.shape[2], None)
+
+
+@pq_conv2d.register_fake
+def _(
+    x: Tensor,
+    centroids: Tensor,
+    tables: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    act_scale: float,
+    act_zero: int,
+    act_bits: int,
+    encoder: str,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    sizes = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(
+            x.shape[2:], kernel, stride, padding, dilation, strict=True
+        )
+    ]
+    return x.new_empty((x.shape[0], tables.shape[2], sizes[0], sizes[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("lutra::pq_linear", mutates_args=())
+def pq_linear(
+    x: Tensor,
+    centroids: Tensor,
+    tables: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    act_scale: float,
+    act_zero: int,
+    act_bits: int,
+    encoder: str,
+) -> Tensor:
+    """Product-quantised linear layer of x (..., D) float32 -> (..., M). Tensors as in `pq_conv2d`."""
+    _check_encoder(encoder)
+    rows = x.reshape(-1, x.shape[-1])[:, :, None, None]
+    y = pq_conv2d(
+        rows, centroids, tables, scale, bias, act_scale, act_zero, act_bits, encoder,
+        (1, 1), (1, 1), (0, 0), (1, 1),
+    )  # fmt: skip
+    return y.reshape(*x.shape[:-1], tables.shape[2])
+
+
+@pq_linear.register_fake
+def _(
+    x: Tensor,
+    centroids: Tensor,
+    tables: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    act_scale: float,
+    act_zero: int,
+    act_bits: int,
+    encoder: str,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], tables.shape[2]), dtype=torch.float32)
+
+
+def forward(
+    x: Tensor,
+    geometry: Geometry,
+    grid: Quantization,
+    centroids: Tensor,
+    tables: Tensor,
+    scale: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Training forward, tables changing at every step: y (N, M, H', W') and codes (B, rows)."""
+    bias = torch.zeros_like(scale)
+    if not _is_native(x):
+        return portable.forward(x, geometry, grid, centroids, tables, scale, bias)
+    height, width = geometry.out_size(x.shape[2], x.shape[3])
+    codes = torch.empty((tables.shape[0], x.shape[0] * height * width), dtype=torch.uint8)
+    layer = native.make_layer(geometry, grid, centroids, tables, scale, bias)
+    return native.run(layer, geometry, x, tables.shape[2], codes), codes
+
+
+def table_gradient(codes: Tensor, gradient: Tensor, centroids: int) -> Tensor:
+    """grad (B, K, M): the output gradient (N, M, H', W') added up by code."""
+    module = native if _is_native(codes) else portable
+    return module.table_gradient(codes, gradient.float(), centroids)
+
+
+def cluster_sums(
+    geometry: Geometry, grid: Quantization, x: Tensor, codes: Tensor, centroids: int, dim: int
+) -> tuple[Tensor, Tensor]:
+    """Sums (B, K, V) of the quantised sub-vectors of each code, and their counts (B, K), int64."""
+    module = native if _is_native(x) else portable
+    return module.cluster_sums(geometry, grid, x, codes, centroids, dim)

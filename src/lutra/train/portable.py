@@ -1,0 +1,104 @@
+"""The same functions as `native`, in plain PyTorch, for every device; exact for integers.
+
+Memory is bounded: rows are taken in blocks, and no tensor of rows x codebooks x K x outputs exists.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lutra.train.geometry import Geometry, Quantization
+
+BLOCK = 1 << 24  # elements of the largest temporary
+
+
+def quantize(x: Tensor, grid: Quantization) -> Tensor:
+    """Grid values 0..qmax of x, as float32 (small integers are exact)."""
+    low, high = float(-grid.zero), float(grid.qmax - grid.zero)
+    scale = torch.tensor(grid.scale, dtype=torch.float32, device=x.device)
+    q = (x.float() / scale).clamp(low, high)
+    return torch.nan_to_num(q, nan=low).round() + grid.zero
+
+
+def unfold(x: Tensor, geometry: Geometry, dim: int, padding: float) -> Tensor:
+    """Sub-vectors (B, V, rows) of x (N, C, H, W); missing entries of the last one are zero."""
+    ph, pw = geometry.padding
+    if ph or pw:
+        x = F.pad(x, (pw, pw, ph, ph), value=padding)
+    patches = F.unfold(x, geometry.kernel, geometry.dilation, 0, geometry.stride)
+    rows = patches.transpose(0, 1).reshape(geometry.depth, -1)
+    missing = -geometry.depth % dim
+    return F.pad(rows, (0, 0, 0, missing)).view(-1, dim, rows.shape[1])
+
+
+def encode(x: Tensor, geometry: Geometry, grid: Quantization, centroids: Tensor) -> Tensor:
+    """Codes (B, rows) uint8 of x (N, C, H, W), nearest of centroids (B, K, V) uint8."""
+    books, k, dim = centroids.shape
+    c = centroids.float()
+    half = torch.floor(c.square().sum(2) / 2)[:, :, None]
+    images = max(1, BLOCK // max(1, geometry.depth * x.shape[2] * x.shape[3]))
+    codes = []
+    for part in x.split(images):
+        sub = unfold(quantize(part, grid), geometry, dim, float(grid.zero))
+        blocks = [
+            # exact: every score is an integer below 2**24
+            (torch.bmm(c, s) - half).argmax(1).to(torch.uint8)
+            for s in sub.split(max(1, BLOCK // (books * k)), dim=2)
+        ]
+        codes.append(torch.cat(blocks, 1))
+    return torch.cat(codes, 1)
+
+
+def lookup(codes: Tensor, tables: Tensor) -> Tensor:
+    """Sums (rows, M) int32 of tables (B, K, M) int8 by codes (B, rows)."""
+    books, k, outputs = tables.shape
+    flat = tables.reshape(books * k, outputs)
+    offset = torch.arange(books, device=codes.device)[:, None] * k
+    parts = []
+    for block in codes.split(max(1, BLOCK // (books * outputs)), dim=1):
+        index = (block.long() + offset).t()
+        parts.append(flat[index].sum(1, dtype=torch.int32))
+    return torch.cat(parts)
+
+
+def forward(
+    x: Tensor,
+    geometry: Geometry,
+    grid: Quantization,
+    centroids: Tensor,
+    tables: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """y (N, M, H', W') and codes (B, N*H'*W') of x (N, C, H, W)."""
+    height, width = geometry.out_size(x.shape[2], x.shape[3])
+    codes = encode(x, geometry, grid, centroids)
+    y = lookup(codes, tables).float() * scale + bias
+    return y.view(x.shape[0], height, width, -1).permute(0, 3, 1, 2), codes
+
+
+def table_gradient(codes: Tensor, gradient: Tensor, centroids: int) -> Tensor:
+    """grad (B, K, M): the output gradient (N, M, H', W') added up by code."""
+    rows = gradient.permute(0, 2, 3, 1).reshape(-1, gradient.shape[1]).float()
+    grads = []
+    for book in codes:
+        grad = torch.zeros((centroids, rows.shape[1]), device=rows.device)
+        grads.append(grad.index_add_(0, book.long(), rows))
+    return torch.stack(grads)
+
+
+def cluster_sums(
+    geometry: Geometry, grid: Quantization, x: Tensor, codes: Tensor, centroids: int, dim: int
+) -> tuple[Tensor, Tensor]:
+    """Sums (B, K, V) of the quantised sub-vectors of each code, and their counts (B, K), int64."""
+    sub = unfold(quantize(x, grid), geometry, dim, float(grid.zero)).long()
+    books = codes.shape[0]
+    index = codes.long()
+    counts = torch.zeros((books, centroids), dtype=torch.int64, device=x.device)
+    counts.scatter_add_(1, index, torch.ones_like(index))
+    sums = torch.zeros((books, centroids, dim), dtype=torch.int64, device=x.device)
+    wide = index[:, :, None].expand(-1, -1, dim)
+    sums.scatter_add_(1, wide, sub.transpose(1, 2))
+    return sums, counts

@@ -1,0 +1,120 @@
+"""Recipes: which layer gets which method. One frozen dataclass per method."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from lutra.errors import LutraError
+from lutra.ops.pq import CENTROID_COUNTS, MAX_ACT_BITS, MAX_SUBVECTOR
+
+Gradient = Literal["straight-through", "soft"]
+CentroidUpdate = Literal["average", "gradient"]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Leave the layer as it is."""
+
+    reason: str = "the recipe keeps it"
+
+
+@dataclass(frozen=True)
+class PQ:
+    """Product quantisation of a layer's input (LUT-NN, arXiv 2302.03213).
+
+    Args:
+        v: values per sub-vector, 1..64. None takes what LUT-NN takes: the kernel's area for a
+            convolution (one channel's patch), 4 for 1x1 convolutions and linear layers.
+        k: centroids per codebook: 8, 16, 32 or 64.
+        act_bits: bits of the activation grid, 1..7.
+        gradient: "straight-through" passes the dense layer's input gradient and the exact gradient
+            of the tables; "soft" is LUT-NN's softmax over distances with a learned temperature.
+        centroids: "average" lets centroids follow the mean of their cluster (exponential moving
+            average); "gradient" trains them by backpropagation.
+        decay: of that moving average, per step.
+        temperature: initial softmax temperature of the soft gradient (LUT-NN starts at 0.065).
+
+    Raises:
+        LutraError: a value is out of range.
+    """
+
+    v: int | None = None
+    k: int = 16
+    act_bits: int = 7
+    gradient: Gradient = "straight-through"
+    centroids: CentroidUpdate = "average"
+    decay: float = 0.99
+    temperature: float = 0.065
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, what: str) -> None:
+            if not ok:
+                raise LutraError(f"PQ: {what}")
+
+        require(
+            self.v is None or 1 <= self.v <= MAX_SUBVECTOR,
+            f"v={self.v} is not in 1..{MAX_SUBVECTOR}; choose a sub-vector length in that range",
+        )
+        require(self.k in CENTROID_COUNTS, f"k={self.k} is not one of {list(CENTROID_COUNTS)}")
+        require(
+            1 <= self.act_bits <= MAX_ACT_BITS,
+            f"act_bits={self.act_bits} is not in 1..{MAX_ACT_BITS}",
+        )
+        require(
+            self.gradient in ("straight-through", "soft"),
+            f"gradient={self.gradient!r} is not 'straight-through' or 'soft'",
+        )
+        require(
+            self.centroids in ("average", "gradient"),
+            f"centroids={self.centroids!r} is not 'average' or 'gradient'",
+        )
+        require(0.0 <= self.decay < 1.0, f"decay={self.decay} is not in [0, 1)")
+        require(0.0 < self.temperature < 1.0, f"temperature={self.temperature} is not in (0, 1)")
+
+
+Method = PQ | Keep
+Recipe = Mapping[str, Method]
+_METHODS: dict[str, type[PQ] | type[Keep]] = {"pq": PQ, "keep": Keep}
+
+
+def match(recipe: Recipe, name: str) -> Method:
+    """The method of the first pattern (a shell-style glob) that fits a module path."""
+    for pattern, method in recipe.items():
+        if fnmatchcase(name, pattern):
+            return method
+    return Keep("no pattern of the recipe names it")
+
+
+def recipe_to_json(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """A recipe as plain JSON values, in the order of its patterns."""
+    names = {cls: name for name, cls in _METHODS.items()}
+    return {
+        pattern: {"method": names[type(method)], **dataclasses.asdict(method)}
+        for pattern, method in recipe.items()
+    }
+
+
+def recipe_from_json(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Method]:
+    """The recipe that `recipe_to_json` wrote.
+
+    Raises:
+        LutraError: unknown method or setting.
+    """
+    recipe: dict[str, Method] = {}
+    for pattern, entry in data.items():
+        settings = dict(entry)
+        cls = _METHODS.get(settings.pop("method", ""))
+        if cls is None:
+            raise LutraError(
+                f"recipe: pattern {pattern!r} has the method {entry.get('method')!r}; "
+                f"choose one of {sorted(_METHODS)}"
+            )
+        try:
+            recipe[pattern] = cls(**settings)
+        except TypeError as error:
+            raise LutraError(f"recipe: pattern {pattern!r}: {error}") from None
+    return recipe

@@ -1,0 +1,252 @@
+"""Which kernels run, who decides it, and what an import costs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from graphs import Builder
+from layers import random_layer, same_bits
+
+import lutra
+from lutra import Session, UnsupportedCpuError, _engine, cpu_info, runnable_isas
+from lutra.cpu import cgroup_quota, choose_threads, usable_cores
+
+ROOT = Path(__file__).parents[1]
+ISAS = runnable_isas()
+KERNELS = ("quantize", "encode", "lookup", "gemm", "linear", "table_grad", "pack_tables")
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in another process, with the tests' modules at hand."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.fixture(scope="module")
+def graph() -> lutra.Graph:
+    return random_layer(1, size=(1, 8, 8), channels=4, kernel=(3, 3), padding=(1, 1)).graph()
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LUTRA_ISA", raising=False)
+    monkeypatch.delenv("LUTRA_NUM_THREADS", raising=False)
+
+
+def test_best_is_the_highest_that_runs(graph: lutra.Graph) -> None:
+    info = cpu_info()
+    assert info["runnable"] == ISAS
+    assert ISAS[0] == "scalar"
+    assert [isa for isa in info["compiled"] if isa in ISAS] == ISAS
+    assert info["best"] == ISAS[-1] == Session(graph).isa == Session(graph, isa="auto").isa
+    features = set(info["features"])
+    assert ("avx2" in ISAS) == ("avx2" in info["compiled"] and {"avx2", "fma"} <= features)
+    assert 1 <= info["cores"] <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_argument_and_environment_choose(
+    graph: lutra.Graph, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Session(graph, isa=isa).isa == isa
+    code = (
+        "import layers, lutra\n"
+        "graph = layers.random_layer(1, channels=9).graph()\n"
+        "print(lutra.Session(graph).isa, lutra.Session(graph, isa='scalar').isa)"
+    )
+    result = python(code, LUTRA_ISA=isa)
+    assert result.stdout.split() == [isa, "scalar"], result.stderr
+    monkeypatch.setenv("LUTRA_ISA", "")
+    assert Session(graph).isa == ISAS[-1]
+
+
+def test_an_unknown_isa_is_an_error_that_lists_the_others(
+    graph: lutra.Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UnsupportedCpuError, match=f"isa='mmx'.*auto, {', '.join(ISAS)}$"):
+        Session(graph, isa="mmx")
+    monkeypatch.setenv("LUTRA_ISA", "neon512")
+    with pytest.raises(UnsupportedCpuError, match="LUTRA_ISA='neon512'"):
+        Session(graph)
+    assert Session(graph, isa="scalar").isa == "scalar"
+
+
+def test_sessions_name_their_own_kernels(graph: lutra.Graph) -> None:
+    texts = [repr(Session(graph, isa=isa, threads=2)) for isa in ISAS]
+    assert texts[0] == "Session(graph, 4x8x8 -> 5x8x8, 1 lookup layer, scalar, 2 threads, 0.94 kB)"
+    assert texts == [texts[0].replace("scalar", isa) for isa in ISAS]
+
+
+def objects() -> dict[str, Path]:
+    """The newest optimised object file of every instruction set."""
+    found: dict[str, Path] = {}
+    for isa in _engine.compiled_isas():
+        paths = list(ROOT.glob(f"build/**/kernels/{isa}.cc.o*"))
+        if not paths:
+            pytest.skip("there is no build folder with the object files of the kernels")
+        found[isa] = max(paths, key=lambda path: path.stat().st_mtime)
+    return found
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="nm is not installed")
+@pytest.mark.skipif(not shutil.which("objdump"), reason="objdump is not installed")
+def test_object_files_export_their_table_and_nothing_else() -> None:
+    for isa, path in objects().items():
+        symbols = subprocess.check_output(["nm", "-C", path], text=True).splitlines()
+        kinds = [re.split(r" ([A-Za-z]) ", line, maxsplit=1) for line in symbols]
+        shared = [name for _, kind, name in kinds if kind in "TDBRVWuvw"]
+        assert shared == [f"lutra::k{isa.capitalize()}"], path
+        # each has its own code for every kernel, none is another's
+        own = {name for _, kind, name in kinds if kind == "t"}
+        for kernel in KERNELS:
+            assert any(f"::{kernel}(" in name for name in own), (kernel, path)
+        sections = subprocess.check_output(["objdump", "-h", path], text=True)
+        assert ".init_array" not in sections, path
+        assert ".ctors" not in sections, path
+
+
+def test_sessions_of_all_isas_in_many_threads_agree() -> None:
+    b = Builder(("x", (None, 6, 10, 10)), seed=3)
+    y = b.add("relu", b.pq_conv2d("x", 6, 12, padding=(1, 1), act_zero=64))
+    b.add("mean", b.conv2d(y, 12, 7), axes=(2, 3))
+    graph = b.graph()
+    x = b.rng.normal(size=(9, 6, 10, 10)).astype(np.float32)
+    sessions = [Session(graph, isa=isa, threads=2) for isa in ISAS]
+    expected = sessions[0](x)
+    different: list[str] = []
+
+    def work(first: int) -> None:
+        for turn in range(6):
+            session = sessions[(first + turn) % len(sessions)]
+            if not same_bits(session(x), expected):
+                different.append(session.isa)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not different
+
+
+def test_import_needs_no_torch() -> None:
+    code = (
+        "import sys, lutra\n"
+        "assert not {'torch', 'accelerate', 'sklearn', 'rich'} & set(sys.modules)\n"
+        "assert not hasattr(lutra, 'nonsense')\n"
+        "assert {'convert', 'export', 'Session'} <= set(dir(lutra))\n"
+        "from lutra import *\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(Session.__name__, lutra.__version__)"
+    )
+    result = python(code)
+    assert result.stdout.split()[:1] == ["Session"], result.stderr
+
+
+def test_training_without_torch_says_what_to_install() -> None:
+    code = (
+        "import sys, lutra\n"
+        "sys.modules['torch'] = None\n"
+        "try:\n    lutra.convert\n"
+        "except ImportError as error:\n    print(error)\n"
+        "try:\n    lutra.nonsense\n"
+        "except AttributeError as error:\n    print(error)\n"
+    )
+    result = python(code)
+    assert result.stdout.splitlines() == [
+        "lutra.convert needs PyTorch; install it with: pip install 'lutra[train]'",
+        "module 'lutra' has no attribute 'nonsense'",
+    ], result.stderr
+
+
+def test_lazy_names_are_those_of_train() -> None:
+    pytest.importorskip("torch")
+    from lutra import train
+
+    assert set(lutra._TRAIN) == set(train.__all__)
+    for name in lutra._TRAIN:
+        assert getattr(lutra, name) is getattr(train, name)
+
+
+def test_only_train_imports_torch() -> None:
+    package = Path(lutra.__file__).parent
+    for path in package.rglob("*.py"):
+        if path.relative_to(package).parts[0] != "train":
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"^\s*(import|from)\s+(torch|accelerate)\b", text, re.M), path
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_one_thread_starts_none() -> None:
+    code = (
+        "import os, numpy as np, layers, lutra\n"
+        "layer = layers.random_layer(1, size=(40, 8, 8), channels=9)\n"
+        "count = lambda: len(os.listdir('/proc/self/task'))\n"
+        "before = count()\n"
+        "one = lutra.Session(layer.graph(), threads=1); one(layer.x)\n"
+        "after = count()\n"
+        "three = lutra.Session(layer.graph(), threads=3); three(layer.x)\n"
+        "print(after - before, count() - before)"
+    )
+    result = python(code)
+    assert result.stdout.split() == ["0", "2"], result.stderr
+
+
+def test_threads_come_from_argument_environment_or_cores(
+    graph: lutra.Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Session(graph).threads == choose_threads() == usable_cores()
+    monkeypatch.setenv("LUTRA_NUM_THREADS", "3")
+    assert Session(graph).threads == 3
+    assert Session(graph, threads=1).threads == 1
+    for text in ("0", "two", "-1", "99999999"):
+        monkeypatch.setenv("LUTRA_NUM_THREADS", text)
+        with pytest.raises(ValueError, match=f"LUTRA_NUM_THREADS='?{text}"):
+            Session(graph)
+    for threads in (0, -1, 2.5, True, 10**9):
+        with pytest.raises(ValueError, match=f"threads={threads}"):
+            Session(graph, threads=threads)  # type: ignore[arg-type]
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_cgroup_quota_of_version_2(tmp_path: Path) -> None:
+    groups, root = tmp_path / "cgroup", tmp_path / "fs"
+    assert cgroup_quota(groups, root) is None
+    write(groups, "0::/a/b\n")
+    assert cgroup_quota(groups, root) is None
+    write(root / "a/b/cpu.max", "max 100000\n")
+    assert cgroup_quota(groups, root) is None
+    write(root / "a/cpu.max", "250000 100000\n")  # binds what is below it
+    assert cgroup_quota(groups, root) == 2.5
+    write(root / "a/b/cpu.max", "50000 100000\n")
+    assert cgroup_quota(groups, root) == 0.5
+    write(root / "a/b/cpu.max", "nonsense")
+    assert cgroup_quota(groups, root) == 2.5
+
+
+def test_cgroup_quota_of_version_1(tmp_path: Path) -> None:
+    groups, root = tmp_path / "cgroup", tmp_path / "fs"
+    write(groups, "5:memory:/m\n4:cpu,cpuacct:/docker/x\n0::/\n")
+    write(root / "cpu,cpuacct/cpu.cfs_quota_us", "-1\n")
+    write(root / "cpu,cpuacct/cpu.cfs_period_us", "100000\n")
+    assert cgroup_quota(groups, root) is None
+    # the path of the host, seen from inside a container: its own group is the root
+    write(root / "cpu,cpuacct/cpu.cfs_quota_us", "300000\n")
+    assert cgroup_quota(groups, root) == 3
+    write(root / "cpu,cpuacct/docker/x/cpu.cfs_quota_us", "150000\n")
+    write(root / "cpu,cpuacct/docker/x/cpu.cfs_period_us", "100000\n")
+    assert cgroup_quota(groups, root) == 1.5

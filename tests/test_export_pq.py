@@ -1,0 +1,187 @@
+"""Export of lookup layers: the file must hold the very tables that the frozen layers hold."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lutra.train.check as check
+from lutra.errors import LutraError
+from lutra.format import load_graph
+from lutra.graph import Graph
+from lutra.reference import run_reference
+from lutra.train import PQ, PQConv2d, PQLinear
+from lutra.train.export import export, freeze_lookup_layers
+from lutra.train.fold import fold_batch_norm
+
+
+def with_codebooks(layer: Any) -> Any:
+    """Random codebooks on a signed grid: export does not care whether they were learned."""
+    layer.set_activation_range(-3.0, 3.0)
+    with torch.no_grad():
+        layer.centroids.normal_(generator=torch.Generator().manual_seed(5))
+    return layer
+
+
+def pq_conv(*args: Any, **kwargs: Any) -> Any:
+    return with_codebooks(PQConv2d.from_float(nn.Conv2d(*args, **kwargs), PQ(v=9, k=16)))
+
+
+def pq_linear(*args: Any, **kwargs: Any) -> Any:
+    return with_codebooks(PQLinear.from_float(nn.Linear(*args, **kwargs), PQ(v=4, k=16)))
+
+
+class Net(nn.Module):
+    """Dense stem, a residual block of lookup layers, a lookup classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv1 = pq_conv(8, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = pq_conv(8, 8, (3, 1), stride=(2, 1), padding=(1, 0))
+        self.bn2 = nn.BatchNorm2d(8)
+        self.fc = pq_linear(8 * 4 * 8, 10)
+        generator = torch.Generator().manual_seed(1)
+        for norm in (self.bn1, self.bn2):
+            norm.running_mean.normal_(0, 0.3, generator=generator)
+            norm.running_var.uniform_(0.5, 2.0, generator=generator)
+            nn.init.normal_(norm.weight, generator=generator)
+            nn.init.normal_(norm.bias, generator=generator)
+        with torch.no_grad():
+            self.bn1.weight[0] = 0.0
+            self.bn1.weight[1] = -1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(self.bn1(self.conv1(x))) + x
+        x = self.bn2(self.conv2(x))
+        return self.fc(x.flatten(1))
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+def test_graph_holds_the_lookup_layers(tmp_path: Path, net: Net, images: Tensor) -> None:
+    graph = export(net, tmp_path / "m.lutra", images)
+    assert [node.op for node in graph.nodes] == [
+        "conv2d",
+        "relu",
+        "pq_conv2d",  # the norms are folded
+        "relu",
+        "add",
+        "pq_conv2d",
+        "flatten",
+        "pq_linear",
+    ]
+    conv2 = next(node for node in graph.nodes if node.name == "conv2")
+    assert conv2.attrs["kernel"] == (3, 1)
+    assert conv2.attrs["stride"] == (2, 1)
+    frozen = net.conv2.freeze()
+    np.testing.assert_array_equal(graph.tensors[conv2.tensors["tables"]], frozen.tables.numpy())
+    np.testing.assert_array_equal(
+        graph.tensors[conv2.tensors["centroids"]], frozen.centroids.numpy()
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_graph_equals_torch_for_any_batch(tmp_path: Path, net: Net, batch: int) -> None:
+    path = tmp_path / "m.lutra"
+    export(net, path, torch.randn(1, 3, 8, 8))
+    x = torch.randn(batch, 3, 8, 8)
+    folded = fold_batch_norm(freeze_lookup_layers(copy.deepcopy(net).eval()), x)
+    with torch.no_grad():
+        want = folded(x).numpy()
+    got = run_reference(load_graph(path), [x.numpy()])["output"]
+    assert check.difference(got, want) < 1e-5
+
+
+def test_folding_into_lookup_layers_changes_scale_and_bias_only(net: Net, images: Tensor) -> None:
+    frozen = freeze_lookup_layers(copy.deepcopy(net).eval())
+    folded = fold_batch_norm(frozen, images)
+    assert isinstance(folded.bn1, nn.Identity)
+    assert isinstance(folded.bn2, nn.Identity)
+    assert torch.equal(folded.conv1.tables, frozen.conv1.tables)
+    assert torch.equal(folded.conv1.centroids, frozen.conv1.centroids)
+    assert folded.conv1.scale[0] == 0.0  # gamma was 0
+    x = F.relu(frozen.stem(images))
+    torch.testing.assert_close(folded.conv1(x), frozen.bn1(frozen.conv1(x)), rtol=1e-5, atol=1e-5)
+
+
+def test_export_keeps_the_model_trainable(tmp_path: Path, net: Net, images: Tensor) -> None:
+    net.train()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    export(net, tmp_path / "m.lutra", images)
+    assert isinstance(net.conv1, PQConv2d)
+    assert net.training
+    assert net.conv1.training
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_one_lookup_layer_is_a_model(tmp_path: Path) -> None:
+    graph = export(pq_linear(6, 3), tmp_path / "m.lutra", torch.randn(4, 6))
+    assert [node.op for node in graph.nodes] == ["pq_linear"]
+    assert graph.values[graph.outputs[0]].shape == (None, 3)
+
+
+def test_a_layer_used_twice_is_written_once(tmp_path: Path) -> None:
+    layer = pq_conv(4, 4, 3, padding=1)
+    graph = export(nn.Sequential(layer, nn.ReLU(), layer), tmp_path / "m.lutra", _noise(4))
+    first, _, second = graph.nodes
+    assert first.tensors == second.tensors
+    assert len(graph.tensors) == 4
+
+
+def test_freeze_of_other_libraries_is_left_alone() -> None:
+    class Backbone(nn.Sequential):
+        def freeze(self) -> None:
+            self.requires_grad_(False)
+
+    model = freeze_lookup_layers(Backbone(pq_conv(4, 4, 3)))
+    assert isinstance(model, Backbone)
+    assert not isinstance(model[0], PQConv2d)
+
+
+def test_flipped_codes_are_a_warning_and_not_an_error(
+    tmp_path: Path, net: Net, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding in a dense node may flip codes behind it; each node alone still agrees."""
+
+    def noisy(graph: Graph, feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+        results = run_reference(graph, feeds)
+        if len(graph.nodes) > 1:  # as if codes had flipped somewhere in the whole model
+            results = {name: value + 1.0 for name, value in results.items()}
+        return results
+
+    monkeypatch.setattr(check, "runners", lambda: {"a noisy engine": noisy})
+    with pytest.warns(UserWarning, match="each node alone agrees"):
+        export(net, tmp_path / "m.lutra", images)
+
+    def wrong(graph: Graph, feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+        shift = any(node.name == "conv2" for node in graph.nodes)
+        return {name: value + shift for name, value in run_reference(graph, feeds).items()}
+
+    monkeypatch.setattr(check, "runners", lambda: {"a wrong engine": wrong})
+    with pytest.raises(LutraError, match=r"'conv2' \(pq_conv2d\)"):
+        export(net, tmp_path / "m.lutra", images)
+
+
+def _noise(channels: int) -> Tensor:
+    return torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(4))

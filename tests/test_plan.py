@@ -1,0 +1,108 @@
+"""From graphs to steps: what is fused and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from graphs import Builder, every_op_graph
+
+from lutra import EngineError, Session, run_reference
+from lutra.ops import OPS
+from lutra.plan import STEPS, build_plan, fuse
+
+
+def steps(b: Builder, *outputs: str) -> list[tuple[str, str, str | None, bool]]:
+    """Operator, output, residual and whether it clamps, of every step; runs the graph too."""
+    graph = b.graph(*outputs)
+    feeds = {v.name: b.rng.normal(size=(3, *v.shape[1:])).astype(np.float32) for v in graph.inputs}
+    want = run_reference(graph, feeds)
+    got = Session(graph, threads=1).run(None, feeds)
+    for name, y in zip(graph.outputs, got, strict=True):
+        np.testing.assert_allclose(y, want[name], rtol=1e-5, atol=1e-5)
+    return [(f.node.op, f.output, f.residual, f.clamp is not None) for f in fuse(graph)]
+
+
+def test_every_operator_has_a_step() -> None:
+    assert set(STEPS) == set(OPS)
+
+
+def test_a_residual_block_is_one_step_for_each_convolution() -> None:
+    b = Builder(("x", (None, 4, 6, 6)))
+    y = b.add("relu", b.pq_conv2d("x", 4, 4, padding=(1, 1)))
+    z = b.pq_conv2d(y, 4, 4, padding=(1, 1))
+    side = b.conv2d("x", 4, 4, (1, 1))  # made after z, so it is the one that adds
+    out = b.add("relu6", b.add("add", z, side))
+    assert steps(b) == [
+        ("pq_conv2d", y, None, True),
+        ("pq_conv2d", z, None, False),
+        ("conv2d", out, z, True),
+    ]
+    assert [f.clamp for f in fuse(b.graph())] == [(0.0, math.inf), None, (0.0, 6.0)]
+
+
+def test_linear_layers_add_what_exists() -> None:
+    b = Builder(("x", (None, 5)))
+    y = b.linear("x", 5, 5)
+    out = b.add("add", "x", y)
+    assert steps(b) == [("linear", out, "x", False)]
+
+
+def test_clamp_before_the_sum_ends_the_step() -> None:
+    b = Builder(("x", (None, 5)))
+    y = b.add("relu", b.pq_linear("x", 5, 5))
+    out = b.add("add", "x", y)
+    assert steps(b) == [("pq_linear", y, None, True), ("add", out, None, False)]
+
+
+def test_what_others_read_stays() -> None:
+    b = Builder(("x", (None, 5)))
+    y = b.linear("x", 5, 5)
+    r = b.add("relu", y)
+    s = b.add("add", y, r)
+    t = b.add("add", s, s)
+    assert [f.output for f in fuse(b.graph(t))] == [y, r, s, t]
+    assert steps(b, t)[0] == ("linear", y, None, False)
+
+
+def test_a_layer_added_to_itself_is_not_fused() -> None:
+    b = Builder(("x", (None, 5)))
+    y = b.linear("x", 5, 5)
+    z = b.add("add", y, y)
+    assert steps(b) == [("linear", y, None, False), ("add", z, None, False)]
+
+
+def test_outputs_stay() -> None:
+    b = Builder(("x", (None, 5)))
+    y = b.linear("x", 5, 5)
+    s = b.add("add", y, "x")
+    r = b.add("relu", s)
+    assert [f.output for f in fuse(b.graph(y, r))] == [y, s, r]
+    assert [f.output for f in fuse(b.graph(s, r))] == [s, r]
+    assert [f.output for f in fuse(b.graph(r))] == [r]
+    for outputs in ((y, r), (s, r), (r,), (y, s, r)):
+        steps(b, *outputs)
+
+
+def test_rows_of_more_axes_are_refused() -> None:
+    b = Builder(("x", (None, 3, 5)))
+    b.pq_linear("x", 5, 2)
+    with pytest.raises(EngineError, match=r"'pq_linear_0'.*\(None, 3, 5\).*2 axes; flatten"):
+        Session(b.graph())
+    with pytest.raises(EngineError, match="linear layers over 2 axes"):
+        build_plan(every_op_graph(), "scalar", 1)
+
+
+def test_seven_axes_are_refused() -> None:
+    b = Builder(("x", (None, 1, 1, 1, 1, 1, 2)))
+    b.add("relu", "x")
+    with pytest.raises(EngineError, match="'x' has 7 axes and the engine takes 6"):
+        Session(b.graph())
+
+
+def test_an_unknown_isa_is_refused() -> None:
+    b = Builder(("x", (None, 2)))
+    b.add("relu", "x")
+    with pytest.raises(EngineError, match="'mmx' cannot run"):
+        build_plan(b.graph(), "mmx", 1)
