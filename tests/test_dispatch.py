@@ -16,7 +16,7 @@ from graphs import Builder
 from layers import random_layer, same_bits
 
 import lutra
-from lutra import Session, UnsupportedCpuError, _engine, cpu_info, runnable_isas
+from lutra import Session, UnsupportedCpuError, cpu_info, runnable_isas
 from lutra.cpu import cgroup_quota, choose_threads, usable_cores
 
 ROOT = Path(__file__).parents[1]
@@ -88,13 +88,21 @@ def test_sessions_name_their_own_kernels(graph: lutra.Graph) -> None:
 
 
 def objects() -> dict[str, Path]:
-    """The newest optimised object file of every instruction set."""
+    """The newest object file of every instruction set, from optimised builds."""
     found: dict[str, Path] = {}
-    for isa in _engine.compiled_isas():
-        paths = list(ROOT.glob(f"build/**/kernels/{isa}.cc.o*"))
-        if not paths:
-            pytest.skip("there is no build folder with the object files of the kernels")
-        found[isa] = max(paths, key=lambda path: path.stat().st_mtime)
+    for cache in ROOT.glob("build/**/CMakeCache.txt"):
+        settings = cache.read_text().splitlines()
+        if "CMAKE_BUILD_TYPE:STRING=Release" not in settings:
+            continue
+        if "LUTRA_SANITIZE:BOOL=ON" in settings:
+            continue
+        for isa in cpu_info()["compiled"]:
+            for path in cache.parent.glob(f"**/kernels/{isa}.cc.o"):
+                newest = found.get(isa)
+                if newest is None or path.stat().st_mtime > newest.stat().st_mtime:
+                    found[isa] = path
+    if not found:
+        pytest.skip("there is no build folder with optimised object files of the kernels")
     return found
 
 
@@ -200,6 +208,23 @@ def test_one_thread_starts_none() -> None:
     )
     result = python(code)
     assert result.stdout.split() == ["0", "2"], result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory")
+def test_threads_that_do_not_start_are_an_error() -> None:
+    code = (
+        "import resource, layers, lutra\n"
+        "graph = layers.random_layer(1, channels=9).graph()\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28,) * 2)\n"
+        "try:\n    lutra.Session(graph, threads=1000)\n"
+        "except lutra.EngineError as error:\n    print(error)\n"
+        "print(lutra.Session(graph, threads=2).threads)"
+    )
+    result = python(code)
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("cannot start 1000 threads"), result.stderr
+    assert lines[1:] == ["2"]
 
 
 def test_threads_come_from_argument_environment_or_cores(

@@ -232,7 +232,7 @@ def test_large_batches_run_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_batch_beyond_memory_is_an_error() -> None:
     session = Session(tiny_graph())
-    huge = np.broadcast_to(np.zeros((1, 3), F), (2**42, 3))
+    huge = np.broadcast_to(np.zeros((1, 3), F), (2**48, 3))
     with pytest.raises(MemoryError):
         session(huge)
     fixed = Session(replace(tiny_graph(), inputs=(Value("x", "float32", (1, 3)),)))

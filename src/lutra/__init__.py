@@ -31,11 +31,7 @@ from lutra.reference import run_reference
 from lutra.session import Session
 
 if TYPE_CHECKING:
-    from lutra.train import PQ as PQ
-    from lutra.train import Keep as Keep
-    from lutra.train import convert as convert
-    from lutra.train import export as export
-    from lutra.train import finetune as finetune
+    from lutra.train import *  # noqa: F403
 
 __all__ = [
     "EngineError",
@@ -58,7 +54,21 @@ __all__ = [
 ]
 
 #: The names of lutra.train that are here too. Listed, not asked for: asking imports PyTorch.
-_TRAIN: Final = ("PQ", "Keep", "convert", "export", "finetune")
+_TRAIN: Final = (
+    "PQ",
+    "ConversionReport",
+    "FinetuneReport",
+    "FrozenPQ",
+    "Keep",
+    "LayerReport",
+    "PQConv2d",
+    "PQLinear",
+    "convert",
+    "export",
+    "finetune",
+    "recipe_from_json",
+    "recipe_to_json",
+)
 
 try:
     __version__ = version("lutra")

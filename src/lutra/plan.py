@@ -97,8 +97,8 @@ def build_plan(graph: Graph, isa: str, threads: int) -> _engine.Plan:
             )
     try:
         plan = _engine.Plan(isa, threads)
-    except ValueError as error:
-        raise EngineError(f"cannot start the engine: {error}") from error
+    except (ValueError, RuntimeError) as error:
+        raise EngineError(f"cannot start {threads} threads of {isa}: {error}") from error
     ids = {value.name: plan.input() for value in graph.inputs}
     for fused in fuse(graph):
         node = fused.node

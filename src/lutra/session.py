@@ -109,7 +109,7 @@ class Session:
                 content.
             MemoryError: If the batch does not fit in memory.
         """
-        picked = range(len(self._outputs))
+        picked = list(range(len(self._outputs)))
         if output_names is not None:
             names = [value.name for value in self._outputs]
             for name in output_names:

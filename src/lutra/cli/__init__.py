@@ -4,7 +4,7 @@ One module for each command, with ``HELP``, ``add_arguments(parser)`` and ``run(
 returns the exit code. Everything but ``convert`` needs NumPy and safetensors only.
 
 Exit codes: 0 for success, 1 for a model that fails a check, 2 for a mistake of the caller (one
-sentence on stderr), 130 for Ctrl-C, 141 for a reader that closed the pipe.
+sentence on stderr), 3 for a mistake of lutra, 130 for Ctrl-C, 141 for a closed pipe.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ COMMANDS: Final = {
     "bench": ("bench", "measure the speed of a model"),
     "convert": ("convert", "convert a PyTorch model (needs lutra[train])"),
 }
+_MISTAKE: Final = 2
+_BUG: Final = 3
 _INTERRUPTED: Final = 130
 _PIPE_CLOSED: Final = 141
 
@@ -79,7 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         print(f"lutra: error: {_sentence(error)}", file=sys.stderr)
-        return 2
+        return _MISTAKE
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        what = f"{type(error).__name__}: {_sentence(error)}"
+        print(f"lutra: internal error: {what}; please report it with --debug", file=sys.stderr)
+        return _BUG
 
 
 def _run(arguments: list[str]) -> int:
@@ -109,13 +117,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sentence(error: BaseException) -> str:
-    """What went wrong, in one line."""
+    """What went wrong, in one line, without anything that a terminal could obey."""
     if isinstance(error, OSError) and error.strerror:
         place = f"{os.fsdecode(error.filename)!r}: " if isinstance(error.filename, str) else ""
         return f"{place}{error.strerror}"
     if isinstance(error, MemoryError):
         return f"out of memory ({error}); use smaller inputs" if str(error) else "out of memory"
-    return " ".join(str(error).split())
+    line = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def _silence_stdout() -> None:

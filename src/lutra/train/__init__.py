@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lutra.train.convert import convert
 from lutra.train.export import export
+from lutra.train.finetune import FinetuneReport, finetune
 from lutra.train.layers import FrozenPQ, PQConv2d, PQLinear
 from lutra.train.recipe import PQ, Keep, recipe_from_json, recipe_to_json
 from lutra.train.report import ConversionReport, LayerReport
@@ -11,6 +12,7 @@ from lutra.train.report import ConversionReport, LayerReport
 __all__ = [
     "PQ",
     "ConversionReport",
+    "FinetuneReport",
     "FrozenPQ",
     "Keep",
     "LayerReport",
@@ -18,6 +20,7 @@ __all__ = [
     "PQLinear",
     "convert",
     "export",
+    "finetune",
     "recipe_from_json",
     "recipe_to_json",
 ]

@@ -1,0 +1,73 @@
+# make demo   the main job, end to end, on real data (3 minutes)
+# make test   all tests
+# make help   the rest
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ENV := $(VENV)/.installed
+NATIVE := $(shell find cpp -name '*.cc' -o -name '*.h') CMakeLists.txt pyproject.toml
+TORCH := 2.13.0
+
+.PHONY: help demo test lint format types stubs sanitize bench clean dev
+
+help:
+	@echo "make demo      train, convert, fine-tune, export and run a small network (3 minutes)"
+	@echo "make test      all tests"
+	@echo "make dev       only the environment ($(VENV)) with everything in it"
+	@echo "make lint      ruff, clang-format, mypy; 'make format' mends the first two"
+	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
+	@echo "make stubs     src/lutra/_engine.pyi from the built extension"
+	@echo "make bench     benchmarks; results go to benchmarks/results"
+	@echo "make clean     remove what was built"
+
+$(BIN)/python:
+	@echo "== creating the environment $(VENV)"
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'lutra needs Python 3.10 or newer')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.torch: | $(BIN)/python
+	@echo "== installing PyTorch $(TORCH) (the largest download)"
+	$(BIN)/python -m pip install torch==$(TORCH)
+	@touch $@
+
+$(ENV): $(VENV)/.torch $(NATIVE)
+	@echo "== building lutra and installing its tools"
+	$(BIN)/python -m pip install --quiet scikit-build-core nanobind cmake ninja
+	$(BIN)/python -m pip install --no-build-isolation -e ".[dev]"
+	@touch $@
+
+dev: $(ENV)
+
+demo: $(ENV)
+	$(BIN)/python examples/digits.py --output build/digits.lutra
+
+test: $(ENV)
+	$(BIN)/python -m pytest tests $(ARGS)
+
+lint: $(ENV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find cpp tests -name '*.cc' -o -name '*.h')
+	$(BIN)/mypy
+
+format: $(ENV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find cpp tests -name '*.cc' -o -name '*.h')
+
+stubs: $(ENV)
+	$(BIN)/python cpp/make_stub.py
+
+sanitize: $(ENV)
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DCMAKE_BUILD_TYPE=Release -DLUTRA_PYTHON=OFF -DLUTRA_KERNEL_TESTS=ON -DLUTRA_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitize
+	build/sanitize/kernels_test
+
+bench: $(ENV)
+	mkdir -p benchmarks/results
+	$(BIN)/python -m benchmarks.train_step --json benchmarks/results/train_step.json
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache $(VENV)

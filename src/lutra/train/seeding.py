@@ -1,0 +1,93 @@
+"""Data order and random numbers that depend only on (seed, epoch, batch).
+
+A resumed run must see what the uninterrupted one would have seen. Saving generator states is not
+enough, because loaders draw ahead of the training loop. So every batch is fetched with freshly
+seeded generators, and a run can start in the middle of an epoch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from lutra.errors import LutraError
+
+
+def seed_everything(seed: int, *position: int) -> None:
+    """Seeds Python, NumPy and PyTorch from a seed and a position such as (epoch, batch)."""
+    words = np.random.SeedSequence([seed, *position]).generate_state(2)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[0]))  # noqa: NPY002 - data sets in the wild use the global generator
+    torch.manual_seed(int(words[1]))
+
+
+class SeededBatchSampler(BatchSampler):
+    """A batch sampler that reseeds before the permutation of an epoch and before every batch.
+
+    Set `epoch` and `skip` (batches to leave out at the start of that epoch) before iterating.
+    """
+
+    def __init__(self, batches: Any, seed: int) -> None:
+        self.batches, self.seed = batches, seed
+        self.epoch = self.skip = 0
+        self.batch_size = getattr(batches, "batch_size", None) or 1
+        self.drop_last = bool(getattr(batches, "drop_last", False))
+        self.sampler = getattr(batches, "sampler", batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        skip, self.skip = self.skip, 0
+        seed_everything(self.seed, self.epoch)
+        generator = getattr(self.sampler, "generator", None)
+        if generator is not None:
+            generator.manual_seed(torch.initial_seed() % (1 << 63))
+        for i, batch in enumerate(self.batches):
+            if i >= skip:
+                seed_everything(self.seed, self.epoch, i + 1)
+                yield batch
+
+
+def seeded_loader(loader: DataLoader[Any], seed: int) -> tuple[DataLoader[Any], SeededBatchSampler]:
+    """A copy of the loader over the same data, with a seeded batch sampler.
+
+    Raises:
+        LutraError: the loader has no batch sampler or no length.
+    """
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+        raise LutraError(
+            "finetune: the data loader has no batch sampler, so its order cannot be repeated; give "
+            "a DataLoader over a map-style data set with batch_size or batch_sampler set"
+        )
+    sampler = SeededBatchSampler(loader.batch_sampler, seed)
+    if len(sampler) == 0:
+        raise LutraError(
+            f"finetune: the data loader has no batches ({len(loader.dataset)} samples, "  # type: ignore[arg-type]
+            f"batch size {sampler.batch_size}, drop_last={sampler.drop_last})"
+        )
+    workers: dict[str, Any] = {}
+    if loader.num_workers:
+        workers = {
+            "prefetch_factor": loader.prefetch_factor,
+            "persistent_workers": False,
+            "multiprocessing_context": loader.multiprocessing_context,
+        }
+    return (
+        DataLoader(
+            loader.dataset,
+            batch_sampler=sampler,
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            **workers,
+        ),
+        sampler,
+    )
