@@ -11,9 +11,24 @@ size_t align64(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 constexpr int64_t kPatchBytes = 16384;  // of a tile's patch: half of a small first-level cache
 constexpr int64_t kFillChannels = 32;   // channels quantised by one work item
+constexpr int64_t kFillRows = 64;       // rows of channels transposed by one work item
 
-bool rows_are_consecutive(const ImageView& v) {
-  return v.sw == 1 && v.sh == v.w && v.sn == v.h * v.w;
+// Bytes that quantize_planes() needs for each worker.
+size_t fill_scratch(int64_t w) {
+  return static_cast<size_t>(std::max(w, kFillRows) * kFillChannels);
+}
+
+// The distance between neighbouring rows in memory; 0 where it is not the same for all.
+int64_t row_step(const ImageView& v) {
+  const int64_t sizes[] = {v.w, v.h, v.n}, strides[] = {v.sw, v.sh, v.sn};
+  int64_t step = 1, rows = 1;
+  for (int i = 0; i < 3; ++i) {
+    if (sizes[i] == 1) continue;
+    if (rows == 1) step = strides[i];
+    if (strides[i] != step * rows) return 0;
+    rows *= sizes[i];
+  }
+  return step;
 }
 
 // Quantises the whole input into padded planes.
@@ -23,14 +38,32 @@ void quantize_planes(const Kernels& kernels, const PaddedPlanes<uint8_t>& planes
   auto convert = [&](const float* from, int64_t count, uint8_t* target) {
     kernels.quantize(from, static_cast<size_t>(count), q.scale, q.zero, q.qmax(), target);
   };
-  if (planes.plain() && rows_are_consecutive(x)) {
-    const int64_t plane = x.n * x.h * x.w;
-    pool.run(static_cast<size_t>(x.c), [&](size_t c, int) {
-      convert(x.data + static_cast<int64_t>(c) * x.sc, plane, to + static_cast<int64_t>(c) * plane);
+  const int64_t blocks = (x.c + kFillChannels - 1) / kFillChannels;
+  const int64_t step = planes.plain() ? row_step(x) : 0, rows = x.n * x.h * x.w;
+  if (step != 0 && x.sc == 1) {  // rows of channels: a transpose
+    const int64_t row_blocks = (rows + kFillRows - 1) / kFillRows;
+    pool.run(static_cast<size_t>(row_blocks * blocks), [&](size_t item, int worker) {
+      const int64_t row = static_cast<int64_t>(item) / blocks * kFillRows;
+      const int64_t channel = static_cast<int64_t>(item) % blocks * kFillChannels;
+      const int64_t count = std::min(kFillRows, rows - row);
+      const int64_t channels = std::min(kFillChannels, x.c - channel);
+      uint8_t* const block = scratch + worker * scratch_per_worker;
+      for (int64_t r = 0; r < count; ++r) {
+        convert(x.data + (row + r) * step + channel, channels, block + r * channels);
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        uint8_t* const plane = to + (channel + c) * rows + row;
+        for (int64_t r = 0; r < count; ++r) plane[r] = block[r * channels + c];
+      }
     });
     return;
   }
-  const int64_t blocks = (x.c + kFillChannels - 1) / kFillChannels;
+  if (step == 1) {
+    pool.run(static_cast<size_t>(x.c), [&](size_t c, int) {
+      convert(x.data + static_cast<int64_t>(c) * x.sc, rows, to + static_cast<int64_t>(c) * rows);
+    });
+    return;
+  }
   pool.run(static_cast<size_t>(x.n * blocks), [&](size_t item, int worker) {
     const int64_t n = static_cast<int64_t>(item) / blocks;
     const int64_t first = static_cast<int64_t>(item) % blocks * kFillChannels;
@@ -40,13 +73,23 @@ void quantize_planes(const Kernels& kernels, const PaddedPlanes<uint8_t>& planes
   });
 }
 
-// Copies the tile (outputs, row_tile) into an output whose rows are not consecutive.
+// Writes the tile (outputs, row_tile) to an output whose rows are not consecutive, and does what
+// the kernel's epilogue would have done after the bias.
 void scatter(const float* tile, int64_t row_tile, int64_t first, int64_t rows,
-             const ImageView& out) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t row = first + r, x = row % out.w, y = row / out.w % out.h, n = row / (out.w * out.h);
-    float* to = out.data + n * out.sn + y * out.sh + x * out.sw;
-    for (int64_t m = 0; m < out.c; ++m) to[m * out.sc] = tile[m * row_tile + r];
+             const PqLayer::Call& call) {
+  const ImageView& out = call.output;
+  constexpr int64_t kBlock = 16;  // outputs at a time, so that their lines stay in the cache
+  for (int64_t block = 0; block < out.c; block += kBlock) {
+    const int64_t last = std::min(out.c, block + kBlock);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = first + r, x = row % out.w, y = row / out.w % out.h;
+      const int64_t at = row / (out.w * out.h) * out.sn + y * out.sh + x * out.sw;
+      for (int64_t m = block; m < last; ++m) {
+        float v = tile[m * row_tile + r];
+        if (call.residual) v += call.residual[at + m * out.sc];
+        out.data[at + m * out.sc] = call.clamp(v);
+      }
+    }
   }
 }
 
@@ -100,7 +143,7 @@ PqLayer::Sizes PqLayer::sizes(const PaddedPlanes<uint8_t>& planes, int64_t w) co
   s.planes = align64(static_cast<size_t>(planes.elements()));
   s.patch = align64(std::max<size_t>(static_cast<size_t>(books_per_patch_) * shape_.dim * tile +
                                          PaddedPlanes<uint8_t>::kSlack,
-                                     static_cast<size_t>(w) * kFillChannels));
+                                     fill_scratch(w)));
   s.codes = align64(books * tile);
   s.tile = align64(static_cast<size_t>(shape_.outputs) * tile * sizeof(float));
   s.worker = s.patch + 2 * s.codes + s.tile;
@@ -122,7 +165,7 @@ void PqLayer::run(const Call& call, uint8_t* workspace, ThreadPool& pool) const 
   quantize_planes(kernels_, planes, quantization_, x, quantized, workers, s.worker, pool);
 
   const int64_t tile = kernels_.row_tile, rows = planes.rows(), depth = geometry_.depth();
-  const bool direct = rows_are_consecutive(call.output);
+  const bool direct = row_step(call.output) == 1;
   const size_t tiles = static_cast<size_t>((rows + tile - 1) / tile);
   pool.run(tiles, [&](size_t index, int worker) {
     uint8_t* const patch = workers + static_cast<size_t>(worker) * s.worker;
@@ -150,16 +193,16 @@ void PqLayer::run(const Call& call, uint8_t* workspace, ThreadPool& pool) const 
     }
     Epilogue e{.scale = scale_.data(),
                .bias = bias_.data(),
-               .residual = call.residual ? call.residual + first : nullptr,
+               .residual = direct && call.residual ? call.residual + first : nullptr,
                .out = direct ? call.output.data + first : outputs,
                .residual_stride = static_cast<size_t>(call.output.sc),
                .out_stride = static_cast<size_t>(direct ? call.output.sc : tile),
                .rows = static_cast<int32_t>(count),
-               .clamp = call.clamp.on,
+               .clamp = direct && call.clamp.on,
                .low = call.clamp.low,
                .high = call.clamp.high};
     kernels_.lookup(shape_, tables_.data(), codes, arranged, e);
-    if (!direct) scatter(outputs, tile, first, count, call.output);
+    if (!direct) scatter(outputs, tile, first, count, call);
   });
 }
 
@@ -168,7 +211,10 @@ void table_gradient(const Kernels& kernels, const PqShape& shape, const uint8_t*
   const int64_t rows = gradient.n * gradient.h * gradient.w;
   const size_t cell = static_cast<size_t>(shape.centroids) * shape.outputs;
   // Books per item: their gradients stay in the first-level cache while the rows stream by.
-  const int64_t group = std::max<int64_t>(1, 24576 / static_cast<int64_t>(cell * sizeof(float)));
+  // At least one item per thread.
+  const int64_t share = (shape.books + pool.threads() - 1) / pool.threads();
+  const int64_t group =
+      std::clamp<int64_t>(24576 / static_cast<int64_t>(cell * sizeof(float)), 1, share);
   const int64_t groups = (shape.books + group - 1) / group;
   const bool consecutive = gradient.sc == 1 && gradient.sw == gradient.c &&
                            gradient.sh == gradient.w * gradient.sw &&
@@ -203,7 +249,7 @@ void cluster_sums(const Kernels& kernels, const PqShape& shape, const ConvGeomet
                   const Quantization& quantization, const ImageView& input, const uint8_t* codes,
                   int64_t* sums, int64_t* counts, ThreadPool& pool) {
   const PaddedPlanes<uint8_t> planes(geometry, input.n, input.h, input.w);
-  const size_t scratch = static_cast<size_t>(input.w * kFillChannels);
+  const size_t scratch = fill_scratch(input.w);
   AlignedBytes memory(align64(static_cast<size_t>(planes.elements())) +
                       scratch * static_cast<size_t>(pool.threads()));
   uint8_t* const quantized = memory.data();

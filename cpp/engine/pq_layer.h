@@ -23,6 +23,11 @@ struct Quantization {
 struct Clamp {
   bool on = false;
   float low = 0.0f, high = 0.0f;
+  float operator()(float v) const {  // as the kernels do: NaN and -0 become `low`
+    if (!on) return v;
+    v = v > low ? v : low;
+    return v < high ? v : high;
+  }
 };
 
 // 64-byte aligned bytes. Moved but never copied: a copy would begin at another offset.

@@ -5,17 +5,32 @@
 namespace lutra {
 namespace {
 
-// The view of a stored value (N, C, H, W) or (N, C).
+// The view of a stored value (N, C, H, W).
 ImageView stored_image(const Shape& s, const float* data) {
-  const int64_t h = s.rank == 4 ? s[2] : 1, w = s.rank == 4 ? s[3] : 1;
   return {.data = const_cast<float*>(data),
           .n = s[0],
           .c = s[1],
-          .h = h,
-          .w = w,
-          .sn = h * w,
-          .sc = s[0] * h * w,
-          .sh = w,
+          .h = s[2],
+          .w = s[3],
+          .sn = s.inner(),
+          .sc = s[0] * s.inner(),
+          .sh = s[3],
+          .sw = 1};
+}
+
+// The view of a stored value (N, ..., D) as rows of D: images of one pixel. Channel-first order
+// makes planes of (N, D) and leaves the last of more axes where it is.
+ImageView stored_rows(const Shape& s, const float* data) {
+  const Dims strides = storage_strides(s);
+  const int64_t features = s[s.rank - 1];
+  return {.data = const_cast<float*>(data),
+          .n = s.size() / features,
+          .c = features,
+          .h = 1,
+          .w = 1,
+          .sn = s.rank == 2 ? 1 : features,
+          .sc = strides[s.rank - 1],
+          .sh = 1,
           .sw = 1};
 }
 
@@ -33,9 +48,11 @@ Shape conv_output(const ConvGeometry& g, int64_t outputs, const Shape& x, bool r
 
 Shape linear_output(int64_t features, int64_t outputs, const Shape& x, bool residual,
                     const std::vector<Shape>& inputs) {
-  require(x.rank == 2 && x[1] == features, "a linear layer of " + std::to_string(features) +
-                                               " features got the shape " + x.text());
-  const Shape y{x[0], outputs};
+  require(x.rank >= 2 && x[x.rank - 1] == features, "a linear layer of " +
+                                                        std::to_string(features) +
+                                                        " features got the shape " + x.text());
+  Shape y = x;
+  y[y.rank - 1] = outputs;
   require(!residual || inputs[1] == y, "the added tensor's shape differs from the output's");
   return y;
 }
@@ -52,15 +69,19 @@ Shape PqConvStep::infer(const std::vector<Shape>& inputs) const {
 }
 
 size_t PqConvStep::workspace(const std::vector<Shape>& inputs, int threads) const {
-  const ImageView x = stored_image(inputs[0], nullptr);
+  const ImageView x = view(inputs[0], nullptr);
   return layer_.workspace_bytes(x.n, x.h, x.w, threads);
+}
+
+ImageView PqConvStep::view(const Shape& shape, const float* data) const {
+  return linear_ ? stored_rows(shape, data) : stored_image(shape, data);
 }
 
 void PqConvStep::run(const std::vector<Shape>& shapes, const std::vector<const float*>& inputs,
                      const Shape& out_shape, float* out, uint8_t* workspace,
                      ThreadPool& pool) const {
-  layer_.run({.input = stored_image(shapes[0], inputs[0]),
-              .output = stored_image(out_shape, out),
+  layer_.run({.input = view(shapes[0], inputs[0]),
+              .output = view(out_shape, out),
               .residual = residual_ ? inputs[1] : nullptr,
               .clamp = clamp_},
              workspace, pool);
@@ -183,21 +204,17 @@ size_t LinearStep::workspace(const std::vector<Shape>&, int threads) const {
 }
 
 void LinearStep::run(const std::vector<Shape>& shapes, const std::vector<const float*>& inputs,
-                     const Shape&, float* out, uint8_t* workspace, ThreadPool& pool) const {
-  const int64_t n = shapes[0][0];
-  pool.run(static_cast<size_t>(n), [&](size_t row, int worker) {
-    float* const y = reinterpret_cast<float*>(workspace) + worker * padded();
-    kernels_.linear(inputs[0] + row, static_cast<size_t>(n), static_cast<size_t>(features_),
-                    weight_.data(), bias_.data(), static_cast<int32_t>(outputs_), y);
+                     const Shape& out_shape, float* out, uint8_t* workspace,
+                     ThreadPool& pool) const {
+  const ImageView x = stored_rows(shapes[0], inputs[0]), y = stored_rows(out_shape, out);
+  pool.run(static_cast<size_t>(x.n), [&](size_t index, int worker) {
+    const int64_t row = static_cast<int64_t>(index);
+    float* const sums = reinterpret_cast<float*>(workspace) + worker * padded();
+    kernels_.linear(x.data + row * x.sn, static_cast<size_t>(x.sc), static_cast<size_t>(features_),
+                    weight_.data(), bias_.data(), static_cast<int32_t>(outputs_), sums);
     for (int64_t m = 0; m < outputs_; ++m) {
-      float v = y[m];
-      const size_t at = static_cast<size_t>(m * n) + row;
-      if (residual_) v += inputs[1][at];
-      if (clamp_.on) {  // as the kernels do: NaN and -0 become `low`
-        v = v > clamp_.low ? v : clamp_.low;
-        v = v < clamp_.high ? v : clamp_.high;
-      }
-      out[at] = v;
+      const int64_t at = row * y.sn + m * y.sc;
+      out[at] = clamp_(residual_ ? sums[m] + inputs[1][at] : sums[m]);
     }
   });
 }

@@ -16,6 +16,7 @@ class PqConvStep : public Step {
            const Shape& out_shape, float* out, uint8_t* workspace, ThreadPool& pool) const override;
 
  private:
+  ImageView view(const Shape& shape, const float* data) const;
   PqLayer layer_;
   bool linear_, residual_;
   Clamp clamp_;

@@ -1,5 +1,7 @@
 #include "thread_pool.h"
 
+#include <utility>
+
 #ifdef _WIN32
 #include <process.h>
 #define LUTRA_GETPID _getpid
@@ -40,8 +42,14 @@ void ThreadPool::stop() {
 }
 
 void ThreadPool::drain(const Work& work, size_t count, int worker) {
-  std::atomic<size_t>& next = shared_->next;
-  for (size_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) work(i, worker);
+  Shared& s = *shared_;
+  try {
+    for (size_t i = s.next.fetch_add(1); i < count; i = s.next.fetch_add(1)) work(i, worker);
+  } catch (...) {
+    s.next = count;  // the others need not go on
+    std::lock_guard lock(s.mutex);
+    if (!s.error) s.error = std::current_exception();
+  }
 }
 
 void ThreadPool::run_erased(size_t count, const Work& work) {
@@ -64,6 +72,7 @@ void ThreadPool::run_erased(size_t count, const Work& work) {
   drain(work, count, 0);
   std::unique_lock lock(s.mutex);
   s.done.wait(lock, [&s] { return s.active == 0; });
+  if (s.error) std::rethrow_exception(std::exchange(s.error, nullptr));
 }
 
 void ThreadPool::serve(int worker) {

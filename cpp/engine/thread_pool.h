@@ -4,6 +4,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstddef>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -23,6 +24,7 @@ class ThreadPool {
 
   // Calls work(index, worker) once for each index < count, worker < threads(). A second caller who
   // finds the pool busy, or a forked child that has lost its threads, does all the work itself.
+  // Throws what work throws, the first of it, once no thread is at work any more.
   template <class F>  // void(size_t index, int worker)
   void run(size_t count, const F& work) {
     run_erased(count, {&work, [](const void* f, size_t index, int worker) {
@@ -49,6 +51,7 @@ class ThreadPool {
     std::atomic<size_t> next{0};
     size_t generation = 0;
     int active = 0;
+    std::exception_ptr error;  // of this job
     bool stop = false;
   };
 

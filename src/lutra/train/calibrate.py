@@ -13,6 +13,10 @@ from lutra.errors import LutraError
 from lutra.train.geometry import Geometry
 
 
+_FLOAT_BYTES = 4
+_LEAST_ROWS = 64  # fewer rows than centroids make no codebook
+
+
 class Reservoir:
     """A uniform sample, without replacement, of all rows that pass through a layer.
 
@@ -30,6 +34,9 @@ class Reservoir:
         g = self.geometry
         height, width = g.out_size(x.shape[2], x.shape[3])
         total = x.shape[0] * height * width
+        self.seen += total
+        if total == 0:
+            return
         keys = torch.rand(total, generator=self.generator)
         if len(self.keys) == self.capacity:
             candidates = torch.nonzero(keys < self.keys.max()).flatten()
@@ -37,7 +44,6 @@ class Reservoir:
             candidates = torch.arange(total)
         if len(candidates) > self.capacity:
             candidates = candidates[keys[candidates].topk(self.capacity, largest=False).indices]
-        self.seen += total
         if not len(candidates):
             return
         keys = keys[candidates]
@@ -85,6 +91,18 @@ def model_inputs(batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dic
     return (move(batch),), {}
 
 
+def _images(layer: nn.Module, name: str, x: Tensor) -> Tensor:
+    """The input of a layer as (N, C, H, W); rows of a linear layer are images of one pixel."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(-1, x.shape[-1])[:, :, None, None]
+    if x.dim() != 4:
+        raise LutraError(
+            f"calibration: the input of layer '{name}' has shape {tuple(x.shape)}; lookup "
+            "convolutions take (N, C, H, W): give batches, or keep the layer"
+        )
+    return x
+
+
 @torch.no_grad()
 def collect(
     model: nn.Module,
@@ -106,24 +124,29 @@ def collect(
     Raises:
         LutraError: no data, a layer that is never reached, or NaN or infinity in its input.
     """
+    if rows < 1:
+        raise LutraError(f"calibration: rows={rows} leaves no samples; allow some thousand")
     depth = sum(g.depth for g in geometries.values())
-    capacity = min(rows, memory_bytes // max(1, 4 * depth))
-    if capacity < 64:
+    least = min(rows, _LEAST_ROWS)
+    capacity = min(rows, memory_bytes // (_FLOAT_BYTES * depth))
+    if capacity < least:
         raise LutraError(
-            f"calibration: {memory_bytes} bytes leave {capacity} sample rows for each of "
-            f"{len(layers)} layers; allow at least {64 * 4 * depth} bytes"
+            f"calibration: memory_bytes={memory_bytes} leaves {capacity} sample rows for each of "
+            f"{len(layers)} layers; allow at least {least * _FLOAT_BYTES * depth} bytes"
         )
     reservoirs: dict[str, Reservoir] = {}
     handles = []
     for i, (name, layer) in enumerate(layers.items()):
         generator = torch.Generator().manual_seed(seed * 1000003 + i)
-        reservoir = reservoirs[name] = Reservoir(geometries[name], capacity, generator)
+        reservoirs[name] = Reservoir(geometries[name], capacity, generator)
 
-        def hook(_: nn.Module, args: tuple[Any, ...], into: Reservoir = reservoir) -> None:
-            x = args[0]
-            into.add(x if x.dim() == 4 else x.reshape(-1, x.shape[-1])[:, :, None, None])
+        def hook(
+            layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
+        ) -> None:
+            x = args[0] if args else kwargs["input"]
+            reservoirs[name].add(_images(layer, name, x))
 
-        handles.append(layer.register_forward_pre_hook(hook))
+        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     training = {m: m.training for m in model.modules()}
     model.eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

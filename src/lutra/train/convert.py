@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lutra.errors import LutraError
+from lutra.train import collective, portable
 from lutra.train.calibrate import Reservoir, collect
 from lutra.train.geometry import Geometry
 from lutra.train.kmeans import kmeans
 from lutra.train.layers import PQConv2d, PQLinear, _PQLayer, quantize_tables
 from lutra.train.progress import Progress
-from lutra.train.recipe import PQ, Recipe, match
+from lutra.train.recipe import PQ, Keep, Recipe, fits, match
 from lutra.train.report import ConversionReport, LayerReport
+
+_REPLACED = "the recipe names it"
 
 
 def convert(
@@ -53,80 +58,102 @@ def convert(
     Raises:
         LutraError: a pattern matches nothing, a layer cannot be replaced, or the data is unusable.
     """
-    candidates = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear) and type(module) in (nn.Conv2d, nn.Linear)
-    }
-    _check_patterns(recipe, candidates, model)
-    chosen: dict[str, PQ] = {}
-    reports: dict[str, LayerReport] = {}
-    for name, layer in candidates.items():
-        method = match(recipe, name)
-        kind = "conv2d" if isinstance(layer, nn.Conv2d) else "linear"
+    names = _candidates(model)
+    _check_recipe(recipe, names, model)
+    chosen: dict[nn.Module, PQ] = {}
+    reports: dict[nn.Module, LayerReport] = {}
+    for layer, aliases in names.items():
+        method = match(recipe, *aliases)
         if isinstance(method, PQ):
             try:
                 Geometry.of(layer)
             except LutraError as error:
-                raise LutraError(f"layer '{name}': {error}") from None
-            chosen[name] = method
-        reason = method.reason if not isinstance(method, PQ) else ""
-        reports[name] = LayerReport(
-            name, kind, False, reason, weight_bytes=4 * layer.weight.numel()
-        )
+                raise LutraError(f"layer '{aliases[0]}': {error}") from None
+            chosen[layer] = method
+        reason = _REPLACED if isinstance(method, PQ) else method.reason
+        kind = "conv2d" if isinstance(layer, nn.Conv2d) else "linear"
+        weight_bytes = 4 * layer.weight.numel()
+        reports[layer] = LayerReport(aliases[0], kind, False, reason, weight_bytes=weight_bytes)
     if not chosen:
         raise LutraError("the recipe replaces no layer; give at least one pattern a PQ(...)")
-    layers = {name: candidates[name] for name in chosen}
-    geometries = {name: Geometry.of(candidates[name]) for name in chosen}
-    with Progress("calibrating", None, progress) as bar:
+    layers = {names[layer][0]: layer for layer in names if layer in chosen}
+    geometries = {name: Geometry.of(layer) for name, layer in layers.items()}
+    show = progress if collective.rank() == 0 else False
+    with Progress("calibrating", None, show) as bar:
         samples = collect(
             model, layers, geometries, calibration_data,
-            rows=rows, memory_bytes=memory_bytes, seed=seed + _rank(), progress=bar.update,
+            rows=rows, memory_bytes=memory_bytes, seed=seed + collective.rank(),
+            progress=bar.update,
         )  # fmt: skip
     converted = copy.deepcopy(model)
-    with Progress("learning codebooks", len(chosen), progress) as bar:
-        for i, (name, method) in enumerate(chosen.items()):
+    replacements: dict[nn.Module, nn.Module] = {}
+    with Progress("learning codebooks", len(layers), show) as bar:
+        for i, (name, layer) in enumerate(layers.items()):
             start = time.perf_counter()
-            layer = converted.get_submodule(name)
-            new: _PQLayer
-            if isinstance(layer, nn.Conv2d):
-                new = PQConv2d.from_float(layer, method)
-            else:
-                assert isinstance(layer, nn.Linear)
-                new = PQLinear.from_float(layer, method)
-            used = _learn(new, samples.pop(name), kmeans_steps, seed + i)
-            new.train(layer.training)
-            _replace(converted, name, new)
-            reports[name] = _describe(reports[name], new, *used)
+            old = converted.get_submodule(name)
+            new = _from_float(old, name, chosen[layer])
+            error, used = _learn(new, samples.pop(name), kmeans_steps, seed + i)
+            replacements[old] = new
+            reports[layer] = _describe(reports[layer], new, error, used)
             bar.update(i + 1, f"{name} {time.perf_counter() - start:.1f} s")
+    converted = _replace(converted, replacements)
     return converted, ConversionReport(tuple(reports.values()), seed)
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+def _candidates(model: nn.Module) -> dict[nn.Conv2d | nn.Linear, list[str]]:
+    """The layers that could be replaced, and the paths under which the model holds each."""
+    names: dict[nn.Conv2d | nn.Linear, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        # Subclasses may compute something else.
+        if isinstance(module, nn.Conv2d | nn.Linear) and type(module) in (nn.Conv2d, nn.Linear):
+            names.setdefault(module, []).append(name)
+    return names
 
 
-def _check_patterns(recipe: Recipe, candidates: dict[str, Any], model: nn.Module) -> None:
-    from fnmatch import fnmatchcase
-
+def _check_recipe(
+    recipe: Recipe, names: Mapping[nn.Conv2d | nn.Linear, list[str]], model: nn.Module
+) -> None:
+    paths = [name for aliases in names.values() for name in aliases]
     for pattern, method in recipe.items():
-        if not isinstance(method, PQ):
-            continue
-        if not any(fnmatchcase(name, pattern) for name in candidates):
-            known = ", ".join(list(candidates)[:8]) or "none"
+        if not isinstance(method, PQ | Keep):
+            raise LutraError(
+                f"recipe: pattern {pattern!r} has {method!r}; give it PQ(...) or Keep()"
+            )
+        if not fits(pattern, *paths):
+            known = ", ".join(f"'{path}'" for path in paths[:8]) or "none"
             raise LutraError(
                 f"recipe: pattern {pattern!r} matches no convolution or linear layer of "
-                f"{type(model).__name__}; its layers are: {known}{', ...' * (len(candidates) > 8)}"
+                f"{type(model).__name__}; its layers are: {known}{', ...' * (len(paths) > 8)}"
             )
 
 
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent) if parent else model, leaf, new)
+def _from_float(layer: nn.Module, name: str, method: PQ) -> PQConv2d | PQLinear:
+    """The lookup layer of a dense one; they share their parameters, which may be tied."""
+    new: PQConv2d | PQLinear
+    try:
+        if isinstance(layer, nn.Conv2d):
+            new = PQConv2d.from_float(layer, method)
+        else:
+            assert isinstance(layer, nn.Linear)
+            new = PQLinear.from_float(layer, method)
+    except LutraError as error:
+        raise LutraError(f"layer '{name}': {error}") from None
+    new.weight, new.bias = layer.weight, layer.bias
+    new.train(layer.training)
+    return new
 
 
-def _activation_range(rows: Tensor) -> tuple[float, float]:
-    """The clipping range with the least squared error on a 7-bit grid, over a few candidates."""
+def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Puts the new modules in all places where the model holds the old ones."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[name] = replacements[child]
+    return replacements.get(model, model)
+
+
+def _activation_range(rows: Tensor, bits: int) -> tuple[float, float]:
+    """The clipping range with the least squared error on the grid, over a few candidates."""
     flat = rows.flatten()
     if len(flat) > 1 << 20:
         flat = flat[:: len(flat) // (1 << 20) + 1]
@@ -134,7 +161,7 @@ def _activation_range(rows: Tensor) -> tuple[float, float]:
     reach = max(high, -low)
     if reach == 0.0:
         return 0.0, 1.0
-    levels = 63 if low < 0 else 127
+    levels = max(1, 2 ** (bits - 1) - 1 if low < 0 else 2**bits - 1)
     best, best_error = reach, float("inf")
     for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
         step = reach * share / levels
@@ -146,56 +173,43 @@ def _activation_range(rows: Tensor) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def _learn(
-    layer: _PQLayer, samples: Reservoir, steps: int, seed: int
-) -> tuple[float, float]:
+def _learn(layer: _PQLayer, samples: Reservoir, steps: int, seed: int) -> tuple[float, float]:
     """Sets grid and codebooks; returns relative output error and the share of used centroids."""
-    rows = samples.rows
-    bounds = torch.tensor(_activation_range(rows))
-    if _distributed():
-        dist.all_reduce(bounds, dist.ReduceOp.MAX)
-        low = torch.tensor(1.0 if float(rows.min()) < 0 else 0.0)
-        dist.all_reduce(low, dist.ReduceOp.MAX)
-        bounds[0] = -float(bounds[1]) * float(low)
-    layer.set_activation_range(float(bounds[0]), float(bounds[1]))
+    rows = samples.rows.to(layer.weight.device)
+    low, high = _activation_range(rows, layer.method.act_bits)
+    # A process whose samples are all positive must take the others' signed grid.
+    reach = collective.all_reduce(torch.tensor([-low, high]), dist.ReduceOp.MAX)
+    layer.set_activation_range(-float(reach[0]), float(reach.max()))
     grid = layer.grid()
     low, high = -grid.zero * grid.scale, (grid.qmax - grid.zero) * grid.scale
     missing = layer.books * layer.dim - rows.shape[1]
-    padded = torch.nn.functional.pad(rows.clamp(low, high), (0, missing))
+    padded = F.pad(rows.clamp(low, high), (0, missing))
     sub = padded.view(-1, layer.books, layer.dim).transpose(0, 1).contiguous()  # (B, n, V)
     centroids, _ = kmeans(sub, layer.method.k, steps=steps, seed=seed)
-    layer.centroids.data.copy_(centroids)
+    layer.centroids.copy_(centroids)
     # Error and use, with the grid and the int8 tables that the engine will have.
     grid_centroids = layer.grid_centroids()
-    from lutra.train.portable import encode, lookup
-
-    flat = Geometry(rows.shape[1])
-    codes = encode(
-        rows[:, :, None, None].to(layer.weight.device), flat, grid, grid_centroids
+    codes = portable.encode(
+        rows[:, :, None, None], Geometry(rows.shape[1]), grid, grid_centroids
     )
     tables, scale = quantize_tables(layer.tables(grid_centroids))
-    got = (lookup(codes, tables).float() * scale).cpu()
-    want = rows @ layer.weight.reshape(layer.outputs, -1).t().cpu()
-    error = float((got - want).square().mean() / want.var().clamp_min(1e-12))
+    got = portable.lookup(codes, tables).float() * scale
+    want = rows @ layer.weight.float().reshape(layer.outputs, -1).t()
+    variance = want.var(correction=0).clamp_min(1e-12)
+    error = collective.mean(float((got - want).square().mean() / variance))
     counts = torch.zeros((layer.books, layer.method.k), device=codes.device)
     counts.scatter_add_(1, codes.long(), torch.ones(codes.shape, device=codes.device))
+    collective.all_reduce(counts)
     if layer.method.centroids == "average":
         # As if the moving average had run on batches of this many rows.
         layer.cluster_counts.copy_(counts)
     return error, float((counts > 0).float().mean())
 
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def _describe(entry: LayerReport, layer: _PQLayer, error: float, used: float) -> LayerReport:
-    from dataclasses import replace
-
     return replace(
         entry,
         replaced=True,
-        reason="the recipe names it",
         v=layer.dim,
         k=layer.method.k,
         books=layer.books,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +23,12 @@ from torch.utils.data import DataLoader
 from lutra.errors import LutraError
 from lutra.train import checkpoint
 from lutra.train.calibrate import model_inputs
+from lutra.train.distill import Distiller, FeatureMatch, Loss
 from lutra.train.progress import Progress
 from lutra.train.seeding import seed_everything, seeded_loader
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ def finetune(
     teacher: nn.Module | None = None,
     distillation: float = 1.0,
     distillation_temperature: float = 4.0,
+    feature_layers: Sequence[str] = (),
+    feature_weight: float = 1.0,
     clip_norm: float | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     evaluate_every: int | None = None,
@@ -80,6 +82,8 @@ def finetune(
         teacher: network to distil from, for classification: its softened outputs are the targets.
         distillation: weight of the teacher's loss; 1 - distillation is that of `loss`.
         distillation_temperature: softens both outputs.
+        feature_layers: module paths whose outputs are drawn to the teacher's as well, by their mean
+            squared difference relative to the teacher's mean square, times `feature_weight`.
         clip_norm: largest gradient norm.
         evaluate: called with the model in eval mode every `evaluate_every` steps and at the end.
         batch_norm_batches: training batches whose statistics replace the running ones at the end
@@ -136,17 +140,20 @@ def finetune(
     if teacher is not None:
         teacher = teacher.to(accelerator.device).eval()
 
+    features = FeatureMatch(accelerator.unwrap_model(run_model), teacher, feature_layers)
+    distiller = Distiller(
+        accelerator, teacher, distillation, distillation_temperature, features, feature_weight, loss
+    )
     start = time.perf_counter()
-    with Progress("fine-tuning", total, progress and accelerator.is_main_process) as bar:
+    with features, Progress("fine-tuning", total, progress and accelerator.is_main_process) as bar:
         while state.step < total:
             sampler.epoch, sampler.skip = divmod(state.step, per_epoch)
             sampler.skip *= accelerator.num_processes
             for batch in run_loader:
                 run_model.train()
                 value = _step(
-                    accelerator, run_model, run_optimizer, batch, loss, teacher, distillation,
-                    distillation_temperature, clip_norm, state.step,
-                )  # fmt: skip
+                    accelerator, run_model, run_optimizer, batch, distiller, clip_norm, state.step
+                )
                 schedule.step()
                 state.step += 1
                 bar.update(state.step, f"loss {value:.3f}")
@@ -164,6 +171,7 @@ def finetune(
                     checkpoint.save(accelerator, folder, state.step)
                 if last:
                     break
+    accelerator.unwrap_model(run_model, keep_fp32_wrapper=False)  # the model is the caller's again
     return FinetuneReport(state.step, time.perf_counter() - start, tuple(state.history))
 
 
@@ -188,31 +196,15 @@ def _step(
     model: nn.Module,
     optimizer: Any,
     batch: Any,
-    loss: Loss,
-    teacher: nn.Module | None,
-    distillation: float,
-    temperature: float,
+    distiller: Distiller,
     clip_norm: float | None,
     step: int,
 ) -> float:
-    args, kwargs = model_inputs(batch, accelerator.device)
     if not isinstance(batch, tuple | list) or len(batch) < 2:
         raise LutraError("finetune: a batch must be a tuple (inputs, targets)")
+    args, kwargs = model_inputs(batch, accelerator.device)
     targets = batch[1].to(accelerator.device)
-    outputs = model(*args, **kwargs).float()
-    value = outputs.new_zeros(())
-    if teacher is not None and distillation > 0.0:
-        with torch.no_grad(), accelerator.autocast():
-            wanted = teacher(*args, **kwargs).float()
-        value = value + distillation * temperature**2 * F.kl_div(
-            F.log_softmax(outputs / temperature, 1),
-            F.log_softmax(wanted / temperature, 1),
-            log_target=True,
-            reduction="batchmean",
-        )
-    if teacher is None or distillation < 1.0:
-        weight = 1.0 if teacher is None else 1.0 - distillation
-        value = value + weight * loss(outputs, targets)
+    value = distiller.loss(model(*args, **kwargs).float(), targets, args, kwargs)
     result = float(value.detach())
     if not math.isfinite(result):
         raise LutraError(
@@ -228,7 +220,7 @@ def _step(
 
 def _evaluate(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
     """Calls back in eval mode, without disturbing the random numbers of training."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _full_precision(model):
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
@@ -236,6 +228,17 @@ def _evaluate(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+
+@contextmanager
+def _full_precision(model: nn.Module) -> Iterator[None]:
+    """Takes off, for a while, the autocasting forward that accelerate puts over the model's own."""
+    wrapped = model.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.__dict__["forward"] = wrapped
 
 
 @torch.no_grad()
@@ -255,11 +258,13 @@ def _renew_batch_norm(
         layer.reset_running_stats()
         layer.momentum = None  # cumulative average
         layer.train()
-    for i, batch in enumerate(data):
-        if i == batches:
-            break
-        args, kwargs = model_inputs(batch, accelerator.device)
-        model(*args, **kwargs)
+    plain = accelerator.unwrap_model(model)
+    with _full_precision(plain):
+        for i, batch in enumerate(data):
+            if i == batches:
+                break
+            args, kwargs = model_inputs(batch, accelerator.device)
+            plain(*args, **kwargs)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
         if accelerator.num_processes > 1 and layer.running_mean is not None:

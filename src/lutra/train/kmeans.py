@@ -7,22 +7,12 @@ step are added up over the processes, each of which holds its own samples.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
+from lutra.train import collective
+
 BLOCK = 1 << 24  # elements of the largest temporary
-
-
-def _all_reduce(t: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(t)
-    return t
-
-
-def _broadcast(t: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        dist.broadcast(t, 0)
-    return t
 
 
 def assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,7 +27,7 @@ def assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     books, k, _ = centroids.shape
     norms = centroids.square().sum(2)[:, None, :]
     codes, distances = [], []
-    for part in x.split(max(1, BLOCK // (books * k)), dim=1):
+    for part in torch.split(x, max(1, BLOCK // (books * k)), dim=1):
         score = torch.baddbmm(norms, part, centroids.transpose(1, 2), beta=1.0, alpha=-2.0)
         best, code = score.min(2)
         codes.append(code)
@@ -93,15 +83,15 @@ def kmeans(
     """
     books = x.shape[0]
     generator = torch.Generator().manual_seed(seed)
-    centroids = _broadcast(_spread_start(x, k, generator).contiguous())
+    centroids = collective.broadcast(_spread_start(x, k, generator).contiguous())
     counts = torch.zeros((books, k), device=x.device)
     for step in range(steps + 1):
         codes, distances = assign(x, centroids)
         sums, counts = _cluster_sums(x, codes, k)
-        _all_reduce(counts)
+        collective.all_reduce(counts)
         if step == steps:
             break
-        _all_reduce(sums)
+        collective.all_reduce(sums)
         moved = torch.where(
             counts[:, :, None] > 0, sums / counts.clamp_min(1.0)[:, :, None], centroids
         )
@@ -113,7 +103,7 @@ def kmeans(
 
 
 def _revive(centroids: Tensor, counts: Tensor, x: Tensor, distances: Tensor) -> Tensor:
-    """Gives the dead centroids of a codebook its worst-served samples, one each."""
+    """Gives the dead centroids of a codebook its worst-served samples (of process 0), one each."""
     dead = (counts == 0).sum(1)
     most = int(dead.max())
     if most == 0:
@@ -121,11 +111,14 @@ def _revive(centroids: Tensor, counts: Tensor, x: Tensor, distances: Tensor) -> 
     take = min(most, x.shape[1])
     worst_distance, worst = distances.topk(take, 1)
     samples = torch.gather(x, 1, worst[:, :, None].expand(-1, -1, x.shape[2]))
-    samples = _broadcast(samples.contiguous())
-    worst_distance = _broadcast(worst_distance.contiguous())
+    if take < most:  # the same shape in every process
+        worst_distance = F.pad(worst_distance, (0, most - take))
+        samples = F.pad(samples, (0, 0, 0, most - take))
+    collective.broadcast(samples)
+    collective.broadcast(worst_distance)
     centroids = centroids.clone()
     for book in torch.nonzero(dead).flatten().tolist():
-        empty = torch.nonzero(counts[book] == 0).flatten()[:take]
+        empty = torch.nonzero(counts[book] == 0).flatten()
         useful = worst_distance[book, : len(empty)] > 0  # no sample is left unserved otherwise
         centroids[book, empty[useful]] = samples[book, : len(empty)][useful]
     return centroids

@@ -8,18 +8,23 @@ the gradients are approximations; `PQ.gradient` chooses which.
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lutra.errors import LutraError
-from lutra.train import ops, portable
+from lutra.ops.pq import MAX_SUBVECTOR
+from lutra.train import collective, ops, portable
 from lutra.train.geometry import Geometry, Quantization
 from lutra.train.recipe import PQ
 from lutra.train.soft import SoftLookup
+from lutra.train.watch import Watch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 TABLE_MAX = 127  # int8 tables are symmetric
 _TINY = torch.finfo(torch.float32).tiny
@@ -29,6 +34,32 @@ def quantize_tables(tables: Tensor) -> tuple[Tensor, Tensor]:
     """int8 tables (B, K, M) and float32 scale (M): one scale per output channel."""
     scale = (tables.abs().amax((0, 1)) / TABLE_MAX).clamp_min(_TINY)
     return (tables / scale).round().clamp(-TABLE_MAX, TABLE_MAX).to(torch.int8), scale
+
+
+def check_input(x: Tensor, geometry: Geometry, linear: bool) -> None:
+    """Refuses inputs that the layer does not take.
+
+    Raises:
+        LutraError: wrong rank, channels or features, or an image smaller than the kernel.
+    """
+    shape, channels = tuple(x.shape), geometry.channels
+    if linear:
+        if not shape or shape[-1] != channels:
+            raise LutraError(
+                f"PQLinear: the input has shape {shape}; give (..., {channels}), as the layer has "
+                f"{channels} input features"
+            )
+        return
+    if len(shape) != 4 or shape[1] != channels:
+        raise LutraError(
+            f"PQConv2d: the input has shape {shape}; give (N, {channels}, H, W), as the layer has "
+            f"{channels} input channels"
+        )
+    if min(geometry.out_size(shape[2], shape[3])) < 1:
+        raise LutraError(
+            f"PQConv2d: the input has shape {shape}, smaller than the kernel {geometry.kernel} "
+            f"with dilation {geometry.dilation} and padding {geometry.padding}; give larger images"
+        )
 
 
 class _Round(torch.autograd.Function):
@@ -43,6 +74,10 @@ class _Round(torch.autograd.Function):
         return gradient, None
 
 
+def _rounded(value: Tensor, quantized: Tensor) -> Tensor:
+    return cast(Tensor, _Round.apply(value, quantized))  # type: ignore[no-untyped-call]
+
+
 class StraightThroughLookup(torch.autograd.Function):
     """y = sum of table rows; the gradient of the tables is exact, that of x is the dense layer's."""
 
@@ -50,17 +85,16 @@ class StraightThroughLookup(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, tables: Tensor, weight: Tensor, call: tuple[Any, ...]
     ) -> Tensor:
-        geometry, grid, grid_centroids, int8_tables, scale, keep = call
+        geometry, grid, grid_centroids, int8_tables, scale, keep, dtype = call
         y, codes = ops.forward(x, geometry, grid, grid_centroids, int8_tables, scale)
         keep.append(codes)
-        ctx.geometry, ctx.grid, ctx.centroids = geometry, grid, tables.shape[1]
-        device = x.device.type
-        ctx.low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        ctx.geometry, ctx.grid, ctx.centroids, ctx.dtype = geometry, grid, tables.shape[1], dtype
         ctx.save_for_backward(x, weight, codes)
         return y
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    @once_differentiable
+    def backward(
         ctx: Any, gradient: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, codes = ctx.saved_tensors
@@ -69,8 +103,7 @@ class StraightThroughLookup(torch.autograd.Function):
         if need_tables:
             grad_tables = ops.table_gradient(codes, gradient, ctx.centroids)
         if need_x:
-            geometry, grid = ctx.geometry, ctx.grid
-            dtype = ctx.low or x.dtype
+            geometry, grid, dtype = ctx.geometry, ctx.grid, ctx.dtype
             grad_x = torch.ops.aten.convolution_backward(
                 gradient.to(dtype), x.to(dtype), weight.to(dtype), None,
                 geometry.stride, geometry.padding, geometry.dilation,
@@ -104,6 +137,12 @@ class _PQLayer(nn.Module):
         self.geometry = geometry
         self.method = method
         self.dim = method.v or (geometry.taps if geometry.taps > 1 else 4)
+        if self.dim > MAX_SUBVECTOR:
+            raise LutraError(
+                f"a {geometry.kernel[0]}x{geometry.kernel[1]} kernel has {self.dim} entries, more "
+                f"than a sub-vector may hold ({MAX_SUBVECTOR}); set v, for example "
+                f"PQ(v={min(geometry.kernel[1], MAX_SUBVECTOR)})"
+            )
         self.books = -(-geometry.depth // self.dim)
         self.weight = nn.Parameter(weight.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
@@ -129,12 +168,12 @@ class _PQLayer(nn.Module):
 
     def grid(self) -> Quantization:
         """The activation grid; read from the device again only after it was written."""
-        state = (id(self.act_scale), self.act_scale._version, self.signed._version)
-        kept: tuple[Any, Quantization] | None = self.__dict__.get("_grid")
-        if kept is None or kept[0] != state:
+        source = (self.act_scale, self.signed)
+        kept: tuple[Watch, Quantization] | None = self.__dict__.get("_grid")
+        if kept is None or not kept[0].unchanged(source):
             bits = self.method.act_bits
             zero = 1 << (bits - 1) if bool(self.signed) else 0
-            kept = (state, Quantization(float(self.act_scale), zero, bits))
+            kept = (Watch(source), Quantization(float(self.act_scale), zero, bits))
             self.__dict__["_grid"] = kept
         return kept[1]
 
@@ -172,16 +211,15 @@ class _PQLayer(nn.Module):
         short = self.books * self.dim - self.geometry.depth
         if short and grid.zero:
             on_grid[-1, :, self.dim - short :] = 0.0
-        return torch.bmm(_Round.apply(self.centroids, on_grid), self.weight_blocks())
+        return torch.bmm(_rounded(self.centroids.float(), on_grid), self.weight_blocks().float())
 
     def _run(self, x: Tensor) -> Tensor:
         """y (N, M, H', W') of x (N, C, H, W), in float32."""
-        if x.shape[1] != self.geometry.channels or x.dim() != 4:
-            raise LutraError(
-                f"{type(self).__name__}: the input has shape {tuple(x.shape)}, but the layer takes "
-                f"{self.geometry.channels} channels or features"
-            )
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        mixed = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if mixed else torch.float32  # of x's gradient
+        codes: list[Tensor] = []
+        with torch.autocast(device, enabled=False):
             grid, geometry = self.grid(), self.geometry
             x = x.float()
             grid_centroids = self.grid_centroids()
@@ -189,18 +227,23 @@ class _PQLayer(nn.Module):
             with torch.no_grad():
                 int8_tables, scale = quantize_tables(tables)
                 rounded = int8_tables.float() * scale
-            tables = _Round.apply(tables, rounded)
-        codes: list[Tensor] = []
-        call = (geometry, grid, grid_centroids, int8_tables, scale, codes)
-        if self.method.gradient == "soft":
-            inverse = F.softplus(self.inverse_temperature_logit) + 1.0
-            y = SoftLookup.apply(x, self.centroids, tables, inverse, call)
-        else:
-            weight = self.weight.detach().view(self.outputs, geometry.channels, *geometry.kernel)
-            y = StraightThroughLookup.apply(x, tables, weight, call)
-        if self.training and self.method.centroids == "average":
-            self._follow_clusters(x.detach(), codes[0])
-        return y if self.bias is None else y + self.bias.view(1, -1, 1, 1)
+            tables = _rounded(tables, rounded)
+            call = (geometry, grid, grid_centroids, int8_tables, scale, codes)
+            averaged = self.training and self.method.centroids == "average"
+            if self.method.gradient == "soft":
+                inverse = F.softplus(self.inverse_temperature_logit.float()) + 1.0
+                centroids = self.centroids.float()
+                if averaged:  # they move below, before the backward pass
+                    centroids = centroids.clone()
+                y = SoftLookup.apply(x, centroids, tables, inverse, call)  # type: ignore[no-untyped-call]
+            else:
+                weight = self.weight.detach().float()
+                weight = weight.view(self.outputs, geometry.channels, *geometry.kernel)
+                y = StraightThroughLookup.apply(x, tables, weight, (*call, dtype))  # type: ignore[no-untyped-call]
+            if averaged:
+                self._follow_clusters(x.detach(), codes[0])
+            y = cast(Tensor, y)
+            return y if self.bias is None else y + self.bias.float().view(1, -1, 1, 1)
 
     @torch.no_grad()
     def _follow_clusters(self, x: Tensor, codes: Tensor) -> None:
@@ -209,27 +252,36 @@ class _PQLayer(nn.Module):
         sums, counts = ops.cluster_sums(
             self.geometry, grid, x, codes, self.method.k, self.dim
         )
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
-            dist.all_reduce(counts)
+        collective.all_reduce(sums)  # every process then moves its centroids alike
+        collective.all_reduce(counts)
         weight = counts.float()
         mean = (sums.float() / weight.clamp_min(1.0)[:, :, None] - grid.zero) * grid.scale
         keep = self.method.decay
         total = keep * self.cluster_counts + (1.0 - keep) * weight
         step = ((1.0 - keep) * weight / total.clamp_min(1e-6))[:, :, None]
-        self.centroids += step * (mean - self.centroids)
+        self.centroids.add_(step * (mean - self.centroids))
         self.cluster_counts.copy_(total)
 
-    @torch.no_grad()
     def freeze(self) -> FrozenPQ:
         """The layer as the engine runs it: codebooks and int8 tables in place of the weights."""
-        grid_centroids = self.grid_centroids()
-        int8_tables, scale = quantize_tables(self.tables(grid_centroids))
-        bias = torch.zeros_like(scale) if self.bias is None else self.bias.detach().clone()
-        linear = isinstance(self, PQLinear)
-        return FrozenPQ(
-            self.geometry, self.grid(), linear, grid_centroids, int8_tables, scale, bias
-        )
+        # Not in inference mode, whose tensors the kernels would have to pack at every call.
+        with torch.inference_mode(False), torch.no_grad():
+            grid_centroids = self.grid_centroids()
+            int8_tables, scale = quantize_tables(self.tables(grid_centroids))
+            bias = torch.zeros_like(scale) if self.bias is None else self.bias.float().clone()
+            linear = isinstance(self, PQLinear)
+            return FrozenPQ(
+                self.geometry, self.grid(), linear, grid_centroids, int8_tables, scale, bias
+            )
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module; also forgets the tables kept for eval mode."""
+        if mode != self.training:
+            self.__dict__.pop("_frozen", None)  # weights may have been written through .data
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_frozen", "_grid")}
 
     def extra_repr(self) -> str:
         g, m = self.geometry, self.method
@@ -254,6 +306,7 @@ class PQConv2d(_PQLayer):
     def forward(self, x: Tensor) -> Tensor:
         """y (N, M, H', W') of x (N, C, H, W)."""
         if self.training or torch.is_grad_enabled():
+            check_input(x, self.geometry, linear=False)
             return self._run(x)
         return cast(Tensor, _frozen(self)(x))
 
@@ -269,6 +322,7 @@ class PQLinear(_PQLayer):
     def forward(self, x: Tensor) -> Tensor:
         """y (..., M) of x (..., D)."""
         if self.training or torch.is_grad_enabled():
+            check_input(x, self.geometry, linear=True)
             y = self._run(x.reshape(-1, x.shape[-1])[:, :, None, None])
             return y.reshape(*x.shape[:-1], self.outputs)
         return cast(Tensor, _frozen(self)(x))
@@ -302,22 +356,23 @@ class FrozenPQ(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Same shapes as the layer that was frozen."""
         g, q = self.geometry, self.grid
+        check_input(x, g, self.linear)
         tensors = (self.centroids, self.tables, self.scale, self.bias)
         if self.linear:
-            return ops.pq_linear(x.float(), *tensors, q.scale, q.zero, q.bits, "nearest")
-        return ops.pq_conv2d(
-            x.float(), *tensors, q.scale, q.zero, q.bits, "nearest",
-            g.kernel, g.stride, g.padding, g.dilation,
-        )  # fmt: skip
+            y = ops.pq_linear(x.float(), *tensors, q.scale, q.zero, q.bits, "nearest")
+        else:
+            y = ops.pq_conv2d(
+                x.float(), *tensors, q.scale, q.zero, q.bits, "nearest",
+                g.kernel, g.stride, g.padding, g.dilation,
+            )  # fmt: skip
+        return cast(Tensor, y)
 
 
 def _frozen(layer: _PQLayer) -> FrozenPQ:
     """`layer.freeze()`, kept until a parameter or buffer is written or replaced."""
-    state = tuple(
-        (id(t), t._version) for t in (*layer.parameters(), *layer.buffers()) if not t.is_inference()
-    )
-    kept: tuple[Any, FrozenPQ] | None = layer.__dict__.get("_frozen")
-    if kept is None or kept[0] != state:
-        kept = (state, layer.freeze())
+    source = (*layer.parameters(), *layer.buffers())
+    kept: tuple[Watch, FrozenPQ] | None = layer.__dict__.get("_frozen")
+    if kept is None or not kept[0].unchanged(source):
+        kept = (Watch(source), layer.freeze())
         layer.__dict__["_frozen"] = kept  # not a submodule: it must not reach state_dict
     return kept[1]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lutra import _engine
 from lutra.train.geometry import Geometry, Quantization
+from lutra.train.watch import Watch
 
 Array = np.ndarray[Any, Any]
 
@@ -37,13 +38,16 @@ def _array(t: Tensor) -> Array:
     return array
 
 
+def layout(x: Tensor) -> torch.memory_format:
+    """Memory layout of the output of a layer for an input `x` (N, C, H, W): the same as its own."""
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def empty_output(x: Tensor, outputs: int, height: int, width: int) -> Tensor:
-    """An uninitialised (N, outputs, height, width) tensor in the memory layout of `x`."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.empty(
-        (x.shape[0], outputs, height, width),
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    """An uninitialised float32 (N, outputs, height, width) in the memory layout of `x`."""
+    shape = (x.shape[0], outputs, height, width)
+    return torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=layout(x))
 
 
 def make_layer(
@@ -72,7 +76,7 @@ def make_layer(
     )
 
 
-_layers: dict[int, tuple[weakref.ref[Tensor], object, _engine.PqLayer]] = {}
+_layers: dict[int, tuple[weakref.ref[Tensor], Watch, object, _engine.PqLayer]] = {}
 
 
 def cached_layer(
@@ -85,15 +89,14 @@ def cached_layer(
 ) -> _engine.PqLayer:
     """`make_layer`, packed once for as long as none of the four tensors is replaced or written."""
     tensors = (centroids, tables, scale, bias)
-    if any(t.is_inference() for t in tensors):  # these do not count their writes
-        return make_layer(geometry, grid, *tensors)
-    state = (geometry, grid, tuple((id(t), t._version) for t in tensors))
     known = _layers.get(id(tables))
-    if known is not None and known[0]() is tables and known[1] == state:
-        return known[2]
+    if known is not None and known[1].unchanged(tensors) and known[2] == (geometry, grid):
+        return known[3]
     layer = make_layer(geometry, grid, *tensors)
-    key = id(tables)
-    _layers[key] = (weakref.ref(tables, lambda _: _layers.pop(key, None)), state, layer)
+    if not any(t.is_inference() for t in tensors):
+        key = id(tables)
+        ref = weakref.ref(tables, lambda _: _layers.pop(key, None))
+        _layers[key] = (ref, Watch(tensors), (geometry, grid), layer)
     return layer
 
 

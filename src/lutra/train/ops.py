@@ -1,7 +1,8 @@
 """The lookup layers as operators: native kernels on the CPU, plain PyTorch on other devices.
 
-`lutra::pq_conv2d` and `lutra::pq_linear` are custom operators, so that `torch.export` keeps a lookup
-layer as one node. The training functions below are what the layers' autograd functions call.
+`lutra::pq_conv2d` and `lutra::pq_linear` are custom operators, so that `torch.export` keeps a
+lookup layer as one node. The training functions below are what the layers' autograd functions
+call.
 """
 
 from __future__ import annotations
@@ -25,6 +26,22 @@ def _check_encoder(encoder: str) -> None:
         raise LutraError(f"encoder {encoder!r} is unknown; choose 'nearest'")
 
 
+def _geometry(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Geometry:
+    return Geometry(
+        x.shape[1],
+        (kernel[0], kernel[1]),
+        (stride[0], stride[1]),
+        (padding[0], padding[1]),
+        (dilation[0], dilation[1]),
+    )
+
+
 @torch.library.custom_op("lutra::pq_conv2d", mutates_args=())
 def pq_conv2d(
     x: Tensor,
@@ -46,16 +63,11 @@ def pq_conv2d(
     centroids (B, K, V) uint8, tables (B, K, M) int8, scale (M) and bias (M) float32.
     """
     _check_encoder(encoder)
-    geometry = Geometry(
-        x.shape[1],
-        (kernel[0], kernel[1]),
-        (stride[0], stride[1]),
-        (padding[0], padding[1]),
-        (dilation[0], dilation[1]),
-    )
+    geometry = _geometry(x, kernel, stride, padding, dilation)
     grid = Quantization(act_scale, act_zero, act_bits)
     if not _is_native(x):
-        return portable.forward(x, geometry, grid, centroids, tables, scale, bias)[0].contiguous()
+        y = portable.forward(x, geometry, grid, centroids, tables, scale, bias)[0]
+        return y.contiguous(memory_format=native.layout(x))
     layer = native.cached_layer(geometry, grid, centroids, tables, scale, bias)
     return native.run(layer, geometry, x.float(), tables.shape[2], None)
 
@@ -76,13 +88,8 @@ def _(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    sizes = [
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(
-            x.shape[2:], kernel, stride, padding, dilation, strict=True
-        )
-    ]
-    return x.new_empty((x.shape[0], tables.shape[2], sizes[0], sizes[1]), dtype=torch.float32)
+    height, width = _geometry(x, kernel, stride, padding, dilation).out_size(*x.shape[2:])
+    return native.empty_output(x, tables.shape[2], height, width)
 
 
 @torch.library.custom_op("lutra::pq_linear", mutates_args=())
@@ -97,10 +104,10 @@ def pq_linear(
     act_bits: int,
     encoder: str,
 ) -> Tensor:
-    """Product-quantised linear layer of x (..., D) float32 -> (..., M). Tensors as in `pq_conv2d`."""
+    """Product-quantised linear layer of x (..., D) -> (..., M). Tensors as in `pq_conv2d`."""
     _check_encoder(encoder)
     rows = x.reshape(-1, x.shape[-1])[:, :, None, None]
-    y = pq_conv2d(
+    y: Tensor = pq_conv2d(
         rows, centroids, tables, scale, bias, act_scale, act_zero, act_bits, encoder,
         (1, 1), (1, 1), (0, 0), (1, 1),
     )  # fmt: skip
@@ -142,13 +149,15 @@ def forward(
 
 def table_gradient(codes: Tensor, gradient: Tensor, centroids: int) -> Tensor:
     """grad (B, K, M): the output gradient (N, M, H', W') added up by code."""
-    module = native if _is_native(codes) else portable
-    return module.table_gradient(codes, gradient.float(), centroids)
+    if _is_native(codes):
+        return native.table_gradient(codes, gradient.float(), centroids)
+    return portable.table_gradient(codes, gradient.float(), centroids)
 
 
 def cluster_sums(
     geometry: Geometry, grid: Quantization, x: Tensor, codes: Tensor, centroids: int, dim: int
 ) -> tuple[Tensor, Tensor]:
     """Sums (B, K, V) of the quantised sub-vectors of each code, and their counts (B, K), int64."""
-    module = native if _is_native(x) else portable
-    return module.cluster_sums(geometry, grid, x, codes, centroids, dim)
+    if _is_native(x):
+        return native.cluster_sums(geometry, grid, x, codes, centroids, dim)
+    return portable.cluster_sums(geometry, grid, x, codes, centroids, dim)

@@ -40,14 +40,13 @@ def encode(x: Tensor, geometry: Geometry, grid: Quantization, centroids: Tensor)
     half = torch.floor(c.square().sum(2) / 2)[:, :, None]
     images = max(1, BLOCK // max(1, geometry.depth * x.shape[2] * x.shape[3]))
     codes = []
-    for part in x.split(images):
-        sub = unfold(quantize(part, grid), geometry, dim, float(grid.zero))
-        blocks = [
-            # exact: every score is an integer below 2**24
-            (torch.bmm(c, s) - half).argmax(1).to(torch.uint8)
-            for s in sub.split(max(1, BLOCK // (books * k)), dim=2)
-        ]
-        codes.append(torch.cat(blocks, 1))
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16 scores would not be exact
+        for part in torch.split(x, images):
+            sub = unfold(quantize(part, grid), geometry, dim, float(grid.zero))
+            for block in torch.split(sub, max(1, BLOCK // (books * k)), dim=2):
+                # exact: every score is an integer below 2**24; of equal ones the lowest index
+                scores = torch.bmm(c, block) - half
+                codes.append(scores.argmax(1).to(torch.uint8))
     return torch.cat(codes, 1)
 
 
@@ -57,7 +56,7 @@ def lookup(codes: Tensor, tables: Tensor) -> Tensor:
     flat = tables.reshape(books * k, outputs)
     offset = torch.arange(books, device=codes.device)[:, None] * k
     parts = []
-    for block in codes.split(max(1, BLOCK // (books * outputs)), dim=1):
+    for block in torch.split(codes, max(1, BLOCK // (books * outputs)), dim=1):
         index = (block.long() + offset).t()
         parts.append(flat[index].sum(1, dtype=torch.int32))
     return torch.cat(parts)
@@ -81,24 +80,33 @@ def forward(
 
 def table_gradient(codes: Tensor, gradient: Tensor, centroids: int) -> Tensor:
     """grad (B, K, M): the output gradient (N, M, H', W') added up by code."""
-    rows = gradient.permute(0, 2, 3, 1).reshape(-1, gradient.shape[1]).float()
-    grads = []
-    for book in codes:
-        grad = torch.zeros((centroids, rows.shape[1]), device=rows.device)
-        grads.append(grad.index_add_(0, book.long(), rows))
-    return torch.stack(grads)
+    books, outputs = codes.shape[0], gradient.shape[1]
+    rows = gradient.permute(0, 2, 3, 1).reshape(-1, outputs).float()
+    total = torch.zeros((books * centroids, outputs), device=rows.device)
+    clusters = torch.arange(centroids, dtype=torch.uint8, device=codes.device)[:, None]
+    size = max(1, BLOCK // (books * centroids))
+    # One-hot products: unlike scatter-add, they give the same bits in every run on a GPU.
+    with torch.autocast(rows.device.type, enabled=False):
+        for block, part in zip(torch.split(codes, size, 1), torch.split(rows, size), strict=True):
+            member = (block[:, None] == clusters).to(rows.dtype)  # (B, K, rows)
+            total.addmm_(member.view(books * centroids, -1), part)
+    return total.view(books, centroids, outputs)
 
 
 def cluster_sums(
     geometry: Geometry, grid: Quantization, x: Tensor, codes: Tensor, centroids: int, dim: int
 ) -> tuple[Tensor, Tensor]:
     """Sums (B, K, V) of the quantised sub-vectors of each code, and their counts (B, K), int64."""
-    sub = unfold(quantize(x, grid), geometry, dim, float(grid.zero)).long()
     books = codes.shape[0]
-    index = codes.long()
     counts = torch.zeros((books, centroids), dtype=torch.int64, device=x.device)
-    counts.scatter_add_(1, index, torch.ones_like(index))
     sums = torch.zeros((books, centroids, dim), dtype=torch.int64, device=x.device)
-    wide = index[:, :, None].expand(-1, -1, dim)
-    sums.scatter_add_(1, wide, sub.transpose(1, 2))
+    height, width = geometry.out_size(x.shape[2], x.shape[3])
+    images = max(1, BLOCK // max(1, geometry.depth * height * width))
+    blocks = torch.split(codes, images * height * width, 1)
+    for part, block in zip(torch.split(x, images), blocks, strict=True):
+        sub = unfold(quantize(part, grid), geometry, dim, float(grid.zero)).long()
+        index = block.long()
+        counts.scatter_add_(1, index, torch.ones_like(index))
+        wide = index[:, :, None].expand(-1, -1, dim)
+        sums.scatter_add_(1, wide, sub.transpose(1, 2))
     return sums, counts

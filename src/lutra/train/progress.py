@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
 
 class Progress:
@@ -18,8 +23,8 @@ class Progress:
     def __init__(self, title: str, total: int | None, show: bool | None = None) -> None:
         self._title, self._total = title, total
         self._show = sys.stderr.isatty() if show is None else show
-        self._bar = None
-        self._task = None
+        self._bar: RichProgress | None = None
+        self._task: TaskID | None = None
 
     def __enter__(self) -> Progress:
         if self._show:

@@ -44,9 +44,9 @@ class PQ:
 
     v: int | None = None
     k: int = 16
-    act_bits: int = 7
+    act_bits: int = 6
     gradient: Gradient = "straight-through"
-    centroids: CentroidUpdate = "average"
+    centroids: CentroidUpdate = "gradient"
     decay: float = 0.99
     temperature: float = 0.065
 
@@ -55,6 +55,13 @@ class PQ:
             if not ok:
                 raise LutraError(f"PQ: {what}")
 
+        for name in ("v", "k", "act_bits"):
+            value = getattr(self, name)
+            optional = name == "v" and value is None
+            require(optional or type(value) is int, f"{name}={value!r} is not an integer")
+        for name in ("decay", "temperature"):
+            value = getattr(self, name)
+            require(isinstance(value, int | float), f"{name}={value!r} is not a number")
         require(
             self.v is None or 1 <= self.v <= MAX_SUBVECTOR,
             f"v={self.v} is not in 1..{MAX_SUBVECTOR}; choose a sub-vector length in that range",
@@ -81,12 +88,22 @@ Recipe = Mapping[str, Method]
 _METHODS: dict[str, type[PQ] | type[Keep]] = {"pq": PQ, "keep": Keep}
 
 
-def match(recipe: Recipe, name: str) -> Method:
-    """The method of the first pattern (a shell-style glob) that fits a module path."""
+def match(recipe: Recipe, *names: str) -> Method:
+    """The method of the first pattern (a shell-style glob) that fits a module path.
+
+    Args:
+        recipe: The patterns.
+        names: The path; several where the model holds the module in several places.
+    """
     for pattern, method in recipe.items():
-        if fnmatchcase(name, pattern):
+        if fits(pattern, *names):
             return method
     return Keep("no pattern of the recipe names it")
+
+
+def fits(pattern: str, *names: str) -> bool:
+    """Whether a pattern matches one of these names."""
+    return any(fnmatchcase(name, pattern) for name in names)
 
 
 def recipe_to_json(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -106,11 +123,12 @@ def recipe_from_json(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Method]
     """
     recipe: dict[str, Method] = {}
     for pattern, entry in data.items():
-        settings = dict(entry)
-        cls = _METHODS.get(settings.pop("method", ""))
+        settings = dict(entry) if isinstance(entry, Mapping) else {"method": entry}
+        method = settings.pop("method", None)
+        cls = _METHODS.get(method) if isinstance(method, str) else None
         if cls is None:
             raise LutraError(
-                f"recipe: pattern {pattern!r} has the method {entry.get('method')!r}; "
+                f"recipe: pattern {pattern!r} has the method {method!r}; "
                 f"choose one of {sorted(_METHODS)}"
             )
         try:

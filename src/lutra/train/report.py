@@ -12,7 +12,7 @@ class LayerReport:
     """One layer. Byte and operation counts are of the exported layer; lookups per output row.
 
     `error` is the mean squared output error relative to the output's variance, on calibration rows
-    with int8 tables, before fine-tuning. `used` is the share of centroids that calibration rows chose.
+    with int8 tables, before fine-tuning. `used` is the share of centroids that these rows chose.
     """
 
     name: str
