@@ -117,8 +117,9 @@ void run_layer(const PqLayer& layer, ThreadPool& pool, const Images& x, const Ou
             memory.data(), pool);
 }
 
-nb::list run_plan(Plan& plan, const std::vector<nb::ndarray<const float, nb::c_contig,
-                                                            nb::device::cpu>>& inputs) {
+nb::list run_plan(
+    Plan& plan,
+    const std::vector<nb::ndarray<const float, nb::c_contig, nb::device::cpu>>& inputs) {
   std::vector<Shape> shapes;
   std::vector<const float*> data;
   for (const auto& a : inputs) {
@@ -141,8 +142,7 @@ nb::list run_plan(Plan& plan, const std::vector<nb::ndarray<const float, nb::c_c
     float* memory = new float[static_cast<size_t>(std::max<int64_t>(s.size(), 1))];
     nb::capsule owner(memory, [](void* p) noexcept { delete[] static_cast<float*>(p); });
     targets.push_back(memory);
-    results.append(
-        nb::ndarray<nb::numpy, float>(memory, dims.size(), dims.data(), owner).cast());
+    results.append(nb::ndarray<nb::numpy, float>(memory, dims.size(), dims.data(), owner).cast());
   }
   {
     nb::gil_scoped_release release;
@@ -178,10 +178,9 @@ NB_MODULE(_engine, m) {
              Array<int8_t, 3> tables, Array<float, 1> scale, Array<float, 1> bias, float act_scale,
              int act_zero, int act_bits, int64_t channels, Pair kernel, Pair stride, Pair padding,
              Pair dilation) {
-            new (self) PqLayer(pq_layer(find_kernels(isa),
-                                        geometry(channels, kernel, stride, padding, dilation),
-                                        centroids, tables, scale, bias, act_scale, act_zero,
-                                        act_bits));
+            new (self) PqLayer(
+                pq_layer(find_kernels(isa), geometry(channels, kernel, stride, padding, dilation),
+                         centroids, tables, scale, bias, act_scale, act_zero, act_bits));
           },
           "isa"_a, "centroids"_a, "tables"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a,
           "act_bits"_a, "channels"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a)
@@ -249,8 +248,8 @@ NB_MODULE(_engine, m) {
              int residual, Limits limits) {
             const ConvGeometry g = geometry(channels, kernel, stride, padding, dilation);
             return p.add_step(
-                std::make_unique<PqConvStep>(pq_layer(p.kernels(), g, centroids, tables, scale, bias,
-                                                      act_scale, act_zero, act_bits),
+                std::make_unique<PqConvStep>(pq_layer(p.kernels(), g, centroids, tables, scale,
+                                                      bias, act_scale, act_zero, act_bits),
                                              false, residual >= 0, clamp(limits)),
                 with_residual(x, residual));
           },
@@ -264,8 +263,8 @@ NB_MODULE(_engine, m) {
              int act_bits, int64_t features, int residual, Limits limits) {
             const ConvGeometry g{.channels = features};
             return p.add_step(
-                std::make_unique<PqConvStep>(pq_layer(p.kernels(), g, centroids, tables, scale, bias,
-                                                      act_scale, act_zero, act_bits),
+                std::make_unique<PqConvStep>(pq_layer(p.kernels(), g, centroids, tables, scale,
+                                                      bias, act_scale, act_zero, act_bits),
                                              true, residual >= 0, clamp(limits)),
                 with_residual(x, residual));
           },
@@ -273,8 +272,8 @@ NB_MODULE(_engine, m) {
           "act_bits"_a, "features"_a, "residual"_a = -1, "clamp"_a.none() = nb::none())
       .def(
           "conv2d",
-          [](Plan& p, int x, Array<float, 4> weight, Array<float, 1> bias, Pair stride, Pair padding,
-             Pair dilation, int64_t groups, int residual, Limits limits) {
+          [](Plan& p, int x, Array<float, 4> weight, Array<float, 1> bias, Pair stride,
+             Pair padding, Pair dilation, int64_t groups, int residual, Limits limits) {
             require(groups >= 1, "groups must be at least 1");
             require(bias.shape(0) == weight.shape(0), "bias needs one value per output");
             const int64_t channels = static_cast<int64_t>(weight.shape(1)) * groups;
@@ -294,26 +293,28 @@ NB_MODULE(_engine, m) {
           [](Plan& p, int x, Array<float, 2> weight, Array<float, 1> bias, int residual,
              Limits limits) {
             require(bias.shape(0) == weight.shape(0), "bias needs one value per output");
-            return p.add_step(std::make_unique<LinearStep>(
-                                  p.kernels(), static_cast<int64_t>(weight.shape(1)),
-                                  static_cast<int64_t>(weight.shape(0)), weight.data(), bias.data(),
-                                  residual >= 0, clamp(limits)),
-                              with_residual(x, residual));
+            return p.add_step(
+                std::make_unique<LinearStep>(p.kernels(), static_cast<int64_t>(weight.shape(1)),
+                                             static_cast<int64_t>(weight.shape(0)), weight.data(),
+                                             bias.data(), residual >= 0, clamp(limits)),
+                with_residual(x, residual));
           },
           "x"_a, "weight"_a, "bias"_a, "residual"_a = -1, "clamp"_a.none() = nb::none())
       .def(
           "clamp",
-          [](Plan& p, int x, float low, float high) { return p.add_step(clamp_step(low, high), {x}); },
+          [](Plan& p, int x, float low, float high) {
+            return p.add_step(clamp_step(low, high), {x});
+          },
           "x"_a, "low"_a, "high"_a)
-      .def("add", [](Plan& p, int a, int b) { return p.add_step(add_step(), {a, b}); }, "a"_a, "b"_a)
+      .def(
+          "add", [](Plan& p, int a, int b) { return p.add_step(add_step(), {a, b}); }, "a"_a, "b"_a)
       .def(
           "affine",
           [](Plan& p, int x, Array<float, 1> scale, Array<float, 1> bias) {
             require(scale.shape(0) == bias.shape(0), "scale and bias differ in length");
             const size_t n = scale.shape(0);
-            return p.add_step(affine_step({scale.data(), scale.data() + n},
-                                          {bias.data(), bias.data() + n}),
-                              {x});
+            return p.add_step(
+                affine_step({scale.data(), scale.data() + n}, {bias.data(), bias.data() + n}), {x});
           },
           "x"_a, "scale"_a, "bias"_a)
       .def(
@@ -363,9 +364,9 @@ NB_MODULE(_engine, m) {
       .def(
           "adaptive_pool",
           [](Plan& p, int x, bool average, Pair size) {
-            return p.add_step(adaptive_pool_step(average ? Pool::kAverage : Pool::kMax, size.first,
-                                                 size.second),
-                              {x});
+            return p.add_step(
+                adaptive_pool_step(average ? Pool::kAverage : Pool::kMax, size.first, size.second),
+                {x});
           },
           "x"_a, "average"_a, "size"_a)
       .def("finish", &Plan::set_outputs, "outputs"_a)

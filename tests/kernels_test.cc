@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -328,8 +329,8 @@ void test_layer(const Kernels& k, const ConvGeometry& g, int64_t n, int64_t h, i
   }
 }
 
-// conv -> [pq conv + residual + relu6] -> pool -> slice, pad, concat -> reshape -> linear ->
-// softmax
+// conv -> [pq conv + residual + relu6] -> pool -> slice, pad, concat -> reshape -> pq linear and
+// linear over three axes, with residuals -> reshape -> linear -> softmax
 std::vector<float> run_plan(const Kernels& k, int threads, int64_t n) {
   Plan plan(k, threads);
   const int x = plan.add_input();
@@ -350,7 +351,16 @@ std::vector<float> run_plan(const Kernels& k, int threads, int64_t n) {
   const int d = plan.add_step(slice_step(1, 0, 6, 2), {c});
   const int e = plan.add_step(pad_step({0, 1, 0, 0}, {0, 0, 0, 0}, 0.5f), {d});
   const int f = plan.add_step(concat_step(1), {c, e});
-  const int h = plan.add_step(reshape_step({240}), {f});
+  const int rows = plan.add_step(reshape_step({6, 40}), {f});
+  const PqShape t{.books = 5, .centroids = 32, .dim = 8, .outputs = 40};
+  const int p = plan.add_step(std::make_unique<PqConvStep>(make_layer(k, t, {.channels = 40}, 10),
+                                                           true, true, Clamp{true, 0.0f, 6.0f}),
+                              {rows, rows});
+  const auto square = floats(40 * 40);
+  const int q = plan.add_step(
+      std::make_unique<LinearStep>(k, 40, 40, square.data(), square.data(), true, Clamp{}),
+      {p, rows});
+  const int h = plan.add_step(reshape_step({240}), {q});
   const int i = plan.add_step(
       std::make_unique<LinearStep>(k, 240, 10, dense.data(), tail.data(), false, Clamp{}), {h});
   plan.set_outputs({plan.add_step(softmax_step(1), {i}), b});
@@ -417,9 +427,29 @@ void test_isa(const Kernels& k) {
   }
 }
 
+void test_thread_pool() {
+  ThreadPool pool(4);
+  for (int turn = 0; turn < 200; ++turn) {
+    const size_t bad = static_cast<size_t>(turn % 50);
+    std::string caught;
+    try {
+      pool.run(50, [&](size_t i, int) {
+        if (i >= bad) throw std::runtime_error("item");
+      });
+    } catch (const std::runtime_error& error) {
+      caught = error.what();
+    }
+    check(caught == "item", "an exception reaches the caller");
+    std::vector<int> done(97);
+    pool.run(done.size(), [&](size_t i, int) { ++done[i]; });
+    check(done == std::vector<int>(97, 1), "the pool works on after an exception");
+  }
+}
+
 }  // namespace
 
 int main() {
+  test_thread_pool();
   for (const lutra::Kernels* k : lutra::runnable_kernels()) {
     const int before = passed;
     test_isa(*k);

@@ -57,6 +57,24 @@ def test_verify_finds_wrong_golden_data(capture: Any, folder: Path) -> None:
     assert code == 1
     assert "differs from the golden data in the file by 0.17" in out
     assert out.splitlines()[-1] == "FAILED"
+    output.flat[3] = np.nextafter(output.flat[3], np.float32(np.inf))  # one last bit
+    save_graph(replace(graph, golden=(inputs, (output,))), "m.lutra")
+    code, out, _ = capture("verify", "m.lutra", "--samples", "0")
+    assert code == 1
+    assert "differs from the golden data" in out
+
+
+@pytest.mark.parametrize(("error", "status"), [(1e-6, 0), (1e-3, 1)])
+def test_verify_allows_for_another_exponential(
+    capture: Any, folder: Path, error: float, status: int
+) -> None:
+    b = Builder(("x", (None, 5)))
+    b.add("softmax", b.pq_linear("x", 5, 4), axis=1)
+    graph = with_golden(b.graph())
+    assert graph.golden is not None
+    inputs, (output,) = graph.golden
+    save_graph(replace(graph, golden=(inputs, (output * np.float32(1 + error),))), "m.lutra")
+    assert capture("verify", "m.lutra")[0] == status
 
 
 @pytest.mark.parametrize(

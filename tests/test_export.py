@@ -19,6 +19,7 @@ from lutra.errors import InputError, LutraError, UnsupportedModelError
 from lutra.format import load_graph
 from lutra.graph import Graph
 from lutra.reference import run_reference
+from lutra.session import Session
 from lutra.train.export import export
 from lutra.train.fold import fold_batch_norm
 
@@ -289,14 +290,8 @@ def _no_grad(x: Tensor) -> Tensor:
         return F.relu(x)
 
 
-# The engine's linear layers take (N, features) only; the graph and the reference take more axes.
-REFERENCE_ONLY = {"linear_on_images", "bn1d_on_rows_is_not_folded"}
-
-
 @pytest.mark.parametrize("name", MODELS)
-def test_graph_equals_torch(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name in REFERENCE_ONLY:
-        monkeypatch.setattr(check, "runners", lambda: {"the reference": run_reference})
+def test_graph_equals_torch(tmp_path: Path, name: str) -> None:
     make, wanted = MODELS[name]
     torch.manual_seed(0)
     graph = check_model(tmp_path, make(), IMAGE)
@@ -471,7 +466,7 @@ def test_metadata_and_golden(tmp_path: Path) -> None:
     assert graph.golden is not None
     inputs, outputs = graph.golden
     assert inputs[0].shape == (8, 4)
-    np.testing.assert_array_equal(run_reference(graph, inputs)["output"], outputs[0])
+    np.testing.assert_array_equal(Session(graph)(inputs[0]), outputs[0])
     export(model, path, torch.randn(2, 4), golden=False)
     assert load_graph(path).golden is None
 

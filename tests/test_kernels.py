@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ def test_rows_at_tile_edges(isa: str, rows: int) -> None:
     layer = random_layer(rows, size=(rows, 1, 1), channels=20, outputs=7)
     check(layer, isa)
     check(layer, isa, "NCHW", threads=2)
+    strided = np.ascontiguousarray(layer.x.transpose(1, 0, 2, 3)).transpose(1, 0, 2, 3)
+    check(replace(layer, x=strided), isa)
 
 
 @each_isa
@@ -264,6 +267,93 @@ def test_linear_graphs(isa: str, rows: int) -> None:
     x = b.rng.normal(size=(rows, 50)).astype(np.float32)
     (reference,) = run_reference(graph, [x]).values()
     assert same_bits(Session(graph, isa=isa, threads=1)(x), reference)
+
+
+@pytest.mark.parametrize("tail", ["", "relu", "relu6", "add", "add relu6"])
+@pytest.mark.parametrize("op", ["pq_linear", "linear"])
+@pytest.mark.parametrize(
+    ("axes", "features", "outputs"),
+    [
+        ((1, 1), 5, 3),
+        ((1, 7), 1, 1),
+        ((3, 1), 33, 17),
+        ((2, 5), 70, 16),
+        ((5, 41), 40, 65),
+        ((2, 3, 4), 31, 19),
+        ((3, 1, 2, 5), 9, 4),
+        ((2, 2, 3, 1, 4), 12, 33),
+    ],
+)
+def test_linear_layers_over_many_axes(
+    axes: tuple[int, ...], features: int, outputs: int, op: str, tail: str
+) -> None:
+    """The same bits as over (N, features), from all, and the numbers of the reference."""
+    rows = int(np.prod(axes))
+    b = Builder(("x", (None, *axes[1:], features)), ("r", (None, *axes[1:], outputs)), seed=rows)
+    y = getattr(b, op)("x", features, outputs)
+    if "add" in tail:
+        y = b.add("add", "r", y)
+    if "relu" in tail:
+        y = b.add(tail.split()[-1], y)
+    b.inputs = b.inputs if "add" in tail else b.inputs[:1]
+    graph = b.graph(y)
+    flat = replace(
+        graph, inputs=tuple(v.with_shape(v.name, (None, v.shape[-1])) for v in graph.inputs)
+    )
+    feeds = {
+        v.name: b.rng.normal(size=(axes[0], *v.shape[1:])).astype(np.float32) for v in graph.inputs
+    }
+    flat_feeds = {name: x.reshape(rows, -1) for name, x in feeds.items()}
+    (reference,) = run_reference(graph, feeds).values()
+    assert reference.shape == (*axes, outputs)
+    if op == "linear":
+        np.testing.assert_allclose(
+            Session(graph).run(None, feeds)[0], reference, rtol=1e-5, atol=1e-5
+        )
+        (reference,) = Session(flat, isa="scalar").run(None, flat_feeds)
+        reference = reference.reshape(*axes, outputs)
+    for isa in ISAS:
+        for threads in (1, 3):
+            (got,) = Session(graph, isa=isa, threads=threads).run(None, feeds)
+            assert same_bits(got, reference), (isa, threads)
+        (got,) = Session(flat, isa=isa, threads=2).run(None, flat_feeds)
+        assert same_bits(got.reshape(reference.shape), reference), isa
+
+
+@each_isa
+@pytest.mark.parametrize("op", ["pq_linear", "linear"])
+def test_linear_layers_over_many_rows(isa: str, op: str) -> None:
+    b = Builder(("x", (None, 197, 48)), seed=3)
+    y = b.add("relu", b.add("add", getattr(b, op)("x", 48, 48), "x"))
+    graph = b.graph(y)
+    x = b.rng.normal(size=(64, 197, 48)).astype(np.float32)
+    got = Session(graph, isa=isa, threads=4)(x)
+    assert same_bits(got, Session(graph, isa=ISAS[-1], threads=1)(x))
+    if op == "pq_linear":
+        assert same_bits(got, run_reference(graph, [x])[y])
+
+
+@each_isa
+@pytest.mark.parametrize("clamp", ["relu", "relu6"])
+@pytest.mark.parametrize("op", ["", "pq_linear", "linear", "conv2d", "pq_linear rows"])
+def test_clamps_of_nan_give_zero(isa: str, clamp: str, op: str) -> None:
+    shape = (1, 1) if op == "conv2d" else (3,) if "rows" in op else ()
+    features = (20, *shape) if op == "conv2d" else (*shape, 20)
+    b = Builder(("x", (None, *features)), ("r", (None, *features)), seed=1)
+    y = "x"
+    if op:
+        y = getattr(b, op.split()[0])("x", 20, 20, **({"kernel": (1, 1)} if "conv" in op else {}))
+    y = b.add(clamp, b.add("add", y, "r"))
+    graph = b.graph(y)
+    feeds = {n: b.rng.normal(size=(9, *features)).astype(np.float32) for n in "xr"}
+    feeds["r"].flat[::3] = np.nan
+    feeds["r"].flat[1::3] *= np.inf
+    reference = run_reference(graph, feeds)[y]
+    assert (reference.ravel()[::3] == 0).all()
+    (got,) = Session(graph, isa=isa, check_finite=False).run(None, feeds)
+    np.testing.assert_allclose(got, reference, rtol=1e-5, atol=1e-5)
+    if op.startswith("pq") or not op:
+        assert same_bits(got, reference)
 
 
 DENSE: list[dict[str, Any]] = [

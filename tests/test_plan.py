@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from graphs import Builder, every_op_graph
+from graphs import Builder
 
 from lutra import EngineError, Session, run_reference
 from lutra.ops import OPS
@@ -85,13 +85,11 @@ def test_outputs_stay() -> None:
         steps(b, *outputs)
 
 
-def test_rows_of_more_axes_are_refused() -> None:
+def test_rows_of_more_axes_are_fused_too() -> None:
     b = Builder(("x", (None, 3, 5)))
-    b.pq_linear("x", 5, 2)
-    with pytest.raises(EngineError, match=r"'pq_linear_0'.*\(None, 3, 5\).*2 axes; flatten"):
-        Session(b.graph())
-    with pytest.raises(EngineError, match="linear layers over 2 axes"):
-        build_plan(every_op_graph(), "scalar", 1)
+    y = b.add("relu", b.add("add", b.pq_linear("x", 5, 5), "x"))
+    z = b.add("relu6", b.add("add", b.linear(y, 5, 5), "x"))
+    assert steps(b) == [("pq_linear", y, "x", True), ("linear", z, "x", True)]
 
 
 def test_seven_axes_are_refused() -> None:

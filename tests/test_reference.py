@@ -167,6 +167,16 @@ def test_nan_and_infinity_pass_through_a_lookup_layer():
     assert np.isfinite(run(tiny_graph(), x)).all()
 
 
+@pytest.mark.parametrize(("op", "top"), [("relu", np.inf), ("relu6", 6)])
+def test_clamps_give_zero_for_nan_and_negative_zero(op: str, top: float):
+    b = Builder(("x", (None, 6)))
+    b.add(op, "x")
+    got = run(b.graph(), np.array([[np.nan, -0.0, -np.inf, np.inf, -1, 5]], np.float32))
+    assert got.tolist() == [[0, 0, 0, top, 0, 5]]
+    assert not np.signbit(got).any()
+    assert got.dtype == np.float32
+
+
 def test_pq_linear_keeps_leading_axes():
     b = Builder(("x", (None, 3, 2, 8)))
     b.pq_linear("x", 8, 5)

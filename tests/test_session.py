@@ -22,17 +22,6 @@ ISAS = runnable_isas()
 F = np.float32
 
 
-def engine_graph(batch: int | None = None) -> Graph:
-    """``every_op_graph`` without what the engine cannot run, linear layers over three axes."""
-    graph = every_op_graph(batch=batch)
-    rows = next(n for n in graph.nodes if n.op == "pq_linear" and n.attrs["in_features"] == 4)
-    last = next(n for n in graph.nodes if rows.output in n.inputs)
-    nodes = tuple(n for n in graph.nodes if n not in (rows, last))
-    tensors = {n: t for n, t in graph.tensors.items() if n not in rows.tensors.values()}
-    outputs = (rows.inputs[0], graph.outputs[1])
-    return replace(graph, nodes=nodes, tensors=tensors, outputs=outputs)
-
-
 def two_by_two() -> Graph:
     """Two inputs and two outputs."""
     b = Builder(("a", (None, 3, 6, 6)), ("b", (None, 4)), seed=2)
@@ -58,7 +47,7 @@ def resnet() -> Graph:
 
 
 GRAPHS = {
-    "every op": engine_graph(),
+    "every op": every_op_graph(),
     "two by two": two_by_two(),
     "resnet": resnet(),
     "tied": tied_graph(),
@@ -85,7 +74,7 @@ def test_graphs_against_the_reference(name: str, batch: int) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_node_against_the_reference(isa: str) -> None:
-    graph = engine_graph()
+    graph = every_op_graph()
     values = graph.values
     arrays = run_reference(graph, random_inputs(graph, 3), intermediates=True)
     for node in graph.nodes:
@@ -102,7 +91,7 @@ def test_every_node_against_the_reference(isa: str) -> None:
 
 
 def test_a_fixed_batch() -> None:
-    graph = engine_graph(batch=2)
+    graph = every_op_graph(batch=2)
     session = Session(graph)
     feeds = random_inputs(graph)
     want = run_reference(graph, feeds)

@@ -1,10 +1,10 @@
 // From an image to the planes of a tile, without an im2col matrix of the whole image.
 //
 // The input is first copied (and quantised) into padded planes, once. A tile then gathers, for each
-// entry d of the flattened (channel, kernel row, kernel column) axis, one value per row into a small
-// buffer that stays in the first-level cache. With a horizontal stride s the columns of a padded row
-// are stored phase by phase (x = 0, s, 2s, ... then 1, s + 1, ...), so that neighbouring output
-// pixels always read neighbouring addresses.
+// entry d of the flattened (channel, kernel row, kernel column) axis, one value per row into a
+// small buffer that stays in the first-level cache. With a horizontal stride s the columns of a
+// padded row are stored phase by phase (x = 0, s, 2s, ... then 1, s + 1, ...), so that neighbouring
+// output pixels always read neighbouring addresses.
 #pragma once
 
 #include <cstdint>
@@ -144,7 +144,8 @@ class PaddedPlanes {
     for (int64_t d = first; d < last; ++d, patch += row_tile) {
       const int64_t c = d / g_.taps(), tap = d % g_.taps();
       const int64_t dy = tap / g_.kernel_w * g_.dilation_h, dx = tap % g_.kernel_w * g_.dilation_w;
-      const T* base = planes + c * plane_ + dy * pitch_ + dx % g_.stride_w * phase_ + dx / g_.stride_w;
+      const T* base =
+          planes + c * plane_ + dy * pitch_ + dx % g_.stride_w * phase_ + dx / g_.stride_w;
       for (int64_t i = 0; i < r.count; ++i) {
         const T* from = base + r.source[i];
         T* to = patch + r.target[i];

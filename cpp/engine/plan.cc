@@ -110,9 +110,8 @@ std::unique_ptr<Plan::Context> Plan::acquire(const std::vector<Shape>& input_sha
   std::unique_ptr<Context> context;
   {
     std::lock_guard lock(mutex_);
-    auto same = std::find_if(free_.begin(), free_.end(), [&](const auto& c) {
-      return c->input_shapes_ == input_shapes;
-    });
+    auto same = std::find_if(free_.begin(), free_.end(),
+                             [&](const auto& c) { return c->input_shapes_ == input_shapes; });
     if (same == free_.end() && !free_.empty()) same = free_.end() - 1;
     if (same != free_.end()) {
       context = std::move(*same);

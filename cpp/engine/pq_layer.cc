@@ -105,8 +105,7 @@ PqLayer::PqLayer(const Kernels& kernels, const PqShape& shape, const ConvGeometr
   const int32_t k = shape.centroids;
   require(k == 8 || k == 16 || k == 32 || k == 64,
           "K must be 8, 16, 32 or 64, not " + std::to_string(k));
-  require(shape.dim >= 1 && shape.dim <= 64,
-          "V must be 1..64, not " + std::to_string(shape.dim));
+  require(shape.dim >= 1 && shape.dim <= 64, "V must be 1..64, not " + std::to_string(shape.dim));
   require(shape.outputs >= 1, "it has no outputs");
   require(quantization.bits >= 1 && quantization.bits <= 7,
           "activation bits must be 1..7, not " + std::to_string(quantization.bits));
@@ -115,14 +114,14 @@ PqLayer::PqLayer(const Kernels& kernels, const PqShape& shape, const ConvGeometr
               std::to_string(quantization.qmax()));
   require(quantization.scale > 0, "the activation scale must be positive");
   const int64_t books = (geometry.depth() + shape.dim - 1) / shape.dim;
-  require(books == shape.books, "it needs " + std::to_string(books) + " codebooks, not " +
-                                    std::to_string(shape.books));
+  require(books == shape.books,
+          "it needs " + std::to_string(books) + " codebooks, not " + std::to_string(shape.books));
   require(shape.books < (1 << 24), "too many codebooks for exact 32-bit sums");
   const size_t values = static_cast<size_t>(shape.books) * k * shape.dim;
   for (size_t i = 0; i < values; ++i) {
-    require(centroids[i] <= quantization.qmax(),
-            "centroid value " + std::to_string(centroids[i]) + " is above " +
-                std::to_string(quantization.qmax()));
+    require(centroids[i] <= quantization.qmax(), "centroid value " + std::to_string(centroids[i]) +
+                                                     " is above " +
+                                                     std::to_string(quantization.qmax()));
   }
   books_per_patch_ = static_cast<int32_t>(
       std::clamp<int64_t>(kPatchBytes / (int64_t{shape.dim} * kernels.row_tile), 1, shape.books));
@@ -141,9 +140,9 @@ PqLayer::Sizes PqLayer::sizes(const PaddedPlanes<uint8_t>& planes, int64_t w) co
       static_cast<size_t>((shape_.books + kernels_.book_tile - 1) / kernels_.book_tile) *
       kernels_.book_tile;
   s.planes = align64(static_cast<size_t>(planes.elements()));
-  s.patch = align64(std::max<size_t>(static_cast<size_t>(books_per_patch_) * shape_.dim * tile +
-                                         PaddedPlanes<uint8_t>::kSlack,
-                                     fill_scratch(w)));
+  s.patch = align64(std::max<size_t>(
+      static_cast<size_t>(books_per_patch_) * shape_.dim * tile + PaddedPlanes<uint8_t>::kSlack,
+      fill_scratch(w)));
   s.codes = align64(books * tile);
   s.tile = align64(static_cast<size_t>(shape_.outputs) * tile * sizeof(float));
   s.worker = s.patch + 2 * s.codes + s.tile;
@@ -234,7 +233,8 @@ void table_gradient(const Kernels& kernels, const PqShape& shape, const uint8_t*
           const int64_t x = (r + i) % gradient.w, y = (r + i) / gradient.w % gradient.h;
           const int64_t n = (r + i) / (gradient.w * gradient.h);
           const float* from = gradient.data + n * gradient.sn + y * gradient.sh + x * gradient.sw;
-          for (int64_t m = 0; m < gradient.c; ++m) buffer[i * gradient.c + m] = from[m * gradient.sc];
+          for (int64_t m = 0; m < gradient.c; ++m)
+            buffer[i * gradient.c + m] = from[m * gradient.sc];
         }
         block = buffer.data();
       }
@@ -264,7 +264,8 @@ void cluster_sums(const Kernels& kernels, const PqShape& shape, const ConvGeomet
     int64_t* const sum = sums + b * shape.centroids * shape.dim;
     std::fill(count, count + shape.centroids, 0);
     std::fill(sum, sum + shape.centroids * shape.dim, 0);
-    std::vector<uint8_t> patch(static_cast<size_t>(shape.dim * kRows + PaddedPlanes<uint8_t>::kSlack));
+    std::vector<uint8_t> patch(
+        static_cast<size_t>(shape.dim * kRows + PaddedPlanes<uint8_t>::kSlack));
     for (int64_t r = 0; r < rows; r += kRows) {
       const int64_t n = std::min(kRows, rows - r);
       planes.gather(quantized, planes.runs(r, n), from, to, kRows, patch.data());

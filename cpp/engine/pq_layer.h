@@ -57,10 +57,10 @@ class PqLayer {
 
   struct Call {
     ImageView input;
-    ImageView output;             // sizes are those of the output
-    const float* residual;        // laid out like the output, or null
+    ImageView output;       // sizes are those of the output
+    const float* residual;  // laid out like the output, or null
     Clamp clamp;
-    uint8_t* codes = nullptr;     // if not null: (books, rows) canonical codes are written here
+    uint8_t* codes = nullptr;  // if not null: (books, rows) canonical codes are written here
   };
 
   const PqShape& shape() const { return shape_; }
@@ -89,7 +89,8 @@ class PqLayer {
 void table_gradient(const Kernels& kernels, const PqShape& shape, const uint8_t* codes,
                     const ImageView& gradient, float* grad, ThreadPool& pool);
 
-// Sums and counts of the quantised sub-vectors by code: sums (books, K, V) of x_q, counts (books, K).
+// Sums and counts of the quantised sub-vectors by code: sums (books, K, V) of x_q, counts (books,
+// K).
 void cluster_sums(const Kernels& kernels, const PqShape& shape, const ConvGeometry& geometry,
                   const Quantization& quantization, const ImageView& input, const uint8_t* codes,
                   int64_t* sums, int64_t* counts, ThreadPool& pool);

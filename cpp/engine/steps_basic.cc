@@ -48,8 +48,7 @@ class ClampStep : public Step {
 class AddStep : public Step {
  public:
   Shape infer(const Shapes& in) const override {
-    require(in[0] == in[1],
-            "add: the shapes " + in[0].text() + " and " + in[1].text() + " differ");
+    require(in[0] == in[1], "add: the shapes " + in[0].text() + " and " + in[1].text() + " differ");
     return in[0];
   }
   void run(const Shapes& shapes, const Inputs& in, const Shape&, float* out, uint8_t*,

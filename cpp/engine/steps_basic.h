@@ -1,4 +1,5 @@
-// Element-wise, pooling, reduction and shape steps. All are plain float32 code for the baseline CPU.
+// Element-wise, pooling, reduction and shape steps. All are plain float32 code for the baseline
+// CPU.
 #pragma once
 
 #include "steps_conv.h"

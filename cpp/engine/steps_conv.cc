@@ -36,8 +36,8 @@ ImageView stored_rows(const Shape& s, const float* data) {
 
 Shape conv_output(const ConvGeometry& g, int64_t outputs, const Shape& x, bool residual,
                   const std::vector<Shape>& inputs) {
-  require(x.rank == 4 && x[1] == g.channels,
-          "a convolution over " + std::to_string(g.channels) + " channels got the shape " + x.text());
+  require(x.rank == 4 && x[1] == g.channels, "a convolution over " + std::to_string(g.channels) +
+                                                 " channels got the shape " + x.text());
   const Shape y{x[0], outputs, g.out_h(x[2]), g.out_w(x[3])};
   require(x[2] + 2 * g.pad_h >= g.dilation_h * (g.kernel_h - 1) + 1 &&
               x[3] + 2 * g.pad_w >= g.dilation_w * (g.kernel_w - 1) + 1,
@@ -48,9 +48,8 @@ Shape conv_output(const ConvGeometry& g, int64_t outputs, const Shape& x, bool r
 
 Shape linear_output(int64_t features, int64_t outputs, const Shape& x, bool residual,
                     const std::vector<Shape>& inputs) {
-  require(x.rank >= 2 && x[x.rank - 1] == features, "a linear layer of " +
-                                                        std::to_string(features) +
-                                                        " features got the shape " + x.text());
+  require(x.rank >= 2 && x[x.rank - 1] == features,
+          "a linear layer of " + std::to_string(features) + " features got the shape " + x.text());
   Shape y = x;
   y[y.rank - 1] = outputs;
   require(!residual || inputs[1] == y, "the added tensor's shape differs from the output's");

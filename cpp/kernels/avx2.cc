@@ -28,7 +28,8 @@ void quantize(const float* x, size_t n, float scale, int32_t zero, int32_t qmax,
     __m256 t = _mm256_div_ps(_mm256_loadu_ps(count < 8 ? in : x + i), s);
     t = _mm256_min_ps(_mm256_max_ps(t, low), high);  // max returns `low` when t is NaN
     const __m256i v = _mm256_add_epi32(_mm256_cvtps_epi32(t), z);
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    const __m128i words =
+        _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     const __m128i bytes = _mm_packus_epi16(words, words);
     if (count == 8) {
       _mm_storel_epi64(reinterpret_cast<__m128i*>(q + i), bytes);
@@ -172,11 +173,11 @@ void lookup_slices(const PqShape& s, const uint8_t* tables, const uint8_t* codes
         const __m256i code = load(codes + static_cast<size_t>(b) * kRows);
         __m256i index[kSlices];  // bit 7 set, and so zero out of vpshufb, outside its own slice
         for (int32_t i = 0; i < kSlices; ++i) {
-          index[i] = kSlices == 1 ? code
-                                  : _mm256_adds_epu8(
-                                        _mm256_sub_epi8(code, _mm256_set1_epi8(
-                                                                  static_cast<char>(16 * i))),
-                                        _mm256_set1_epi8(0x70));
+          index[i] = kSlices == 1
+                         ? code
+                         : _mm256_adds_epu8(
+                               _mm256_sub_epi8(code, _mm256_set1_epi8(static_cast<char>(16 * i))),
+                               _mm256_set1_epi8(0x70));
         }
         for (int32_t j = 0; j < kOutputs; ++j) {
           __m256i v = _mm256_setzero_si256();

@@ -77,8 +77,8 @@ void encode_book(const uint8_t* patch, int32_t dim, int32_t groups, int32_t cent
       const __m512i c = _mm512_set1_epi32(book[k * n + g]);
       for (int32_t q = 0; q < 4; ++q) score[q] = _mm512_dpbusd_epi32(score[q], x[4 * g + q], c);
     }
-    const __m512i tag = _mm512_set1_epi32(
-        static_cast<int32_t>(static_cast<uint32_t>(63 - k) << (32 - kKeyBits)));
+    const __m512i tag =
+        _mm512_set1_epi32(static_cast<int32_t>(static_cast<uint32_t>(63 - k) << (32 - kKeyBits)));
     for (int32_t q = 0; q < 4; ++q) {
       best[q] = _mm512_max_epi32(best[q], _mm512_shldi_epi32(score[q], tag, kKeyBits));
     }
@@ -105,7 +105,8 @@ void encode(const PqShape& s, const uint8_t* packed, int32_t first, int32_t last
 
 // Packed tables: [output block][group of 4 books][slice][output in block][64 bytes: 4 books x 16].
 size_t table_bytes(const PqShape& s) {
-  const size_t blocks = (s.outputs + kOutputs - 1) / kOutputs, quads = (s.books + kBooks - 1) / kBooks;
+  const size_t blocks = (s.outputs + kOutputs - 1) / kOutputs,
+               quads = (s.books + kBooks - 1) / kBooks;
   return blocks * quads * table_slices(s) * kOutputs * 64;
 }
 
@@ -171,8 +172,8 @@ __m512i read(const uint8_t* t, __m512i index) {
     return _mm512_permutexvar_epi8(index, _mm512_load_si512(t));
   } else {
     constexpr int kStep = kOutputs * 64;
-    const __m512i lower = _mm512_permutex2var_epi8(_mm512_load_si512(t), index,
-                                                   _mm512_load_si512(t + kStep));
+    const __m512i lower =
+        _mm512_permutex2var_epi8(_mm512_load_si512(t), index, _mm512_load_si512(t + kStep));
     if constexpr (kSlices == 2) return lower;
     const __m512i upper = _mm512_permutex2var_epi8(_mm512_load_si512(t + 2 * kStep), index,
                                                    _mm512_load_si512(t + 3 * kStep));

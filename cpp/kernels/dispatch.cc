@@ -129,9 +129,9 @@ const Kernels& find_kernels(const std::string& name) {
     if (name == k->name) return *k;
     list += (list.empty() ? "" : ", ") + std::string(k->name);
   }
-  throw std::invalid_argument("instruction set '" + name +
-                              "' cannot run on this machine with this build; choose one of: auto, " +
-                              list);
+  throw std::invalid_argument(
+      "instruction set '" + name +
+      "' cannot run on this machine with this build; choose one of: auto, " + list);
 }
 
 }  // namespace lutra

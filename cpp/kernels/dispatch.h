@@ -8,8 +8,8 @@
 
 namespace lutra {
 
-uint32_t cpu_features();                         // Feature bits that CPU and system support
-std::vector<std::string> cpu_feature_names();    // for people
+uint32_t cpu_features();                       // Feature bits that CPU and system support
+std::vector<std::string> cpu_feature_names();  // for people
 std::string cpu_model();
 std::vector<const Kernels*> compiled_kernels();  // slowest first, whether or not they can run here
 std::vector<const Kernels*> runnable_kernels();  // slowest first; the last one is the best

@@ -27,7 +27,7 @@ struct PqShape {
 // What happens to the sums of a tile. Output m of row r is written to out[m * out_stride + r]:
 //   y = sum * scale[m] + bias[m]   (a multiply, then an add; scale may be null: y = sum + bias)
 //   y += residual[m * residual_stride + r]   if residual
-//   y = min(max(y, low), high)               if clamp; NaN and -0 become `low` where it is 0
+//   y = min(max(y, low), high)               if clamp; max gives `low` for NaN, and 0 for -0 and 0
 struct Epilogue {
   const float* scale;
   const float* bias;

@@ -13,8 +13,7 @@ void pack_grouped_centroids(const PqShape& s, const uint8_t* centroids, uint8_t*
   std::memset(packed, 0, grouped_centroid_bytes(s));
   for (int32_t b = 0; b < s.books; ++b) {
     uint8_t* book = packed + b * book_words(s) * sizeof(int32_t);
-    int32_t* norms =
-        reinterpret_cast<int32_t*>(book) + static_cast<size_t>(s.centroids) * groups;
+    int32_t* norms = reinterpret_cast<int32_t*>(book) + static_cast<size_t>(s.centroids) * groups;
     for (int32_t k = 0; k < s.centroids; ++k) {
       const uint8_t* c = centroids + (static_cast<size_t>(b) * s.centroids + k) * s.dim;
       std::memcpy(book + static_cast<size_t>(k) * groups * 4, c, s.dim);

@@ -113,7 +113,10 @@ def build_plan(graph: Graph, isa: str, threads: int) -> _engine.Plan:
         )
         step = STEPS.get(node.op)
         if step is None:
-            raise _unsupported(node, "is not an operator of the engine", "run it in the reference")
+            raise EngineError(
+                f"node {node.name!r} ({node.op}) is not an operator of the engine; run it in the "
+                "reference"
+            )
         try:
             ids[fused.output] = step(plan, job)
         except ValueError as error:
@@ -169,21 +172,6 @@ def fuse(graph: Graph) -> list[FusedNode]:
     return steps
 
 
-def _unsupported(node: Node, what: str, fix: str) -> EngineError:
-    return EngineError(f"node {node.name!r} ({node.op}) {what}; {fix}")
-
-
-def _need_rows(job: Job) -> None:
-    """The engine's linear layers take (N, features) only."""
-    (x,) = job.inputs
-    if len(x.shape) != 2:
-        raise _unsupported(
-            job.node,
-            f"reads {x.name!r} of shape {x.shape} and the engine runs linear layers over 2 axes",
-            "flatten its input in the model",
-        )
-
-
 def _pq_conv2d(plan: _engine.Plan, job: Job) -> int:
     node, tensors = job.node, job.tensors
     return plan.pq_conv2d(
@@ -206,7 +194,6 @@ def _pq_conv2d(plan: _engine.Plan, job: Job) -> int:
 
 
 def _pq_linear(plan: _engine.Plan, job: Job) -> int:
-    _need_rows(job)
     node, tensors = job.node, job.tensors
     return plan.pq_linear(
         job.ids[0],
@@ -238,7 +225,6 @@ def _conv2d(plan: _engine.Plan, job: Job) -> int:
 
 
 def _linear(plan: _engine.Plan, job: Job) -> int:
-    _need_rows(job)
     weight, bias = job.tensors["weight"], job.tensors["bias"]
     return plan.linear(job.ids[0], weight, bias, residual=job.residual, clamp=job.clamp)
 

@@ -11,13 +11,19 @@ from lutra.ops.registry import Array, integer
 
 
 def relu(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
-    """max(x, 0)"""
-    return np.maximum(inputs[0], np.float32(0))
+    """max(x, 0); NaN and -0 give 0."""
+    return _clamp(inputs[0], np.inf)
 
 
 def relu6(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
-    """min(max(x, 0), 6)"""
-    return np.minimum(np.maximum(inputs[0], np.float32(0)), np.float32(6))
+    """min(max(x, 0), 6); NaN and -0 give 0."""
+    return _clamp(inputs[0], 6.0)
+
+
+def _clamp(x: Array, high: float) -> Array:
+    # Not np.maximum, which keeps NaN: the engine's kernels do not.
+    result: Array = np.minimum(np.where(x > 0, x, np.float32(0)), np.float32(high))
+    return result
 
 
 def add(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:

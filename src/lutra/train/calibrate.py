@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lutra.errors import LutraError
 from lutra.train.geometry import Geometry
 
-
 _FLOAT_BYTES = 4
 _LEAST_ROWS = 64  # fewer rows than centroids make no codebook
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +17,7 @@ from lutra.errors import LutraError
 from lutra.graph import Graph, Node
 from lutra.ops.registry import Array
 from lutra.reference import run_reference
+from lutra.session import Session
 from lutra.train.lowering import Lowered
 
 #: Runs a graph on inputs by name and returns its outputs by name.
@@ -26,11 +25,8 @@ Runner = Callable[[Graph, Mapping[str, Array]], Mapping[str, Array]]
 
 
 def runners() -> dict[str, Runner]:
-    """Return what can run a graph here: the reference, and the engine where it is built."""
-    found: dict[str, Runner] = {"the reference executor": run_reference}
-    if importlib.util.find_spec("lutra._engine") and importlib.util.find_spec("lutra.session"):
-        found["the engine"] = _run_session
-    return found
+    """Return what can run a graph: the reference and the engine."""
+    return {"the reference executor": run_reference, "the engine": _run_session}
 
 
 def check_graph(
@@ -165,5 +161,4 @@ def _record(program: ExportedProgram, example: Sequence[Tensor]) -> dict[str, Ar
 
 
 def _run_session(graph: Graph, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-    session = importlib.import_module("lutra.session").Session(graph)
-    return dict(zip(graph.outputs, session.run(None, feeds), strict=True))
+    return dict(zip(graph.outputs, Session(graph).run(None, feeds), strict=True))

@@ -92,9 +92,9 @@ def convert(
             start = time.perf_counter()
             old = converted.get_submodule(name)
             new = _from_float(old, name, chosen[layer])
-            error, used = _learn(new, samples.pop(name), kmeans_steps, seed + i)
+            loss, used = _learn(new, samples.pop(name), kmeans_steps, seed + i)
             replacements[old] = new
-            reports[layer] = _describe(reports[layer], new, error, used)
+            reports[layer] = _describe(reports[layer], new, loss, used)
             bar.update(i + 1, f"{name} {time.perf_counter() - start:.1f} s")
     converted = _replace(converted, replacements)
     return converted, ConversionReport(tuple(reports.values()), seed)
@@ -138,7 +138,8 @@ def _from_float(layer: nn.Module, name: str, method: PQ) -> PQConv2d | PQLinear:
             new = PQLinear.from_float(layer, method)
     except LutraError as error:
         raise LutraError(f"layer '{name}': {error}") from None
-    new.weight, new.bias = layer.weight, layer.bias
+    for parameter in ("weight", "bias"):
+        setattr(new, parameter, getattr(layer, parameter))
     new.train(layer.training)
     return new
 
@@ -147,7 +148,7 @@ def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> n
     """Puts the new modules in all places where the model holds the old ones."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in replacements:
+            if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
     return replacements.get(model, model)
 
@@ -189,9 +190,7 @@ def _learn(layer: _PQLayer, samples: Reservoir, steps: int, seed: int) -> tuple[
     layer.centroids.copy_(centroids)
     # Error and use, with the grid and the int8 tables that the engine will have.
     grid_centroids = layer.grid_centroids()
-    codes = portable.encode(
-        rows[:, :, None, None], Geometry(rows.shape[1]), grid, grid_centroids
-    )
+    codes = portable.encode(rows[:, :, None, None], Geometry(rows.shape[1]), grid, grid_centroids)
     tables, scale = quantize_tables(layer.tables(grid_centroids))
     got = portable.lookup(codes, tables).float() * scale
     want = rows @ layer.weight.float().reshape(layer.outputs, -1).t()

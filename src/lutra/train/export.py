@@ -16,7 +16,7 @@ from torch.utils import _pytree
 from lutra.errors import InputError
 from lutra.format import save_graph
 from lutra.graph import Graph
-from lutra.reference import run_reference
+from lutra.session import Session
 from lutra.train.capture import (
     ExampleInput,
     argument_names,
@@ -57,8 +57,8 @@ def export(
         input_names: One per input; by default the argument names of `forward`.
         output_names: One per output; by default the keys of a returned dict, else `output`, or
             `output_0`, `output_1`, ...
-        golden: Store the samples with their outputs, so that `lutra verify` can check the file
-            anywhere.
+        golden: Store the samples with the engine's outputs, so that `lutra verify` can check
+            anywhere that the file still gives them.
         tolerance: The largest difference from torch allowed, as a share of the largest output.
 
     Returns:
@@ -67,7 +67,7 @@ def export(
     Raises:
         InputError: An example or names that do not fit the model.
         UnsupportedModelError: Operators that lutra cannot run; lists all of them.
-        EngineError: The engine, where it is built, cannot run the graph.
+        EngineError: The engine cannot run the graph.
         LutraError: The graph computes something else than torch, or the file cannot be written.
 
     Example:
@@ -90,8 +90,8 @@ def export(
     check_graph(lowered, program, example, _outputs(folded, example), tolerance=tolerance)
     if golden:
         inputs = tuple(tensor.contiguous().numpy().copy() for tensor in example)
-        outputs = run_reference(graph, inputs)
-        graph = replace(graph, golden=(inputs, tuple(outputs[name] for name in graph.outputs)))
+        feeds = {value.name: x for value, x in zip(graph.inputs, inputs, strict=True)}
+        graph = replace(graph, golden=(inputs, tuple(Session(graph).run(None, feeds))))
     save_graph(graph, path)
     return graph
 

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lutra.errors import LutraError
-from lutra.train import checkpoint
+from lutra.train import checkpoint, collective
+from lutra.train.accelerated import accelerator_for, unmarked, unwrapped
 from lutra.train.calibrate import model_inputs
 from lutra.train.distill import Distiller, FeatureMatch, Loss
 from lutra.train.progress import Progress
-from lutra.train.seeding import seed_everything, seeded_loader
+from lutra.train.seeding import MODEL_STREAM, seed_everything, seeded_loader
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FinetuneReport:
-    """What a run did. `history` has an entry per evaluation: step, loss, lr, and metric if any."""
+    """What a run did. `history` has an entry per evaluation: step, loss, lr, and metric if any.
+
+    With several processes loss and metric are means over them.
+    """
 
     steps: int
     seconds: float
@@ -102,87 +105,119 @@ def finetune(
         LutraError: unusable settings or data, a checkpoint of other settings, a loss that is not
             finite.
     """
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
-
     if (epochs is None) == (steps is None):
-        raise LutraError(f"finetune: give epochs or steps, not both (got {epochs=}, {steps=})")
+        raise LutraError(f"finetune: give either epochs or steps (got {epochs=}, {steps=})")
     if teacher is not None and not 0.0 <= distillation <= 1.0:
         raise LutraError(f"finetune: distillation={distillation} is not in 0..1")
-    loader, sampler = seeded_loader(data, seed)
-    if accelerator is None:
-        accelerator = Accelerator(
-            mixed_precision=mixed_precision,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
-    seed_everything(seed)
-    optimizer = torch.optim.Adam(
-        _parameter_groups(model, lr, temperature_lr), weight_decay=weight_decay
-    )
-    run_model, run_optimizer, run_loader = accelerator.prepare(model, optimizer, loader)
-    per_epoch = len(run_loader)
-    total = steps if steps is not None else math.ceil((epochs or 0) * per_epoch)
-    if total < 1:
-        raise LutraError(f"finetune: {epochs=}, {steps=} is no training at all")
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        run_optimizer.optimizer, lambda s: _cosine(s, total, warmup)
-    )
-    state = checkpoint.RunState(
-        {"steps": total, "lr": lr, "seed": seed, "batch_size": sampler.batch_size,
-         "processes": accelerator.num_processes, "batches_per_epoch": per_epoch}
-    )  # fmt: skip
-    accelerator.register_for_checkpointing(schedule, state)
+    if seed < 0:
+        raise LutraError(f"finetune: seed={seed} is negative; give 0 or more")
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    if folder is not None and resume:
-        found = checkpoint.checkpoints(folder)
+    if folder is not None:
+        checkpoint.create_folder(folder)
+    loader, sampler = seeded_loader(data, seed)
+    groups = _parameter_groups(model, lr, temperature_lr)
+    with accelerator_for(accelerator, mixed_precision) as accelerator, unmarked(model, teacher):
+        seed_everything(seed)
+        optimizer = torch.optim.Adam(groups, weight_decay=weight_decay)
+        run_model, run_optimizer, run_loader = accelerator.prepare(model, optimizer, loader)
+        per_epoch = len(run_loader)
+        total = steps if steps is not None else math.ceil((epochs or 0) * per_epoch)
+        if total < 1 or per_epoch < 1:
+            raise LutraError(
+                f"finetune: {epochs=}, {steps=} with {per_epoch} batches per epoch is no training "
+                "at all"
+            )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            run_optimizer.optimizer, lambda s: _cosine(s, total, warmup)
+        )
+        accelerator.register_for_checkpointing(schedule)
+        run = checkpoint.RunState(
+            {
+                "steps": total,
+                "lr": lr,
+                "temperature_lr": temperature_lr,
+                "warmup": warmup,
+                "weight_decay": weight_decay,
+                "distillation": None if teacher is None else distillation,
+                "distillation_temperature": None if teacher is None else distillation_temperature,
+                "feature_layers": list(feature_layers),
+                "feature_weight": feature_weight,
+                "clip_norm": clip_norm,
+                "batch_norm_batches": batch_norm_batches,
+                "mixed_precision": str(accelerator.mixed_precision),
+                "seed": seed,
+                "batch_size": sampler.batch_size,
+                "batches_per_epoch": per_epoch,
+                "processes": accelerator.num_processes,
+            }
+        )
+        found = checkpoint.checkpoints(folder) if folder is not None and resume else []
         if found:
-            accelerator.load_state(str(found[-1]))
-    if teacher is not None:
-        teacher = teacher.to(accelerator.device).eval()
+            checkpoint.load(accelerator, found[-1], run)
+        if teacher is not None:
+            teacher = teacher.to(accelerator.device).eval()
+        features = FeatureMatch(accelerator.unwrap_model(run_model), teacher, feature_layers)
+        distiller = Distiller(
+            accelerator, teacher, distillation, distillation_temperature, features,
+            feature_weight, loss,
+        )  # fmt: skip
+        start = time.perf_counter()
+        show = progress if accelerator.is_main_process else False
+        with features, Progress("fine-tuning", total, show) as bar:
+            while run.step < total:
+                sampler.epoch, done = divmod(run.step, per_epoch)
+                batches = accelerator.skip_first_batches(run_loader, done) if done else run_loader
+                seed_everything(seed, sampler.epoch)
+                for index, batch in enumerate(batches, done):
+                    # For dropout and the like; a stream of its own, as batches are drawn ahead.
+                    seed_everything(
+                        seed, sampler.epoch, index + 1, accelerator.process_index, MODEL_STREAM
+                    )
+                    run_model.train()
+                    value = _step(
+                        accelerator, run_model, run_optimizer, batch, distiller, clip_norm, run.step
+                    )
+                    schedule.step()
+                    run.step += 1
+                    bar.update(run.step, f"loss {value:.3f}")
+                    last = run.step == total
+                    evaluated = last or _due(run.step, evaluate_every)
+                    saved = folder is not None and (last or _due(run.step, checkpoint_every))
+                    if last and batch_norm_batches:
+                        _renew_batch_norm(run_model, run_loader, batch_norm_batches, accelerator)
+                    if evaluated or saved:
+                        _average_batch_norm(run_model)
+                    if evaluated:
+                        rate = float(schedule.get_last_lr()[0])
+                        entry = {"step": float(run.step), "loss": value, "lr": rate}
+                        if evaluate is not None:
+                            current = accelerator.unwrap_model(run_model)
+                            entry["metric"] = _evaluate(current, evaluate)
+                        run.history.append(entry)
+                    if saved:
+                        assert folder is not None
+                        checkpoint.save(accelerator, folder, run)
+                    if last:
+                        break
+        return FinetuneReport(run.step, time.perf_counter() - start, tuple(run.history))
 
-    features = FeatureMatch(accelerator.unwrap_model(run_model), teacher, feature_layers)
-    distiller = Distiller(
-        accelerator, teacher, distillation, distillation_temperature, features, feature_weight, loss
-    )
-    start = time.perf_counter()
-    with features, Progress("fine-tuning", total, progress and accelerator.is_main_process) as bar:
-        while state.step < total:
-            sampler.epoch, sampler.skip = divmod(state.step, per_epoch)
-            sampler.skip *= accelerator.num_processes
-            for batch in run_loader:
-                run_model.train()
-                value = _step(
-                    accelerator, run_model, run_optimizer, batch, distiller, clip_norm, state.step
-                )
-                schedule.step()
-                state.step += 1
-                bar.update(state.step, f"loss {value:.3f}")
-                last = state.step == total
-                if last and batch_norm_batches:
-                    _renew_batch_norm(run_model, run_loader, batch_norm_batches, accelerator)
-                if evaluate and (last or (evaluate_every and state.step % evaluate_every == 0)):
-                    rate = float(schedule.get_last_lr()[0])
-                    entry = {"step": float(state.step), "loss": value, "lr": rate}
-                    entry["metric"] = _evaluate(accelerator.unwrap_model(run_model), evaluate)
-                    state.history.append(entry)
-                if folder is not None and (
-                    last or (checkpoint_every and state.step % checkpoint_every == 0)
-                ):
-                    checkpoint.save(accelerator, folder, state.step)
-                if last:
-                    break
-    accelerator.unwrap_model(run_model, keep_fp32_wrapper=False)  # the model is the caller's again
-    return FinetuneReport(state.step, time.perf_counter() - start, tuple(state.history))
+
+def _due(step: int, every: int | None) -> bool:
+    return bool(every) and step % (every or 1) == 0
 
 
 def _parameter_groups(model: nn.Module, lr: float, temperature_lr: float) -> list[dict[str, Any]]:
-    temperatures, others = [], []
+    temperatures: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             hot = name.endswith("inverse_temperature_logit")
             (temperatures if hot else others).append(parameter)
     groups = [{"params": others, "lr": lr}, {"params": temperatures, "lr": temperature_lr}]
-    return [group for group in groups if group["params"]]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise LutraError("finetune: no parameter of the model requires a gradient")
+    return groups
 
 
 def _cosine(step: int, total: int, warmup: int) -> float:
@@ -205,7 +240,7 @@ def _step(
     args, kwargs = model_inputs(batch, accelerator.device)
     targets = batch[1].to(accelerator.device)
     value = distiller.loss(model(*args, **kwargs).float(), targets, args, kwargs)
-    result = float(value.detach())
+    result = collective.mean(float(value.detach()))
     if not math.isfinite(result):
         raise LutraError(
             f"finetune: the loss is {result} at step {step + 1}; lower lr, or set clip_norm"
@@ -219,37 +254,43 @@ def _step(
 
 
 def _evaluate(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
-    """Calls back in eval mode, without disturbing the random numbers of training."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), _full_precision(model):
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            return float(evaluate(model))
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-
-
-@contextmanager
-def _full_precision(model: nn.Module) -> Iterator[None]:
-    """Takes off, for a while, the autocasting forward that accelerate puts over the model's own."""
-    wrapped = model.__dict__.pop("forward", None)
+    """Calls back in eval mode; the mean over the processes, each of which calls back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
     try:
-        yield
+        with torch.no_grad(), unwrapped(model):
+            return collective.mean(float(evaluate(model)))
     finally:
-        if wrapped is not None:
-            model.__dict__["forward"] = wrapped
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
 @torch.no_grad()
-def _renew_batch_norm(
-    model: nn.Module, data: Any, batches: int, accelerator: Accelerator
-) -> None:
+def _average_batch_norm(model: nn.Module) -> None:
+    """Makes running statistics, which every process gathers alone, the same everywhere.
+
+    Their averages move linearly, so that it does not matter how often this is done.
+    """
+    if not collective.active():
+        return
+    processes = torch.distributed.get_world_size()
+    for layer in _batch_norms(model):
+        for statistic in (layer.running_mean, layer.running_var):
+            if statistic is not None:
+                collective.all_reduce(statistic).div_(processes)
+
+
+@torch.no_grad()
+def _renew_batch_norm(model: nn.Module, data: Any, batches: int, accelerator: Accelerator) -> None:
     """Replaces running statistics by the plain average over some training batches.
 
     Only the normalisation layers are in training mode, so nothing else moves.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    layers = _batch_norms(model)
     if not layers:
         return
     momenta = [layer.momentum for layer in layers]
@@ -259,7 +300,7 @@ def _renew_batch_norm(
         layer.momentum = None  # cumulative average
         layer.train()
     plain = accelerator.unwrap_model(model)
-    with _full_precision(plain):
+    with unwrapped(plain):
         for i, batch in enumerate(data):
             if i == batches:
                 break
@@ -267,7 +308,3 @@ def _renew_batch_norm(
             plain(*args, **kwargs)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
-        if accelerator.num_processes > 1 and layer.running_mean is not None:
-            for statistic in (layer.running_mean, layer.running_var):
-                assert statistic is not None
-                statistic.copy_(accelerator.reduce(statistic, "mean"))

@@ -64,9 +64,7 @@ def _spread_start(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     return torch.stack(chosen, 1)
 
 
-def kmeans(
-    x: Tensor, k: int, *, steps: int = 25, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+def kmeans(x: Tensor, k: int, *, steps: int = 25, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Centroids of every codebook by Lloyd's algorithm.
 
     A centroid that loses all its samples takes the sample that is worst served. Centroids on

@@ -79,7 +79,7 @@ def _rounded(value: Tensor, quantized: Tensor) -> Tensor:
 
 
 class StraightThroughLookup(torch.autograd.Function):
-    """y = sum of table rows; the gradient of the tables is exact, that of x is the dense layer's."""
+    """Sum of table rows; the gradient of the tables is exact, that of x is the dense layer's."""
 
     @staticmethod
     def forward(
@@ -94,9 +94,7 @@ class StraightThroughLookup(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, gradient: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, codes = ctx.saved_tensors
         need_x, need_tables = ctx.needs_input_grad[:2]
         grad_x = grad_tables = None
@@ -130,9 +128,7 @@ class _PQLayer(nn.Module):
     signed: Tensor
     cluster_counts: Tensor
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, geometry: Geometry, method: PQ
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry, method: PQ) -> None:
         super().__init__()
         self.geometry = geometry
         self.method = method
@@ -158,9 +154,7 @@ class _PQLayer(nn.Module):
             # 1 / t = softplus(logit) + 1, as in LUT-NN's code
             inverse = 1.0 / method.temperature
             logit = math.log(math.expm1(inverse - 1.0)) if inverse - 1.0 < 30 else inverse - 1.0
-            self.inverse_temperature_logit = nn.Parameter(
-                torch.tensor(logit, device=weight.device)
-            )
+            self.inverse_temperature_logit = nn.Parameter(torch.tensor(logit, device=weight.device))
 
     @property
     def outputs(self) -> int:
@@ -215,6 +209,7 @@ class _PQLayer(nn.Module):
 
     def _run(self, x: Tensor) -> Tensor:
         """y (N, M, H', W') of x (N, C, H, W), in float32."""
+        self.__dict__.pop("_frozen", None)  # fused optimizers do not count their writes
         device = x.device.type
         mixed = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if mixed else torch.float32  # of x's gradient
@@ -249,9 +244,7 @@ class _PQLayer(nn.Module):
     def _follow_clusters(self, x: Tensor, codes: Tensor) -> None:
         """Moves every centroid towards the mean of the sub-vectors that chose it."""
         grid = self.grid()
-        sums, counts = ops.cluster_sums(
-            self.geometry, grid, x, codes, self.method.k, self.dim
-        )
+        sums, counts = ops.cluster_sums(self.geometry, grid, x, codes, self.method.k, self.dim)
         collective.all_reduce(sums)  # every process then moves its centroids alike
         collective.all_reduce(counts)
         weight = counts.float()
@@ -265,7 +258,12 @@ class _PQLayer(nn.Module):
     def freeze(self) -> FrozenPQ:
         """The layer as the engine runs it: codebooks and int8 tables in place of the weights."""
         # Not in inference mode, whose tensors the kernels would have to pack at every call.
-        with torch.inference_mode(False), torch.no_grad():
+        device = self.weight.device.type
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(device, enabled=False),
+        ):
             grid_centroids = self.grid_centroids()
             int8_tables, scale = quantize_tables(self.tables(grid_centroids))
             bias = torch.zeros_like(scale) if self.bias is None else self.bias.float().clone()
@@ -296,7 +294,7 @@ class PQConv2d(_PQLayer):
 
     @classmethod
     def from_float(cls, layer: nn.Conv2d, method: PQ) -> PQConv2d:
-        """Takes over the weights; the codebooks must still be learned (`lutra.convert` does both).
+        """Copies the weights; the codebooks must still be learned (`lutra.convert` does both).
 
         Raises:
             LutraError: grouped convolution or unsupported padding.
@@ -316,7 +314,7 @@ class PQLinear(_PQLayer):
 
     @classmethod
     def from_float(cls, layer: nn.Linear, method: PQ) -> PQLinear:
-        """Takes over the weights; the codebooks must still be learned (`lutra.convert` does both)."""
+        """Copies the weights; the codebooks must still be learned (`lutra.convert` does both)."""
         return cls(layer.weight, layer.bias, Geometry.of(layer), method)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lutra.errors import LutraError
+from lutra.train import collective
+
+MODEL_STREAM = 1  # sets the random numbers of the model apart from those of the data
 
 
 def seed_everything(seed: int, *position: int) -> None:
@@ -29,37 +32,43 @@ def seed_everything(seed: int, *position: int) -> None:
 class SeededBatchSampler(BatchSampler):
     """A batch sampler that reseeds before the permutation of an epoch and before every batch.
 
-    Set `epoch` and `skip` (batches to leave out at the start of that epoch) before iterating.
+    Set `epoch` before iterating. The order is that of one process in every process; the random
+    numbers that follow a batch are not.
     """
 
     def __init__(self, batches: Any, seed: int) -> None:
         self.batches, self.seed = batches, seed
-        self.epoch = self.skip = 0
+        self.epoch = 0
         self.batch_size = getattr(batches, "batch_size", None) or 1
         self.drop_last = bool(getattr(batches, "drop_last", False))
         self.sampler = getattr(batches, "sampler", batches)
+        self._generator: torch.Generator | None = getattr(self.sampler, "generator", None)
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        skip, self.skip = self.skip, 0
         seed_everything(self.seed, self.epoch)
-        generator = getattr(self.sampler, "generator", None)
-        if generator is not None:
-            generator.manual_seed(torch.initial_seed() % (1 << 63))
+        if self._generator is not None:
+            self._generator.manual_seed(torch.initial_seed() % (1 << 63))
+        elif hasattr(self.sampler, "generator"):
+            # accelerate gives samplers one in distributed runs; without, they use the seed above
+            self.sampler.generator = None
         for i, batch in enumerate(self.batches):
-            if i >= skip:
-                seed_everything(self.seed, self.epoch, i + 1)
-                yield batch
+            seed_everything(self.seed, self.epoch, i + 1, collective.rank())
+            yield batch
 
 
 def seeded_loader(loader: DataLoader[Any], seed: int) -> tuple[DataLoader[Any], SeededBatchSampler]:
     """A copy of the loader over the same data, with a seeded batch sampler.
 
     Raises:
-        LutraError: the loader has no batch sampler or no length.
+        LutraError: it is no loader, or has no batch sampler or no batches.
     """
+    if not isinstance(loader, DataLoader):
+        raise LutraError(
+            f"finetune: data is a {type(loader).__name__}; give a torch.utils.data.DataLoader"
+        )
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         raise LutraError(
             "finetune: the data loader has no batch sampler, so its order cannot be repeated; give "
