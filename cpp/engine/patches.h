@@ -7,6 +7,7 @@
 // output pixels always read neighbouring addresses.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -75,7 +76,7 @@ class PaddedPlanes {
     for (int64_t c = first; c < last; ++c) {
       T* image = planes + c * plane_ + n * image_;
       if (g_.pad_h || g_.pad_w || pitch_ != w_) {
-        for (int64_t i = 0; i < image_; ++i) image[i] = padding;
+        std::fill(image, image + image_, padding);
       }
     }
     const int64_t channels = last - first;
@@ -141,25 +142,40 @@ class PaddedPlanes {
   // patch[d - first][row] for entries first..last-1; may write kSlack elements past the end.
   void gather(const T* planes, const Runs& r, int64_t first, int64_t last, int64_t row_tile,
               T* patch) const {
+    int64_t c = first / g_.taps();
+    int64_t ky = first % g_.taps() / g_.kernel_w, kx = first % g_.kernel_w;
     for (int64_t d = first; d < last; ++d, patch += row_tile) {
-      const int64_t c = d / g_.taps(), tap = d % g_.taps();
-      const int64_t dy = tap / g_.kernel_w * g_.dilation_h, dx = tap % g_.kernel_w * g_.dilation_w;
-      const T* base =
-          planes + c * plane_ + dy * pitch_ + dx % g_.stride_w * phase_ + dx / g_.stride_w;
+      const int64_t dx = kx * g_.dilation_w;
+      const T* const base = planes + c * plane_ + ky * g_.dilation_h * pitch_ +
+                            (g_.stride_w == 1 ? dx : dx % g_.stride_w * phase_ + dx / g_.stride_w);
       for (int64_t i = 0; i < r.count; ++i) {
-        const T* from = base + r.source[i];
-        T* to = patch + r.target[i];
-        for (int64_t k = 0; k < r.length[i]; k += kChunk) std::memcpy(to + k, from + k, 16);
+        const T* const from = base + r.source[i];
+        T* const to = patch + r.target[i];
+        const int64_t length = r.length[i];
+        for (int64_t k = 0; k < length; k += kChunk) std::memcpy(to + k, from + k, 16);
+      }
+      if (++kx == g_.kernel_w) {
+        kx = 0;
+        if (++ky == g_.kernel_h) {
+          ky = 0;
+          ++c;
+        }
       }
     }
   }
 
  private:
   void spread(const T* from, int64_t step, T* row) const {
-    int64_t phase = g_.pad_w % g_.stride_w, column = g_.pad_w / g_.stride_w;
-    for (int64_t i = 0; i < w_; ++i) {
-      row[phase * phase_ + column] = from[i * step];
-      if (++phase == g_.stride_w) {
+    const int64_t width = w_, stride = g_.stride_w, first = g_.pad_w;  // T may alias members
+    if (stride == 1) {
+      for (int64_t i = 0; i < width; ++i) row[first + i] = from[i * step];
+      return;
+    }
+    const int64_t phase_size = phase_;
+    int64_t phase = first % stride, column = first / stride;
+    for (int64_t i = 0; i < width; ++i) {
+      row[phase * phase_size + column] = from[i * step];
+      if (++phase == stride) {
         phase = 0;
         ++column;
       }

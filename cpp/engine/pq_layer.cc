@@ -79,15 +79,29 @@ void scatter(const float* tile, int64_t row_tile, int64_t first, int64_t rows,
              const PqLayer::Call& call) {
   const ImageView& out = call.output;
   constexpr int64_t kBlock = 16;  // outputs at a time, so that their lines stay in the cache
+  const int64_t step = out.sc;
   for (int64_t block = 0; block < out.c; block += kBlock) {
-    const int64_t last = std::min(out.c, block + kBlock);
+    const int64_t count = std::min(out.c, block + kBlock) - block;
+    int64_t x = first % out.w, y = first / out.w % out.h, n = first / (out.w * out.h);
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t row = first + r, x = row % out.w, y = row / out.w % out.h;
-      const int64_t at = row / (out.w * out.h) * out.sn + y * out.sh + x * out.sw;
-      for (int64_t m = block; m < last; ++m) {
-        float v = tile[m * row_tile + r];
-        if (call.residual) v += call.residual[at + m * out.sc];
-        out.data[at + m * out.sc] = call.clamp(v);
+      const int64_t at = n * out.sn + y * out.sh + x * out.sw + block * step;
+      const float* const from = tile + block * row_tile + r;
+      float* const to = out.data + at;
+      if (call.residual || call.clamp.on) {
+        for (int64_t m = 0; m < count; ++m) {
+          float v = from[m * row_tile];
+          if (call.residual) v += call.residual[at + m * step];
+          to[m * step] = call.clamp(v);
+        }
+      } else {
+        for (int64_t m = 0; m < count; ++m) to[m * step] = from[m * row_tile];
+      }
+      if (++x == out.w) {
+        x = 0;
+        if (++y == out.h) {
+          y = 0;
+          ++n;
+        }
       }
     }
   }
@@ -225,6 +239,8 @@ void table_gradient(const Kernels& kernels, const PqShape& shape, const uint8_t*
     float* const target = grad + first * static_cast<int64_t>(cell);
     std::fill(target, target + books * static_cast<int64_t>(cell), 0.0f);
     std::vector<float> buffer(consecutive ? 0 : static_cast<size_t>(kRows * shape.outputs));
+    // Planes of codes are often a power of two apart and would fight for the same cache lines.
+    std::vector<uint8_t> tile(static_cast<size_t>(kRows * books));
     for (int64_t r = 0; r < rows; r += kRows) {
       const int64_t count = std::min(kRows, rows - r);
       const float* block = gradient.data + r * gradient.c;
@@ -238,8 +254,11 @@ void table_gradient(const Kernels& kernels, const PqShape& shape, const uint8_t*
         }
         block = buffer.data();
       }
-      kernels.table_grad(codes + first * rows + r, static_cast<size_t>(rows),
-                         static_cast<int32_t>(books), shape.centroids, block,
+      for (int64_t b = 0; b < books; ++b) {
+        std::memcpy(tile.data() + b * kRows, codes + (first + b) * rows + r,
+                    static_cast<size_t>(count));
+      }
+      kernels.table_grad(tile.data(), kRows, static_cast<int32_t>(books), shape.centroids, block,
                          static_cast<int32_t>(count), shape.outputs, target);
     }
   });

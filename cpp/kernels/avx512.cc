@@ -271,26 +271,48 @@ void linear(const float* x, size_t x_stride, size_t depth, const float* weights,
   }
 }
 
+// 16 * kVectors outputs from `first` on; the vectors of a row stay in registers over the books.
+// Full vectors do without masks, because masked stores do not forward to the loads that follow.
+template <int kVectors, bool kFull>
+void add_rows(const uint8_t* codes, size_t code_stride, int32_t books, int32_t centroids,
+              const float* rows, int32_t count, int32_t outputs, int32_t first, float* grad) {
+  const __mmask16 mask = row_mask(outputs, first + 16 * (kVectors - 1));  // of the last vector
+  const size_t book_size = static_cast<size_t>(centroids) * outputs;
+  for (int32_t r = 0; r < count; ++r) {
+    const float* row = rows + static_cast<size_t>(r) * outputs + first;
+    __m512 y[kVectors];
+    for (int32_t q = 0; q < kVectors; ++q) {
+      y[q] = kFull || q + 1 < kVectors ? _mm512_loadu_ps(row + 16 * q)
+                                       : _mm512_maskz_loadu_ps(mask, row + 16 * q);
+    }
+    float* book = grad + first;
+    const uint8_t* code = codes + r;
+    for (int32_t b = 0; b < books; ++b, book += book_size, code += code_stride) {
+      float* g = book + static_cast<size_t>(*code) * outputs;
+      for (int32_t q = 0; q < kVectors - (kFull ? 0 : 1); ++q) {
+        _mm512_storeu_ps(g + 16 * q, _mm512_add_ps(_mm512_loadu_ps(g + 16 * q), y[q]));
+      }
+      if constexpr (kFull) continue;
+      float* last = g + 16 * (kVectors - 1);
+      const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, last), y[kVectors - 1]);
+      _mm512_mask_storeu_ps(last, mask, sum);
+    }
+  }
+}
+
 void table_grad(const uint8_t* codes, size_t code_stride, int32_t books, int32_t centroids,
                 const float* rows, int32_t count, int32_t outputs, float* grad) {
-  for (int32_t m = 0; m < outputs; m += 64) {  // up to four registers of a row stay in place
-    __mmask16 mask[4];
-    for (int32_t q = 0; q < 4; ++q) mask[q] = row_mask(outputs, m + 16 * q);
-    const int32_t used = (outputs - m + 15) / 16 < 4 ? (outputs - m + 15) / 16 : 4;
-    for (int32_t r = 0; r < count; ++r) {
-      __m512 y[4];
-      for (int32_t q = 0; q < used; ++q) {
-        y[q] = _mm512_maskz_loadu_ps(mask[q], rows + static_cast<size_t>(r) * outputs + m + 16 * q);
-      }
-      for (int32_t b = 0; b < books; ++b) {
-        const size_t cell = static_cast<size_t>(b) * centroids + codes[b * code_stride + r];
-        float* g = grad + cell * outputs + m;
-        for (int32_t q = 0; q < used; ++q) {
-          const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask[q], g + 16 * q), y[q]);
-          _mm512_mask_storeu_ps(g + 16 * q, mask[q], sum);
-        }
-      }
-    }
+  for (int32_t m = 0; m < outputs; m += 64) {
+    const int32_t left = outputs - m;
+    auto* run = left >= 64   ? add_rows<4, true>
+                : left > 48  ? add_rows<4, false>
+                : left == 48 ? add_rows<3, true>
+                : left > 32  ? add_rows<3, false>
+                : left == 32 ? add_rows<2, true>
+                : left > 16  ? add_rows<2, false>
+                : left == 16 ? add_rows<1, true>
+                             : add_rows<1, false>;
+    run(codes, code_stride, books, centroids, rows, count, outputs, m, grad);
   }
 }
 
