@@ -8,6 +8,7 @@ what it has learned to FOLDER/rank-<i>.pt.
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -45,7 +46,7 @@ class Net(nn.Module):
 def main(folder: Path) -> None:
     """Everything that the test compares."""
     torch.set_num_threads(1)
-    if dist.is_torchelastic_launched() or "--distributed" in sys.argv:
+    if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.manual_seed(0)
@@ -63,19 +64,18 @@ def main(folder: Path) -> None:
     result["errors"] = [layer.error for layer in report.replaced]
     result["used"] = [layer.used for layer in report.replaced]
 
-    # k-means from samples that differ in number, and fewer in process 0 than there are centroids
-    few = torch.arange(40.0).view(1, 40, 1)
-    few = few[:, 3 * rank : 3] if rank == 0 and processes > 1 else few[:, 3 * (processes - 1) :]
-    result["few"], result["few_counts"] = kmeans(few, 8, seed=1)
+    # k-means where process 0 has fewer samples than there are centroids
+    line = torch.arange(40.0).view(1, 40, 1)
+    mine = line if processes == 1 else (line[:, :3], line[:, 3:])[rank]
+    result["line"], result["line_counts"] = kmeans(mine, 8, seed=1)
 
-    # From the same start in one process and in two. Four batches of the smaller kind are left over.
-    start = Path(sys.argv[1]) / "start.pt"
+    start = folder.parent / "start.pt"  # the same in every run
     if start.exists():
         model.load_state_dict(torch.load(start, weights_only=True))
     else:
         torch.save(model.state_dict(), start)
     data = DataLoader(
-        TensorDataset(x[:112], y[:112]), batch_size=GLOBAL_BATCH // processes, shuffle=True
+        TensorDataset(x[:128], y[:128]), batch_size=GLOBAL_BATCH // processes, shuffle=True
     )
     run = finetune(
         model,
@@ -94,7 +94,9 @@ def main(folder: Path) -> None:
 
     # With batch norm, and random numbers in the model: processes must agree at the end.
     torch.manual_seed(5)
-    norm = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(64, 4))
+    norm = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(64, 4)
+    )
     finetune(norm, data, steps=3, batch_norm_batches=2, seed=1)
     result["norm"] = norm.state_dict()
     torch.save(result, folder / f"rank-{rank}.pt")

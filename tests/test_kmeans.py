@@ -185,9 +185,7 @@ def test_reservoirs_are_uniform() -> None:
 
 
 def gather(model: nn.Module, data: Any, **limits: Any) -> dict[str, Reservoir]:
-    layers = {
-        name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)
-    }
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     geometries = {name: Geometry.of(layer) for name, layer in layers.items()}
     limits = {"rows": 100, "memory_bytes": 1 << 20, "seed": 0, **limits}
     return collect(model, layers, geometries, data, **limits)

@@ -1,6 +1,8 @@
-"""Sums and broadcasts over the processes of torch.distributed; without it they change nothing."""
+"""What the processes of torch.distributed tell each other; without them nothing changes."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -22,11 +24,12 @@ def _reachable(t: Tensor) -> Tensor:
     return t.cuda() if dist.get_backend() == "nccl" and not t.is_cuda else t.contiguous()
 
 
-def all_reduce(t: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """Adds up (or, with `op`, otherwise combines) `t` over the processes, in place."""
+def all_reduce(t: Tensor, op: Literal["sum", "max"] = "sum") -> Tensor:
+    """The sum or the maximum of `t` over the processes, in place."""
     if active():
         shared = _reachable(t)
-        dist.all_reduce(shared, op)
+        # not a default argument: builds of torch without distributed lack ReduceOp
+        dist.all_reduce(shared, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
         if shared is not t:
             t.copy_(shared)
     return t
@@ -40,6 +43,16 @@ def broadcast(t: Tensor) -> Tensor:
         if shared is not t:
             t.copy_(shared)
     return t
+
+
+def gather(t: Tensor, dim: int) -> Tensor:
+    """The tensors of all processes, equal in shape, one after the other along an axis."""
+    if not active():
+        return t
+    shared = _reachable(t)
+    parts = [torch.empty_like(shared) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, shared)
+    return torch.cat(parts, dim).to(t.device)
 
 
 def mean(value: float) -> float:

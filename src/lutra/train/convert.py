@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -42,9 +41,11 @@ def convert(
     Args:
         model: any module; it is not modified, and it need not be traceable.
         recipe: glob patterns of module paths -> `PQ(...)` or `Keep()`; the first match wins, and
-            what no pattern names is kept.
+            what no pattern names is kept. Every pattern must name some layer. A layer that the
+            model holds in several places is replaced in all of them.
         calibration_data: batches, run once in eval mode: tensors, tuples whose first entry is the
-            input, or dicts of keyword arguments. A thousand samples are plenty.
+            input, or dicts of keyword arguments. A thousand samples are plenty. With
+            torch.distributed, give every process a part of its own.
         rows: sample rows per layer for k-means.
         memory_bytes: limit for all samples together.
         kmeans_steps: Lloyd steps.
@@ -179,7 +180,7 @@ def _learn(layer: _PQLayer, samples: Reservoir, steps: int, seed: int) -> tuple[
     rows = samples.rows.to(layer.weight.device)
     low, high = _activation_range(rows, layer.method.act_bits)
     # A process whose samples are all positive must take the others' signed grid.
-    reach = collective.all_reduce(torch.tensor([-low, high]), dist.ReduceOp.MAX)
+    reach = collective.all_reduce(torch.tensor([-low, high]), "max")
     layer.set_activation_range(-float(reach[0]), float(reach.max()))
     grid = layer.grid()
     low, high = -grid.zero * grid.scale, (grid.qmax - grid.zero) * grid.scale

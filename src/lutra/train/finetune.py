@@ -88,13 +88,16 @@ def finetune(
         feature_layers: module paths whose outputs are drawn to the teacher's as well, by their mean
             squared difference relative to the teacher's mean square, times `feature_weight`.
         clip_norm: largest gradient norm.
-        evaluate: called with the model in eval mode every `evaluate_every` steps and at the end.
+        evaluate: called with the model in eval mode and full precision every `evaluate_every` steps
+            and at the end; in every process, and the metric is the mean of what they return.
         batch_norm_batches: training batches whose statistics replace the running ones at the end
             (running averages lag behind moving codebooks).
         checkpoint_dir: where checkpoints go, every `checkpoint_every` steps and at the end; with
             `resume` a run continues from the newest, bit for bit as if it had not stopped (data
-            loaders with worker processes: at epoch boundaries).
-        mixed_precision: "no", "bf16" or "fp16", as accelerate takes it.
+            loaders with worker processes: at epoch boundaries). Without, it starts over and
+            replaces what is there.
+        mixed_precision: "no", "bf16" or "fp16", as accelerate takes it. The parameters stay float32
+            and the lookups exact.
         progress: show a progress bar; None shows it on terminals only.
         accelerator: one of your own instead of a new one.
 

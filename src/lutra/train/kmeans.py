@@ -101,7 +101,7 @@ def kmeans(x: Tensor, k: int, *, steps: int = 25, seed: int = 0) -> tuple[Tensor
 
 
 def _revive(centroids: Tensor, counts: Tensor, x: Tensor, distances: Tensor) -> Tensor:
-    """Gives the dead centroids of a codebook its worst-served samples (of process 0), one each."""
+    """Gives the dead centroids of a codebook its worst-served samples, one each."""
     dead = (counts == 0).sum(1)
     most = int(dead.max())
     if most == 0:
@@ -109,14 +109,15 @@ def _revive(centroids: Tensor, counts: Tensor, x: Tensor, distances: Tensor) -> 
     take = min(most, x.shape[1])
     worst_distance, worst = distances.topk(take, 1)
     samples = torch.gather(x, 1, worst[:, :, None].expand(-1, -1, x.shape[2]))
-    if take < most:  # the same shape in every process
-        worst_distance = F.pad(worst_distance, (0, most - take))
-        samples = F.pad(samples, (0, 0, 0, most - take))
-    collective.broadcast(samples)
-    collective.broadcast(worst_distance)
+    if collective.active():
+        # the worst of each process, as many everywhere, and of these the worst
+        worst_distance = collective.gather(F.pad(worst_distance, (0, most - take)), 1)
+        samples = collective.gather(F.pad(samples, (0, 0, 0, most - take)), 1)
+        worst_distance, worst = worst_distance.topk(most, 1)
+        samples = torch.gather(samples, 1, worst[:, :, None].expand(-1, -1, x.shape[2]))
     centroids = centroids.clone()
     for book in torch.nonzero(dead).flatten().tolist():
-        empty = torch.nonzero(counts[book] == 0).flatten()
+        empty = torch.nonzero(counts[book] == 0).flatten()[: worst_distance.shape[1]]
         useful = worst_distance[book, : len(empty)] > 0  # no sample is left unserved otherwise
         centroids[book, empty[useful]] = samples[book, : len(empty)][useful]
     return centroids
