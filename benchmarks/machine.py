@@ -33,7 +33,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def interleaved(cases: dict[str, Callable[[], object]], runs: int, warmup: int) -> dict[str, list[float]]:
+def interleaved(
+    cases: dict[str, Callable[[], object]], runs: int, warmup: int
+) -> dict[str, list[float]]:
     """Seconds of each case, measured in turn so that a drifting machine is fair to all."""
     times: dict[str, list[float]] = {name: [] for name in cases}
     for i in range(warmup + runs):

@@ -21,7 +21,7 @@ from benchmarks.machine import interleaved, machine, spread, write_json
 from lutra.train import PQ, convert
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from cifar10 import ResNet  # noqa: E402
+from cifar10 import ResNet
 
 
 def stepper(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""CIFAR-10 for the examples: the images, augmentation, and the ResNets of He et al. 2015, section 4.2."""
+"""CIFAR-10 for the examples: images, augmentation, and ResNets for 32x32 (He et al. 2015, 4.2)."""
 
 from __future__ import annotations
 
@@ -80,11 +80,9 @@ def _undo_median(path: Path) -> np.ndarray:
         plane = np.zeros((height, width, count), np.int16)
         for y in range(height):
             for x in range(width):
-                if x:
-                    left = plane[y, x - 1]
-                else:
-                    left = plane[y - 1, x] if y else np.zeros(count, np.int16)
-                up = plane[y - 1, x] if y else left
+                none = np.zeros(count, np.int16)
+                up = plane[y - 1, x] if y else plane[y, x - 1] if x else none
+                left = plane[y, x - 1] if x else up
                 corner = plane[y - 1, x - 1] if x and y else left
                 guess = np.clip(left + up - corner, np.minimum(left, up), np.maximum(left, up))
                 plane[y, x] = ((guess + residuals[c, y, x] + green[y, x]) & 255) - green[y, x]
@@ -109,7 +107,8 @@ def _from_archive(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
                 parts[leaf] = images, np.array(batch["labels"], np.int64)
     train = [parts[f"data_batch_{i}"] for i in range(1, 6)]
     x, y = (np.concatenate(a) for a in zip(*train, strict=True))
-    return np.ascontiguousarray(x), y, np.ascontiguousarray(parts["test_batch"][0]), parts["test_batch"][1]
+    x_test, y_test = parts["test_batch"]
+    return np.ascontiguousarray(x), y, np.ascontiguousarray(x_test), y_test
 
 
 def load_images(data: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

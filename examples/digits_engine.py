@@ -1,6 +1,6 @@
 """Runs a .lutra file on test data in a process that cannot import PyTorch; prints JSON.
 
-    python examples/digits_engine.py digits.lutra test.npz
+python examples/digits_engine.py digits.lutra test.npz
 """
 
 import json

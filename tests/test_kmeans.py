@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lutra.errors import LutraError
 from lutra.train import kmeans as module
+from lutra.train import portable
 from lutra.train.calibrate import Reservoir, collect
 from lutra.train.geometry import Geometry
 from lutra.train.kmeans import assign, kmeans
@@ -70,7 +71,7 @@ def test_memory_is_bounded_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     # integers, so that sums do not depend on their order
     samples = torch.randint(0, 50, (3, 500, 4), generator=torch.Generator().manual_seed(0)).float()
     want = kmeans(samples, 8, steps=5)
-    monkeypatch.setattr(module, "BLOCK", 8 * 3 * 37)
+    monkeypatch.setattr(portable, "BLOCK", 8 * 3 * 37)
     for got, expected in zip(kmeans(samples, 8, steps=5), want, strict=True):
         assert torch.equal(got, expected)
 

@@ -341,7 +341,7 @@ def test_straight_through_gradients(case: Case) -> None:
 def test_soft_gradients(case: Case, block: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the naive formula, which holds distances and weights of every position at once."""
     if block is not None:
-        monkeypatch.setattr("lutra.train.soft.BLOCK", block)
+        monkeypatch.setattr(portable, "BLOCK", block)
     layer = make_conv(case, gradient="soft", temperature=0.3)
     x = images(case).requires_grad_()
     y = layer(x)

@@ -10,9 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lutra.train import collective
-
-BLOCK = 1 << 24  # elements of the largest temporary
+from lutra.train import collective, portable
 
 
 def assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,7 +25,7 @@ def assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     books, k, _ = centroids.shape
     norms = centroids.square().sum(2)[:, None, :]
     codes, distances = [], []
-    for part in torch.split(x, max(1, BLOCK // (books * k)), dim=1):
+    for part in torch.split(x, max(1, portable.block_size(x) // (books * k)), dim=1):
         score = torch.baddbmm(norms, part, centroids.transpose(1, 2), beta=1.0, alpha=-2.0)
         best, code = score.min(2)
         codes.append(code)
@@ -40,7 +38,7 @@ def _cluster_sums(x: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     books, n, dim = x.shape
     sums, counts = x.new_zeros((books, k, dim)), x.new_zeros((books, k))
     clusters = torch.arange(k, device=x.device)[:, None]
-    block = max(1, BLOCK // (books * k))
+    block = max(1, portable.block_size(x) // (books * k))
     for first in range(0, n, block):
         member = (codes[:, None, first : first + block] == clusters).to(x.dtype)  # (B, K, rows)
         sums.baddbmm_(member, x[:, first : first + block])

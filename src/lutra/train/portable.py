@@ -11,7 +11,12 @@ from torch import Tensor
 
 from lutra.train.geometry import Geometry, Quantization
 
-BLOCK = 1 << 24  # elements of the largest temporary
+BLOCK = 1 << 20  # elements of the largest temporary on the CPU: it should stay in the cache
+
+
+def block_size(x: Tensor) -> int:
+    """Elements that a temporary may have on the device of x."""
+    return BLOCK if x.device.type == "cpu" else 16 * BLOCK
 
 
 def quantize(x: Tensor, grid: Quantization) -> Tensor:
@@ -38,12 +43,12 @@ def encode(x: Tensor, geometry: Geometry, grid: Quantization, centroids: Tensor)
     books, k, dim = centroids.shape
     c = centroids.float()
     half = torch.floor(c.square().sum(2) / 2)[:, :, None]
-    images = max(1, BLOCK // max(1, geometry.depth * x.shape[2] * x.shape[3]))
+    images = max(1, block_size(x) // max(1, geometry.depth * x.shape[2] * x.shape[3]))
     codes = []
     with torch.autocast(x.device.type, enabled=False):  # bfloat16 scores would not be exact
         for part in torch.split(x, images):
             sub = unfold(quantize(part, grid), geometry, dim, float(grid.zero))
-            for block in torch.split(sub, max(1, BLOCK // (books * k)), dim=2):
+            for block in torch.split(sub, max(1, block_size(x) // (books * k)), dim=2):
                 # exact: every score is an integer below 2**24; of equal ones the lowest index
                 scores = torch.bmm(c, block) - half
                 codes.append(scores.argmax(1).to(torch.uint8))
@@ -56,7 +61,7 @@ def lookup(codes: Tensor, tables: Tensor) -> Tensor:
     flat = tables.reshape(books * k, outputs)
     offset = torch.arange(books, device=codes.device)[:, None] * k
     parts = []
-    for block in torch.split(codes, max(1, BLOCK // (books * outputs)), dim=1):
+    for block in torch.split(codes, max(1, block_size(codes) // (books * outputs)), dim=1):
         index = (block.long() + offset).t()
         parts.append(flat[index].sum(1, dtype=torch.int32))
     return torch.cat(parts)
@@ -84,7 +89,7 @@ def table_gradient(codes: Tensor, gradient: Tensor, centroids: int) -> Tensor:
     rows = gradient.permute(0, 2, 3, 1).reshape(-1, outputs).float()
     total = torch.zeros((books * centroids, outputs), device=rows.device)
     clusters = torch.arange(centroids, dtype=torch.uint8, device=codes.device)[:, None]
-    size = max(1, BLOCK // (books * centroids))
+    size = max(1, block_size(codes) // (books * centroids))
     # One-hot products: unlike scatter-add, they give the same bits in every run on a GPU.
     with torch.autocast(rows.device.type, enabled=False):
         for block, part in zip(torch.split(codes, size, 1), torch.split(rows, size), strict=True):
@@ -101,7 +106,7 @@ def cluster_sums(
     counts = torch.zeros((books, centroids), dtype=torch.int64, device=x.device)
     sums = torch.zeros((books, centroids, dim), dtype=torch.int64, device=x.device)
     height, width = geometry.out_size(x.shape[2], x.shape[3])
-    images = max(1, BLOCK // max(1, geometry.depth * height * width))
+    images = max(1, block_size(x) // max(1, geometry.depth * height * width))
     blocks = torch.split(codes, images * height * width, 1)
     for part, block in zip(torch.split(x, images), blocks, strict=True):
         sub = unfold(quantize(part, grid), geometry, dim, float(grid.zero)).long()

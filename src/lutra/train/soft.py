@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from lutra.train import ops
 from lutra.train.geometry import Geometry
-from lutra.train.portable import BLOCK, unfold
+from lutra.train.portable import block_size, unfold
 
 _NEAR = 1e-12  # squared distance below which a sub-vector is at its centroid
 
@@ -62,7 +62,7 @@ def _soft_gradients(
     grad_inverse = torch.zeros_like(inverse)
     norms = centroids.square().sum(2)[:, :, None]
     pixels = gradient.shape[2] * gradient.shape[3]
-    images = max(1, BLOCK // max(1, books * k * pixels))
+    images = max(1, block_size(x) // max(1, books * k * pixels))
     grad_x = []
     for part, grad in zip(torch.split(x, images), torch.split(gradient, images), strict=True):
         sub = unfold(part, geometry, dim, 0.0)  # (B, V, R)
