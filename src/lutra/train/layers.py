@@ -19,6 +19,7 @@ from lutra.errors import LutraError
 from lutra.ops.pq import MAX_SUBVECTOR
 from lutra.train import collective, ops, portable
 from lutra.train.geometry import Geometry, Quantization
+from lutra.train.projection import REFRESH, SAMPLE_ROWS, regression
 from lutra.train.recipe import PQ
 from lutra.train.soft import SoftLookup
 from lutra.train.watch import Watch
@@ -79,7 +80,8 @@ def _rounded(value: Tensor, quantized: Tensor) -> Tensor:
 
 
 class StraightThroughLookup(torch.autograd.Function):
-    """Sum of table rows; the gradient of the tables is exact, that of x is the dense layer's."""
+    """Sum of table rows; the gradient of the tables is exact, that of x is a convolution's with
+    `weight`: the dense layer's weights, as they are or projected."""
 
     @staticmethod
     def forward(
@@ -119,7 +121,8 @@ class _PQLayer(nn.Module):
 
     State: `weight` and `bias` of the dense layer; `centroids` (B, K, V) in real units;
     `act_scale`, the step of the activation grid; `inverse_temperature_logit` (soft gradient only);
-    `cluster_counts` (moving average only). All of it is in `state_dict`.
+    `cluster_counts` (moving average only); `projection` (B, V, V) and `projection_age` (projected
+    gradient only). All of it is in `state_dict`.
     """
 
     weight: nn.Parameter
@@ -127,6 +130,8 @@ class _PQLayer(nn.Module):
     act_scale: Tensor
     signed: Tensor
     cluster_counts: Tensor
+    projection: Tensor
+    projection_age: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry, method: PQ) -> None:
         super().__init__()
@@ -150,6 +155,10 @@ class _PQLayer(nn.Module):
             self.register_buffer(
                 "cluster_counts", torch.zeros((self.books, method.k), device=weight.device)
             )
+        if method.gradient == "projected":
+            identity = torch.eye(self.dim, device=weight.device).repeat(self.books, 1, 1)
+            self.register_buffer("projection", identity)
+            self.register_buffer("projection_age", torch.zeros((), dtype=torch.int64))
         if method.gradient == "soft":
             # 1 / t = softplus(logit) + 1, as in LUT-NN's code
             inverse = 1.0 / method.temperature
@@ -232,13 +241,42 @@ class _PQLayer(nn.Module):
                     centroids = centroids.clone()
                 y = SoftLookup.apply(x, centroids, tables, inverse, call)  # type: ignore[no-untyped-call]
             else:
-                weight = self.weight.detach().float()
-                weight = weight.view(self.outputs, geometry.channels, *geometry.kernel)
+                if self.method.gradient == "projected" and self.training:
+                    self._refresh_projection(x.detach(), grid_centroids, int8_tables, scale)
+                weight = self._gradient_weight()
                 y = StraightThroughLookup.apply(x, tables, weight, (*call, dtype))  # type: ignore[no-untyped-call]
             if averaged:
                 self._follow_clusters(x.detach(), codes[0])
             y = cast(Tensor, y)
             return y if self.bias is None else y + self.bias.float().view(1, -1, 1, 1)
+
+    @torch.no_grad()
+    def _gradient_weight(self) -> Tensor:
+        """Weights (M, C, kh, kw) of the input gradient."""
+        geometry = self.geometry
+        rows = self.weight.float().reshape(self.outputs, -1)
+        if self.method.gradient == "projected":
+            blocks = torch.bmm(self.projection.transpose(1, 2), self.weight_blocks().float())
+            rows = blocks.permute(2, 0, 1).reshape(self.outputs, -1)[:, : geometry.depth]
+        return rows.view(self.outputs, geometry.channels, *geometry.kernel)
+
+    @torch.no_grad()
+    def _refresh_projection(
+        self, x: Tensor, grid_centroids: Tensor, int8_tables: Tensor, scale: Tensor
+    ) -> None:
+        """Estimates `projection` anew from the first images of a batch, when its time has come."""
+        due = int(self.projection_age) % REFRESH == 0
+        self.projection_age += 1
+        if not due:
+            return
+        geometry, grid = self.geometry, self.grid()
+        height, width = geometry.out_size(x.shape[2], x.shape[3])
+        part = x[: max(1, SAMPLE_ROWS // (height * width))]
+        _, codes = ops.forward(part, geometry, grid, grid_centroids, int8_tables, scale)
+        on_grid = (grid_centroids.float() - grid.zero) * grid.scale
+        index = codes.long()[:, :, None].expand(-1, -1, self.dim)
+        quantized = torch.gather(on_grid, 1, index).transpose(1, 2)
+        self.projection.copy_(regression(portable.unfold(part, geometry, self.dim, 0.0), quantized))
 
     @torch.no_grad()
     def _follow_clusters(self, x: Tensor, codes: Tensor) -> None:

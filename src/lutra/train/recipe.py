@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lutra.errors import LutraError
 from lutra.ops.pq import CENTROID_COUNTS, MAX_ACT_BITS, MAX_SUBVECTOR
 
-Gradient = Literal["straight-through", "soft"]
+Gradient = Literal["projected", "straight-through", "soft"]
 CentroidUpdate = Literal["average", "gradient"]
 
 
@@ -31,8 +31,10 @@ class PQ:
             convolution (one channel's patch), 4 for 1x1 convolutions and linear layers.
         k: centroids per codebook: 8, 16, 32 or 64.
         act_bits: bits of the activation grid, 1..7.
-        gradient: "straight-through" passes the dense layer's input gradient and the exact gradient
-            of the tables; "soft" is LUT-NN's softmax over distances with a learned temperature.
+        gradient: of the input. "straight-through" is the dense layer's; "projected" is that of
+            the best linear model of the quantiser (see `lutra.train.projection`); both with the
+            exact gradient of the tables. "soft" is LUT-NN's softmax over distances with a learned
+            temperature.
         centroids: "average" lets centroids follow the mean of their cluster (exponential moving
             average); "gradient" trains them by backpropagation.
         decay: of that moving average, per step.
@@ -45,7 +47,7 @@ class PQ:
     v: int | None = None
     k: int = 16
     act_bits: int = 6
-    gradient: Gradient = "straight-through"
+    gradient: Gradient = "projected"
     centroids: CentroidUpdate = "gradient"
     decay: float = 0.99
     temperature: float = 0.065
@@ -72,8 +74,8 @@ class PQ:
             f"act_bits={self.act_bits} is not in 1..{MAX_ACT_BITS}",
         )
         require(
-            self.gradient in ("straight-through", "soft"),
-            f"gradient={self.gradient!r} is not 'straight-through' or 'soft'",
+            self.gradient in get_args(Gradient),
+            f"gradient={self.gradient!r} is not one of {list(get_args(Gradient))}",
         )
         require(
             self.centroids in ("average", "gradient"),
