@@ -13,4 +13,5 @@ if find_spec("torch") is None:
         "test_finetune.py",
         "test_kmeans.py",
         "test_layers.py",
+        "test_projection.py",
     ]

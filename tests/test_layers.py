@@ -146,7 +146,7 @@ def test_conv_is_exact_in_every_mode(case: Case, layout: torch.memory_format) ->
         np.testing.assert_array_equal(got.numpy(), want, err_msg=mode)
 
 
-@pytest.mark.parametrize("gradient", ["straight-through", "soft"])
+@pytest.mark.parametrize("gradient", ["projected", "straight-through", "soft"])
 @pytest.mark.parametrize("centroids", ["average", "gradient"])
 def test_methods_differ_in_gradients_only(gradient: str, centroids: str) -> None:
     case = Case(v=9, signed=True)
@@ -301,7 +301,7 @@ GRADIENT_CASES = [CASES[i] for i in (1, 3, 5, 6, 8, 10, 12)]
 
 @pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
 def test_straight_through_gradients(case: Case) -> None:
-    layer = make_conv(case)
+    layer = make_conv(case, gradient="straight-through")
     x = images(case).requires_grad_()
     y = layer(x)
     gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
@@ -394,7 +394,7 @@ def test_temperature_is_as_asked(temperature: float) -> None:
     assert 1.0 / inverse.item() == pytest.approx(temperature, rel=1e-4)
 
 
-@pytest.mark.parametrize("gradient", ["straight-through", "soft"])
+@pytest.mark.parametrize("gradient", ["projected", "straight-through", "soft"])
 def test_second_derivatives_are_refused(gradient: str) -> None:
     layer = make_linear(4, 2, gradient=gradient, v=4, k=8)
     x = torch.rand(3, 4, requires_grad=True)
@@ -469,7 +469,7 @@ def test_the_moving_average_is_slow() -> None:
     assert torch.equal(layer.centroids, moved)
 
 
-@pytest.mark.parametrize("gradient", ["straight-through", "soft"])
+@pytest.mark.parametrize("gradient", ["projected", "straight-through", "soft"])
 def test_a_layer_may_be_used_twice_in_a_step(gradient: str) -> None:
     case = Case(v=9, outputs=4)
     layer = make_conv(case, centroids="average", gradient=gradient)
@@ -693,7 +693,7 @@ def test_deepcopy_and_pickle() -> None:
     assert "_frozen" not in dict(layer.named_modules())
 
 
-@pytest.mark.parametrize("gradient", ["straight-through", "soft"])
+@pytest.mark.parametrize("gradient", ["projected", "straight-through", "soft"])
 def test_bfloat16_autocast_trains_float32_parameters(gradient: str) -> None:
     case = Case(v=9, outputs=4)
     model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), make_conv(case, gradient=gradient))

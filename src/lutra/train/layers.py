@@ -256,7 +256,8 @@ class _PQLayer(nn.Module):
         geometry = self.geometry
         rows = self.weight.float().reshape(self.outputs, -1)
         if self.method.gradient == "projected":
-            blocks = torch.bmm(self.projection.transpose(1, 2), self.weight_blocks().float())
+            projection = self.projection.float().transpose(1, 2)
+            blocks = torch.bmm(projection, self.weight_blocks().float())
             rows = blocks.permute(2, 0, 1).reshape(self.outputs, -1)[:, : geometry.depth]
         return rows.view(self.outputs, geometry.channels, *geometry.kernel)
 
@@ -265,6 +266,8 @@ class _PQLayer(nn.Module):
         self, x: Tensor, grid_centroids: Tensor, int8_tables: Tensor, scale: Tensor
     ) -> None:
         """Estimates `projection` anew from the first images of a batch, when its time has come."""
+        if not x.numel():
+            return
         due = int(self.projection_age) % REFRESH == 0
         self.projection_age += 1
         if not due:
