@@ -32,9 +32,9 @@ $(VENV)/.torch: | $(BIN)/python
 	@touch $@
 
 $(ENV): $(VENV)/.torch $(NATIVE)
-	@echo "== building lutra and installing its tools"
+	@echo "== building lutra and installing its tools (one to three minutes)"
 	$(BIN)/python -m pip install --quiet scikit-build-core nanobind cmake ninja
-	$(BIN)/python -m pip install --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]"
 	@touch $@
 
 dev: $(ENV)

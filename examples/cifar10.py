@@ -111,6 +111,13 @@ def _from_archive(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
     return np.ascontiguousarray(x), y, np.ascontiguousarray(x_test), y_test
 
 
+def load_test_images(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Test images uint8 (N, 32, 32, 3) and labels int64 of a folder of cifar10_*.npy.xz files."""
+    with np.load(folder / "cifar10_labels.npz", allow_pickle=False) as labels:
+        y = labels["test"].astype(np.int64)
+    return _undo_median(folder / "cifar10_test.npy.xz"), y
+
+
 def load_images(data: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Training images and labels, test images and labels: uint8 (N, 32, 32, 3) and int64.
 
@@ -121,8 +128,8 @@ def load_images(data: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
         return _from_archive(data)
     train = [_undo_median(data / f"cifar10_train_{part}.npy.xz") for part in "ab"]
     with np.load(data / "cifar10_labels.npz", allow_pickle=False) as labels:
-        y, y_test = labels["train"].astype(np.int64), labels["test"].astype(np.int64)
-    return np.concatenate(train), y, _undo_median(data / "cifar10_test.npy.xz"), y_test
+        y = labels["train"].astype(np.int64)
+    return np.concatenate(train), y, *load_test_images(data)
 
 
 def normalize(images: np.ndarray) -> Tensor:
