@@ -433,7 +433,7 @@ void test_thread_pool() {
     const size_t bad = static_cast<size_t>(turn % 50);
     std::string caught;
     try {
-      pool.run(50, [&](size_t i, int) {
+      pool.run(50, 1e6, [&](size_t i, int) {
         if (i >= bad) throw std::runtime_error("item");
       });
     } catch (const std::runtime_error& error) {
@@ -441,7 +441,7 @@ void test_thread_pool() {
     }
     check(caught == "item", "an exception reaches the caller");
     std::vector<int> done(97);
-    pool.run(done.size(), [&](size_t i, int) { ++done[i]; });
+    pool.run(done.size(), 1e6, [&](size_t i, int) { ++done[i]; });
     check(done == std::vector<int>(97, 1), "the pool works on after an exception");
   }
 }

@@ -273,3 +273,15 @@ def test_a_forked_child_runs_and_ends() -> None:
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
     assert same_bits(session(x), want)
+
+
+def test_threads_share_the_work_of_large_batches() -> None:
+    """Small jobs are done by the caller alone, so this one is large enough for the pool."""
+    graph = tiny_graph()
+    feeds = random_inputs(graph, 4000, 0)
+    want = Session(graph, threads=1).run(None, feeds)
+    for threads in (2, 3):
+        for got, expected in zip(
+            Session(graph, threads=threads).run(None, feeds), want, strict=True
+        ):
+            np.testing.assert_array_equal(got, expected)

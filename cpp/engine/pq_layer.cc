@@ -13,6 +13,11 @@ constexpr int64_t kPatchBytes = 16384;  // of a tile's patch: half of a small fi
 constexpr int64_t kFillChannels = 32;   // channels quantised by one work item
 constexpr int64_t kFillRows = 64;       // rows of channels transposed by one work item
 
+// Rough speeds of one AVX-512 core, to guess how long a job takes.
+constexpr double kFillPerMicrosecond = 2e3;    // values quantised
+constexpr double kWorkPerMicrosecond = 1.5e5;  // centroid values compared and table entries added
+constexpr double kGradPerMicrosecond = 5e3;    // table entries added, in training
+
 // Bytes that quantize_planes() needs for each worker.
 size_t fill_scratch(int64_t w) {
   return static_cast<size_t>(std::max(w, kFillRows) * kFillChannels);
@@ -39,10 +44,11 @@ void quantize_planes(const Kernels& kernels, const PaddedPlanes<uint8_t>& planes
     kernels.quantize(from, static_cast<size_t>(count), q.scale, q.zero, q.qmax(), target);
   };
   const int64_t blocks = (x.c + kFillChannels - 1) / kFillChannels;
+  const double fill_time = static_cast<double>(x.n * x.c * x.h * x.w) / kFillPerMicrosecond;
   const int64_t step = planes.plain() ? row_step(x) : 0, rows = x.n * x.h * x.w;
   if (step != 0 && x.sc == 1) {  // rows of channels: a transpose
     const int64_t row_blocks = (rows + kFillRows - 1) / kFillRows;
-    pool.run(static_cast<size_t>(row_blocks * blocks), [&](size_t item, int worker) {
+    pool.run(static_cast<size_t>(row_blocks * blocks), fill_time, [&](size_t item, int worker) {
       const int64_t row = static_cast<int64_t>(item) / blocks * kFillRows;
       const int64_t channel = static_cast<int64_t>(item) % blocks * kFillChannels;
       const int64_t count = std::min(kFillRows, rows - row);
@@ -59,12 +65,12 @@ void quantize_planes(const Kernels& kernels, const PaddedPlanes<uint8_t>& planes
     return;
   }
   if (step == 1) {
-    pool.run(static_cast<size_t>(x.c), [&](size_t c, int) {
+    pool.run(static_cast<size_t>(x.c), fill_time, [&](size_t c, int) {
       convert(x.data + static_cast<int64_t>(c) * x.sc, rows, to + static_cast<int64_t>(c) * rows);
     });
     return;
   }
-  pool.run(static_cast<size_t>(x.n * blocks), [&](size_t item, int worker) {
+  pool.run(static_cast<size_t>(x.n * blocks), fill_time, [&](size_t item, int worker) {
     const int64_t n = static_cast<int64_t>(item) / blocks;
     const int64_t first = static_cast<int64_t>(item) % blocks * kFillChannels;
     const int64_t last = std::min(x.c, first + kFillChannels);
@@ -180,7 +186,9 @@ void PqLayer::run(const Call& call, uint8_t* workspace, ThreadPool& pool) const 
   const int64_t tile = kernels_.row_tile, rows = planes.rows(), depth = geometry_.depth();
   const bool direct = row_step(call.output) == 1;
   const size_t tiles = static_cast<size_t>((rows + tile - 1) / tile);
-  pool.run(tiles, [&](size_t index, int worker) {
+  const double work =
+      static_cast<double>(rows) * shape_.books * (shape_.centroids * shape_.dim + shape_.outputs);
+  pool.run(tiles, work / kWorkPerMicrosecond, [&](size_t index, int worker) {
     uint8_t* const patch = workers + static_cast<size_t>(worker) * s.worker;
     uint8_t* const codes = patch + s.patch;
     uint8_t* const arranged = codes + s.codes;
@@ -233,7 +241,8 @@ void table_gradient(const Kernels& kernels, const PqShape& shape, const uint8_t*
                            gradient.sh == gradient.w * gradient.sw &&
                            gradient.sn == gradient.h * gradient.sh;
   constexpr int64_t kRows = 64;
-  pool.run(static_cast<size_t>(groups), [&](size_t item, int) {
+  const double work = static_cast<double>(rows) * shape.books * shape.outputs;
+  pool.run(static_cast<size_t>(groups), work / kGradPerMicrosecond, [&](size_t item, int) {
     const int64_t first = static_cast<int64_t>(item) * group;
     const int64_t books = std::min<int64_t>(group, shape.books - first);
     float* const target = grad + first * static_cast<int64_t>(cell);
@@ -276,7 +285,8 @@ void cluster_sums(const Kernels& kernels, const PqShape& shape, const ConvGeomet
                   quantized + align64(static_cast<size_t>(planes.elements())), scratch, pool);
   constexpr int64_t kRows = 64;
   const int64_t rows = planes.rows(), depth = geometry.depth();
-  pool.run(static_cast<size_t>(shape.books), [&](size_t book, int) {
+  const double work = static_cast<double>(rows) * shape.books * shape.dim;
+  pool.run(static_cast<size_t>(shape.books), work / kGradPerMicrosecond, [&](size_t book, int) {
     const int64_t b = static_cast<int64_t>(book), from = b * shape.dim;
     const int64_t to = std::min(depth, from + shape.dim);
     int64_t* const count = counts + b * shape.centroids;

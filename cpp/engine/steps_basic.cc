@@ -17,11 +17,13 @@ namespace {
 using Shapes = std::vector<Shape>;
 using Inputs = std::vector<const float*>;
 
-constexpr int64_t kBlock = 16384;  // elements per work item of an element-wise step
+constexpr double kPerMicrosecond = 1e3;  // elements, a rough guess for one core
+constexpr int64_t kBlock = 16384;        // elements per work item of an element-wise step
 
 template <class F>
 void in_blocks(int64_t size, ThreadPool& pool, const F& f) {
-  pool.run(static_cast<size_t>((size + kBlock - 1) / kBlock), [&](size_t i, int) {
+  const double time = static_cast<double>(size) / kPerMicrosecond;
+  pool.run(static_cast<size_t>((size + kBlock - 1) / kBlock), time, [&](size_t i, int) {
     const int64_t first = static_cast<int64_t>(i) * kBlock;
     f(first, std::min(size, first + kBlock));
   });
@@ -71,12 +73,13 @@ class AffineStep : public Step {
   void run(const Shapes& shapes, const Inputs& in, const Shape&, float* out, uint8_t*,
            ThreadPool& pool) const override {
     const int64_t plane = shapes[0].batch() * shapes[0].inner();
-    pool.run(scale_.size(), [&](size_t c, int) {
-      const float s = scale_[c], b = bias_[c];
-      const float* x = in[0] + static_cast<int64_t>(c) * plane;
-      float* y = out + static_cast<int64_t>(c) * plane;
-      for (int64_t i = 0; i < plane; ++i) y[i] = x[i] * s + b;
-    });
+    pool.run(scale_.size(), static_cast<double>(shapes[0].size()) / kPerMicrosecond,
+             [&](size_t c, int) {
+               const float s = scale_[c], b = bias_[c];
+               const float* x = in[0] + static_cast<int64_t>(c) * plane;
+               float* y = out + static_cast<int64_t>(c) * plane;
+               for (int64_t i = 0; i < plane; ++i) y[i] = x[i] * s + b;
+             });
   }
 
  private:
@@ -298,9 +301,11 @@ class ConcatStep : public Step {
 template <class F>
 void over_planes(const Shape& x, const Shape& y, const float* in, float* out, ThreadPool& pool,
                  const F& f) {
-  pool.run(static_cast<size_t>(x[0] * x[1]), [&](size_t i, int) {
-    f(in + static_cast<int64_t>(i) * x[2] * x[3], out + static_cast<int64_t>(i) * y[2] * y[3]);
-  });
+  pool.run(static_cast<size_t>(x[0] * x[1]), static_cast<double>(x.size()) / kPerMicrosecond,
+           [&](size_t i, int) {
+             f(in + static_cast<int64_t>(i) * x[2] * x[3],
+               out + static_cast<int64_t>(i) * y[2] * y[3]);
+           });
 }
 
 class PoolStep : public Step {

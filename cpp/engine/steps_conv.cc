@@ -5,6 +5,10 @@
 namespace lutra {
 namespace {
 
+// Rough speeds of one core, to guess how long a job takes.
+constexpr double kCopiedPerMicrosecond = 2e3;
+constexpr double kMultipliedPerMicrosecond = 3e4;
+
 // The view of a stored value (N, C, H, W).
 ImageView stored_image(const Shape& s, const float* data) {
   return {.data = const_cast<float*>(data),
@@ -143,34 +147,38 @@ void ConvStep::run(const std::vector<Shape>& shapes, const std::vector<const flo
   auto copy = [](const float* from, int64_t count, float* to) {
     std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
   };
-  pool.run(static_cast<size_t>(x.n * x.c), [&](size_t item, int worker) {
+  const double fill = static_cast<double>(x.n * x.c * x.h * x.w) / kCopiedPerMicrosecond;
+  pool.run(static_cast<size_t>(x.n * x.c), fill, [&](size_t item, int worker) {
     const int64_t n = static_cast<int64_t>(item) / x.c, c = static_cast<int64_t>(item) % x.c;
     planes.fill(padded, x, n, c, c + 1, 0.0f, workers + worker * s.worker, copy);
   });
   const int64_t rows = planes.rows(), per_group = outputs_ / groups_;
-  pool.run(static_cast<size_t>((rows + tile - 1) / tile), [&](size_t index, int worker) {
-    float* const patch = workers + static_cast<size_t>(worker) * s.worker;
-    const int64_t first = static_cast<int64_t>(index) * tile, count = std::min(tile, rows - first);
-    const auto runs = planes.runs(first, count);
-    if (count < tile) std::fill(patch, patch + s.worker, 0.0f);
-    for (int64_t group = 0; group < groups_; ++group) {
-      planes.gather(padded, runs, group * depth, (group + 1) * depth, tile, patch);
-      const int64_t m = group * per_group;
-      const Epilogue e{.scale = nullptr,
-                       .bias = bias_.data() + m,
-                       .residual = residual_ ? inputs[1] + m * y.sc + first : nullptr,
-                       .out = out + m * y.sc + first,
-                       .residual_stride = static_cast<size_t>(y.sc),
-                       .out_stride = static_cast<size_t>(y.sc),
-                       .rows = static_cast<int32_t>(count),
-                       .clamp = clamp_.on,
-                       .low = clamp_.low,
-                       .high = clamp_.high};
-      kernels_.gemm(patch, static_cast<size_t>(depth),
-                    weight_.data() + static_cast<size_t>(group) * group_weights_,
-                    static_cast<int32_t>(per_group), e);
-    }
-  });
+  const double work = static_cast<double>(rows * depth) * static_cast<double>(outputs_);
+  pool.run(static_cast<size_t>((rows + tile - 1) / tile), work / kMultipliedPerMicrosecond,
+           [&](size_t index, int worker) {
+             float* const patch = workers + static_cast<size_t>(worker) * s.worker;
+             const int64_t first = static_cast<int64_t>(index) * tile,
+                           count = std::min(tile, rows - first);
+             const auto runs = planes.runs(first, count);
+             if (count < tile) std::fill(patch, patch + s.worker, 0.0f);
+             for (int64_t group = 0; group < groups_; ++group) {
+               planes.gather(padded, runs, group * depth, (group + 1) * depth, tile, patch);
+               const int64_t m = group * per_group;
+               const Epilogue e{.scale = nullptr,
+                                .bias = bias_.data() + m,
+                                .residual = residual_ ? inputs[1] + m * y.sc + first : nullptr,
+                                .out = out + m * y.sc + first,
+                                .residual_stride = static_cast<size_t>(y.sc),
+                                .out_stride = static_cast<size_t>(y.sc),
+                                .rows = static_cast<int32_t>(count),
+                                .clamp = clamp_.on,
+                                .low = clamp_.low,
+                                .high = clamp_.high};
+               kernels_.gemm(patch, static_cast<size_t>(depth),
+                             weight_.data() + static_cast<size_t>(group) * group_weights_,
+                             static_cast<int32_t>(per_group), e);
+             }
+           });
 }
 
 LinearStep::LinearStep(const Kernels& kernels, int64_t features, int64_t outputs,
@@ -206,16 +214,19 @@ void LinearStep::run(const std::vector<Shape>& shapes, const std::vector<const f
                      const Shape& out_shape, float* out, uint8_t* workspace,
                      ThreadPool& pool) const {
   const ImageView x = stored_rows(shapes[0], inputs[0]), y = stored_rows(out_shape, out);
-  pool.run(static_cast<size_t>(x.n), [&](size_t index, int worker) {
-    const int64_t row = static_cast<int64_t>(index);
-    float* const sums = reinterpret_cast<float*>(workspace) + worker * padded();
-    kernels_.linear(x.data + row * x.sn, static_cast<size_t>(x.sc), static_cast<size_t>(features_),
-                    weight_.data(), bias_.data(), static_cast<int32_t>(outputs_), sums);
-    for (int64_t m = 0; m < outputs_; ++m) {
-      const int64_t at = row * y.sn + m * y.sc;
-      out[at] = clamp_(residual_ ? sums[m] + inputs[1][at] : sums[m]);
-    }
-  });
+  const double work = static_cast<double>(x.n * features_) * static_cast<double>(outputs_);
+  pool.run(static_cast<size_t>(x.n), work / kMultipliedPerMicrosecond,
+           [&](size_t index, int worker) {
+             const int64_t row = static_cast<int64_t>(index);
+             float* const sums = reinterpret_cast<float*>(workspace) + worker * padded();
+             kernels_.linear(x.data + row * x.sn, static_cast<size_t>(x.sc),
+                             static_cast<size_t>(features_), weight_.data(), bias_.data(),
+                             static_cast<int32_t>(outputs_), sums);
+             for (int64_t m = 0; m < outputs_; ++m) {
+               const int64_t at = row * y.sn + m * y.sc;
+               out[at] = clamp_(residual_ ? sums[m] + inputs[1][at] : sums[m]);
+             }
+           });
 }
 
 }  // namespace lutra

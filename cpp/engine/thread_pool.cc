@@ -52,10 +52,10 @@ void ThreadPool::drain(const Work& work, size_t count, int worker) {
   }
 }
 
-void ThreadPool::run_erased(size_t count, const Work& work) {
+void ThreadPool::run_erased(int threads, size_t count, const Work& work) {
   Shared& s = *shared_;
   std::unique_lock<std::mutex> owner(s.busy, std::defer_lock);
-  const bool alone = s.workers.empty() || count < 2 || forked();
+  const bool alone = threads < 2 || s.workers.empty() || count < 2 || forked();
   if (alone || !owner.try_lock()) {
     for (size_t i = 0; i < count; ++i) work(i, 0);
     return;

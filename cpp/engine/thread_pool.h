@@ -25,12 +25,17 @@ class ThreadPool {
   // Calls work(index, worker) once for each index < count, worker < threads(). A second caller who
   // finds the pool busy, or a forked child that has lost its threads, does all the work itself.
   // Throws what work throws, the first of it, once no thread is at work any more.
+  //
+  // `microseconds` is a rough guess of the whole job on one thread: waking a thread costs ten or
+  // twenty, so a short job is done by the caller.
   template <class F>  // void(size_t index, int worker)
-  void run(size_t count, const F& work) {
-    run_erased(count, {&work, [](const void* f, size_t index, int worker) {
-                         (*static_cast<const F*>(f))(index, worker);
-                       }});
+  void run(size_t count, double microseconds, const F& work) {
+    run_erased(microseconds < kWorthwhile ? 1 : threads(), count,
+               {&work, [](const void* f, size_t index,
+                          int worker) { (*static_cast<const F*>(f))(index, worker); }});
   }
+
+  static constexpr double kWorthwhile = 60.0;  // microseconds
 
  private:
   struct Work {  // a reference to the caller's function: no allocation
@@ -55,7 +60,7 @@ class ThreadPool {
     bool stop = false;
   };
 
-  void run_erased(size_t count, const Work& work);
+  void run_erased(int threads, size_t count, const Work& work);
   void serve(int worker);
   void drain(const Work& work, size_t count, int worker);
   void stop();
