@@ -184,7 +184,10 @@ void PqLayer::run(const Call& call, uint8_t* workspace, ThreadPool& pool) const 
   quantize_planes(kernels_, planes, quantization_, x, quantized, workers, s.worker, pool);
 
   const int64_t tile = kernels_.row_tile, rows = planes.rows(), depth = geometry_.depth();
-  const bool direct = row_step(call.output) == 1;
+  const ImageView& out = call.output;
+  const int64_t pixels = out.h * out.w;
+  const bool whole = row_step(out) == 1;                 // rows follow each other everywhere
+  const bool by_image = out.sw == 1 && out.sh == out.w;  // or at least within an image
   const size_t tiles = static_cast<size_t>((rows + tile - 1) / tile);
   const double work =
       static_cast<double>(rows) * shape_.books * (shape_.centroids * shape_.dim + shape_.outputs);
@@ -212,12 +215,15 @@ void PqLayer::run(const Call& call, uint8_t* workspace, ThreadPool& pool) const 
         std::memcpy(call.codes + b * rows + first, codes + b * tile, static_cast<size_t>(count));
       }
     }
+    const int64_t image = first / pixels;
+    const bool direct = whole || (by_image && image == (first + count - 1) / pixels);
+    const int64_t at = whole ? first : image * out.sn + first % pixels;
     Epilogue e{.scale = scale_.data(),
                .bias = bias_.data(),
-               .residual = direct && call.residual ? call.residual + first : nullptr,
-               .out = direct ? call.output.data + first : outputs,
-               .residual_stride = static_cast<size_t>(call.output.sc),
-               .out_stride = static_cast<size_t>(direct ? call.output.sc : tile),
+               .residual = direct && call.residual ? call.residual + at : nullptr,
+               .out = direct ? out.data + at : outputs,
+               .residual_stride = static_cast<size_t>(out.sc),
+               .out_stride = static_cast<size_t>(direct ? out.sc : tile),
                .rows = static_cast<int32_t>(count),
                .clamp = direct && call.clamp.on,
                .low = call.clamp.low,
