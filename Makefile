@@ -68,6 +68,7 @@ sanitize: $(ENV)
 bench: $(ENV)
 	mkdir -p benchmarks/results
 	$(BIN)/python -m benchmarks.train_step --json benchmarks/results/train_step.json
+	$(BIN)/python -m benchmarks.engine --json benchmarks/results/engine.json
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache $(VENV)
