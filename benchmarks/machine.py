@@ -27,7 +27,7 @@ def machine() -> dict[str, Any]:
         "cpu": info["model"],
         "isa": info["best"],
         "cores": info["cores"],
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions,
     }
