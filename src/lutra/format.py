@@ -14,12 +14,10 @@ Tensors have the names that the graph gives them; golden data are ``golden.input
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-import secrets
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,6 +28,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 from lutra.errors import FormatError, GraphError
+from lutra.files import write_whole
 from lutra.graph import RESERVED_PREFIX, Graph, Node, Shape, Value, make_node
 from lutra.ops.registry import Array, AttrValue
 
@@ -64,7 +63,7 @@ def save_graph(graph: Graph, path: PathLike) -> None:
         target = Path(os.path.realpath(path))
         if target.exists() and not target.is_file():
             raise FormatError(f"cannot write {os.fspath(path)!r}: it is not a regular file")
-        _write(target, data)
+        write_whole(target, data)
     except (OSError, ValueError) as error:
         if isinstance(error, FormatError):
             raise
@@ -168,23 +167,6 @@ def _refuse(why: str) -> NoReturn:
 
 
 # Writing
-
-
-def _write(target: Path, data: bytes) -> None:
-    """Writes to a new file next to the target, then gives it the name of the target."""
-    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.tmp")
-    # Not tempfile: its files are private, and a model is as public as the umask says.
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def _ordered(data: bytes) -> bytes:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import json
 import os
-import secrets
 import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lutra.errors import InputError, LutraError
+from lutra.files import write_whole
 from lutra.format import load_graph
 from lutra.graph import Graph, Shape
 from lutra.ops.registry import Array
@@ -206,21 +205,8 @@ def write_file(path: str, data: bytes) -> None:
         UserError: If it cannot be written.
     """
     check_writable(path)
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.tmp")
     try:
-        # Not tempfile: its files are private, and a result is as public as the umask says.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+        write_whole(Path(os.path.realpath(path)), data)
     except OSError as error:
         raise UserError(f"cannot write {path!r}: {error.strerror or error}") from error
 

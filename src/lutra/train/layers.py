@@ -209,12 +209,17 @@ class _PQLayer(nn.Module):
     def tables(self, grid_centroids: Tensor) -> Tensor:
         """Float tables (B, K, M) of the centroids on the grid, with gradients to the weights, and
         straight through the rounding to the centroids."""
+        values = self._centroid_values(grid_centroids)
+        return torch.bmm(_rounded(self.centroids.float(), values), self.weight_blocks().float())
+
+    def _centroid_values(self, grid_centroids: Tensor) -> Tensor:
+        """Real values (B, K, V) of centroids on the grid; missing entries are 0."""
         grid = self.grid()
-        on_grid = (grid_centroids.float() - grid.zero) * grid.scale
+        values = (grid_centroids.float() - grid.zero) * grid.scale
         short = self.books * self.dim - self.geometry.depth
         if short and grid.zero:
-            on_grid[-1, :, self.dim - short :] = 0.0
-        return torch.bmm(_rounded(self.centroids.float(), on_grid), self.weight_blocks().float())
+            values[-1, :, self.dim - short :] = 0.0
+        return values
 
     def _run(self, x: Tensor) -> Tensor:
         """y (N, M, H', W') of x (N, C, H, W), in float32."""
@@ -276,9 +281,9 @@ class _PQLayer(nn.Module):
         height, width = geometry.out_size(x.shape[2], x.shape[3])
         part = x[: max(1, SAMPLE_ROWS // (height * width))]
         _, codes = ops.forward(part, geometry, grid, grid_centroids, int8_tables, scale)
-        on_grid = (grid_centroids.float() - grid.zero) * grid.scale
         index = codes.long()[:, :, None].expand(-1, -1, self.dim)
-        quantized = torch.gather(on_grid, 1, index).transpose(1, 2)
+        values = self._centroid_values(grid_centroids)
+        quantized = torch.gather(values, 1, index).transpose(1, 2)
         self.projection.copy_(regression(portable.unfold(part, geometry, self.dim, 0.0), quantized))
 
     @torch.no_grad()

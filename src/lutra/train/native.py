@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from functools import lru_cache
 from typing import Any
@@ -12,15 +11,11 @@ import torch
 from torch import Tensor
 
 from lutra import _engine
+from lutra.cpu import choose_isa
 from lutra.train.geometry import Geometry, Quantization
 from lutra.train.watch import Watch
 
 Array = np.ndarray[Any, Any]
-
-
-def default_isa() -> str:
-    """The instruction set that LUTRA_ISA asks for, else the best; the engine refuses others."""
-    return os.environ.get("LUTRA_ISA", "auto")
 
 
 @lru_cache(maxsize=4)
@@ -60,7 +55,7 @@ def make_layer(
 ) -> _engine.PqLayer:
     """Packs a layer for the instruction set of this process."""
     return _engine.PqLayer(
-        default_isa(),
+        choose_isa(),
         _array(centroids.contiguous()),
         _array(tables.contiguous()),
         _array(scale.contiguous()),
@@ -114,7 +109,7 @@ def run(
 def table_gradient(codes: Tensor, gradient: Tensor, centroids: int) -> Tensor:
     """grad (B, K, M): the output gradient (N, M, H', W') added up by code."""
     out = torch.empty((codes.shape[0], centroids, gradient.shape[1]))
-    _engine.table_gradient(default_isa(), pool(), _array(codes), _array(gradient), _array(out))
+    _engine.table_gradient(choose_isa(), pool(), _array(codes), _array(gradient), _array(out))
     return out
 
 
@@ -126,7 +121,7 @@ def cluster_sums(
     sums = torch.empty((books, centroids, dim), dtype=torch.int64)
     counts = torch.empty((books, centroids), dtype=torch.int64)
     _engine.cluster_sums(
-        default_isa(),
+        choose_isa(),
         pool(),
         _array(x),
         _array(codes),
