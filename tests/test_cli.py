@@ -65,15 +65,19 @@ def test_closed_pipe(model: str) -> None:
     assert (process.wait(), err) == (141, "")
 
 
-def test_full_device(model: str) -> None:
+@pytest.mark.parametrize("buffered", [True, False])
+def test_full_device(model: str, buffered: bool) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "lutra", "inspect", model], stdout=full, stderr=subprocess.PIPE
+            [sys.executable, "-m", "lutra", "inspect", model],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"},
         )
     assert done.returncode == 2
-    assert done.stderr.decode().splitlines()[0] == "lutra: error: No space left on device"
+    assert done.stderr.decode().splitlines() == ["lutra: error: No space left on device"]
 
 
 def test_interrupt(capture: Any, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         print(f"lutra: error: {_sentence(error)}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # the device is full: Python would try again at exit, and complain
+            _silence_stdout()
         return _MISTAKE
     except Exception as error:
         if debug:
