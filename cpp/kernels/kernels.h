@@ -1,8 +1,9 @@
 // The whole contract between the engine and the kernels of one instruction set.
 //
-// Everything is done on tiles of `row_tile` rows (a row is an output pixel of a convolution or a
-// sample of a linear layer). A tile travels as planes: plane p holds one value of each row, so the
-// rows are the lanes of the vector registers and the outputs come out as planes as well.
+// Everything is done on tiles of at most `row_tile` rows (a row is an output pixel of a convolution
+// or a sample of a linear layer). Rows are the lanes of the vector registers, and outputs come out
+// as planes: one value of each row. Buffers that only kernels read (codes, packed tables, gathered
+// values) have whatever order suits the instruction set.
 #pragma once
 
 #include <cstddef>
@@ -16,19 +17,63 @@ enum Feature : uint32_t {
   kFeatureAvx512 = 1u << 1,  // AVX-512 F, BW, DQ, VL, VBMI, VBMI2, VNNI
 };
 
+inline constexpr int32_t kMaxRowTile = 64;
+inline constexpr int32_t kRowBlock = 16;       // tiles of so few rows must not cost a whole tile
+inline constexpr int32_t kGemmOutputs = 4;     // outputs per block of packed float weights
+inline constexpr int32_t kLinearOutputs = 64;  // outputs per block of packed linear weights
+inline constexpr int32_t kMaxQuantized = 2;    // quantised copies that an epilogue can write
+inline constexpr size_t kSlack = 64;           // bytes that may be read after any value of a plane
+
+enum class Encoder : int32_t { kNearest, kTree };
+
 // Sizes of one product-quantised layer.
 struct PqShape {
-  int32_t books;      // codebooks: sub-vectors per row
+  int32_t depth;      // D: entries of a row
+  int32_t taps;       // entries of a row that share a plane: kernel rows x columns; divides D
+  int32_t books;      // codebooks
   int32_t centroids;  // K per codebook: 8, 16, 32 or 64
-  int32_t dim;        // V: values per sub-vector, 1..64
+  int32_t dim;        // V: entries per sub-vector, 1..64; book b has entries b * V .. (nearest)
   int32_t outputs;    // M
+  int32_t bits;       // of the activations, 1..7
+  Encoder encoder;
 };
 
-// What happens to the sums of a tile. Output m of row r is written to out[m * out_stride + r]:
-//   y = sum * scale[m] + bias[m]   (a multiply, then an add; scale may be null: y = sum + bias)
-//   y += residual[m * residual_stride + r]   if residual
-//   y = min(max(y, low), high)               if clamp; max gives `low` for NaN, and 0 for -0 and 0
+// Where the activations of a tile are: an entry has an offset, a row has an offset, and their sum
+// is the address. Entry d of row r is
+//   planes[(d / taps) * plane + tap[d % taps] + row[r]]
+struct Patch {
+  const uint8_t* planes;
+  int64_t plane;       // bytes from one plane (channel) to the next
+  const int32_t* tap;  // (taps)
+  const int32_t* row;  // (row_tile) ascending; those beyond `rows` repeat the last one
+  int32_t rows;        // valid rows, 1..row_tile
+  bool consecutive;    // row[r] == row[0] + r for all valid rows
+};
+
+// An activation grid: q = clamp(round_half_even(x / scale) + zero, 0, qmax); NaN becomes 0.
+//
+// `inverse` is float32(1 / scale) where the quotient may be taken as
+//   t = x * inverse;  t = fma(fma(-t, scale, x), inverse, t)
+// (the engine has checked that this rounds to the same integers), else 0: then divide.
+struct Grid {
+  float scale;
+  float inverse;
+  int32_t zero;
+  int32_t qmax;
+};
+
+// What happens to the sums of a tile. Output m of row r:
+//   y = sum                                     (float sum), or
+//   y = float32(sum + offset[m])                (integer sum; offset may be null: none)
+//   y = y * scale[m]                            if scale
+//   y = y + bias[m]                             (a multiply, then an add: never contracted)
+//   y = y + residual[m * residual_stride + r]   if residual
+//   y = min(max(y, low), high)                  if clamp; max gives `low` for NaN, and 0 for -0, 0
+//   out[m * out_stride + r] = y                 if out
+//   q[i].out[m * q[i].stride + r] = grid(y)     for i < quantized
+// m counts the outputs of the whole layer, also where a call makes only some of them.
 struct Epilogue {
+  const int32_t* offset;
   const float* scale;
   const float* bias;
   const float* residual;
@@ -39,40 +84,75 @@ struct Epilogue {
   bool clamp;
   float low;
   float high;
+  int32_t quantized;
+  struct {
+    Grid grid;
+    uint8_t* out;
+    size_t stride;
+  } q[kMaxQuantized];
 };
-
-inline constexpr int32_t kMaxRowTile = 64;
-inline constexpr int32_t kGemmOutputs = 4;     // outputs per block of packed convolution weights
-inline constexpr int32_t kLinearOutputs = 64;  // outputs per block of packed linear weights
 
 struct Kernels {
   const char* name;
-  uint32_t needs;     // Feature bits
-  int32_t row_tile;   // rows per tile, at most kMaxRowTile
-  int32_t book_tile;  // codes and tables are padded to a multiple of this many codebooks
+  uint32_t needs;       // Feature bits
+  int32_t row_tile;     // rows per tile, at most kMaxRowTile
+  int32_t book_tile;    // encode() may be split between codebooks at multiples of this
+  int32_t output_tile;  // lookup() and dense8() may be split between outputs at multiples of this
 
-  // Canonical centroids (books, K, V) and tables (books, K, M) -> this instruction set's order.
-  // Called once, when a layer is built.
-  size_t (*centroid_bytes)(const PqShape&);
-  void (*pack_centroids)(const PqShape&, const uint8_t* centroids, uint8_t* packed);
+  // q[i] = grid(x[i])
+  void (*quantize)(const float* x, size_t n, const Grid& grid, uint8_t* q);
+
+  // --- product quantisation ---------------------------------------------------------------------
+  // Canonical centroids (books, K, V), or splits (books, log2 K) and thresholds (books, K - 1), and
+  // tables (books, K, M) -> this instruction set's order. Called once, when a layer is built.
+  size_t (*encoder_bytes)(const PqShape&);
+  void (*pack_nearest)(const PqShape&, const uint8_t* centroids, uint8_t* packed);
+  void (*pack_tree)(const PqShape&, const int32_t* splits, const uint8_t* thresholds,
+                    uint8_t* packed);
   size_t (*table_bytes)(const PqShape&);
   void (*pack_tables)(const PqShape&, const int8_t* tables, uint8_t* packed);
 
-  // q[i] = clamp(round_half_even(x[i] / scale) + zero, 0, qmax); NaN becomes 0.
-  void (*quantize)(const float* x, size_t n, float scale, int32_t zero, int32_t qmax, uint8_t* q);
+  // Codes of codebooks first..last-1 of one tile, by the encoder of the shape:
+  //   nearest: argmax_k(x . c_k - ((c_k . c_k) >> 1)) in int32, the lowest k on ties; x is the
+  //     sub-vector, whose entries beyond D count as 0
+  //   tree: node = 0; for each level l: node = 2 node + 1 + (x[split[l]] >= threshold[node]);
+  //     the code is node - (K - 1)
+  // `codes` has code_bytes(shape) bytes, is 64-byte aligned and belongs to the whole tile. Nothing
+  // need be initialised; what encode() does not write for its own books it does not touch.
+  size_t (*code_bytes)(const PqShape&);
+  void (*encode)(const PqShape&, const uint8_t* packed, const Patch&, int32_t first, int32_t last,
+                 uint8_t* codes);
+  // out[b * stride + r] = code of codebook b and row r, for r < rows (those given to encode())
+  void (*unpack_codes)(const PqShape&, const uint8_t* codes, int32_t rows, uint8_t* out,
+                       size_t stride);
 
-  // Codes of codebooks first..last-1 of one tile.
-  //   patch: u8 planes, (last - first) * V of row_tile bytes, 64-byte aligned
-  //   codes: u8 planes, one of row_tile bytes per codebook, starting at codebook `first`
-  // codes[b][r] = argmax_k(x . c_k - ((c_k . c_k) >> 1)) in int32, the lowest k on ties.
-  void (*encode)(const PqShape&, const uint8_t* packed_centroids, int32_t first, int32_t last,
-                 const uint8_t* patch, uint8_t* codes);
+  // sum[m][r] = sum over b of table[b][code[b][r]][m], exact in int32, then the epilogue, for
+  // outputs first..last-1. Epilogue::rows is Patch::rows of encode().
+  void (*lookup)(const PqShape&, const uint8_t* tables, const uint8_t* codes, int32_t first,
+                 int32_t last, const Epilogue&);
 
-  // sum[m][r] = sum over b of table[b][codes[b][r]][m], exact in int32, then the epilogue.
-  //   codes: planes of all codebooks (padded to book_tile with zeros); workspace: as large as codes
-  void (*lookup)(const PqShape&, const uint8_t* packed_tables, const uint8_t* codes,
-                 uint8_t* workspace, const Epilogue&);
+  // One row, without tiles: sums[m - first] = sum over b of tables[b][codes[b]][m] for outputs
+  // first..last-1. Here the tables are canonical, (books, K, M), and so are the codes, (books).
+  void (*lookup_row)(const PqShape&, const int8_t* tables, const uint8_t* codes, int32_t first,
+                     int32_t last, int32_t* sums);
 
+  // --- dense layers in int8: u8 activations of at most 7 bits, s8 weights in -127..127 -----------
+  // weights (outputs, depth) -> this instruction set's order
+  size_t (*dense8_bytes)(int32_t depth, int32_t outputs);
+  void (*pack_dense8)(int32_t depth, int32_t outputs, const int8_t* weights, uint8_t* packed);
+  // The entries 0..depth-1 of a tile, `taps` of them to a plane, ready for dense8().
+  size_t (*gather8_bytes)(int32_t depth);
+  void (*gather8)(int32_t depth, int32_t taps, const Patch&, uint8_t* gathered);
+  // sum[m][r] = sum over d of weights[m][d] * x[d][r], exact in int32, then the epilogue, for
+  // outputs first..last-1
+  void (*dense8)(int32_t depth, int32_t outputs, const uint8_t* packed, const uint8_t* gathered,
+                 int32_t first, int32_t last, const Epilogue&);
+  // One row: sums[m - first] for outputs first..last-1 of x (depth, padded with zeros to a multiple
+  // of 64 bytes).
+  void (*dense8_row)(int32_t depth, int32_t outputs, const uint8_t* packed, const uint8_t* x,
+                     int32_t first, int32_t last, int32_t* sums);
+
+  // --- dense layers in float32 ------------------------------------------------------------------
   // sum[m][r] = fma chain over d, ascending, of weights[m][d] * patch[d][r], then the epilogue.
   //   patch: float planes (depth, row_tile); weights: (ceil(outputs / 4), depth, 4), zero padded
   // The order is fixed, so every instruction set gives the same bits.
@@ -84,7 +164,8 @@ struct Kernels {
   void (*linear)(const float* x, size_t x_stride, size_t depth, const float* weights,
                  const float* bias, int32_t outputs, float* y);
 
-  // Training. grad[b][codes[b][r]][m] += rows[r][m] for r in order: the exact gradient of tables.
+  // --- training ---------------------------------------------------------------------------------
+  // grad[b][codes[b][r]][m] += rows[r][m] for r in order: the exact gradient of tables.
   //   codes: planes `code_stride` bytes apart; rows: (count, outputs); grad: (books, K, outputs)
   void (*table_grad)(const uint8_t* codes, size_t code_stride, int32_t books, int32_t centroids,
                      const float* rows, int32_t count, int32_t outputs, float* grad);

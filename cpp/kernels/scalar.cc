@@ -8,12 +8,68 @@ namespace {
 
 constexpr int32_t kRows = 16;
 
-size_t centroid_bytes(const PqShape& s) {
-  return static_cast<size_t>(s.books) * s.centroids * s.dim;
+uint8_t to_grid(float x, const Grid& g) {
+  const float low = static_cast<float>(-g.zero), high = static_cast<float>(g.qmax - g.zero);
+  float t = x / g.scale;
+  t = t > low ? t : low;  // NaN becomes low
+  t = t < high ? t : high;
+  return static_cast<uint8_t>(static_cast<int32_t>(std::nearbyintf(t)) + g.zero);
 }
 
-void pack_centroids(const PqShape& s, const uint8_t* centroids, uint8_t* packed) {
-  for (size_t i = 0; i < centroid_bytes(s); ++i) packed[i] = centroids[i];
+void quantize(const float* x, size_t n, const Grid& grid, uint8_t* q) {
+  for (size_t i = 0; i < n; ++i) q[i] = to_grid(x[i], grid);
+}
+
+void finish(float y, const Epilogue& e, int32_t m, int32_t r) {
+  if (e.scale) y = y * e.scale[m];
+  y = y + e.bias[m];
+  if (e.residual) y += e.residual[m * e.residual_stride + r];
+  if (e.clamp) {
+    y = y > e.low ? y : e.low;
+    y = y < e.high ? y : e.high;
+  }
+  if (e.out) e.out[m * e.out_stride + r] = y;
+  for (int32_t i = 0; i < e.quantized; ++i) {
+    e.q[i].out[m * e.q[i].stride + r] = to_grid(y, e.q[i].grid);
+  }
+}
+
+void finish(int32_t sum, const Epilogue& e, int32_t m, int32_t r) {
+  if (e.offset) sum += e.offset[m];
+  finish(static_cast<float>(sum), e, m, r);
+}
+
+int32_t entry(const Patch& p, int32_t taps, int32_t d, int32_t r) {
+  return p.planes[(d / taps) * p.plane + p.tap[d % taps] + p.row[r]];
+}
+
+int32_t levels(const PqShape& s) {
+  int32_t n = 0;
+  while ((1 << n) < s.centroids) ++n;
+  return n;
+}
+
+// Packed encoders are the canonical arrays; a tree's splits are followed by its thresholds.
+size_t encoder_bytes(const PqShape& s) {
+  if (s.encoder == Encoder::kNearest) {
+    return static_cast<size_t>(s.books) * s.centroids * s.dim;
+  }
+  return static_cast<size_t>(s.books) * (levels(s) * sizeof(int32_t) + s.centroids - 1);
+}
+
+void pack_nearest(const PqShape& s, const uint8_t* centroids, uint8_t* packed) {
+  for (size_t i = 0; i < encoder_bytes(s); ++i) packed[i] = centroids[i];
+}
+
+void pack_tree(const PqShape& s, const int32_t* splits, const uint8_t* thresholds,
+               uint8_t* packed) {
+  const size_t count = static_cast<size_t>(s.books) * levels(s);
+  int32_t* const to = reinterpret_cast<int32_t*>(packed);
+  for (size_t i = 0; i < count; ++i) to[i] = splits[i];
+  uint8_t* const rest = reinterpret_cast<uint8_t*>(to + count);
+  for (size_t i = 0; i < static_cast<size_t>(s.books) * (s.centroids - 1); ++i) {
+    rest[i] = thresholds[i];
+  }
 }
 
 size_t table_bytes(const PqShape& s) {
@@ -24,62 +80,125 @@ void pack_tables(const PqShape& s, const int8_t* tables, uint8_t* packed) {
   for (size_t i = 0; i < table_bytes(s); ++i) packed[i] = static_cast<uint8_t>(tables[i]);
 }
 
-void quantize(const float* x, size_t n, float scale, int32_t zero, int32_t qmax, uint8_t* q) {
-  const float low = static_cast<float>(-zero), high = static_cast<float>(qmax - zero);
-  for (size_t i = 0; i < n; ++i) {
-    float t = x[i] / scale;
-    t = t > low ? t : low;  // NaN becomes low
-    t = t < high ? t : high;
-    q[i] = static_cast<uint8_t>(static_cast<int32_t>(std::nearbyintf(t)) + zero);
+size_t code_bytes(const PqShape& s) { return static_cast<size_t>(s.books) * kRows; }
+
+int32_t nearest(const PqShape& s, const uint8_t* centroids, const Patch& p, int32_t b, int32_t r) {
+  const uint8_t* const book = centroids + static_cast<size_t>(b) * s.centroids * s.dim;
+  int32_t best = INT32_MIN, code = 0;
+  for (int32_t k = 0; k < s.centroids; ++k) {
+    int32_t dot = 0, norm = 0;
+    for (int32_t v = 0; v < s.dim; ++v) {
+      const int32_t d = b * s.dim + v, c = book[k * s.dim + v];
+      norm += c * c;
+      if (d < s.depth) dot += c * entry(p, s.taps, d, r);
+    }
+    const int32_t score = dot - (norm >> 1);
+    if (score > best) {
+      best = score;
+      code = k;
+    }
   }
+  return code;
 }
 
-void encode(const PqShape& s, const uint8_t* centroids, int32_t first, int32_t last,
-            const uint8_t* patch, uint8_t* codes) {
-  for (int32_t b = first; b < last; ++b, patch += s.dim * kRows, codes += kRows) {
-    const uint8_t* book = centroids + static_cast<size_t>(b) * s.centroids * s.dim;
-    for (int32_t r = 0; r < kRows; ++r) {
-      int32_t best = INT32_MIN, code = 0;
-      for (int32_t k = 0; k < s.centroids; ++k) {
-        int32_t dot = 0, norm = 0;
-        for (int32_t v = 0; v < s.dim; ++v) {
-          const int32_t c = book[k * s.dim + v];
-          dot += c * patch[v * kRows + r];
-          norm += c * c;
-        }
-        const int32_t score = dot - (norm >> 1);
-        if (score > best) {
-          best = score;
-          code = k;
-        }
-      }
-      codes[r] = static_cast<uint8_t>(code);
+int32_t descend(const PqShape& s, const uint8_t* packed, const Patch& p, int32_t b, int32_t r) {
+  const int32_t depth = levels(s);
+  const int32_t* const splits = reinterpret_cast<const int32_t*>(packed);
+  const uint8_t* const thresholds =
+      reinterpret_cast<const uint8_t*>(splits + static_cast<size_t>(s.books) * depth) +
+      static_cast<size_t>(b) * (s.centroids - 1);
+  int32_t node = 0;
+  for (int32_t l = 0; l < depth; ++l) {
+    const int32_t x = entry(p, s.taps, splits[b * depth + l], r);
+    node = 2 * node + 1 + (x >= thresholds[node] ? 1 : 0);
+  }
+  return node - (s.centroids - 1);
+}
+
+void encode(const PqShape& s, const uint8_t* packed, const Patch& p, int32_t first, int32_t last,
+            uint8_t* codes) {
+  for (int32_t b = first; b < last; ++b) {
+    for (int32_t r = 0; r < p.rows; ++r) {
+      const int32_t code = s.encoder == Encoder::kNearest ? nearest(s, packed, p, b, r)
+                                                          : descend(s, packed, p, b, r);
+      codes[b * kRows + r] = static_cast<uint8_t>(code);
     }
   }
 }
 
-void finish(float y, const Epilogue& e, int32_t m, int32_t r) {
-  if (e.residual) y += e.residual[m * e.residual_stride + r];
-  if (e.clamp) {
-    y = y > e.low ? y : e.low;
-    y = y < e.high ? y : e.high;
+void unpack_codes(const PqShape& s, const uint8_t* codes, int32_t rows, uint8_t* out,
+                  size_t stride) {
+  for (int32_t b = 0; b < s.books; ++b) {
+    for (int32_t r = 0; r < rows; ++r) out[b * stride + r] = codes[b * kRows + r];
   }
-  e.out[m * e.out_stride + r] = y;
 }
 
-void lookup(const PqShape& s, const uint8_t* tables, const uint8_t* codes, uint8_t*,
-            const Epilogue& e) {
-  for (int32_t m = 0; m < s.outputs; ++m) {
+void lookup(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32_t first,
+            int32_t last, const Epilogue& e) {
+  for (int32_t m = first; m < last; ++m) {
     for (int32_t r = 0; r < e.rows; ++r) {
       int32_t sum = 0;
       for (int32_t b = 0; b < s.books; ++b) {
         const size_t row = static_cast<size_t>(b) * s.centroids + codes[b * kRows + r];
         sum += static_cast<int8_t>(tables[row * s.outputs + m]);
       }
-      float y = static_cast<float>(sum);
-      if (e.scale) y = y * e.scale[m];
-      finish(y + e.bias[m], e, m, r);
+      finish(sum, e, m, r);
     }
+  }
+}
+
+void lookup_row(const PqShape& s, const int8_t* tables, const uint8_t* codes, int32_t first,
+                int32_t last, int32_t* sums) {
+  for (int32_t m = first; m < last; ++m) sums[m - first] = 0;
+  for (int32_t b = 0; b < s.books; ++b) {
+    const int8_t* const row =
+        tables + (static_cast<size_t>(b) * s.centroids + codes[b]) * s.outputs;
+    for (int32_t m = first; m < last; ++m) sums[m - first] += row[m];
+  }
+}
+
+size_t dense8_bytes(int32_t depth, int32_t outputs) {
+  return static_cast<size_t>(depth) * outputs;
+}
+
+void pack_dense8(int32_t depth, int32_t outputs, const int8_t* weights, uint8_t* packed) {
+  for (size_t i = 0; i < dense8_bytes(depth, outputs); ++i) {
+    packed[i] = static_cast<uint8_t>(weights[i]);
+  }
+}
+
+size_t gather8_bytes(int32_t depth) { return static_cast<size_t>(depth) * kRows; }
+
+void gather8(int32_t depth, int32_t taps, const Patch& p, uint8_t* gathered) {
+  for (int32_t d = 0; d < depth; ++d) {
+    for (int32_t r = 0; r < p.rows; ++r) {
+      gathered[d * kRows + r] = static_cast<uint8_t>(entry(p, taps, d, r));
+    }
+  }
+}
+
+void dense8(int32_t depth, int32_t, const uint8_t* packed, const uint8_t* gathered, int32_t first,
+            int32_t last, const Epilogue& e) {
+  for (int32_t m = first; m < last; ++m) {
+    for (int32_t r = 0; r < e.rows; ++r) {
+      int32_t sum = 0;
+      for (int32_t d = 0; d < depth; ++d) {
+        const int32_t w = static_cast<int8_t>(packed[static_cast<size_t>(m) * depth + d]);
+        sum += w * gathered[d * kRows + r];
+      }
+      finish(sum, e, m, r);
+    }
+  }
+}
+
+void dense8_row(int32_t depth, int32_t, const uint8_t* packed, const uint8_t* x, int32_t first,
+                int32_t last, int32_t* sums) {
+  for (int32_t m = first; m < last; ++m) {
+    int32_t sum = 0;
+    for (int32_t d = 0; d < depth; ++d) {
+      sum += static_cast<int8_t>(packed[static_cast<size_t>(m) * depth + d]) * x[d];
+    }
+    sums[m - first] = sum;
   }
 }
 
@@ -92,8 +211,7 @@ void gemm(const float* patch, size_t depth, const float* weights, int32_t output
       for (size_t d = 0; d < depth; ++d) {
         sum = std::fmaf(w[d * kGemmOutputs], patch[d * kRows + r], sum);
       }
-      if (e.scale) sum = sum * e.scale[m];
-      finish(sum + e.bias[m], e, m, r);
+      finish(sum, e, m, r);
     }
   }
 }
@@ -126,13 +244,24 @@ constinit const Kernels kScalar = {.name = "scalar",
                                    .needs = 0,
                                    .row_tile = kRows,
                                    .book_tile = 1,
-                                   .centroid_bytes = centroid_bytes,
-                                   .pack_centroids = pack_centroids,
+                                   .output_tile = 1,
+                                   .quantize = quantize,
+                                   .encoder_bytes = encoder_bytes,
+                                   .pack_nearest = pack_nearest,
+                                   .pack_tree = pack_tree,
                                    .table_bytes = table_bytes,
                                    .pack_tables = pack_tables,
-                                   .quantize = quantize,
+                                   .code_bytes = code_bytes,
                                    .encode = encode,
+                                   .unpack_codes = unpack_codes,
                                    .lookup = lookup,
+                                   .lookup_row = lookup_row,
+                                   .dense8_bytes = dense8_bytes,
+                                   .pack_dense8 = pack_dense8,
+                                   .gather8_bytes = gather8_bytes,
+                                   .gather8 = gather8,
+                                   .dense8 = dense8,
+                                   .dense8_row = dense8_row,
                                    .gemm = gemm,
                                    .linear = linear,
                                    .table_grad = table_grad};
