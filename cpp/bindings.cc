@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "engine/plan.h"
+#include "engine/pq_training.h"
 #include "engine/steps_basic.h"
 #include "engine/steps_conv.h"
 #include "kernels/dispatch.h"
@@ -64,23 +65,56 @@ ImageView image(const T& a) {
           .sw = a.stride(3)};
 }
 
-PqShape pq_shape(const Array<uint8_t, 3>& centroids, const Array<int8_t, 3>& tables) {
-  require(tables.shape(0) == centroids.shape(0) && tables.shape(1) == centroids.shape(1),
-          "centroids and tables differ in codebooks or K");
-  return {.books = static_cast<int32_t>(centroids.shape(0)),
-          .centroids = static_cast<int32_t>(centroids.shape(1)),
-          .dim = static_cast<int32_t>(centroids.shape(2)),
-          .outputs = static_cast<int32_t>(tables.shape(2))};
+using Centroids = std::optional<Array<uint8_t, 3>>;
+using Splits = std::optional<Array<int32_t, 2>>;
+using Thresholds = std::optional<Array<uint8_t, 2>>;
+
+// Everything but the numbers of the tables that the two product-quantised operators share.
+struct PqArrays {
+  Array<int8_t, 3> tables;
+  Array<float, 1> scale, bias;
+  Quantization grid;
+  const Centroids& centroids;
+  const Splits& splits;
+  const Thresholds& thresholds;
+};
+
+PqLayer pq_layer(const Kernels& kernels, const ConvGeometry& g, const PqArrays& a,
+                 bool few_rows) {
+  const Array<int8_t, 3>& t = a.tables;
+  require(a.scale.shape(0) == t.shape(2) && a.bias.shape(0) == t.shape(2),
+          "scale and bias need one value per output");
+  require(a.centroids.has_value() != (a.splits && a.thresholds),
+          "a layer has centroids, or splits and thresholds");
+  PqShape s{.books = static_cast<int32_t>(t.shape(0)),
+            .centroids = static_cast<int32_t>(t.shape(1)),
+            .outputs = static_cast<int32_t>(t.shape(2))};
+  EncoderData e;
+  if (a.centroids) {
+    require(t.shape(0) == a.centroids->shape(0) && t.shape(1) == a.centroids->shape(1),
+            "centroids and tables differ in codebooks or K");
+    s.encoder = Encoder::kNearest;
+    s.dim = static_cast<int32_t>(a.centroids->shape(2));
+    e.centroids = a.centroids->data();
+  } else {
+    require(t.shape(0) == a.splits->shape(0) && t.shape(0) == a.thresholds->shape(0) &&
+                t.shape(1) == a.thresholds->shape(1) + 1 &&
+                t.shape(1) == size_t{1} << std::min<size_t>(a.splits->shape(1), 31),
+            "splits, thresholds and tables differ in codebooks or K");
+    s.encoder = Encoder::kTree;
+    e.splits = a.splits->data();
+    e.thresholds = a.thresholds->data();
+  }
+  return PqLayer(kernels, s, g, a.grid, e, t.data(), a.scale.data(), a.bias.data(), few_rows);
 }
 
-PqLayer pq_layer(const Kernels& kernels, const ConvGeometry& g, const Array<uint8_t, 3>& centroids,
-                 const Array<int8_t, 3>& tables, const Array<float, 1>& scale,
-                 const Array<float, 1>& bias, float act_scale, int act_zero, int act_bits) {
-  const PqShape s = pq_shape(centroids, tables);
-  require(scale.shape(0) == tables.shape(2) && bias.shape(0) == tables.shape(2),
+Int8Layer int8_layer(const Kernels& kernels, const ConvGeometry& g, int64_t outputs,
+                     int64_t groups, const int8_t* weight, const Array<float, 1>& scale,
+                     const Array<float, 1>& bias, const Quantization& grid) {
+  require(static_cast<int64_t>(scale.shape(0)) == outputs &&
+              static_cast<int64_t>(bias.shape(0)) == outputs,
           "scale and bias need one value per output");
-  return PqLayer(kernels, s, g, {.scale = act_scale, .zero = act_zero, .bits = act_bits},
-                 centroids.data(), tables.data(), scale.data(), bias.data());
+  return Int8Layer(kernels, g, outputs, groups, grid, weight, scale.data(), bias.data());
 }
 
 std::vector<int> with_residual(int x, int residual) {
@@ -104,24 +138,21 @@ void run_layer(const PqLayer& layer, ThreadPool& pool, const Images& x, const Ou
   // Grown once per calling thread and kept: a training step calls this for every layer.
   thread_local AlignedBytes memory;
   thread_local size_t bytes = 0;
-  const size_t needed = layer.workspace_bytes(in.n, in.h, in.w, pool.threads());
+  const size_t needed = layer.workspace_bytes(in.n, in.h, in.w, pool.threads(),
+                                              TileOutput::direct(y));
   if (needed > bytes) {
     memory = AlignedBytes(needed);
     bytes = needed;
   }
-  layer.run({.input = in,
-             .output = y,
-             .residual = nullptr,
-             .clamp = {},
-             .codes = codes ? codes->data() : nullptr},
-            memory.data(), pool);
+  PqLayer::Call call{.floats = &in, .codes = codes ? codes->data() : nullptr};
+  call.output.view = y;
+  layer.run(call, memory.data(), pool);
 }
 
-nb::list run_plan(
-    Plan& plan,
-    const std::vector<nb::ndarray<const float, nb::c_contig, nb::device::cpu>>& inputs) {
-  std::vector<Shape> shapes;
-  std::vector<const float*> data;
+using FloatArray = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+
+void shapes_of(const std::vector<FloatArray>& inputs, Shapes& shapes,
+               std::vector<const float*>& data) {
   for (const auto& a : inputs) {
     require(a.ndim() <= kMaxRank, "arrays of more than 6 axes are not supported");
     Shape s;
@@ -129,6 +160,42 @@ nb::list run_plan(
     shapes.push_back(s);
     data.push_back(a.data());
   }
+}
+
+// Seconds of every run and step, and what the steps are.
+nb::tuple profile_plan(Plan& plan, const std::vector<FloatArray>& inputs, int runs) {
+  Shapes shapes;
+  std::vector<const float*> data;
+  shapes_of(inputs, shapes, data);
+  std::unique_ptr<Plan::Context> context = plan.acquire(shapes);
+  const std::vector<Plan::StepInfo> steps = plan.describe(*context);
+  std::vector<std::vector<float>> memory;
+  std::vector<float*> targets;
+  for (size_t i = 0; i < context->outputs(); ++i) {
+    memory.emplace_back(
+        static_cast<size_t>(std::max<int64_t>(context->output_shape(i).size(), 1)));
+    targets.push_back(memory.back().data());
+  }
+  std::vector<std::vector<double>> seconds(static_cast<size_t>(runs));
+  {
+    nb::gil_scoped_release release;
+    for (auto& times : seconds) {
+      times.resize(steps.size() + 2);
+      plan.execute(*context, data, targets, times.data());
+    }
+    plan.release(std::move(context));
+  }
+  nb::list described;
+  for (const Plan::StepInfo& s : steps) {
+    described.append(nb::make_tuple(s.label, s.method, s.bytes));
+  }
+  return nb::make_tuple(described, seconds);
+}
+
+nb::list run_plan(Plan& plan, const std::vector<FloatArray>& inputs) {
+  Shapes shapes;
+  std::vector<const float*> data;
+  shapes_of(inputs, shapes, data);
   std::unique_ptr<Plan::Context> context;
   {
     nb::gil_scoped_release release;
@@ -174,16 +241,20 @@ NB_MODULE(_engine, m) {
   nb::class_<PqLayer>(m, "PqLayer")
       .def(
           "__init__",
-          [](PqLayer* self, const std::string& isa, Array<uint8_t, 3> centroids,
-             Array<int8_t, 3> tables, Array<float, 1> scale, Array<float, 1> bias, float act_scale,
-             int act_zero, int act_bits, int64_t channels, Pair kernel, Pair stride, Pair padding,
-             Pair dilation) {
-            new (self) PqLayer(
-                pq_layer(find_kernels(isa), geometry(channels, kernel, stride, padding, dilation),
-                         centroids, tables, scale, bias, act_scale, act_zero, act_bits));
+          [](PqLayer* self, const std::string& isa, Array<int8_t, 3> tables, Array<float, 1> scale,
+             Array<float, 1> bias, float act_scale, int act_zero, int act_bits, int64_t channels,
+             Pair kernel, Pair stride, Pair padding, Pair dilation, Centroids centroids,
+             Splits splits, Thresholds thresholds) {
+            const PqArrays arrays{tables, scale, bias, {act_scale, act_zero, act_bits},
+                                  centroids, splits, thresholds};
+            new (self) PqLayer(pq_layer(find_kernels(isa),
+                                        geometry(channels, kernel, stride, padding, dilation),
+                                        arrays, false));
           },
-          "isa"_a, "centroids"_a, "tables"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a,
-          "act_bits"_a, "channels"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a)
+          "isa"_a, "tables"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a, "act_bits"_a,
+          "channels"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a,
+          "centroids"_a.none() = nb::none(), "splits"_a.none() = nb::none(),
+          "thresholds"_a.none() = nb::none())
       .def("run", &run_layer, "pool"_a, "x"_a, "out"_a, "codes"_a.none() = nb::none());
 
   m.def(
@@ -240,36 +311,79 @@ NB_MODULE(_engine, m) {
       .def_prop_ro("isa", [](const Plan& p) { return std::string(p.kernels().name); })
       .def_prop_ro("threads", &Plan::threads)
       .def("input", &Plan::add_input)
+      .def("label", &Plan::set_label, "name"_a)
       .def(
           "pq_conv2d",
-          [](Plan& p, int x, Array<uint8_t, 3> centroids, Array<int8_t, 3> tables,
-             Array<float, 1> scale, Array<float, 1> bias, float act_scale, int act_zero,
-             int act_bits, int64_t channels, Pair kernel, Pair stride, Pair padding, Pair dilation,
-             int residual, Limits limits) {
+          [](Plan& p, int x, Array<int8_t, 3> tables, Array<float, 1> scale, Array<float, 1> bias,
+             float act_scale, int act_zero, int act_bits, int64_t channels, Pair kernel,
+             Pair stride, Pair padding, Pair dilation, Centroids centroids, Splits splits,
+             Thresholds thresholds, int residual, Limits limits) {
             const ConvGeometry g = geometry(channels, kernel, stride, padding, dilation);
+            const PqArrays arrays{tables, scale, bias, {act_scale, act_zero, act_bits},
+                                  centroids, splits, thresholds};
+            PqLayer layer = pq_layer(p.kernels(), g, arrays, false);
+            const int bytes = p.quantized(x, arrays.grid);
             return p.add_step(
-                std::make_unique<PqConvStep>(pq_layer(p.kernels(), g, centroids, tables, scale,
-                                                      bias, act_scale, act_zero, act_bits),
-                                             false, residual >= 0, clamp(limits)),
-                with_residual(x, residual));
+                std::make_unique<PqStep>(std::move(layer), false, residual >= 0, clamp(limits)),
+                with_residual(bytes, residual));
           },
-          "x"_a, "centroids"_a, "tables"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a,
-          "act_bits"_a, "channels"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a,
-          "residual"_a = -1, "clamp"_a.none() = nb::none())
+          "x"_a, "tables"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a, "act_bits"_a,
+          "channels"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a,
+          "centroids"_a.none() = nb::none(), "splits"_a.none() = nb::none(),
+          "thresholds"_a.none() = nb::none(), "residual"_a = -1, "clamp"_a.none() = nb::none())
       .def(
           "pq_linear",
-          [](Plan& p, int x, Array<uint8_t, 3> centroids, Array<int8_t, 3> tables,
-             Array<float, 1> scale, Array<float, 1> bias, float act_scale, int act_zero,
-             int act_bits, int64_t features, int residual, Limits limits) {
-            const ConvGeometry g{.channels = features};
+          [](Plan& p, int x, Array<int8_t, 3> tables, Array<float, 1> scale, Array<float, 1> bias,
+             float act_scale, int act_zero, int act_bits, int64_t features, Centroids centroids,
+             Splits splits, Thresholds thresholds, int residual, Limits limits) {
+            const PqArrays arrays{tables, scale, bias, {act_scale, act_zero, act_bits},
+                                  centroids, splits, thresholds};
+            PqLayer layer = pq_layer(p.kernels(), {.channels = features}, arrays, true);
+            const int bytes = p.quantized(x, arrays.grid);
             return p.add_step(
-                std::make_unique<PqConvStep>(pq_layer(p.kernels(), g, centroids, tables, scale,
-                                                      bias, act_scale, act_zero, act_bits),
-                                             true, residual >= 0, clamp(limits)),
-                with_residual(x, residual));
+                std::make_unique<PqStep>(std::move(layer), true, residual >= 0, clamp(limits)),
+                with_residual(bytes, residual));
           },
-          "x"_a, "centroids"_a, "tables"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a,
-          "act_bits"_a, "features"_a, "residual"_a = -1, "clamp"_a.none() = nb::none())
+          "x"_a, "tables"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a, "act_bits"_a,
+          "features"_a, "centroids"_a.none() = nb::none(), "splits"_a.none() = nb::none(),
+          "thresholds"_a.none() = nb::none(), "residual"_a = -1, "clamp"_a.none() = nb::none())
+      .def(
+          "int8_conv2d",
+          [](Plan& p, int x, Array<int8_t, 4> weight, Array<float, 1> scale, Array<float, 1> bias,
+             float act_scale, int act_zero, int act_bits, Pair stride, Pair padding, Pair dilation,
+             int64_t groups, int residual, Limits limits) {
+            require(groups >= 1, "groups must be at least 1");
+            const int64_t channels = static_cast<int64_t>(weight.shape(1)) * groups;
+            const Pair kernel{static_cast<int64_t>(weight.shape(2)),
+                              static_cast<int64_t>(weight.shape(3))};
+            const Quantization grid{act_scale, act_zero, act_bits};
+            Int8Layer layer =
+                int8_layer(p.kernels(), geometry(channels, kernel, stride, padding, dilation),
+                           static_cast<int64_t>(weight.shape(0)), groups, weight.data(), scale,
+                           bias, grid);
+            const int bytes = p.quantized(x, grid);
+            return p.add_step(
+                std::make_unique<Int8Step>(std::move(layer), false, residual >= 0, clamp(limits)),
+                with_residual(bytes, residual));
+          },
+          "x"_a, "weight"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a, "act_bits"_a,
+          "stride"_a, "padding"_a, "dilation"_a, "groups"_a, "residual"_a = -1,
+          "clamp"_a.none() = nb::none())
+      .def(
+          "int8_linear",
+          [](Plan& p, int x, Array<int8_t, 2> weight, Array<float, 1> scale, Array<float, 1> bias,
+             float act_scale, int act_zero, int act_bits, int residual, Limits limits) {
+            const Quantization grid{act_scale, act_zero, act_bits};
+            Int8Layer layer = int8_layer(
+                p.kernels(), {.channels = static_cast<int64_t>(weight.shape(1))},
+                static_cast<int64_t>(weight.shape(0)), 1, weight.data(), scale, bias, grid);
+            const int bytes = p.quantized(x, grid);
+            return p.add_step(
+                std::make_unique<Int8Step>(std::move(layer), true, residual >= 0, clamp(limits)),
+                with_residual(bytes, residual));
+          },
+          "x"_a, "weight"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a, "act_bits"_a,
+          "residual"_a = -1, "clamp"_a.none() = nb::none())
       .def(
           "conv2d",
           [](Plan& p, int x, Array<float, 4> weight, Array<float, 1> bias, Pair stride,
@@ -369,7 +483,7 @@ NB_MODULE(_engine, m) {
                 {x});
           },
           "x"_a, "average"_a, "size"_a)
-      .def("finish", &Plan::set_outputs, "outputs"_a)
+      .def("finish", &Plan::finish, "outputs"_a)
       .def(
           "arena_bytes",
           [](Plan& p, const std::vector<std::vector<int64_t>>& input_shapes) {
@@ -386,6 +500,7 @@ NB_MODULE(_engine, m) {
             return bytes;
           },
           "input_shapes"_a)
+      .def("profile", &profile_plan, "inputs"_a, "runs"_a)
       .def("run", &run_plan, "inputs"_a);
 }
 

@@ -1,459 +1,656 @@
-// Every instruction set that runs here against the scalar kernels, at the edges of tiles and of
-// numbers, then whole layers and a plan. Plain main, so that it runs under sanitizers and
-// emulators.
-#include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <limits>
-#include <random>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
-#include "engine/plan.h"
-#include "engine/steps_basic.h"
-#include "engine/steps_conv.h"
+// Every instruction set that runs here against the scalar kernels, bit for bit, at the edges of
+// tiles, of memory and of numbers. Plain main, so that it runs under sanitizers and emulators;
+// -v prints every case before it runs.
+#include "kernel_cases.h"
 #include "kernels/dispatch.h"
 
+namespace lutra {
 namespace {
 
-using namespace lutra;
+// --- quantize -----------------------------------------------------------------------------------
 
-int passed = 0, failed = 0;
-std::mt19937 random_bits(1);
-
-void check(bool ok, const std::string& what) {
-  ++(ok ? passed : failed);
-  if (!ok) std::printf("FAILED: %s\n", what.c_str());
-}
-
-int pick(int low, int high) { return low + static_cast<int>(random_bits() % (high - low + 1)); }
-
-template <class T>
-std::vector<T> integers(size_t n, int low, int high) {
-  std::vector<T> v(n);
-  for (T& x : v) x = static_cast<T>(pick(low, high));
-  return v;
-}
-
-std::vector<float> floats(size_t n, float size = 1.0f) {
-  std::uniform_real_distribution<float> each(-size, size);
-  std::vector<float> v(n);
-  for (float& x : v) x = each(random_bits);
-  return v;
-}
-
-// Exactly n elements, 64-byte aligned, so that a sanitizer sees one byte too many on either side.
-template <class T>
-class Aligned {
- public:
-  explicit Aligned(size_t n) : size_(n), data_(new (std::align_val_t(64)) T[n]()) {}
-  ~Aligned() { operator delete[](data_, std::align_val_t(64)); }
-  Aligned(const Aligned&) = delete;
-  Aligned& operator=(const Aligned&) = delete;
-  T* data() { return data_; }
-  T& operator[](size_t i) { return data_[i]; }
-  size_t size() const { return size_; }
-
- private:
-  size_t size_;
-  T* data_;
-};
-
-template <class T>
-bool same(const T* a, const T* b, size_t n) {
-  return n == 0 || std::memcmp(a, b, n * sizeof(T)) == 0;
-}
-
-std::string text(const PqShape& s) {
-  return "books " + std::to_string(s.books) + ", K " + std::to_string(s.centroids) + ", V " +
-         std::to_string(s.dim) + ", outputs " + std::to_string(s.outputs);
-}
-
-// Planes of `tile` rows from rows of values: planes[v][r] = rows[r][v]; other lanes get `filler`.
-void to_planes(const std::vector<uint8_t>& rows, int count, int values, int tile, uint8_t filler,
-               uint8_t* planes) {
-  for (int v = 0; v < values; ++v) {
-    for (int r = 0; r < tile; ++r) planes[v * tile + r] = r < count ? rows[r * values + v] : filler;
+void test_quantize(const Kernels& k, const Grid& g, const std::vector<float>& values, size_t n) {
+  begin("quantize %zu values, scale %.9g, inverse %.9g, zero %d, qmax %d", n,
+        static_cast<double>(g.scale), static_cast<double>(g.inverse), g.zero, g.qmax);
+  Guarded<float> x(n, coin());
+  for (size_t i = 0; i < n; ++i) x[i] = values[values.size() - n + i];
+  const size_t shift = static_cast<size_t>(pick(0, 9));
+  Canvas<uint8_t> mine(1, n, n, shift), want(1, n, n, shift);
+  k.quantize(x.data(), n, g, mine.data());
+  kScalar.quantize(x.data(), n, g, want.data());
+  for (size_t i = 0; i < n; ++i) {
+    if (mine.data()[i] == want.data()[i]) continue;
+    check(false, "%.9g (%a) became %d, not %d", static_cast<double>(x[i]),
+          static_cast<double>(x[i]), mine.data()[i], want.data()[i]);
+    return;
   }
+  check(mine.intact(), "wrote outside its memory");
 }
 
 void test_quantize(const Kernels& k) {
-  std::vector<float> x = floats(300, 200.0f);
-  for (int i = -80; i < 140; ++i) {
-    const float half = static_cast<float>(i) + 0.5f;
-    for (float f : {half, std::nextafter(half, -1e9f), std::nextafter(half, 1e9f)}) x.push_back(f);
-  }
-  const float inf = std::numeric_limits<float>::infinity();
-  for (float f : {std::nanf(""), -std::nanf(""), inf, -inf, 3e38f, -3e38f, 1e-45f, -1e-45f, 0.0f,
-                  -0.0f, 2147483648.0f, -2147483648.0f, 1e10f}) {
-    x.push_back(f);
-  }
-  for (float scale : {1.0f, 0.1f, 1e-38f, 1e30f}) {
-    for (int bits : {1, 4, 7}) {
+  for (float scale : {1.0f, 0.1f, 0.0078125f, 3.14159f, 1234.5f, 1e-38f, 1e30f, 0.0f}) {
+    for (int bits : {1, 2, 4, 7}) {
       const int qmax = (1 << bits) - 1;
       for (int zero : {0, qmax / 2 + 1, qmax}) {
-        for (size_t n :
-             {size_t{0}, size_t{1}, size_t{7}, size_t{8}, size_t{15}, size_t{17}, x.size()}) {
-          // The end of the input and of the output are the end of their memory.
-          const std::vector<float> in(x.end() - static_cast<long>(n), x.end());
-          std::vector<uint8_t> a(n, 0xee), b(n, 0xee);
-          kScalar.quantize(in.data(), n, scale, zero, qmax, a.data());
-          k.quantize(in.data(), n, scale, zero, qmax, b.data());
-          check(same(a.data(), b.data(), n), std::string(k.name) + " quantize");
+        for (bool inverse : {false, true}) {
+          begin("grids");
+          // 0 stands for a scale of its own in every grid
+          const float own = scale != 0.0f ? scale : std::exp2(uniform(8.0f));
+          const Grid g = make_grid(own, zero, bits, inverse);
+          if (inverse && g.inverse == 0.0f) continue;
+          std::vector<float> x;
+          around_steps(g, 3, [&](float f) { x.push_back(f); });
+          for (int i = 0; i < 100; ++i) x.push_back(uniform(150.0f) * g.scale);
+          x.insert(x.end(), {kNan, -kNan, kInf, -kInf, 3.4e38f, -3.4e38f, 1e-45f, -1e-45f, 0.0f,
+                             -0.0f, 2147483648.0f, -2147483648.0f, 4294967296.0f, 1e10f, -1e10f});
+          test_quantize(k, g, x, x.size());
+          test_quantize(k, g, x, static_cast<size_t>(pick(0, 130)));
+        }
+      }
+    }
+  }
+  std::vector<float> x(200);
+  for (float& f : x) f = uniform(90.0f);
+  for (size_t n = 0; n <= 140; ++n) {
+    test_quantize(k, make_grid(0.7f, 64, 7, n % 2 != 0), x, n);
+  }
+}
+
+// --- product quantisation -----------------------------------------------------------------------
+
+enum class Tables { kRandom, kMost, kLeast, kGauss, kBytes };
+
+struct PqCase {
+  PqShape shape;
+  Map map;
+  int first, rows;
+  Fill fill = Fill::kRandom;
+  int encoder = 0;  // what the encoder consists of: 0: random, 1: ties, 2: the largest, 3: zeros
+  Tables tables = Tables::kRandom;
+};
+
+void begin_pq(const PqCase& c, const char* what) {
+  const PqShape& s = c.shape;
+  begin(
+      "%s, %s %d, depth %d, taps %d, books %d, K %d, V %d, outputs %d, bits %d, rows %d of %d "
+      "from %d, fill %d, tables %d, " MAP_FORMAT,
+      what, s.encoder == Encoder::kNearest ? "nearest" : "tree", c.encoder, s.depth, s.taps,
+      s.books, s.centroids, s.dim, s.outputs, s.bits, c.rows, c.map.rows(), c.first,
+      static_cast<int>(c.fill), static_cast<int>(c.tables), MAP_VALUES(c.map));
+}
+
+int levels(const PqShape& s) {
+  int n = 0;
+  while ((1 << n) < s.centroids) ++n;
+  return n;
+}
+
+Guarded<int8_t> make_tables(const PqShape& s, Tables kind) {
+  Guarded<int8_t> t(static_cast<size_t>(s.books) * s.centroids * s.outputs);
+  for (size_t i = 0; i < t.size(); ++i) {
+    int v = 0;
+    if (kind == Tables::kRandom) v = pick(-127, 127);
+    if (kind == Tables::kMost) v = 127;
+    if (kind == Tables::kLeast) v = -127;
+    if (kind == Tables::kGauss) v = pick(-21, 21) + pick(-21, 21) + pick(-21, 21);
+    if (kind == Tables::kBytes) v = any_of({-128, -128, -128, 127});
+    t[i] = static_cast<int8_t>(v);
+  }
+  return t;
+}
+
+// The packed encoders of the kernels on trial and of the scalar ones.
+void pack_encoder(const Kernels& k, const PqCase& c, Canvas<uint8_t>& mine, Canvas<uint8_t>& want) {
+  const PqShape& s = c.shape;
+  const int qmax = (1 << s.bits) - 1;
+  const size_t books = static_cast<size_t>(s.books);
+  auto value = [&] { return c.encoder == 2 ? qmax : c.encoder == 3 ? 0 : pick(0, qmax); };
+  if (s.encoder == Encoder::kNearest) {
+    const size_t dim = static_cast<size_t>(s.dim), centroids = static_cast<size_t>(s.centroids);
+    Guarded<uint8_t> v(books * centroids * dim);
+    for (size_t i = 0; i < v.size(); ++i) v[i] = static_cast<uint8_t>(value());
+    if (c.encoder == 1) {  // few different centroids: most scores occur several times
+      for (size_t row = 0; row < books * centroids; ++row) {
+        const size_t from = row / centroids * centroids + random_bits() % 3;
+        std::memmove(&v[row * dim], &v[from * dim], dim);
+      }
+    }
+    k.pack_nearest(s, v.data(), mine.data());
+    kScalar.pack_nearest(s, v.data(), want.data());
+    return;
+  }
+  Guarded<int32_t> splits(books * static_cast<size_t>(levels(s)));
+  fill_integers(splits, 0, s.depth - 1);
+  Guarded<uint8_t> thresholds(books * static_cast<size_t>(s.centroids - 1));
+  for (size_t i = 0; i < thresholds.size(); ++i) {
+    thresholds[i] = static_cast<uint8_t>(c.encoder == 1 ? pick(0, 255) : value());
+  }
+  k.pack_tree(s, splits.data(), thresholds.data(), mine.data());
+  kScalar.pack_tree(s, splits.data(), thresholds.data(), want.data());
+}
+
+void test_lookup_row(const Kernels& k, const PqShape& s, const Guarded<int8_t>& tables,
+                     const Canvas<uint8_t>& codes, size_t code_stride, int row) {
+  Guarded<uint8_t> one(static_cast<size_t>(s.books));
+  for (size_t b = 0; b < one.size(); ++b) one[b] = codes.data()[b * code_stride + row];
+  for (auto [first, last] : parts(s.outputs, k.output_tile)) {
+    const size_t n = static_cast<size_t>(last - first);
+    Canvas<int32_t> mine(n), want(n);
+    k.lookup_row(s, tables.data(), one.data(), first, last, mine.data());
+    kScalar.lookup_row(s, tables.data(), one.data(), first, last, want.data());
+    mine.expect(want, "lookup_row");
+  }
+}
+
+// Encodes a tile in parts, unpacks its codes, looks them up in parts, and one row by itself.
+void test_pq(const Kernels& k, const PqCase& c, const Mode* mode = nullptr) {
+  begin_pq(c, "pq");
+  const PqShape& s = c.shape;
+  Canvas<uint8_t> encoder(k.encoder_bytes(s)), plain_encoder(kScalar.encoder_bytes(s));
+  pack_encoder(k, c, encoder, plain_encoder);
+  check(encoder.intact(), "pack_nearest or pack_tree wrote outside its memory");
+  const Exact packed_encoder(encoder);
+  const Tile tile(c.map, s.depth, c.first, c.rows, k.row_tile, (1 << s.bits) - 1, c.fill);
+
+  Canvas<uint8_t> codes(k.code_bytes(s));
+  std::memset(codes.data(), any_of({0, 0x3f, 0xa5, 0xff}), codes.size());
+  for (auto [first, last] : parts(s.books, k.book_tile)) {
+    k.encode(s, packed_encoder.data(), tile.patch(), first, last, codes.data());
+  }
+  if (!check(codes.intact(), "encode wrote outside its memory")) return;
+  const size_t plain_bytes = kScalar.code_bytes(s);
+  const int chunks = (c.rows + kScalar.row_tile - 1) / kScalar.row_tile;
+  std::vector<uint8_t> plain_codes(plain_bytes * static_cast<size_t>(chunks));
+  const size_t stride = static_cast<size_t>(c.rows + any_of({0, 1, 40}));
+  const size_t books = static_cast<size_t>(s.books), rows = static_cast<size_t>(c.rows);
+  const size_t shift = static_cast<size_t>(pick(0, 9));
+  Canvas<uint8_t> mine(books, stride, rows, shift), want(books, stride, rows, shift);
+  for (int i = 0; i < chunks; ++i) {
+    uint8_t* const to = plain_codes.data() + plain_bytes * static_cast<size_t>(i);
+    const Patch part = tile.part(i * kScalar.row_tile);
+    kScalar.encode(s, plain_encoder.data(), part, 0, s.books, to);
+    kScalar.unpack_codes(s, to, part.rows, want.data() + i * kScalar.row_tile, stride);
+  }
+  const Exact packed_codes(codes);
+  k.unpack_codes(s, packed_codes.data(), c.rows, mine.data(), stride);
+  const int before = failed;
+  mine.expect(want, "codes (plane = book)");
+  if (failed != before) return;  // the sums would be wrong with them
+
+  const Guarded<int8_t> tables = make_tables(s, c.tables);
+  Canvas<uint8_t> table(k.table_bytes(s)), plain_table(kScalar.table_bytes(s));
+  k.pack_tables(s, tables.data(), table.data());
+  kScalar.pack_tables(s, tables.data(), plain_table.data());
+  check(table.intact(), "pack_tables wrote outside its memory");
+  const Exact packed_table(table);
+  Finish finish(mode ? *mode : random_mode(), s.outputs, c.rows);
+  finish.run(
+      "lookup",
+      [&](const Epilogue& e) {
+        for (auto [first, last] : parts(s.outputs, k.output_tile)) {
+          k.lookup(s, packed_table.data(), packed_codes.data(), first, last, e);
+        }
+      },
+      [&](int from, const Epilogue& e) {
+        const size_t i = static_cast<size_t>(from / kScalar.row_tile);
+        kScalar.lookup(s, plain_table.data(), plain_codes.data() + plain_bytes * i, 0, s.outputs,
+                       e);
+      });
+  test_lookup_row(k, s, tables, want, stride, pick(0, c.rows - 1));
+}
+
+// About `books` codebooks of `dim` on a random map; the last sub-vector is often cut off.
+PqCase random_pq(const Kernels& k, Encoder encoder, int centroids, int dim, int books, int bits) {
+  PqCase c;
+  c.map = random_map(any_of({1, 1, 3, 3, 5, 7}));
+  random_rows(k, c.map, &c.first, &c.rows);
+  const int taps = c.map.taps();
+  const int missing = coin() ? pick(0, dim - 1) : 0;
+  const int depth = std::max(1, (books * dim - missing) / taps) * taps;
+  c.shape = {.depth = depth,
+             .taps = taps,
+             .books = (depth + dim - 1) / dim,
+             .centroids = centroids,
+             .dim = dim,
+             .outputs = pick(1, 9),
+             .bits = bits,
+             .encoder = encoder};
+  c.encoder = pick(0, 1);
+  return c;
+}
+
+void test_encode(const Kernels& k) {
+  for (int dim : {1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 15, 16, 17,
+                  18, 19, 20, 23, 24, 25, 27, 31, 32, 33, 36, 47, 48, 49, 63, 64}) {
+    for (int centroids : {8, 16, 32, 64}) {
+      begin("draw");
+      const int most = std::min(2 * k.book_tile + 1, std::max(2, 160 / dim));
+      test_pq(k, random_pq(k, Encoder::kNearest, centroids, dim, pick(1, most), pick(1, 7)));
+      begin("draw");
+      PqCase c = random_pq(k, Encoder::kNearest, centroids, dim, pick(1, 2), 7);
+      c.fill = any_of({Fill::kRandom, Fill::kZero, Fill::kMost});
+      c.encoder = pick(1, 3);
+      test_pq(k, c);
+      begin("draw");
+      c = random_pq(k, Encoder::kNearest, centroids, dim, 2, 7);
+      c.map = {.width = 14, .height = 14, .images = 1};
+      c.first = pick(0, 196 - c.rows);
+      c.shape.depth = 2 * dim;
+      c.shape.taps = 1;
+      c.shape.books = 2;
+      test_pq(k, c);
+    }
+  }
+  for (int centroids : {8, 16, 32, 64}) {
+    for (int bits = 1; bits <= 7; ++bits) {
+      for (int fill = 0; fill < 3; ++fill) {
+        for (int values = 0; values < 4; ++values) {
+          for (Encoder encoder : {Encoder::kNearest, Encoder::kTree}) {
+            begin("draw");
+            PqCase c = random_pq(k, encoder, centroids, any_of({4, 9}), 3, bits);
+            c.fill = static_cast<Fill>(fill);
+            c.encoder = values;
+            test_pq(k, c);
+          }
         }
       }
     }
   }
 }
 
-struct Tables {
-  std::vector<uint8_t> centroids;
-  std::vector<int8_t> tables;
-};
-
-Tables tables(const PqShape& s, int kind) {
-  const size_t rows = static_cast<size_t>(s.books) * s.centroids;
-  if (kind == 0) {
-    return {integers<uint8_t>(rows * s.dim, 0, 127), integers<int8_t>(rows * s.outputs, -128, 127)};
-  }
-  if (kind == 1) {  // everything as large as it can be: ties everywhere
-    return {std::vector<uint8_t>(rows * s.dim, 127), std::vector<int8_t>(rows * s.outputs, -128)};
-  }
-  return {std::vector<uint8_t>(rows * s.dim, 0), std::vector<int8_t>(rows * s.outputs, 127)};
-}
-
-void test_encode(const Kernels& k, const PqShape& s, int kind) {
-  const Tables t = tables(s, kind);
-  const int values = s.books * s.dim, count = k.row_tile;
-  const std::vector<uint8_t> rows =
-      kind == 0 ? integers<uint8_t>(static_cast<size_t>(count) * values, 0, 127)
-                : std::vector<uint8_t>(static_cast<size_t>(count) * values, 127);
-  Aligned<uint8_t> packed(k.centroid_bytes(s)), plain(kScalar.centroid_bytes(s));
-  k.pack_centroids(s, t.centroids.data(), packed.data());
-  kScalar.pack_centroids(s, t.centroids.data(), plain.data());
-  Aligned<uint8_t> patch(static_cast<size_t>(values) * k.row_tile);
-  Aligned<uint8_t> codes(static_cast<size_t>(s.books) * k.row_tile);
-  to_planes(rows, count, values, k.row_tile, 0, patch.data());
-  const int half = s.books / 2;  // in two calls, as the engine does
-  k.encode(s, packed.data(), 0, half, patch.data(), codes.data());
-  k.encode(s, packed.data(), half, s.books,
-           patch.data() + static_cast<size_t>(half) * s.dim * k.row_tile,
-           codes.data() + static_cast<size_t>(half) * k.row_tile);
-  bool ok = true;
-  for (int first = 0; first < count; first += kScalar.row_tile) {
-    const int n = kScalar.row_tile;
-    Aligned<uint8_t> small(static_cast<size_t>(values) * n), want(static_cast<size_t>(s.books) * n);
-    to_planes({rows.begin() + first * values, rows.begin() + (first + n) * values}, n, values, n, 0,
-              small.data());
-    kScalar.encode(s, plain.data(), 0, s.books, small.data(), want.data());
-    for (int b = 0; b < s.books; ++b) {
-      ok = ok && same(codes.data() + b * k.row_tile + first, want.data() + b * n, n);
-    }
-  }
-  check(ok, std::string(k.name) + " encode, " + text(s) + ", kind " + std::to_string(kind));
-}
-
-void test_lookup(const Kernels& k, const PqShape& s, int kind, int rows) {
-  const Tables t = tables(s, kind);
-  Aligned<uint8_t> packed(k.table_bytes(s)), plain(kScalar.table_bytes(s));
-  k.pack_tables(s, t.tables.data(), packed.data());
-  kScalar.pack_tables(s, t.tables.data(), plain.data());
-  const int padded = (s.books + k.book_tile - 1) / k.book_tile * k.book_tile;
-  Aligned<uint8_t> codes(static_cast<size_t>(padded) * k.row_tile), space(codes.size());
-  const auto each = integers<uint8_t>(static_cast<size_t>(s.books) * rows, 0, s.centroids - 1);
-  for (int b = 0; b < s.books; ++b) {
-    std::memcpy(codes.data() + b * k.row_tile, each.data() + b * rows, rows);
-  }
-  const auto scale = floats(s.outputs), bias = floats(s.outputs);
-  const size_t size = static_cast<size_t>(s.outputs) * rows;
-  const auto residual = floats(size, 1000.0f);
-  for (int epilogue = 0; epilogue < 4; ++epilogue) {
-    std::vector<float> a(size), b(size);
-    const bool clamp = (epilogue & 2) != 0;
-    const Epilogue e{.scale = epilogue == 3 ? nullptr : scale.data(),
-                     .bias = bias.data(),
-                     .residual = (epilogue & 1) ? residual.data() : nullptr,
-                     .out = a.data(),
-                     .residual_stride = static_cast<size_t>(rows),
-                     .out_stride = static_cast<size_t>(rows),
-                     .rows = rows,
-                     .clamp = clamp,
-                     .low = 0.0f,
-                     .high = 6.0f};
-    k.lookup(s, packed.data(), codes.data(), space.data(), e);
-    for (int first = 0; first < rows; first += kScalar.row_tile) {
-      const int n = std::min(kScalar.row_tile, rows - first);
-      Aligned<uint8_t> small(static_cast<size_t>(s.books) * kScalar.row_tile);
-      for (int book = 0; book < s.books; ++book) {
-        std::memcpy(small.data() + book * kScalar.row_tile, each.data() + book * rows + first, n);
+// Maps that tiles cross in every way: rows, images, far images, phases.
+void test_maps(const Kernels& k) {
+  for (int width : {4, 7, 8, 14, 16, 28, 32, 56}) {
+    for (int kernel : {1, 3, 5, 7}) {
+      for (int stride : {1, 2}) {
+        for (Encoder encoder : {Encoder::kNearest, Encoder::kTree}) {
+          begin("draw");
+          Map m{.width = width,
+                .height = width < 16 ? width : 5,
+                .images = pick(1, 4),
+                .kernel = kernel,
+                .stride = stride,
+                .pad = kernel / 2,
+                .gap = any_of({0, 0, 17, 4000, 70000})};
+          const int channels = kernel == 1 ? 20 : 2, depth = channels * m.taps();
+          const int dim = any_of({3, 4, 8, 9, 16});
+          const int total = m.rows(), most = std::min(k.row_tile, total);
+          const PqShape s{.depth = depth,
+                          .taps = m.taps(),
+                          .books = (depth + dim - 1) / dim,
+                          .centroids = 16,
+                          .dim = dim,
+                          .outputs = 3,
+                          .bits = 7,
+                          .encoder = encoder};
+          // the last tile, one across the end of an image, and one of a few rows
+          const int image = std::min(total - most, m.out_h() * m.out_w() * (m.images / 2));
+          test_pq(k, {.shape = s, .map = m, .first = total - most, .rows = most});
+          test_pq(k, {.shape = s, .map = m, .first = std::max(0, image - 9), .rows = most});
+          const int few = pick(1, most);
+          test_pq(k, {.shape = s, .map = m, .first = pick(0, total - few), .rows = few});
+        }
       }
-      Epilogue part = e;
-      part.out = b.data() + first;
-      part.residual = e.residual ? e.residual + first : nullptr;
-      part.rows = n;
-      kScalar.lookup(s, plain.data(), small.data(), nullptr, part);
     }
-    check(same(a.data(), b.data(), size), std::string(k.name) + " lookup, " + text(s) + ", rows " +
-                                              std::to_string(rows) + ", epilogue " +
-                                              std::to_string(epilogue));
   }
 }
 
-void test_gemm(const Kernels& k, int depth, int outputs, int rows) {
-  const int blocks = (outputs + kGemmOutputs - 1) / kGemmOutputs;
-  const auto weights = floats(static_cast<size_t>(blocks) * depth * kGemmOutputs);
-  const auto bias = floats(outputs), x = floats(static_cast<size_t>(rows) * depth);
-  const size_t size = static_cast<size_t>(outputs) * rows;
-  auto run = [&](const Kernels& kernels, std::vector<float>& y) {
-    for (int first = 0; first < rows; first += kernels.row_tile) {
-      const int n = std::min(kernels.row_tile, rows - first);
-      Aligned<float> patch(static_cast<size_t>(depth) * kernels.row_tile);
-      for (int d = 0; d < depth; ++d) {
-        for (int r = 0; r < n; ++r) patch[d * kernels.row_tile + r] = x[(first + r) * depth + d];
+void test_rows(const Kernels& k) {
+  for (int rows = 1; rows <= k.row_tile; ++rows) {
+    for (Encoder encoder : {Encoder::kNearest, Encoder::kTree}) {
+      for (int width : {7, 200}) {
+        begin("draw");
+        PqCase c = random_pq(k, encoder, any_of({8, 16, 32, 64}), 4, pick(1, 6), 7);
+        c.map = {.width = width, .height = 10, .images = 1};
+        c.shape.taps = 1;
+        c.rows = rows;
+        c.first = any_of({0, c.map.rows() - rows});
+        test_pq(k, c);
       }
-      kernels.gemm(patch.data(), depth, weights.data(), outputs,
-                   {.scale = nullptr,
-                    .bias = bias.data(),
-                    .residual = nullptr,
-                    .out = y.data() + first,
-                    .residual_stride = 0,
-                    .out_stride = static_cast<size_t>(rows),
-                    .rows = n,
-                    .clamp = true,
-                    .low = -1.0f,
-                    .high = 1.0f});
     }
-  };
-  std::vector<float> a(size), b(size);
-  run(k, a);
-  run(kScalar, b);
-  check(same(a.data(), b.data(), size),
-        std::string(k.name) + " gemm, depth " + std::to_string(depth) + ", outputs " +
-            std::to_string(outputs) + ", rows " + std::to_string(rows));
-}
-
-void test_linear(const Kernels& k, int depth, int outputs, int stride) {
-  const size_t padded = (outputs + kLinearOutputs - 1) / kLinearOutputs * kLinearOutputs;
-  const auto weights = floats(padded * depth), bias = floats(outputs);
-  const auto x = floats(static_cast<size_t>(depth - 1) * stride + 1);
-  Aligned<float> a(padded), b(padded);
-  k.linear(x.data(), stride, depth, weights.data(), bias.data(), outputs, a.data());
-  kScalar.linear(x.data(), stride, depth, weights.data(), bias.data(), outputs, b.data());
-  check(same(a.data(), b.data(), outputs), std::string(k.name) + " linear, depth " +
-                                               std::to_string(depth) + ", outputs " +
-                                               std::to_string(outputs));
-}
-
-void test_table_grad(const Kernels& k, int outputs) {
-  const int books = 3, centroids = 16, count = 50, stride = 53;
-  const auto codes = integers<uint8_t>(books * stride, 0, centroids - 1);
-  const auto rows = floats(static_cast<size_t>(count) * outputs);
-  std::vector<float> a = floats(static_cast<size_t>(books) * centroids * outputs), b = a;
-  k.table_grad(codes.data(), stride, books, centroids, rows.data(), count, outputs, a.data());
-  kScalar.table_grad(codes.data(), stride, books, centroids, rows.data(), count, outputs, b.data());
-  check(same(a.data(), b.data(), a.size()),
-        std::string(k.name) + " table_grad, outputs " + std::to_string(outputs));
-}
-
-PqLayer make_layer(const Kernels& k, const PqShape& s, const ConvGeometry& g, unsigned seed) {
-  random_bits.seed(seed);
-  Tables t = tables(s, 0);
-  const int64_t used = g.depth() - int64_t{s.books - 1} * s.dim;
-  for (int c = 0; c < s.centroids; ++c) {
-    uint8_t* last =
-        t.centroids.data() + (static_cast<size_t>(s.books - 1) * s.centroids + c) * s.dim;
-    std::fill(last + used, last + s.dim, uint8_t{0});
   }
-  const auto scale = floats(s.outputs), bias = floats(s.outputs);
-  return PqLayer(k, s, g, {.scale = 0.05f, .zero = 64, .bits = 7}, t.centroids.data(),
-                 t.tables.data(), scale.data(), bias.data());
 }
 
-// A layer on images whose memory ends with the last pixel, in both memory orders.
-void test_layer(const Kernels& k, const ConvGeometry& g, int64_t n, int64_t h, int64_t w, int dim,
-                int outputs) {
-  const PqShape s{.books = static_cast<int32_t>((g.depth() + dim - 1) / dim),
+// Offsets, splits and sums of layers as deep as real ones.
+void test_deep(const Kernels& k) {
+  for (Encoder encoder : {Encoder::kNearest, Encoder::kTree}) {
+    for (int channels : {16, 128, 512}) {
+      for (int kernel : {1, 3}) {
+        begin("draw");
+        const Map m{.width = 7, .height = 7, .images = 2, .kernel = kernel, .pad = kernel / 2};
+        const int depth = channels * m.taps(), dim = m.taps() == 1 ? 16 : 9;
+        const PqShape s{.depth = depth,
+                        .taps = m.taps(),
+                        .books = (depth + dim - 1) / dim,
+                        .centroids = encoder == Encoder::kTree ? any_of({16, 64}) : 16,
+                        .dim = dim,
+                        .outputs = 3,
+                        .bits = 7,
+                        .encoder = encoder};
+        const int rows = channels == 512 ? 20 : std::min(k.row_tile, 60);
+        test_pq(k, {.shape = s, .map = m, .first = m.rows() - rows - 30, .rows = rows});
+      }
+    }
+  }
+  begin("draw");
+  const PqShape s{.depth = 70000,
+                  .taps = 1,
+                  .books = 40,
                   .centroids = 16,
-                  .dim = dim,
-                  .outputs = outputs};
-  const PqLayer layer = make_layer(k, s, g, 7), plain = make_layer(kScalar, s, g, 7);
-  const int64_t oh = g.out_h(h), ow = g.out_w(w), rows = n * oh * ow;
-  const auto x = floats(static_cast<size_t>(n * g.channels * h * w), 4.0f);
-  ThreadPool pool(3);
-  for (bool last : {false, true}) {
-    auto view = [&](const float* data, int64_t c, int64_t hh, int64_t ww) {
-      return ImageView{.data = const_cast<float*>(data),
-                       .n = n,
-                       .c = c,
-                       .h = hh,
-                       .w = ww,
-                       .sn = c * hh * ww,
-                       .sc = last ? 1 : hh * ww,
-                       .sh = last ? c * ww : ww,
-                       .sw = last ? c : 1};
-    };
-    auto run = [&](const PqLayer& which, std::vector<float>& y, std::vector<uint8_t>& codes) {
-      Aligned<uint8_t> memory(which.workspace_bytes(n, h, w, pool.threads()));
-      std::memset(memory.data(), 0xff, memory.size());  // nothing may depend on what was there
-      which.run({.input = view(x.data(), g.channels, h, w),
-                 .output = view(y.data(), outputs, oh, ow),
-                 .residual = nullptr,
-                 .clamp = {},
-                 .codes = codes.data()},
-                memory.data(), pool);
-    };
-    const size_t size = static_cast<size_t>(rows * outputs);
-    std::vector<float> a(size), b(size);
-    std::vector<uint8_t> c(static_cast<size_t>(s.books * rows)), d(c);
-    run(layer, a, c);
-    run(plain, b, d);
-    check(same(a.data(), b.data(), size) && same(c.data(), d.data(), c.size()),
-          std::string(k.name) + " layer, " + text(s));
-
-    const auto gradient = floats(size);
-    std::vector<float> grad(static_cast<size_t>(s.books) * s.centroids * outputs), other(grad);
-    table_gradient(k, s, c.data(), view(gradient.data(), outputs, oh, ow), grad.data(), pool);
-    table_gradient(kScalar, s, c.data(), view(gradient.data(), outputs, oh, ow), other.data(),
-                   pool);
-    check(same(grad.data(), other.data(), grad.size()), std::string(k.name) + " table gradient");
-
-    const size_t cells = static_cast<size_t>(s.books) * s.centroids;
-    std::vector<int64_t> sums(cells * dim), counts(cells), sums2(sums), counts2(counts);
-    const Quantization q{.scale = 0.05f, .zero = 64, .bits = 7};
-    cluster_sums(k, s, g, q, view(x.data(), g.channels, h, w), c.data(), sums.data(), counts.data(),
-                 pool);
-    cluster_sums(kScalar, s, g, q, view(x.data(), g.channels, h, w), c.data(), sums2.data(),
-                 counts2.data(), pool);
-    check(sums == sums2 && counts == counts2, std::string(k.name) + " cluster sums");
-  }
+                  .dim = 4,
+                  .outputs = 5,
+                  .bits = 7,
+                  .encoder = Encoder::kTree};
+  test_pq(k, {.shape = s, .map = {.width = 12, .height = 1, .images = 1}, .first = 1, .rows = 11});
 }
 
-// conv -> [pq conv + residual + relu6] -> pool -> slice, pad, concat -> reshape -> pq linear and
-// linear over three axes, with residuals -> reshape -> linear -> softmax
-std::vector<float> run_plan(const Kernels& k, int threads, int64_t n) {
-  Plan plan(k, threads);
-  const int x = plan.add_input();
-  const ConvGeometry g{.channels = 3, .kernel_h = 3, .kernel_w = 3, .pad_h = 1, .pad_w = 1};
-  random_bits.seed(3);
-  const auto weight = floats(6 * 27), bias = floats(6), dense = floats(10 * 240), tail = floats(10);
-  const int a = plan.add_step(std::make_unique<ConvStep>(k, g, 6, 1, weight.data(), bias.data(),
-                                                         false, Clamp{true, 0.0f, 6.0f}),
-                              {x});
-  const PqShape s{.books = 3, .centroids = 16, .dim = 9, .outputs = 6};
-  const int b = plan.add_step(
-      std::make_unique<PqConvStep>(make_layer(k, s, g, 9), false, true, Clamp{true, 0.0f, 6.0f}),
-      {x, a});
-  const int c = plan.add_step(
-      pool_step(Pool::kMax, {.kernel_h = 2, .kernel_w = 2, .stride_h = 2, .stride_w = 2}, true,
-                false),
-      {b});
-  const int d = plan.add_step(slice_step(1, 0, 6, 2), {c});
-  const int e = plan.add_step(pad_step({0, 1, 0, 0}, {0, 0, 0, 0}, 0.5f), {d});
-  const int f = plan.add_step(concat_step(1), {c, e});
-  const int rows = plan.add_step(reshape_step({6, 40}), {f});
-  const PqShape t{.books = 5, .centroids = 32, .dim = 8, .outputs = 40};
-  const int p = plan.add_step(std::make_unique<PqConvStep>(make_layer(k, t, {.channels = 40}, 10),
-                                                           true, true, Clamp{true, 0.0f, 6.0f}),
-                              {rows, rows});
-  const auto square = floats(40 * 40);
-  const int q = plan.add_step(
-      std::make_unique<LinearStep>(k, 40, 40, square.data(), square.data(), true, Clamp{}),
-      {p, rows});
-  const int h = plan.add_step(reshape_step({240}), {q});
-  const int i = plan.add_step(
-      std::make_unique<LinearStep>(k, 240, 10, dense.data(), tail.data(), false, Clamp{}), {h});
-  plan.set_outputs({plan.add_step(softmax_step(1), {i}), b});
-  random_bits.seed(4);
-  const auto in = floats(static_cast<size_t>(n * 3 * 7 * 11), 4.0f);
-  std::vector<float> y(static_cast<size_t>(n * 10)), z(static_cast<size_t>(n * 6 * 77));
-  for (int turn = 0; turn < 2; ++turn) {
-    auto context = plan.acquire({Shape{n, 3, 7, 11}});
-    plan.execute(*context, {in.data()}, {y.data(), z.data()});
-    plan.release(std::move(context));
-  }
-  y.insert(y.end(), z.begin(), z.end());
-  return y;
-}
-
-void test_isa(const Kernels& k) {
-  test_quantize(k);
-  for (int dim : {1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 18, 27, 36, 63, 64}) {
+void test_lookup(const Kernels& k) {
+  for (int books : {1, 2, 3, 4, 5, 8, 63, 64, 65, 255, 256, 257, 511, 513, 600}) {
     for (int centroids : {8, 16, 32, 64}) {
-      for (int kind : {0, 1, 2}) {
-        test_encode(k, {.books = 3, .centroids = centroids, .dim = dim, .outputs = 1}, kind);
+      for (int tables = 0; tables < 5; ++tables) {
+        begin("draw");
+        // A linear layer: 21 entries in planes of their own.
+        const PqShape s{.depth = 21,
+                        .taps = 1,
+                        .books = books,
+                        .centroids = centroids,
+                        .dim = 4,
+                        .outputs = pick(1, books * centroids > 4000 ? 9 : 70),
+                        .bits = 7,
+                        .encoder = Encoder::kTree};
+        const Map m{.width = 100, .height = 1, .images = 1};
+        const int rows = coin() ? k.row_tile : pick(1, k.row_tile);
+        test_pq(k, {.shape = s,
+                    .map = m,
+                    .first = pick(0, 100 - rows),
+                    .rows = rows,
+                    .tables = static_cast<Tables>(tables)});
       }
     }
   }
-  for (int rows = 1; rows <= k.row_tile; rows += rows < 18 ? 1 : 5) {
-    for (int centroids : {8, 16, 32, 64}) {
-      for (int books : {1, 2, 3, 4, 5}) {
-        test_lookup(k, {.books = books, .centroids = centroids, .dim = 1, .outputs = pick(1, 9)}, 0,
-                    rows);
-      }
+  for (int outputs = 1; outputs <= 70; ++outputs) {
+    for (int centroids : {16, any_of({8, 32, 64})}) {
+      begin("draw");
+      PqCase c = random_pq(k, any_of({Encoder::kNearest, Encoder::kTree}), centroids, 4, pick(1, 9),
+                           pick(1, 7));
+      c.shape.outputs = outputs;
+      c.tables = static_cast<Tables>(pick(0, 4));
+      test_pq(k, c);
     }
-    for (int outputs : {1, 3, 4, 5, 17}) test_gemm(k, pick(1, 40), outputs, rows);
-  }
-  for (int books : {255, 256, 257, 600}) {
-    for (int kind : {0, 1, 2}) {
-      test_lookup(k, {.books = books, .centroids = 64, .dim = 1, .outputs = 5}, kind, k.row_tile);
-    }
-  }
-  for (int outputs : {1, 7, 8, 15, 16, 17, 63, 64, 65, 129}) {
-    test_linear(k, 1, outputs, 1);
-    test_linear(k, 33, outputs, 3);
-    test_table_grad(k, outputs);
-  }
-  for (int64_t w : {1, 2, 15, 16, 17, 33, 65}) {
-    test_layer(k, {.channels = 5}, 3, 1, w, 3, 6);
-    test_layer(k, {.channels = 40}, 2, 2, w, 16, 3);
-    test_layer(k, {.channels = 3, .kernel_h = 3, .kernel_w = 3, .pad_h = 1, .pad_w = 1}, 2, 4, w, 9,
-               7);
-    test_layer(k,
-               {.channels = 2,
-                .kernel_h = 2,
-                .kernel_w = 3,
-                .stride_h = 2,
-                .stride_w = 3,
-                .pad_h = 3,
-                .pad_w = 4,
-                .dilation_h = 2,
-                .dilation_w = 2},
-               2, 5, w, 4, 5);
-  }
-  for (int64_t n : {1, 2, 9}) {
-    check(run_plan(k, 1, n) == run_plan(kScalar, 1, n), std::string(k.name) + " plan");
-    check(run_plan(k, 3, n) == run_plan(kScalar, 2, n), std::string(k.name) + " plan with threads");
   }
 }
 
-void test_thread_pool() {
-  ThreadPool pool(4);
-  for (int turn = 0; turn < 200; ++turn) {
-    const size_t bad = static_cast<size_t>(turn % 50);
-    std::string caught;
-    try {
-      pool.run(50, 1e6, [&](size_t i, int) {
-        if (i >= bad) throw std::runtime_error("item");
+// --- dense layers in int8 -----------------------------------------------------------------------
+
+void test_dense8(const Kernels& k, const Map& m, int channels, int outputs, int first, int rows,
+                 Fill fill, int weights, const Mode* mode = nullptr) {
+  const int taps = m.taps(), depth = channels * taps;
+  begin(
+      "dense8, depth %d, taps %d, outputs %d, rows %d of %d from %d, fill %d, weights "
+      "%d, " MAP_FORMAT,
+      depth, taps, outputs, rows, m.rows(), first, static_cast<int>(fill), weights, MAP_VALUES(m));
+  const Tile tile(m, depth, first, rows, k.row_tile, 127, fill);
+  Canvas<uint8_t> gathered(k.gather8_bytes(depth));
+  std::memset(gathered.data(), 0xff, gathered.size());
+  k.gather8(depth, taps, tile.patch(), gathered.data());
+  check(gathered.intact(), "gather8 wrote outside its memory");
+  const Exact entries(gathered);
+
+  Guarded<int8_t> w(static_cast<size_t>(depth) * outputs);
+  for (size_t i = 0; i < w.size(); ++i) {
+    const int v = weights == 0 ? pick(-127, 127) : weights == 1 ? 127 : weights == 2 ? -127 : 0;
+    w[i] = static_cast<int8_t>(weights == 3 ? any_of({-127, 127}) : v);
+  }
+  Canvas<uint8_t> packed(k.dense8_bytes(depth, outputs));
+  Canvas<uint8_t> plain(kScalar.dense8_bytes(depth, outputs));
+  k.pack_dense8(depth, outputs, w.data(), packed.data());
+  kScalar.pack_dense8(depth, outputs, w.data(), plain.data());
+  check(packed.intact(), "pack_dense8 wrote outside its memory");
+  const Exact packed_weights(packed);
+  Finish finish(mode ? *mode : random_mode(), outputs, rows);
+  finish.run(
+      "dense8",
+      [&](const Epilogue& e) {
+        for (auto [from, to] : parts(outputs, k.output_tile)) {
+          k.dense8(depth, outputs, packed_weights.data(), entries.data(), from, to, e);
+        }
+      },
+      [&](int from, const Epilogue& e) {
+        std::vector<uint8_t> x(kScalar.gather8_bytes(depth));
+        kScalar.gather8(depth, taps, tile.part(from), x.data());
+        kScalar.dense8(depth, outputs, plain.data(), x.data(), 0, outputs, e);
       });
-    } catch (const std::runtime_error& error) {
-      caught = error.what();
-    }
-    check(caught == "item", "an exception reaches the caller");
-    std::vector<int> done(97);
-    pool.run(done.size(), 1e6, [&](size_t i, int) { ++done[i]; });
-    check(done == std::vector<int>(97, 1), "the pool works on after an exception");
+
+  Guarded<uint8_t> one(static_cast<size_t>(depth + 63) / 64 * 64);
+  for (int d = 0; d < depth; ++d) one[d] = tile.entry(taps, d, rows - 1);
+  for (auto [from, to] : parts(outputs, k.output_tile)) {
+    const size_t n = static_cast<size_t>(to - from);
+    Canvas<int32_t> mine(n), want(n);
+    k.dense8_row(depth, outputs, packed_weights.data(), one.data(), from, to, mine.data());
+    kScalar.dense8_row(depth, outputs, plain.data(), one.data(), from, to, want.data());
+    mine.expect(want, "dense8_row");
   }
+}
+
+void test_dense8(const Kernels& k) {
+  auto draw = [&](int kernel, int channels, int outputs, Fill fill, int weights) {
+    begin("draw");
+    const Map m = random_map(kernel);
+    int first, rows;
+    random_rows(k, m, &first, &rows);
+    test_dense8(k, m, channels, outputs, first, rows, fill, weights);
+  };
+  for (int depth = 1; depth <= 200; ++depth) {
+    draw(1, depth, 1 + depth % 7, Fill::kRandom, 0);
+    draw(1, depth, 1 + depth % 3, Fill::kMost, 1 + depth % 3);
+  }
+  for (int outputs = 1; outputs <= 70; ++outputs) {
+    draw(1, pick(1, 30), outputs, Fill::kRandom, 0);
+    draw(3, pick(1, 5), outputs, Fill::kRandom, 3);
+  }
+  for (int kernel : {3, 5, 7}) {
+    for (int channels = 1; channels * kernel * kernel <= 200; ++channels) {
+      for (int i = 0; i < 3; ++i) draw(kernel, channels, pick(1, 9), Fill::kRandom, 0);
+    }
+  }
+  for (int rows = 1; rows <= k.row_tile; ++rows) {
+    for (int width : {7, 14, 200}) {
+      const Map m{.width = width, .height = 10, .images = 1};
+      test_dense8(k, m, 1 + rows % 9, 5, coin() ? 0 : m.rows() - rows, rows, Fill::kRandom, 0);
+    }
+  }
+  for (int channels : {512, 40}) {
+    const Map m{.width = 7, .height = 7, .images = 2, .kernel = 3, .pad = 1};
+    for (int weights : {0, 1, 2}) {
+      test_dense8(k, m, channels, 3, 30, std::min(60, k.row_tile), Fill::kMost, weights);
+    }
+  }
+  for (int gap : {4000, 70000}) {
+    const Map m{.width = 7, .height = 7, .images = 3, .kernel = 3, .pad = 1, .gap = gap};
+    test_dense8(k, m, 2, 5, 40, std::min(60, k.row_tile), Fill::kRandom, 0);
+  }
+}
+
+// --- dense layers in float32 --------------------------------------------------------------------
+
+// Planes (depth, row_tile) of rows from..from+n-1 of x (rows, depth); other lanes hold NaN.
+Guarded<float> float_patch(const Guarded<float>& x, size_t depth, int from, int n, int row_tile) {
+  const size_t tile = static_cast<size_t>(row_tile);
+  Guarded<float> patch(depth * tile);
+  for (size_t d = 0; d < depth; ++d) {
+    for (size_t r = 0; r < tile; ++r) {
+      const bool valid = r < static_cast<size_t>(n);
+      patch[d * tile + r] = valid ? x[(static_cast<size_t>(from) + r) * depth + d] : kNan;
+    }
+  }
+  return patch;
+}
+
+void test_gemm(const Kernels& k, size_t depth, int outputs, int rows, bool odd,
+               const Mode* mode = nullptr) {
+  begin("gemm, depth %zu, outputs %d, rows %d, odd values %d", depth, outputs, rows, odd);
+  const size_t blocks = static_cast<size_t>((outputs + kGemmOutputs - 1) / kGemmOutputs);
+  Guarded<float> weights(blocks * depth * kGemmOutputs), x(static_cast<size_t>(rows) * depth);
+  fill_floats(weights, 4.0f);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const size_t block = i / (depth * kGemmOutputs);
+    if (block * kGemmOutputs + i % kGemmOutputs >= static_cast<size_t>(outputs)) weights[i] = 0.0f;
+  }
+  fill_floats(x, 4.0f);
+  if (odd) sprinkle(x);
+  Mode m = mode ? *mode : random_mode();
+  m.offset = false;  // offsets are for integer sums
+  Finish finish(m, outputs, rows);
+  const Guarded<float> patch = float_patch(x, depth, 0, rows, k.row_tile);
+  finish.run(
+      "gemm", [&](const Epilogue& e) { k.gemm(patch.data(), depth, weights.data(), outputs, e); },
+      [&](int from, const Epilogue& e) {
+        const Guarded<float> part = float_patch(x, depth, from, e.rows, kScalar.row_tile);
+        kScalar.gemm(part.data(), depth, weights.data(), outputs, e);
+      });
+}
+
+void test_linear(const Kernels& k, size_t depth, int outputs, size_t stride, bool odd) {
+  begin("linear, depth %zu, outputs %d, stride %zu, odd values %d", depth, outputs, stride, odd);
+  const size_t blocks = static_cast<size_t>((outputs + kLinearOutputs - 1) / kLinearOutputs);
+  const size_t padded = blocks * kLinearOutputs;
+  Guarded<float> weights(padded * depth), bias(static_cast<size_t>(outputs));
+  Guarded<float> x((depth - 1) * stride + 1);
+  fill_floats(weights, 4.0f);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const size_t m = i / (depth * kLinearOutputs) * kLinearOutputs + i % kLinearOutputs;
+    if (m >= static_cast<size_t>(outputs)) weights[i] = 0.0f;
+  }
+  fill_floats(bias, 4.0f);
+  fill_floats(x, 4.0f);
+  if (odd) {
+    sprinkle(x);
+    sprinkle(bias);
+  }
+  Canvas<float> mine(padded), want(padded);
+  k.linear(x.data(), stride, depth, weights.data(), bias.data(), outputs, mine.data());
+  kScalar.linear(x.data(), stride, depth, weights.data(), bias.data(), outputs, want.data());
+  for (int m = 0; m < outputs; ++m) {  // the padding may be anything
+    if (same(mine.data()[m], want.data()[m])) continue;
+    check(false, "output %d: got %a, want %a", m, static_cast<double>(mine.data()[m]),
+          static_cast<double>(want.data()[m]));
+    return;
+  }
+  check(mine.intact(), "wrote outside its memory");
+}
+
+void test_floats(const Kernels& k) {
+  for (int rows = 1; rows <= k.row_tile; ++rows) {
+    for (int outputs : {1, 3, 4, 5, 17}) {
+      test_gemm(k, static_cast<size_t>(1 + (rows * 7 + outputs) % 30), outputs, rows, false);
+    }
+  }
+  for (int outputs = 1; outputs <= 70; ++outputs) {
+    test_gemm(k, static_cast<size_t>(1 + outputs % 11), outputs, 1 + outputs % k.row_tile, false);
+  }
+  for (size_t depth : {1, 2, 3, 27, 64, 147, 300}) {
+    test_gemm(k, depth, 6, k.row_tile, false);
+    test_gemm(k, depth, 4, k.row_tile, true);
+  }
+  for (int outputs : {1, 2, 7, 8, 15, 16, 17, 31, 33, 48, 63, 64, 65, 100, 127, 128, 129, 200}) {
+    for (size_t depth : {1, 2, 5, 33}) {
+      for (size_t stride : {1, 3}) {
+        for (bool odd : {false, true}) test_linear(k, depth, outputs, stride, odd);
+      }
+    }
+  }
+}
+
+// --- training -----------------------------------------------------------------------------------
+
+void test_table_grad(const Kernels& k, int books, int centroids, int count, int outputs) {
+  begin("table_grad, books %d, K %d, rows %d, outputs %d", books, centroids, count, outputs);
+  const size_t stride = static_cast<size_t>(count + pick(0, 9)), n = static_cast<size_t>(count);
+  Guarded<uint8_t> codes(static_cast<size_t>(books - 1) * stride + n);
+  fill_integers(codes, 0, centroids - 1);
+  Guarded<float> rows(n * static_cast<size_t>(outputs));
+  fill_floats(rows, 10.0f);
+  const size_t size = static_cast<size_t>(books) * centroids * outputs;
+  Canvas<float> mine(1, size, size, 1), want(1, size, size, 1);
+  for (size_t i = 0; i < size; ++i) mine.data()[i] = want.data()[i] = uniform(10.0f);
+  k.table_grad(codes.data(), stride, books, centroids, rows.data(), count, outputs, mine.data());
+  kScalar.table_grad(codes.data(), stride, books, centroids, rows.data(), count, outputs,
+                     want.data());
+  mine.expect(want, "gradient");
+}
+
+void test_table_grad(const Kernels& k) {
+  for (int outputs = 1; outputs <= 70; ++outputs) test_table_grad(k, 3, 16, 23, outputs);
+  for (int centroids : {8, 16, 32, 64}) {
+    for (int books : {1, 2, 5}) {
+      for (int count : {1, 2, 3, 64, 130}) test_table_grad(k, books, centroids, count, 37);
+    }
+  }
+  test_table_grad(k, 2, 16, 50, 513);
+}
+
+// --- everything ---------------------------------------------------------------------------------
+
+// Every combination of what an epilogue can do, on small layers.
+void test_epilogues(const Kernels& k) {
+  for (int bits = 0; bits < 16; ++bits) {
+    for (int clamp = 0; clamp < 5; ++clamp) {
+      for (int quantized = 0; quantized <= kMaxQuantized; ++quantized) {
+        for (int values = 0; values < 3; ++values) {
+          const Mode mode{.offset = (bits & 1) != 0,
+                          .scale = (bits & 2) != 0,
+                          .residual = (bits & 4) != 0,
+                          .out = (bits & 8) != 0,
+                          .clamp = clamp,
+                          .quantized = quantized,
+                          .values = values};
+          if (!mode.out && quantized == 0) continue;
+          begin("draw");
+          PqCase c = random_pq(k, Encoder::kTree, 16, 4, pick(1, 6), 7);
+          test_pq(k, c, &mode);
+          test_dense8(k, c.map, pick(1, 6), pick(1, 6), c.first, c.rows, Fill::kRandom, 0, &mode);
+          if (!mode.offset) {
+            test_gemm(k, static_cast<size_t>(pick(1, 6)), pick(1, 6), c.rows, false, &mode);
+          }
+        }
+      }
+    }
+  }
+}
+
+void test_kernels(const Kernels& k) {
+  cases = 0;
+  isa = k.name;
+  begin("constants");
+  check(k.row_tile >= 1 && k.row_tile <= kMaxRowTile, "row_tile is %d", k.row_tile);
+  check(k.row_tile % kScalar.row_tile == 0, "row_tile is %d", k.row_tile);
+  check(k.book_tile >= 1, "book_tile is %d", k.book_tile);
+  check(k.output_tile >= 1, "output_tile is %d", k.output_tile);
+  test_quantize(k);
+  test_encode(k);
+  test_maps(k);
+  test_rows(k);
+  test_deep(k);
+  test_lookup(k);
+  test_dense8(k);
+  test_floats(k);
+  test_table_grad(k);
+  test_epilogues(k);
 }
 
 }  // namespace
+}  // namespace lutra
 
-int main() {
-  test_thread_pool();
-  for (const lutra::Kernels* k : lutra::runnable_kernels()) {
-    const int before = passed;
-    test_isa(*k);
-    std::printf("%s: %d passed\n", k->name, passed - before);
+int main(int argc, char** argv) {
+  using namespace lutra;
+  verbose = argc > 1 && std::strcmp(argv[1], "-v") == 0;
+  std::setvbuf(stdout, nullptr, _IOLBF, 4096);
+  name_the_dying();
+  for (const Kernels* k : runnable_kernels()) {
+    const int before = passed, bad = failed;
+    test_kernels(*k);
+    std::printf("%s: %d cases, %d passed, %d failed\n", k->name, cases, passed - before,
+                failed - bad);
   }
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;

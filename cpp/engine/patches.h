@@ -1,10 +1,10 @@
-// From an image to the planes of a tile, without an im2col matrix of the whole image.
+// From images to the rows of a tile, without an im2col matrix of the whole image.
 //
-// The input is first copied (and quantised) into padded planes, once. A tile then gathers, for each
-// entry d of the flattened (channel, kernel row, kernel column) axis, one value per row into a
-// small buffer that stays in the first-level cache. With a horizontal stride s the columns of a
-// padded row are stored phase by phase (x = 0, s, 2s, ... then 1, s + 1, ...), so that neighbouring
-// output pixels always read neighbouring addresses.
+// The input is first copied into padded planes, once. The address of a value of a patch is then the
+// sum of an offset of its entry (channel, kernel row, kernel column) and an offset of its row (the
+// output pixel). With a horizontal stride s the columns of a padded line are stored phase by phase
+// (x = 0, s, 2s, ... then 1, s + 1, ...), so that neighbouring output pixels always read
+// neighbouring addresses.
 #pragma once
 
 #include <algorithm>
@@ -35,18 +35,54 @@ struct ConvGeometry {
   }
 };
 
-// A float image batch anywhere in memory; strides in elements.
-struct ImageView {
-  float* data;
+// An image batch anywhere in memory; strides in elements.
+template <class T>
+struct View {
+  T* data;
   int64_t n, c, h, w;      // sizes
   int64_t sn, sc, sh, sw;  // strides
+
+  int64_t pixels() const { return n * h * w; }
+  // The distance between neighbouring rows (pixels of all images) in memory; 0 where it is not the
+  // same for all.
+  int64_t row_step() const {
+    const int64_t sizes[] = {w, h, n}, strides[] = {sw, sh, sn};
+    int64_t step = 1, rows = 1;
+    for (int i = 0; i < 3; ++i) {
+      if (sizes[i] == 1) continue;
+      if (rows == 1) step = strides[i];
+      if (strides[i] != step * rows) return 0;
+      rows *= sizes[i];
+    }
+    return step;
+  }
 };
+using ImageView = View<float>;
+using ByteView = View<const uint8_t>;
+
+// Copies `count` elements of at most 16 bytes each; no byte beyond them is touched. Inlined: lines
+// of images are short.
+template <class T>
+inline void copy_line(T* to, const T* from, int64_t count) {
+  constexpr int64_t kChunk = 16 / sizeof(T);
+  if (count >= kChunk) {
+    int64_t i = 0;
+    for (; i + kChunk <= count; i += kChunk) std::memcpy(to + i, from + i, 16);
+    if (i < count) std::memcpy(to + count - kChunk, from + count - kChunk, 16);
+    return;
+  }
+  if (count >= kChunk / 2) {
+    std::memcpy(to, from, 8);
+    std::memcpy(to + count - kChunk / 2, from + count - kChunk / 2, 8);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+}
 
 template <class T>
 class PaddedPlanes {
  public:
-  static constexpr int64_t kChunk = 16 / sizeof(T);  // copies are made of 16 bytes
-  static constexpr int64_t kSlack = 64;              // elements that a copy may pass the end by
+  static constexpr int64_t kChunk = 16 / sizeof(T);  // gather() copies 16 bytes at a time
 
   PaddedPlanes(const ConvGeometry& g, int64_t n, int64_t h, int64_t w)
       : g_(g),
@@ -60,28 +96,35 @@ class PaddedPlanes {
         out_h_(g.out_h(h)),
         out_w_(g.out_w(w)) {}
 
-  int64_t elements() const { return g_.channels * plane_ + kSlack; }
+  int64_t elements() const { return g_.channels * plane_ + static_cast<int64_t>(kSlack); }
   int64_t rows() const { return n_ * out_h_ * out_w_; }
+  int64_t plane() const { return plane_; }  // elements between channels
 
   // 1x1, no stride, no padding: a plane is the channel as it is, of all images on end.
   bool plain() const {
     return g_.taps() == 1 && g_.stride_h == 1 && g_.stride_w == 1 && !g_.pad_h && !g_.pad_w;
   }
 
-  // Fills the planes of channels first..last-1 of image n. convert(const float*, count, T*) turns
+  // Offset of each kernel position in a plane: taps() numbers.
+  void write_tap_offsets(int32_t* to) const {
+    for (int64_t ky = 0; ky < g_.kernel_h; ++ky) {
+      for (int64_t kx = 0; kx < g_.kernel_w; ++kx) {
+        *to++ = static_cast<int32_t>(tap_offset(ky, kx));
+      }
+    }
+  }
+
+  // Fills the planes of channels first..last-1 of image n. convert(const S*, count, T*) turns
   // consecutive values into T; scratch holds (last - first) * w elements.
-  template <class Convert>
-  void fill(T* planes, const ImageView& x, int64_t n, int64_t first, int64_t last, T padding,
+  template <class S, class Convert>
+  void fill(T* planes, const View<S>& x, int64_t n, int64_t first, int64_t last, T padding,
             T* scratch, const Convert& convert) const {
     for (int64_t c = first; c < last; ++c) {
-      T* image = planes + c * plane_ + n * image_;
-      if (g_.pad_h || g_.pad_w || pitch_ != w_) {
-        std::fill(image, image + image_, padding);
-      }
+      pad(planes + c * plane_ + n * image_, padding);
     }
     const int64_t channels = last - first;
     for (int64_t y = 0; y < h_; ++y) {
-      const float* from = x.data + n * x.sn + y * x.sh + first * x.sc;
+      const S* from = x.data + n * x.sn + y * x.sh + first * x.sc;
       T* to = planes + first * plane_ + n * image_ + (y + g_.pad_h) * pitch_;
       if (x.sc == 1 && x.sw != 1) {  // channels last: convert pixel by pixel, then spread
         for (int64_t i = 0; i < w_; ++i) {
@@ -94,7 +137,7 @@ class PaddedPlanes {
         continue;
       }
       for (int64_t c = 0; c < channels; ++c) {
-        const float* line = from + c * x.sc;
+        const S* line = from + c * x.sc;
         if (x.sw == 1 && g_.stride_w == 1) {
           convert(line, w_, to + c * plane_ + g_.pad_w);
         } else if (x.sw == 1) {
@@ -104,6 +147,27 @@ class PaddedPlanes {
           for (int64_t i = 0; i < w_; ++i) convert(line + i * x.sw, 1, scratch + i);
           spread(scratch, 1, to + c * plane_);
         }
+      }
+    }
+  }
+
+  // The same for one channel whose lines are consecutive already.
+  void copy(T* planes, const T* x, int64_t n, int64_t c, T padding) const {
+    T* const image = planes + c * plane_ + n * image_;
+    pad(image, padding);
+    for (int64_t y = 0; y < h_; ++y, x += w_) {
+      T* const line = image + (y + g_.pad_h) * pitch_;
+      if (g_.stride_w == 1) {
+        copy_line(line + g_.pad_w, x, w_);
+      } else if (g_.taps() == 1 && !g_.pad_h && !g_.pad_w) {  // the other phases are never read
+        if (y % g_.stride_h == 0) {
+          const int64_t count = phase_, stride = g_.stride_w;
+          for (int64_t i = 0; i < count; ++i) line[i] = x[i * stride];
+        }
+      } else if (g_.stride_w == 2) {
+        split_phases(x, line);
+      } else {
+        spread(x, 1, line);
       }
     }
   }
@@ -139,15 +203,13 @@ class PaddedPlanes {
     return r;
   }
 
-  // patch[d - first][row] for entries first..last-1; may write kSlack elements past the end.
+  // patch[d - first][row] for entries first..last-1; may write kSlack bytes past the end.
   void gather(const T* planes, const Runs& r, int64_t first, int64_t last, int64_t row_tile,
               T* patch) const {
     int64_t c = first / g_.taps();
     int64_t ky = first % g_.taps() / g_.kernel_w, kx = first % g_.kernel_w;
     for (int64_t d = first; d < last; ++d, patch += row_tile) {
-      const int64_t dx = kx * g_.dilation_w;
-      const T* const base = planes + c * plane_ + ky * g_.dilation_h * pitch_ +
-                            (g_.stride_w == 1 ? dx : dx % g_.stride_w * phase_ + dx / g_.stride_w);
+      const T* const base = planes + c * plane_ + tap_offset(ky, kx);
       for (int64_t i = 0; i < r.count; ++i) {
         const T* const from = base + r.source[i];
         T* const to = patch + r.target[i];
@@ -165,6 +227,30 @@ class PaddedPlanes {
   }
 
  private:
+  int64_t tap_offset(int64_t ky, int64_t kx) const {
+    const int64_t dx = kx * g_.dilation_w;
+    const int64_t column = g_.stride_w == 1 ? dx : dx % g_.stride_w * phase_ + dx / g_.stride_w;
+    return ky * g_.dilation_h * pitch_ + column;
+  }
+
+  // The border of an image, or all of it where the columns are not in order.
+  void pad(T* image, T padding) const {
+    if (g_.stride_w != 1) {
+      if (g_.pad_h || g_.pad_w || pitch_ != w_) std::fill(image, image + image_, padding);
+      return;
+    }
+    if (g_.pad_h) {
+      std::fill(image, image + g_.pad_h * pitch_, padding);
+      std::fill(image + image_ - g_.pad_h * pitch_, image + image_, padding);
+    }
+    const int64_t width = g_.pad_w;
+    if (!width) return;
+    T* line = image + g_.pad_h * pitch_;
+    for (int64_t y = 0; y < h_; ++y, line += pitch_) {
+      for (int64_t i = 0; i < width; ++i) line[i] = line[pitch_ - 1 - i] = padding;
+    }
+  }
+
   void spread(const T* from, int64_t step, T* row) const {
     const int64_t width = w_, stride = g_.stride_w, first = g_.pad_w;  // T may alias members
     if (stride == 1) {
@@ -180,6 +266,18 @@ class PaddedPlanes {
         ++column;
       }
     }
+  }
+
+  // Stride 2: even and odd columns, in loops that compilers turn into vector code.
+  void split_phases(const T* from, T* row) const {
+    const int64_t first = g_.pad_w, even = (w_ + 1) / 2, odd = w_ / 2;
+    T* const a = row + first % 2 * phase_ + first / 2;
+    T* const b = row + (first + 1) % 2 * phase_ + (first + 1) / 2;
+    for (int64_t i = 0; i < odd; ++i) {
+      a[i] = from[2 * i];
+      b[i] = from[2 * i + 1];
+    }
+    if (even > odd) a[odd] = from[2 * odd];
   }
 
   ConvGeometry g_;

@@ -3,9 +3,10 @@
 
 #include <memory>
 #include <mutex>
+#include <string>
 #include <vector>
 
-#include "pq_layer.h"
+#include "memory.h"
 #include "step.h"
 
 namespace lutra {
@@ -14,10 +15,16 @@ class Plan {
  public:
   Plan(const Kernels& kernels, int threads) : kernels_(kernels), pool_(threads) {}
 
-  // Building. A value is a number: inputs first, then one per step. Throws std::invalid_argument.
+  // Building. A value is a number. Throws std::invalid_argument.
   int add_input();
   int add_step(StepPtr step, std::vector<int> inputs);
-  void set_outputs(std::vector<int> outputs);
+  // The value on a grid, for steps that read integers. Who makes it, is decided in the end.
+  int quantized(int value, const Quantization& grid);
+  // What steps added from now on are called in profiles.
+  void set_label(std::string label) { label_ = std::move(label); }
+  // Ends building: decides which values are stored as floats, on a grid, or both, and who
+  // quantises: the step that makes the value wherever it can.
+  void finish(std::vector<int> outputs);
 
   const Kernels& kernels() const { return kernels_; }
   int threads() const { return pool_.threads(); }
@@ -33,37 +40,62 @@ class Plan {
 
    private:
     friend class Plan;
-    std::vector<Shape> input_shapes_, shapes_;
+    Shapes input_shapes_, shapes_;
     std::vector<size_t> offsets_;
     std::vector<int> outputs_;
     size_t arena_bytes_ = 0, workspace_ = 0;
     AlignedBytes memory_;
-    std::vector<Shape> step_shapes_;
+    Shapes step_shapes_;
     std::vector<const float*> step_inputs_;
+    double last_run_ = 1.0;  // seconds
   };
 
   // Takes a context for these input shapes (logical, batch included) from the free ones or makes
   // one; give it back after execute(). Both may be called from any thread.
-  std::unique_ptr<Context> acquire(const std::vector<Shape>& input_shapes);
+  std::unique_ptr<Context> acquire(const Shapes& input_shapes);
   void release(std::unique_ptr<Context> context);
 
-  // inputs and outputs are C-contiguous arrays in logical order.
+  // inputs and outputs are C-contiguous arrays in logical order. If `seconds` is not null it gets
+  // the time of: copying the inputs, each step, copying the outputs.
   void execute(Context& context, const std::vector<const float*>& inputs,
-               const std::vector<float*>& outputs);
+               const std::vector<float*>& outputs, double* seconds = nullptr);
+
+  // What the steps are, in the order in which they run.
+  struct StepInfo {
+    std::string label, method;
+    size_t bytes;  // of values read and written, and of parameters
+  };
+  std::vector<StepInfo> describe(const Context& context) const;
 
  private:
+  // A value: floats, or integers on a grid made from the value `source`.
+  struct Value {
+    int source = -1;
+    Quantization grid;
+  };
   struct Entry {
     StepPtr step;
     std::vector<int> inputs;
+    int out = -1;                // floats, or -1: nobody reads them
+    std::vector<int> quantized;  // outputs on grids
+    std::string label;
+    int made() const { return out >= 0 ? out : quantized[0]; }  // a value of the output's shape
   };
-  void prepare(Context& context, const std::vector<Shape>& input_shapes) const;
-  float* value(Context& context, int id) const;
+  bool is_quantized(int value) const { return values_[static_cast<size_t>(value)].source >= 0; }
+  void resolve_quantized(std::vector<bool>& read);
+  void prepare(Context& context, const Shapes& input_shapes) const;
+  Shapes input_shapes(const Entry& e, const Context& context) const;
+  uint8_t* memory(Context& context, int id) const;
+  float* floats(Context& context, int id) const;
 
   const Kernels& kernels_;
   ThreadPool pool_;
   int inputs_ = 0;
+  std::vector<Value> values_;
+  std::vector<Grid> grids_;  // of quantised values
   std::vector<Entry> steps_;
   std::vector<int> outputs_;
+  std::string label_;
   std::mutex mutex_;
   std::vector<std::unique_ptr<Context>> free_;
 };

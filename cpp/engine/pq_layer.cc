@@ -7,309 +7,262 @@
 namespace lutra {
 namespace {
 
-size_t align64(size_t bytes) { return (bytes + 63) / 64 * 64; }
+// Rough speed of one AVX-512 core, to guess how long a job takes: centroid values compared and
+// table entries added.
+constexpr double kWorkPerMicrosecond = 1.5e5;
+constexpr int64_t kRowOutputs = 512;  // outputs of one work item where rows are looked up alone
 
-constexpr int64_t kPatchBytes = 16384;  // of a tile's patch: half of a small first-level cache
-constexpr int64_t kFillChannels = 32;   // channels quantised by one work item
-constexpr int64_t kFillRows = 64;       // rows of channels transposed by one work item
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// Rough speeds of one AVX-512 core, to guess how long a job takes.
-constexpr double kFillPerMicrosecond = 2e3;    // values quantised
-constexpr double kWorkPerMicrosecond = 1.5e5;  // centroid values compared and table entries added
-constexpr double kGradPerMicrosecond = 5e3;    // table entries added, in training
-
-// Bytes that quantize_planes() needs for each worker.
-size_t fill_scratch(int64_t w) {
-  return static_cast<size_t>(std::max(w, kFillRows) * kFillChannels);
-}
-
-// The distance between neighbouring rows in memory; 0 where it is not the same for all.
-int64_t row_step(const ImageView& v) {
-  const int64_t sizes[] = {v.w, v.h, v.n}, strides[] = {v.sw, v.sh, v.sn};
-  int64_t step = 1, rows = 1;
-  for (int i = 0; i < 3; ++i) {
-    if (sizes[i] == 1) continue;
-    if (rows == 1) step = strides[i];
-    if (strides[i] != step * rows) return 0;
-    rows *= sizes[i];
-  }
-  return step;
-}
-
-// Quantises the whole input into padded planes.
-void quantize_planes(const Kernels& kernels, const PaddedPlanes<uint8_t>& planes,
-                     const Quantization& q, const ImageView& x, uint8_t* to, uint8_t* scratch,
-                     size_t scratch_per_worker, ThreadPool& pool) {
-  auto convert = [&](const float* from, int64_t count, uint8_t* target) {
-    kernels.quantize(from, static_cast<size_t>(count), q.scale, q.zero, q.qmax(), target);
+void check(const PqShape& s, const ConvGeometry& geometry, const Quantization& q,
+           const EncoderData& encoder) {
+  auto require = [](bool ok, const std::string& what) {
+    if (!ok) throw std::invalid_argument("product-quantised layer: " + what);
   };
-  const int64_t blocks = (x.c + kFillChannels - 1) / kFillChannels;
-  const double fill_time = static_cast<double>(x.n * x.c * x.h * x.w) / kFillPerMicrosecond;
-  const int64_t step = planes.plain() ? row_step(x) : 0, rows = x.n * x.h * x.w;
-  if (step != 0 && x.sc == 1) {  // rows of channels: a transpose
-    const int64_t row_blocks = (rows + kFillRows - 1) / kFillRows;
-    pool.run(static_cast<size_t>(row_blocks * blocks), fill_time, [&](size_t item, int worker) {
-      const int64_t row = static_cast<int64_t>(item) / blocks * kFillRows;
-      const int64_t channel = static_cast<int64_t>(item) % blocks * kFillChannels;
-      const int64_t count = std::min(kFillRows, rows - row);
-      const int64_t channels = std::min(kFillChannels, x.c - channel);
-      uint8_t* const block = scratch + worker * scratch_per_worker;
-      for (int64_t r = 0; r < count; ++r) {
-        convert(x.data + (row + r) * step + channel, channels, block + r * channels);
-      }
-      for (int64_t c = 0; c < channels; ++c) {
-        uint8_t* const plane = to + (channel + c) * rows + row;
-        for (int64_t r = 0; r < count; ++r) plane[r] = block[r * channels + c];
-      }
-    });
-    return;
-  }
-  if (step == 1) {
-    pool.run(static_cast<size_t>(x.c), fill_time, [&](size_t c, int) {
-      convert(x.data + static_cast<int64_t>(c) * x.sc, rows, to + static_cast<int64_t>(c) * rows);
-    });
-    return;
-  }
-  pool.run(static_cast<size_t>(x.n * blocks), fill_time, [&](size_t item, int worker) {
-    const int64_t n = static_cast<int64_t>(item) / blocks;
-    const int64_t first = static_cast<int64_t>(item) % blocks * kFillChannels;
-    const int64_t last = std::min(x.c, first + kFillChannels);
-    planes.fill(to, x, n, first, last, static_cast<uint8_t>(q.zero),
-                scratch + worker * scratch_per_worker, convert);
-  });
-}
-
-// Writes the tile (outputs, row_tile) to an output whose rows are not consecutive, and does what
-// the kernel's epilogue would have done after the bias.
-void scatter(const float* tile, int64_t row_tile, int64_t first, int64_t rows,
-             const PqLayer::Call& call) {
-  const ImageView& out = call.output;
-  constexpr int64_t kBlock = 16;  // outputs at a time, so that their lines stay in the cache
-  const int64_t step = out.sc;
-  for (int64_t block = 0; block < out.c; block += kBlock) {
-    const int64_t count = std::min(out.c, block + kBlock) - block;
-    int64_t x = first % out.w, y = first / out.w % out.h, n = first / (out.w * out.h);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = n * out.sn + y * out.sh + x * out.sw + block * step;
-      const float* const from = tile + block * row_tile + r;
-      float* const to = out.data + at;
-      if (call.residual || call.clamp.on) {
-        for (int64_t m = 0; m < count; ++m) {
-          float v = from[m * row_tile];
-          if (call.residual) v += call.residual[at + m * step];
-          to[m * step] = call.clamp(v);
-        }
-      } else {
-        for (int64_t m = 0; m < count; ++m) to[m * step] = from[m * row_tile];
-      }
-      if (++x == out.w) {
-        x = 0;
-        if (++y == out.h) {
-          y = 0;
-          ++n;
-        }
-      }
+  const int32_t k = s.centroids;
+  require(k == 8 || k == 16 || k == 32 || k == 64,
+          "K must be 8, 16, 32 or 64, not " + std::to_string(k));
+  require(s.outputs >= 1, "it has no outputs");
+  require(q.bits >= 1 && q.bits <= 7,
+          "activation bits must be 1..7, not " + std::to_string(q.bits));
+  require(q.zero >= 0 && q.zero <= q.qmax(),
+          "zero point " + std::to_string(q.zero) + " is outside 0.." + std::to_string(q.qmax()));
+  require(q.scale > 0, "the activation scale must be positive");
+  require(s.books >= 1 && s.books < (1 << 24), "codebooks must be 1..2^24, for exact 32-bit sums");
+  require(geometry.depth() < (int64_t{1} << 31), "its rows are too long");
+  const size_t codebooks = static_cast<size_t>(s.books);
+  if (s.encoder == Encoder::kNearest) {
+    require(s.dim >= 1 && s.dim <= 64, "V must be 1..64, not " + std::to_string(s.dim));
+    const int64_t books = (geometry.depth() + s.dim - 1) / s.dim;
+    require(books == s.books,
+            "it needs " + std::to_string(books) + " codebooks, not " + std::to_string(s.books));
+    for (size_t i = 0; i < codebooks * k * s.dim; ++i) {
+      require(encoder.centroids[i] <= q.qmax(), "centroid value " +
+                                                    std::to_string(encoder.centroids[i]) +
+                                                    " is above " + std::to_string(q.qmax()));
     }
+    return;
+  }
+  size_t levels = 0;
+  while ((1 << levels) < k) ++levels;
+  for (size_t i = 0; i < codebooks * levels; ++i) {
+    require(encoder.splits[i] >= 0 && encoder.splits[i] < geometry.depth(),
+            "split " + std::to_string(encoder.splits[i]) + " is outside its rows of " +
+                std::to_string(geometry.depth()));
+  }
+  for (size_t i = 0; i < codebooks * (k - 1); ++i) {
+    require(encoder.thresholds[i] <= q.qmax() + 1, "threshold " +
+                                                       std::to_string(encoder.thresholds[i]) +
+                                                       " is above " + std::to_string(q.qmax() + 1));
   }
 }
 
 }  // namespace
 
-PqLayer::PqLayer(const Kernels& kernels, const PqShape& shape, const ConvGeometry& geometry,
-                 const Quantization& quantization, const uint8_t* centroids, const int8_t* tables,
-                 const float* scale, const float* bias)
-    : kernels_(kernels), shape_(shape), geometry_(geometry), quantization_(quantization) {
-  auto require = [](bool ok, const std::string& what) {
-    if (!ok) throw std::invalid_argument("product-quantised layer: " + what);
-  };
-  const int32_t k = shape.centroids;
-  require(k == 8 || k == 16 || k == 32 || k == 64,
-          "K must be 8, 16, 32 or 64, not " + std::to_string(k));
-  require(shape.dim >= 1 && shape.dim <= 64, "V must be 1..64, not " + std::to_string(shape.dim));
-  require(shape.outputs >= 1, "it has no outputs");
-  require(quantization.bits >= 1 && quantization.bits <= 7,
-          "activation bits must be 1..7, not " + std::to_string(quantization.bits));
-  require(quantization.zero >= 0 && quantization.zero <= quantization.qmax(),
-          "zero point " + std::to_string(quantization.zero) + " is outside 0.." +
-              std::to_string(quantization.qmax()));
-  require(quantization.scale > 0, "the activation scale must be positive");
-  const int64_t books = (geometry.depth() + shape.dim - 1) / shape.dim;
-  require(books == shape.books,
-          "it needs " + std::to_string(books) + " codebooks, not " + std::to_string(shape.books));
-  require(shape.books < (1 << 24), "too many codebooks for exact 32-bit sums");
-  const size_t values = static_cast<size_t>(shape.books) * k * shape.dim;
-  for (size_t i = 0; i < values; ++i) {
-    require(centroids[i] <= quantization.qmax(), "centroid value " + std::to_string(centroids[i]) +
-                                                     " is above " +
-                                                     std::to_string(quantization.qmax()));
+PqLayer::PqLayer(const Kernels& kernels, PqShape shape, const ConvGeometry& geometry,
+                 const Quantization& quantization, const EncoderData& encoder, const int8_t* tables,
+                 const float* scale, const float* bias, bool few_rows)
+    : kernels_(kernels),
+      shape_(shape),
+      geometry_(geometry),
+      quantization_(quantization),
+      grid_(make_grid(quantization)),
+      few_rows_(few_rows),
+      packed_(std::make_unique<Packed>()) {
+  check(shape, geometry, quantization, encoder);
+  shape_.depth = static_cast<int32_t>(geometry.depth());
+  shape_.taps = static_cast<int32_t>(geometry.taps());
+  shape_.bits = quantization.bits;
+  encoder_ = AlignedBytes(kernels.encoder_bytes(shape_));
+  if (shape_.encoder == Encoder::kNearest) {
+    kernels.pack_nearest(shape_, encoder.centroids, encoder_.data());
+  } else {
+    kernels.pack_tree(shape_, encoder.splits, encoder.thresholds, encoder_.data());
   }
-  books_per_patch_ = static_cast<int32_t>(
-      std::clamp<int64_t>(kPatchBytes / (int64_t{shape.dim} * kernels.row_tile), 1, shape.books));
-  centroids_ = AlignedBytes(kernels.centroid_bytes(shape));
-  kernels.pack_centroids(shape, centroids, centroids_.data());
-  tables_ = AlignedBytes(kernels.table_bytes(shape));
-  kernels.pack_tables(shape, tables, tables_.data());
-  scale_.assign(scale, scale + shape.outputs);
-  bias_.assign(bias, bias + shape.outputs);
+  const size_t entries = static_cast<size_t>(shape_.books) * shape_.centroids * shape_.outputs;
+  if (few_rows) {
+    canonical_.assign(tables, tables + entries);
+  } else {
+    std::call_once(packed_->once, [&] {
+      packed_->tables = AlignedBytes(kernels.table_bytes(shape_));
+      kernels.pack_tables(shape_, tables, packed_->tables.data());
+    });
+  }
+  scale_.assign(scale, scale + shape_.outputs);
+  bias_.assign(bias, bias + shape_.outputs);
 }
 
-PqLayer::Sizes PqLayer::sizes(const PaddedPlanes<uint8_t>& planes, int64_t w) const {
-  Sizes s;
-  const size_t tile = static_cast<size_t>(kernels_.row_tile);
-  const size_t books =
-      static_cast<size_t>((shape_.books + kernels_.book_tile - 1) / kernels_.book_tile) *
-      kernels_.book_tile;
-  s.planes = align64(static_cast<size_t>(planes.elements()));
-  s.patch = align64(std::max<size_t>(
-      static_cast<size_t>(books_per_patch_) * shape_.dim * tile + PaddedPlanes<uint8_t>::kSlack,
-      fill_scratch(w)));
-  s.codes = align64(books * tile);
-  s.tile = align64(static_cast<size_t>(shape_.outputs) * tile * sizeof(float));
-  s.worker = s.patch + 2 * s.codes + s.tile;
-  return s;
+// A layer that has only ever seen single rows does not hold its tables twice.
+const uint8_t* PqLayer::tables() const {
+  std::call_once(packed_->once, [this] {
+    packed_->tables = AlignedBytes(kernels_.table_bytes(shape_));
+    kernels_.pack_tables(shape_, canonical_.data(), packed_->tables.data());
+  });
+  return packed_->tables.data();
 }
 
-size_t PqLayer::workspace_bytes(int64_t n, int64_t h, int64_t w, int threads) const {
-  const PaddedPlanes<uint8_t> planes(geometry_, n, h, w);
-  const Sizes s = sizes(planes, w);
-  return s.planes + static_cast<size_t>(threads) * s.worker;
+size_t PqLayer::parameter_bytes() const {
+  return kernels_.encoder_bytes(shape_) +
+         static_cast<size_t>(shape_.books) * shape_.centroids * shape_.outputs;
+}
+
+const char* PqLayer::method(int64_t rows) const {
+  const bool tree = shape_.encoder == Encoder::kTree;
+  if (by_row(rows)) return tree ? "tree, table rows" : "nearest, table rows";
+  return tree ? "tree, shuffled tables" : "nearest, shuffled tables";
+}
+
+// Workspace: planes, codes of all tiles (or of each worker's tile), then what each worker needs.
+struct PqLayer::Sizes {
+  size_t planes, codes, shared, tile, worker;
+  int64_t tiles;
+  bool split;  // tiles are few: their codebooks and outputs are shared out as well
+
+  Sizes(const PqLayer& layer, const PatchSource& source, int threads, bool direct) {
+    const Kernels& k = layer.kernels_;
+    const PqShape& s = layer.shape_;
+    const int64_t rows = source.rows();
+    tiles = (rows + k.row_tile - 1) / k.row_tile;
+    split = threads > 1 && tiles < 4 * threads && tiles % threads != 0;
+    planes = align64(source.bytes());
+    codes = align64(k.code_bytes(s));
+    const size_t row_codes = layer.by_row(rows) ? align64(static_cast<size_t>(s.books) * rows) : 0;
+    const size_t sums = std::max(row_codes, align64(kRowOutputs * (2 * sizeof(float) + 1)));
+    tile = direct ? 0 : TileOutput::scratch_bytes(s.outputs, k.row_tile);
+    worker = std::max({align64(kMaxRowTile * sizeof(int32_t)) + (split ? 0 : codes) + tile,
+                       source.scratch_bytes(), sums});
+    // Codes of all tiles, or those of a few rows: packed, then canonical.
+    shared = layer.by_row(rows) ? codes + row_codes
+             : split            ? static_cast<size_t>(tiles) * codes
+                                : 0;
+  }
+};
+
+size_t PqLayer::workspace_bytes(int64_t n, int64_t h, int64_t w, int threads, bool direct) const {
+  const PatchSource source(geometry_, n, h, w);
+  const Sizes s(*this, source, threads, direct);
+  if (!by_row(source.rows())) tables();  // packed when a plan is prepared, not when it runs
+  return s.planes + s.shared + static_cast<size_t>(threads) * s.worker;
 }
 
 void PqLayer::run(const Call& call, uint8_t* workspace, ThreadPool& pool) const {
-  const ImageView& x = call.input;
-  const PaddedPlanes<uint8_t> planes(geometry_, x.n, x.h, x.w);
-  const Sizes s = sizes(planes, x.w);
-  uint8_t* const quantized = workspace;
-  uint8_t* const workers = workspace + s.planes;
-  quantize_planes(kernels_, planes, quantization_, x, quantized, workers, s.worker, pool);
+  const ImageView* x = call.floats;
+  PatchSource source = x ? PatchSource(geometry_, x->n, x->h, x->w)
+                         : PatchSource(geometry_, call.bytes->n, call.bytes->h, call.bytes->w);
+  const Sizes s(*this, source, pool.threads(), TileOutput::direct(call.output.view));
+  uint8_t* const codes = workspace + s.planes;
+  uint8_t* const workers = codes + s.shared;
+  if (x) {
+    source.load(*x, kernels_, grid_, workspace, workers, s.worker, pool);
+  } else {
+    source.load(*call.bytes, quantization_.zero, workspace, workers, s.worker, pool);
+  }
+  if (by_row(source.rows())) {
+    run_rows(call, source, s, codes, workers, pool);
+  } else {
+    run_tiles(call, source, s, codes, workers, pool);
+  }
+}
 
-  const int64_t tile = kernels_.row_tile, rows = planes.rows(), depth = geometry_.depth();
-  const ImageView& out = call.output;
-  const int64_t pixels = out.h * out.w;
-  const bool whole = row_step(out) == 1;                 // rows follow each other everywhere
-  const bool by_image = out.sw == 1 && out.sh == out.w;  // or at least within an image
-  const size_t tiles = static_cast<size_t>((rows + tile - 1) / tile);
-  const double work =
-      static_cast<double>(rows) * shape_.books * (shape_.centroids * shape_.dim + shape_.outputs);
-  pool.run(tiles, work / kWorkPerMicrosecond, [&](size_t index, int worker) {
-    uint8_t* const patch = workers + static_cast<size_t>(worker) * s.worker;
-    uint8_t* const codes = patch + s.patch;
-    uint8_t* const arranged = codes + s.codes;
-    float* const outputs = reinterpret_cast<float*>(arranged + s.codes);
-    const int64_t first = static_cast<int64_t>(index) * tile;
-    const int64_t count = std::min(tile, rows - first);
-    const auto runs = planes.runs(first, count);
-    if (count < tile) std::memset(patch, 0, s.patch);  // the lanes of missing rows
-    for (int32_t b = 0; b < shape_.books; b += books_per_patch_) {
-      const int32_t end = std::min(shape_.books, b + books_per_patch_);
-      const int64_t from = int64_t{b} * shape_.dim, to = std::min(depth, int64_t{end} * shape_.dim);
-      planes.gather(quantized, runs, from, to, tile, patch);
-      // A last sub-vector that is shorter: its missing values are zero.
-      std::memset(patch + (to - from) * tile, 0,
-                  static_cast<size_t>((int64_t{end} * shape_.dim - to) * tile));
-      kernels_.encode(shape_, centroids_.data(), b, end, patch, codes + b * tile);
-    }
-    std::memset(codes + shape_.books * tile, 0, s.codes - static_cast<size_t>(shape_.books * tile));
-    if (call.codes) {
-      for (int32_t b = 0; b < shape_.books; ++b) {
-        std::memcpy(call.codes + b * rows + first, codes + b * tile, static_cast<size_t>(count));
-      }
-    }
-    const int64_t image = first / pixels;
-    const bool direct = whole || (by_image && image == (first + count - 1) / pixels);
-    const int64_t at = whole ? first : image * out.sn + first % pixels;
-    Epilogue e{.scale = scale_.data(),
-               .bias = bias_.data(),
-               .residual = direct && call.residual ? call.residual + at : nullptr,
-               .out = direct ? out.data + at : outputs,
-               .residual_stride = static_cast<size_t>(out.sc),
-               .out_stride = static_cast<size_t>(direct ? out.sc : tile),
-               .rows = static_cast<int32_t>(count),
-               .clamp = direct && call.clamp.on,
-               .low = call.clamp.low,
-               .high = call.clamp.high};
-    kernels_.lookup(shape_, tables_.data(), codes, arranged, e);
-    if (!direct) scatter(outputs, tile, first, count, call);
+void PqLayer::run_tiles(const Call& call, const PatchSource& source, const Sizes& s,
+                        uint8_t* all_codes, uint8_t* workers, ThreadPool& pool) const {
+  const int64_t tile = kernels_.row_tile, rows = source.rows();
+  const TileOutput output(call.output, kernels_, nullptr, scale_.data(), bias_.data());
+  const uint8_t* const packed = tables();
+  struct Memory {
+    int32_t* row;
+    uint8_t *codes, *scratch;
+  };
+  auto memory = [&](int worker) {
+    uint8_t* at = workers + static_cast<size_t>(worker) * s.worker;
+    int32_t* const row = reinterpret_cast<int32_t*>(at);
+    at += align64(kMaxRowTile * sizeof(int32_t));
+    return Memory{row, at, at + (s.split ? 0 : s.codes)};
+  };
+  auto encode = [&](int64_t index, int32_t first, int32_t last, const Memory& m, uint8_t* codes) {
+    const int64_t row = index * tile, count = std::min(tile, rows - row);
+    const Patch patch = source.tile(row, count, static_cast<int32_t>(tile), m.row);
+    kernels_.encode(shape_, encoder_.data(), patch, first, last, codes);
+  };
+  auto keep = [&](int64_t index, const uint8_t* codes) {
+    const int64_t row = index * tile, count = std::min(tile, rows - row);
+    kernels_.unpack_codes(shape_, codes, static_cast<int32_t>(count), call.codes + row,
+                          static_cast<size_t>(rows));
+  };
+  auto lookup = [&](int64_t index, int32_t first, int32_t last, const Memory& m,
+                    const uint8_t* codes) {
+    const int64_t row = index * tile, count = std::min(tile, rows - row);
+    const Epilogue e = output.begin(row, count, m.scratch);
+    kernels_.lookup(shape_, packed, codes, first, last, e);
+    output.end(row, count, m.scratch, first, last - first);
+  };
+  const double compare = shape_.encoder == Encoder::kTree
+                             ? 8.0
+                             : static_cast<double>(shape_.centroids) * shape_.dim;
+  const double encoding = static_cast<double>(rows) * shape_.books * compare / kWorkPerMicrosecond;
+  const double looking =
+      static_cast<double>(rows) * shape_.books * shape_.outputs / kWorkPerMicrosecond;
+  if (!s.split) {
+    pool.run(static_cast<size_t>(s.tiles), encoding + looking, [&](size_t i, int worker) {
+      const Memory m = memory(worker);
+      const int64_t index = static_cast<int64_t>(i);
+      encode(index, 0, shape_.books, m, m.codes);
+      if (call.codes) keep(index, m.codes);
+      lookup(index, 0, shape_.outputs, m, m.codes);
+    });
+    return;
+  }
+  const int64_t parts = 2 * pool.threads();
+  const int64_t book_step = round_up((shape_.books + parts - 1) / parts, kernels_.book_tile);
+  const int64_t book_parts = (shape_.books + book_step - 1) / book_step;
+  pool.run(static_cast<size_t>(s.tiles * book_parts), encoding, [&](size_t i, int worker) {
+    const int64_t index = static_cast<int64_t>(i) / book_parts;
+    const int64_t first = static_cast<int64_t>(i) % book_parts * book_step;
+    encode(index, static_cast<int32_t>(first),
+           static_cast<int32_t>(std::min<int64_t>(shape_.books, first + book_step)), memory(worker),
+           all_codes + static_cast<size_t>(index) * s.codes);
+  });
+  if (call.codes) {
+    for (int64_t i = 0; i < s.tiles; ++i) keep(i, all_codes + static_cast<size_t>(i) * s.codes);
+  }
+  // Whole groups of 16 outputs where possible: kernels take that many at a time for few rows.
+  const int64_t output_step =
+      round_up((shape_.outputs + parts - 1) / parts, std::max<int64_t>(16, kernels_.output_tile));
+  const int64_t output_parts = (shape_.outputs + output_step - 1) / output_step;
+  pool.run(static_cast<size_t>(s.tiles * output_parts), looking, [&](size_t i, int worker) {
+    const int64_t index = static_cast<int64_t>(i) / output_parts;
+    const int64_t first = static_cast<int64_t>(i) % output_parts * output_step;
+    lookup(index, static_cast<int32_t>(first),
+           static_cast<int32_t>(std::min<int64_t>(shape_.outputs, first + output_step)),
+           memory(worker), all_codes + static_cast<size_t>(index) * s.codes);
   });
 }
 
-void table_gradient(const Kernels& kernels, const PqShape& shape, const uint8_t* codes,
-                    const ImageView& gradient, float* grad, ThreadPool& pool) {
-  const int64_t rows = gradient.n * gradient.h * gradient.w;
-  const size_t cell = static_cast<size_t>(shape.centroids) * shape.outputs;
-  // Books per item: their gradients stay in the first-level cache while the rows stream by.
-  // At least one item per thread.
-  const int64_t share = (shape.books + pool.threads() - 1) / pool.threads();
-  const int64_t group =
-      std::clamp<int64_t>(24576 / static_cast<int64_t>(cell * sizeof(float)), 1, share);
-  const int64_t groups = (shape.books + group - 1) / group;
-  const bool consecutive = gradient.sc == 1 && gradient.sw == gradient.c &&
-                           gradient.sh == gradient.w * gradient.sw &&
-                           gradient.sn == gradient.h * gradient.sh;
-  constexpr int64_t kRows = 64;
-  const double work = static_cast<double>(rows) * shape.books * shape.outputs;
-  pool.run(static_cast<size_t>(groups), work / kGradPerMicrosecond, [&](size_t item, int) {
-    const int64_t first = static_cast<int64_t>(item) * group;
-    const int64_t books = std::min<int64_t>(group, shape.books - first);
-    float* const target = grad + first * static_cast<int64_t>(cell);
-    std::fill(target, target + books * static_cast<int64_t>(cell), 0.0f);
-    std::vector<float> buffer(consecutive ? 0 : static_cast<size_t>(kRows * shape.outputs));
-    // Planes of codes are often a power of two apart and would fight for the same cache lines.
-    std::vector<uint8_t> tile(static_cast<size_t>(kRows * books));
-    for (int64_t r = 0; r < rows; r += kRows) {
-      const int64_t count = std::min(kRows, rows - r);
-      const float* block = gradient.data + r * gradient.c;
-      if (!consecutive) {
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t x = (r + i) % gradient.w, y = (r + i) / gradient.w % gradient.h;
-          const int64_t n = (r + i) / (gradient.w * gradient.h);
-          const float* from = gradient.data + n * gradient.sn + y * gradient.sh + x * gradient.sw;
-          for (int64_t m = 0; m < gradient.c; ++m)
-            buffer[i * gradient.c + m] = from[m * gradient.sc];
-        }
-        block = buffer.data();
-      }
-      for (int64_t b = 0; b < books; ++b) {
-        std::memcpy(tile.data() + b * kRows, codes + (first + b) * rows + r,
-                    static_cast<size_t>(count));
-      }
-      kernels.table_grad(tile.data(), kRows, static_cast<int32_t>(books), shape.centroids, block,
-                         static_cast<int32_t>(count), shape.outputs, target);
-    }
-  });
-}
-
-void cluster_sums(const Kernels& kernels, const PqShape& shape, const ConvGeometry& geometry,
-                  const Quantization& quantization, const ImageView& input, const uint8_t* codes,
-                  int64_t* sums, int64_t* counts, ThreadPool& pool) {
-  const PaddedPlanes<uint8_t> planes(geometry, input.n, input.h, input.w);
-  const size_t scratch = fill_scratch(input.w);
-  AlignedBytes memory(align64(static_cast<size_t>(planes.elements())) +
-                      scratch * static_cast<size_t>(pool.threads()));
-  uint8_t* const quantized = memory.data();
-  quantize_planes(kernels, planes, quantization, input, quantized,
-                  quantized + align64(static_cast<size_t>(planes.elements())), scratch, pool);
-  constexpr int64_t kRows = 64;
-  const int64_t rows = planes.rows(), depth = geometry.depth();
-  const double work = static_cast<double>(rows) * shape.books * shape.dim;
-  pool.run(static_cast<size_t>(shape.books), work / kGradPerMicrosecond, [&](size_t book, int) {
-    const int64_t b = static_cast<int64_t>(book), from = b * shape.dim;
-    const int64_t to = std::min(depth, from + shape.dim);
-    int64_t* const count = counts + b * shape.centroids;
-    int64_t* const sum = sums + b * shape.centroids * shape.dim;
-    std::fill(count, count + shape.centroids, 0);
-    std::fill(sum, sum + shape.centroids * shape.dim, 0);
-    std::vector<uint8_t> patch(
-        static_cast<size_t>(shape.dim * kRows + PaddedPlanes<uint8_t>::kSlack));
-    for (int64_t r = 0; r < rows; r += kRows) {
-      const int64_t n = std::min(kRows, rows - r);
-      planes.gather(quantized, planes.runs(r, n), from, to, kRows, patch.data());
-      for (int64_t i = 0; i < n; ++i) {
-        const uint8_t code = codes[b * rows + r + i];
-        ++count[code];
-        for (int64_t v = 0; v < to - from; ++v) sum[code * shape.dim + v] += patch[v * kRows + i];
-      }
-    }
+void PqLayer::run_rows(const Call& call, const PatchSource& source, const Sizes& s, uint8_t* codes,
+                       uint8_t* workers, ThreadPool& pool) const {
+  const int64_t rows = source.rows(), books = shape_.books;
+  const TileOutput output(call.output, kernels_, nullptr, scale_.data(), bias_.data());
+  int32_t row[kMaxRowTile];
+  const Patch patch = source.tile(0, rows, kernels_.row_tile, row);
+  kernels_.encode(shape_, encoder_.data(), patch, 0, shape_.books, codes);
+  uint8_t* const canonical = codes + s.codes;  // (rows, books)
+  kernels_.unpack_codes(shape_, codes, static_cast<int32_t>(rows), workers,
+                        static_cast<size_t>(rows));
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t b = 0; b < books; ++b) canonical[r * books + b] = workers[b * rows + r];
+  }
+  if (call.codes) std::copy(workers, workers + books * rows, call.codes);
+  const int64_t parts = (shape_.outputs + kRowOutputs - 1) / kRowOutputs;
+  const double work = static_cast<double>(rows * books) * shape_.outputs / kWorkPerMicrosecond;
+  pool.run(static_cast<size_t>(rows * parts), work, [&](size_t i, int worker) {
+    const int64_t r = static_cast<int64_t>(i) / parts;
+    const int64_t first = static_cast<int64_t>(i) % parts * kRowOutputs;
+    const int64_t count = std::min<int64_t>(kRowOutputs, shape_.outputs - first);
+    uint8_t* const memory = workers + static_cast<size_t>(worker) * s.worker;
+    int32_t* const sums = reinterpret_cast<int32_t*>(memory);
+    kernels_.lookup_row(shape_, canonical_.data(), canonical + r * books,
+                        static_cast<int32_t>(first), static_cast<int32_t>(first + count), sums);
+    output.row(r, sums, first, count, memory + kRowOutputs * sizeof(int32_t));
   });
 }
 

@@ -5,29 +5,70 @@
 #include <string>
 #include <vector>
 
+#include "quantization.h"
 #include "shape.h"
 #include "thread_pool.h"
 
 namespace lutra {
+
+class Step;
+using StepPtr = std::unique_ptr<Step>;
+using Shapes = std::vector<Shape>;
+
+// Inputs and outputs of one run of a step, all in storage order (shape.h).
+struct StepRun {
+  const Shapes& shapes;                     // of the inputs
+  const std::vector<const float*>& inputs;  // null where an input is quantised
+  const uint8_t* bytes;                     // the first input, if that is quantised
+  const Shape& out_shape;
+  float* out;     // null: nobody reads the floats
+  int quantized;  // quantised outputs
+  struct {
+    Grid grid;
+    uint8_t* data;
+  } q[kMaxQuantized];
+  uint8_t* workspace;
+  ThreadPool& pool;
+};
 
 class Step {
  public:
   virtual ~Step() = default;
 
   // Shape of the output. Throws std::invalid_argument if the inputs do not fit.
-  virtual Shape infer(const std::vector<Shape>& inputs) const = 0;
+  virtual Shape infer(const Shapes& inputs) const = 0;
 
   // Bytes of scratch memory that run() may use.
-  virtual size_t workspace(const std::vector<Shape>& inputs, int threads) const;
+  virtual size_t workspace(const Shapes& inputs, int threads) const;
 
-  // Inputs and output are in storage order (shape.h). Called from several threads at once, each
-  // with its own buffers.
-  virtual void run(const std::vector<Shape>& shapes, const std::vector<const float*>& inputs,
+  // Called from several threads at once, each with its own buffers.
+  virtual void run(const StepRun& r) const = 0;
+
+  // Quantised outputs that it can write beside the floats, or instead of them.
+  virtual int max_quantized() const { return 0; }
+
+  // The same operation on quantised values, if quantising before it gives the same integers as
+  // quantising after it; else null.
+  virtual StepPtr on_bytes() const { return nullptr; }
+
+  // Which kernel does the work, for profiles.
+  virtual std::string method(const Shapes& inputs) const = 0;
+  virtual size_t parameter_bytes() const { return 0; }
+};
+
+// A step from floats to floats.
+class FloatStep : public Step {
+ public:
+  void run(const StepRun& r) const final {
+    run(r.shapes, r.inputs, r.out_shape, r.out, r.workspace, r.pool);
+  }
+  std::string method(const Shapes&) const override { return "float32"; }
+
+ protected:
+  virtual void run(const Shapes& shapes, const std::vector<const float*>& inputs,
                    const Shape& out_shape, float* out, uint8_t* workspace,
                    ThreadPool& pool) const = 0;
 };
-
-using StepPtr = std::unique_ptr<Step>;
 
 // Throws std::invalid_argument(what) unless ok.
 void require(bool ok, const std::string& what);

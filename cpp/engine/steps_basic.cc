@@ -10,11 +10,10 @@ void require(bool ok, const std::string& what) {
   if (!ok) throw std::invalid_argument(what);
 }
 
-size_t Step::workspace(const std::vector<Shape>&, int) const { return 0; }
+size_t Step::workspace(const Shapes&, int) const { return 0; }
 
 namespace {
 
-using Shapes = std::vector<Shape>;
 using Inputs = std::vector<const float*>;
 
 constexpr double kPerMicrosecond = 1e3;  // elements, a rough guess for one core
@@ -29,7 +28,7 @@ void in_blocks(int64_t size, ThreadPool& pool, const F& f) {
   });
 }
 
-class ClampStep : public Step {
+class ClampStep : public FloatStep {
  public:
   ClampStep(float low, float high) : low_(low), high_(high) {}
   Shape infer(const Shapes& in) const override { return in[0]; }
@@ -47,7 +46,7 @@ class ClampStep : public Step {
   float low_, high_;
 };
 
-class AddStep : public Step {
+class AddStep : public FloatStep {
  public:
   Shape infer(const Shapes& in) const override {
     require(in[0] == in[1], "add: the shapes " + in[0].text() + " and " + in[1].text() + " differ");
@@ -61,7 +60,7 @@ class AddStep : public Step {
   }
 };
 
-class AffineStep : public Step {
+class AffineStep : public FloatStep {
  public:
   AffineStep(std::vector<float> scale, std::vector<float> bias)
       : scale_(std::move(scale)), bias_(std::move(bias)) {}
@@ -108,7 +107,7 @@ int64_t offset(const Dims& index, const Dims& strides, int rank) {
   return o;
 }
 
-class SoftmaxStep : public Step {
+class SoftmaxStep : public FloatStep {
  public:
   explicit SoftmaxStep(int axis) : axis_(axis) {}
   Shape infer(const Shapes& in) const override {
@@ -137,7 +136,7 @@ class SoftmaxStep : public Step {
   int axis_;
 };
 
-class MeanStep : public Step {
+class MeanStep : public FloatStep {
  public:
   MeanStep(std::vector<int> axes, bool keepdims) : reduced_(kMaxRank, false), keepdims_(keepdims) {
     for (int a : axes) {
@@ -167,10 +166,19 @@ class MeanStep : public Step {
     for (int i = 0; i < s.rank; ++i) {
       if (reduced_[i]) count *= static_cast<float>(s[i]);
     }
+    // Reduced axes that are consecutive in memory are added as one line, in the same order.
+    int first = s.rank;
+    while (first > 2 && reduced_[first - 1]) --first;
+    int64_t line = 1;
+    for (int i = first; i < s.rank; ++i) line *= s[i];
+    for (int i = first; i < s.rank; ++i) kept[i] = true;
     visit(s, reduced_, [&](const Dims& index) {
       const float* x = in[0] + offset(index, from, s.rank);
       double sum = 0.0;
-      visit(window, kept, [&](const Dims& i) { sum += x[offset(i, from, s.rank)]; });
+      visit(window, kept, [&](const Dims& i) {
+        const float* part = x + offset(i, from, s.rank);
+        for (int64_t k = 0; k < line; ++k) sum += part[k];
+      });
       int64_t at = 0;
       for (int i = 0, o = 0; i < s.rank; ++i) {
         if (!reduced_[i]) {
@@ -188,7 +196,7 @@ class MeanStep : public Step {
   bool keepdims_;
 };
 
-class ReshapeStep : public Step {
+class ReshapeStep : public FloatStep {
  public:
   explicit ReshapeStep(std::vector<int64_t> shape) : shape_(std::move(shape)) {
     require(shape_.size() < kMaxRank, "reshape: more than 6 axes");
@@ -219,7 +227,7 @@ class ReshapeStep : public Step {
   std::vector<int64_t> shape_;
 };
 
-class PadStep : public Step {
+class PadStep : public FloatStep {
  public:
   PadStep(std::vector<int64_t> before, std::vector<int64_t> after, float value)
       : before_(std::move(before)), after_(std::move(after)), value_(value) {}
@@ -243,7 +251,7 @@ class PadStep : public Step {
   float value_;
 };
 
-class SliceStep : public Step {
+class SliceStep : public FloatStep {
  public:
   SliceStep(int axis, int64_t start, int64_t stop, int64_t step)
       : axis_(axis), start_(start), stop_(stop), step_(step) {
@@ -269,7 +277,7 @@ class SliceStep : public Step {
   int64_t start_, stop_, step_;
 };
 
-class ConcatStep : public Step {
+class ConcatStep : public FloatStep {
  public:
   explicit ConcatStep(int axis) : axis_(axis) {}
   Shape infer(const Shapes& in) const override {
@@ -297,114 +305,6 @@ class ConcatStep : public Step {
   int axis_;
 };
 
-// Calls f(channel and image plane of x, of y) for every plane.
-template <class F>
-void over_planes(const Shape& x, const Shape& y, const float* in, float* out, ThreadPool& pool,
-                 const F& f) {
-  pool.run(static_cast<size_t>(x[0] * x[1]), static_cast<double>(x.size()) / kPerMicrosecond,
-           [&](size_t i, int) {
-             f(in + static_cast<int64_t>(i) * x[2] * x[3],
-               out + static_cast<int64_t>(i) * y[2] * y[3]);
-           });
-}
-
-class PoolStep : public Step {
- public:
-  PoolStep(Pool kind, const ConvGeometry& g, bool ceil_mode, bool count_include_pad)
-      : kind_(kind), g_(g), ceil_mode_(ceil_mode), count_include_pad_(count_include_pad) {}
-
-  Shape infer(const Shapes& in) const override {
-    const Shape& x = in[0];
-    require(x.rank == 4, "a 2-D pooling got the shape " + x.text());
-    const Shape y{x[0], x[1], out(x[2], g_.kernel_h, g_.stride_h, g_.pad_h, g_.dilation_h),
-                  out(x[3], g_.kernel_w, g_.stride_w, g_.pad_w, g_.dilation_w)};
-    require(y[2] > 0 && y[3] > 0, "the pooling window is larger than the padded image " + x.text());
-    return y;
-  }
-
-  void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out_data, uint8_t*,
-           ThreadPool& pool) const override {
-    const Shape& x = shapes[0];
-    over_planes(x, y, in[0], out_data, pool, [&](const float* from, float* to) {
-      for (int64_t oy = 0; oy < y[2]; ++oy) {
-        for (int64_t ox = 0; ox < y[3]; ++ox) *to++ = window(from, x, oy, ox);
-      }
-    });
-  }
-
- private:
-  int64_t out(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) const {
-    const int64_t span = size + 2 * pad - dilation * (kernel - 1) - 1;
-    if (span < 0) return 0;
-    int64_t n = (span + (ceil_mode_ ? stride - 1 : 0)) / stride + 1;
-    // A window must start inside the image or its left padding.
-    if (ceil_mode_ && (n - 1) * stride >= size + pad) --n;
-    return n;
-  }
-
-  float window(const float* from, const Shape& x, int64_t oy, int64_t ox) const {
-    const int64_t y0 = oy * g_.stride_h - g_.pad_h, x0 = ox * g_.stride_w - g_.pad_w;
-    float top = -INFINITY, sum = 0.0f;
-    int64_t inside = 0;
-    for (int64_t ky = 0; ky < g_.kernel_h; ++ky) {
-      const int64_t yy = y0 + ky * g_.dilation_h;
-      if (yy < 0 || yy >= x[2]) continue;
-      for (int64_t kx = 0; kx < g_.kernel_w; ++kx) {
-        const int64_t xx = x0 + kx * g_.dilation_w;
-        if (xx < 0 || xx >= x[3]) continue;
-        const float v = from[yy * x[3] + xx];
-        top = std::max(top, v);
-        sum += v;
-        ++inside;
-      }
-    }
-    if (kind_ == Pool::kMax) return top;
-    // With padding counted, the window still ends with the padded image.
-    const int64_t padded = (std::min(y0 + g_.kernel_h, x[2] + g_.pad_h) - y0) *
-                           (std::min(x0 + g_.kernel_w, x[3] + g_.pad_w) - x0);
-    return sum / static_cast<float>(count_include_pad_ ? padded : inside);
-  }
-
-  Pool kind_;
-  ConvGeometry g_;
-  bool ceil_mode_, count_include_pad_;
-};
-
-class AdaptivePoolStep : public Step {
- public:
-  AdaptivePoolStep(Pool kind, int64_t h, int64_t w) : kind_(kind), h_(h), w_(w) {}
-  Shape infer(const Shapes& in) const override {
-    require(in[0].rank == 4, "a 2-D pooling got the shape " + in[0].text());
-    return {in[0][0], in[0][1], h_, w_};
-  }
-  void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t*,
-           ThreadPool& pool) const override {
-    const Shape& x = shapes[0];
-    over_planes(x, y, in[0], out, pool, [&](const float* from, float* to) {
-      for (int64_t oy = 0; oy < h_; ++oy) {
-        const int64_t y0 = oy * x[2] / h_, y1 = ((oy + 1) * x[2] + h_ - 1) / h_;
-        for (int64_t ox = 0; ox < w_; ++ox) {
-          const int64_t x0 = ox * x[3] / w_, x1 = ((ox + 1) * x[3] + w_ - 1) / w_;
-          float top = -INFINITY;
-          double sum = 0.0;
-          for (int64_t yy = y0; yy < y1; ++yy) {
-            for (int64_t xx = x0; xx < x1; ++xx) {
-              top = std::max(top, from[yy * x[3] + xx]);
-              sum += from[yy * x[3] + xx];
-            }
-          }
-          const float count = static_cast<float>((y1 - y0) * (x1 - x0));
-          *to++ = kind_ == Pool::kMax ? top : static_cast<float>(sum) / count;
-        }
-      }
-    });
-  }
-
- private:
-  Pool kind_;
-  int64_t h_, w_;
-};
-
 }  // namespace
 
 StepPtr clamp_step(float low, float high) { return std::make_unique<ClampStep>(low, high); }
@@ -426,11 +326,4 @@ StepPtr slice_step(int axis, int64_t start, int64_t stop, int64_t step) {
   return std::make_unique<SliceStep>(axis, start, stop, step);
 }
 StepPtr concat_step(int axis) { return std::make_unique<ConcatStep>(axis); }
-StepPtr pool_step(Pool kind, const ConvGeometry& window, bool ceil_mode, bool count_include_pad) {
-  return std::make_unique<PoolStep>(kind, window, ceil_mode, count_include_pad);
-}
-StepPtr adaptive_pool_step(Pool kind, int64_t out_h, int64_t out_w) {
-  return std::make_unique<AdaptivePoolStep>(kind, out_h, out_w);
-}
-
 }  // namespace lutra

@@ -10,8 +10,9 @@ constexpr double kCopiedPerMicrosecond = 2e3;
 constexpr double kMultipliedPerMicrosecond = 3e4;
 
 // The view of a stored value (N, C, H, W).
-ImageView stored_image(const Shape& s, const float* data) {
-  return {.data = const_cast<float*>(data),
+template <class T>
+View<T> stored_image(const Shape& s, T* data) {
+  return {.data = data,
           .n = s[0],
           .c = s[1],
           .h = s[2],
@@ -24,10 +25,11 @@ ImageView stored_image(const Shape& s, const float* data) {
 
 // The view of a stored value (N, ..., D) as rows of D: images of one pixel. Channel-first order
 // makes planes of (N, D) and leaves the last of more axes where it is.
-ImageView stored_rows(const Shape& s, const float* data) {
+template <class T>
+View<T> stored_rows(const Shape& s, T* data) {
   const Dims strides = storage_strides(s);
   const int64_t features = s[s.rank - 1];
-  return {.data = const_cast<float*>(data),
+  return {.data = data,
           .n = s.size() / features,
           .c = features,
           .h = 1,
@@ -38,68 +40,92 @@ ImageView stored_rows(const Shape& s, const float* data) {
           .sw = 1};
 }
 
-Shape conv_output(const ConvGeometry& g, int64_t outputs, const Shape& x, bool residual,
-                  const std::vector<Shape>& inputs) {
-  require(x.rank == 4 && x[1] == g.channels, "a convolution over " + std::to_string(g.channels) +
-                                                 " channels got the shape " + x.text());
-  const Shape y{x[0], outputs, g.out_h(x[2]), g.out_w(x[3])};
-  require(x[2] + 2 * g.pad_h >= g.dilation_h * (g.kernel_h - 1) + 1 &&
-              x[3] + 2 * g.pad_w >= g.dilation_w * (g.kernel_w - 1) + 1,
-          "the kernel is larger than the padded image " + x.text());
-  require(!residual || inputs[1] == y, "the added tensor's shape differs from the output's");
-  return y;
-}
-
-Shape linear_output(int64_t features, int64_t outputs, const Shape& x, bool residual,
-                    const std::vector<Shape>& inputs) {
-  require(x.rank >= 2 && x[x.rank - 1] == features,
-          "a linear layer of " + std::to_string(features) + " features got the shape " + x.text());
-  Shape y = x;
-  y[y.rank - 1] = outputs;
-  require(!residual || inputs[1] == y, "the added tensor's shape differs from the output's");
-  return y;
-}
-
 }  // namespace
 
-PqConvStep::PqConvStep(PqLayer layer, bool linear, bool residual, Clamp clamp)
-    : layer_(std::move(layer)), linear_(linear), residual_(residual), clamp_(clamp) {}
-
-Shape PqConvStep::infer(const std::vector<Shape>& inputs) const {
-  const ConvGeometry& g = layer_.geometry();
-  return linear_ ? linear_output(g.channels, layer_.shape().outputs, inputs[0], residual_, inputs)
-                 : conv_output(g, layer_.shape().outputs, inputs[0], residual_, inputs);
-}
-
-size_t PqConvStep::workspace(const std::vector<Shape>& inputs, int threads) const {
-  const ImageView x = view(inputs[0], nullptr);
-  return layer_.workspace_bytes(x.n, x.h, x.w, threads);
-}
-
-ImageView PqConvStep::view(const Shape& shape, const float* data) const {
+template <class T>
+View<T> LayerStep::view(const Shape& shape, T* data) const {
   return linear_ ? stored_rows(shape, data) : stored_image(shape, data);
 }
 
-void PqConvStep::run(const std::vector<Shape>& shapes, const std::vector<const float*>& inputs,
-                     const Shape& out_shape, float* out, uint8_t* workspace,
-                     ThreadPool& pool) const {
-  layer_.run({.input = view(shapes[0], inputs[0]),
-              .output = view(out_shape, out),
-              .residual = residual_ ? inputs[1] : nullptr,
-              .clamp = clamp_},
-             workspace, pool);
+Shape LayerStep::infer(const Shapes& inputs) const {
+  const Shape& x = inputs[0];
+  Shape y = x;
+  if (linear_) {
+    require(x.rank >= 2 && x[x.rank - 1] == geometry_.channels,
+            "a linear layer of " + std::to_string(geometry_.channels) +
+                " features got the shape " + x.text());
+    y[y.rank - 1] = outputs_;
+  } else {
+    const ConvGeometry& g = geometry_;
+    require(x.rank == 4 && x[1] == g.channels, "a convolution over " + std::to_string(g.channels) +
+                                                   " channels got the shape " + x.text());
+    require(x[2] + 2 * g.pad_h >= g.dilation_h * (g.kernel_h - 1) + 1 &&
+                x[3] + 2 * g.pad_w >= g.dilation_w * (g.kernel_w - 1) + 1,
+            "the kernel is larger than the padded image " + x.text());
+    y = Shape{x[0], outputs_, g.out_h(x[2]), g.out_w(x[3])};
+  }
+  require(!residual_ || inputs[1] == y, "the added tensor's shape differs from the output's");
+  return y;
+}
+
+LayerOutput LayerStep::output(const StepRun& r) const {
+  LayerOutput o;
+  o.view = view(r.out_shape, r.out);
+  o.residual = residual_ ? r.inputs[1] : nullptr;
+  o.clamp = clamp_;
+  o.quantized = r.quantized;
+  for (int i = 0; i < r.quantized; ++i) {
+    o.q[i].grid = r.q[i].grid;
+    o.q[i].data = r.q[i].data;
+  }
+  return o;
+}
+
+int64_t LayerStep::rows(const Shape& x) const {
+  return linear_ ? x.size() / geometry_.channels
+                 : x[0] * geometry_.out_h(x[2]) * geometry_.out_w(x[3]);
+}
+
+PqStep::PqStep(PqLayer layer, bool linear, bool residual, Clamp clamp)
+    : LayerStep(layer.geometry(), layer.shape().outputs, linear, residual, clamp),
+      layer_(std::move(layer)) {}
+
+size_t PqStep::workspace(const Shapes& inputs, int threads) const {
+  const auto x = view<const uint8_t>(inputs[0], nullptr);
+  return layer_.workspace_bytes(x.n, x.h, x.w, threads, direct(inputs[0]));
+}
+
+void PqStep::run(const StepRun& r) const {
+  const ByteView x = view(r.shapes[0], r.bytes);
+  layer_.run({.bytes = &x, .output = output(r)}, r.workspace, r.pool);
+}
+
+std::string PqStep::method(const Shapes& inputs) const { return layer_.method(rows(inputs[0])); }
+
+Int8Step::Int8Step(Int8Layer layer, bool linear, bool residual, Clamp clamp)
+    : LayerStep(layer.geometry(), layer.outputs(), linear, residual, clamp),
+      layer_(std::move(layer)) {}
+
+size_t Int8Step::workspace(const Shapes& inputs, int threads) const {
+  const auto x = view<const uint8_t>(inputs[0], nullptr);
+  return layer_.workspace_bytes(x.n, x.h, x.w, threads, direct(inputs[0]));
+}
+
+void Int8Step::run(const StepRun& r) const {
+  layer_.run(view(r.shapes[0], r.bytes), output(r), r.workspace, r.pool);
+}
+
+std::string Int8Step::method(const Shapes& inputs) const {
+  return layer_.method(rows(inputs[0]));
 }
 
 ConvStep::ConvStep(const Kernels& kernels, const ConvGeometry& geometry, int64_t outputs,
                    int64_t groups, const float* weight, const float* bias, bool residual,
                    Clamp clamp)
-    : kernels_(kernels),
-      geometry_(geometry),
-      outputs_(outputs),
+    : LayerStep(geometry, outputs, false, residual, clamp),
+      kernels_(kernels),
       groups_(groups),
-      bias_(bias, bias + outputs),
-      residual_(residual),
-      clamp_(clamp) {
+      bias_(bias, bias + outputs) {
   require(groups >= 1 && geometry.channels % groups == 0 && outputs % groups == 0,
           "groups must divide the channels and the outputs of a convolution");
   const int64_t depth = geometry.depth() / groups, per_group = outputs / groups;
@@ -121,74 +147,56 @@ struct ConvStep::Sizes {
   Sizes(const PaddedPlanes<float>& p, int64_t depth, int64_t tile, int64_t w) {
     planes = static_cast<size_t>((p.elements() + 15) / 16 * 16);
     worker = static_cast<size_t>(
-        std::max(depth * tile + PaddedPlanes<float>::kSlack, (w + 15) / 16 * 16));
+        std::max<int64_t>(depth * tile + static_cast<int64_t>(kSlack), (w + 15) / 16 * 16));
   }
 };
 
-Shape ConvStep::infer(const std::vector<Shape>& inputs) const {
-  return conv_output(geometry_, outputs_, inputs[0], residual_, inputs);
-}
-
-size_t ConvStep::workspace(const std::vector<Shape>& inputs, int threads) const {
+size_t ConvStep::workspace(const Shapes& inputs, int threads) const {
   const Shape& x = inputs[0];
   const PaddedPlanes<float> planes(geometry_, x[0], x[2], x[3]);
   const Sizes s(planes, geometry_.depth() / groups_, kernels_.row_tile, x[3]);
   return (s.planes + s.worker * static_cast<size_t>(threads)) * sizeof(float);
 }
 
-void ConvStep::run(const std::vector<Shape>& shapes, const std::vector<const float*>& inputs,
-                   const Shape& out_shape, float* out, uint8_t* workspace, ThreadPool& pool) const {
-  const ImageView x = stored_image(shapes[0], inputs[0]), y = stored_image(out_shape, out);
+void ConvStep::run(const StepRun& r) const {
+  const View<const float> x = stored_image(r.shapes[0], r.inputs[0]);
   const PaddedPlanes<float> planes(geometry_, x.n, x.h, x.w);
   const int64_t depth = geometry_.depth() / groups_, tile = kernels_.row_tile;
   const Sizes s(planes, depth, tile, x.w);
-  float* const padded = reinterpret_cast<float*>(workspace);
+  float* const padded = reinterpret_cast<float*>(r.workspace);
   float* const workers = padded + s.planes;
-  auto copy = [](const float* from, int64_t count, float* to) {
-    std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
-  };
   const double fill = static_cast<double>(x.n * x.c * x.h * x.w) / kCopiedPerMicrosecond;
-  pool.run(static_cast<size_t>(x.n * x.c), fill, [&](size_t item, int worker) {
+  r.pool.run(static_cast<size_t>(x.n * x.c), fill, [&](size_t item, int) {
     const int64_t n = static_cast<int64_t>(item) / x.c, c = static_cast<int64_t>(item) % x.c;
-    planes.fill(padded, x, n, c, c + 1, 0.0f, workers + worker * s.worker, copy);
+    planes.copy(padded, x.data + n * x.sn + c * x.sc, n, c, 0.0f);
   });
+  const LayerOutput out = output(r);
+  const TileOutput target(out, kernels_, nullptr, nullptr, bias_.data());
   const int64_t rows = planes.rows(), per_group = outputs_ / groups_;
   const double work = static_cast<double>(rows * depth) * static_cast<double>(outputs_);
-  pool.run(static_cast<size_t>((rows + tile - 1) / tile), work / kMultipliedPerMicrosecond,
-           [&](size_t index, int worker) {
-             float* const patch = workers + static_cast<size_t>(worker) * s.worker;
-             const int64_t first = static_cast<int64_t>(index) * tile,
-                           count = std::min(tile, rows - first);
-             const auto runs = planes.runs(first, count);
-             if (count < tile) std::fill(patch, patch + s.worker, 0.0f);
-             for (int64_t group = 0; group < groups_; ++group) {
-               planes.gather(padded, runs, group * depth, (group + 1) * depth, tile, patch);
-               const int64_t m = group * per_group;
-               const Epilogue e{.scale = nullptr,
-                                .bias = bias_.data() + m,
-                                .residual = residual_ ? inputs[1] + m * y.sc + first : nullptr,
-                                .out = out + m * y.sc + first,
-                                .residual_stride = static_cast<size_t>(y.sc),
-                                .out_stride = static_cast<size_t>(y.sc),
-                                .rows = static_cast<int32_t>(count),
-                                .clamp = clamp_.on,
-                                .low = clamp_.low,
-                                .high = clamp_.high};
-               kernels_.gemm(patch, static_cast<size_t>(depth),
-                             weight_.data() + static_cast<size_t>(group) * group_weights_,
-                             static_cast<int32_t>(per_group), e);
-             }
-           });
+  r.pool.run(static_cast<size_t>((rows + tile - 1) / tile), work / kMultipliedPerMicrosecond,
+             [&](size_t index, int worker) {
+               float* const patch = workers + static_cast<size_t>(worker) * s.worker;
+               const int64_t first = static_cast<int64_t>(index) * tile,
+                             count = std::min(tile, rows - first);
+               const auto runs = planes.runs(first, count);
+               if (count < tile) std::fill(patch, patch + s.worker, 0.0f);
+               for (int64_t group = 0; group < groups_; ++group) {
+                 planes.gather(padded, runs, group * depth, (group + 1) * depth, tile, patch);
+                 kernels_.gemm(patch, static_cast<size_t>(depth),
+                               weight_.data() + static_cast<size_t>(group) * group_weights_,
+                               static_cast<int32_t>(per_group),
+                               target.begin(first, count, nullptr, group * per_group));
+               }
+             });
 }
 
 LinearStep::LinearStep(const Kernels& kernels, int64_t features, int64_t outputs,
                        const float* weight, const float* bias, bool residual, Clamp clamp)
-    : kernels_(kernels),
+    : LayerStep({.channels = features}, outputs, true, residual, clamp),
+      kernels_(kernels),
       features_(features),
-      outputs_(outputs),
-      bias_(bias, bias + outputs),
-      residual_(residual),
-      clamp_(clamp) {
+      bias_(bias, bias + outputs) {
   weight_.assign(static_cast<size_t>(padded() * features), 0.0f);
   for (int64_t m = 0; m < outputs; ++m) {
     float* block = weight_.data() + m / kLinearOutputs * features * kLinearOutputs;
@@ -202,31 +210,59 @@ int64_t LinearStep::padded() const {
   return (outputs_ + kLinearOutputs - 1) / kLinearOutputs * kLinearOutputs;
 }
 
-Shape LinearStep::infer(const std::vector<Shape>& inputs) const {
-  return linear_output(features_, outputs_, inputs[0], residual_, inputs);
-}
-
-size_t LinearStep::workspace(const std::vector<Shape>&, int threads) const {
+size_t LinearStep::workspace(const Shapes&, int threads) const {
   return static_cast<size_t>(padded()) * sizeof(float) * static_cast<size_t>(threads);
 }
 
-void LinearStep::run(const std::vector<Shape>& shapes, const std::vector<const float*>& inputs,
-                     const Shape& out_shape, float* out, uint8_t* workspace,
-                     ThreadPool& pool) const {
-  const ImageView x = stored_rows(shapes[0], inputs[0]), y = stored_rows(out_shape, out);
+void LinearStep::run(const StepRun& r) const {
+  const auto x = view(r.shapes[0], r.inputs[0]);
+  const auto y = view(r.out_shape, r.out);
   const double work = static_cast<double>(x.n * features_) * static_cast<double>(outputs_);
-  pool.run(static_cast<size_t>(x.n), work / kMultipliedPerMicrosecond,
-           [&](size_t index, int worker) {
-             const int64_t row = static_cast<int64_t>(index);
-             float* const sums = reinterpret_cast<float*>(workspace) + worker * padded();
-             kernels_.linear(x.data + row * x.sn, static_cast<size_t>(x.sc),
-                             static_cast<size_t>(features_), weight_.data(), bias_.data(),
-                             static_cast<int32_t>(outputs_), sums);
-             for (int64_t m = 0; m < outputs_; ++m) {
-               const int64_t at = row * y.sn + m * y.sc;
-               out[at] = clamp_(residual_ ? sums[m] + inputs[1][at] : sums[m]);
-             }
-           });
+  r.pool.run(static_cast<size_t>(x.n), work / kMultipliedPerMicrosecond,
+             [&](size_t index, int worker) {
+               const int64_t row = static_cast<int64_t>(index);
+               float* const sums = reinterpret_cast<float*>(r.workspace) + worker * padded();
+               kernels_.linear(x.data + row * x.sn, static_cast<size_t>(x.sc),
+                               static_cast<size_t>(features_), weight_.data(), bias_.data(),
+                               static_cast<int32_t>(outputs_), sums);
+               for (int64_t m = 0; m < outputs_; ++m) {
+                 const int64_t at = row * y.sn + m * y.sc;
+                 float v = residual_ ? sums[m] + r.inputs[1][at] : sums[m];
+                 if (clamp_.on) {  // as the kernels do: NaN and -0 become `low`
+                   v = v > clamp_.low ? v : clamp_.low;
+                   v = v < clamp_.high ? v : clamp_.high;
+                 }
+                 y.data[at] = v;
+               }
+             });
 }
+
+namespace {
+
+class QuantizeStep : public Step {
+ public:
+  explicit QuantizeStep(const Kernels& kernels) : kernels_(kernels) {}
+  Shape infer(const Shapes& inputs) const override { return inputs[0]; }
+  int max_quantized() const override { return 1; }
+  std::string method(const Shapes&) const override { return "quantize"; }
+  void run(const StepRun& r) const override {
+    constexpr int64_t kBlock = 8192;
+    const int64_t size = r.shapes[0].size();
+    r.pool.run(static_cast<size_t>((size + kBlock - 1) / kBlock),
+               static_cast<double>(size) / kCopiedPerMicrosecond, [&](size_t i, int) {
+                 const int64_t first = static_cast<int64_t>(i) * kBlock;
+                 kernels_.quantize(r.inputs[0] + first,
+                                   static_cast<size_t>(std::min(kBlock, size - first)), r.q[0].grid,
+                                   r.q[0].data + first);
+               });
+  }
+
+ private:
+  const Kernels& kernels_;
+};
+
+}  // namespace
+
+StepPtr quantize_step(const Kernels& kernels) { return std::make_unique<QuantizeStep>(kernels); }
 
 }  // namespace lutra

@@ -1,65 +1,100 @@
 // Convolution and linear steps, looked up and dense, each with its fused epilogue.
 #pragma once
 
+#include "int8_layer.h"
 #include "pq_layer.h"
 #include "step.h"
 
 namespace lutra {
 
-// Inputs: x, and the tensor to add before the clamp if `residual`.
-class PqConvStep : public Step {
+// What all of them have: the layer works on images (N, C, H, W) or on rows (N, ..., D), and may add
+// a second input before the clamp.
+class LayerStep : public Step {
  public:
-  PqConvStep(PqLayer layer, bool linear, bool residual, Clamp clamp);
-  Shape infer(const std::vector<Shape>& inputs) const override;
-  size_t workspace(const std::vector<Shape>& inputs, int threads) const override;
-  void run(const std::vector<Shape>& shapes, const std::vector<const float*>& inputs,
-           const Shape& out_shape, float* out, uint8_t* workspace, ThreadPool& pool) const override;
+  LayerStep(const ConvGeometry& geometry, int64_t outputs, bool linear, bool residual, Clamp clamp)
+      : geometry_(geometry),
+        outputs_(outputs),
+        linear_(linear),
+        residual_(residual),
+        clamp_(clamp) {}
+  Shape infer(const Shapes& inputs) const override;
+  int max_quantized() const override { return kMaxQuantized; }
 
- private:
-  ImageView view(const Shape& shape, const float* data) const;
-  PqLayer layer_;
+ protected:
+  template <class T>
+  View<T> view(const Shape& shape, T* data) const;
+  // Whether rows lie one behind the other in a stored value.
+  bool direct(const Shape& shape) const { return !linear_ || shape.rank == 2; }
+  LayerOutput output(const StepRun& r) const;
+  int64_t rows(const Shape& x) const;
+
+  ConvGeometry geometry_;  // of the whole layer
+  int64_t outputs_;
   bool linear_, residual_;
   Clamp clamp_;
 };
 
-class ConvStep : public Step {
+class PqStep : public LayerStep {
+ public:
+  PqStep(PqLayer layer, bool linear, bool residual, Clamp clamp);
+  size_t workspace(const Shapes& inputs, int threads) const override;
+  void run(const StepRun& r) const override;
+  std::string method(const Shapes& inputs) const override;
+  size_t parameter_bytes() const override { return layer_.parameter_bytes(); }
+
+ private:
+  PqLayer layer_;
+};
+
+class Int8Step : public LayerStep {
+ public:
+  Int8Step(Int8Layer layer, bool linear, bool residual, Clamp clamp);
+  size_t workspace(const Shapes& inputs, int threads) const override;
+  void run(const StepRun& r) const override;
+  std::string method(const Shapes& inputs) const override;
+  size_t parameter_bytes() const override { return layer_.parameter_bytes(); }
+
+ private:
+  Int8Layer layer_;
+};
+
+class ConvStep : public LayerStep {
  public:
   // weight (outputs, geometry.channels / groups, kernel_h, kernel_w), bias (outputs)
   ConvStep(const Kernels& kernels, const ConvGeometry& geometry, int64_t outputs, int64_t groups,
            const float* weight, const float* bias, bool residual, Clamp clamp);
-  Shape infer(const std::vector<Shape>& inputs) const override;
-  size_t workspace(const std::vector<Shape>& inputs, int threads) const override;
-  void run(const std::vector<Shape>& shapes, const std::vector<const float*>& inputs,
-           const Shape& out_shape, float* out, uint8_t* workspace, ThreadPool& pool) const override;
+  size_t workspace(const Shapes& inputs, int threads) const override;
+  void run(const StepRun& r) const override;
+  std::string method(const Shapes&) const override { return "float32"; }
+  size_t parameter_bytes() const override { return weight_.size() * sizeof(float); }
 
  private:
   struct Sizes;
   const Kernels& kernels_;
-  ConvGeometry geometry_;  // of the whole layer
-  int64_t outputs_, groups_;
+  int64_t groups_;
   std::vector<float> weight_, bias_;  // weight: packed, group after group
   size_t group_weights_;              // packed floats per group
-  bool residual_;
-  Clamp clamp_;
 };
 
-class LinearStep : public Step {
+class LinearStep : public LayerStep {
  public:
   // weight (outputs, features), bias (outputs)
   LinearStep(const Kernels& kernels, int64_t features, int64_t outputs, const float* weight,
              const float* bias, bool residual, Clamp clamp);
-  Shape infer(const std::vector<Shape>& inputs) const override;
-  size_t workspace(const std::vector<Shape>& inputs, int threads) const override;
-  void run(const std::vector<Shape>& shapes, const std::vector<const float*>& inputs,
-           const Shape& out_shape, float* out, uint8_t* workspace, ThreadPool& pool) const override;
+  size_t workspace(const Shapes& inputs, int threads) const override;
+  void run(const StepRun& r) const override;
+  int max_quantized() const override { return 0; }
+  std::string method(const Shapes&) const override { return "float32"; }
+  size_t parameter_bytes() const override { return weight_.size() * sizeof(float); }
 
  private:
   int64_t padded() const;
   const Kernels& kernels_;
-  int64_t features_, outputs_;
+  int64_t features_;
   std::vector<float> weight_, bias_;
-  bool residual_;
-  Clamp clamp_;
 };
+
+// From floats to a grid, for a value whose maker cannot do it.
+StepPtr quantize_step(const Kernels& kernels);
 
 }  // namespace lutra

@@ -10,7 +10,33 @@
 #define LUTRA_GETPID getpid
 #endif
 
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
 namespace lutra {
+namespace {
+
+// How often a thread looks for work before it sleeps: some ten microseconds.
+constexpr int kLooks = 2000;
+
+void relax() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_pause();
+#endif
+}
+
+// Waits awake for a short time; whether the condition came true.
+template <class Condition>
+bool came_true(const Condition& condition) {
+  for (int i = 0; i < kLooks; ++i) {
+    if (condition()) return true;
+    relax();
+  }
+  return condition();
+}
+
+}  // namespace
 
 ThreadPool::ThreadPool(int threads)
     : shared_(std::make_unique<Shared>()), pid_(static_cast<int>(LUTRA_GETPID())) {
@@ -30,15 +56,33 @@ ThreadPool::~ThreadPool() {
   }
 }
 
+ThreadPool::Awake::Awake(ThreadPool& pool, bool on) : pool_(nullptr) {
+  if (!on || pool.shared_->workers.empty() || pool.forked()) return;
+  pool_ = &pool;
+  ++pool.shared_->awake;
+  ++pool.shared_->calls;
+  pool.wake();
+}
+
+ThreadPool::Awake::~Awake() {
+  if (pool_) --pool_->shared_->awake;
+}
+
 bool ThreadPool::forked() const { return static_cast<int>(LUTRA_GETPID()) != pid_; }
 
 void ThreadPool::stop() {
-  {
-    std::lock_guard lock(shared_->mutex);
-    shared_->stop = true;
-  }
-  shared_->start.notify_all();
+  shared_->stop = true;
+  wake();
   for (std::thread& t : shared_->workers) t.join();
+}
+
+// Whoever sleeps has counted itself under the mutex before it looked at what it waits for, so it
+// either sees the change made before this call or is woken.
+void ThreadPool::wake() {
+  Shared& s = *shared_;
+  if (s.asleep == 0) return;
+  { std::lock_guard lock(s.mutex); }
+  s.start.notify_all();
 }
 
 void ThreadPool::drain(const Work& work, size_t count, int worker) {
@@ -52,46 +96,63 @@ void ThreadPool::drain(const Work& work, size_t count, int worker) {
   }
 }
 
-void ThreadPool::run_erased(int threads, size_t count, const Work& work) {
+void ThreadPool::run_erased(size_t shared_count, size_t count, const Work& work) {
   Shared& s = *shared_;
   std::unique_lock<std::mutex> owner(s.busy, std::defer_lock);
-  const bool alone = threads < 2 || s.workers.empty() || count < 2 || forked();
+  const bool alone = shared_count < 2 || s.workers.empty() || forked();
   if (alone || !owner.try_lock()) {
     for (size_t i = 0; i < count; ++i) work(i, 0);
     return;
   }
+  s.work = work;
+  s.count = count;
+  s.next = 0;
+  s.finished = 0;
+  s.joined = 0;
+  ++s.generation;
+  wake();
+  drain(work, count, 0);
+  const int joined = s.joined.exchange(Shared::kClosed);
+  auto finished = [&] { return s.finished == joined; };
+  if (!came_true(finished)) {
+    std::unique_lock lock(s.mutex);
+    ++s.waiting;
+    s.done.wait(lock, finished);
+    --s.waiting;
+  }
+  std::exception_ptr error;
   {
     std::lock_guard lock(s.mutex);
-    s.work = work;
-    s.count = count;
-    s.next = 0;
-    s.active = static_cast<int>(s.workers.size());
-    ++s.generation;
+    error = std::exchange(s.error, nullptr);
   }
-  s.start.notify_all();
-  drain(work, count, 0);
-  std::unique_lock lock(s.mutex);
-  s.done.wait(lock, [&s] { return s.active == 0; });
-  if (s.error) std::rethrow_exception(std::exchange(s.error, nullptr));
+  if (error) std::rethrow_exception(error);
 }
 
 void ThreadPool::serve(int worker) {
   Shared& s = *shared_;
-  size_t seen = 0;
+  size_t seen = 0, calls = 0;
   for (;;) {
-    Work work;
-    size_t count;
-    {
+    auto work_came = [&] { return s.stop || s.generation != seen; };
+    if (s.awake == 0 || !came_true(work_came)) {
       std::unique_lock lock(s.mutex);
-      s.start.wait(lock, [&] { return s.stop || s.generation != seen; });
-      if (s.stop) return;
-      seen = s.generation;
-      work = s.work;
-      count = s.count;
+      ++s.asleep;
+      // An Awake that begins is a reason to get up as well: the first job is near.
+      s.start.wait(lock, [&] { return work_came() || s.calls != calls; });
+      --s.asleep;
     }
-    drain(work, count, worker);
-    std::lock_guard lock(s.mutex);
-    if (--s.active == 0) s.done.notify_one();
+    calls = s.calls;
+    if (s.stop) return;
+    seen = s.generation;
+    int joined = s.joined;
+    while (joined != Shared::kClosed && !s.joined.compare_exchange_weak(joined, joined + 1)) {
+    }
+    if (joined == Shared::kClosed) continue;
+    drain(s.work, s.count, worker);
+    ++s.finished;
+    if (s.waiting > 0) {
+      { std::lock_guard lock(s.mutex); }
+      s.done.notify_one();
+    }
   }
 }
 

@@ -26,16 +26,31 @@ class ThreadPool {
   // finds the pool busy, or a forked child that has lost its threads, does all the work itself.
   // Throws what work throws, the first of it, once no thread is at work any more.
   //
-  // `microseconds` is a rough guess of the whole job on one thread: waking a thread costs ten or
-  // twenty, so a short job is done by the caller.
+  // `microseconds` is a rough guess of the whole job on one thread. Waking a thread costs ten or
+  // twenty, so a short job is done by the caller, unless the threads are awake.
   template <class F>  // void(size_t index, int worker)
   void run(size_t count, double microseconds, const F& work) {
-    run_erased(microseconds < kWorthwhile ? 1 : threads(), count,
+    const bool worthwhile = microseconds >= (shared_->awake > 0 ? kWorthwhileAwake : kWorthwhile);
+    run_erased(worthwhile ? count : 0, count,
                {&work, [](const void* f, size_t index,
                           int worker) { (*static_cast<const F*>(f))(index, worker); }});
   }
 
-  static constexpr double kWorthwhile = 60.0;  // microseconds
+  // While one exists, the threads wait for the next job awake, for a short time: the steps of a
+  // run follow each other within microseconds. It wakes them; nobody spins once it is gone.
+  class Awake {
+   public:
+    Awake(ThreadPool& pool, bool on);
+    ~Awake();
+    Awake(const Awake&) = delete;
+    Awake& operator=(const Awake&) = delete;
+
+   private:
+    ThreadPool* pool_;
+  };
+
+  static constexpr double kWorthwhile = 60.0;       // microseconds
+  static constexpr double kWorthwhileAwake = 3.0;
 
  private:
   struct Work {  // a reference to the caller's function: no allocation
@@ -46,21 +61,30 @@ class ThreadPool {
 
   // On the heap, so that a forked child can leave it behind: destroying a condition variable waits
   // for the threads that wait on it, and the child has none of them.
+  //
+  // A job is open while joined >= 0. A worker joins by adding one; the caller closes the job by
+  // exchanging kClosed for the number of those who joined and waits until as many have finished.
+  // So nobody waits for a thread that is slow to wake.
   struct Shared {
+    static constexpr int kClosed = -1;
     std::vector<std::thread> workers;
     std::mutex busy;  // held by the caller whose job is running
     std::mutex mutex;
     std::condition_variable start, done;
+    std::atomic<int> awake{0};     // Awake objects there are
+    std::atomic<size_t> calls{0};  // and have been
+    std::atomic<int> asleep{0}, waiting{0};
+    std::atomic<size_t> generation{0};
+    std::atomic<int> joined{kClosed}, finished{0};
+    std::atomic<size_t> next{0};
     Work work;
     size_t count = 0;
-    std::atomic<size_t> next{0};
-    size_t generation = 0;
-    int active = 0;
-    std::exception_ptr error;  // of this job
-    bool stop = false;
+    std::exception_ptr error;  // of this job, under mutex
+    std::atomic<bool> stop{false};
   };
 
-  void run_erased(int threads, size_t count, const Work& work);
+  void run_erased(size_t shared_count, size_t count, const Work& work);
+  void wake();
   void serve(int worker);
   void drain(const Work& work, size_t count, int worker);
   void stop();

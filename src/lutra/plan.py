@@ -117,6 +117,7 @@ def build_plan(graph: Graph, isa: str, threads: int) -> _engine.Plan:
                 f"node {node.name!r} ({node.op}) is not an operator of the engine; run it in the "
                 "reference"
             )
+        plan.label(node.name)
         try:
             ids[fused.output] = step(plan, job)
         except ValueError as error:
@@ -176,7 +177,6 @@ def _pq_conv2d(plan: _engine.Plan, job: Job) -> int:
     node, tensors = job.node, job.tensors
     return plan.pq_conv2d(
         job.ids[0],
-        tensors["centroids"],
         tensors["tables"],
         tensors["scale"],
         tensors["bias"],
@@ -188,6 +188,9 @@ def _pq_conv2d(plan: _engine.Plan, job: Job) -> int:
         stride=pair(node, "stride"),
         padding=pair(node, "padding"),
         dilation=pair(node, "dilation"),
+        centroids=tensors.get("centroids"),
+        splits=tensors.get("splits"),
+        thresholds=tensors.get("thresholds"),
         residual=job.residual,
         clamp=job.clamp,
     )
@@ -197,7 +200,6 @@ def _pq_linear(plan: _engine.Plan, job: Job) -> int:
     node, tensors = job.node, job.tensors
     return plan.pq_linear(
         job.ids[0],
-        tensors["centroids"],
         tensors["tables"],
         tensors["scale"],
         tensors["bias"],
@@ -205,6 +207,9 @@ def _pq_linear(plan: _engine.Plan, job: Job) -> int:
         act_zero=integer(node, "act_zero"),
         act_bits=integer(node, "act_bits"),
         features=integer(node, "in_features"),
+        centroids=tensors.get("centroids"),
+        splits=tensors.get("splits"),
+        thresholds=tensors.get("thresholds"),
         residual=job.residual,
         clamp=job.clamp,
     )

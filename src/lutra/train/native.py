@@ -56,7 +56,6 @@ def make_layer(
     """Packs a layer for the instruction set of this process."""
     return _engine.PqLayer(
         choose_isa(),
-        _array(centroids.contiguous()),
         _array(tables.contiguous()),
         _array(scale.contiguous()),
         _array(bias.contiguous()),
@@ -68,6 +67,7 @@ def make_layer(
         geometry.stride,
         geometry.padding,
         geometry.dilation,
+        centroids=_array(centroids.contiguous()),
     )
 
 

@@ -1,0 +1,51 @@
+// Where the sums of a layer go: floats, quantised copies for the readers of the value, or both.
+#pragma once
+
+#include "patches.h"
+#include "quantization.h"
+
+namespace lutra {
+
+struct LayerOutput {
+  ImageView view;                   // data may be null: nobody reads the floats
+  const float* residual = nullptr;  // laid out like the view, or null
+  Clamp clamp;
+  int quantized = 0;  // copies laid out like the view
+  struct {
+    Grid grid;
+    uint8_t* data;
+  } q[kMaxQuantized] = {};
+};
+
+class TileOutput {
+ public:
+  TileOutput(const LayerOutput& output, const Kernels& kernels, const int32_t* offset,
+             const float* scale, const float* bias);
+
+  // Scratch of a worker. Without it the rows of a tile must be consecutive in the output.
+  static size_t scratch_bytes(int64_t outputs, int32_t row_tile);
+  // Whether the rows of every tile are consecutive in the output.
+  static bool direct(const ImageView& out) { return out.row_step() == 1; }
+
+  // The epilogue of rows first..first+count-1, for outputs counted from `base`.
+  Epilogue begin(int64_t first, int64_t count, uint8_t* scratch, int64_t base = 0) const;
+  // Writes outputs base..base+outputs-1 to their places if begin() led them into the scratch.
+  void end(int64_t first, int64_t count, uint8_t* scratch, int64_t base, int64_t outputs) const;
+  // One row of finished sums: sums[m - base] of outputs base..base+outputs-1; scratch holds five
+  // bytes for each of them.
+  void row(int64_t row, const int32_t* sums, int64_t base, int64_t outputs,
+           uint8_t* scratch) const;
+
+ private:
+  bool consecutive(int64_t first, int64_t count) const;
+  int64_t place(int64_t row) const;
+  float finish(float y, int64_t at) const;
+
+  const LayerOutput& o_;
+  const Kernels& kernels_;
+  const int32_t* offset_;
+  const float *scale_, *bias_;
+  bool whole_, by_image_;
+};
+
+}  // namespace lutra

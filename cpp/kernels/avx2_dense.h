@@ -1,0 +1,187 @@
+// AVX2: dense layers, int8 and float32. Private to avx2.cc.
+#pragma once
+
+#include "avx2_common.h"
+
+namespace lutra {
+namespace {
+
+// --- int8 ----------------------------------------------------------------------------------------
+//
+// Four entries per dword. vpmaddubsw adds two products in 16 bits (2 * 127 * 127 fits), vpmaddwd
+// with ones makes 32 bits of two such sums, vpaddd adds: three instructions for 32 products.
+//
+// Packed weights: [8 outputs][quad of entries][output][4 entries]; gathered values: [16 rows][quad]
+// [row][4 entries]. What is missing has weight zero.
+
+constexpr int32_t kDenseBlock = 8;
+
+LUTRA_INLINE int32_t quads_of(int32_t depth) { return (depth + 3) / 4; }
+
+size_t dense8_bytes(int32_t depth, int32_t outputs) {
+  return static_cast<size_t>(round_up(outputs, kDenseBlock)) * quads_of(depth) * 4;
+}
+
+void pack_dense8(int32_t depth, int32_t outputs, const int8_t* weights, uint8_t* packed) {
+  for (int32_t block = 0; block < outputs; block += kDenseBlock) {
+    for (int32_t quad = 0; quad < depth; quad += 4) {
+      for (int32_t i = 0; i < kDenseBlock * 4; ++i) {
+        const int32_t m = block + i / 4, d = quad + i % 4;
+        const bool there = m < outputs && d < depth;
+        *packed++ = there ? static_cast<uint8_t>(weights[static_cast<size_t>(m) * depth + d]) : 0;
+      }
+    }
+  }
+}
+
+size_t gather8_bytes(int32_t depth) { return static_cast<size_t>(quads_of(depth)) * 4 * kRows; }
+
+// Four planes of 32 rows become two groups of 16 rows, two registers each.
+LUTRA_INLINE void interleave(const __m256i* p, uint8_t* first, uint8_t* second) {
+  const __m256i lo01 = _mm256_unpacklo_epi8(p[0], p[1]), hi01 = _mm256_unpackhi_epi8(p[0], p[1]);
+  const __m256i lo23 = _mm256_unpacklo_epi8(p[2], p[3]), hi23 = _mm256_unpackhi_epi8(p[2], p[3]);
+  const __m256i q0 = _mm256_unpacklo_epi16(lo01, lo23);  // rows 0..3, 16..19
+  const __m256i q1 = _mm256_unpackhi_epi16(lo01, lo23);
+  const __m256i q2 = _mm256_unpacklo_epi16(hi01, hi23);
+  const __m256i q3 = _mm256_unpackhi_epi16(hi01, hi23);
+  store(first, _mm256_permute2x128_si256(q0, q1, 0x20));
+  store(first + 32, _mm256_permute2x128_si256(q2, q3, 0x20));
+  if (!second) return;
+  store(second, _mm256_permute2x128_si256(q0, q1, 0x31));
+  store(second + 32, _mm256_permute2x128_si256(q2, q3, 0x31));
+}
+
+void gather8(int32_t depth, int32_t taps, const Patch& p, uint8_t* gathered) {
+  const int32_t quads = quads_of(depth);
+  const size_t group = static_cast<size_t>(quads) * 64;
+  for (int32_t row = 0; row < p.rows; row += kSubRows) {
+    Rows rows;
+    find_rows(p, row, &rows);
+    const bool one = narrow(p.rows - row);
+    uint8_t* to = gathered + row / 16 * group;
+    Entries walk(p, taps, 0);
+    for (int32_t i = 0; i < quads; ++i, to += 64) {
+      __m256i x[4];
+      for (int32_t j = 0; j < 4; ++j) {
+        if (4 * i + j >= depth) {
+          x[j] = _mm256_setzero_si256();
+        } else {
+          const uint8_t* const at = walk.next();
+          x[j] = one ? _mm256_castsi128_si256(rows.half(at)) : rows.wide(at);
+        }
+      }
+      interleave(x, to, one ? nullptr : to + group);
+    }
+  }
+}
+
+LUTRA_INLINE __m256i dot4(__m256i sum, __m256i x, __m256i w) {
+  const __m256i pairs = _mm256_maddubs_epi16(x, w);
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+// 4 outputs x 16 rows: 8 sums, 2 loads and 4 broadcasts for 24 instructions.
+void dense8(int32_t depth, int32_t, const uint8_t* packed, const uint8_t* gathered, int32_t first,
+            int32_t last, const Epilogue& e) {
+  const Finish finish(e);
+  const int32_t quads = quads_of(depth);
+  for (int32_t m = first; m < last; m += kBlock) {
+    const uint8_t* const weights =
+        packed + static_cast<size_t>(m / kDenseBlock) * quads * 32 + m % kDenseBlock * 4;
+    for (int32_t row = 0; row < e.rows; row += 16) {
+      const uint8_t *x = gathered + static_cast<size_t>(row / 16) * quads * 64, *w = weights;
+      __m256i sum[kBlock][2];
+      for (auto& pair : sum) pair[0] = pair[1] = _mm256_setzero_si256();
+      for (int32_t i = 0; i < quads; ++i, x += 64, w += 32) {
+        const __m256i x0 = load(x), x1 = load(x + 32);
+        for (int32_t j = 0; j < kBlock; ++j) {
+          const __m256i v = broadcast_word(w + 4 * j);
+          sum[j][0] = dot4(sum[j][0], x0, v);
+          sum[j][1] = dot4(sum[j][1], x1, v);
+        }
+      }
+      for (int32_t j = 0; j < kBlock && m + j < last; ++j) {
+        finish.sums(m + j, row, sum[j][0], sum[j][1]);
+      }
+    }
+  }
+}
+
+// Four blocks of 8 outputs side by side, outputs in the lanes: four streams of weights.
+template <int kBlocks>
+LUTRA_INLINE void dense_row(const uint8_t* w, size_t block, const uint8_t* x, int32_t quads,
+                            __m256i* sum) {
+  for (int32_t j = 0; j < kBlocks; ++j) sum[j] = _mm256_setzero_si256();
+  for (int32_t i = 0; i < quads; ++i) {
+    const __m256i v = broadcast_word(x + 4 * i);
+    for (int32_t j = 0; j < kBlocks; ++j) sum[j] = dot4(sum[j], v, load(w + j * block + 32 * i));
+  }
+}
+
+void dense8_row(int32_t depth, int32_t, const uint8_t* packed, const uint8_t* x, int32_t first,
+                int32_t last, int32_t* sums) {
+  const int32_t quads = quads_of(depth);
+  const size_t block = static_cast<size_t>(quads) * 32;
+  __m256i sum[4];
+  int32_t m = first;
+  while (m < last) {
+    const uint8_t* const w = packed + static_cast<size_t>(m / kDenseBlock) * block;
+    if (m % kDenseBlock == 0 && m + 32 <= last) {
+      dense_row<4>(w, block, x, quads, sum);
+      for (int32_t j = 0; j < 4; ++j) store(sums + m - first + 8 * j, sum[j]);
+      m += 32;
+      continue;
+    }
+    dense_row<1>(w, block, x, quads, sum);
+    int32_t lanes[8];
+    store(lanes, sum[0]);
+    do {
+      sums[m - first] = lanes[m % kDenseBlock];
+    } while (++m < last && m % kDenseBlock != 0);
+  }
+}
+
+// --- float32 -------------------------------------------------------------------------------------
+
+// 16 rows x 4 outputs at a time: 8 accumulators, 2 loads and 4 broadcasts for 8 multiply-adds.
+void gemm(const float* patch, size_t depth, const float* weights, int32_t outputs,
+          const Epilogue& e) {
+  const Finish finish(e);
+  for (int32_t m = 0; m < outputs; m += kGemmOutputs, weights += depth * kGemmOutputs) {
+    for (int32_t row = 0; row < e.rows; row += 16) {
+      __m256 sum[kGemmOutputs][2];
+      for (auto& pair : sum) pair[0] = pair[1] = _mm256_setzero_ps();
+      for (size_t d = 0; d < depth; ++d) {
+        const __m256 x0 = _mm256_loadu_ps(patch + d * kRows + row);
+        const __m256 x1 = _mm256_loadu_ps(patch + d * kRows + row + 8);
+        for (int32_t j = 0; j < kGemmOutputs; ++j) {
+          const __m256 w = _mm256_set1_ps(weights[d * kGemmOutputs + j]);
+          sum[j][0] = _mm256_fmadd_ps(w, x0, sum[j][0]);
+          sum[j][1] = _mm256_fmadd_ps(w, x1, sum[j][1]);
+        }
+      }
+      for (int32_t j = 0; j < kGemmOutputs && m + j < outputs; ++j) {
+        finish.sums(m + j, row, sum[j][0], sum[j][1]);
+      }
+    }
+  }
+}
+
+void linear(const float* x, size_t x_stride, size_t depth, const float* weights, const float* bias,
+            int32_t outputs, float* y) {
+  for (int32_t m = 0; m < outputs; m += kLinearOutputs) {
+    __m256 sum[8];
+    for (__m256& s : sum) s = _mm256_setzero_ps();
+    for (size_t d = 0; d < depth; ++d, weights += kLinearOutputs) {
+      const __m256 v = _mm256_set1_ps(x[d * x_stride]);
+      for (int32_t q = 0; q < 8; ++q) {
+        sum[q] = _mm256_fmadd_ps(_mm256_loadu_ps(weights + 8 * q), v, sum[q]);
+      }
+    }
+    for (int32_t q = 0; q < 8; ++q) _mm256_storeu_ps(y + m + 8 * q, sum[q]);
+    for (int32_t j = m; j < m + kLinearOutputs && j < outputs; ++j) y[j] = y[j] + bias[j];
+  }
+}
+
+}  // namespace
+}  // namespace lutra

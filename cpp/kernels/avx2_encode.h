@@ -1,0 +1,384 @@
+// AVX2: codes of a tile, by nearest centroid or by tree. Private to avx2.cc.
+//
+// Codes: sub-tile after sub-tile (32 rows, or 16 if no more are left), each (books, its rows).
+#pragma once
+
+#include "avx2_common.h"
+
+namespace lutra {
+namespace {
+
+LUTRA_INLINE int32_t padded_books(const PqShape& s) { return round_up(s.books, 8); }
+LUTRA_INLINE uint8_t* sub_tile(const PqShape& s, uint8_t* codes, int32_t row) {
+  return codes + static_cast<size_t>(padded_books(s)) * row;
+}
+
+size_t code_bytes(const PqShape& s) { return static_cast<size_t>(padded_books(s)) * kRows; }
+
+// --- nearest centroid ----------------------------------------------------------------------------
+//
+// Only differences between the scores of one row matter, so any vector u may be taken from all
+// centroids of a codebook, and any number added to all its scores. With c' = c - u, u the middle of
+// the centroids entry by entry, x . c' - floor(|c|^2 / 2) + constant usually fits 16 bits for every
+// x there can be. Where it does (decided per codebook, from its centroids), the search runs in 16
+// bits, modulo 2^16: intermediate sums may wrap. Elsewhere it runs in 32 bits.
+//
+// A packed book, in dwords: 1 if narrow scores fit, then
+//   16 bits: [4 centroids][their initial score twice | (c'_2i, c'_2i+1) twice for each pair i][4]
+//   32 bits: [centroid][key | (c'_4i .. c'_4i+3) for each quad i]
+
+constexpr int32_t kKeyBits = 6;  // a 32-bit key is score * 64 + 63 - k: max finds the lowest best k
+
+LUTRA_INLINE int32_t value_pairs(const PqShape& s) { return (s.dim + 1) / 2; }
+LUTRA_INLINE size_t book_words(const PqShape& s) {
+  return 1 + static_cast<size_t>(s.centroids) * (1 + value_pairs(s));
+}
+LUTRA_INLINE int32_t tree_levels(const PqShape& s) { return 31 - __builtin_clz(s.centroids); }
+LUTRA_INLINE size_t threshold_bytes(const PqShape& s) { return round_up(s.centroids, 16); }
+
+size_t encoder_bytes(const PqShape& s) {
+  if (s.encoder == Encoder::kNearest) return s.books * book_words(s) * sizeof(int32_t);
+  return s.books * (tree_levels(s) * 2 * sizeof(int32_t) + threshold_bytes(s));
+}
+
+struct Centred {  // one codebook
+  int8_t c[64][64];
+  int32_t initial[64];
+  bool fits;  // in 16 bits, with the initial scores shifted accordingly
+};
+
+// Entries beyond D count as 0 and so do their c'. Their part of |c|^2 remains.
+void centre(const PqShape& s, const uint8_t* book, int32_t valid, Centred* to) {
+  const int32_t largest = (1 << s.bits) - 1;
+  for (int32_t k = 0; k < s.centroids; ++k) {
+    int32_t norm = 0;
+    for (int32_t v = 0; v < s.dim; ++v) norm += int32_t{book[k * s.dim + v]} * book[k * s.dim + v];
+    to->initial[k] = -(norm >> 1);
+    for (int32_t v = 0; v < 64; ++v) to->c[k][v] = 0;
+  }
+  for (int32_t v = 0; v < valid; ++v) {
+    int32_t low = 255, high = 0;
+    for (int32_t k = 0; k < s.centroids; ++k) {
+      const int32_t c = book[k * s.dim + v];
+      low = c < low ? c : low;
+      high = c > high ? c : high;
+    }
+    const int32_t middle = (low + high + 1) / 2;
+    for (int32_t k = 0; k < s.centroids; ++k) {
+      to->c[k][v] = static_cast<int8_t>(book[k * s.dim + v] - middle);
+    }
+  }
+  int32_t low = INT32_MAX, high = INT32_MIN;  // of the scores that any x can have
+  for (int32_t k = 0; k < s.centroids; ++k) {
+    int32_t least = to->initial[k], most = to->initial[k];
+    for (int32_t v = 0; v < valid; ++v) (to->c[k][v] < 0 ? least : most) += to->c[k][v] * largest;
+    low = least < low ? least : low;
+    high = most > high ? most : high;
+  }
+  to->fits = high - low <= 65535;
+  if (to->fits) {
+    for (int32_t k = 0; k < s.centroids; ++k) to->initial[k] += -32768 - low;
+  }
+}
+
+void pack_nearest(const PqShape& s, const uint8_t* centroids, uint8_t* packed) {
+  const int32_t pairs = value_pairs(s), quads = (s.dim + 3) / 4;
+  Centred book;
+  for (int32_t b = 0; b < s.books; ++b) {
+    const int32_t left = s.depth - b * s.dim, valid = left < s.dim ? left : s.dim;
+    centre(s, centroids + static_cast<size_t>(b) * s.centroids * s.dim, valid, &book);
+    uint32_t* const to = reinterpret_cast<uint32_t*>(packed) + b * book_words(s);
+    to[0] = book.fits;
+    for (int32_t k = 0; k < s.centroids; ++k) {
+      if (book.fits) {
+        uint32_t* const at = to + 1 + (k / 4) * 4 * (1 + pairs) + k % 4;
+        at[0] = static_cast<uint16_t>(book.initial[k]) * 0x10001u;
+        for (int32_t i = 0; i < pairs; ++i) {
+          uint16_t pair;
+          __builtin_memcpy(&pair, &book.c[k][2 * i], sizeof pair);
+          at[4 * (1 + i)] = pair * 0x10001u;
+        }
+      } else {
+        uint32_t* const at = to + 1 + k * (1 + quads);
+        at[0] = static_cast<uint32_t>(book.initial[k] * (1 << kKeyBits) + (1 << kKeyBits) - 1 - k);
+        __builtin_memcpy(at + 1, book.c[k], 4 * quads);
+      }
+    }
+  }
+}
+
+// The values of a book's entries, two per 16-bit lane. 32 rows are two registers (rows 0..7, 16..23
+// and 8..15, 24..31), 16 rows are one.
+template <int kHalves>
+LUTRA_INLINE void load_pairs(const Rows& rows, const uint8_t* const* entries, int32_t dim,
+                             __m256i (*x)[kHalves]) {
+  for (int32_t v = 0; v < dim; v += 2) {
+    const uint8_t* const next = entries[v + 1 < dim ? v + 1 : v];
+    if constexpr (kHalves == 2) {
+      const __m256i a = rows.wide(entries[v]), b = rows.wide(next);
+      x[v / 2][0] = _mm256_unpacklo_epi8(a, b);
+      x[v / 2][1] = _mm256_unpackhi_epi8(a, b);
+    } else {
+      const __m128i a = rows.half(entries[v]), b = rows.half(next);
+      x[v / 2][0] = join(_mm_unpacklo_epi8(a, b), _mm_unpackhi_epi8(a, b));
+    }
+  }
+}
+
+// Masks or codes of the 16-bit lanes as bytes: of 32 rows, or of 16 rows, doubled up.
+template <int kHalves>
+LUTRA_INLINE __m256i to_bytes(const __m256i* v) {
+  return _mm256_packs_epi16(v[0], v[kHalves - 1]);
+}
+template <int kHalves>
+LUTRA_INLINE void store_codes(uint8_t* to, __m256i code) {
+  if constexpr (kHalves == 2) {
+    store(to, code);
+  } else {
+    store_half(to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(code, 0x08)));
+  }
+}
+
+// Four centroids at a time, eight sums in registers; a load of x serves four multiply-adds, a
+// broadcast two. Then a knock-out among the four and the best so far, whose masks become bytes.
+template <int kHalves, int kPairs>
+LUTRA_INLINE __m256i search16(const uint32_t* book, int32_t count, int32_t centroids,
+                              const __m256i (*x)[kHalves]) {
+  const int32_t pairs = kPairs ? kPairs : count;
+  __m256i best[kHalves], code = _mm256_setzero_si256();
+  for (__m256i& b : best) b = _mm256_set1_epi16(INT16_MIN);
+  __m256i k0 = _mm256_setzero_si256();
+  for (int32_t k = 0; k < centroids; k += 4) {
+    __m256i s[4][kHalves];
+    for (int32_t j = 0; j < 4; ++j) {
+      for (__m256i& h : s[j]) h = broadcast_word(book + j);
+    }
+    book += 4;
+    for (int32_t i = 0; i < pairs; ++i, book += 4) {
+      for (int32_t j = 0; j < 4; ++j) {
+        const __m256i c = broadcast_word(book + j);
+        for (int32_t h = 0; h < kHalves; ++h) {
+          s[j][h] = _mm256_add_epi16(s[j][h], _mm256_maddubs_epi16(x[i][h], c));
+        }
+      }
+    }
+    __m256i m01[kHalves], m23[kHalves], m[kHalves], better[kHalves];
+    for (int32_t h = 0; h < kHalves; ++h) {
+      m01[h] = _mm256_cmpgt_epi16(s[1][h], s[0][h]);
+      m23[h] = _mm256_cmpgt_epi16(s[3][h], s[2][h]);
+      const __m256i s01 = _mm256_max_epi16(s[0][h], s[1][h]);
+      const __m256i s23 = _mm256_max_epi16(s[2][h], s[3][h]);
+      m[h] = _mm256_cmpgt_epi16(s23, s01);
+      const __m256i top = _mm256_max_epi16(s01, s23);
+      better[h] = _mm256_cmpgt_epi16(top, best[h]);
+      best[h] = _mm256_max_epi16(best[h], top);
+    }
+    const __m256i c01 = _mm256_sub_epi8(k0, to_bytes<kHalves>(m01));
+    const __m256i k2 = _mm256_add_epi8(k0, _mm256_set1_epi8(2));
+    const __m256i c23 = _mm256_sub_epi8(k2, to_bytes<kHalves>(m23));
+    const __m256i c = _mm256_blendv_epi8(c01, c23, to_bytes<kHalves>(m));
+    code = _mm256_blendv_epi8(code, c, to_bytes<kHalves>(better));
+    k0 = _mm256_add_epi8(k0, _mm256_set1_epi8(4));
+  }
+  return code;
+}
+
+// Four values per dword, 8 rows a register. A pair of products cannot saturate (2 * 127 * 128).
+template <int kHalves>
+__m256i search32(const uint32_t* book, int32_t pairs, int32_t dim, int32_t centroids,
+                 const __m256i (*x)[kHalves]) {
+  const int32_t quads = (dim + 3) / 4;
+  __m256i q[16][2 * kHalves];
+  for (int32_t i = 0; i < quads; ++i) {
+    const __m256i* const a = x[2 * i];
+    const __m256i* const b = x[2 * i + 1 < pairs ? 2 * i + 1 : 2 * i];  // or times zero
+    for (int32_t h = 0; h < kHalves; ++h) {
+      q[i][2 * h] = _mm256_unpacklo_epi16(a[h], b[h]);
+      q[i][2 * h + 1] = _mm256_unpackhi_epi16(a[h], b[h]);
+    }
+  }
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i best[2 * kHalves];
+  for (__m256i& b : best) b = _mm256_set1_epi32(INT32_MIN);
+  for (int32_t k = 0; k < centroids; ++k) {
+    __m256i s[2 * kHalves];
+    for (__m256i& v : s) v = _mm256_setzero_si256();
+    const __m256i key = broadcast_word(book++);
+    for (int32_t i = 0; i < quads; ++i) {
+      const __m256i c = broadcast_word(book++);
+      for (int32_t j = 0; j < 2 * kHalves; ++j) {
+        const __m256i part = _mm256_madd_epi16(_mm256_maddubs_epi16(q[i][j], c), ones);
+        s[j] = _mm256_add_epi32(s[j], part);
+      }
+    }
+    for (int32_t j = 0; j < 2 * kHalves; ++j) {
+      best[j] = _mm256_max_epi32(best[j], _mm256_add_epi32(_mm256_slli_epi32(s[j], kKeyBits), key));
+    }
+  }
+  const __m256i low_bits = _mm256_set1_epi32((1 << kKeyBits) - 1);
+  for (__m256i& b : best) b = _mm256_andnot_si256(b, low_bits);  // 63 - (63 - k)
+  __m256i words[kHalves];
+  for (int32_t h = 0; h < kHalves; ++h) {
+    words[h] = _mm256_packs_epi32(best[2 * h], best[2 * h + 1]);
+  }
+  return to_bytes<kHalves>(words);
+}
+
+template <int kHalves>
+void nearest(const PqShape& s, const uint32_t* book, const Rows& rows,
+             const uint8_t* const* entries, uint8_t* codes) {
+  const int32_t pairs = value_pairs(s), k = s.centroids;
+  __m256i x[32][kHalves];
+  load_pairs<kHalves>(rows, entries, s.dim, x);
+  __m256i code;
+  if (!book[0]) {
+    code = search32<kHalves>(book + 1, pairs, s.dim, k, x);
+  } else if (pairs == 5) {
+    code = search16<kHalves, 5>(book + 1, pairs, k, x);
+  } else {
+    code = search16<kHalves, 0>(book + 1, pairs, k, x);
+  }
+  store_codes<kHalves>(codes, code);
+}
+
+void encode_nearest(const PqShape& s, const uint8_t* packed, const Patch& p, const Rows* rows,
+                    int32_t first, int32_t last, uint8_t* codes) {
+  Entries walk(p, s.taps, first * s.dim);
+  const uint8_t* entries[64];
+  for (int32_t b = first; b < last; ++b) {
+    for (int32_t v = 0; v < s.dim; ++v) {
+      entries[v] = b * s.dim + v < s.depth ? walk.next() : entries[0];  // or times zero
+    }
+    const uint32_t* const book = reinterpret_cast<const uint32_t*>(packed) + b * book_words(s);
+    for (int32_t row = 0; row < p.rows; row += kSubRows) {
+      uint8_t* const to = sub_tile(s, codes, row);
+      if (narrow(p.rows - row)) {
+        nearest<1>(s, book, rows[row / kSubRows], entries, to + b * kRowBlock);
+      } else {
+        nearest<2>(s, book, rows[row / kSubRows], entries, to + b * kSubRows);
+      }
+    }
+  }
+}
+
+// --- tree ----------------------------------------------------------------------------------------
+//
+// The path is a node's number in the heap that begins with 1: path = 2 path + bit. Its low four
+// bits index 16 bytes of thresholds: one register holds levels 0..3, one level 4, two level 5.
+//
+// Packed: (books, levels) pairs of the split's plane and tap, then (books, 16 or K) thresholds in
+// heap order, less 1: x >= t is x > t - 1, for which there is a signed comparison.
+
+void pack_tree(const PqShape& s, const int32_t* splits, const uint8_t* thresholds,
+               uint8_t* packed) {
+  const int32_t count = s.books * tree_levels(s);
+  int32_t* const to = reinterpret_cast<int32_t*>(packed);
+  for (int32_t i = 0; i < count; ++i) {
+    to[2 * i] = splits[i] / s.taps;
+    to[2 * i + 1] = splits[i] % s.taps;
+  }
+  int8_t* rest = reinterpret_cast<int8_t*>(to + 2 * count);
+  for (int32_t b = 0; b < s.books; ++b, thresholds += s.centroids - 1) {
+    for (int32_t i = 0; i < static_cast<int32_t>(threshold_bytes(s)); ++i) {
+      const int32_t t = i > 0 && i < s.centroids ? thresholds[i - 1] : 0;
+      *rest++ = static_cast<int8_t>((t < 128 ? t : 128) - 1);
+    }
+  }
+}
+
+template <int kLevels>
+LUTRA_INLINE __m256i descend(const __m256i* x, const __m256i* thresholds) {
+  __m256i path = _mm256_set1_epi8(1);
+  for (int32_t l = 0; l < kLevels; ++l) {
+    __m256i t;
+    if (l < 5) {
+      t = _mm256_shuffle_epi8(thresholds[l / 4], path);
+    } else {  // 32..63: bit 7 set, and so zero, outside its own half
+      const __m256i low = _mm256_add_epi8(path, _mm256_set1_epi8(0x70 - 32));
+      const __m256i high = _mm256_sub_epi8(path, _mm256_set1_epi8(48));
+      t = _mm256_or_si256(_mm256_shuffle_epi8(thresholds[2], low),
+                          _mm256_shuffle_epi8(thresholds[3], high));
+    }
+    path = _mm256_sub_epi8(_mm256_add_epi8(path, path), _mm256_cmpgt_epi8(x[l], t));
+  }
+  return _mm256_and_si256(path, _mm256_set1_epi8((1 << kLevels) - 1));
+}
+
+template <int kLevels>
+LUTRA_INLINE void find_splits(const Patch& p, const int32_t* splits, const uint8_t** at) {
+  for (int32_t l = 0; l < kLevels; ++l) {
+    at[l] = p.planes + splits[2 * l] * p.plane + p.tap[splits[2 * l + 1]];
+  }
+}
+
+template <int kLevels>
+void encode_tree(const PqShape& s, const uint8_t* packed, const Patch& p, const Rows* rows,
+                 int32_t first, int32_t last, uint8_t* codes) {
+  constexpr int32_t kTables = kLevels < 4 ? 1 : 1 << (kLevels - 4);  // registers of thresholds
+  const int32_t* const splits = reinterpret_cast<const int32_t*>(packed);
+  const uint8_t* const thresholds =
+      packed + static_cast<size_t>(s.books) * kLevels * 2 * sizeof(int32_t);
+  const uint8_t* at[kLevels];
+  __m256i x[kLevels], t[kTables];
+  for (int32_t row = 0; row < p.rows; row += kSubRows) {
+    const Rows& sub = rows[row / kSubRows];
+    uint8_t* const to = sub_tile(s, codes, row);
+    if (!narrow(p.rows - row)) {
+      for (int32_t b = first; b < last; ++b) {
+        find_splits<kLevels>(p, splits + 2 * kLevels * b, at);
+        for (int32_t l = 0; l < kLevels; ++l) x[l] = sub.wide(at[l]);
+        for (int32_t i = 0; i < kTables; ++i) {
+          t[i] = broadcast_half(thresholds + 16 * (kTables * b + i));
+        }
+        store(to + b * kSubRows, descend<kLevels>(x, t));
+      }
+      continue;
+    }
+    for (int32_t b = first; b < last; b += 2) {  // two books in the lanes
+      const uint8_t* next[kLevels];
+      const int32_t b1 = b + 1 < last ? b + 1 : b;
+      find_splits<kLevels>(p, splits + 2 * kLevels * b, at);
+      find_splits<kLevels>(p, splits + 2 * kLevels * b1, next);
+      for (int32_t l = 0; l < kLevels; ++l) x[l] = join(sub.half(at[l]), sub.half(next[l]));
+      for (int32_t i = 0; i < kTables; ++i) {
+        t[i] = join(load_half(thresholds + 16 * (kTables * b + i)),
+                    load_half(thresholds + 16 * (kTables * b1 + i)));
+      }
+      const __m256i code = descend<kLevels>(x, t);
+      if (b1 == b) {
+        store_half(to + b * kRowBlock, _mm256_castsi256_si128(code));
+      } else {
+        store(to + b * kRowBlock, code);
+      }
+    }
+  }
+}
+
+void encode(const PqShape& s, const uint8_t* packed, const Patch& p, int32_t first, int32_t last,
+            uint8_t* codes) {
+  Rows rows[kRows / kSubRows];
+  for (int32_t row = 0; row < p.rows; row += kSubRows) find_rows(p, row, &rows[row / kSubRows]);
+  if (s.encoder == Encoder::kNearest) {
+    return encode_nearest(s, packed, p, rows, first, last, codes);
+  }
+  auto* const run = s.centroids == 8    ? encode_tree<3>
+                    : s.centroids == 16 ? encode_tree<4>
+                    : s.centroids == 32 ? encode_tree<5>
+                                        : encode_tree<6>;
+  run(s, packed, p, rows, first, last, codes);
+}
+
+void unpack_codes(const PqShape& s, const uint8_t* codes, int32_t rows, uint8_t* out,
+                  size_t stride) {
+  for (int32_t row = 0; row < rows; row += kSubRows) {
+    const int32_t left = rows - row, width = narrow(left) ? kRowBlock : kSubRows;
+    const int32_t count = left < width ? left : width;
+    const uint8_t* from = codes + static_cast<size_t>(padded_books(s)) * row;
+    for (int32_t b = 0; b < s.books; ++b, from += width) {
+      for (int32_t r = 0; r < count; ++r) out[b * stride + row + r] = from[r];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lutra
