@@ -327,7 +327,7 @@ void test_deep(const Kernels& k) {
                         .outputs = 3,
                         .bits = 7,
                         .encoder = encoder};
-        const int rows = channels == 512 ? 20 : std::min(k.row_tile, 60);
+        const int rows = std::min(k.row_tile, channels == 512 ? 20 : 60);
         test_pq(k, {.shape = s, .map = m, .first = m.rows() - rows - 30, .rows = rows});
       }
     }

@@ -32,14 +32,22 @@ def test_a_residual_block_is_one_step_for_each_convolution() -> None:
     b = Builder(("x", (None, 4, 6, 6)))
     y = b.add("relu", b.pq_conv2d("x", 4, 4, padding=(1, 1)))
     z = b.pq_conv2d(y, 4, 4, padding=(1, 1))
-    side = b.conv2d("x", 4, 4, (1, 1))  # made after z, so it is the one that adds
+    side = b.conv2d("x", 4, 4, (1, 1))
     out = b.add("relu6", b.add("add", z, side))
     assert steps(b) == [
         ("pq_conv2d", y, None, True),
-        ("pq_conv2d", z, None, False),
-        ("conv2d", out, z, True),
+        ("conv2d", side, None, False),
+        ("pq_conv2d", out, side, True),  # it waited for what it adds
     ]
     assert [f.clamp for f in fuse(b.graph())] == [(0.0, math.inf), None, (0.0, 6.0)]
+
+
+def test_a_layer_waits_for_a_side_branch_without_layers() -> None:
+    b = Builder(("x", (None, 4, 6, 6)))
+    y = b.pq_conv2d("x", 4, 4, padding=(1, 1))
+    side = b.add("relu6", "x")
+    out = b.add("relu", b.add("add", side, y))
+    assert steps(b) == [("relu6", side, None, False), ("pq_conv2d", out, side, True)]
 
 
 def test_linear_layers_add_what_exists() -> None:

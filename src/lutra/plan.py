@@ -129,9 +129,10 @@ def build_plan(graph: Graph, isa: str, threads: int) -> _engine.Plan:
 def fuse(graph: Graph) -> list[FusedNode]:
     """Decides which nodes share a step.
 
-    An operator of ``FUSING`` takes over an ``add`` that alone reads its output, if the other
-    operand exists by then, and after it a clamp that alone reads the sum. Outputs of the graph are
-    read from outside and never disappear.
+    An operator of ``FUSING`` takes over an ``add`` that alone reads its output, and after it a
+    clamp that alone reads the sum. If the other operand does not exist by then, the operator waits
+    for it and runs where the ``add`` stands. Outputs of the graph are read from outside and never
+    disappear.
 
     Args:
         graph: A valid graph.
@@ -152,24 +153,33 @@ def fuse(graph: Graph) -> list[FusedNode]:
 
     made = {value.name for value in graph.inputs}
     taken: set[str] = set()
+    waiting: dict[str, FusedNode] = {}  # by the name of the add
     steps: list[FusedNode] = []
+
+    def emit(step: FusedNode) -> None:
+        clamp = only_reader(step.output, tuple(CLAMPS)) if step.node.op in FUSING else None
+        if clamp is not None:
+            step = replace(step, output=clamp.output, clamp=CLAMPS[clamp.op])
+            taken.add(clamp.name)
+        made.add(step.output)
+        steps.append(step)
+
     for node in graph.nodes:
+        if node.name in waiting:
+            emit(waiting.pop(node.name))
+            continue
         if node.name in taken:
             continue
         step = FusedNode(node, node.output)
-        if node.op in FUSING:
-            add = only_reader(step.output, ("add",))
-            if add is not None:
-                (other,) = (name for name in add.inputs if name != step.output)
-                if other in made:
-                    step = replace(step, output=add.output, residual=other)
-                    taken.add(add.name)
-            clamp = only_reader(step.output, tuple(CLAMPS))
-            if clamp is not None:
-                step = replace(step, output=clamp.output, clamp=CLAMPS[clamp.op])
-                taken.add(clamp.name)
-        made.add(step.output)
-        steps.append(step)
+        add = only_reader(step.output, ("add",)) if node.op in FUSING else None
+        if add is not None and add.name not in waiting and add.name not in taken:
+            (other,) = (name for name in add.inputs if name != step.output)
+            step = replace(step, output=add.output, residual=other)
+            if other not in made:
+                waiting[add.name] = step
+                continue
+            taken.add(add.name)
+        emit(step)
     return steps
 
 
