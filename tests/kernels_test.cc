@@ -202,7 +202,7 @@ void test_pq(const Kernels& k, const PqCase& c, const Mode* mode = nullptr) {
 // About `books` codebooks of `dim` on a random map; the last sub-vector is often cut off.
 PqCase random_pq(const Kernels& k, Encoder encoder, int centroids, int dim, int books, int bits) {
   PqCase c;
-  c.map = random_map(any_of({1, 1, 3, 3, 5, 7}));
+  c.map = random_map(any_of({1, 1, 2, 3, 3, 5, 7}));
   random_rows(k, c.map, &c.first, &c.rows);
   const int taps = c.map.taps();
   const int missing = coin() ? pick(0, dim - 1) : 0;
@@ -448,7 +448,7 @@ void test_dense8(const Kernels& k) {
     draw(1, pick(1, 30), outputs, Fill::kRandom, 0);
     draw(3, pick(1, 5), outputs, Fill::kRandom, 3);
   }
-  for (int kernel : {3, 5, 7}) {
+  for (int kernel : {2, 3, 5, 7}) {
     for (int channels = 1; channels * kernel * kernel <= 200; ++channels) {
       for (int i = 0; i < 3; ++i) draw(kernel, channels, pick(1, 9), Fill::kRandom, 0);
     }

@@ -76,7 +76,7 @@ class Layer:
         """The layer in the engine."""
         return _engine.PqLayer(
             isa,
-            *(self.tensors[role] for role in ("centroids", "tables", "scale", "bias")),
+            **self.tensors,
             act_scale=self.act_scale,
             act_zero=self.act_zero,
             act_bits=self.act_bits,

@@ -169,13 +169,11 @@ struct Finish {
     if (implied) e.clamp = false;
   }
 
-  LUTRA_INLINE void sums(int32_t m, int32_t row, __m256i s0, __m256i s1) const {
-    if (e.offset) {
-      const __m256i offset = _mm256_set1_epi32(e.offset[m]);
-      s0 = _mm256_add_epi32(s0, offset);
-      s1 = _mm256_add_epi32(s1, offset);
-    }
-    sums(m, row, _mm256_cvtepi32_ps(s0), _mm256_cvtepi32_ps(s1));
+  // The sums are those given and `base`.
+  LUTRA_INLINE void sums(int32_t m, int32_t row, int32_t base, __m256i s0, __m256i s1) const {
+    const __m256i offset = _mm256_set1_epi32(e.offset ? base + e.offset[m] : base);
+    sums(m, row, _mm256_cvtepi32_ps(_mm256_add_epi32(s0, offset)),
+         _mm256_cvtepi32_ps(_mm256_add_epi32(s1, offset)));
   }
 
   LUTRA_INLINE void sums(int32_t m, int32_t row, __m256 y0, __m256 y1) const {
@@ -220,8 +218,10 @@ struct Finish {
     }
     if (e.clamp) {
       const __m256 low = _mm256_set1_ps(e.low), high = _mm256_set1_ps(e.high);
-      y0 = _mm256_min_ps(_mm256_max_ps(y0, low), high);  // max returns its second for NaN
-      y1 = _mm256_min_ps(_mm256_max_ps(y1, low), high);
+      y0 = _mm256_max_ps(y0, low);  // returns its second operand for NaN
+      y1 = _mm256_max_ps(y1, low);
+      y0 = _mm256_min_ps(y0, high);
+      y1 = _mm256_min_ps(y1, high);
     }
     if (e.out) {
       float* const to = e.out + m * e.out_stride + row;

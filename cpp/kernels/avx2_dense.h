@@ -101,7 +101,7 @@ void dense8(int32_t depth, int32_t, const uint8_t* packed, const uint8_t* gather
         }
       }
       for (int32_t j = 0; j < kBlock && m + j < last; ++j) {
-        finish.sums(m + j, row, sum[j][0], sum[j][1]);
+        finish.sums(m + j, row, 0, sum[j][0], sum[j][1]);
       }
     }
   }

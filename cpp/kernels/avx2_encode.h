@@ -141,10 +141,9 @@ LUTRA_INLINE void store_codes(uint8_t* to, __m256i code) {
 
 // Four centroids at a time, eight sums in registers; a load of x serves four multiply-adds, a
 // broadcast two. Then a knock-out among the four and the best so far, whose masks become bytes.
-template <int kHalves, int kPairs>
-LUTRA_INLINE __m256i search16(const uint32_t* book, int32_t count, int32_t centroids,
-                              const __m256i (*x)[kHalves]) {
-  const int32_t pairs = kPairs ? kPairs : count;
+template <int kHalves>
+[[gnu::noinline]] __m256i search16(const uint32_t* book, int32_t pairs, int32_t centroids,
+                                   const __m256i (*x)[kHalves]) {
   __m256i best[kHalves], code = _mm256_setzero_si256();
   for (__m256i& b : best) b = _mm256_set1_epi16(INT16_MIN);
   __m256i k0 = _mm256_setzero_si256();
@@ -185,7 +184,7 @@ LUTRA_INLINE __m256i search16(const uint32_t* book, int32_t count, int32_t centr
 
 // Four values per dword, 8 rows a register. A pair of products cannot saturate (2 * 127 * 128).
 template <int kHalves>
-__m256i search32(const uint32_t* book, int32_t pairs, int32_t dim, int32_t centroids,
+[[gnu::noinline]] __m256i search32(const uint32_t* book, int32_t pairs, int32_t dim, int32_t centroids,
                  const __m256i (*x)[kHalves]) {
   const int32_t quads = (dim + 3) / 4;
   __m256i q[16][2 * kHalves];
@@ -233,10 +232,8 @@ void nearest(const PqShape& s, const uint32_t* book, const Rows& rows,
   __m256i code;
   if (!book[0]) {
     code = search32<kHalves>(book + 1, pairs, s.dim, k, x);
-  } else if (pairs == 5) {
-    code = search16<kHalves, 5>(book + 1, pairs, k, x);
   } else {
-    code = search16<kHalves, 0>(book + 1, pairs, k, x);
+    code = search16<kHalves>(book + 1, pairs, k, x);
   }
   store_codes<kHalves>(codes, code);
 }

@@ -86,43 +86,65 @@ LUTRA_INLINE void quad(const uint8_t* tables, const uint8_t* codes, __m256i* sum
   }
 }
 
-// words[j] += the exact sums of at most 16 quads: rows 0..7, 16..23 and rows 8..15, 24..31.
-template <int kSlices, bool kNarrow>
-LUTRA_INLINE void tree(const uint8_t* tables, const uint8_t* codes, int32_t quads,
-                       __m256i (*words)[2]) {
-  constexpr int32_t kTableStep = (kNarrow ? 4 : 2) * kSlices * kBlock * 32;
-  const __m256i zero = _mm256_setzero_si256();
-  __m256i node[kTreeSteps / 8][kBlock], sum[kBlock];
-  for (__m256i& v : sum) v = zero;
-  int32_t nodes = 0;
-  for (int32_t i = 0; i < quads; i += 2, ++nodes) {
-    __m256i a[kBlock], b[kBlock] = {zero, zero, zero, zero};
-    quad<kSlices, kNarrow>(tables, codes, sum, a);
-    if (i + 1 < quads) quad<kSlices, kNarrow>(tables + kTableStep, codes + 128, sum, b);
-    tables += 2 * kTableStep;
-    codes += 256;
-    for (int32_t j = 0; j < kBlock; ++j) node[nodes][j] = _mm256_avg_epu8(a[j], b[j]);
-  }
-  int32_t levels = 3;
-  for (; nodes > 1; nodes = (nodes + 1) / 2, ++levels) {
-    for (int32_t i = 0; i < nodes; i += 2) {
+// The root of a tree over `count` nodes, 1..16, into node[0]; the number of its levels is returned.
+LUTRA_INLINE int32_t reduce(__m256i (*node)[kBlock], int32_t count) {
+  int32_t levels = 0;
+  for (; count > 1; count = (count + 1) / 2, ++levels) {
+    if (count % 2 != 0) {
+      for (int32_t j = 0; j < kBlock; ++j) node[count][j] = _mm256_setzero_si256();
+    }
+    for (int32_t i = 0; i < count; i += 2) {
       for (int32_t j = 0; j < kBlock; ++j) {
-        node[i / 2][j] = _mm256_avg_epu8(node[i][j], i + 1 < nodes ? node[i + 1][j] : zero);
+        node[i / 2][j] = _mm256_avg_epu8(node[i][j], node[i + 1][j]);
       }
     }
   }
-  const __m128i shift = _mm_cvtsi32_si128(levels);
-  const __m256i low_byte = _mm256_set1_epi16(0xff);
+  return levels;
+}
+
+// words[j] = the exact sums of at most 16 quads: rows 0..7, 16..23 and rows 8..15, 24..31.
+//
+// With T = 2^n A, the exact S has the low byte of `sum`, and T - S < 256: the high byte of S is that
+// of T, less 1 if the low byte of T is below that of S.
+template <int kSlices, bool kNarrow>
+LUTRA_INLINE void tree(const uint8_t* tables, const uint8_t* codes, int32_t quads,
+                       __m256i (*words)[2]) {
+  __m256i node[kTreeSteps / 4 + 1][kBlock], sum[kBlock];
+  for (__m256i& v : sum) v = _mm256_setzero_si256();
+  for (int32_t i = 0; i < quads; ++i) {
+    quad<kSlices, kNarrow>(tables, codes, sum, node[i]);
+    tables += (kNarrow ? 4 : 2) * kSlices * kBlock * 32;
+    codes += 4 * 32;
+  }
+  const int32_t levels = 2 + reduce(node, quads);
+  const __m128i up = _mm_cvtsi32_si128(levels), down = _mm_cvtsi32_si128(8 - levels);
+  const __m256i high_bits = _mm256_set1_epi8(static_cast<char>(0xff << levels));
   for (int32_t j = 0; j < kBlock; ++j) {
-    const __m256i roots[2] = {_mm256_unpacklo_epi8(node[0][j], zero),
-                              _mm256_unpackhi_epi8(node[0][j], zero)};
-    const __m256i sums[2] = {_mm256_unpacklo_epi8(sum[j], zero),
-                             _mm256_unpackhi_epi8(sum[j], zero)};
-    for (int32_t h = 0; h < 2; ++h) {
-      const __m256i rounded = _mm256_sll_epi16(roots[h], shift);
-      const __m256i error = _mm256_and_si256(_mm256_sub_epi16(rounded, sums[h]), low_byte);
-      words[j][h] = _mm256_add_epi16(words[j][h], _mm256_sub_epi16(rounded, error));
+    const __m256i root = node[0][j];
+    const __m256i low = _mm256_and_si256(_mm256_sll_epi16(root, up), high_bits);
+    const __m256i high = _mm256_andnot_si256(high_bits, _mm256_srl_epi16(root, down));
+    const __m256i enough = _mm256_cmpeq_epi8(_mm256_max_epu8(low, sum[j]), low);  // -1: no borrow
+    const __m256i exact = _mm256_sub_epi8(_mm256_add_epi8(high, _mm256_set1_epi8(-1)), enough);
+    words[j][0] = _mm256_unpacklo_epi8(sum[j], exact);
+    words[j][1] = _mm256_unpackhi_epi8(sum[j], exact);
+  }
+}
+
+// words[j] = the exact sums of at most 256 steps, modulo 2^16 and not beyond.
+template <int kSlices, bool kNarrow>
+LUTRA_INLINE void trees(const uint8_t* tables, const uint8_t* codes, int32_t steps,
+                        __m256i (*words)[2]) {
+  for (int32_t i = 0; i < steps; i += kTreeSteps) {
+    const int32_t quads = steps - i < kTreeSteps ? (steps - i + 3) / 4 : kTreeSteps / 4;
+    __m256i part[kBlock][2];
+    tree<kSlices, kNarrow>(tables, codes, quads, part);
+    for (int32_t j = 0; j < kBlock; ++j) {
+      for (int32_t h = 0; h < 2; ++h) {
+        words[j][h] = i == 0 ? part[j][h] : _mm256_add_epi16(words[j][h], part[j][h]);
+      }
     }
+    tables += kTreeSteps * (kNarrow ? 2 : 1) * kSlices * kBlock * 16;
+    codes += kTreeSteps * 32;
   }
 }
 
@@ -133,37 +155,39 @@ LUTRA_INLINE __m256i widen(__m256i words, int lane) {
 
 // A block of outputs for the sub-tile that begins at `row`.
 template <int kSlices, bool kNarrow>
-void lookup_block(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32_t m,
-                  int32_t last, int32_t row, const Finish& finish) {
-  constexpr int32_t kStepBytes = (kNarrow ? 2 : 1) * kSlices * kBlock * 16;
-  const int32_t steps = kNarrow ? (s.books + 1) / 2 : s.books;
-  __m256i total[kBlock][4];  // rows 0..7, 8..15, 16..23, 24..31
-  for (auto& rows : total) {
-    rows[0] = rows[1] = _mm256_set1_epi32(-128 * s.books);
-    rows[2] = rows[3] = kNarrow ? _mm256_setzero_si256() : rows[0];
+[[gnu::noinline]] void lookup_block(int32_t books, const uint8_t* tables, const uint8_t* codes,
+                                    int32_t m, int32_t last, int32_t row, const Finish& finish) {
+  constexpr int32_t kWordTables = kWordSteps * (kNarrow ? 2 : 1) * kSlices * kBlock * 16;
+  __m256i words[kBlock][2], total[kBlock][4];  // rows 0..7, 8..15, 16..23, 24..31
+  int32_t steps = kNarrow ? (books + 1) / 2 : books;
+  const bool many = steps > kWordSteps;
+  if (many) {
+    for (auto& rows : total) rows[0] = rows[1] = rows[2] = rows[3] = _mm256_setzero_si256();
   }
-  for (int32_t first = 0; first < steps; first += kWordSteps) {
-    __m256i words[kBlock][2];
-    for (auto& pair : words) pair[0] = pair[1] = _mm256_setzero_si256();
-    const int32_t end = steps - first < kWordSteps ? steps : first + kWordSteps;
-    for (int32_t i = first; i < end; i += kTreeSteps) {
-      const int32_t left = end - i, quads = left < kTreeSteps ? (left + 3) / 4 : kTreeSteps / 4;
-      tree<kSlices, kNarrow>(tables + static_cast<size_t>(i) * kStepBytes,
-                             codes + static_cast<size_t>(i) * 32, quads, words);
-    }
+  for (; steps > kWordSteps; steps -= kWordSteps) {
+    trees<kSlices, kNarrow>(tables, codes, kWordSteps, words);
     for (int32_t j = 0; j < kBlock; ++j) {
       for (int32_t q = 0; q < 4; ++q) {
         total[j][q] = _mm256_add_epi32(total[j][q], widen(words[j][q % 2], q / 2));
       }
     }
+    tables += kWordTables;
+    codes += kWordSteps * 32;
   }
+  trees<kSlices, kNarrow>(tables, codes, steps, words);
   for (int32_t j = 0; j < kBlock && m + j < last; ++j) {
+    __m256i sum[4];
+    for (int32_t q = 0; q < 4; ++q) {
+      sum[q] = widen(words[j][q % 2], q / 2);
+      if (many) sum[q] = _mm256_add_epi32(sum[q], total[j][q]);
+    }
+    const int32_t base = -128 * books;
     if (kNarrow) {
-      finish.sums(m + j, row, _mm256_add_epi32(total[j][0], total[j][2]),
-                  _mm256_add_epi32(total[j][1], total[j][3]));
+      finish.sums(m + j, row, base, _mm256_add_epi32(sum[0], sum[2]),
+                  _mm256_add_epi32(sum[1], sum[3]));
     } else {
-      finish.sums(m + j, row, total[j][0], total[j][1]);
-      finish.sums(m + j, row + 16, total[j][2], total[j][3]);
+      finish.sums(m + j, row, base, sum[0], sum[1]);
+      finish.sums(m + j, row + 16, base, sum[2], sum[3]);
     }
   }
 }
@@ -178,9 +202,9 @@ void lookup_slices(const PqShape& s, const uint8_t* tables, const uint8_t* codes
     for (int32_t row = 0; row < e.rows; row += kSubRows) {
       const uint8_t* const from = codes + static_cast<size_t>(padded_books(s)) * row;
       if (narrow(e.rows - row)) {
-        lookup_block<kSlices, true>(s, block, from, m, last, row, finish);
+        lookup_block<kSlices, true>(s.books, block, from, m, last, row, finish);
       } else {
-        lookup_block<kSlices, false>(s, block, from, m, last, row, finish);
+        lookup_block<kSlices, false>(s.books, block, from, m, last, row, finish);
       }
     }
   }
