@@ -73,14 +73,29 @@ PqShape pq_shape(const Array<uint8_t, 3>& centroids, const Array<int8_t, 3>& tab
           .outputs = static_cast<int32_t>(tables.shape(2))};
 }
 
-PqLayer pq_layer(const Kernels& kernels, const ConvGeometry& g, const Array<uint8_t, 3>& centroids,
-                 const Array<int8_t, 3>& tables, const Array<float, 1>& scale,
-                 const Array<float, 1>& bias, float act_scale, int act_zero, int act_bits) {
-  const PqShape s = pq_shape(centroids, tables);
+PqLayer pq_layer(const Kernels& kernels, const ConvGeometry& g, const Array<int8_t, 3>& tables,
+                 const Array<float, 1>& scale, const Array<float, 1>& bias, float act_scale,
+                 int act_zero, int act_bits, const std::optional<Array<uint8_t, 3>>& centroids,
+                 const std::optional<Array<int32_t, 2>>& splits,
+                 const std::optional<Array<uint8_t, 2>>& thresholds) {
   require(scale.shape(0) == tables.shape(2) && bias.shape(0) == tables.shape(2),
           "scale and bias need one value per output");
-  return PqLayer(kernels, s, g, {.scale = act_scale, .zero = act_zero, .bits = act_bits},
-                 centroids.data(), tables.data(), scale.data(), bias.data());
+  const Quantization q{.scale = act_scale, .zero = act_zero, .bits = act_bits};
+  if (centroids) {
+    require(!splits && !thresholds, "give centroids, or splits and thresholds, not both");
+    return PqLayer(kernels, pq_shape(*centroids, tables), g, q, centroids->data(), tables.data(),
+                   scale.data(), bias.data());
+  }
+  require(splits && thresholds, "give centroids, or splits and thresholds");
+  require(splits->shape(0) == tables.shape(0) && thresholds->shape(0) == tables.shape(0) &&
+              thresholds->shape(1) + 1 == tables.shape(1) && splits->shape(1) <= 6,
+          "splits, thresholds and tables differ in codebooks or K");
+  const PqShape s{.books = static_cast<int32_t>(tables.shape(0)),
+                  .centroids = static_cast<int32_t>(tables.shape(1)),
+                  .dim = static_cast<int32_t>(splits->shape(1)),
+                  .outputs = static_cast<int32_t>(tables.shape(2))};
+  return PqLayer(kernels, s, g, q, splits->data(), thresholds->data(), tables.data(), scale.data(),
+                 bias.data());
 }
 
 std::vector<int> with_residual(int x, int residual) {
@@ -174,16 +189,18 @@ NB_MODULE(_engine, m) {
   nb::class_<PqLayer>(m, "PqLayer")
       .def(
           "__init__",
-          [](PqLayer* self, const std::string& isa, Array<uint8_t, 3> centroids,
-             Array<int8_t, 3> tables, Array<float, 1> scale, Array<float, 1> bias, float act_scale,
+          [](PqLayer* self, const std::string& isa, Array<int8_t, 3> tables, Array<float, 1> scale, Array<float, 1> bias, float act_scale,
              int act_zero, int act_bits, int64_t channels, Pair kernel, Pair stride, Pair padding,
-             Pair dilation) {
+             Pair dilation, std::optional<Array<uint8_t, 3>> centroids,
+             std::optional<Array<int32_t, 2>> splits,
+             std::optional<Array<uint8_t, 2>> thresholds) {
             new (self) PqLayer(
                 pq_layer(find_kernels(isa), geometry(channels, kernel, stride, padding, dilation),
-                         centroids, tables, scale, bias, act_scale, act_zero, act_bits));
+                         tables, scale, bias, act_scale, act_zero, act_bits, centroids, splits, thresholds));
           },
-          "isa"_a, "centroids"_a, "tables"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a,
-          "act_bits"_a, "channels"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a)
+          "isa"_a, "tables"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a,
+          "act_bits"_a, "channels"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a, "centroids"_a.none() = nb::none(),
+          "splits"_a.none() = nb::none(), "thresholds"_a.none() = nb::none())
       .def("run", &run_layer, "pool"_a, "x"_a, "out"_a, "codes"_a.none() = nb::none());
 
   m.def(
@@ -242,34 +259,42 @@ NB_MODULE(_engine, m) {
       .def("input", &Plan::add_input)
       .def(
           "pq_conv2d",
-          [](Plan& p, int x, Array<uint8_t, 3> centroids, Array<int8_t, 3> tables,
+          [](Plan& p, int x, Array<int8_t, 3> tables,
              Array<float, 1> scale, Array<float, 1> bias, float act_scale, int act_zero,
              int act_bits, int64_t channels, Pair kernel, Pair stride, Pair padding, Pair dilation,
-             int residual, Limits limits) {
+             int residual, Limits limits, std::optional<Array<uint8_t, 3>> centroids,
+             std::optional<Array<int32_t, 2>> splits,
+             std::optional<Array<uint8_t, 2>> thresholds) {
             const ConvGeometry g = geometry(channels, kernel, stride, padding, dilation);
             return p.add_step(
-                std::make_unique<PqConvStep>(pq_layer(p.kernels(), g, centroids, tables, scale,
-                                                      bias, act_scale, act_zero, act_bits),
+                std::make_unique<PqConvStep>(pq_layer(p.kernels(), g, tables, scale,
+                                                      bias, act_scale, act_zero, act_bits,
+ centroids, splits, thresholds),
                                              false, residual >= 0, clamp(limits)),
                 with_residual(x, residual));
           },
-          "x"_a, "centroids"_a, "tables"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a,
+          "x"_a, "tables"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a,
           "act_bits"_a, "channels"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a,
-          "residual"_a = -1, "clamp"_a.none() = nb::none())
+          "residual"_a = -1, "clamp"_a.none() = nb::none(), "centroids"_a.none() = nb::none(),
+          "splits"_a.none() = nb::none(), "thresholds"_a.none() = nb::none())
       .def(
           "pq_linear",
-          [](Plan& p, int x, Array<uint8_t, 3> centroids, Array<int8_t, 3> tables,
+          [](Plan& p, int x, Array<int8_t, 3> tables,
              Array<float, 1> scale, Array<float, 1> bias, float act_scale, int act_zero,
-             int act_bits, int64_t features, int residual, Limits limits) {
+             int act_bits, int64_t features, int residual, Limits limits, std::optional<Array<uint8_t, 3>> centroids,
+             std::optional<Array<int32_t, 2>> splits,
+             std::optional<Array<uint8_t, 2>> thresholds) {
             const ConvGeometry g{.channels = features};
             return p.add_step(
-                std::make_unique<PqConvStep>(pq_layer(p.kernels(), g, centroids, tables, scale,
-                                                      bias, act_scale, act_zero, act_bits),
+                std::make_unique<PqConvStep>(pq_layer(p.kernels(), g, tables, scale,
+                                                      bias, act_scale, act_zero, act_bits,
+ centroids, splits, thresholds),
                                              true, residual >= 0, clamp(limits)),
                 with_residual(x, residual));
           },
-          "x"_a, "centroids"_a, "tables"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a,
-          "act_bits"_a, "features"_a, "residual"_a = -1, "clamp"_a.none() = nb::none())
+          "x"_a, "tables"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a,
+          "act_bits"_a, "features"_a, "residual"_a = -1, "clamp"_a.none() = nb::none(), "centroids"_a.none() = nb::none(),
+          "splits"_a.none() = nb::none(), "thresholds"_a.none() = nb::none())
       .def(
           "conv2d",
           [](Plan& p, int x, Array<float, 4> weight, Array<float, 1> bias, Pair stride,

@@ -153,6 +153,45 @@ PqLayer::PqLayer(const Kernels& kernels, const PqShape& shape, const ConvGeometr
   bias_.assign(bias, bias + shape.outputs);
 }
 
+PqLayer::PqLayer(const Kernels& kernels, const PqShape& shape, const ConvGeometry& geometry,
+                 const Quantization& quantization, const int32_t* splits, const uint8_t* thresholds,
+                 const int8_t* tables, const float* scale, const float* bias)
+    : kernels_(kernels), shape_(shape), geometry_(geometry), quantization_(quantization) {
+  auto require = [](bool ok, const std::string& what) {
+    if (!ok) throw std::invalid_argument("product-quantised layer: " + what);
+  };
+  const int32_t k = shape.centroids;
+  require(k == 8 || k == 16 || k == 32 || k == 64,
+          "K must be 8, 16, 32 or 64, not " + std::to_string(k));
+  require((1 << shape.dim) == k, "a tree of K leaves needs log2(K) splits");
+  require(shape.outputs >= 1, "it has no outputs");
+  require(quantization.bits >= 1 && quantization.bits <= 7,
+          "activation bits must be 1..7, not " + std::to_string(quantization.bits));
+  require(quantization.zero >= 0 && quantization.zero <= quantization.qmax(),
+          "the zero point is outside the grid");
+  require(quantization.scale > 0, "the activation scale must be positive");
+  require(shape.books >= 1 && shape.books < (1 << 17), "too many codebooks for exact sums");
+  splits_.assign(splits, splits + static_cast<size_t>(shape.books) * shape.dim);
+  for (const int32_t split : splits_) {
+    require(split >= 0 && split < geometry.depth(), "a split is outside the row");
+  }
+  books_per_patch_ = static_cast<int32_t>(
+      std::clamp<int64_t>(kPatchBytes / (int64_t{shape.dim} * kernels.row_tile), 1, shape.books));
+  centroids_ = AlignedBytes(static_cast<size_t>(shape.books) * 64);
+  std::memset(centroids_.data(), 0, static_cast<size_t>(shape.books) * 64);
+  for (int32_t b = 0; b < shape.books; ++b) {
+    for (int32_t i = 0; i < k - 1; ++i) {
+      const uint8_t threshold = thresholds[b * (k - 1) + i];
+      require(threshold <= quantization.qmax() + 1, "a threshold is above the grid");
+      centroids_.data()[b * 64 + i] = threshold;
+    }
+  }
+  tables_ = AlignedBytes(kernels.table_bytes(shape));
+  kernels.pack_tables(shape, tables, tables_.data());
+  scale_.assign(scale, scale + shape.outputs);
+  bias_.assign(bias, bias + shape.outputs);
+}
+
 PqLayer::Sizes PqLayer::sizes(const PaddedPlanes<uint8_t>& planes, int64_t w) const {
   Sizes s;
   const size_t tile = static_cast<size_t>(kernels_.row_tile);
@@ -202,6 +241,14 @@ void PqLayer::run(const Call& call, uint8_t* workspace, ThreadPool& pool) const 
     if (count < tile) std::memset(patch, 0, s.patch);  // the lanes of missing rows
     for (int32_t b = 0; b < shape_.books; b += books_per_patch_) {
       const int32_t end = std::min(shape_.books, b + books_per_patch_);
+      if (!splits_.empty()) {
+        for (int32_t i = b * shape_.dim; i < end * shape_.dim; ++i) {
+          planes.gather(quantized, runs, splits_[i], splits_[i] + 1, tile,
+                        patch + (i - b * shape_.dim) * tile);
+        }
+        kernels_.encode_tree(shape_, centroids_.data(), b, end, patch, codes + b * tile);
+        continue;
+      }
       const int64_t from = int64_t{b} * shape_.dim, to = std::min(depth, int64_t{end} * shape_.dim);
       planes.gather(quantized, runs, from, to, tile, patch);
       // A last sub-vector that is shorter: its missing values are zero.

@@ -54,6 +54,10 @@ class PqLayer {
   PqLayer(const Kernels& kernels, const PqShape& shape, const ConvGeometry& geometry,
           const Quantization& quantization, const uint8_t* centroids, const int8_t* tables,
           const float* scale, const float* bias);
+  // The same with trees: splits (books, levels), thresholds (books, K - 1); shape.dim = levels.
+  PqLayer(const Kernels& kernels, const PqShape& shape, const ConvGeometry& geometry,
+          const Quantization& quantization, const int32_t* splits, const uint8_t* thresholds,
+          const int8_t* tables, const float* scale, const float* bias);
 
   struct Call {
     ImageView input;
@@ -81,6 +85,7 @@ class PqLayer {
   int32_t books_per_patch_;
   AlignedBytes centroids_, tables_;
   std::vector<float> scale_, bias_;
+  std::vector<int32_t> splits_;  // (books, levels); empty for centroids
 };
 
 // Gradient of the tables: grad (books, K, M) = scatter-add of the output gradient by code.

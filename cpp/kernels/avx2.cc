@@ -106,6 +106,20 @@ void encode(const PqShape& s, const uint8_t* packed, int32_t first, int32_t last
   }
 }
 
+void encode_tree(const PqShape& s, const uint8_t* thresholds, int32_t first, int32_t last,
+                 const uint8_t* patch, uint8_t* codes) {
+  for (int32_t b = first; b < last; ++b, patch += s.dim * kRows, codes += kRows) {
+    const uint8_t* tree = thresholds + static_cast<size_t>(b) * 64;
+    for (int32_t r = 0; r < kRows; ++r) {
+      int32_t node = 0;
+      for (int32_t l = 0; l < s.dim; ++l) {
+        node = 2 * node + 1 + (patch[l * kRows + r] >= tree[node] ? 1 : 0);
+      }
+      codes[r] = static_cast<uint8_t>(node - (s.centroids - 1));
+    }
+  }
+}
+
 // Packed tables: [output block][book][slice][output in block][16 entries], as value + 128.
 size_t table_bytes(const PqShape& s) {
   const size_t blocks = (s.outputs + kOutputs - 1) / kOutputs;
@@ -298,6 +312,7 @@ constinit const Kernels kAvx2 = {.name = "avx2",
                                  .pack_tables = pack_tables,
                                  .quantize = quantize,
                                  .encode = encode,
+                                 .encode_tree = encode_tree,
                                  .lookup = lookup,
                                  .gemm = gemm,
                                  .linear = linear,

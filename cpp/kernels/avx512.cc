@@ -103,6 +103,23 @@ void encode(const PqShape& s, const uint8_t* packed, int32_t first, int32_t last
   }
 }
 
+void encode_tree(const PqShape& s, const uint8_t* thresholds, int32_t first, int32_t last,
+                 const uint8_t* patch, uint8_t* codes) {
+  const __m512i one = _mm512_set1_epi8(1);
+  const __m512i leaves = _mm512_set1_epi8(static_cast<char>(s.centroids - 1));
+  for (int32_t b = first; b < last; ++b, patch += s.dim * kRows, codes += kRows) {
+    const __m512i tree = _mm512_loadu_si512(thresholds + static_cast<size_t>(b) * 64);
+    __m512i node = _mm512_setzero_si512();
+    for (int32_t l = 0; l < s.dim; ++l) {
+      const __m512i tap = _mm512_load_si512(patch + l * kRows);
+      const __mmask64 right = _mm512_cmpge_epu8_mask(tap, _mm512_permutexvar_epi8(node, tree));
+      node = _mm512_add_epi8(_mm512_add_epi8(node, node), one);
+      node = _mm512_mask_add_epi8(node, right, node, one);
+    }
+    _mm512_storeu_si512(codes, _mm512_sub_epi8(node, leaves));
+  }
+}
+
 // Packed tables: [output block][group of 4 books][slice][output in block][64 bytes: 4 books x 16].
 size_t table_bytes(const PqShape& s) {
   const size_t blocks = (s.outputs + kOutputs - 1) / kOutputs,
@@ -328,6 +345,7 @@ constinit const Kernels kAvx512 = {.name = "avx512",
                                    .pack_tables = pack_tables,
                                    .quantize = quantize,
                                    .encode = encode,
+                                   .encode_tree = encode_tree,
                                    .lookup = lookup,
                                    .gemm = gemm,
                                    .linear = linear,

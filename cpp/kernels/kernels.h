@@ -68,6 +68,13 @@ struct Kernels {
   void (*encode)(const PqShape&, const uint8_t* packed_centroids, int32_t first, int32_t last,
                  const uint8_t* patch, uint8_t* codes);
 
+  // Codes of codebooks first..last-1 of one tile, by decision trees of s.dim levels.
+  //   thresholds: (books, 64), node 0 the root, the children of i are 2 i + 1 and 2 i + 2
+  //   patch: u8 planes, (last - first) * s.dim: the tap of each level
+  // At every level: node = 2 * node + 1 + (tap >= threshold[node]); code = node - (K - 1).
+  void (*encode_tree)(const PqShape&, const uint8_t* thresholds, int32_t first, int32_t last,
+                      const uint8_t* patch, uint8_t* codes);
+
   // sum[m][r] = sum over b of table[b][codes[b][r]][m], exact in int32, then the epilogue.
   //   codes: planes of all codebooks (padded to book_tile with zeros); workspace: as large as codes
   void (*lookup)(const PqShape&, const uint8_t* packed_tables, const uint8_t* codes,

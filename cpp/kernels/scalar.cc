@@ -58,6 +58,20 @@ void encode(const PqShape& s, const uint8_t* centroids, int32_t first, int32_t l
   }
 }
 
+void encode_tree(const PqShape& s, const uint8_t* thresholds, int32_t first, int32_t last,
+                 const uint8_t* patch, uint8_t* codes) {
+  for (int32_t b = first; b < last; ++b, patch += s.dim * kRows, codes += kRows) {
+    const uint8_t* tree = thresholds + static_cast<size_t>(b) * 64;
+    for (int32_t r = 0; r < kRows; ++r) {
+      int32_t node = 0;
+      for (int32_t l = 0; l < s.dim; ++l) {
+        node = 2 * node + 1 + (patch[l * kRows + r] >= tree[node] ? 1 : 0);
+      }
+      codes[r] = static_cast<uint8_t>(node - (s.centroids - 1));
+    }
+  }
+}
+
 void finish(float y, const Epilogue& e, int32_t m, int32_t r) {
   if (e.residual) y += e.residual[m * e.residual_stride + r];
   if (e.clamp) {
@@ -132,6 +146,7 @@ constinit const Kernels kScalar = {.name = "scalar",
                                    .pack_tables = pack_tables,
                                    .quantize = quantize,
                                    .encode = encode,
+                                   .encode_tree = encode_tree,
                                    .lookup = lookup,
                                    .gemm = gemm,
                                    .linear = linear,
