@@ -162,8 +162,10 @@ void shapes_of(const std::vector<FloatArray>& inputs, Shapes& shapes,
   }
 }
 
-// Seconds of every run and step, and what the steps are.
-nb::tuple profile_plan(Plan& plan, const std::vector<FloatArray>& inputs, int runs) {
+using Described = std::vector<std::tuple<std::string, std::string, size_t>>;
+
+// What the steps are, and seconds of every run and step.
+std::pair<Described, std::vector<std::vector<double>>> profile_plan(Plan& plan, const std::vector<FloatArray>& inputs, int runs) {
   Shapes shapes;
   std::vector<const float*> data;
   shapes_of(inputs, shapes, data);
@@ -185,11 +187,9 @@ nb::tuple profile_plan(Plan& plan, const std::vector<FloatArray>& inputs, int ru
     }
     plan.release(std::move(context));
   }
-  nb::list described;
-  for (const Plan::StepInfo& s : steps) {
-    described.append(nb::make_tuple(s.label, s.method, s.bytes));
-  }
-  return nb::make_tuple(described, seconds);
+  Described described;
+  for (const Plan::StepInfo& s : steps) described.emplace_back(s.label, s.method, s.bytes);
+  return {described, seconds};
 }
 
 nb::list run_plan(Plan& plan, const std::vector<FloatArray>& inputs) {

@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--v", type=int, default=9)
     parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--encoder", default="nearest", choices=("nearest", "tree"))
     parser.add_argument("--feature-weight", type=float, default=1.0)
     parser.add_argument("--mixed-precision", default="no", choices=("no", "bf16", "fp16"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -84,7 +85,7 @@ def main() -> None:
     load_checkpoint(dense, options.weights)
     dense = dense.eval().to(memory_format=torch.channels_last)
 
-    recipe = {"layer*.conv*": PQ(v=options.v, k=options.k)}
+    recipe = {"layer*.conv*": PQ(v=options.v, k=options.k, encoder=options.encoder)}
     calibration = [to_tensor(x[i]) for i in np.array_split(used[:1024], 8)]
     model, report = convert(dense, recipe, calibration, seed=options.seed)
     print(report, flush=True)

@@ -278,7 +278,7 @@ void test_maps(const Kernels& k) {
           const PqShape s{.depth = depth,
                           .taps = m.taps(),
                           .books = (depth + dim - 1) / dim,
-                          .centroids = 16,
+                          .centroids = any_of({8, 16, 16, 32, 64}),
                           .dim = dim,
                           .outputs = 3,
                           .bits = 7,
@@ -380,6 +380,21 @@ void test_lookup(const Kernels& k) {
   }
 }
 
+// More outputs than kernels of one row hold in registers at once.
+void test_wide(const Kernels& k) {
+  for (int outputs : {96, 127, 128, 129, 192, 193, 200, 255, 256, 257, 320, 513}) {
+    for (int books : {1, 2, 3, 4, 5, 7, 8, 9, 13}) {
+      begin("draw");
+      PqCase c = random_pq(k, Encoder::kTree, any_of({8, 16, 64}), 4, 3, 7);
+      c.shape.books = books;
+      c.shape.outputs = outputs;
+      c.rows = pick(1, std::min(c.rows, 18));
+      c.tables = static_cast<Tables>(pick(0, 4));
+      test_pq(k, c);
+    }
+  }
+}
+
 // --- dense layers in int8 -----------------------------------------------------------------------
 
 void test_dense8(const Kernels& k, const Map& m, int channels, int outputs, int first, int rows,
@@ -458,6 +473,9 @@ void test_dense8(const Kernels& k) {
       const Map m{.width = width, .height = 10, .images = 1};
       test_dense8(k, m, 1 + rows % 9, 5, coin() ? 0 : m.rows() - rows, rows, Fill::kRandom, 0);
     }
+  }
+  for (int outputs : {96, 127, 128, 129, 192, 193, 255, 257, 320}) {
+    for (int channels : {3, 16, 19, 64, 70}) draw(1, channels, outputs, Fill::kRandom, 0);
   }
   for (int channels : {512, 40}) {
     const Map m{.width = 7, .height = 7, .images = 2, .kernel = 3, .pad = 1};
@@ -586,7 +604,9 @@ void test_table_grad(const Kernels& k) {
       for (int count : {1, 2, 3, 64, 130}) test_table_grad(k, books, centroids, count, 37);
     }
   }
-  test_table_grad(k, 2, 16, 50, 513);
+  for (int outputs : {96, 127, 128, 129, 192, 255, 256, 257, 513}) {
+    test_table_grad(k, 2, 16, 50, outputs);
+  }
 }
 
 // --- everything ---------------------------------------------------------------------------------
@@ -632,6 +652,7 @@ void test_kernels(const Kernels& k) {
   test_rows(k);
   test_deep(k);
   test_lookup(k);
+  test_wide(k);
   test_dense8(k);
   test_floats(k);
   test_table_grad(k);

@@ -39,7 +39,7 @@ PathLike: TypeAlias = str | os.PathLike[str]
 #: The format version that this code writes, and the newest that it reads.
 VERSION: Final = 1
 _KEYS: Final = frozenset({"format", "version", "graph", "metadata", "sha256"})
-_DTYPES: Final = {"F32": "<f4", "I8": "|i1", "U8": "|u1"}
+_DTYPES: Final = {"F32": "<f4", "I32": "<i4", "I8": "|i1", "U8": "|u1"}
 _MAX_HEADER: Final = 100_000_000  # the limit of safetensors itself
 _GOLDEN: Final = re.compile(r"golden\.(input|output)\.(0|[1-9][0-9]{0,3})", re.ASCII)
 

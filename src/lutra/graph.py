@@ -28,7 +28,7 @@ Golden: TypeAlias = tuple[tuple[Array, ...], tuple[Array, ...]]
 
 #: Names of tensors that begin like this belong to the golden data of the file.
 RESERVED_PREFIX: Final = "golden."
-TENSOR_DTYPES: Final = ("float32", "int8", "uint8")
+TENSOR_DTYPES: Final = ("float32", "int32", "int8", "uint8")
 _MAX_RANK: Final = 8
 _MAX_ELEMENTS: Final = 2**31 - 1  # of one sample; the engine counts in 32 bits
 _MAX_NAME: Final = 512

@@ -187,9 +187,12 @@ def _pq_conv2d(plan: _engine.Plan, job: Job) -> int:
     node, tensors = job.node, job.tensors
     return plan.pq_conv2d(
         job.ids[0],
-        tensors["tables"],
-        tensors["scale"],
-        tensors["bias"],
+        tables=tensors["tables"],
+        scale=tensors["scale"],
+        bias=tensors["bias"],
+        centroids=tensors.get("centroids"),
+        splits=tensors.get("splits"),
+        thresholds=tensors.get("thresholds"),
         act_scale=number(node, "act_scale"),
         act_zero=integer(node, "act_zero"),
         act_bits=integer(node, "act_bits"),
@@ -198,9 +201,6 @@ def _pq_conv2d(plan: _engine.Plan, job: Job) -> int:
         stride=pair(node, "stride"),
         padding=pair(node, "padding"),
         dilation=pair(node, "dilation"),
-        centroids=tensors.get("centroids"),
-        splits=tensors.get("splits"),
-        thresholds=tensors.get("thresholds"),
         residual=job.residual,
         clamp=job.clamp,
     )
@@ -210,16 +210,16 @@ def _pq_linear(plan: _engine.Plan, job: Job) -> int:
     node, tensors = job.node, job.tensors
     return plan.pq_linear(
         job.ids[0],
-        tensors["tables"],
-        tensors["scale"],
-        tensors["bias"],
+        tables=tensors["tables"],
+        scale=tensors["scale"],
+        bias=tensors["bias"],
+        centroids=tensors.get("centroids"),
+        splits=tensors.get("splits"),
+        thresholds=tensors.get("thresholds"),
         act_scale=number(node, "act_scale"),
         act_zero=integer(node, "act_zero"),
         act_bits=integer(node, "act_bits"),
         features=integer(node, "in_features"),
-        centroids=tensors.get("centroids"),
-        splits=tensors.get("splits"),
-        thresholds=tensors.get("thresholds"),
         residual=job.residual,
         clamp=job.clamp,
     )

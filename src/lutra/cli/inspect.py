@@ -42,14 +42,16 @@ def describe(graph: Graph, file_bytes: int) -> dict[str, Any]:
     layers = []
     for node in graph.nodes:
         cost, arrays = costs[node.name], graph.node_tensors(node)
-        books = arrays.get("centroids")
+        centroids = arrays.get("centroids")
+        codes = arrays["tables"].shape[1] if "tables" in arrays else None
         layers.append(
             {
                 "name": node.name,
                 "op": node.op,
                 "output_shape": list(values[node.output].shape),
-                "v": None if books is None else books.shape[2],
-                "k": None if books is None else books.shape[1],
+                "encoder": node.attrs.get("encoder"),
+                "v": None if centroids is None else centroids.shape[2],
+                "k": codes,
                 "bytes": cost.weight_bytes,
                 "lookups": cost.lookups,
                 "encode_ops": cost.encode_ops,

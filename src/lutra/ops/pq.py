@@ -1,13 +1,23 @@
-"""Product quantisation: find the nearest centroid of each sub-vector, look up, add.
+"""Product quantisation: find the code of each codebook, look up, add.
 
-A row of ``D`` activations is cut into ``B`` sub-vectors of ``V`` values (the last one filled up
-with zeros). Each has a codebook of ``K`` centroids; the index of the nearest is its code, and the
-code picks a row of ``M`` table entries. The rows of all codebooks are added.
+A row of ``D`` activations has one code in ``0..K-1`` for each of ``B`` codebooks. A code picks a
+row of ``M`` table entries, and the rows of all codebooks are added. The ``encoder`` makes codes:
+
+* ``nearest``: the row is cut into ``B`` sub-vectors of ``V`` values (the last one filled up with
+  zeros), and the code is the index of the nearest of ``K`` centroids;
+* ``tree``: a balanced binary decision tree of ``L = log2(K)`` levels, which looks at one entry of
+  the row per level (``splits``) and has a threshold per node, in heap order: node 0 is the root,
+  the children of ``i`` are ``2 * i + 1`` (entry below the threshold) and ``2 * i + 2``.
 
 With ``qmax = 2**act_bits - 1``, all of it exact::
 
     x_q    = clamp(round_half_even(x / float32(act_scale)) + act_zero, 0, qmax)      NaN gives 0
-    code_b = argmax_k (x_q . c_k - ((c_k . c_k) >> 1))              int32, the lowest k on ties
+
+    nearest:  code_b = argmax_k (x_q . c_k - ((c_k . c_k) >> 1))    int32, the lowest k on ties
+    tree:     node = 0
+              L times, l = 0..L-1:  node = 2 * node + 1 + (x_q[splits[b, l]] >= thresholds[b, node])
+              code_b = node - (K - 1)
+
     y[m]   = float32(sum_b tables[b, code_b, m]) * scale[m] + bias[m]              two roundings
 
 A convolution pads ``x_q`` with ``act_zero`` and takes its rows in the order (channel, kernel row,
@@ -35,12 +45,16 @@ from lutra.ops.registry import (
     node_error,
     number,
     pair,
+    text,
     window_size,
 )
 
 if TYPE_CHECKING:
     from lutra.graph import Node, Value
 
+#: What makes codes, and the tensors that each takes.
+ENCODERS: Final = ("nearest", "tree")
+_ENCODER_TENSORS: Final = {"nearest": ("centroids",), "tree": ("splits", "thresholds")}
 CENTROID_COUNTS: Final = (8, 16, 32, 64)
 MAX_SUBVECTOR: Final = 64
 MAX_ACT_BITS: Final = 7
@@ -52,10 +66,12 @@ _QUANTISER: Final = {
     "act_scale": Attr(float),
     "act_zero": Attr(int, low=0, high=2**MAX_ACT_BITS - 1),
     "act_bits": Attr(int, low=1, high=MAX_ACT_BITS),
-    "encoder": Attr(str, default="nearest", choices=("nearest",)),
+    "encoder": Attr(str, default="nearest", choices=ENCODERS),
 }
 _TENSORS: Final = {
-    "centroids": TensorRole("uint8", 3),
+    "centroids": TensorRole("uint8", 3, required=False),
+    "splits": TensorRole("int32", 2, required=False),
+    "thresholds": TensorRole("uint8", 2, required=False),
     "tables": TensorRole("int8", 3),
     "scale": TensorRole("float32", 1),
     "bias": TensorRole("float32", 1),
@@ -82,7 +98,33 @@ def _check(node: Node, tensors: Mapping[str, Array]) -> None:
             f"has act_zero={node.attrs['act_zero']} with act_bits={node.attrs['act_bits']}",
             f"it must be in 0..{qmax}",
         )
-    centroids, tables = tensors["centroids"], tensors["tables"]
+    encoder = text(node, "encoder")
+    for name, roles in _ENCODER_TENSORS.items():
+        for role in roles:
+            if name == encoder and role not in tensors:
+                raise node_error(
+                    node, f"lacks the tensor {role!r}", f"encoder {encoder!r} needs it"
+                )
+            if name != encoder and role in tensors:
+                raise node_error(
+                    node,
+                    f"has the tensor {role!r} with encoder {encoder!r}",
+                    f"remove it, or set the encoder to {name!r}",
+                )
+    tables = tensors["tables"]
+    for role in ("scale", "bias"):
+        if tensors[role].shape != (tables.shape[2],):
+            raise node_error(
+                node,
+                f"has {role} of shape {tensors[role].shape}",
+                f"the tables of shape {tables.shape} need ({tables.shape[2]},)",
+            )
+    check = _check_tree if encoder == "tree" else _check_centroids
+    check(node, tensors, tables, qmax)
+
+
+def _check_centroids(node: Node, tensors: Mapping[str, Array], tables: Array, qmax: int) -> None:
+    centroids = tensors["centroids"]
     books, count, width = centroids.shape
     if count not in CENTROID_COUNTS or width > MAX_SUBVECTOR:
         raise node_error(
@@ -103,13 +145,6 @@ def _check(node: Node, tensors: Mapping[str, Array]) -> None:
             f"has tables of shape {tables.shape}",
             f"the centroids of shape {centroids.shape} need ({books}, {count}, outputs)",
         )
-    for role in ("scale", "bias"):
-        if tensors[role].shape != (tables.shape[2],):
-            raise node_error(
-                node,
-                f"has {role} of shape {tensors[role].shape}",
-                f"the tables of shape {tables.shape} need ({tables.shape[2]},)",
-            )
     top = int(centroids.max())
     if top > qmax:
         raise node_error(
@@ -123,6 +158,42 @@ def _check(node: Node, tensors: Mapping[str, Array]) -> None:
             node,
             f"has centroid values other than 0 beyond entry {length} of its rows",
             f"set the last {width - used} values of the last codebook to 0",
+        )
+
+
+def _check_tree(node: Node, tensors: Mapping[str, Array], tables: Array, qmax: int) -> None:
+    splits, thresholds = tensors["splits"], tensors["thresholds"]
+    books, count = tables.shape[:2]
+    if count not in CENTROID_COUNTS or books > MAX_BOOKS:
+        raise node_error(
+            node,
+            f"has {books} codebooks of {count} table rows",
+            f"use at most {MAX_BOOKS} codebooks of 8, 16, 32 or 64",
+        )
+    for role, tensor, width in (
+        ("splits", splits, count.bit_length() - 1),
+        ("thresholds", thresholds, count - 1),
+    ):
+        if tensor.shape != (books, width):
+            raise node_error(
+                node,
+                f"has {role} of shape {tensor.shape}",
+                f"the tables of shape {tables.shape} need ({books}, {width})",
+            )
+    length = row_length(node)
+    low, high = int(splits.min()), int(splits.max())
+    if low < 0 or high >= length:
+        raise node_error(
+            node,
+            f"has a split at entry {low if low < 0 else high} of rows of {length}",
+            f"splits must be in 0..{length - 1}",
+        )
+    top = int(thresholds.max())
+    if top > qmax + 1:
+        raise node_error(
+            node,
+            f"has a threshold of {top} with act_bits={node.attrs['act_bits']}",
+            f"thresholds must be in 0..{qmax + 1}",
         )
 
 
@@ -165,12 +236,15 @@ def _infer_linear(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Arr
 
 
 def _cost(node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]) -> Cost:
-    books, count, width = tensors["centroids"].shape
+    books, _, outputs = tensors["tables"].shape
     made = math.prod(inner(output))  # rows times outputs
-    rows = made // tensors["tables"].shape[2]
+    # of one code: products with every centroid, or one comparison per level
+    steps = math.prod(
+        (tensors["splits"] if "splits" in tensors else tensors["centroids"]).shape[1:]
+    )
     return Cost(
         lookups=made * books,
-        encode_ops=rows * books * count * width,
+        encode_ops=made // outputs * books * steps,
         dense_macs=made * row_length(node),
         table_bytes=tensors["tables"].nbytes,
     )

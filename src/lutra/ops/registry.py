@@ -42,7 +42,7 @@ class Cost:
 
     Attributes:
         lookups: Table entries read and added.
-        encode_ops: Multiply-adds spent on finding codes.
+        encode_ops: Multiply-adds, or comparisons of trees, spent on finding codes.
         macs: Multiply-adds of dense arithmetic that really run.
         dense_macs: Multiply-adds that the same layer takes without tables.
         table_bytes: Bytes of the tables.
@@ -267,6 +267,13 @@ def number(node: Node, name: str) -> float:
     """An attribute that is a float."""
     value = node.attrs[name]
     assert isinstance(value, float)
+    return value
+
+
+def text(node: Node, name: str) -> str:
+    """An attribute that is a string."""
+    value = node.attrs[name]
+    assert isinstance(value, str)
     return value
 
 

@@ -11,7 +11,7 @@ from lutra.graph import Node
 from lutra.ops.registry import Array, integer, number, pair
 from lutra.reference.windows import patches, windows
 
-__all__ = ["encode", "lookup", "pq_conv2d", "pq_linear", "quantise"]
+__all__ = ["encode", "encode_tree", "lookup", "pq_conv2d", "pq_linear", "quantise"]
 
 _MAX_ROWS = 2**14  # bounds the memory of one step
 
@@ -58,6 +58,26 @@ def encode(rows: Array, centroids: Array) -> Array:
     return codes
 
 
+def encode_tree(rows: Array, splits: Array, thresholds: Array) -> Array:
+    """Finds the leaf of every codebook's decision tree.
+
+    Args:
+        rows: uint8 (R, D)
+        splits: int32 (B, L), the entry of the row that each level looks at.
+        thresholds: uint8 (B, K - 1), node 0 the root, the children of i are 2 i + 1 and 2 i + 2.
+
+    Returns:
+        Codes, int64 (R, B)
+    """
+    books, levels = splits.shape
+    node = np.zeros((rows.shape[0], books), np.int64)
+    for level in range(levels):
+        right = rows[:, splits[:, level]] >= thresholds[np.arange(books), node]
+        node = 2 * node + 1 + right
+    codes: Array = node - thresholds.shape[1]
+    return codes
+
+
 def lookup(codes: Array, tables: Array) -> Array:
     """Adds the table rows that the codes pick.
 
@@ -79,7 +99,11 @@ def _rows(rows: Array, tensors: Mapping[str, Array]) -> Array:
     result = np.empty((rows.shape[0], tensors["tables"].shape[2]), np.float32)
     for first in range(0, rows.shape[0], _MAX_ROWS):
         part = slice(first, first + _MAX_ROWS)
-        sums = lookup(encode(rows[part], tensors["centroids"]), tensors["tables"])
+        if "splits" in tensors:
+            codes = encode_tree(rows[part], tensors["splits"], tensors["thresholds"])
+        else:
+            codes = encode(rows[part], tensors["centroids"])
+        sums = lookup(codes, tensors["tables"])
         result[part] = sums.astype(np.float32) * tensors["scale"] + tensors["bias"]
     return result
 

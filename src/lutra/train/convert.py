@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lutra.errors import LutraError
 from lutra.train import collective, portable
+from lutra.train import tree as trees
 from lutra.train.calibrate import Reservoir, collect
 from lutra.train.geometry import Geometry
 from lutra.train.kmeans import kmeans
@@ -187,16 +188,12 @@ def _learn(layer: _PQLayer, samples: Reservoir, steps: int, seed: int) -> tuple[
     missing = layer.books * layer.dim - rows.shape[1]
     padded = F.pad(rows.clamp(low, high), (0, missing))
     sub = padded.view(-1, layer.books, layer.dim).transpose(0, 1).contiguous()  # (B, n, V)
-    centroids, _ = kmeans(sub, layer.method.k, steps=steps, seed=seed)
-    layer.centroids.copy_(centroids)
-    # Error and use, with the grid and the int8 tables that the engine will have.
-    grid_centroids = layer.grid_centroids()
-    codes = portable.encode(rows[:, :, None, None], Geometry(rows.shape[1]), grid, grid_centroids)
-    tables, scale = quantize_tables(layer.tables(grid_centroids))
-    got = portable.lookup(codes, tables).float() * scale
-    want = rows @ layer.weight.float().reshape(layer.outputs, -1).t()
-    variance = want.var(correction=0).clamp_min(1e-12)
-    error = collective.mean(float((got - want).square().mean() / variance))
+    if layer.method.encoder == "tree":
+        _grow(layer, rows, sub)
+    else:
+        centroids, _ = kmeans(sub, layer.method.k, steps=steps, seed=seed)
+        layer.centroids.copy_(centroids)
+    error, codes = _output_error(layer, rows)
     counts = torch.zeros((layer.books, layer.method.k), device=codes.device)
     counts.scatter_add_(1, codes.long(), torch.ones(codes.shape, device=codes.device))
     collective.all_reduce(counts)
@@ -204,6 +201,43 @@ def _learn(layer: _PQLayer, samples: Reservoir, steps: int, seed: int) -> tuple[
         # As if the moving average had run on batches of this many rows.
         layer.cluster_counts.copy_(counts)
     return error, float((counts > 0).float().mean())
+
+
+def _output_error(layer: _PQLayer, rows: Tensor) -> tuple[float, Tensor]:
+    """Relative squared error of the output, and codes (B, n), with the grid and the int8 tables
+    that the engine will have."""
+    encoder = layer.encoder()
+    codes = portable.encode(rows[:, :, None, None], Geometry(rows.shape[1]), layer.grid(), encoder)
+    tables, scale = quantize_tables(layer.tables(encoder))
+    got = portable.lookup(codes, tables).float() * scale
+    want = rows @ layer.weight.float().reshape(layer.outputs, -1).t()
+    variance = want.var(correction=0).clamp_min(1e-12)
+    return collective.mean(float((got - want).square().mean() / variance)), codes
+
+
+def _grow(layer: _PQLayer, rows: Tensor, sub: Tensor) -> None:
+    """Grows the trees and makes their tables.
+
+    Args:
+        rows: samples (n, D). sub: their clipped sub-vectors (B, n, V).
+    """
+    grid, k = layer.grid(), layer.method.k
+    bins = grid.qmax + 1
+    q = portable.quantize(sub, grid).long().transpose(1, 2).contiguous()
+    short = layer.books * layer.dim - layer.geometry.depth
+    if short:
+        q[-1, layer.dim - short :] = 0  # constant, so that no level looks there
+    z = torch.bmm(sub, trees.output_metric(layer.weight_blocks().float()))
+    taps, thresholds = trees.grow(q, z, trees.levels_of(k), bins)
+    taps, thresholds = trees.refine(q, z, taps, thresholds, bins)
+    books = torch.arange(layer.books, device=q.device)[:, None]
+    codes = trees.descend(q[books, taps], thresholds)
+    layer.centroids.copy_(trees.leaf_means(sub, codes, k)[0])
+    layer.splits.copy_(books * layer.dim + taps)
+    layer.thresholds.copy_(thresholds)
+    tables = layer.tables(layer.encoder())
+    want = rows @ layer.weight.float().reshape(layer.outputs, -1).t()
+    layer.table_residual.copy_(trees.fit_tables(codes, tables, want) - tables)
 
 
 def _describe(entry: LayerReport, layer: _PQLayer, error: float, used: float) -> LayerReport:

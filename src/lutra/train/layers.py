@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 from lutra.errors import LutraError
 from lutra.ops.pq import MAX_SUBVECTOR
 from lutra.train import collective, ops, portable
+from lutra.train import tree as trees
+from lutra.train.encoder import Encoder, Nearest, Tree
 from lutra.train.geometry import Geometry, Quantization
 from lutra.train.projection import REFRESH, SAMPLE_ROWS, regression
 from lutra.train.recipe import PQ
@@ -87,8 +89,8 @@ class StraightThroughLookup(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, tables: Tensor, weight: Tensor, call: tuple[Any, ...]
     ) -> Tensor:
-        geometry, grid, grid_centroids, int8_tables, scale, keep, dtype = call
-        y, codes = ops.forward(x, geometry, grid, grid_centroids, int8_tables, scale)
+        geometry, grid, encoder, int8_tables, scale, keep, dtype = call
+        y, codes = ops.forward(x, geometry, grid, encoder, int8_tables, scale)
         keep.append(codes)
         ctx.geometry, ctx.grid, ctx.centroids, ctx.dtype = geometry, grid, tables.shape[1], dtype
         ctx.save_for_backward(x, weight, codes)
@@ -132,6 +134,9 @@ class _PQLayer(nn.Module):
     cluster_counts: Tensor
     projection: Tensor
     projection_age: Tensor
+    splits: Tensor
+    thresholds: Tensor
+    tree_age: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry, method: PQ) -> None:
         super().__init__()
@@ -151,13 +156,25 @@ class _PQLayer(nn.Module):
         self.centroids = nn.Parameter(centroids, requires_grad=method.centroids == "gradient")
         self.register_buffer("act_scale", torch.ones((), device=weight.device))
         self.register_buffer("signed", torch.zeros((), dtype=torch.bool, device=weight.device))
+        if method.encoder == "tree":
+            levels = trees.levels_of(method.k)
+            # first entries of the sub-vectors, until `grow` chooses
+            first = torch.arange(self.books, dtype=torch.int32)[:, None] * self.dim
+            self.register_buffer("splits", first.repeat(1, levels).to(weight.device))
+            middle = torch.full((self.books, method.k - 1), float(1 << (method.act_bits - 1)))
+            self.register_buffer("thresholds", middle.to(weight.device))
+            residual = torch.zeros((self.books, method.k, self.outputs), device=weight.device)
+            self.table_residual = nn.Parameter(residual)
+            self.register_buffer("tree_age", torch.zeros((), dtype=torch.int64))
         if method.centroids == "average":
             self.register_buffer(
                 "cluster_counts", torch.zeros((self.books, method.k), device=weight.device)
             )
         if method.gradient == "projected":
-            identity = torch.eye(self.dim, device=weight.device).repeat(self.books, 1, 1)
-            self.register_buffer("projection", identity)
+            start = torch.eye(self.dim, device=weight.device).repeat(self.books, 1, 1)
+            if method.encoder == "tree":
+                start = torch.zeros((self.books, method.k, self.dim), device=weight.device)
+            self.register_buffer("projection", start)
             self.register_buffer("projection_age", torch.zeros((), dtype=torch.int64))
         if method.gradient == "soft":
             # 1 / t = softplus(logit) + 1, as in LUT-NN's code
@@ -206,11 +223,24 @@ class _PQLayer(nn.Module):
             q[-1, :, self.dim - short :] = 0
         return q
 
-    def tables(self, grid_centroids: Tensor) -> Tensor:
-        """Float tables (B, K, M) of the centroids on the grid, with gradients to the weights, and
-        straight through the rounding to the centroids."""
-        values = self._centroid_values(grid_centroids)
-        return torch.bmm(_rounded(self.centroids.float(), values), self.weight_blocks().float())
+    def encoder(self) -> Encoder:
+        """What makes codes, in the integers of the engine."""
+        if self.method.encoder == "tree":
+            rounded = self.thresholds.round().clamp(0, self.grid().qmax + 1)
+            return Tree(self.splits, rounded.to(torch.uint8))
+        return Nearest(self.grid_centroids())
+
+    def tables(self, encoder: Encoder) -> Tensor:
+        """Float tables (B, K, M), with gradients to weights and centroids.
+
+        Centroids that are searched are those on the grid, and the gradient goes straight through
+        their rounding; a tree never looks at its centroids, so they need none.
+        """
+        values = self.centroids.float()
+        if isinstance(encoder, Nearest):
+            values = _rounded(values, self._centroid_values(encoder.centroids))
+        product = torch.bmm(values, self.weight_blocks().float())
+        return product if isinstance(encoder, Nearest) else product + self.table_residual.float()
 
     def _centroid_values(self, grid_centroids: Tensor) -> Tensor:
         """Real values (B, K, V) of centroids on the grid; missing entries are 0."""
@@ -231,13 +261,15 @@ class _PQLayer(nn.Module):
         with torch.autocast(device, enabled=False):
             grid, geometry = self.grid(), self.geometry
             x = x.float()
-            grid_centroids = self.grid_centroids()
-            tables = self.tables(grid_centroids)
+            if self.method.encoder == "tree" and self.training:
+                self._refit_tree(x.detach())
+            encoder = self.encoder()
+            tables = self.tables(encoder)
             with torch.no_grad():
                 int8_tables, scale = quantize_tables(tables)
                 rounded = int8_tables.float() * scale
             tables = _rounded(tables, rounded)
-            call = (geometry, grid, grid_centroids, int8_tables, scale, codes)
+            call = (geometry, grid, encoder, int8_tables, scale, codes)
             averaged = self.training and self.method.centroids == "average"
             if self.method.gradient == "soft":
                 inverse = F.softplus(self.inverse_temperature_logit.float()) + 1.0
@@ -247,8 +279,8 @@ class _PQLayer(nn.Module):
                 y = SoftLookup.apply(x, centroids, tables, inverse, call)  # type: ignore[no-untyped-call]
             else:
                 if self.method.gradient == "projected" and self.training:
-                    self._refresh_projection(x.detach(), grid_centroids, int8_tables, scale)
-                weight = self._gradient_weight()
+                    self._refresh_projection(x.detach(), encoder, int8_tables, scale)
+                weight = self._gradient_weight(tables)
                 y = StraightThroughLookup.apply(x, tables, weight, (*call, dtype))  # type: ignore[no-untyped-call]
             if averaged:
                 self._follow_clusters(x.detach(), codes[0])
@@ -256,19 +288,21 @@ class _PQLayer(nn.Module):
             return y if self.bias is None else y + self.bias.float().view(1, -1, 1, 1)
 
     @torch.no_grad()
-    def _gradient_weight(self) -> Tensor:
+    def _gradient_weight(self, tables: Tensor) -> Tensor:
         """Weights (M, C, kh, kw) of the input gradient."""
         geometry = self.geometry
         rows = self.weight.float().reshape(self.outputs, -1)
         if self.method.gradient == "projected":
             projection = self.projection.float().transpose(1, 2)
-            blocks = torch.bmm(projection, self.weight_blocks().float())
+            # of a tree: codes from sub-vectors, which its free tables turn into outputs
+            tree = self.method.encoder == "tree"
+            blocks = torch.bmm(projection, tables if tree else self.weight_blocks().float())
             rows = blocks.permute(2, 0, 1).reshape(self.outputs, -1)[:, : geometry.depth]
         return rows.view(self.outputs, geometry.channels, *geometry.kernel)
 
     @torch.no_grad()
     def _refresh_projection(
-        self, x: Tensor, grid_centroids: Tensor, int8_tables: Tensor, scale: Tensor
+        self, x: Tensor, encoder: Encoder, int8_tables: Tensor, scale: Tensor
     ) -> None:
         """Estimates `projection` anew from the first images of a batch, when its time has come."""
         if not x.numel():
@@ -278,13 +312,45 @@ class _PQLayer(nn.Module):
         if not due:
             return
         geometry, grid = self.geometry, self.grid()
-        height, width = geometry.out_size(x.shape[2], x.shape[3])
-        part = x[: max(1, SAMPLE_ROWS // (height * width))]
-        _, codes = ops.forward(part, geometry, grid, grid_centroids, int8_tables, scale)
-        index = codes.long()[:, :, None].expand(-1, -1, self.dim)
-        values = self._centroid_values(grid_centroids)
-        quantized = torch.gather(values, 1, index).transpose(1, 2)
+        part = self._sample(x)
+        _, codes = ops.forward(part, geometry, grid, encoder, int8_tables, scale)
+        if isinstance(encoder, Tree):
+            kinds = torch.arange(self.method.k, dtype=torch.uint8, device=codes.device)[:, None]
+            quantized = (codes[:, None] == kinds).float()  # (B, K, rows)
+        else:
+            index = codes.long()[:, :, None].expand(-1, -1, self.dim)
+            values = self._centroid_values(encoder.centroids)
+            quantized = torch.gather(values, 1, index).transpose(1, 2)
         self.projection.copy_(regression(portable.unfold(part, geometry, self.dim, 0.0), quantized))
+
+    @torch.no_grad()
+    def _refit_tree(self, x: Tensor) -> None:
+        """Moves the thresholds towards those that suit the centroids and the batch at hand."""
+        if not x.numel():
+            return
+        due = int(self.tree_age) % trees.REFIT == 0
+        self.tree_age += 1
+        if not due:
+            return
+        encoder = self.encoder()
+        assert isinstance(encoder, Tree)
+        grid = self.grid()
+        sub = portable.unfold(
+            portable.quantize(self._sample(x), grid), self.geometry, self.dim, float(grid.zero)
+        )
+        taps = sub.reshape(-1, sub.shape[2])[self.splits.long()].long()
+        factor = trees.output_metric(self.weight_blocks().float())
+        real = (sub.transpose(1, 2) - grid.zero) * grid.scale
+        distances = trees.squared_distances(
+            torch.bmm(real, factor), torch.bmm(self.centroids.float(), factor)
+        )
+        new = trees.refit(taps, encoder.thresholds.long(), distances, grid.qmax + 1)
+        self.thresholds.lerp_(new.float(), trees.REFIT_RATE)
+
+    def _sample(self, x: Tensor) -> Tensor:
+        """The first images of a batch, about SAMPLE_ROWS rows of them."""
+        height, width = self.geometry.out_size(x.shape[2], x.shape[3])
+        return x[: max(1, SAMPLE_ROWS // (height * width))]
 
     @torch.no_grad()
     def _follow_clusters(self, x: Tensor, codes: Tensor) -> None:
@@ -310,13 +376,11 @@ class _PQLayer(nn.Module):
             torch.no_grad(),
             torch.autocast(device, enabled=False),
         ):
-            grid_centroids = self.grid_centroids()
-            int8_tables, scale = quantize_tables(self.tables(grid_centroids))
+            encoder = self.encoder()
+            int8_tables, scale = quantize_tables(self.tables(encoder))
             bias = torch.zeros_like(scale) if self.bias is None else self.bias.float().clone()
             linear = isinstance(self, PQLinear)
-            return FrozenPQ(
-                self.geometry, self.grid(), linear, grid_centroids, int8_tables, scale, bias
-            )
+            return FrozenPQ(self.geometry, self.grid(), linear, encoder, int8_tables, scale, bias)
 
     def train(self, mode: bool = True) -> Self:
         """As of every module; also forgets the tables kept for eval mode."""
@@ -375,7 +439,9 @@ class PQLinear(_PQLayer):
 class FrozenPQ(nn.Module):
     """A lookup layer without weights: what is exported. Buffers are the file's tensors."""
 
-    centroids: Tensor
+    centroids: Tensor | None
+    splits: Tensor | None
+    thresholds: Tensor | None
     tables: Tensor
     scale: Tensor
     bias: Tensor
@@ -385,14 +451,17 @@ class FrozenPQ(nn.Module):
         geometry: Geometry,
         grid: Quantization,
         linear: bool,
-        centroids: Tensor,
+        encoder: Encoder,
         tables: Tensor,
         scale: Tensor,
         bias: Tensor,
     ) -> None:
         super().__init__()
         self.geometry, self.grid, self.linear = geometry, grid, linear
-        self.register_buffer("centroids", centroids)
+        for role in ("centroids", "splits", "thresholds"):
+            tensor = encoder.tensors.get(role)
+            self.register_buffer(role, None if tensor is None else tensor.clone())
+        self.encoder = "nearest" if isinstance(encoder, Nearest) else "tree"
         self.register_buffer("tables", tables)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
@@ -402,12 +471,13 @@ class FrozenPQ(nn.Module):
         g, q = self.geometry, self.grid
         check_input(x, g, self.linear)
         tensors = (self.centroids, self.tables, self.scale, self.bias)
+        tree = (self.splits, self.thresholds)
         if self.linear:
-            y = ops.pq_linear(x.float(), *tensors, q.scale, q.zero, q.bits, "nearest")
+            y = ops.pq_linear(x.float(), *tensors, q.scale, q.zero, q.bits, self.encoder, *tree)
         else:
             y = ops.pq_conv2d(
-                x.float(), *tensors, q.scale, q.zero, q.bits, "nearest",
-                g.kernel, g.stride, g.padding, g.dilation,
+                x.float(), *tensors, q.scale, q.zero, q.bits, self.encoder,
+                g.kernel, g.stride, g.padding, g.dilation, *tree,
             )  # fmt: skip
         return cast(Tensor, y)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lutra import _engine
 from lutra.cpu import choose_isa
+from lutra.train.encoder import Encoder
 from lutra.train.geometry import Geometry, Quantization
 from lutra.train.watch import Watch
 
@@ -48,7 +49,7 @@ def empty_output(x: Tensor, outputs: int, height: int, width: int) -> Tensor:
 def make_layer(
     geometry: Geometry,
     grid: Quantization,
-    centroids: Tensor,
+    encoder: Encoder,
     tables: Tensor,
     scale: Tensor,
     bias: Tensor,
@@ -56,18 +57,18 @@ def make_layer(
     """Packs a layer for the instruction set of this process."""
     return _engine.PqLayer(
         choose_isa(),
-        _array(tables.contiguous()),
-        _array(scale.contiguous()),
-        _array(bias.contiguous()),
-        grid.scale,
-        grid.zero,
-        grid.bits,
-        geometry.channels,
-        geometry.kernel,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        centroids=_array(centroids.contiguous()),
+        tables=_array(tables.contiguous()),
+        scale=_array(scale.contiguous()),
+        bias=_array(bias.contiguous()),
+        act_scale=grid.scale,
+        act_zero=grid.zero,
+        act_bits=grid.bits,
+        channels=geometry.channels,
+        kernel=geometry.kernel,
+        stride=geometry.stride,
+        padding=geometry.padding,
+        dilation=geometry.dilation,
+        **{role: _array(tensor.contiguous()) for role, tensor in encoder.tensors.items()},
     )
 
 
@@ -77,17 +78,17 @@ _layers: dict[int, tuple[weakref.ref[Tensor], Watch, object, _engine.PqLayer]] =
 def cached_layer(
     geometry: Geometry,
     grid: Quantization,
-    centroids: Tensor,
+    encoder: Encoder,
     tables: Tensor,
     scale: Tensor,
     bias: Tensor,
 ) -> _engine.PqLayer:
-    """`make_layer`, packed once for as long as none of the four tensors is replaced or written."""
-    tensors = (centroids, tables, scale, bias)
+    """`make_layer`, packed once for as long as none of the tensors is replaced or written."""
+    tensors = (*encoder.tensors.values(), tables, scale, bias)
     known = _layers.get(id(tables))
     if known is not None and known[1].unchanged(tensors) and known[2] == (geometry, grid):
         return known[3]
-    layer = make_layer(geometry, grid, *tensors)
+    layer = make_layer(geometry, grid, encoder, tables, scale, bias)
     if not any(t.is_inference() for t in tensors):
         key = id(tables)
         ref = weakref.ref(tables, lambda _: _layers.pop(key, None))

@@ -12,18 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lutra.errors import LutraError
 from lutra.train import native, portable
+from lutra.train.encoder import Encoder, encoder_of
 from lutra.train.geometry import Geometry, Quantization
 
 
 def _is_native(x: Tensor) -> bool:
     return x.device.type == "cpu"
-
-
-def _check_encoder(encoder: str) -> None:
-    if encoder != "nearest":
-        raise LutraError(f"encoder {encoder!r} is unknown; choose 'nearest'")
 
 
 def _geometry(
@@ -45,7 +40,7 @@ def _geometry(
 @torch.library.custom_op("lutra::pq_conv2d", mutates_args=())
 def pq_conv2d(
     x: Tensor,
-    centroids: Tensor,
+    centroids: Tensor | None,
     tables: Tensor,
     scale: Tensor,
     bias: Tensor,
@@ -57,25 +52,28 @@ def pq_conv2d(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    splits: Tensor | None = None,
+    thresholds: Tensor | None = None,
 ) -> Tensor:
     """Product-quantised convolution of x (N, C, H, W) float32: int8 tables, exact integer sums.
 
-    centroids (B, K, V) uint8, tables (B, K, M) int8, scale (M) and bias (M) float32.
+    tables (B, K, M) int8, scale (M) and bias (M) float32; with encoder "nearest" centroids
+    (B, K, V) uint8, with "tree" splits (B, L) int32 and thresholds (B, K - 1) uint8.
     """
-    _check_encoder(encoder)
+    codebooks = encoder_of(encoder, centroids, splits, thresholds)
     geometry = _geometry(x, kernel, stride, padding, dilation)
     grid = Quantization(act_scale, act_zero, act_bits)
     if not _is_native(x):
-        y = portable.forward(x, geometry, grid, centroids, tables, scale, bias)[0]
+        y = portable.forward(x, geometry, grid, codebooks, tables, scale, bias)[0]
         return y.contiguous(memory_format=native.layout(x))
-    layer = native.cached_layer(geometry, grid, centroids, tables, scale, bias)
+    layer = native.cached_layer(geometry, grid, codebooks, tables, scale, bias)
     return native.run(layer, geometry, x.float(), tables.shape[2], None)
 
 
 @pq_conv2d.register_fake
 def _(
     x: Tensor,
-    centroids: Tensor,
+    centroids: Tensor | None,
     tables: Tensor,
     scale: Tensor,
     bias: Tensor,
@@ -87,6 +85,8 @@ def _(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    splits: Tensor | None = None,
+    thresholds: Tensor | None = None,
 ) -> Tensor:
     height, width = _geometry(x, kernel, stride, padding, dilation).out_size(*x.shape[2:])
     return native.empty_output(x, tables.shape[2], height, width)
@@ -95,7 +95,7 @@ def _(
 @torch.library.custom_op("lutra::pq_linear", mutates_args=())
 def pq_linear(
     x: Tensor,
-    centroids: Tensor,
+    centroids: Tensor | None,
     tables: Tensor,
     scale: Tensor,
     bias: Tensor,
@@ -103,13 +103,14 @@ def pq_linear(
     act_zero: int,
     act_bits: int,
     encoder: str,
+    splits: Tensor | None = None,
+    thresholds: Tensor | None = None,
 ) -> Tensor:
     """Product-quantised linear layer of x (..., D) -> (..., M). Tensors as in `pq_conv2d`."""
-    _check_encoder(encoder)
     rows = x.reshape(-1, x.shape[-1])[:, :, None, None]
     y: Tensor = pq_conv2d(
         rows, centroids, tables, scale, bias, act_scale, act_zero, act_bits, encoder,
-        (1, 1), (1, 1), (0, 0), (1, 1),
+        (1, 1), (1, 1), (0, 0), (1, 1), splits, thresholds,
     )  # fmt: skip
     return y.reshape(*x.shape[:-1], tables.shape[2])
 
@@ -117,7 +118,7 @@ def pq_linear(
 @pq_linear.register_fake
 def _(
     x: Tensor,
-    centroids: Tensor,
+    centroids: Tensor | None,
     tables: Tensor,
     scale: Tensor,
     bias: Tensor,
@@ -125,6 +126,8 @@ def _(
     act_zero: int,
     act_bits: int,
     encoder: str,
+    splits: Tensor | None = None,
+    thresholds: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], tables.shape[2]), dtype=torch.float32)
 
@@ -133,17 +136,17 @@ def forward(
     x: Tensor,
     geometry: Geometry,
     grid: Quantization,
-    centroids: Tensor,
+    encoder: Encoder,
     tables: Tensor,
     scale: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Training forward, tables changing at every step: y (N, M, H', W') and codes (B, rows)."""
     bias = torch.zeros_like(scale)
     if not _is_native(x):
-        return portable.forward(x, geometry, grid, centroids, tables, scale, bias)
+        return portable.forward(x, geometry, grid, encoder, tables, scale, bias)
     height, width = geometry.out_size(x.shape[2], x.shape[3])
     codes = torch.empty((tables.shape[0], x.shape[0] * height * width), dtype=torch.uint8)
-    layer = native.make_layer(geometry, grid, centroids, tables, scale, bias)
+    layer = native.make_layer(geometry, grid, encoder, tables, scale, bias)
     return native.run(layer, geometry, x, tables.shape[2], codes), codes
 
 

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lutra.train.encoder import Encoder, Tree
 from lutra.train.geometry import Geometry, Quantization
+from lutra.train.tree import descend
 
 BLOCK = 1 << 20  # elements of the largest temporary on the CPU: it should stay in the cache
 
@@ -38,8 +40,11 @@ def unfold(x: Tensor, geometry: Geometry, dim: int, padding: float) -> Tensor:
     return F.pad(rows, (0, 0, 0, missing)).view(-1, dim, rows.shape[1])
 
 
-def encode(x: Tensor, geometry: Geometry, grid: Quantization, centroids: Tensor) -> Tensor:
-    """Codes (B, rows) uint8 of x (N, C, H, W), nearest of centroids (B, K, V) uint8."""
+def encode(x: Tensor, geometry: Geometry, grid: Quantization, encoder: Encoder) -> Tensor:
+    """Codes (B, rows) uint8 of x (N, C, H, W)."""
+    if isinstance(encoder, Tree):
+        return _encode_tree(x, geometry, grid, encoder)
+    centroids = encoder.centroids
     books, k, dim = centroids.shape
     c = centroids.float()
     half = torch.floor(c.square().sum(2) / 2)[:, :, None]
@@ -52,6 +57,18 @@ def encode(x: Tensor, geometry: Geometry, grid: Quantization, centroids: Tensor)
                 # exact: every score is an integer below 2**24; of equal ones the lowest index
                 scores = torch.bmm(c, block) - half
                 codes.append(scores.argmax(1).to(torch.uint8))
+    return torch.cat(codes, 1)
+
+
+def _encode_tree(x: Tensor, geometry: Geometry, grid: Quantization, tree: Tree) -> Tensor:
+    """Codes (B, rows) uint8 of x (N, C, H, W)."""
+    splits = tree.splits.long()
+    width = max(geometry.depth, splits.numel())
+    images = max(1, block_size(x) // max(1, width * x.shape[2] * x.shape[3]))
+    codes = []
+    for part in torch.split(x, images):
+        rows = unfold(quantize(part, grid), geometry, 1, float(grid.zero))[:, 0]  # (D, rows)
+        codes.append(descend(rows.long()[splits], tree.thresholds).to(torch.uint8))
     return torch.cat(codes, 1)
 
 
@@ -71,14 +88,14 @@ def forward(
     x: Tensor,
     geometry: Geometry,
     grid: Quantization,
-    centroids: Tensor,
+    encoder: Encoder,
     tables: Tensor,
     scale: Tensor,
     bias: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """y (N, M, H', W') and codes (B, N*H'*W') of x (N, C, H, W)."""
     height, width = geometry.out_size(x.shape[2], x.shape[3])
-    codes = encode(x, geometry, grid, centroids)
+    codes = encode(x, geometry, grid, encoder)
     y = lookup(codes, tables).float() * scale + bias
     return y.view(x.shape[0], height, width, -1).permute(0, 3, 1, 2), codes
 

@@ -13,6 +13,7 @@ from lutra.ops.pq import CENTROID_COUNTS, MAX_ACT_BITS, MAX_SUBVECTOR
 
 Gradient = Literal["projected", "straight-through", "soft"]
 CentroidUpdate = Literal["average", "gradient"]
+EncoderName = Literal["nearest", "tree"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class PQ:
             average); "gradient" trains them by backpropagation.
         decay: of that moving average, per step.
         temperature: initial softmax temperature of the soft gradient (LUT-NN starts at 0.065).
+        encoder: what makes codes. "nearest" searches the nearest centroid; "tree" asks a decision
+            tree, as in MADDNESS (arXiv 2106.10860): log2(k) comparisons instead of k * v products,
+            for some accuracy (see docs/training.md). Not with the soft gradient.
 
     Raises:
         LutraError: a value is out of range.
@@ -51,6 +55,7 @@ class PQ:
     centroids: CentroidUpdate = "gradient"
     decay: float = 0.99
     temperature: float = 0.065
+    encoder: EncoderName = "nearest"
 
     def __post_init__(self) -> None:
         def require(ok: bool, what: str) -> None:
@@ -80,6 +85,15 @@ class PQ:
         require(
             self.centroids in ("average", "gradient"),
             f"centroids={self.centroids!r} is not 'average' or 'gradient'",
+        )
+        require(
+            self.encoder in get_args(EncoderName),
+            f"encoder={self.encoder!r} is not one of {list(get_args(EncoderName))}",
+        )
+        require(
+            self.encoder == "nearest" or self.gradient != "soft",
+            "gradient='soft' is of distances, which encoder='tree' does not compute; "
+            "choose 'projected' or 'straight-through'",
         )
         require(0.0 <= self.decay < 1.0, f"decay={self.decay} is not in [0, 1)")
         require(0.0 < self.temperature < 1.0, f"temperature={self.temperature} is not in (0, 1)")

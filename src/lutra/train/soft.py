@@ -33,8 +33,8 @@ class SoftLookup(torch.autograd.Function):
         inverse_temperature: Tensor,
         call: tuple[Any, ...],
     ) -> Tensor:
-        geometry, grid, grid_centroids, int8_tables, scale, keep = call
-        y, codes = ops.forward(x, geometry, grid, grid_centroids, int8_tables, scale)
+        geometry, grid, encoder, int8_tables, scale, keep = call
+        y, codes = ops.forward(x, geometry, grid, encoder, int8_tables, scale)
         keep.append(codes)
         ctx.geometry = geometry
         ctx.save_for_backward(x, centroids, tables, inverse_temperature)

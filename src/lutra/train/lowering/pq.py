@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lutra.train.encoder import encoder_of
 from lutra.train.lowering.arguments import need_rank
 from lutra.train.lowering.core import Lowering, Ref, lowers
+
+
+def _tensors(
+    encoder: str,
+    centroids: Tensor | None,
+    splits: Tensor | None,
+    thresholds: Tensor | None,
+    tables: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+) -> dict[str, Tensor]:
+    codebooks = encoder_of(encoder, centroids, splits, thresholds)
+    return {**codebooks.tensors, "tables": tables, "scale": scale, "bias": bias}
 
 
 @lowers("lutra.pq_conv2d.default")
 def _pq_conv2d(
     ctx: Lowering,
     x: Ref,
-    centroids: Tensor,
+    centroids: Tensor | None,
     tables: Tensor,
     scale: Tensor,
     bias: Tensor,
@@ -24,6 +38,8 @@ def _pq_conv2d(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
+    splits: Tensor | None,
+    thresholds: Tensor | None,
 ) -> Ref:
     need_rank(x, 4)
     return ctx.emit(
@@ -40,7 +56,7 @@ def _pq_conv2d(
             "act_bits": act_bits,
             "encoder": encoder,
         },
-        tensors={"centroids": centroids, "tables": tables, "scale": scale, "bias": bias},
+        tensors=_tensors(encoder, centroids, splits, thresholds, tables, scale, bias),
     )
 
 
@@ -48,7 +64,7 @@ def _pq_conv2d(
 def _pq_linear(
     ctx: Lowering,
     x: Ref,
-    centroids: Tensor,
+    centroids: Tensor | None,
     tables: Tensor,
     scale: Tensor,
     bias: Tensor,
@@ -56,6 +72,8 @@ def _pq_linear(
     act_zero: int,
     act_bits: int,
     encoder: str,
+    splits: Tensor | None,
+    thresholds: Tensor | None,
 ) -> Ref:
     return ctx.emit(
         "pq_linear",
@@ -67,5 +85,5 @@ def _pq_linear(
             "act_bits": act_bits,
             "encoder": encoder,
         },
-        tensors={"centroids": centroids, "tables": tables, "scale": scale, "bias": bias},
+        tensors=_tensors(encoder, centroids, splits, thresholds, tables, scale, bias),
     )

@@ -1,0 +1,62 @@
+"""What makes codes of sub-vectors: the nearest of K centroids, or a decision tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lutra.errors import LutraError
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The nearest centroid. centroids: uint8 (B, K, V), on the activation grid."""
+
+    centroids: Tensor
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by role, as in a file."""
+        return {"centroids": self.centroids}
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A balanced decision tree per codebook, one entry of the row per level.
+
+    Args:
+        splits: int32 (B, L): the entry of the row that each level looks at.
+        thresholds: uint8 (B, K - 1), K = 2**L: node 0 is the root, the children of i are 2 i + 1
+            (entry below the threshold) and 2 i + 2.
+    """
+
+    splits: Tensor
+    thresholds: Tensor
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by role, as in a file."""
+        return {"splits": self.splits, "thresholds": self.thresholds}
+
+
+Encoder = Nearest | Tree
+
+
+def encoder_of(
+    encoder: str, centroids: Tensor | None, splits: Tensor | None, thresholds: Tensor | None
+) -> Encoder:
+    """The encoder of a name and the tensors that come with it.
+
+    Raises:
+        LutraError: an unknown encoder, or tensors that are not its own.
+    """
+    if encoder == "nearest":
+        if centroids is not None and splits is None and thresholds is None:
+            return Nearest(centroids)
+        raise LutraError("encoder 'nearest' takes centroids and neither splits nor thresholds")
+    if encoder == "tree":
+        if centroids is None and splits is not None and thresholds is not None:
+            return Tree(splits, thresholds)
+        raise LutraError("encoder 'tree' takes splits and thresholds and no centroids")
+    raise LutraError(f"encoder {encoder!r} is unknown; choose 'nearest' or 'tree'")

@@ -1,0 +1,329 @@
+"""Decision trees instead of nearest centroids: how they are grown and kept up to date.
+
+A tree looks at one entry (tap) of the sub-vector per level and has a threshold per node, as in
+MADDNESS (arXiv 2106.10860); finding a code takes log2 K comparisons instead of K * V products.
+
+All errors are measured on the grid of the activations, where a threshold is one of at most 128
+integers: histograms over the grid give the error of every threshold of every node at once.
+
+* `grow` picks taps and thresholds level by level, for all codebooks together;
+* `refine` walks over the finished levels again (tree alternating optimisation, Carreira-Perpinan
+  and Tavallali 2018): a node sends a sample to the side whose leaf, found by the levels below as
+  they are, is nearer, as well as one threshold can. The error never grows.
+
+The same step with the taps fixed, `refit`, lets thresholds follow the centroids in training.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lutra.train import collective
+
+REFIT = 16  # training steps from one renewal of the thresholds to the next
+REFIT_RATE = 0.1  # how far they then move
+REFINE_ROUNDS = 2  # times that `refine` renews every level
+_LEAST = 16  # samples that a node must have seen to be moved
+_RIDGE = 1e-6  # relative to the largest variance of an output metric
+_TABLE_RIDGE = 0.1  # relative to the mean number of samples of a table row
+_TABLE_ROWS = 2048  # that are solved for together
+
+
+def levels_of(k: int) -> int:
+    """L, the levels of a tree of K = 2**L leaves."""
+    return k.bit_length() - 1
+
+
+def descend(taps: Tensor, thresholds: Tensor) -> Tensor:
+    """Leaves (B, n) int64 of samples.
+
+    Args:
+        taps: int64 (B, L, n), the entries that the levels look at, on the grid.
+        thresholds: (B, K - 1) in heap order.
+    """
+    books, levels, n = taps.shape
+    heap = thresholds.long()
+    node = torch.zeros((books, n), dtype=torch.int64, device=taps.device)
+    for level in range(levels):
+        right = taps[:, level] >= heap.gather(1, node)
+        node = 2 * node + 1 + right
+    return node - ((1 << levels) - 1)
+
+
+def output_metric(weight_blocks: Tensor) -> Tensor:
+    """Factors F (B, V, V) with |(x - c) F| = the error of x -> c in the layer's output.
+
+    Args:
+        weight_blocks: (B, V, M).
+    """
+    gram = torch.bmm(weight_blocks, weight_blocks.transpose(1, 2)).double()
+    values, vectors = torch.linalg.eigh(gram)
+    floor = _RIDGE * values.amax(1, keepdim=True).clamp_min(1e-30)
+    factors: Tensor = vectors * values.clamp_min(floor).sqrt()[:, None, :]
+    return factors.to(weight_blocks.dtype)
+
+
+def _group_sums(index: Tensor, values: Tensor | None, groups: int) -> Tensor:
+    """Per group of samples the sum of `values` (B, n, W), or the count, over all processes.
+
+    Args:
+        index: int64 (B, n), the group of each sample within its codebook.
+
+    Returns:
+        (B, groups, W), or (B, groups) counts.
+    """
+    books, n = index.shape
+    flat = (index + torch.arange(books, device=index.device)[:, None] * groups).flatten()
+    if values is None:
+        sums = torch.bincount(flat, minlength=books * groups).to(torch.float64)
+        return collective.all_reduce(sums).view(books, groups)
+    width = values.shape[2]
+    sums = torch.zeros((books * groups, width), dtype=values.dtype, device=index.device)
+    sums.index_add_(0, flat, values.reshape(books * n, width))
+    return collective.all_reduce(sums).view(books, groups, width)
+
+
+def leaf_means(z: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Means (B, K, W) and counts (B, K) of samples z (B, n, W) by code (B, n).
+
+    A leaf without samples has the mean of its codebook.
+    """
+    sums, counts = _group_sums(codes, z, k), _group_sums(codes, None, k)
+    mean = sums.sum(1, keepdim=True) / counts.sum(1).clamp_min(1)[:, None, None].to(z.dtype)
+    means = sums / counts.clamp_min(1)[:, :, None].to(z.dtype)
+    return torch.where(counts[:, :, None] > 0, means, mean), counts
+
+
+def _best_thresholds(gain: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The best thresholds of nodes, and what they gain.
+
+    Args:
+        gain: (B, nodes, bins + 1): what each threshold t (values below t go left) is worth.
+        counts: (B, nodes, bins): samples with each value.
+
+    Returns:
+        Thresholds (B, nodes) int64, each in the middle of the values that split the samples alike,
+        and gains (B, nodes).
+    """
+    best, at = gain.max(2)
+    # All thresholds up to the next value that occurs give the same split; the middle one is the
+    # most likely to be right about values that the samples lack.
+    bins = counts.shape[2]
+    positions = torch.arange(bins, device=counts.device).expand_as(counts)
+    occurs = torch.where(counts > 0, positions, bins)
+    following = occurs.flip(2).cummin(2).values.flip(2)
+    following = F.pad(following, (0, 1), value=bins)
+    reach = following.gather(2, at[:, :, None]).squeeze(2)
+    middle = torch.where(reach >= bins, at, (at + reach + 1) // 2)
+    return middle, best
+
+
+def grow(q: Tensor, z: Tensor, levels: int, bins: int) -> tuple[Tensor, Tensor]:
+    """Trees chosen level by level: the tap and the thresholds that leave the least variance.
+
+    Args:
+        q: int64 (B, V, n), sub-vectors on the grid 0..bins-1; a tap that must not be used is
+            constant.
+        z: (B, n, W), what is to be told apart.
+        levels: L.
+        bins: values of the grid.
+
+    Returns:
+        taps int64 (B, L) in 0..V-1 and thresholds int64 (B, 2**L - 1) in heap order.
+    """
+    books, dim, n = q.shape
+    device = q.device
+    z = z - z.mean(1, keepdim=True)  # keeps sums small; variances do not depend on it
+    node = torch.zeros((books, n), dtype=torch.int64, device=device)
+    rows = torch.arange(books, device=device)
+    taps, thresholds = [], []
+    for level in range(levels):
+        nodes = 1 << level
+        gains = torch.empty((dim, books), dtype=z.dtype, device=device)
+        found = torch.empty((dim, books, nodes), dtype=torch.int64, device=device)
+        for tap in range(dim):
+            index = node * bins + q[:, tap]
+            sums = _group_sums(index, z, nodes * bins).view(books, nodes, bins, -1)
+            counts = _group_sums(index, None, nodes * bins).view(books, nodes, bins)
+            gain = _variance_gain(sums, counts.to(z.dtype))
+            found[tap], best = _best_thresholds(gain, counts)
+            gains[tap] = best.sum(1)
+        pick = gains.argmax(0)
+        chosen = found[pick, rows]
+        taps.append(pick)
+        thresholds.append(chosen)
+        node = 2 * node + (q[rows, pick] >= chosen.gather(1, node))
+    return torch.stack(taps, 1), torch.cat(thresholds, 1)
+
+
+def _variance_gain(sums: Tensor, counts: Tensor) -> Tensor:
+    """|left sum|^2 / left count + the same of the right, by threshold: (B, nodes, bins + 1).
+
+    Args:
+        sums: (B, nodes, bins, W). counts: (B, nodes, bins).
+    """
+    left = F.pad(sums.cumsum(2), (0, 0, 1, 0))
+    left_counts = F.pad(counts.cumsum(2), (1, 0))
+    right, right_counts = left[:, :, -1:] - left, left_counts[:, :, -1:] - left_counts
+    gain = left.square().sum(3) / left_counts.clamp_min(1)
+    return gain + right.square().sum(3) / right_counts.clamp_min(1)
+
+
+def _level_costs(
+    taps: Tensor, thresholds: Tensor, distances: Tensor, level: int
+) -> tuple[Tensor, Tensor]:
+    """The node of each sample on a level, and what going left rather than right costs it.
+
+    Args:
+        taps: int64 (B, L, n). thresholds: int64 (B, K - 1). distances: (B, n, K) to the leaves.
+
+    Returns:
+        Nodes (B, n) counted within the level, and costs (B, n).
+    """
+    levels = taps.shape[1]
+    node = torch.zeros(taps.shape[::2], dtype=torch.int64, device=taps.device)
+    for above in range(level):
+        node = 2 * node + 1 + (taps[:, above] >= thresholds.gather(1, node))
+    ends = []
+    for side in (1, 2):
+        leaf = 2 * node + side
+        for below in range(level + 1, levels):
+            leaf = 2 * leaf + 1 + (taps[:, below] >= thresholds.gather(1, leaf))
+        leaf = leaf - ((1 << levels) - 1)
+        ends.append(distances.gather(2, leaf[:, :, None]).squeeze(2))
+    return node - ((1 << level) - 1), ends[0] - ends[1]
+
+
+def _threshold_gain(
+    nodes: Tensor, cost: Tensor, tap: Tensor, count: int, bins: int
+) -> tuple[Tensor, Tensor]:
+    """What every threshold saves against sending all samples right, and the counts by value.
+
+    Args:
+        nodes: (B, n) of `count` nodes. cost: (B, n) of going left. tap: int64 (B, n).
+
+    Returns:
+        gain (B, count, bins + 1) and counts (B, count, bins).
+    """
+    index = nodes * bins + tap
+    sums = _group_sums(index, cost[:, :, None], count * bins).view(-1, count, bins)
+    counts = _group_sums(index, None, count * bins).view(-1, count, bins)
+    return -F.pad(sums.cumsum(2), (1, 0)), counts
+
+
+def squared_distances(z: Tensor, centroids: Tensor) -> Tensor:
+    """Squared distances (B, n, K) of samples (B, n, W) to centroids (B, K, W), without |z|^2."""
+    norms = centroids.square().sum(2)[:, None, :]
+    return torch.baddbmm(norms, z, centroids.transpose(1, 2), beta=1.0, alpha=-2.0)
+
+
+def refit(taps: Tensor, thresholds: Tensor, distances: Tensor, bins: int) -> Tensor:
+    """Thresholds that send samples to nearer leaves; the taps stay as they are.
+
+    Goes from the leaves to the root, so that the total distance never grows.
+
+    Args:
+        taps: int64 (B, L, n), the entries that the levels look at.
+        thresholds: int64 (B, K - 1).
+        distances: (B, n, K), of every sample to the centroid of every leaf.
+        bins: values of the grid.
+
+    Returns:
+        Thresholds int64 (B, K - 1).
+    """
+    thresholds = thresholds.clone()
+    for level in reversed(range(taps.shape[1])):
+        first, count = (1 << level) - 1, 1 << level
+        nodes, cost = _level_costs(taps, thresholds, distances, level)
+        gain, counts = _threshold_gain(nodes, cost, taps[:, level], count, bins)
+        old = thresholds[:, first : first + count]
+        new, best = _best_thresholds(gain, counts)
+        better = best > gain.gather(2, old[:, :, None]).squeeze(2)
+        better &= counts.sum(2) >= _LEAST
+        thresholds[:, first : first + count] = torch.where(better, new, old)
+    return thresholds
+
+
+def refine(
+    q: Tensor, z: Tensor, taps: Tensor, thresholds: Tensor, bins: int
+) -> tuple[Tensor, Tensor]:
+    """Better trees than the greedy ones: taps and thresholds by `refit`'s rule, and new means.
+
+    Args:
+        q: int64 (B, V, n). z: (B, n, W). taps: (B, L). thresholds: (B, K - 1).
+        bins: values of the grid.
+
+    Returns:
+        taps (B, L) and thresholds (B, K - 1).
+    """
+    books, dim, _ = q.shape
+    levels = taps.shape[1]
+    taps, thresholds = taps.clone(), thresholds.clone()
+    rows = torch.arange(books, device=q.device)
+    for _ in range(REFINE_ROUNDS):
+        for level in reversed(range(levels)):
+            seen = q[rows[:, None], taps]
+            means, _ = leaf_means(z, descend(seen, thresholds), 1 << levels)
+            distances = squared_distances(z, means)
+            first, count = (1 << level) - 1, 1 << level
+            nodes, cost = _level_costs(seen, thresholds, distances, level)
+            totals = torch.empty((dim, books), dtype=z.dtype, device=q.device)
+            found = torch.empty((dim, books, count), dtype=torch.int64, device=q.device)
+            for tap in range(dim):
+                gain, counts = _threshold_gain(nodes, cost, q[:, tap], count, bins)
+                found[tap], best = _best_thresholds(gain, counts)
+                totals[tap] = best.sum(1)
+            pick = totals.argmax(0)
+            old, _ = _threshold_gain(nodes, cost, seen[:, level], count, bins)
+            kept = thresholds[:, first : first + count]
+            better = totals[pick, rows] > old.gather(2, kept[:, :, None]).sum((1, 2))
+            taps[:, level] = torch.where(better, pick, taps[:, level])
+            thresholds[:, first : first + count] = torch.where(
+                better[:, None], found[pick, rows], kept
+            )
+    return taps, thresholds
+
+
+def fit_tables(codes: Tensor, tables: Tensor, want: Tensor) -> Tensor:
+    """Tables (B, K, M) of all codebooks together whose sums are nearest to the layer's outputs.
+
+    A codebook alone can do no better than the mean of its part of the output. Sub-vectors depend on
+    each other, so that tables made together do: ridge regression around the given ones, in groups
+    of codebooks where there are many.
+
+    Args:
+        codes: (B, n). tables: (B, K, M), the start. want: (n, M).
+    """
+    books, k, outputs = tables.shape
+    tables = tables.clone()
+    rest = want - sum_rows(codes, tables)
+    for group in torch.split(torch.arange(books, device=codes.device), max(1, _TABLE_ROWS // k)):
+        mine = codes[group].long()
+        size = len(group) * k
+        gram = torch.zeros((size, size), device=codes.device)
+        moments = torch.zeros((size, outputs), device=codes.device)
+        offset = torch.arange(len(group), device=codes.device)[:, None] * k
+        for block, target in zip(torch.split(mine, 1024, 1), torch.split(rest, 1024), strict=True):
+            member = torch.zeros((block.shape[1], size), device=codes.device)
+            member.scatter_(1, (block + offset).t(), 1.0)
+            gram += member.t() @ member  # whole numbers: exact
+            moments += member.t() @ target
+        collective.all_reduce(gram)
+        collective.all_reduce(moments)
+        ridge = _TABLE_RIDGE * float(gram.trace()) / size + 1e-6
+        gram.diagonal().add_(ridge)
+        found = torch.linalg.solve(gram.double(), moments.double()).to(tables.dtype)
+        change = found.view(-1, k, outputs)
+        tables[group] += change
+        rest -= sum_rows(mine, change)
+    return tables
+
+
+def sum_rows(codes: Tensor, tables: Tensor) -> Tensor:
+    """Sums (n, M) of the rows of tables (B, K, M) that codes (B, n) pick."""
+    total = tables.new_zeros((codes.shape[1], tables.shape[2]))
+    for book, table in zip(codes, tables, strict=True):
+        total += table[book.long()]
+    return total
