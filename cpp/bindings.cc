@@ -79,8 +79,7 @@ struct PqArrays {
   const Thresholds& thresholds;
 };
 
-PqLayer pq_layer(const Kernels& kernels, const ConvGeometry& g, const PqArrays& a,
-                 bool few_rows) {
+PqLayer pq_layer(const Kernels& kernels, const ConvGeometry& g, const PqArrays& a, bool few_rows) {
   const Array<int8_t, 3>& t = a.tables;
   require(a.scale.shape(0) == t.shape(2) && a.bias.shape(0) == t.shape(2),
           "scale and bias need one value per output");
@@ -108,8 +107,8 @@ PqLayer pq_layer(const Kernels& kernels, const ConvGeometry& g, const PqArrays& 
   return PqLayer(kernels, s, g, a.grid, e, t.data(), a.scale.data(), a.bias.data(), few_rows);
 }
 
-Int8Layer int8_layer(const Kernels& kernels, const ConvGeometry& g, int64_t outputs,
-                     int64_t groups, const int8_t* weight, const Array<float, 1>& scale,
+Int8Layer int8_layer(const Kernels& kernels, const ConvGeometry& g, int64_t outputs, int64_t groups,
+                     const int8_t* weight, const Array<float, 1>& scale,
                      const Array<float, 1>& bias, const Quantization& grid) {
   require(static_cast<int64_t>(scale.shape(0)) == outputs &&
               static_cast<int64_t>(bias.shape(0)) == outputs,
@@ -138,8 +137,8 @@ void run_layer(const PqLayer& layer, ThreadPool& pool, const Images& x, const Ou
   // Grown once per calling thread and kept: a training step calls this for every layer.
   thread_local AlignedBytes memory;
   thread_local size_t bytes = 0;
-  const size_t needed = layer.workspace_bytes(in.n, in.h, in.w, pool.threads(),
-                                              TileOutput::direct(y));
+  const size_t needed =
+      layer.workspace_bytes(in.n, in.h, in.w, pool.threads(), TileOutput::direct(y));
   if (needed > bytes) {
     memory = AlignedBytes(needed);
     bytes = needed;
@@ -165,7 +164,8 @@ void shapes_of(const std::vector<FloatArray>& inputs, Shapes& shapes,
 using Described = std::vector<std::tuple<std::string, std::string, size_t>>;
 
 // What the steps are, and seconds of every run and step.
-std::pair<Described, std::vector<std::vector<double>>> profile_plan(Plan& plan, const std::vector<FloatArray>& inputs, int runs) {
+std::pair<Described, std::vector<std::vector<double>>> profile_plan(
+    Plan& plan, const std::vector<FloatArray>& inputs, int runs) {
   Shapes shapes;
   std::vector<const float*> data;
   shapes_of(inputs, shapes, data);
@@ -174,8 +174,7 @@ std::pair<Described, std::vector<std::vector<double>>> profile_plan(Plan& plan, 
   std::vector<std::vector<float>> memory;
   std::vector<float*> targets;
   for (size_t i = 0; i < context->outputs(); ++i) {
-    memory.emplace_back(
-        static_cast<size_t>(std::max<int64_t>(context->output_shape(i).size(), 1)));
+    memory.emplace_back(static_cast<size_t>(std::max<int64_t>(context->output_shape(i).size(), 1)));
     targets.push_back(memory.back().data());
   }
   std::vector<std::vector<double>> seconds(static_cast<size_t>(runs));
@@ -245,7 +244,7 @@ NB_MODULE(_engine, m) {
              Array<float, 1> bias, float act_scale, int act_zero, int act_bits, int64_t channels,
              Pair kernel, Pair stride, Pair padding, Pair dilation, Centroids centroids,
              Splits splits, Thresholds thresholds) {
-            const PqArrays arrays{tables, scale, bias, {act_scale, act_zero, act_bits},
+            const PqArrays arrays{tables,    scale,  bias,      {act_scale, act_zero, act_bits},
                                   centroids, splits, thresholds};
             new (self) PqLayer(pq_layer(find_kernels(isa),
                                         geometry(channels, kernel, stride, padding, dilation),
@@ -319,7 +318,7 @@ NB_MODULE(_engine, m) {
              Pair stride, Pair padding, Pair dilation, Centroids centroids, Splits splits,
              Thresholds thresholds, int residual, Limits limits) {
             const ConvGeometry g = geometry(channels, kernel, stride, padding, dilation);
-            const PqArrays arrays{tables, scale, bias, {act_scale, act_zero, act_bits},
+            const PqArrays arrays{tables,    scale,  bias,      {act_scale, act_zero, act_bits},
                                   centroids, splits, thresholds};
             PqLayer layer = pq_layer(p.kernels(), g, arrays, false);
             const int bytes = p.quantized(x, arrays.grid);
@@ -336,7 +335,7 @@ NB_MODULE(_engine, m) {
           [](Plan& p, int x, Array<int8_t, 3> tables, Array<float, 1> scale, Array<float, 1> bias,
              float act_scale, int act_zero, int act_bits, int64_t features, Centroids centroids,
              Splits splits, Thresholds thresholds, int residual, Limits limits) {
-            const PqArrays arrays{tables, scale, bias, {act_scale, act_zero, act_bits},
+            const PqArrays arrays{tables,    scale,  bias,      {act_scale, act_zero, act_bits},
                                   centroids, splits, thresholds};
             PqLayer layer = pq_layer(p.kernels(), {.channels = features}, arrays, true);
             const int bytes = p.quantized(x, arrays.grid);
@@ -357,10 +356,9 @@ NB_MODULE(_engine, m) {
             const Pair kernel{static_cast<int64_t>(weight.shape(2)),
                               static_cast<int64_t>(weight.shape(3))};
             const Quantization grid{act_scale, act_zero, act_bits};
-            Int8Layer layer =
-                int8_layer(p.kernels(), geometry(channels, kernel, stride, padding, dilation),
-                           static_cast<int64_t>(weight.shape(0)), groups, weight.data(), scale,
-                           bias, grid);
+            Int8Layer layer = int8_layer(
+                p.kernels(), geometry(channels, kernel, stride, padding, dilation),
+                static_cast<int64_t>(weight.shape(0)), groups, weight.data(), scale, bias, grid);
             const int bytes = p.quantized(x, grid);
             return p.add_step(
                 std::make_unique<Int8Step>(std::move(layer), false, residual >= 0, clamp(limits)),

@@ -53,6 +53,12 @@ Int8Layer::Int8Layer(const Kernels& kernels, const ConvGeometry& geometry, int64
   }
 }
 
+Fold Int8Layer::fold(Clamp clamp, const Quantization& grid) const {
+  const int64_t depth = geometry_.depth() / groups_;  // |x - zero| <= qmax
+  return fold_quantization(scale_, bias_, clamp, make_grid(grid),
+                           127 * depth * quantization_.qmax());
+}
+
 // Workspace: planes, gathered values of all tiles (where tiles are few and shared out), workers.
 struct Int8Layer::Sizes {
   size_t planes, gathered, shared, worker;
@@ -66,10 +72,9 @@ struct Int8Layer::Sizes {
     planes = align64(source.bytes());
     gathered = align64(l.kernels_.gather8_bytes(static_cast<int32_t>(depth)));
     shared = split ? static_cast<size_t>(tiles) * gathered : 0;
-    const size_t scratch =
-        direct ? 0 : TileOutput::scratch_bytes(l.outputs_, l.kernels_.row_tile);
-    const size_t row = align64(static_cast<size_t>(depth)) +
-                       align64(kRowOutputs * (2 * sizeof(float) + 1));
+    const size_t scratch = direct ? 0 : TileOutput::scratch_bytes(l.outputs_, l.kernels_.row_tile);
+    const size_t row =
+        align64(static_cast<size_t>(depth)) + align64(kRowOutputs * (2 * sizeof(float) + 1));
     worker = std::max({align64(kMaxRowTile * sizeof(int32_t)) + (split ? 0 : gathered) + scratch,
                        source.scratch_bytes(), l.by_row(source.rows()) ? row : 0});
   }
@@ -120,26 +125,26 @@ void Int8Layer::run(const ByteView& x, const LayerOutput& out, uint8_t* workspac
     return;
   }
   pool.run(static_cast<size_t>(s.tiles), 0, [&](size_t i, int worker) {
-    const Patch p = patch(static_cast<int64_t>(i), workers + static_cast<size_t>(worker) * s.worker);
+    const Patch p =
+        patch(static_cast<int64_t>(i), workers + static_cast<size_t>(worker) * s.worker);
     kernels_.gather8(depth, taps, p, shared + i * s.gathered);
   });
   const int64_t wanted = (outputs_ + 2 * pool.threads() - 1) / (2 * pool.threads());
   const int64_t step = round_up(wanted, std::max<int64_t>(16, kernels_.output_tile));
   const int64_t parts = (outputs_ + step - 1) / step;
-  pool.run(static_cast<size_t>(s.tiles * parts), work / kWorkPerMicrosecond,
-           [&](size_t i, int worker) {
-             uint8_t* const scratch = workers + static_cast<size_t>(worker) * s.worker +
-                                      align64(kMaxRowTile * sizeof(int32_t));
-             const int64_t index = static_cast<int64_t>(i) / parts;
-             const int64_t m = static_cast<int64_t>(i) % parts * step;
-             const int64_t end = std::min(outputs_, m + step);
-             const int64_t first = index * tile, count = std::min(tile, rows - first);
-             kernels_.dense8(depth, group_outputs, weight_.data(),
-                             shared + static_cast<size_t>(index) * s.gathered,
-                             static_cast<int32_t>(m), static_cast<int32_t>(end),
-                             output.begin(first, count, scratch));
-             output.end(first, count, scratch, m, end - m);
-           });
+  pool.run(
+      static_cast<size_t>(s.tiles * parts), work / kWorkPerMicrosecond, [&](size_t i, int worker) {
+        uint8_t* const scratch = workers + static_cast<size_t>(worker) * s.worker +
+                                 align64(kMaxRowTile * sizeof(int32_t));
+        const int64_t index = static_cast<int64_t>(i) / parts;
+        const int64_t m = static_cast<int64_t>(i) % parts * step;
+        const int64_t end = std::min(outputs_, m + step);
+        const int64_t first = index * tile, count = std::min(tile, rows - first);
+        kernels_.dense8(depth, group_outputs, weight_.data(),
+                        shared + static_cast<size_t>(index) * s.gathered, static_cast<int32_t>(m),
+                        static_cast<int32_t>(end), output.begin(first, count, scratch));
+        output.end(first, count, scratch, m, end - m);
+      });
 }
 
 void Int8Layer::run_rows(const PatchSource& source, const TileOutput& output, uint8_t* workers,

@@ -25,6 +25,8 @@ class Int8Layer {
   void run(const ByteView& x, const LayerOutput& output, uint8_t* workspace,
            ThreadPool& pool) const;
   size_t parameter_bytes() const { return group_bytes_ * static_cast<size_t>(groups_); }
+  // For outputs that are only read on this grid.
+  Fold fold(Clamp clamp, const Quantization& grid) const;
   const char* method(int64_t rows) const { return by_row(rows) ? "int8, rows" : "int8"; }
 
  private:

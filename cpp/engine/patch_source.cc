@@ -53,6 +53,7 @@ uint8_t* PatchSource::begin(uint8_t* workspace) {
   taps_ = reinterpret_cast<int32_t*>(workspace);
   planes_.write_tap_offsets(taps_);
   plane_ = planes_.plane();
+  consecutive_ = planes_.plain();
   uint8_t* const planes = workspace + align64(static_cast<size_t>(g_.taps()) * sizeof(int32_t));
   data_ = planes;
   return planes;
@@ -67,10 +68,11 @@ void PatchSource::load(const ByteView& x, int32_t zero, uint8_t* workspace, uint
     plane_ = x.sc;
     return;
   }
+  if (g_.taps() == 1 && !g_.pad_h && !g_.pad_w && x.sw == 1) return subsample(x, to, pool);
   const double time = static_cast<double>(x.pixels() * x.c) / kCopiedPerMicrosecond;
   const uint8_t padding = static_cast<uint8_t>(zero);
   auto convert = [](const uint8_t* from, int64_t count, uint8_t* target) {
-    copy_line(target, from, count);
+    copy_lines(target, 0, from, 0, 1, count);
   };
   if (step != 0 && x.sc == 1) {
     transpose(x, step, to, scratch, stride, time, pool, convert);
@@ -80,12 +82,33 @@ void PatchSource::load(const ByteView& x, int32_t zero, uint8_t* workspace, uint
   pool.run(static_cast<size_t>(items), time, [&](size_t item, int) {
     const int64_t first = static_cast<int64_t>(item) * kFillChannels;
     const int64_t last = std::min(x.c, first + kFillChannels);
+    planes_.clear(to, first, last, padding);
     for (int64_t c = first; c < last; ++c) {
-      for (int64_t n = 0; n < x.n; ++n) {
-        planes_.copy(to, x.data + c * x.sc + n * x.sn, n, c, padding);
-      }
+      for (int64_t n = 0; n < x.n; ++n) planes_.copy(to, x.data + c * x.sc + n * x.sn, n, c);
     }
   });
+}
+
+// A 1x1 convolution with a stride: its rows become consecutive.
+void PatchSource::subsample(const ByteView& x, uint8_t* to, ThreadPool& pool) {
+  const int64_t height = g_.out_h(h_), width = g_.out_w(w_);
+  consecutive_ = true;
+  plane_ = planes_.rows();
+  pool.run(static_cast<size_t>(x.c), static_cast<double>(x.pixels() * x.c) / kCopiedPerMicrosecond,
+           [&](size_t c, int) {
+             uint8_t* line = to + static_cast<int64_t>(c) * plane_;
+             for (int64_t n = 0; n < x.n; ++n) {
+               for (int64_t y = 0; y < height; ++y, line += width) {
+                 const uint8_t* const from =
+                     x.data + static_cast<int64_t>(c) * x.sc + n * x.sn + y * g_.stride_h * x.sh;
+                 if (g_.stride_w == 2) {
+                   split_pairs<uint8_t>(from, 2 * width - 1, line, nullptr);
+                 } else {
+                   for (int64_t i = 0; i < width; ++i) line[i] = from[i * g_.stride_w];
+                 }
+               }
+             }
+           });
 }
 
 void PatchSource::load(const ImageView& x, const Kernels& kernels, const Grid& grid,
@@ -117,7 +140,7 @@ void PatchSource::load(const ImageView& x, const Kernels& kernels, const Grid& g
 }
 
 Patch PatchSource::tile(int64_t first, int64_t count, int32_t row_tile, int32_t* row) const {
-  if (planes_.plain()) {
+  if (consecutive_) {
     for (int32_t r = 0; r < row_tile; ++r) {
       row[r] = std::min(r, static_cast<int32_t>(count) - 1);
     }
@@ -130,8 +153,7 @@ Patch PatchSource::tile(int64_t first, int64_t count, int32_t row_tile, int32_t*
     for (int32_t k = 0; k < runs.length[i]; ++k) row[at++] = offset + k;
   }
   for (const int32_t last = row[at - 1]; at < row_tile; ++at) row[at] = last;
-  return {data_ + runs.source[0], plane_, taps_,           row,
-          static_cast<int32_t>(count),    runs.count == 1};
+  return {data_ + runs.source[0], plane_, taps_, row, static_cast<int32_t>(count), runs.count == 1};
 }
 
 }  // namespace lutra

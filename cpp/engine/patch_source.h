@@ -33,12 +33,14 @@ class PatchSource {
 
  private:
   uint8_t* begin(uint8_t* workspace);
+  void subsample(const ByteView& x, uint8_t* to, ThreadPool& pool);
 
   ConvGeometry g_;
   int64_t n_, h_, w_;
   PaddedPlanes<uint8_t> planes_;
   const uint8_t* data_ = nullptr;
   int64_t plane_ = 0;
+  bool consecutive_ = false;  // all rows are
   int32_t* taps_ = nullptr;
 };
 

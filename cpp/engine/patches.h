@@ -13,6 +13,10 @@
 
 #include "../kernels/kernels.h"
 
+#ifdef __SSE2__  // part of every x86-64
+#include <emmintrin.h>
+#endif
+
 namespace lutra {
 
 struct ConvGeometry {
@@ -60,23 +64,66 @@ struct View {
 using ImageView = View<float>;
 using ByteView = View<const uint8_t>;
 
-// Copies `count` elements of at most 16 bytes each; no byte beyond them is touched. Inlined: lines
-// of images are short.
+// Copies `lines` lines of `count` elements in chunks of kChunk, count >= kChunk; no element beyond
+// a line is touched. Inlined, with constant sizes: lines of images are short.
+template <int64_t kChunk, class T>
+inline void copy_chunks(T* to, int64_t to_pitch, const T* from, int64_t from_pitch, int64_t lines,
+                        int64_t count) {
+  const int64_t whole = count / kChunk * kChunk;
+  for (int64_t y = 0; y < lines; ++y, to += to_pitch, from += from_pitch) {
+    for (int64_t i = 0; i < whole; i += kChunk) std::memcpy(to + i, from + i, kChunk * sizeof(T));
+    if (whole != count) {
+      std::memcpy(to + count - kChunk, from + count - kChunk, kChunk * sizeof(T));
+    }
+  }
+}
+
 template <class T>
-inline void copy_line(T* to, const T* from, int64_t count) {
+inline void copy_lines(T* to, int64_t to_pitch, const T* from, int64_t from_pitch, int64_t lines,
+                       int64_t count) {
   constexpr int64_t kChunk = 16 / sizeof(T);
   if (count >= kChunk) {
-    int64_t i = 0;
-    for (; i + kChunk <= count; i += kChunk) std::memcpy(to + i, from + i, 16);
-    if (i < count) std::memcpy(to + count - kChunk, from + count - kChunk, 16);
-    return;
+    copy_chunks<kChunk>(to, to_pitch, from, from_pitch, lines, count);
+  } else if (count >= kChunk / 2) {
+    copy_chunks<kChunk / 2>(to, to_pitch, from, from_pitch, lines, count);
+  } else if (count >= kChunk / 4) {
+    copy_chunks<kChunk / 4>(to, to_pitch, from, from_pitch, lines, count);
+  } else {
+    copy_chunks<1>(to, to_pitch, from, from_pitch, lines, count);
   }
-  if (count >= kChunk / 2) {
-    std::memcpy(to, from, 8);
-    std::memcpy(to + count - kChunk / 2, from + count - kChunk / 2, 8);
-    return;
+}
+
+// even[i] = from[2 i], odd[i] = from[2 i + 1]; one more even value if count is odd. `odd` may be
+// null.
+template <class T>
+inline void split_pairs(const T* from, int64_t count, T* even, T* odd) {
+  const int64_t pairs = count / 2;
+  int64_t i = 0;
+#ifdef __SSE2__
+  if constexpr (sizeof(T) == 1) {
+    const __m128i low = _mm_set1_epi16(255);
+    for (; i + 16 <= pairs; i += 16) {
+      const __m128i* p = reinterpret_cast<const __m128i*>(from + 2 * i);
+      const __m128i a = _mm_loadu_si128(p), b = _mm_loadu_si128(p + 1);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(even + i),
+                       _mm_packus_epi16(_mm_and_si128(a, low), _mm_and_si128(b, low)));
+      if (!odd) continue;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(odd + i),
+                       _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8)));
+    }
+    for (; i + 8 <= pairs; i += 8) {
+      const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 2 * i));
+      const __m128i e = _mm_and_si128(a, low), o = _mm_srli_epi16(a, 8);
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(even + i), _mm_packus_epi16(e, e));
+      if (odd) _mm_storel_epi64(reinterpret_cast<__m128i*>(odd + i), _mm_packus_epi16(o, o));
+    }
   }
-  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+#endif
+  for (; i < pairs; ++i) {
+    even[i] = from[2 * i];
+    if (odd) odd[i] = from[2 * i + 1];
+  }
+  if (count % 2) even[pairs] = from[2 * pairs];
 }
 
 template <class T>
@@ -151,23 +198,25 @@ class PaddedPlanes {
     }
   }
 
-  // The same for one channel whose lines are consecutive already.
-  void copy(T* planes, const T* x, int64_t n, int64_t c, T padding) const {
-    T* const image = planes + c * plane_ + n * image_;
-    pad(image, padding);
-    for (int64_t y = 0; y < h_; ++y, x += w_) {
-      T* const line = image + (y + g_.pad_h) * pitch_;
-      if (g_.stride_w == 1) {
-        copy_line(line + g_.pad_w, x, w_);
-      } else if (g_.taps() == 1 && !g_.pad_h && !g_.pad_w) {  // the other phases are never read
-        if (y % g_.stride_h == 0) {
-          const int64_t count = phase_, stride = g_.stride_w;
-          for (int64_t i = 0; i < count; ++i) line[i] = x[i * stride];
-        }
-      } else if (g_.stride_w == 2) {
-        split_phases(x, line);
+  // The same for a channel whose lines are consecutive already: clear() channels, then copy() each
+  // of their images.
+  void clear(T* planes, int64_t first, int64_t last, T padding) const {
+    if (image_ == h_ * w_) return;  // nothing but pixels
+    std::fill(planes + first * plane_, planes + last * plane_, padding);
+  }
+  void copy(T* planes, const T* x, int64_t n, int64_t c) const {
+    T* const line = planes + c * plane_ + n * image_ + g_.pad_h * pitch_;
+    if (g_.stride_w == 1) {
+      copy_lines(line + g_.pad_w, pitch_, x, w_, h_, w_);
+      return;
+    }
+    for (int64_t y = 0; y < h_; ++y) {
+      if (g_.stride_w == 2) {
+        T* const row = line + y * pitch_;
+        split_pairs(x + y * w_, w_, row + g_.pad_w % 2 * phase_ + g_.pad_w / 2,
+                    row + (g_.pad_w + 1) % 2 * phase_ + (g_.pad_w + 1) / 2);
       } else {
-        spread(x, 1, line);
+        spread(x + y * w_, 1, line + y * pitch_);
       }
     }
   }
@@ -266,18 +315,6 @@ class PaddedPlanes {
         ++column;
       }
     }
-  }
-
-  // Stride 2: even and odd columns, in loops that compilers turn into vector code.
-  void split_phases(const T* from, T* row) const {
-    const int64_t first = g_.pad_w, even = (w_ + 1) / 2, odd = w_ / 2;
-    T* const a = row + first % 2 * phase_ + first / 2;
-    T* const b = row + (first + 1) % 2 * phase_ + (first + 1) / 2;
-    for (int64_t i = 0; i < odd; ++i) {
-      a[i] = from[2 * i];
-      b[i] = from[2 * i + 1];
-    }
-    if (even > odd) a[odd] = from[2 * odd];
   }
 
   ConvGeometry g_;

@@ -34,6 +34,15 @@ size_t place(std::vector<Block>& live, size_t bytes) {
   return at;
 }
 
+// Whether a value's storage order is that of a C-contiguous array.
+bool is_row_major(const Shape& s) {
+  const Dims a = storage_strides(s), b = row_major_strides(s);
+  for (int i = 0; i < s.rank; ++i) {
+    if (s[i] > 1 && a[i] != b[i]) return false;
+  }
+  return true;
+}
+
 // Kernels may read kSlack bytes past integers.
 size_t stored_bytes(const Shape& s, bool quantized) {
   // Checked: the dims come from the caller.
@@ -113,27 +122,31 @@ void Plan::resolve_quantized(std::vector<bool>& read) {
     if (on_bytes) {
       for (int copy : wanted) {
         const Quantization grid = values_[static_cast<size_t>(copy)].grid;
-        reversed.push_back({e.step->on_bytes(), {quantized(e.inputs[0], grid)}, -1, {copy}, e.label});
+        reversed.push_back(
+            {e.step->on_bytes(), {quantized(e.inputs[0], grid)}, -1, {copy}, e.label});
       }
       read.resize(values_.size(), true);
       // Its input is no longer read by this step, but perhaps by others.
       bool others = false;
       for (size_t t = 0; t < steps_.size(); ++t) {
         const auto& in = steps_[t].inputs;
-        if (t != s && steps_[t].step && std::count(in.begin(), in.end(), e.inputs[0])) others = true;
+        if (t != s && steps_[t].step && std::count(in.begin(), in.end(), e.inputs[0]))
+          others = true;
       }
       others = others || std::count(outputs_.begin(), outputs_.end(), e.inputs[0]);
       read[static_cast<size_t>(e.inputs[0])] = others;
       e.step = nullptr;
       continue;
     }
-    const size_t fused =
-        std::min(wanted.size(), static_cast<size_t>(e.step->max_quantized()));
+    const size_t fused = std::min(wanted.size(), static_cast<size_t>(e.step->max_quantized()));
     for (size_t i = fused; i < wanted.size(); ++i) {
       reversed.push_back(quantizer(e.out, wanted[i], e.label));
     }
     e.quantized.assign(wanted.begin(), wanted.begin() + static_cast<std::ptrdiff_t>(fused));
     if (!floats && fused > 0 && fused == wanted.size()) e.out = -1;
+    std::vector<Quantization> grids;
+    for (int id : e.quantized) grids.push_back(values_[static_cast<size_t>(id)].grid);
+    e.step->set_outputs(grids, e.out >= 0);
     reversed.push_back(std::move(e));
   }
   for (int i = inputs_; i-- > 0;) {
@@ -162,10 +175,16 @@ void Plan::prepare(Context& c, const Shapes& input_shapes) const {
   c.shapes_.resize(values_.size());
   c.offsets_.assign(values_.size(), 0);
   c.outputs_ = outputs_;
+  c.borrowed_.assign(values_.size(), nullptr);
+  c.lent_.assign(values_.size(), false);
   std::vector<Block> live;
   std::vector<size_t> made;
   size_t top = 0, workspace = 0;
   auto allocate = [&](size_t id) {
+    const bool input = id < static_cast<size_t>(inputs_);
+    const auto times = std::count(outputs_.begin(), outputs_.end(), static_cast<int>(id));
+    c.lent_[id] = is_row_major(c.shapes_[id]) && (input ? times == 0 : times == 1);
+    if (c.lent_[id]) return;
     const size_t bytes = stored_bytes(c.shapes_[id], values_[id].source >= 0);
     c.offsets_[id] = place(live, bytes);
     top = std::max(top, c.offsets_[id] + bytes);
@@ -219,6 +238,9 @@ void Plan::release(std::unique_ptr<Context> context) {
 }
 
 uint8_t* Plan::memory(Context& c, int id) const {
+  if (c.lent_[static_cast<size_t>(id)]) {
+    return reinterpret_cast<uint8_t*>(c.borrowed_[static_cast<size_t>(id)]);
+  }
   return c.memory_.data() + c.offsets_[static_cast<size_t>(id)];
 }
 
@@ -234,8 +256,15 @@ void Plan::execute(Context& c, const std::vector<const float*>& inputs,
     before = t;
   };
   const ThreadPool::Awake awake(pool_, c.last_run_ > kShortRun);
+  for (size_t o = 0; o < outputs_.size(); ++o) {
+    c.borrowed_[static_cast<size_t>(outputs_[o])] = outputs[o];
+  }
   for (int i = 0; i < inputs_; ++i) {
     const Shape& s = c.shapes_[static_cast<size_t>(i)];
+    if (c.lent_[static_cast<size_t>(i)]) {  // only read: an input is no output then
+      c.borrowed_[static_cast<size_t>(i)] = const_cast<float*>(inputs[static_cast<size_t>(i)]);
+      continue;
+    }
     copy_strided(s, inputs[static_cast<size_t>(i)], row_major_strides(s), floats(c, i),
                  storage_strides(s));
   }
@@ -265,6 +294,7 @@ void Plan::execute(Context& c, const std::vector<const float*>& inputs,
   }
   for (size_t o = 0; o < outputs_.size(); ++o) {
     const Shape& s = c.shapes_[static_cast<size_t>(outputs_[o])];
+    if (c.lent_[static_cast<size_t>(outputs_[o])]) continue;
     copy_strided(s, floats(c, outputs_[o]), storage_strides(s), outputs[o], row_major_strides(s));
   }
   if (seconds) lap(seconds);

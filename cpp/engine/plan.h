@@ -42,6 +42,9 @@ class Plan {
     friend class Plan;
     Shapes input_shapes_, shapes_;
     std::vector<size_t> offsets_;
+    // Values that live in the caller's arrays: those whose storage order is the arrays' own.
+    std::vector<float*> borrowed_;
+    std::vector<bool> lent_;
     std::vector<int> outputs_;
     size_t arena_bytes_ = 0, workspace_ = 0;
     AlignedBytes memory_;

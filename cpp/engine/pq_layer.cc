@@ -106,6 +106,10 @@ size_t PqLayer::parameter_bytes() const {
          static_cast<size_t>(shape_.books) * shape_.centroids * shape_.outputs;
 }
 
+Fold PqLayer::fold(Clamp clamp, const Quantization& grid) const {
+  return fold_quantization(scale_, bias_, clamp, make_grid(grid), int64_t{128} * shape_.books);
+}
+
 const char* PqLayer::method(int64_t rows) const {
   const bool tree = shape_.encoder == Encoder::kTree;
   if (by_row(rows)) return tree ? "tree, table rows" : "nearest, table rows";
@@ -196,9 +200,8 @@ void PqLayer::run_tiles(const Call& call, const PatchSource& source, const Sizes
     kernels_.lookup(shape_, packed, codes, first, last, e);
     output.end(row, count, m.scratch, first, last - first);
   };
-  const double compare = shape_.encoder == Encoder::kTree
-                             ? 8.0
-                             : static_cast<double>(shape_.centroids) * shape_.dim;
+  const double compare =
+      shape_.encoder == Encoder::kTree ? 8.0 : static_cast<double>(shape_.centroids) * shape_.dim;
   const double encoding = static_cast<double>(rows) * shape_.books * compare / kWorkPerMicrosecond;
   const double looking =
       static_cast<double>(rows) * shape_.books * shape_.outputs / kWorkPerMicrosecond;

@@ -44,6 +44,8 @@ class PqLayer {
   size_t workspace_bytes(int64_t n, int64_t h, int64_t w, int threads, bool direct) const;
   void run(const Call& call, uint8_t* workspace, ThreadPool& pool) const;
   size_t parameter_bytes() const;
+  // For outputs that are only read on this grid.
+  Fold fold(Clamp clamp, const Quantization& grid) const;
   // How run() does it, for profiles.
   const char* method(int64_t rows) const;
 

@@ -47,6 +47,10 @@ class Step {
   // Quantised outputs that it can write beside the floats, or instead of them.
   virtual int max_quantized() const { return 0; }
 
+  // Told once, before the first run: the grids of its quantised outputs, and whether it makes
+  // floats.
+  virtual void set_outputs(const std::vector<Quantization>&, bool) {}
+
   // The same operation on quantised values, if quantising before it gives the same integers as
   // quantising after it; else null.
   virtual StepPtr on_bytes() const { return nullptr; }

@@ -52,8 +52,8 @@ Shape LayerStep::infer(const Shapes& inputs) const {
   Shape y = x;
   if (linear_) {
     require(x.rank >= 2 && x[x.rank - 1] == geometry_.channels,
-            "a linear layer of " + std::to_string(geometry_.channels) +
-                " features got the shape " + x.text());
+            "a linear layer of " + std::to_string(geometry_.channels) + " features got the shape " +
+                x.text());
     y[y.rank - 1] = outputs_;
   } else {
     const ConvGeometry& g = geometry_;
@@ -73,6 +73,7 @@ LayerOutput LayerStep::output(const StepRun& r) const {
   o.view = view(r.out_shape, r.out);
   o.residual = residual_ ? r.inputs[1] : nullptr;
   o.clamp = clamp_;
+  o.fold = &fold_;
   o.quantized = r.quantized;
   for (int i = 0; i < r.quantized; ++i) {
     o.q[i].grid = r.q[i].grid;
@@ -100,6 +101,10 @@ void PqStep::run(const StepRun& r) const {
   layer_.run({.bytes = &x, .output = output(r)}, r.workspace, r.pool);
 }
 
+void PqStep::set_outputs(const std::vector<Quantization>& grids, bool floats) {
+  if (can_fold(grids, floats)) fold_ = layer_.fold(clamp_, grids[0]);
+}
+
 std::string PqStep::method(const Shapes& inputs) const { return layer_.method(rows(inputs[0])); }
 
 Int8Step::Int8Step(Int8Layer layer, bool linear, bool residual, Clamp clamp)
@@ -115,9 +120,11 @@ void Int8Step::run(const StepRun& r) const {
   layer_.run(view(r.shapes[0], r.bytes), output(r), r.workspace, r.pool);
 }
 
-std::string Int8Step::method(const Shapes& inputs) const {
-  return layer_.method(rows(inputs[0]));
+void Int8Step::set_outputs(const std::vector<Quantization>& grids, bool floats) {
+  if (can_fold(grids, floats)) fold_ = layer_.fold(clamp_, grids[0]);
 }
+
+std::string Int8Step::method(const Shapes& inputs) const { return layer_.method(rows(inputs[0])); }
 
 ConvStep::ConvStep(const Kernels& kernels, const ConvGeometry& geometry, int64_t outputs,
                    int64_t groups, const float* weight, const float* bias, bool residual,
@@ -166,9 +173,10 @@ void ConvStep::run(const StepRun& r) const {
   float* const padded = reinterpret_cast<float*>(r.workspace);
   float* const workers = padded + s.planes;
   const double fill = static_cast<double>(x.n * x.c * x.h * x.w) / kCopiedPerMicrosecond;
-  r.pool.run(static_cast<size_t>(x.n * x.c), fill, [&](size_t item, int) {
-    const int64_t n = static_cast<int64_t>(item) / x.c, c = static_cast<int64_t>(item) % x.c;
-    planes.copy(padded, x.data + n * x.sn + c * x.sc, n, c, 0.0f);
+  r.pool.run(static_cast<size_t>(x.c), fill, [&](size_t item, int) {
+    const int64_t c = static_cast<int64_t>(item);
+    planes.clear(padded, c, c + 1, 0.0f);
+    for (int64_t n = 0; n < x.n; ++n) planes.copy(padded, x.data + n * x.sn + c * x.sc, n, c);
   });
   const LayerOutput out = output(r);
   const TileOutput target(out, kernels_, nullptr, nullptr, bias_.data());

@@ -26,12 +26,16 @@ class LayerStep : public Step {
   // Whether rows lie one behind the other in a stored value.
   bool direct(const Shape& shape) const { return !linear_ || shape.rank == 2; }
   LayerOutput output(const StepRun& r) const;
+  bool can_fold(const std::vector<Quantization>& grids, bool floats) const {
+    return grids.size() == 1 && !floats && !residual_;
+  }
   int64_t rows(const Shape& x) const;
 
   ConvGeometry geometry_;  // of the whole layer
   int64_t outputs_;
   bool linear_, residual_;
   Clamp clamp_;
+  Fold fold_;
 };
 
 class PqStep : public LayerStep {
@@ -39,6 +43,7 @@ class PqStep : public LayerStep {
   PqStep(PqLayer layer, bool linear, bool residual, Clamp clamp);
   size_t workspace(const Shapes& inputs, int threads) const override;
   void run(const StepRun& r) const override;
+  void set_outputs(const std::vector<Quantization>& grids, bool floats) override;
   std::string method(const Shapes& inputs) const override;
   size_t parameter_bytes() const override { return layer_.parameter_bytes(); }
 
@@ -51,6 +56,7 @@ class Int8Step : public LayerStep {
   Int8Step(Int8Layer layer, bool linear, bool residual, Clamp clamp);
   size_t workspace(const Shapes& inputs, int threads) const override;
   void run(const StepRun& r) const override;
+  void set_outputs(const std::vector<Quantization>& grids, bool floats) override;
   std::string method(const Shapes& inputs) const override;
   size_t parameter_bytes() const override { return layer_.parameter_bytes(); }
 

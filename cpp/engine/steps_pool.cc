@@ -57,7 +57,8 @@ class PoolStep : public FloatStep {
            ThreadPool& pool) const {
     over_planes(x, y, in, out_data, pool, [&](const T* from, T* to, int worker) {
       T* const line = reinterpret_cast<T*>(workspace) + worker * x[3];
-      for (int64_t oy = 0; oy < y[2]; ++oy, to += y[3]) max_line(from, x, oy, y[3], lowest, line, to);
+      for (int64_t oy = 0; oy < y[2]; ++oy, to += y[3])
+        max_line(from, x, oy, y[3], lowest, line, to);
     });
   }
 

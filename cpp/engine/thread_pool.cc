@@ -81,7 +81,9 @@ void ThreadPool::stop() {
 void ThreadPool::wake() {
   Shared& s = *shared_;
   if (s.asleep == 0) return;
-  { std::lock_guard lock(s.mutex); }
+  {
+    std::lock_guard lock(s.mutex);
+  }
   s.start.notify_all();
 }
 
@@ -150,7 +152,9 @@ void ThreadPool::serve(int worker) {
     drain(s.work, s.count, worker);
     ++s.finished;
     if (s.waiting > 0) {
-      { std::lock_guard lock(s.mutex); }
+      {
+        std::lock_guard lock(s.mutex);
+      }
       s.done.notify_one();
     }
   }

@@ -31,9 +31,9 @@ class ThreadPool {
   template <class F>  // void(size_t index, int worker)
   void run(size_t count, double microseconds, const F& work) {
     const bool worthwhile = microseconds >= (shared_->awake > 0 ? kWorthwhileAwake : kWorthwhile);
-    run_erased(worthwhile ? count : 0, count,
-               {&work, [](const void* f, size_t index,
-                          int worker) { (*static_cast<const F*>(f))(index, worker); }});
+    run_erased(worthwhile ? count : 0, count, {&work, [](const void* f, size_t index, int worker) {
+                                                 (*static_cast<const F*>(f))(index, worker);
+                                               }});
   }
 
   // While one exists, the threads wait for the next job awake, for a short time: the steps of a
@@ -49,7 +49,7 @@ class ThreadPool {
     ThreadPool* pool_;
   };
 
-  static constexpr double kWorthwhile = 60.0;       // microseconds
+  static constexpr double kWorthwhile = 60.0;  // microseconds
   static constexpr double kWorthwhileAwake = 3.0;
 
  private:

@@ -46,6 +46,10 @@ Epilogue TileOutput::begin(int64_t first, int64_t count, uint8_t* scratch, int64
   e.clamp = o_.clamp.on;
   e.low = o_.clamp.low;
   e.high = o_.clamp.high;
+  if (o_.fold && o_.fold->on()) {
+    e.fold_scale = o_.fold->scale.data() + base;
+    e.fold_bias = o_.fold->bias.data() + base;
+  }
   e.quantized = o_.quantized;
   for (int i = 0; i < o_.quantized; ++i) {
     e.q[i].grid = o_.q[i].grid;

@@ -1,12 +1,14 @@
 // Where the sums of a layer go: floats, quantised copies for the readers of the value, or both.
 #pragma once
 
+#include "fold.h"
 #include "patches.h"
 #include "quantization.h"
 
 namespace lutra {
 
 struct LayerOutput {
+  const Fold* fold = nullptr;       // see Epilogue; null: none
   ImageView view;                   // data may be null: nobody reads the floats
   const float* residual = nullptr;  // laid out like the view, or null
   Clamp clamp;
@@ -33,8 +35,7 @@ class TileOutput {
   void end(int64_t first, int64_t count, uint8_t* scratch, int64_t base, int64_t outputs) const;
   // One row of finished sums: sums[m - base] of outputs base..base+outputs-1; scratch holds five
   // bytes for each of them.
-  void row(int64_t row, const int32_t* sums, int64_t base, int64_t outputs,
-           uint8_t* scratch) const;
+  void row(int64_t row, const int32_t* sums, int64_t base, int64_t outputs, uint8_t* scratch) const;
 
  private:
   bool consecutive(int64_t first, int64_t count) const;

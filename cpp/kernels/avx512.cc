@@ -13,11 +13,12 @@ void quantize(const float* x, size_t n, const Grid& grid, uint8_t* q) {
   const GridVectors g = load_grid(grid);
   for (size_t i = 0; i < n; i += 64) {
     const int32_t left = n - i < 64 ? static_cast<int32_t>(n - i) : 64;
-    __m512 v[4];
+    __m512 t[4];
     for (int32_t j = 0; j < 4; ++j) {
-      v[j] = _mm512_maskz_loadu_ps(lane_mask(left - 16 * j), x + i + 16 * j);
+      const __m512 v = _mm512_maskz_loadu_ps(lane_mask(left - 16 * j), x + i + 16 * j);
+      t[j] = quotient(v, g);
     }
-    store_bytes(q + i, to_grid<4>(v, g), left);
+    _mm512_mask_storeu_epi8(q + i, byte_mask(left), to_bytes<4>(t, g));
   }
 }
 

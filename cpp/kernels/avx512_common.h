@@ -49,99 +49,159 @@ GridVectors load_grid(const Grid& g) {
           g.inverse == 0.0f};
 }
 
-// round_half_even(x / scale) as int32, at most `high`. There is no lower clamp: whatever is too low
-// becomes negative here (INT_MIN for NaN), and saturating packs take care of it. min(a, b) returns
-// b when one is NaN. The upper clamp before the correction keeps +inf and quotients that overflow
-// from becoming NaN; those below may, since NaN and -inf have the same result.
-__m512i to_steps(__m512 x, const GridVectors& g) {
-  __m512 t;
-  if (g.divide) {
-    t = _mm512_div_ps(x, g.scale);
-  } else {
-    t = _mm512_min_ps(g.above, _mm512_mul_ps(x, g.inverse));
-    t = _mm512_fmadd_ps(_mm512_fnmadd_ps(t, g.scale, x), g.inverse, t);
-  }
-  return _mm512_cvtps_epi32(_mm512_min_ps(g.high, t));
+// x / scale, of which only those below `high` need be exact. min(a, b) returns b when one is NaN.
+// The clamp before the correction keeps +inf and quotients that overflow from becoming NaN; those
+// below may, since NaN and -inf have the same result.
+__m512 quotient(__m512 x, const GridVectors& g) {
+  if (g.divide) return _mm512_div_ps(x, g.scale);
+  const __m512 t = _mm512_min_ps(g.above, _mm512_mul_ps(x, g.inverse));
+  return _mm512_fmadd_ps(_mm512_fnmadd_ps(t, g.scale, x), g.inverse, t);
 }
 
-// 16 kBlocks values -> bytes of the grid, in the order of the values.
+// --- epilogue
+// -------------------------------------------------------------------------------------
+//
+// Done for a "batch" of up to four vectors at a time, so that few rows do not mean short registers:
+// kBatch<1> = 4 outputs of one block, 2 of two, 1 of three or four. Vector i belongs to output
+// i / kBlocks of the batch and to block i % kBlocks.
+
 template <int kBlocks>
-__m512i to_grid(const __m512* x, const GridVectors& g) {
+constexpr int kBatch = kBlocks == 1   ? 4
+                       : kBlocks == 2 ? 2
+                                      : 1;
+
+// Quotients of up to four vectors -> bytes of the grid in their order. There is no lower clamp:
+// whatever is too low becomes negative (INT_MIN for NaN), and the packs saturate.
+template <int kVectors>
+__m512i to_bytes(const __m512* t, const GridVectors& g) {
   __m512i v[4];
-  for (int32_t b = 0; b < 4; ++b) v[b] = b < kBlocks ? to_steps(x[b], g) : v[0];
+#pragma GCC unroll 4
+  for (int32_t i = 0; i < 4; ++i) {
+    v[i] = i < kVectors ? _mm512_cvtps_epi32(_mm512_min_ps(g.high, t[i])) : v[0];
+  }
   const __m512i lo = _mm512_adds_epi16(_mm512_packs_epi32(v[0], v[1]), g.zero);
-  const __m512i hi = kBlocks > 2 ? _mm512_adds_epi16(_mm512_packs_epi32(v[2], v[3]), g.zero) : lo;
+  const __m512i hi = kVectors > 2 ? _mm512_adds_epi16(_mm512_packs_epi32(v[2], v[3]), g.zero) : lo;
   return transpose_dwords(_mm512_packus_epi16(lo, hi));
 }
 
-// The first `count` bytes of a register.
-void store_bytes(uint8_t* to, __m512i v, int32_t count) {
-  if (count == 64) {
+// The bytes of `count` outputs of a batch, `stride` apart.
+template <int kBlocks>
+void store_bytes(uint8_t* to, size_t stride, __m512i v, int32_t rows, int32_t count) {
+  if constexpr (kBlocks == 1) {
+    const __m128i part[4] = {_mm512_castsi512_si128(v), _mm512_extracti32x4_epi32(v, 1),
+                             _mm512_extracti32x4_epi32(v, 2), _mm512_extracti32x4_epi32(v, 3)};
+    const __mmask16 mask = lane_mask(rows);
+#pragma GCC unroll 4
+    for (int32_t o = 0; o < 4; ++o) {
+      if (o < count) _mm_mask_storeu_epi8(to + o * stride, mask, part[o]);
+    }
+  } else if constexpr (kBlocks == 2) {
+    const __mmask32 mask = static_cast<__mmask32>(byte_mask(rows));
+    _mm256_mask_storeu_epi8(to, mask, _mm512_castsi512_si256(v));
+    if (count > 1) _mm256_mask_storeu_epi8(to + stride, mask, _mm512_extracti64x4_epi64(v, 1));
+  } else if (rows == 64) {
     _mm512_storeu_si512(to, v);
-  } else if (count == 16) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(v));
   } else {
-    _mm512_mask_storeu_epi8(to, byte_mask(count), v);
+    _mm512_mask_storeu_epi8(to, byte_mask(rows), v);
   }
 }
 
-// The rows of output m: 16 kBlocks of them, those of the last block masked.
+// Outputs m .. m + count - 1, at most kBatch<kBlocks>; the rows of the last block are masked.
 template <int kBlocks>
-void finish_floats(__m512* y, const Epilogue& e, int32_t m) {
+void finish_batch(__m512* y, const Epilogue& e, int32_t m, int32_t count) {
+  constexpr int32_t kVectors = kBatch<kBlocks> * kBlocks;
   const __mmask16 last = lane_mask(e.rows - 16 * (kBlocks - 1));
-  const auto mask = [last](int32_t b) { return b + 1 < kBlocks ? __mmask16{0xffff} : last; };
+  const auto output = [&](int32_t i) {  // those missing repeat the last one
+    return kBatch<kBlocks> == 1 || i / kBlocks < count ? m + i / kBlocks : m + count - 1;
+  };
+  const auto mask = [&](int32_t i) { return i % kBlocks + 1 < kBlocks ? __mmask16{0xffff} : last; };
   if (e.scale) {
-    const __m512 scale = _mm512_set1_ps(e.scale[m]);
-    for (int32_t b = 0; b < kBlocks; ++b) y[b] = _mm512_mul_ps(y[b], scale);
+#pragma GCC unroll 4
+    for (int32_t i = 0; i < kVectors; ++i) {
+      y[i] = _mm512_mul_ps(y[i], _mm512_set1_ps(e.scale[output(i)]));
+    }
   }
-  const __m512 bias = _mm512_set1_ps(e.bias[m]);
-  for (int32_t b = 0; b < kBlocks; ++b) y[b] = _mm512_add_ps(y[b], bias);
+#pragma GCC unroll 4
+  for (int32_t i = 0; i < kVectors; ++i) {
+    y[i] = _mm512_add_ps(y[i], _mm512_set1_ps(e.bias[output(i)]));
+  }
   if (e.residual) {
-    const float* const from = e.residual + m * e.residual_stride;
-    for (int32_t b = 0; b < kBlocks; ++b) {
-      y[b] = _mm512_add_ps(y[b], _mm512_maskz_loadu_ps(mask(b), from + 16 * b));
+#pragma GCC unroll 4
+    for (int32_t i = 0; i < kVectors; ++i) {
+      const float* const from = e.residual + output(i) * e.residual_stride + i % kBlocks * 16;
+      y[i] = _mm512_add_ps(y[i], _mm512_maskz_loadu_ps(mask(i), from));
     }
   }
   bool implied = !e.out && e.low == 0.0f && e.high == __builtin_inff();  // by the grids' own clamp
   for (int32_t i = 0; i < e.quantized; ++i) implied &= e.q[i].grid.zero == 0;
   if (e.clamp && !implied) {
     const __m512 low = _mm512_set1_ps(e.low), high = _mm512_set1_ps(e.high);
-    for (int32_t b = 0; b < kBlocks; ++b) y[b] = _mm512_min_ps(_mm512_max_ps(y[b], low), high);
-  }
-  if (e.out) {
-    float* const to = e.out + m * e.out_stride;
-    for (int32_t b = 0; b + 1 < kBlocks; ++b) _mm512_storeu_ps(to + 16 * b, y[b]);
-    if (last == 0xffff) {
-      _mm512_storeu_ps(to + 16 * (kBlocks - 1), y[kBlocks - 1]);
-    } else {
-      _mm512_mask_storeu_ps(to + 16 * (kBlocks - 1), last, y[kBlocks - 1]);
+#pragma GCC unroll 4
+    for (int32_t i = 0; i < kVectors; ++i) {
+      y[i] = _mm512_min_ps(_mm512_max_ps(y[i], low), high);
     }
   }
-  for (int32_t i = 0; i < e.quantized; ++i) {
-    const __m512i v = to_grid<kBlocks>(y, load_grid(e.q[i].grid));
-    store_bytes(e.q[i].out + m * e.q[i].stride, v, e.rows);
+  if (e.out) {
+#pragma GCC unroll 4
+    for (int32_t i = 0; i < kVectors; ++i) {
+      float* const to = e.out + output(i) * e.out_stride + i % kBlocks * 16;
+      if (i / kBlocks < count) _mm512_mask_storeu_ps(to, mask(i), y[i]);
+    }
+  }
+  for (int32_t q = 0; q < e.quantized; ++q) {
+    const GridVectors g = load_grid(e.q[q].grid);
+    __m512 t[kVectors];
+#pragma GCC unroll 4
+    for (int32_t i = 0; i < kVectors; ++i) t[i] = quotient(y[i], g);
+    store_bytes<kBlocks>(e.q[q].out + m * e.q[q].stride, e.q[q].stride, to_bytes<kVectors>(t, g),
+                         e.rows, count);
   }
 }
 
-// sums: [output][block], of outputs m .. m + count - 1
+// sums: [output][block], of outputs m .. m + count - 1, with room for a whole batch
 template <int kBlocks>
 void finish(const __m512* sums, const Epilogue& e, int32_t m, int32_t count) {
-  for (int32_t o = 0; o < count; ++o, sums += kBlocks) {
-    __m512 y[kBlocks];
-    for (int32_t b = 0; b < kBlocks; ++b) y[b] = sums[b];
-    finish_floats<kBlocks>(y, e, m + o);
+  constexpr int32_t kStep = kBatch<kBlocks>;
+  for (; count > 0; m += kStep, count -= kStep, sums += kStep * kBlocks) {
+    __m512 y[kStep * kBlocks];
+#pragma GCC unroll 4
+    for (int32_t i = 0; i < kStep * kBlocks; ++i) y[i] = sums[i];
+    finish_batch<kBlocks>(y, e, m, count < kStep ? count : kStep);
   }
 }
 
 template <int kBlocks>
 void finish(const __m512i* sums, const Epilogue& e, int32_t m, int32_t count) {
-  for (int32_t o = 0; o < count; ++o, sums += kBlocks) {
-    const __m512i offset = _mm512_set1_epi32(e.offset ? e.offset[m + o] : 0);
-    __m512 y[kBlocks];
-    for (int32_t b = 0; b < kBlocks; ++b) {
-      y[b] = _mm512_cvtepi32_ps(_mm512_add_epi32(sums[b], offset));
+  constexpr int32_t kStep = kBatch<kBlocks>, kVectors = kStep * kBlocks;
+  GridVectors grid;
+  if (e.fold_scale) grid = load_grid(e.q[0].grid);
+  for (; count > 0; m += kStep, count -= kStep, sums += kVectors) {
+    const int32_t now = count < kStep ? count : kStep;
+    const auto output = [&](int32_t i) {
+      return kStep == 1 || i / kBlocks < now ? m + i / kBlocks : m + now - 1;
+    };
+    __m512 y[kVectors];
+    if (e.offset) {
+#pragma GCC unroll 4
+      for (int32_t i = 0; i < kVectors; ++i) {
+        y[i] =
+            _mm512_cvtepi32_ps(_mm512_add_epi32(sums[i], _mm512_set1_epi32(e.offset[output(i)])));
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int32_t i = 0; i < kVectors; ++i) y[i] = _mm512_cvtepi32_ps(sums[i]);
     }
-    finish_floats<kBlocks>(y, e, m + o);
+    if (!e.fold_scale) {
+      finish_batch<kBlocks>(y, e, m, now);
+      continue;
+    }
+#pragma GCC unroll 4
+    for (int32_t i = 0; i < kVectors; ++i) {
+      y[i] = _mm512_fmadd_ps(y[i], _mm512_set1_ps(e.fold_scale[output(i)]),
+                             _mm512_set1_ps(e.fold_bias[output(i)]));
+    }
+    store_bytes<kBlocks>(e.q[0].out + m * e.q[0].stride, e.q[0].stride, to_bytes<kVectors>(y, grid),
+                         e.rows, now);
   }
 }
 

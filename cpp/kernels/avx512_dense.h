@@ -51,20 +51,24 @@ void gather8(int32_t depth, int32_t taps, const Patch& p, uint8_t* gathered) {
 template <int kBlocks, int kCount>
 void dense8_outputs(int32_t groups, const uint8_t* weights, const uint8_t* x, int32_t m,
                     int32_t count, const Epilogue& e) {
-  __m512i sum[kCount][kBlocks];
-  for (auto& row : sum) {
-    for (__m512i& v : row) v = _mm512_setzero_si512();
-  }
-  for (int32_t c = 0; c < groups; ++c, weights += 64, x += kBlocks * 64) {
+  __m512i sum[kCount * kBlocks];
+#pragma GCC unroll 16
+  for (int32_t i = 0; i < kCount * kBlocks; ++i) sum[i] = _mm512_setzero_si512();
+  for (; groups > 0; --groups, weights += 64, x += kBlocks * 64) {
     __m512i q[kBlocks];
+#pragma GCC unroll 16
     for (int32_t i = 0; i < kBlocks; ++i) q[i] = _mm512_loadu_si512(x + 64 * i);
+#pragma GCC unroll 16
     for (int32_t o = 0; o < kCount; ++o) {
       const __m512i w = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(weights)[o]);
-      for (int32_t i = 0; i < kBlocks; ++i) sum[o][i] = _mm512_dpbusd_epi32(sum[o][i], q[i], w);
+#pragma GCC unroll 16
+      for (int32_t i = 0; i < kBlocks; ++i)
+        sum[o * kBlocks + i] = _mm512_dpbusd_epi32(sum[o * kBlocks + i], q[i], w);
     }
   }
   __m512i sums[kCount * kBlocks];
-  for (int32_t i = 0; i < kCount * kBlocks; ++i) sums[i] = sum[i / kBlocks][i % kBlocks];
+#pragma GCC unroll 16
+  for (int32_t i = 0; i < kCount * kBlocks; ++i) _mm512_store_si512(sums + i, sum[i]);
   finish<kBlocks>(sums, e, m, count);
 }
 
@@ -104,32 +108,35 @@ void dense8(int32_t depth, int32_t, const uint8_t* packed, const uint8_t* gather
 // 16 kVectors outputs of one row; four sums each hide the latency.
 template <int kVectors>
 void dense8_row_outputs(int32_t groups, const uint8_t* weights, const uint8_t* x, __m512i* out) {
-  __m512i sum[kVectors][4];
-  for (auto& row : sum) {
-    for (__m512i& v : row) v = _mm512_setzero_si512();
-  }
+  __m512i sum[kVectors * 4];
+#pragma GCC unroll 16
+  for (int32_t i = 0; i < kVectors * 4; ++i) sum[i] = _mm512_setzero_si512();
   const int32_t* const words = reinterpret_cast<const int32_t*>(x);
   const size_t block = static_cast<size_t>(groups) * 64;
   int32_t c = 0;
   for (; c + 4 <= groups; c += 4, weights += 256) {
+#pragma GCC unroll 16
     for (int32_t i = 0; i < 4; ++i) {
       const __m512i v = _mm512_set1_epi32(words[c + i]);
+#pragma GCC unroll 16
       for (int32_t j = 0; j < kVectors; ++j) {
         const __m512i w = _mm512_loadu_si512(weights + j * block + 64 * i);
-        sum[j][i] = _mm512_dpbusd_epi32(sum[j][i], v, w);
+        sum[4 * j + i] = _mm512_dpbusd_epi32(sum[4 * j + i], v, w);
       }
     }
   }
   for (; c < groups; ++c, weights += 64) {
     const __m512i v = _mm512_set1_epi32(words[c]);
+#pragma GCC unroll 16
     for (int32_t j = 0; j < kVectors; ++j) {
       const __m512i w = _mm512_loadu_si512(weights + j * block);
-      sum[j][0] = _mm512_dpbusd_epi32(sum[j][0], v, w);
+      sum[4 * j + 0] = _mm512_dpbusd_epi32(sum[4 * j + 0], v, w);
     }
   }
+#pragma GCC unroll 16
   for (int32_t j = 0; j < kVectors; ++j) {
-    out[j] = _mm512_add_epi32(_mm512_add_epi32(sum[j][0], sum[j][1]),
-                              _mm512_add_epi32(sum[j][2], sum[j][3]));
+    out[j] = _mm512_add_epi32(_mm512_add_epi32(sum[4 * j + 0], sum[4 * j + 1]),
+                              _mm512_add_epi32(sum[4 * j + 2], sum[4 * j + 3]));
   }
 }
 
@@ -166,20 +173,24 @@ template <int kBlocks>
 void gemm_blocks(const float* patch, size_t depth, const float* weights, int32_t outputs,
                  const Epilogue& e) {
   for (int32_t m = 0; m < outputs; m += kGemmOutputs) {
-    __m512 sum[kGemmOutputs][kBlocks];
-    for (auto& row : sum) {
-      for (__m512& s : row) s = _mm512_setzero_ps();
-    }
+    __m512 sum[kGemmOutputs * kBlocks];
+#pragma GCC unroll 16
+    for (int32_t i = 0; i < kGemmOutputs * kBlocks; ++i) sum[i] = _mm512_setzero_ps();
     for (size_t d = 0; d < depth; ++d, weights += kGemmOutputs) {
       __m512 x[kBlocks];
+#pragma GCC unroll 16
       for (int32_t i = 0; i < kBlocks; ++i) x[i] = _mm512_loadu_ps(patch + d * kRows + 16 * i);
+#pragma GCC unroll 16
       for (int32_t j = 0; j < kGemmOutputs; ++j) {
         const __m512 w = _mm512_set1_ps(weights[j]);
-        for (int32_t i = 0; i < kBlocks; ++i) sum[j][i] = _mm512_fmadd_ps(w, x[i], sum[j][i]);
+#pragma GCC unroll 16
+        for (int32_t i = 0; i < kBlocks; ++i)
+          sum[j * kBlocks + i] = _mm512_fmadd_ps(w, x[i], sum[j * kBlocks + i]);
       }
     }
     __m512 sums[kGemmOutputs * kBlocks];
-    for (int32_t i = 0; i < kGemmOutputs * kBlocks; ++i) sums[i] = sum[i / kBlocks][i % kBlocks];
+#pragma GCC unroll 16
+    for (int32_t i = 0; i < kGemmOutputs * kBlocks; ++i) _mm512_store_ps(sums + i, sum[i]);
     finish<kBlocks>(sums, e, m, outputs - m < kGemmOutputs ? outputs - m : kGemmOutputs);
   }
 }
@@ -202,13 +213,16 @@ void linear(const float* x, size_t x_stride, size_t depth, const float* weights,
             int32_t outputs, float* y) {
   for (int32_t m = 0; m < outputs; m += kLinearOutputs) {
     __m512 sum[4];
-    for (__m512& s : sum) s = _mm512_setzero_ps();
+#pragma GCC unroll 16
+    for (int32_t q = 0; q < 4; ++q) sum[q] = _mm512_setzero_ps();
     for (size_t d = 0; d < depth; ++d, weights += kLinearOutputs) {
       const __m512 v = _mm512_set1_ps(x[d * x_stride]);
+#pragma GCC unroll 16
       for (int32_t q = 0; q < 4; ++q) {
         sum[q] = _mm512_fmadd_ps(_mm512_loadu_ps(weights + 16 * q), v, sum[q]);
       }
     }
+#pragma GCC unroll 16
     for (int32_t q = 0; q < 4; ++q) {
       const __mmask16 mask = lane_mask(outputs - m - 16 * q);
       const __m512 b = _mm512_maskz_loadu_ps(mask, bias + m + 16 * q);
@@ -230,6 +244,7 @@ void add_rows(const uint8_t* codes, size_t code_stride, int32_t books, int32_t c
   for (int32_t r = 0; r < count; ++r) {
     const float* row = rows + static_cast<size_t>(r) * outputs + first;
     __m512 y[kVectors];
+#pragma GCC unroll 16
     for (int32_t q = 0; q < kVectors; ++q) {
       y[q] = kFull || q + 1 < kVectors ? _mm512_loadu_ps(row + 16 * q)
                                        : _mm512_maskz_loadu_ps(mask, row + 16 * q);

@@ -86,32 +86,39 @@ void pack_nearest(const PqShape& s, const uint8_t* centroids, uint8_t* packed) {
 
 // Keys of one codebook: (score << levels) | (K - 1 - k) of the best k. x: [quad][block]
 //
-// Per centroid and block: kGroups vpdpbusd, which two ports take, and one vpmaxsd. The words of a
-// centroid are broadcast once for all blocks.
+// Per centroid and block: kGroups vpdpbusd, which two ports take and which are the limit, and one
+// vpmaxsd. The words of a centroid are broadcast once for all blocks.
 template <int kGroups, int kBlocks>
-void search(const __m512i* x, const int32_t* words, const Cut& cut, __m512i* key) {
-  __m512i q[kGroups * kBlocks];
-  for (int32_t i = 0; i < kGroups * kBlocks; ++i) q[i] = x[i];
-  const __m128i shift = _mm_cvtsi32_si128(cut.outer_bits);
-  for (int32_t b = 0; b < kBlocks; ++b) key[b] = _mm512_set1_epi32(INT32_MIN);
-  for (int32_t j = (1 << cut.outer_bits) - 1; j >= 0; --j) {
-    __m512i best[kBlocks];
-    for (__m512i& v : best) v = _mm512_set1_epi32(INT32_MIN);
+void search(const __m512i* x, const int32_t* words, int32_t inner, int32_t outer_bits,
+            __m512i* key) {
+  const __m128i shift = _mm_cvtsi32_si128(outer_bits);
 #pragma GCC unroll 4
-    for (int32_t t = 1 << cut.inner; t > 0; --t, words += kGroups + 1) {
+  for (int32_t b = 0; b < kBlocks; ++b) key[b] = _mm512_set1_epi32(INT32_MIN);
+  for (int32_t j = (1 << outer_bits) - 1; j >= 0; --j) {
+    __m512i best[kBlocks];
+#pragma GCC unroll 4
+    for (int32_t b = 0; b < kBlocks; ++b) best[b] = _mm512_set1_epi32(INT32_MIN);
+#pragma GCC unroll 4
+    for (int32_t t = 1 << inner; t > 0; --t, words += kGroups + 1) {
       __m512i score[kBlocks];
-      for (__m512i& v : score) v = _mm512_set1_epi32(words[kGroups]);
+#pragma GCC unroll 4
+      for (int32_t b = 0; b < kBlocks; ++b) score[b] = _mm512_set1_epi32(words[kGroups]);
+#pragma GCC unroll 4
       for (int32_t g = 0; g < kGroups; ++g) {
         const __m512i c = _mm512_set1_epi32(words[g]);
+#pragma GCC unroll 4
         for (int32_t b = 0; b < kBlocks; ++b) {
-          score[b] = _mm512_dpbusd_epi32(score[b], q[g * kBlocks + b], c);
+          score[b] = _mm512_dpbusd_epi32(score[b], x[g * kBlocks + b], c);
         }
       }
+#pragma GCC unroll 4
       for (int32_t b = 0; b < kBlocks; ++b) best[b] = _mm512_max_epi32(best[b], score[b]);
     }
     const __m512i tag = _mm512_set1_epi32(j);
+#pragma GCC unroll 4
     for (int32_t b = 0; b < kBlocks; ++b) {
-      key[b] = _mm512_max_epi32(key[b], _mm512_or_si512(_mm512_sll_epi32(best[b], shift), tag));
+      const __m512i tagged = _mm512_or_si512(_mm512_sll_epi32(best[b], shift), tag);
+      key[b] = _mm512_max_epi32(key[b], tagged);
     }
   }
 }
@@ -121,32 +128,70 @@ template <int kBlocks>
 void search_long(const __m512i* x, const int32_t* words, const Cut& cut, __m512i* key) {
   const __m128i shift = _mm_cvtsi32_si128(cut.outer_bits);
   const int32_t stride = cut.groups + 1;
+#pragma GCC unroll 4
   for (int32_t b = 0; b < kBlocks; ++b) key[b] = _mm512_set1_epi32(INT32_MIN);
   for (int32_t j = (1 << cut.outer_bits) - 1; j >= 0; --j) {
     __m512i best[kBlocks];
-    for (__m512i& v : best) v = _mm512_set1_epi32(INT32_MIN);
+#pragma GCC unroll 4
+    for (int32_t b = 0; b < kBlocks; ++b) best[b] = _mm512_set1_epi32(INT32_MIN);
     for (int32_t t = 1 << cut.inner; t > 0; t -= 2, words += 2 * stride) {
       __m512i s0[kBlocks], s1[kBlocks];
+#pragma GCC unroll 4
       for (int32_t b = 0; b < kBlocks; ++b) {
         s0[b] = _mm512_set1_epi32(words[stride - 1]);
         s1[b] = _mm512_set1_epi32(words[2 * stride - 1]);
       }
       for (int32_t g = 0; g < cut.groups; ++g) {
         const __m512i c0 = _mm512_set1_epi32(words[g]), c1 = _mm512_set1_epi32(words[stride + g]);
+#pragma GCC unroll 4
         for (int32_t b = 0; b < kBlocks; ++b) {
           s0[b] = _mm512_dpbusd_epi32(s0[b], x[g * kBlocks + b], c0);
           s1[b] = _mm512_dpbusd_epi32(s1[b], x[g * kBlocks + b], c1);
         }
       }
+#pragma GCC unroll 4
       for (int32_t b = 0; b < kBlocks; ++b) {
         best[b] = _mm512_max_epi32(best[b], _mm512_max_epi32(s0[b], s1[b]));
       }
     }
     const __m512i tag = _mm512_set1_epi32(j);
+#pragma GCC unroll 4
     for (int32_t b = 0; b < kBlocks; ++b) {
-      key[b] = _mm512_max_epi32(key[b], _mm512_or_si512(_mm512_sll_epi32(best[b], shift), tag));
+      const __m512i tagged = _mm512_or_si512(_mm512_sll_epi32(best[b], shift), tag);
+      key[b] = _mm512_max_epi32(key[b], tagged);
     }
   }
+}
+
+// Keys -> indices of the lookup, into byte b % 4 of the dwords.
+template <int kBlocks>
+void store_codes(const __m512i* key, int32_t centroids, int32_t book, uint8_t* to) {
+  const __m512i code_bits = _mm512_set1_epi32(centroids - 1);
+  const __m128i slot = _mm_cvtsi32_si128(8 * (book % kBooks));
+#pragma GCC unroll 4
+  for (int32_t i = 0; i < kBlocks; ++i) {
+    __m512i code = _mm512_andnot_si512(key[i], code_bits);  // K - 1 - (K - 1 - k)
+    if (centroids > 16) {
+      const __m512i low = _mm512_and_si512(code, _mm512_set1_epi32(15));
+      code = _mm512_or_si512(low, _mm512_slli_epi32(_mm512_sub_epi32(code, low), 2));
+    }
+    const __m512i others =
+        book % kBooks ? _mm512_loadu_si512(to + 64 * i) : _mm512_set1_epi32(kBookBits);
+    _mm512_storeu_si512(to + 64 * i, _mm512_or_si512(others, _mm512_sll_epi32(code, slot)));
+  }
+}
+
+void gather_quads(const uint8_t* planes, const Quad* quads, int32_t groups, const Rows& rows,
+                  __m512i* x) {
+  for (int32_t g = 0; g < groups; ++g) {
+    for (int32_t i = 0; i < rows.blocks; ++i) *x++ = gather_quad(planes, quads[g], rows.block[i]);
+  }
+}
+
+bool all_single(const Quad* quads, int32_t groups) {
+  int32_t sources = 0;
+  for (int32_t g = 0; g < groups; ++g) sources += quads[g].sources;
+  return sources == groups;
 }
 
 // Books first .. last - 1; kGroups == 0: any number of quads.
@@ -158,37 +203,48 @@ void nearest_books(const PqShape& s, const uint8_t* packed, const Patch& p, int3
   find_rows(p, rows);
   QuadFinder finder(p, s.depth, s.taps, s.dim, cut.size, 63 - rows.reach);
   const __m128i up = _mm_cvtsi32_si128(cut.up);
-  const __m512i code_bits = _mm512_set1_epi32(s.centroids - 1);
-  const int32_t groups = kGroups ? kGroups : cut.groups;
-  for (int32_t b = first; b < last; ++b) {
+  const size_t book_words = nearest_words(s);
+  const int32_t* words = reinterpret_cast<const int32_t*>(packed) + first * book_words;
+  for (int32_t b = first; b < last; ++b, words += book_words) {
     const uint8_t* planes;
     const Quad* quads;
     finder.next(b, planes, quads);
-    __m512i x[(kGroups ? kGroups : 16) * kBlocks], key[kBlocks];
-    for (int32_t g = 0; g < groups; ++g) {
-      for (int32_t i = 0; i < kBlocks; ++i) {
-        x[g * kBlocks + i] = _mm512_sll_epi32(gather_quad(planes, quads[g], rows.block[i]), up);
-      }
-    }
-    const int32_t* const words = reinterpret_cast<const int32_t*>(packed) + b * nearest_words(s);
-    if constexpr (kGroups) {
-      search<kGroups, kBlocks>(x, words, cut, key);
-    } else {
-      search_long<kBlocks>(x, words, cut, key);
-    }
+    __m512i key[kBlocks];
     uint8_t* const to = codes_at(codes, b, kBlocks);
-    const __m128i slot = _mm_cvtsi32_si128(8 * (b % kBooks));
-    for (int32_t i = 0; i < kBlocks; ++i) {
-      __m512i code = _mm512_andnot_si512(key[i], code_bits);  // K - 1 - (K - 1 - k)
-      if (s.centroids > 16) {
-        const __m512i low = _mm512_and_si512(code, _mm512_set1_epi32(15));
-        code = _mm512_or_si512(low, _mm512_slli_epi32(_mm512_sub_epi32(code, low), 2));
+    if constexpr (kGroups == 0) {
+      __m512i x[16 * kBlocks];
+      gather_quads(planes, quads, cut.groups, rows, x);
+      for (int32_t i = 0; i < cut.groups * kBlocks; ++i) x[i] = _mm512_sll_epi32(x[i], up);
+      search_long<kBlocks>(x, words, cut, key);
+    } else {
+      __m512i x[kGroups * kBlocks];
+      if (rows.single && all_single(quads, kGroups)) {
+#pragma GCC unroll 4
+        for (int32_t g = 0; g < kGroups; ++g) {
+          const __m512i offset = _mm512_set1_epi32(quads[g].offset);
+          const uint8_t* const at = planes + quads[g].base[0];
+#pragma GCC unroll 4
+          for (int32_t i = 0; i < kBlocks; ++i) {
+            const __m512i index = _mm512_add_epi8(rows.block[i].offset, offset);
+            x[g * kBlocks + i] =
+                _mm512_permutexvar_epi8(index, _mm512_loadu_si512(at + rows.block[i].base[0]));
+          }
+        }
+      } else {
+        __m512i gathered[kGroups * kBlocks];
+        gather_quads(planes, quads, kGroups, rows, gathered);
+#pragma GCC unroll 16
+        for (int32_t i = 0; i < kGroups * kBlocks; ++i) x[i] = _mm512_load_si512(gathered + i);
       }
-      code = _mm512_sll_epi32(code, slot);
-      const __m512i others =
-          b % kBooks ? _mm512_loadu_si512(to + 64 * i) : _mm512_set1_epi32(kBookBits);
-      _mm512_storeu_si512(to + 64 * i, _mm512_or_si512(others, code));
+#pragma GCC unroll 16
+      for (int32_t i = 0; i < kGroups * kBlocks; ++i) x[i] = _mm512_sll_epi32(x[i], up);
+      if (cut.inner == 4 && cut.outer_bits == 0) {
+        search<kGroups, kBlocks>(x, words, 4, 0, key);
+      } else {
+        search<kGroups, kBlocks>(x, words, cut.inner, cut.outer_bits, key);
+      }
     }
+    store_codes<kBlocks>(key, s.centroids, b, to);
   }
 }
 

@@ -25,6 +25,7 @@ struct RowBlock {
 struct Rows {
   int32_t blocks;
   int32_t reach;  // the largest row part of an index
+  bool single;    // one segment in each block
   RowBlock block[4];
 };
 
@@ -39,6 +40,7 @@ void find_rows(const Patch& p, Rows& rows) {
   const __m512i splat = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
   rows.blocks = row_blocks(p.rows);
   rows.reach = 0;
+  rows.single = true;
   for (int32_t b = 0; b < rows.blocks; ++b) {
     RowBlock& block = rows.block[b];
     const int32_t* const row = p.row + 16 * b;
@@ -57,6 +59,7 @@ void find_rows(const Patch& p, Rows& rows) {
     } while (left);
     const int32_t most = _mm512_reduce_max_epi32(offset);
     if (most > rows.reach) rows.reach = most;
+    rows.single &= block.segments == 1;
     block.offset = _mm512_shuffle_epi8(offset, splat);
   }
 }

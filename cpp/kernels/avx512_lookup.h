@@ -53,27 +53,30 @@ __m512i read(const uint8_t* t, __m512i index) {
 template <int kSlices, int kBlocks, int kStreams>
 void lookup_outputs(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32_t m,
                     int32_t count, const Epilogue& e) {
-  const int32_t groups = ceil_div(s.books, kBooks);
   const size_t stream = table_stream(s);
   const __m512i ones = _mm512_set1_epi8(1);
-  __m512i sum[kStreams * kOutputs][kBlocks];
-  for (auto& row : sum) {
-    for (__m512i& v : row) v = _mm512_setzero_si512();
-  }
-  for (int32_t c = 0; c < groups; ++c, codes += kBlocks * 64, tables += kSlices * kOutputs * 64) {
+  __m512i sum[kStreams * kOutputs * kBlocks];
+#pragma GCC unroll 16
+  for (int32_t i = 0; i < kStreams * kOutputs * kBlocks; ++i) sum[i] = _mm512_setzero_si512();
+  for (int32_t c = ceil_div(s.books, kBooks); c > 0; --c) {
     __m512i index[kBlocks];
+#pragma GCC unroll 16
     for (int32_t i = 0; i < kBlocks; ++i) index[i] = _mm512_loadu_si512(codes + 64 * i);
+#pragma GCC unroll 16
     for (int32_t o = 0; o < kStreams * kOutputs; ++o) {
       const uint8_t* const t = tables + o / kOutputs * stream + o % kOutputs * 64;
+#pragma GCC unroll 16
       for (int32_t i = 0; i < kBlocks; ++i) {
-        sum[o][i] = _mm512_dpbusd_epi32(sum[o][i], ones, read<kSlices>(t, index[i]));
+        sum[o * kBlocks + i] =
+            _mm512_dpbusd_epi32(sum[o * kBlocks + i], ones, read<kSlices>(t, index[i]));
       }
     }
+    codes += kBlocks * 64;
+    tables += kSlices * kOutputs * 64;
   }
   __m512i sums[kStreams * kOutputs * kBlocks];
-  for (int32_t i = 0; i < kStreams * kOutputs * kBlocks; ++i) {
-    sums[i] = sum[i / kBlocks][i % kBlocks];
-  }
+#pragma GCC unroll 16
+  for (int32_t i = 0; i < kStreams * kOutputs * kBlocks; ++i) _mm512_store_si512(sums + i, sum[i]);
   finish<kBlocks>(sums, e, m, count);
 }
 
@@ -135,10 +138,9 @@ void lookup_row_outputs(const PqShape& s, const int8_t* tables, const uint8_t* c
   const size_t outputs = s.outputs, book = static_cast<size_t>(s.centroids) * outputs;
   const __mmask64 last = byte_mask(count - 64 * (kVectors - 1));
   const __m512i ones = _mm512_set1_epi8(1);
-  __m512i sum[kVectors][4];
-  for (auto& row : sum) {
-    for (__m512i& v : row) v = _mm512_setzero_si512();
-  }
+  __m512i sum[kVectors * 4];
+#pragma GCC unroll 16
+  for (int32_t i = 0; i < kVectors * 4; ++i) sum[i] = _mm512_setzero_si512();
   tables += first;
   for (int32_t b = 0; b < s.books; b += kBooks, tables += kBooks * book) {
     const int8_t* row[kBooks];
@@ -152,23 +154,27 @@ void lookup_row_outputs(const PqShape& s, const int8_t* tables, const uint8_t* c
         _mm_prefetch(reinterpret_cast<const char*>(next + 64 * v), _MM_HINT_T0);
       }
     }
+#pragma GCC unroll 4
     for (int32_t v = 0; v < kVectors; ++v) {
       __m512i p[kBooks], quads[4];
+#pragma GCC unroll 4
       for (int32_t j = 0; j < kBooks; ++j) {
         const __mmask64 mask = there[j] ? (v + 1 < kVectors ? ~0ull : last) : 0;
         p[j] = _mm512_maskz_loadu_epi8(mask, row[j] + 64 * v);
       }
       interleave(p, quads);
+#pragma GCC unroll 4
       for (int32_t q = 0; q < 4; ++q) {
-        sum[v][q] = _mm512_dpbusd_epi32(sum[v][q], ones, quads[q]);
+        sum[4 * v + q] = _mm512_dpbusd_epi32(sum[4 * v + q], ones, quads[q]);
       }
     }
   }
+#pragma GCC unroll 4
   for (int32_t v = 0; v < kVectors; ++v) {  // quad q, lane j holds outputs 16 j + 4 q ..
-    const __m512i t0 = _mm512_shuffle_i32x4(sum[v][0], sum[v][1], 0x44);
-    const __m512i t1 = _mm512_shuffle_i32x4(sum[v][0], sum[v][1], 0xee);
-    const __m512i t2 = _mm512_shuffle_i32x4(sum[v][2], sum[v][3], 0x44);
-    const __m512i t3 = _mm512_shuffle_i32x4(sum[v][2], sum[v][3], 0xee);
+    const __m512i t0 = _mm512_shuffle_i32x4(sum[4 * v + 0], sum[4 * v + 1], 0x44);
+    const __m512i t1 = _mm512_shuffle_i32x4(sum[4 * v + 0], sum[4 * v + 1], 0xee);
+    const __m512i t2 = _mm512_shuffle_i32x4(sum[4 * v + 2], sum[4 * v + 3], 0x44);
+    const __m512i t3 = _mm512_shuffle_i32x4(sum[4 * v + 2], sum[4 * v + 3], 0xee);
     const __m512i natural[4] = {
         _mm512_shuffle_i32x4(t0, t2, 0x88), _mm512_shuffle_i32x4(t0, t2, 0xdd),
         _mm512_shuffle_i32x4(t1, t3, 0x88), _mm512_shuffle_i32x4(t1, t3, 0xdd)};

@@ -72,6 +72,11 @@ struct Grid {
 //   out[m * out_stride + r] = y                 if out
 //   q[i].out[m * q[i].stride + r] = grid(y)     for i < quantized
 // m counts the outputs of the whole layer, also where a call makes only some of them.
+//
+// With fold_scale, an integer sum has no residual, one quantised output and no float output, and
+//   t = fma(float32(sum + offset[m]), fold_scale[m], fold_bias[m])
+// quantised as q[0].grid quantises a quotient x / scale gives the same integer as the chain above:
+// the engine has checked it. Kernels may use either.
 struct Epilogue {
   const int32_t* offset;
   const float* scale;
@@ -84,6 +89,8 @@ struct Epilogue {
   bool clamp;
   float low;
   float high;
+  const float* fold_scale;
+  const float* fold_bias;
   int32_t quantized;
   struct {
     Grid grid;
