@@ -326,7 +326,7 @@ def test_methods_mix_in_one_recipe(net: Net) -> None:
         assert 0 < error < 0.002
     text = str(report)
     assert "4 of 4 layers replaced; tables 2048 bytes for 256 bytes of float32 weights" in text
-    assert "int8 weights 320 for 1280" in text
+    assert "int8 weights 320 bytes for 1280" in text
     assert any(line.split()[:3] == ["dw", "conv2d", "int8"] for line in text.splitlines())
     json.dumps(report.to_dict())
     with torch.no_grad():

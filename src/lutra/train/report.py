@@ -69,7 +69,7 @@ class ConversionReport:
             if layer.method == "int8":
                 rows.append(
                     (layer.name, layer.kind, "int8", "", "", "", f"{layer.weight_bytes}", "",
-                     f"{layer.error:.3f}", "")
+                     f"{layer.error:.5f}", "")
                 )  # fmt: skip
                 continue
             ratio = f"{layer.lookups_per_row}/{layer.multiplies_per_row}"
@@ -91,7 +91,7 @@ class ConversionReport:
         integer = [layer for layer in self.replaced if layer.method == "int8"]
         if integer:
             lines[-1] += (
-                f", int8 weights {sum(r.int8_bytes for r in integer)} for "
+                f", int8 weights {sum(r.int8_bytes for r in integer)} bytes for "
                 f"{sum(r.weight_bytes for r in integer)}"
             )
         return "\n".join(lines)
