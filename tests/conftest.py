@@ -12,6 +12,7 @@ if find_spec("torch") is None:
         "test_export_pq.py",
         "test_finetune.py",
         "test_gradients.py",
+        "test_int8_layers.py",
         "test_kmeans.py",
         "test_layers.py",
         "test_projection.py",

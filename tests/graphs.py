@@ -39,6 +39,17 @@ def pq_tensors(
     }
 
 
+def int8_tensors(rng: np.random.Generator, shape: tuple[int, ...]) -> dict[str, Array]:
+    """Random weight int8 of this shape (M, ...), scale float32 (M,), bias float32 (M,)."""
+    return {
+        "weight": rng.integers(-127, 128, shape).astype(np.int8),
+        "scale": (rng.uniform(0.5, 1.5, shape[0]) / 4000 / np.sqrt(np.prod(shape[1:]))).astype(
+            np.float32
+        ),
+        "bias": rng.normal(size=shape[0]).astype(np.float32),
+    }
+
+
 class Builder:
     """Puts a graph together: each call of ``add`` appends a node and returns its output name."""
 
@@ -119,6 +130,49 @@ class Builder:
             act_bits=act_bits,
         )
 
+    def int8_conv2d(
+        self,
+        x: str,
+        channels: int,
+        outputs: int,
+        kernel: tuple[int, int] = (3, 3),
+        *,
+        groups: int = 1,
+        act_bits: int = 7,
+        act_scale: float = 0.05,
+        act_zero: int = 0,
+        **attrs: Any,
+    ) -> str:
+        return self.add(
+            "int8_conv2d",
+            x,
+            tensors=int8_tensors(self.rng, (outputs, channels // groups, *kernel)),
+            groups=groups,
+            act_scale=act_scale,
+            act_zero=min(act_zero, 2**act_bits - 1),
+            act_bits=act_bits,
+            **attrs,
+        )
+
+    def int8_linear(
+        self,
+        x: str,
+        features: int,
+        outputs: int,
+        *,
+        act_bits: int = 7,
+        act_scale: float = 0.05,
+        act_zero: int = 64,
+    ) -> str:
+        return self.add(
+            "int8_linear",
+            x,
+            tensors=int8_tensors(self.rng, (outputs, features)),
+            act_scale=act_scale,
+            act_zero=min(act_zero, 2**act_bits - 1),
+            act_bits=act_bits,
+        )
+
     def conv2d(
         self,
         x: str,
@@ -180,6 +234,7 @@ def every_op_graph(seed: int = 0, batch: int | None = None) -> Graph:
     side = b.add("pad", side, pads=(0, 0, 2, 2, 0, 0, 0, 0))
     x = b.add("relu6", b.add("add", a, side))  # (12, 6, 6)
     x = b.add("concat", x, b.conv2d(x, 12, 6, padding=(1, 1), groups=3), axis=1)  # (18, 6, 6)
+    x = b.int8_conv2d(x, 18, 18, padding=(1, 1), groups=18, act_zero=5)
     x = b.add("max_pool2d", x, kernel=(3, 3), stride=(2, 2), padding=(1, 1), ceil_mode=True)
     x = b.pq_conv2d(x, 18, 16, (2, 3), padding=(1, 1), dilation=(2, 1), count=8, width=4)
     x = b.add("avg_pool2d", x, kernel=(2, 2), stride=(1, 1), padding=(1, 1))
@@ -191,6 +246,7 @@ def every_op_graph(seed: int = 0, batch: int | None = None) -> Graph:
     low = b.pq_linear(low, 4, 5, count=64, width=3, act_bits=5)  # (4, 5)
     low = b.add("mean", low, axes=(1,), keepdims=False)  # (5,)
     top = b.pq_linear(top, 64, 10, width=16)
+    top = b.add("relu", b.int8_linear(top, 10, 10))
     top = b.add("softmax", b.linear(top, 10, 10), axis=1)
     return b.graph(low, top, metadata={"classes": [str(i) for i in range(10)], "seed": seed})
 

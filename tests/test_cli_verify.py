@@ -80,8 +80,8 @@ def test_verify_allows_for_another_exponential(
 @pytest.mark.parametrize(
     ("victim", "isa", "message"),
     [
-        ("pq_conv2d_2.out", "scalar", r"lookup layer 'pq_conv2d_2' \(pq_conv2d\) gives 2 of"),
-        ("pq_linear_9.out", "scalar", "lookup layer 'pq_linear_9'"),
+        ("pq_conv2d_2.out", "scalar", r"integer layer 'pq_conv2d_2' \(pq_conv2d\) gives 2 of"),
+        ("pq_linear_9.out", "scalar", "integer layer 'pq_linear_9'"),
         ("mean_8.out", "last", "'mean_8' .* gives other bits than with scalar"),
         ("pq_linear_9.out", "fused", "whole network differs from the same value fetched node by"),
     ],

@@ -116,7 +116,7 @@ def test_recipes_survive_json() -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"method": "tree"}, r"'\*' has the method 'tree'; choose one of \['keep', 'pq'\]"),
+        ({"method": "tree"}, r"'\*' has the method 'tree'; choose one of \['int8', 'keep', 'pq'\]"),
         ({"k": 16}, "has the method None"),
         ({"method": ["pq"]}, r"has the method \['pq'\]"),
         ("pq2", "has the method 'pq2'"),
@@ -344,7 +344,7 @@ def test_wrong_recipes_are_refused(net: Net, images: Tensor) -> None:
     refused("pattern 'haed' matches no", net, {"haed": Keep(), "*": PQ()}, data)
     refused("replaces no layer", net, {"*": Keep()}, data)
     refused("replaces no layer", net, {}, data)
-    refused(r"'fc' has 'pq'; give it PQ\(...\) or Keep\(\)", net, {"fc": "pq"}, data)
+    refused(r"'fc' has 'pq'; give it PQ\(...\), Int8\(\) or Keep\(\)", net, {"fc": "pq"}, data)
     refused("'fc' has <class", net, {"fc": PQ}, data)
     refused("its layers are: none", nn.ReLU(), {"*": PQ()}, data)
 

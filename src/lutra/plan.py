@@ -26,7 +26,9 @@ _MAX_RANK: Final = 6  # of the engine's arrays
 #: Lower and upper limit of the operators that only clamp.
 CLAMPS: Final = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 #: The operators whose step can add another value and clamp while it writes.
-FUSING: Final = frozenset({"pq_conv2d", "pq_linear", "conv2d", "linear"})
+FUSING: Final = frozenset(
+    {"pq_conv2d", "pq_linear", "int8_conv2d", "int8_linear", "conv2d", "linear"}
+)
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,40 @@ def _pq_linear(plan: _engine.Plan, job: Job) -> int:
     )
 
 
+def _int8_conv2d(plan: _engine.Plan, job: Job) -> int:
+    node, tensors = job.node, job.tensors
+    return plan.int8_conv2d(
+        job.ids[0],
+        tensors["weight"],
+        tensors["scale"],
+        tensors["bias"],
+        act_scale=number(node, "act_scale"),
+        act_zero=integer(node, "act_zero"),
+        act_bits=integer(node, "act_bits"),
+        stride=pair(node, "stride"),
+        padding=pair(node, "padding"),
+        dilation=pair(node, "dilation"),
+        groups=integer(node, "groups"),
+        residual=job.residual,
+        clamp=job.clamp,
+    )
+
+
+def _int8_linear(plan: _engine.Plan, job: Job) -> int:
+    node, tensors = job.node, job.tensors
+    return plan.int8_linear(
+        job.ids[0],
+        tensors["weight"],
+        tensors["scale"],
+        tensors["bias"],
+        act_scale=number(node, "act_scale"),
+        act_zero=integer(node, "act_zero"),
+        act_bits=integer(node, "act_bits"),
+        residual=job.residual,
+        clamp=job.clamp,
+    )
+
+
 def _conv2d(plan: _engine.Plan, job: Job) -> int:
     return plan.conv2d(
         job.ids[0],
@@ -318,6 +354,8 @@ def _adaptive_pool(plan: _engine.Plan, job: Job) -> int:
 STEPS: Final[dict[str, StepFn]] = {
     "pq_conv2d": _pq_conv2d,
     "pq_linear": _pq_linear,
+    "int8_conv2d": _int8_conv2d,
+    "int8_linear": _int8_linear,
     "conv2d": _conv2d,
     "linear": _linear,
     "relu": _clamp,

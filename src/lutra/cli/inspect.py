@@ -56,6 +56,7 @@ def describe(graph: Graph, file_bytes: int) -> dict[str, Any]:
                 "lookups": cost.lookups,
                 "encode_ops": cost.encode_ops,
                 "multiplications": cost.macs,
+                "int8_multiplications": cost.int8_macs,
                 "dense_multiplications": cost.dense_macs,
             }
         )
@@ -71,6 +72,7 @@ def describe(graph: Graph, file_bytes: int) -> dict[str, Any]:
             "lookups": total.lookups,
             "encode_ops": total.encode_ops,
             "multiplications": total.macs,
+            "int8_multiplications": total.int8_macs,
             "dense_multiplications": total.dense_macs,
         },
         "sizes": {
@@ -88,6 +90,8 @@ def _text(report: dict[str, Any], graph: Graph) -> str:
     totals, sizes = report["totals"], report["sizes"]
     left, dense = totals["multiplications"], totals["dense_multiplications"]
     share = f" ({100 * left / dense:.1f}% of {dense:,})" if dense else ""
+    if totals["int8_multiplications"]:
+        share += f", {totals['int8_multiplications']:,} of them in int8"
     ends = {
         kind: ", ".join(f"{plain(v['name'])} {shape_text(tuple(v['shape']))}" for v in report[kind])
         for kind in ("inputs", "outputs")

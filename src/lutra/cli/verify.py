@@ -5,7 +5,7 @@ another order, and a last bit can move an activation to another code. So each no
 on the values that the engine itself gave it:
 
 1. every value of the network is fetched from the engine, and each node of the reference, run on
-   the engine's inputs, must give the engine's output: the same bits for lookup layers;
+   the engine's inputs, must give the engine's output: the same bits for integer layers;
 2. the network as users run it (fused, whole batch) must give the same bits as those values;
 3. all kernels must give the same bits as the first;
 4. the outputs must be the golden ones of the file: the same bits, except in a network with a
@@ -72,7 +72,7 @@ class Result:
         problems: One sentence for each thing that is wrong.
         reference_difference: Of the outputs, as a share of the largest.
         golden_difference: The same, to the golden outputs; None without golden data.
-        moved: Values of lookup layers that differ from the reference run of the whole network
+        moved: Values of integer layers that differ from the reference run of the whole network
             because rounding upstream moved an activation to another code there.
     """
 
@@ -232,10 +232,10 @@ def _check_nodes(result: Result, graph: Graph, case: Case, values: Mapping[str, 
             with np.errstate(all="ignore"):
                 want = run_node(node, inputs, graph.node_tensors(node))
         got = values[node.output]
-        if _is_lookup(node) and not np.array_equal(got, want):
+        if _is_integer(node) and not np.array_equal(got, want):
             wrong = int((got != want).sum()) if got.shape == want.shape else want.size
             result.problems.append(
-                f"{case.name}: the lookup layer {plain(node.name)!r} ({node.op}) gives {wrong} of "
+                f"{case.name}: the integer layer {plain(node.name)!r} ({node.op}) gives {wrong} of "
                 f"{want.size} values that are not those of the reference for the same input"
             )
         elif difference(got, want) > TOLERANCE:
@@ -264,7 +264,7 @@ def _compare_kernels(
 def _check_outputs(result: Result, graph: Graph, case: Case, values: Mapping[str, Array]) -> None:
     """Compares whole outputs with the golden data, and notes how far the reference is."""
     for node in graph.nodes:
-        if _is_lookup(node) and values[node.output].shape == case.reference[node.output].shape:
+        if _is_integer(node) and values[node.output].shape == case.reference[node.output].shape:
             result.moved += int((values[node.output] != case.reference[node.output]).sum())
     for name in graph.outputs:
         amount = difference(values[name], case.reference[name])
@@ -282,6 +282,11 @@ def _check_outputs(result: Result, graph: Graph, case: Case, values: Mapping[str
 
 def _is_lookup(node: Node) -> bool:
     return node.op.startswith("pq_")
+
+
+def _is_integer(node: Node) -> bool:
+    """Whether the node computes with integers, on a grid, and so gives the same bits everywhere."""
+    return "act_scale" in node.attrs
 
 
 def _same_bits(a: Array, b: Array) -> bool:
@@ -325,9 +330,9 @@ def _text(path: str, graph: Graph, results: Sequence[Result], golden: int, sampl
             lines.append(f"{result.isa}: and {len(result.problems) - _MOST_PROBLEMS} more")
     if any(result.moved and not result.problems for result in results):
         lines.append(
-            "note: moved codes are outputs of lookup layers that differ from the reference because "
-            "it rounds a dense operator before them differently; each layer alone gives the same "
-            "bits"
+            "note: moved codes are outputs of integer layers that differ from the reference "
+            "because it rounds a dense operator before them differently; each layer alone gives "
+            "the same bits"
         )
     good = "the engine agrees with the reference" + (
         " and all kernels give the same bits" if len(results) > 1 else ""

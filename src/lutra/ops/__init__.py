@@ -5,14 +5,16 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from lutra.errors import GraphError
-from lutra.ops import dense, elementwise, pool, pq, shape
+from lutra.ops import dense, elementwise, int8, pool, pq, shape
 from lutra.ops.registry import REQUIRED, Attr, Cost, OpSpec, TensorRole
 
 __all__ = ["OPS", "REQUIRED", "Attr", "Cost", "OpSpec", "TensorRole", "op_spec"]
 
 #: Every operator by name.
 OPS: dict[str, OpSpec] = {
-    spec.name: spec for family in (pq, dense, elementwise, pool, shape) for spec in family.SPECS
+    spec.name: spec
+    for family in (pq, int8, dense, elementwise, pool, shape)
+    for spec in family.SPECS
 }
 
 

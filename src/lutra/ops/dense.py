@@ -24,6 +24,14 @@ from lutra.ops.registry import (
 if TYPE_CHECKING:
     from lutra.graph import Node, Value
 
+#: The attributes of a convolution whose kernel is the shape of its weight.
+CONVOLUTION: Final = {
+    "stride": Attr(tuple, default=(1, 1), low=1, high=MAX_EXTENT, length=2),
+    "padding": Attr(tuple, default=(0, 0), low=0, high=MAX_EXTENT, length=2),
+    "dilation": Attr(tuple, default=(1, 1), low=1, high=MAX_EXTENT, length=2),
+    "groups": Attr(int, default=1, low=1, high=2**24),
+}
+
 
 def _check_bias(node: Node, tensors: Mapping[str, Array]) -> None:
     outputs = tensors["weight"].shape[0]
@@ -35,7 +43,8 @@ def _check_bias(node: Node, tensors: Mapping[str, Array]) -> None:
         )
 
 
-def _check_conv(node: Node, tensors: Mapping[str, Array]) -> None:
+def check_conv(node: Node, tensors: Mapping[str, Array]) -> None:
+    """Raises GraphError where bias, kernel or groups do not fit the weight (M, C / G, kh, kw)."""
     _check_bias(node, tensors)
     shape = tensors["weight"].shape
     if max(shape[2:]) > MAX_EXTENT:
@@ -50,7 +59,8 @@ def _check_conv(node: Node, tensors: Mapping[str, Array]) -> None:
         )
 
 
-def _infer_conv(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+def infer_conv(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    """The output of a convolution with a weight (M, C / G, kh, kw)."""
     (x,) = inputs
     need_rank(node, x, 4, 4)
     outputs, depth, *kernel = tensors["weight"].shape
@@ -76,7 +86,8 @@ def _infer_conv(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array
     return x.with_shape(node.output, (x.shape[0], outputs, *sizes))
 
 
-def _infer_linear(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+def infer_linear(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    """The output of a product with a weight (M, D)."""
     (x,) = inputs
     need_rank(node, x, 2)
     outputs, features = tensors["weight"].shape
@@ -98,22 +109,17 @@ def _cost(node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[s
 SPECS: Final = (
     OpSpec(
         "conv2d",
-        attrs={
-            "stride": Attr(tuple, default=(1, 1), low=1, high=MAX_EXTENT, length=2),
-            "padding": Attr(tuple, default=(0, 0), low=0, high=MAX_EXTENT, length=2),
-            "dilation": Attr(tuple, default=(1, 1), low=1, high=MAX_EXTENT, length=2),
-            "groups": Attr(int, default=1, low=1, high=2**24),
-        },
+        attrs=CONVOLUTION,
         tensors={"weight": TensorRole("float32", 4), "bias": TensorRole("float32", 1)},
-        check=_check_conv,
-        infer=_infer_conv,
+        check=check_conv,
+        infer=infer_conv,
         cost=_cost,
     ),
     OpSpec(
         "linear",
         tensors={"weight": TensorRole("float32", 2), "bias": TensorRole("float32", 1)},
         check=_check_bias,
-        infer=_infer_linear,
+        infer=infer_linear,
         cost=_cost,
     ),
 )

@@ -30,8 +30,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
+from lutra.ops.grid import QUANTISER, check_quantiser
 from lutra.ops.registry import (
     MAX_EXTENT,
     Array,
@@ -43,7 +42,6 @@ from lutra.ops.registry import (
     integer,
     need_rank,
     node_error,
-    number,
     pair,
     text,
     window_size,
@@ -57,15 +55,12 @@ ENCODERS: Final = ("nearest", "tree")
 _ENCODER_TENSORS: Final = {"nearest": ("centroids",), "tree": ("splits", "thresholds")}
 CENTROID_COUNTS: Final = (8, 16, 32, 64)
 MAX_SUBVECTOR: Final = 64
-MAX_ACT_BITS: Final = 7
 #: A sum of so many int8 table entries is exact in int32 and in float32.
 MAX_BOOKS: Final = 2**24 // 128
 _MAX_FEATURES: Final = MAX_BOOKS * MAX_SUBVECTOR
 
 _QUANTISER: Final = {
-    "act_scale": Attr(float),
-    "act_zero": Attr(int, low=0, high=2**MAX_ACT_BITS - 1),
-    "act_bits": Attr(int, low=1, high=MAX_ACT_BITS),
+    **QUANTISER,
     "encoder": Attr(str, default="nearest", choices=ENCODERS),
 }
 _TENSORS: Final = {
@@ -87,17 +82,7 @@ def row_length(node: Node) -> int:
 
 
 def _check(node: Node, tensors: Mapping[str, Array]) -> None:
-    scale = number(node, "act_scale")
-    tiny, huge = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
-    if not tiny <= scale <= huge:
-        raise node_error(node, f"has act_scale={scale!r}", f"it must be in {tiny!r}..{huge!r}")
-    qmax = 2 ** integer(node, "act_bits") - 1
-    if integer(node, "act_zero") > qmax:
-        raise node_error(
-            node,
-            f"has act_zero={node.attrs['act_zero']} with act_bits={node.attrs['act_bits']}",
-            f"it must be in 0..{qmax}",
-        )
+    qmax = check_quantiser(node)
     encoder = text(node, "encoder")
     for name, roles in _ENCODER_TENSORS.items():
         for role in roles:

@@ -44,6 +44,7 @@ class Cost:
         lookups: Table entries read and added.
         encode_ops: Multiply-adds, or comparisons of trees, spent on finding codes.
         macs: Multiply-adds of dense arithmetic that really run.
+        int8_macs: Those of them that are of integers.
         dense_macs: Multiply-adds that the same layer takes without tables.
         table_bytes: Bytes of the tables.
         weight_bytes: Bytes of all tensors of the node, tables included.
@@ -52,6 +53,7 @@ class Cost:
     lookups: int = 0
     encode_ops: int = 0
     macs: int = 0
+    int8_macs: int = 0
     dense_macs: int = 0
     table_bytes: int = 0
     weight_bytes: int = 0
@@ -61,6 +63,7 @@ class Cost:
             self.lookups + other.lookups,
             self.encode_ops + other.encode_ops,
             self.macs + other.macs,
+            self.int8_macs + other.int8_macs,
             self.dense_macs + other.dense_macs,
             self.table_bytes + other.table_bytes,
             self.weight_bytes + other.weight_bytes,

@@ -1,7 +1,7 @@
 """The reference executor: NumPy, slow and obvious. It is the specification of every operator.
 
-The engine must give the same bits for lookup layers, and the same numbers to float rounding for
-the dense operators.
+The engine must give the same bits for lookup and int8 layers, and the same numbers to float
+rounding for the dense operators.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from lutra.errors import InputError
 from lutra.graph import Graph, Node
 from lutra.ops.registry import Array
-from lutra.reference import dense, elementwise, pool, pq, shape
+from lutra.reference import dense, elementwise, int8, pool, pq, shape
 
 __all__ = ["KERNELS", "run_node", "run_reference"]
 
@@ -25,6 +25,8 @@ Kernel: TypeAlias = Callable[[Node, Sequence[Array], Mapping[str, Array]], Array
 KERNELS: Final[dict[str, Kernel]] = {
     "pq_conv2d": pq.pq_conv2d,
     "pq_linear": pq.pq_linear,
+    "int8_conv2d": int8.int8_conv2d,
+    "int8_linear": int8.int8_linear,
     "conv2d": dense.conv2d,
     "linear": dense.linear,
     "relu": elementwise.relu,
@@ -56,7 +58,7 @@ def run_reference(
     Args:
         graph: The graph.
         inputs: float32 arrays by input name, or in the order of the graph's inputs. NaN and
-            infinity are allowed: lookup layers quantise NaN to 0 and clamp infinity.
+            infinity are allowed: grids quantise NaN to 0 and clamp infinity.
         intermediates: Whether to return every value instead of the outputs only.
 
     Returns:

@@ -5,15 +5,20 @@ from __future__ import annotations
 from lutra.train.convert import convert
 from lutra.train.export import export
 from lutra.train.finetune import FinetuneReport, finetune
+from lutra.train.int8 import FrozenInt8, Int8Conv2d, Int8Linear
 from lutra.train.layers import FrozenPQ, PQConv2d, PQLinear
-from lutra.train.recipe import PQ, Keep, recipe_from_json, recipe_to_json
+from lutra.train.recipe import PQ, Int8, Keep, recipe_from_json, recipe_to_json
 from lutra.train.report import ConversionReport, LayerReport
 
 __all__ = [
     "PQ",
     "ConversionReport",
     "FinetuneReport",
+    "FrozenInt8",
     "FrozenPQ",
+    "Int8",
+    "Int8Conv2d",
+    "Int8Linear",
     "Keep",
     "LayerReport",
     "PQConv2d",

@@ -49,10 +49,10 @@ def check_graph(
     Raises:
         LutraError: An output differs by more; names the first node that does.
 
-    Where the graph has lookup layers, a last-bit difference of a dense operator can move an
-    activation over the border between two codes, so whole outputs may differ although nothing is
-    wrong. Every node is then compared alone, on the inputs that torch gave it; if all agree, the
-    difference is reported as a warning.
+    Where the graph has integer layers, a last-bit difference of a dense operator can move an
+    activation over the border between two steps or codes, so whole outputs may differ although
+    nothing is wrong. Every node is then compared alone, on the inputs that torch gave it; if all
+    agree, the difference is reported as a warning.
     """
     feeds = {
         value.name: tensor.numpy()
@@ -86,13 +86,14 @@ def check_graph(
                 f"({node.op}), by {amount:.3g}: please report it with this node's settings "
                 f"{dict(node.attrs)}."
             )
-        if not any(node.op.startswith("pq_") for node in lowered.graph.nodes):
+        if not any("act_scale" in node.attrs for node in lowered.graph.nodes):
             raise LutraError(
                 f"{what}, although each node alone agrees: rounding grows from node to node; raise "
                 "the tolerance if that is acceptable."
             )
         warnings.warn(
-            f"{what}, although each node alone agrees: rounding moved activations to other codes.",
+            f"{what}, although each node alone agrees: rounding moved activations to other steps "
+            "or codes.",
             stacklevel=3,
         )
 

@@ -1,4 +1,4 @@
-"""From a trained model to one whose layers are lookups."""
+"""From a trained model to one whose layers are lookups or integer arithmetic."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lutra.errors import LutraError
-from lutra.train import collective, portable
+from lutra.train import collective, int8, portable
 from lutra.train import tree as trees
-from lutra.train.calibrate import Reservoir, collect
+from lutra.train.calibrate import collect
 from lutra.train.geometry import Geometry
+from lutra.train.int8 import Int8Conv2d, Int8Layer, Int8Linear
 from lutra.train.kmeans import kmeans
 from lutra.train.layers import PQConv2d, PQLinear, _PQLayer, quantize_tables
 from lutra.train.progress import Progress
-from lutra.train.recipe import PQ, Keep, Recipe, fits, match
+from lutra.train.quantized import QuantizedLayer
+from lutra.train.recipe import PQ, Int8, Keep, Recipe, fits, match
 from lutra.train.report import ConversionReport, LayerReport
 
 _REPLACED = "the recipe names it"
@@ -37,13 +39,13 @@ def convert(
     seed: int = 0,
     progress: bool | None = None,
 ) -> tuple[nn.Module, ConversionReport]:
-    """Replaces layers by lookups and learns their codebooks from calibration data.
+    """Replaces layers by lookups, or by int8 arithmetic, and calibrates them.
 
     Args:
         model: any module; it is not modified, and it need not be traceable.
-        recipe: glob patterns of module paths -> `PQ(...)` or `Keep()`; the first match wins, and
-            what no pattern names is kept. Every pattern must name some layer. A layer that the
-            model holds in several places is replaced in all of them.
+        recipe: glob patterns of module paths -> `PQ(...)`, `Int8()` or `Keep()`; the first match
+            wins, and what no pattern names is kept. Every pattern must name some layer. A layer
+            that the model holds in several places is replaced in all of them.
         calibration_data: batches, run once in eval mode: tensors, tuples whose first entry is the
             input, or dicts of keyword arguments. A thousand samples are plenty. With
             torch.distributed, give every process a part of its own.
@@ -62,24 +64,24 @@ def convert(
     """
     names = _candidates(model)
     _check_recipe(recipe, names, model)
-    chosen: dict[nn.Module, PQ] = {}
+    chosen: dict[nn.Module, PQ | Int8] = {}
+    geometries: dict[str, Geometry] = {}
     reports: dict[nn.Module, LayerReport] = {}
     for layer, aliases in names.items():
         method = match(recipe, *aliases)
-        if isinstance(method, PQ):
+        if not isinstance(method, Keep):
             try:
-                Geometry.of(layer)
+                geometries[aliases[0]] = Geometry.of(layer, grouped=isinstance(method, Int8))
             except LutraError as error:
                 raise LutraError(f"layer '{aliases[0]}': {error}") from None
             chosen[layer] = method
-        reason = _REPLACED if isinstance(method, PQ) else method.reason
+        reason = method.reason if isinstance(method, Keep) else _REPLACED
         kind = "conv2d" if isinstance(layer, nn.Conv2d) else "linear"
         weight_bytes = 4 * layer.weight.numel()
         reports[layer] = LayerReport(aliases[0], kind, False, reason, weight_bytes=weight_bytes)
     if not chosen:
-        raise LutraError("the recipe replaces no layer; give at least one pattern a PQ(...)")
+        raise LutraError("the recipe replaces no layer; give a pattern PQ(...) or Int8()")
     layers = {names[layer][0]: layer for layer in names if layer in chosen}
-    geometries = {name: Geometry.of(layer) for name, layer in layers.items()}
     show = progress if collective.rank() == 0 else False
     with Progress("calibrating", None, show) as bar:
         samples = collect(
@@ -94,9 +96,14 @@ def convert(
             start = time.perf_counter()
             old = converted.get_submodule(name)
             new = _from_float(old, name, chosen[layer])
-            loss, used = _learn(new, samples.pop(name), kmeans_steps, seed + i)
+            sample = samples.pop(name).rows.to(new.weight.device)
+            _fit_grid(new, sample)
+            if isinstance(new, Int8Layer):
+                reports[layer] = _describe_int8(reports[layer], new, sample)
+            else:
+                loss, used = _learn(new, sample, kmeans_steps, seed + i)
+                reports[layer] = _describe(reports[layer], new, loss, used)
             replacements[old] = new
-            reports[layer] = _describe(reports[layer], new, loss, used)
             bar.update(i + 1, f"{name} {time.perf_counter() - start:.1f} s")
     converted = _replace(converted, replacements)
     return converted, ConversionReport(tuple(reports.values()), seed)
@@ -117,9 +124,9 @@ def _check_recipe(
 ) -> None:
     paths = [name for aliases in names.values() for name in aliases]
     for pattern, method in recipe.items():
-        if not isinstance(method, PQ | Keep):
+        if not isinstance(method, PQ | Int8 | Keep):
             raise LutraError(
-                f"recipe: pattern {pattern!r} has {method!r}; give it PQ(...) or Keep()"
+                f"recipe: pattern {pattern!r} has {method!r}; give it PQ(...), Int8() or Keep()"
             )
         if not fits(pattern, *paths):
             known = ", ".join(f"'{path}'" for path in paths[:8]) or "none"
@@ -129,14 +136,19 @@ def _check_recipe(
             )
 
 
-def _from_float(layer: nn.Module, name: str, method: PQ) -> PQConv2d | PQLinear:
-    """The lookup layer of a dense one; they share their parameters, which may be tied."""
-    new: PQConv2d | PQLinear
+def _from_float(layer: nn.Module, name: str, method: PQ | Int8) -> _PQLayer | Int8Layer:
+    """The new layer of a dense one; they share their parameters, which may be tied."""
+    new: _PQLayer | Int8Layer
+    assert isinstance(layer, nn.Conv2d | nn.Linear)
     try:
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(method, Int8):
+            if isinstance(layer, nn.Conv2d):
+                new = Int8Conv2d.from_float(layer, method)
+            else:
+                new = Int8Linear.from_float(layer, method)
+        elif isinstance(layer, nn.Conv2d):
             new = PQConv2d.from_float(layer, method)
         else:
-            assert isinstance(layer, nn.Linear)
             new = PQLinear.from_float(layer, method)
     except LutraError as error:
         raise LutraError(f"layer '{name}': {error}") from None
@@ -176,13 +188,17 @@ def _activation_range(rows: Tensor, bits: int) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def _learn(layer: _PQLayer, samples: Reservoir, steps: int, seed: int) -> tuple[float, float]:
-    """Sets grid and codebooks; returns relative output error and the share of used centroids."""
-    rows = samples.rows.to(layer.weight.device)
+def _fit_grid(layer: QuantizedLayer, rows: Tensor) -> None:
+    """Sets the activation grid of a layer from samples of its input."""
     low, high = _activation_range(rows, layer.method.act_bits)
     # A process whose samples are all positive must take the others' signed grid.
     reach = collective.all_reduce(torch.tensor([-low, high]), "max")
     layer.set_activation_range(-float(reach[0]), float(reach.max()))
+
+
+@torch.no_grad()
+def _learn(layer: _PQLayer, rows: Tensor, steps: int, seed: int) -> tuple[float, float]:
+    """Sets the codebooks; returns relative output error and the share of used centroids."""
     grid = layer.grid()
     low, high = -grid.zero * grid.scale, (grid.qmax - grid.zero) * grid.scale
     missing = layer.books * layer.dim - rows.shape[1]
@@ -252,4 +268,16 @@ def _describe(entry: LayerReport, layer: _PQLayer, error: float, used: float) ->
         multiplies_per_row=layer.geometry.depth * layer.outputs,
         error=error,
         used=used,
+        method="pq",
+    )
+
+
+def _describe_int8(entry: LayerReport, layer: Int8Layer, rows: Tensor) -> LayerReport:
+    return replace(
+        entry,
+        replaced=True,
+        multiplies_per_row=layer.weight.numel(),
+        error=collective.mean(int8.output_error(layer, rows)),
+        method="int8",
+        int8_bytes=layer.weight.numel(),
     )

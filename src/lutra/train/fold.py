@@ -12,7 +12,7 @@ from lutra.train.capture import ExampleInput, capture, example_tensors, node_mod
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _NORM_OPS = ("aten._native_batch_norm_legit_no_training.default", "aten.batch_norm.default")
-# Operator -> where its arguments hold weight and bias (scale and bias of a lookup layer).
+# Operator -> where its arguments hold weight and bias (scale and bias of an integer layer).
 _LAYER_OPS = {
     "aten.conv2d.default": (1, 2),
     "aten.conv2d.padding": (1, 2),
@@ -20,6 +20,8 @@ _LAYER_OPS = {
     "aten.linear.default": (1, 2),
     "lutra.pq_conv2d.default": (3, 4),
     "lutra.pq_linear.default": (3, 4),
+    "lutra.int8_conv2d.default": (2, 3),
+    "lutra.int8_linear.default": (2, 3),
 }
 
 
@@ -35,8 +37,8 @@ def fold_batch_norm(model: nn.Module, example_input: ExampleInput) -> nn.Module:
     """Return a copy of a model with its batch norms folded into the layers that feed them.
 
     A norm is folded when it is an `nn.BatchNorm1d` or `nn.BatchNorm2d` with running statistics
-    whose only input is one `nn.Conv2d`, `nn.Linear` or frozen lookup layer (a module with the
-    buffers `tables`, `scale` and `bias`), when nobody else reads what that layer computes, and
+    whose only input is one `nn.Conv2d`, `nn.Linear` or frozen integer layer (a module with the
+    buffers `scale` and `bias`), when nobody else reads what that layer computes, and
     when neither of them, nor their weights, is used a second time. Who feeds whom is read off the
     traced program, not off the order of the modules. Folded norms become `nn.Identity`; the
     others stay.
@@ -93,10 +95,10 @@ def _is_foldable(
     """Whether scaling the module's own weight and bias scales what this node computes."""
     if "linear" in str(layer.target) and layer.meta["val"].ndim != 2:
         return False  # the norm works on axis 1, which holds the outputs of a 2-D result only
-    lookup = str(layer.target).startswith("lutra.")
-    if not (_is_frozen_lookup(module) if lookup else isinstance(module, (nn.Conv2d, nn.Linear))):
+    frozen = str(layer.target).startswith("lutra.")
+    if not (_is_frozen(module) if frozen else isinstance(module, (nn.Conv2d, nn.Linear))):
         return False
-    names = ("scale", "bias") if lookup else ("weight", "bias")
+    names = ("scale", "bias") if frozen else ("weight", "bias")
     for position, name in zip(_LAYER_OPS[str(layer.target)], names, strict=True):
         argument = layer.args[position] if position < len(layer.args) else None
         if argument is None and name == "bias":
@@ -112,9 +114,9 @@ def _is_foldable(
     return True
 
 
-def _is_frozen_lookup(module: nn.Module) -> bool:
+def _is_frozen(module: nn.Module) -> bool:
     buffers = dict(module.named_buffers(recurse=False))
-    return all(name in buffers for name in ("tables", "scale", "bias"))
+    return all(name in buffers for name in ("scale", "bias"))
 
 
 def _parameters(program: ExportedProgram) -> dict[fx.Node, str]:
@@ -137,7 +139,7 @@ def _fold(model: nn.Module, fold: Fold) -> None:
     if norm.bias is not None:
         shift = shift + norm.bias.double()
     with torch.no_grad():
-        factor = layer.scale if _is_frozen_lookup(layer) else layer.weight
+        factor = layer.scale if _is_frozen(layer) else layer.weight
         assert isinstance(factor, Tensor)
         # Output channels are axis 0 of a weight and the only axis of a scale.
         factor.copy_(factor.double() * gain.reshape(-1, *[1] * (factor.ndim - 1)))

@@ -27,6 +27,7 @@ class Geometry:
     stride: Pair = (1, 1)
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
+    groups: int = 1
 
     @property
     def taps(self) -> int:
@@ -48,22 +49,26 @@ class Geometry:
         return h, w
 
     @classmethod
-    def of(cls, layer: nn.Conv2d | nn.Linear) -> Geometry:
+    def of(cls, layer: nn.Conv2d | nn.Linear, *, grouped: bool = False) -> Geometry:
         """Geometry of a dense layer.
+
+        Args:
+            grouped: whether a grouped convolution will do.
 
         Raises:
             LutraError: grouped convolution, or a padding that is not symmetric zeros.
         """
         if isinstance(layer, nn.Linear):
             return cls(layer.in_features)
-        if layer.groups != 1:
+        if layer.groups != 1 and not grouped:
             raise LutraError(
-                f"a convolution with groups={layer.groups} cannot be product-quantised; keep it"
+                f"a convolution with groups={layer.groups} cannot be product-quantised; "
+                "keep it, or give it Int8()"
             )
         if layer.padding_mode != "zeros":
             raise LutraError(
-                f"a convolution with padding_mode={layer.padding_mode!r} cannot be "
-                "product-quantised; keep it, or pad with zeros"
+                f"a convolution with padding_mode={layer.padding_mode!r} cannot be converted; "
+                "keep it, or pad with zeros"
             )
         kernel, dilation = pair(layer.kernel_size), pair(layer.dilation)
         if layer.padding == "same":
@@ -79,7 +84,7 @@ class Geometry:
         else:
             assert not isinstance(layer.padding, str)
             padding = pair(layer.padding)
-        return cls(layer.in_channels, kernel, pair(layer.stride), padding, dilation)
+        return cls(layer.in_channels, kernel, pair(layer.stride), padding, dilation, layer.groups)
 
 
 @dataclass(frozen=True)

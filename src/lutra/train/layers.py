@@ -8,7 +8,7 @@ the gradients are approximations; `PQ.gradient` chooses which.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,47 +22,17 @@ from lutra.train import tree as trees
 from lutra.train.encoder import Encoder, Nearest, Tree
 from lutra.train.geometry import Geometry, Quantization
 from lutra.train.projection import REFRESH, SAMPLE_ROWS, regression
+from lutra.train.quantized import INT8_MAX, QuantizedLayer, check_input, clip_gradient
 from lutra.train.recipe import PQ
 from lutra.train.soft import SoftLookup
-from lutra.train.watch import Watch
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-TABLE_MAX = 127  # int8 tables are symmetric
 _TINY = torch.finfo(torch.float32).tiny
 
 
 def quantize_tables(tables: Tensor) -> tuple[Tensor, Tensor]:
     """int8 tables (B, K, M) and float32 scale (M): one scale per output channel."""
-    scale = (tables.abs().amax((0, 1)) / TABLE_MAX).clamp_min(_TINY)
-    return (tables / scale).round().clamp(-TABLE_MAX, TABLE_MAX).to(torch.int8), scale
-
-
-def check_input(x: Tensor, geometry: Geometry, linear: bool) -> None:
-    """Refuses inputs that the layer does not take.
-
-    Raises:
-        LutraError: wrong rank, channels or features, or an image smaller than the kernel.
-    """
-    shape, channels = tuple(x.shape), geometry.channels
-    if linear:
-        if not shape or shape[-1] != channels:
-            raise LutraError(
-                f"PQLinear: the input has shape {shape}; give (..., {channels}), as the layer has "
-                f"{channels} input features"
-            )
-        return
-    if len(shape) != 4 or shape[1] != channels:
-        raise LutraError(
-            f"PQConv2d: the input has shape {shape}; give (N, {channels}, H, W), as the layer has "
-            f"{channels} input channels"
-        )
-    if min(geometry.out_size(shape[2], shape[3])) < 1:
-        raise LutraError(
-            f"PQConv2d: the input has shape {shape}, smaller than the kernel {geometry.kernel} "
-            f"with dilation {geometry.dilation} and padding {geometry.padding}; give larger images"
-        )
+    scale = (tables.abs().amax((0, 1)) / INT8_MAX).clamp_min(_TINY)
+    return (tables / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale
 
 
 class _Round(torch.autograd.Function):
@@ -111,14 +81,11 @@ class StraightThroughLookup(torch.autograd.Function):
                 geometry.stride, geometry.padding, geometry.dilation,
                 False, [0, 0], 1, [True, False, False],
             )[0].to(x.dtype)  # fmt: skip
-            # Where x was clipped it does not move the output. (Zero itself is on the grid.)
-            low = -(grid.zero + 0.5) * grid.scale
-            high = (grid.qmax - grid.zero + 0.5) * grid.scale
-            grad_x = torch.ops.aten.hardtanh_backward(grad_x, x, low, high)
+            grad_x = clip_gradient(grad_x, x, grid)
         return grad_x, grad_tables, None, None
 
 
-class _PQLayer(nn.Module):
+class _PQLayer(QuantizedLayer):
     """What `PQConv2d` and `PQLinear` share. Build them with `from_float`.
 
     State: `weight` and `bias` of the dense layer; `centroids` (B, K, V) in real units;
@@ -127,10 +94,7 @@ class _PQLayer(nn.Module):
     gradient only). All of it is in `state_dict`.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    act_scale: Tensor
-    signed: Tensor
+    method: PQ
     cluster_counts: Tensor
     projection: Tensor
     projection_age: Tensor
@@ -150,12 +114,9 @@ class _PQLayer(nn.Module):
                 f"PQ(v={min(geometry.kernel[1], MAX_SUBVECTOR)})"
             )
         self.books = -(-geometry.depth // self.dim)
-        self.weight = nn.Parameter(weight.detach().clone())
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self._hold(weight, bias)
         centroids = torch.zeros((self.books, method.k, self.dim), device=weight.device)
         self.centroids = nn.Parameter(centroids, requires_grad=method.centroids == "gradient")
-        self.register_buffer("act_scale", torch.ones((), device=weight.device))
-        self.register_buffer("signed", torch.zeros((), dtype=torch.bool, device=weight.device))
         if method.encoder == "tree":
             levels = trees.levels_of(method.k)
             # first entries of the sub-vectors, until `grow` chooses
@@ -181,30 +142,6 @@ class _PQLayer(nn.Module):
             inverse = 1.0 / method.temperature
             logit = math.log(math.expm1(inverse - 1.0)) if inverse - 1.0 < 30 else inverse - 1.0
             self.inverse_temperature_logit = nn.Parameter(torch.tensor(logit, device=weight.device))
-
-    @property
-    def outputs(self) -> int:
-        return self.weight.shape[0]
-
-    def grid(self) -> Quantization:
-        """The activation grid; read from the device again only after it was written."""
-        source = (self.act_scale, self.signed)
-        kept: tuple[Watch, Quantization] | None = self.__dict__.get("_grid")
-        if kept is None or not kept[0].unchanged(source):
-            bits = self.method.act_bits
-            zero = 1 << (bits - 1) if bool(self.signed) else 0
-            kept = (Watch(source), Quantization(float(self.act_scale), zero, bits))
-            self.__dict__["_grid"] = kept
-        return kept[1]
-
-    def set_activation_range(self, low: float, high: float) -> None:
-        """Sets the grid to cover low..high: unsigned if nothing is below zero."""
-        bits = self.method.act_bits
-        signed = low < 0.0
-        reach = max(high, -low) if signed else high
-        levels = (1 << (bits - 1)) - 1 if signed else (1 << bits) - 1
-        self.signed.fill_(signed)
-        self.act_scale.fill_(max(reach, 1e-6) / max(levels, 1))
 
     def weight_blocks(self) -> Tensor:
         """Weights by codebook: (B, V, M), zero where the last sub-vector is short."""
@@ -253,7 +190,7 @@ class _PQLayer(nn.Module):
 
     def _run(self, x: Tensor) -> Tensor:
         """y (N, M, H', W') of x (N, C, H, W), in float32."""
-        self.__dict__.pop("_frozen", None)  # fused optimizers do not count their writes
+        self.forget_frozen()  # fused optimizers do not count their writes
         device = x.device.type
         mixed = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if mixed else torch.float32  # of x's gradient
@@ -382,15 +319,6 @@ class _PQLayer(nn.Module):
             linear = isinstance(self, PQLinear)
             return FrozenPQ(self.geometry, self.grid(), linear, encoder, int8_tables, scale, bias)
 
-    def train(self, mode: bool = True) -> Self:
-        """As of every module; also forgets the tables kept for eval mode."""
-        if mode != self.training:
-            self.__dict__.pop("_frozen", None)  # weights may have been written through .data
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_frozen", "_grid")}
-
     def extra_repr(self) -> str:
         g, m = self.geometry, self.method
         return (
@@ -414,9 +342,9 @@ class PQConv2d(_PQLayer):
     def forward(self, x: Tensor) -> Tensor:
         """y (N, M, H', W') of x (N, C, H, W)."""
         if self.training or torch.is_grad_enabled():
-            check_input(x, self.geometry, linear=False)
+            check_input(x, self.geometry, False, "PQ")
             return self._run(x)
-        return cast(Tensor, _frozen(self)(x))
+        return cast(Tensor, self.frozen()(x))
 
 
 class PQLinear(_PQLayer):
@@ -430,10 +358,10 @@ class PQLinear(_PQLayer):
     def forward(self, x: Tensor) -> Tensor:
         """y (..., M) of x (..., D)."""
         if self.training or torch.is_grad_enabled():
-            check_input(x, self.geometry, linear=True)
+            check_input(x, self.geometry, True, "PQ")
             y = self._run(x.reshape(-1, x.shape[-1])[:, :, None, None])
             return y.reshape(*x.shape[:-1], self.outputs)
-        return cast(Tensor, _frozen(self)(x))
+        return cast(Tensor, self.frozen()(x))
 
 
 class FrozenPQ(nn.Module):
@@ -469,7 +397,7 @@ class FrozenPQ(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Same shapes as the layer that was frozen."""
         g, q = self.geometry, self.grid
-        check_input(x, g, self.linear)
+        check_input(x, g, self.linear, "PQ")
         tensors = (self.centroids, self.tables, self.scale, self.bias)
         tree = (self.splits, self.thresholds)
         if self.linear:
@@ -480,13 +408,3 @@ class FrozenPQ(nn.Module):
                 g.kernel, g.stride, g.padding, g.dilation, *tree,
             )  # fmt: skip
         return cast(Tensor, y)
-
-
-def _frozen(layer: _PQLayer) -> FrozenPQ:
-    """`layer.freeze()`, kept until a parameter or buffer is written or replaced."""
-    source = (*layer.parameters(), *layer.buffers())
-    kept: tuple[Watch, FrozenPQ] | None = layer.__dict__.get("_frozen")
-    if kept is None or not kept[0].unchanged(source):
-        kept = (Watch(source), layer.freeze())
-        layer.__dict__["_frozen"] = kept  # not a submodule: it must not reach state_dict
-    return kept[1]

@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from lutra.errors import LutraError
-from lutra.ops.pq import CENTROID_COUNTS, MAX_ACT_BITS, MAX_SUBVECTOR
+from lutra.ops.grid import MAX_ACT_BITS
+from lutra.ops.pq import CENTROID_COUNTS, MAX_SUBVECTOR
 
 Gradient = Literal["projected", "straight-through", "soft"]
 CentroidUpdate = Literal["average", "gradient"]
@@ -99,9 +100,33 @@ class PQ:
         require(0.0 < self.temperature < 1.0, f"temperature={self.temperature} is not in (0, 1)")
 
 
-Method = PQ | Keep
+@dataclass(frozen=True)
+class Int8:
+    """Integer arithmetic for a layer that stays dense: first convolution, depthwise, classifier.
+
+    Weights become int8 with a scale per output channel, activations a grid that calibration finds;
+    the sums are exact.
+
+    Args:
+        act_bits: bits of the activation grid, 1..7.
+
+    Raises:
+        LutraError: a value is out of range.
+    """
+
+    act_bits: int = MAX_ACT_BITS
+
+    def __post_init__(self) -> None:
+        if type(self.act_bits) is not int or not 1 <= self.act_bits <= MAX_ACT_BITS:
+            raise LutraError(
+                f"Int8: act_bits={self.act_bits!r} is not an integer in 1..{MAX_ACT_BITS}; "
+                f"leave it out for {MAX_ACT_BITS}"
+            )
+
+
+Method = PQ | Int8 | Keep
 Recipe = Mapping[str, Method]
-_METHODS: dict[str, type[PQ] | type[Keep]] = {"pq": PQ, "keep": Keep}
+_METHODS: dict[str, type[PQ] | type[Int8] | type[Keep]] = {"pq": PQ, "int8": Int8, "keep": Keep}
 
 
 def match(recipe: Recipe, *names: str) -> Method:

@@ -11,8 +11,10 @@ from typing import Any
 class LayerReport:
     """One layer. Byte and operation counts are of the exported layer; lookups per output row.
 
-    `error` is the mean squared output error relative to the output's variance, on calibration rows
-    with int8 tables, before fine-tuning. `used` is the share of centroids that these rows chose.
+    `method` is "pq" or "int8", or None where the layer was kept; an int8 layer stores `int8_bytes`
+    of weights, has no tables and looks nothing up. `error` is the mean squared output error
+    relative to the output's variance, on calibration rows with the integers of the engine, before
+    fine-tuning. `used` is the share of centroids that these rows chose.
     """
 
     name: str
@@ -28,6 +30,8 @@ class LayerReport:
     multiplies_per_row: int = 0
     error: float | None = None
     used: float | None = None
+    method: str | None = None
+    int8_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,12 @@ class ConversionReport:
                      f"{layer.weight_bytes}", "", "", "")
                 )  # fmt: skip
                 continue
+            if layer.method == "int8":
+                rows.append(
+                    (layer.name, layer.kind, "int8", "", "", "", f"{layer.weight_bytes}", "",
+                     f"{layer.error:.5f}", "")
+                )  # fmt: skip
+                continue
             ratio = f"{layer.lookups_per_row}/{layer.multiplies_per_row}"
             rows.append(
                 (layer.name, layer.kind, "pq", f"{layer.v}", f"{layer.k}", f"{layer.table_bytes}",
@@ -72,10 +82,16 @@ class ConversionReport:
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
-        replaced = self.replaced
+        lookups = [layer for layer in self.replaced if layer.method != "int8"]
         lines.append(
-            f"{len(replaced)} of {len(self.layers)} layers replaced; tables "
-            f"{sum(r.table_bytes for r in replaced)} bytes for "
-            f"{sum(r.weight_bytes for r in replaced)} bytes of float32 weights"
+            f"{len(self.replaced)} of {len(self.layers)} layers replaced; tables "
+            f"{sum(r.table_bytes for r in lookups)} bytes for "
+            f"{sum(r.weight_bytes for r in lookups)} bytes of float32 weights"
         )
+        integer = [layer for layer in self.replaced if layer.method == "int8"]
+        if integer:
+            lines[-1] += (
+                f", int8 weights {sum(r.int8_bytes for r in integer)} bytes for "
+                f"{sum(r.weight_bytes for r in integer)}"
+            )
         return "\n".join(lines)

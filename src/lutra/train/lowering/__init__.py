@@ -11,7 +11,14 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from lutra.train.lowering import dense, elementwise, pool, pq, shape  # noqa: F401  (they register)
+from lutra.train.lowering import (  # noqa: F401  (they register)
+    dense,
+    elementwise,
+    int8,
+    pool,
+    pq,
+    shape,
+)
 from lutra.train.lowering.core import Lowered, Lowering, Ref, UnsupportedUse, lowers
 
 __all__ = ["Lowered", "Lowering", "Ref", "UnsupportedUse", "lower", "lowers"]

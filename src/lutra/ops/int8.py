@@ -1,0 +1,91 @@
+"""Dense operators in int8: integer activations times integer weights, summed exactly.
+
+With the grid of ``lutra.ops.grid``, all of it exact but for the last line::
+
+    sum[m] = sum_d weight[m, d] * (x_q[d] - act_zero)          int32; padding of images adds 0
+    y[m]   = float32(sum[m]) * scale[m] + bias[m]              two roundings
+
+(``float32(sum)`` rounds to nearest even where a sum goes beyond ``2**24``.) A convolution takes its
+rows in the order (channel, kernel row, kernel column), in groups of channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+from lutra.ops.dense import CONVOLUTION, check_conv, infer_conv, infer_linear
+from lutra.ops.grid import QUANTISER, check_quantiser
+from lutra.ops.registry import Array, Cost, OpSpec, TensorRole, inner, node_error
+
+if TYPE_CHECKING:
+    from lutra.graph import Node, Value
+
+#: Weights are in -MAX_WEIGHT..MAX_WEIGHT.
+MAX_WEIGHT: Final = 127
+#: A sum of so many products is exact in int32.
+MAX_DEPTH: Final = 2**31 // (127 * 128)
+
+
+def _check(node: Node, tensors: Mapping[str, Array]) -> None:
+    check_quantiser(node)
+    weight = tensors["weight"]
+    for role in ("scale", "bias"):
+        if tensors[role].shape != weight.shape[:1]:
+            raise node_error(
+                node,
+                f"has {role} of shape {tensors[role].shape}",
+                f"the weight of shape {weight.shape} needs ({weight.shape[0]},)",
+            )
+    depth = math.prod(weight.shape[1:])
+    if depth > MAX_DEPTH:
+        raise node_error(
+            node,
+            f"adds up {depth} products for each output, more than int32 holds for certain",
+            f"use at most {MAX_DEPTH}, or the float32 operator",
+        )
+    if int(weight.min()) < -MAX_WEIGHT:
+        raise node_error(
+            node,
+            f"has a weight of {int(weight.min())}",
+            f"weights must be in {-MAX_WEIGHT}..{MAX_WEIGHT}",
+        )
+
+
+def _check_conv(node: Node, tensors: Mapping[str, Array]) -> None:
+    check_conv(node, tensors)
+    _check(node, tensors)
+
+
+def _cost(node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]) -> Cost:
+    macs = math.prod(inner(output)) * math.prod(tensors["weight"].shape[1:])
+    return Cost(macs=macs, int8_macs=macs, dense_macs=macs)
+
+
+def _tensors(axes: int) -> dict[str, TensorRole]:
+    return {
+        "weight": TensorRole("int8", axes),
+        "scale": TensorRole("float32", 1),
+        "bias": TensorRole("float32", 1),
+    }
+
+
+SPECS: Final = (
+    OpSpec(
+        "int8_conv2d",
+        attrs={**CONVOLUTION, **QUANTISER},
+        tensors=_tensors(4),
+        check=_check_conv,
+        infer=infer_conv,
+        cost=_cost,
+    ),
+    OpSpec(
+        "int8_linear",
+        attrs=QUANTISER,
+        tensors=_tensors(2),
+        check=_check,
+        infer=infer_linear,
+        cost=_cost,
+    ),
+)
