@@ -212,7 +212,7 @@ def test_large_batches_run_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     feeds = random_inputs(graph, 23)
     whole = Session(graph, threads=2)
     want = whole.run(None, feeds)
-    monkeypatch.setattr(lutra.session, "_ARENA_LIMIT", 5 * whole.arena_bytes(1))
+    monkeypatch.setattr(lutra.session, "_ARENA_LIMIT", 5 * (whole.arena_bytes(2) // 2))
     session = Session(graph, threads=2)
     for got, y in zip(session.run(None, feeds), want, strict=True):
         assert same_bits(got, y)

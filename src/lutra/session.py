@@ -67,8 +67,10 @@ class Session:
             self._graph = load_graph(model)
         self._outputs = [self._graph.values[name] for name in self._graph.outputs]
         self._plan = build_plan(self._graph, self._isa, self._threads)
-        # One sample, so that a graph that does not fit the engine fails here and not in `run`.
-        self._piece = max(1, _ARENA_LIMIT // self._arena_bytes(1))
+        # Two samples tell what one takes: of a single one, inputs and outputs are not copied. Then
+        # one, which most runs have. A graph that does not fit the engine fails here, not in `run`.
+        self._piece = max(1, 2 * _ARENA_LIMIT // max(1, self._arena_bytes(2)))
+        self._arena_bytes(1)
         self._can_split = all(value.shape[0] is None for value in self._graph.inputs)
 
     @property
