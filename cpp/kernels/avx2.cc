@@ -14,15 +14,14 @@ namespace {
 
 void quantize(const float* x, size_t n, const Grid& grid, uint8_t* q) {
   const Grid g = grid;
-  size_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    store_half(q + i, to_grid(_mm256_loadu_ps(x + i), _mm256_loadu_ps(x + i + 8), g));
+  for (size_t i = 0; i < n; i += 16) {
+    const int32_t count = n - i < 16 ? static_cast<int32_t>(n - i) : 16;
+    float tail[16] = {};
+    for (int32_t j = 0; count < 16 && j < count; ++j) tail[j] = x[i + j];
+    const float* const from = count < 16 ? tail : x + i;
+    const __m256 a = _mm256_loadu_ps(from), b = _mm256_loadu_ps(from + 8);
+    store_bytes(q + i, to_bytes(quotient(a, g), quotient(b, g), g), count);
   }
-  if (i == n) return;
-  float in[16] = {};
-  for (size_t j = i; j < n; ++j) in[j - i] = x[j];
-  store_bytes(q + i, to_grid(_mm256_loadu_ps(in), _mm256_loadu_ps(in + 8), g),
-              static_cast<int32_t>(n - i));
 }
 
 void table_grad(const uint8_t* codes, size_t code_stride, int32_t books, int32_t centroids,

@@ -1,5 +1,6 @@
-// What the AVX2 kernels share: tiles and their sub-tiles, loads of a plane's values, the epilogue.
-// Private to avx2.cc: everything is in its anonymous namespace.
+// What the AVX2 kernels share: tiles and their sub-tiles, loads of a plane's
+// values, the epilogue. Private to avx2.cc: everything is in its anonymous
+// namespace.
 #pragma once
 
 #include <immintrin.h>
@@ -7,6 +8,7 @@
 #include "kernels.h"
 
 #define LUTRA_INLINE [[gnu::always_inline]] inline
+#define LUTRA_UNROLL _Pragma("GCC unroll 4")  // arrays stay in registers
 
 namespace lutra {
 namespace {
@@ -38,10 +40,11 @@ LUTRA_INLINE __m256i broadcast_word(const void* p) {  // a load: no shuffle port
 LUTRA_INLINE int32_t round_up(int32_t n, int32_t unit) { return (n + unit - 1) / unit * unit; }
 LUTRA_INLINE bool narrow(int32_t rows_left) { return rows_left <= kRowBlock; }
 
-// The values of up to 32 rows of any plane. Consecutive rows are a plain load. Others are covered
-// by windows of 16 bytes, each beginning at a row that no window before it reaches: a byte shuffle
-// puts a window's values in their places and zeros elsewhere. The two halves of 16 rows have
-// windows of their own. Maps that are not tiny need two windows, and one more where images meet.
+// The values of up to 32 rows of any plane. Consecutive rows are a plain load.
+// Others are covered by windows of 16 bytes, each beginning at a row that no
+// window before it reaches: a byte shuffle puts a window's values in their
+// places and zeros elsewhere. The two halves of 16 rows have windows of their
+// own. Maps that are not tiny need two windows, and one more where images meet.
 struct Rows {
   bool whole;
   int32_t windows;
@@ -120,7 +123,8 @@ struct Entries {
   }
 };
 
-// --- grids and the epilogue ----------------------------------------------------------------------
+// --- grids and the epilogue
+// ----------------------------------------------------------------------
 
 LUTRA_INLINE void store_bytes(uint8_t* to, __m128i v, int32_t count) {
   if (count >= 16) return store_half(to, v);
@@ -133,32 +137,30 @@ LUTRA_INLINE void store_bytes(uint8_t* to, __m128i v, int32_t count) {
   for (int32_t i = 0; i < (count & 7); ++i, rest >>= 8) to[i] = static_cast<uint8_t>(rest);
 }
 
-// The quotient, before the zero is added. Only the upper end is clamped here (min returns its
-// second operand for NaN), and once before the correction, whose remainder would be inf - inf.
-// The lower end is the packing's: what is below, -inf and NaN become INT32_MIN or so, and then 0.
-LUTRA_INLINE __m256i quotient(__m256 x, const Grid& g) {
-  const __m256 high = _mm256_set1_ps(static_cast<float>(g.qmax - g.zero));
-  __m256 t;
-  if (g.inverse != 0.0f) {
-    const __m256 inverse = _mm256_set1_ps(g.inverse);
-    t = _mm256_min_ps(_mm256_set1_ps(static_cast<float>(g.qmax - g.zero + 1)),
-                      _mm256_mul_ps(x, inverse));
-    t = _mm256_fmadd_ps(_mm256_fnmadd_ps(t, _mm256_set1_ps(g.scale), x), inverse, t);
-  } else {
-    t = _mm256_div_ps(x, _mm256_set1_ps(g.scale));
-  }
-  return _mm256_cvtps_epi32(_mm256_min_ps(high, t));
+// x / scale, of which only what is below the upper end need be exact. min returns its second
+// operand for NaN. The clamp keeps the remainder of the correction from being inf - inf there;
+// below, NaN and -inf come to the same.
+LUTRA_INLINE __m256 quotient(__m256 x, const Grid& g) {
+  if (g.inverse == 0.0f) return _mm256_div_ps(x, _mm256_set1_ps(g.scale));
+  const __m256 above = _mm256_set1_ps(static_cast<float>(g.qmax - g.zero + 1));
+  const __m256 inverse = _mm256_set1_ps(g.inverse);
+  const __m256 t = _mm256_min_ps(above, _mm256_mul_ps(x, inverse));
+  return _mm256_fmadd_ps(_mm256_fnmadd_ps(t, _mm256_set1_ps(g.scale), x), inverse, t);
 }
 
-LUTRA_INLINE __m128i to_grid(__m256 x0, __m256 x1, const Grid& g) {  // 16 values
-  const __m256i q = _mm256_packs_epi32(quotient(x0, g), quotient(x1, g));
+// Quotients of 16 values -> bytes of the grid. There is no lower clamp: what is too low becomes
+// negative (INT32_MIN for NaN), and the packing saturates.
+LUTRA_INLINE __m128i to_bytes(__m256 t0, __m256 t1, const Grid& g) {
+  const __m256 high = _mm256_set1_ps(static_cast<float>(g.qmax - g.zero));
+  const __m256i q = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_min_ps(high, t0)),
+                                       _mm256_cvtps_epi32(_mm256_min_ps(high, t1)));
   const __m256i words = _mm256_adds_epi16(_mm256_permute4x64_epi64(q, 0xd8),
                                           _mm256_set1_epi16(static_cast<int16_t>(g.zero)));
   return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
 
-// The epilogue of 16 rows of one output, in registers. A copy of the contract's, so that no store
-// can change it, with the clamp dropped where a grid clamps to the same.
+// The epilogue of one output, 16 or 32 rows in registers. A copy of the contract's, so that no
+// store can change it, with the clamp dropped where a grid clamps to the same.
 struct Finish {
   Epilogue e;
 
@@ -169,68 +171,94 @@ struct Finish {
     if (implied) e.clamp = false;
   }
 
-  // The sums are those given and `base`.
-  LUTRA_INLINE void sums(int32_t m, int32_t row, int32_t base, __m256i s0, __m256i s1) const {
-    const __m256i offset = _mm256_set1_epi32(e.offset ? base + e.offset[m] : base);
-    sums(m, row, _mm256_cvtepi32_ps(_mm256_add_epi32(s0, offset)),
-         _mm256_cvtepi32_ps(_mm256_add_epi32(s1, offset)));
+  // kRegisters times 8 rows from `row`.
+  template <int kRegisters>
+  LUTRA_INLINE void sums(int32_t m, int32_t row, const __m256i* s) const {
+    __m256 y[kRegisters];
+    const __m256i offset = e.offset ? _mm256_set1_epi32(e.offset[m]) : _mm256_setzero_si256();
+    LUTRA_UNROLL for (int32_t i = 0; i < kRegisters; ++i) {
+      y[i] = _mm256_cvtepi32_ps(_mm256_add_epi32(s[i], offset));
+    }
+    if (e.fold_scale) {
+      fold<kRegisters>(m, row, y);
+    } else {
+      sums<kRegisters>(m, row, y);
+    }
   }
 
-  LUTRA_INLINE void sums(int32_t m, int32_t row, __m256 y0, __m256 y1) const {
+  template <int kRegisters>
+  LUTRA_INLINE void sums(int32_t m, int32_t row, const __m256* y) const {
     const int32_t left = e.rows - row;
-    if (left >= 16) {
-      finish<true>(m, row, y0, y1, 16);
-    } else if (left > 0) {
-      finish<false>(m, row, y0, y1, left);
+    if (left >= 8 * kRegisters) return finish<kRegisters, true>(m, row, y, left);
+    LUTRA_UNROLL for (int32_t i = 0; i < kRegisters; i += 2) {
+      if (left > 8 * i) finish<2, false>(m, row + 8 * i, y + i, left - 8 * i);
     }
   }
 
  private:
-  template <bool kWhole>
-  LUTRA_INLINE static __m256 read(const float* p, __m256i mask) {
-    return kWhole ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, mask);
-  }
-  template <bool kWhole>
-  LUTRA_INLINE static void write(float* p, __m256i mask, __m256 y) {
-    kWhole ? _mm256_storeu_ps(p, y) : _mm256_maskstore_ps(p, mask, y);
+  template <int kRegisters>
+  LUTRA_INLINE void quantize(int32_t n, int32_t m, int32_t row, const __m256* t) const {
+    uint8_t* const to = e.q[n].out + m * e.q[n].stride + row;
+    LUTRA_UNROLL for (int32_t i = 0; i < kRegisters; i += 2) {
+      const int32_t left = e.rows - row - 8 * i;
+      const __m128i bytes = to_bytes(t[i], t[i + 1], e.q[n].grid);
+      if (left > 0) store_bytes(to + 8 * i, bytes, left);
+    }
   }
 
-  template <bool kWhole>
-  LUTRA_INLINE void finish(int32_t m, int32_t row, __m256 y0, __m256 y1, int32_t count) const {
-    __m256i mask0 = _mm256_setzero_si256(), mask1 = mask0;
-    if (!kWhole) {
-      const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-      mask0 = _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane);
-      mask1 = _mm256_cmpgt_epi32(_mm256_set1_epi32(count - 8), lane);
+  template <int kRegisters>
+  LUTRA_INLINE void fold(int32_t m, int32_t row, const __m256* y) const {
+    const __m256 scale = _mm256_set1_ps(e.fold_scale[m]), bias = _mm256_set1_ps(e.fold_bias[m]);
+    __m256 t[kRegisters];
+    LUTRA_UNROLL for (int32_t i = 0; i < kRegisters; ++i) {
+      t[i] = _mm256_fmadd_ps(y[i], scale, bias);
+    }
+    quantize<kRegisters>(0, m, row, t);
+  }
+
+  template <int kRegisters, bool kWhole>
+  LUTRA_INLINE void finish(int32_t m, int32_t row, const __m256* sums, int32_t count) const {
+    __m256 y[kRegisters];
+    __m256i mask[kRegisters];
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    LUTRA_UNROLL for (int32_t i = 0; i < kRegisters; ++i) {
+      y[i] = sums[i];
+      if (!kWhole) mask[i] = _mm256_cmpgt_epi32(_mm256_set1_epi32(count - 8 * i), lane);
     }
     if (e.scale) {
       const __m256 scale = _mm256_set1_ps(e.scale[m]);
-      y0 = _mm256_mul_ps(y0, scale);
-      y1 = _mm256_mul_ps(y1, scale);
+      LUTRA_UNROLL for (int32_t i = 0; i < kRegisters; ++i) y[i] = _mm256_mul_ps(y[i], scale);
     }
     const __m256 bias = _mm256_set1_ps(e.bias[m]);
-    y0 = _mm256_add_ps(y0, bias);
-    y1 = _mm256_add_ps(y1, bias);
+    LUTRA_UNROLL for (int32_t i = 0; i < kRegisters; ++i) y[i] = _mm256_add_ps(y[i], bias);
     if (e.residual) {
       const float* const from = e.residual + m * e.residual_stride + row;
-      y0 = _mm256_add_ps(y0, read<kWhole>(from, mask0));
-      y1 = _mm256_add_ps(y1, read<kWhole>(from + 8, mask1));
+      LUTRA_UNROLL for (int32_t i = 0; i < kRegisters; ++i) {
+        const __m256 r =
+            kWhole ? _mm256_loadu_ps(from + 8 * i) : _mm256_maskload_ps(from + 8 * i, mask[i]);
+        y[i] = _mm256_add_ps(y[i], r);
+      }
     }
     if (e.clamp) {
       const __m256 low = _mm256_set1_ps(e.low), high = _mm256_set1_ps(e.high);
-      y0 = _mm256_max_ps(y0, low);  // returns its second operand for NaN
-      y1 = _mm256_max_ps(y1, low);
-      y0 = _mm256_min_ps(y0, high);
-      y1 = _mm256_min_ps(y1, high);
+      LUTRA_UNROLL for (int32_t i = 0; i < kRegisters; ++i) {
+        y[i] = _mm256_min_ps(_mm256_max_ps(y[i], low), high);  // max gives its second for NaN
+      }
     }
     if (e.out) {
       float* const to = e.out + m * e.out_stride + row;
-      write<kWhole>(to, mask0, y0);
-      write<kWhole>(to + 8, mask1, y1);
+      LUTRA_UNROLL for (int32_t i = 0; i < kRegisters; ++i) {
+        if (kWhole) {
+          _mm256_storeu_ps(to + 8 * i, y[i]);
+        } else {
+          _mm256_maskstore_ps(to + 8 * i, mask[i], y[i]);
+        }
+      }
     }
-    for (int32_t i = 0; i < e.quantized; ++i) {
-      uint8_t* const to = e.q[i].out + m * e.q[i].stride + row;
-      store_bytes(to, to_grid(y0, y1, e.q[i].grid), kWhole ? 16 : count);
+    for (int32_t n = 0; n < e.quantized; ++n) {
+      __m256 t[kRegisters];
+      LUTRA_UNROLL for (int32_t i = 0; i < kRegisters; ++i) t[i] = quotient(y[i], e.q[n].grid);
+      quantize<kRegisters>(n, m, row, t);
     }
   }
 };

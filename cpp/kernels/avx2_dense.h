@@ -6,13 +6,15 @@
 namespace lutra {
 namespace {
 
-// --- int8 ----------------------------------------------------------------------------------------
+// --- int8
+// ----------------------------------------------------------------------------------------
 //
-// Four entries per dword. vpmaddubsw adds two products in 16 bits (2 * 127 * 127 fits), vpmaddwd
-// with ones makes 32 bits of two such sums, vpaddd adds: three instructions for 32 products.
+// Four entries per dword. vpmaddubsw adds two products in 16 bits (2 * 127 *
+// 127 fits), vpmaddwd with ones makes 32 bits of two such sums, vpaddd adds:
+// three instructions for 32 products.
 //
-// Packed weights: [8 outputs][quad of entries][output][4 entries]; gathered values: [16 rows][quad]
-// [row][4 entries]. What is missing has weight zero.
+// Packed weights: [8 outputs][quad of entries][output][4 entries]; gathered
+// values: [16 rows][quad] [row][4 entries]. What is missing has weight zero.
 
 constexpr int32_t kDenseBlock = 8;
 
@@ -101,13 +103,14 @@ void dense8(int32_t depth, int32_t, const uint8_t* packed, const uint8_t* gather
         }
       }
       for (int32_t j = 0; j < kBlock && m + j < last; ++j) {
-        finish.sums(m + j, row, 0, sum[j][0], sum[j][1]);
+        finish.sums<2>(m + j, row, sum[j]);
       }
     }
   }
 }
 
-// Four blocks of 8 outputs side by side, outputs in the lanes: four streams of weights.
+// Four blocks of 8 outputs side by side, outputs in the lanes: four streams of
+// weights.
 template <int kBlocks>
 LUTRA_INLINE void dense_row(const uint8_t* w, size_t block, const uint8_t* x, int32_t quads,
                             __m256i* sum) {
@@ -141,9 +144,11 @@ void dense8_row(int32_t depth, int32_t, const uint8_t* packed, const uint8_t* x,
   }
 }
 
-// --- float32 -------------------------------------------------------------------------------------
+// --- float32
+// -------------------------------------------------------------------------------------
 
-// 16 rows x 4 outputs at a time: 8 accumulators, 2 loads and 4 broadcasts for 8 multiply-adds.
+// 16 rows x 4 outputs at a time: 8 accumulators, 2 loads and 4 broadcasts for 8
+// multiply-adds.
 void gemm(const float* patch, size_t depth, const float* weights, int32_t outputs,
           const Epilogue& e) {
   const Finish finish(e);
@@ -161,7 +166,7 @@ void gemm(const float* patch, size_t depth, const float* weights, int32_t output
         }
       }
       for (int32_t j = 0; j < kGemmOutputs && m + j < outputs; ++j) {
-        finish.sums(m + j, row, sum[j][0], sum[j][1]);
+        finish.sums<2>(m + j, row, sum[j]);
       }
     }
   }

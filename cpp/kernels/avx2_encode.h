@@ -1,6 +1,7 @@
 // AVX2: codes of a tile, by nearest centroid or by tree. Private to avx2.cc.
 //
-// Codes: sub-tile after sub-tile (32 rows, or 16 if no more are left), each (books, its rows).
+// Codes: sub-tile after sub-tile (32 rows, or 16 if no more are left), each
+// (books, its rows).
 #pragma once
 
 #include "avx2_common.h"
@@ -8,24 +9,28 @@
 namespace lutra {
 namespace {
 
-LUTRA_INLINE int32_t padded_books(const PqShape& s) { return round_up(s.books, 8); }
+LUTRA_INLINE int32_t padded_books(const PqShape& s) { return round_up(s.books, 2); }
 LUTRA_INLINE uint8_t* sub_tile(const PqShape& s, uint8_t* codes, int32_t row) {
   return codes + static_cast<size_t>(padded_books(s)) * row;
 }
 
 size_t code_bytes(const PqShape& s) { return static_cast<size_t>(padded_books(s)) * kRows; }
 
-// --- nearest centroid ----------------------------------------------------------------------------
+// --- nearest centroid
+// ----------------------------------------------------------------------------
 //
-// Only differences between the scores of one row matter, so any vector u may be taken from all
-// centroids of a codebook, and any number added to all its scores. With c' = c - u, u the middle of
-// the centroids entry by entry, x . c' - floor(|c|^2 / 2) + constant usually fits 16 bits for every
-// x there can be. Where it does (decided per codebook, from its centroids), the search runs in 16
-// bits, modulo 2^16: intermediate sums may wrap. Elsewhere it runs in 32 bits.
+// Only differences between the scores of one row matter, so any vector u may be
+// taken from all centroids of a codebook, and any number added to all its
+// scores. With c' = c - u, u the middle of the centroids entry by entry, x . c'
+// - floor(|c|^2 / 2) + constant usually fits 16 bits for every x there can be.
+// Where it does (decided per codebook, from its centroids), the search runs in
+// 16 bits, modulo 2^16: intermediate sums may wrap. Elsewhere it runs in 32
+// bits.
 //
 // A packed book, in dwords: 1 if narrow scores fit, then
-//   16 bits: [4 centroids][their initial score twice | (c'_2i, c'_2i+1) twice for each pair i][4]
-//   32 bits: [centroid][key | (c'_4i .. c'_4i+3) for each quad i]
+//   16 bits: [4 centroids][their initial score twice | (c'_2i, c'_2i+1) twice
+//   for each pair i][4] 32 bits: [centroid][key | (c'_4i .. c'_4i+3) for each
+//   quad i]
 
 constexpr int32_t kKeyBits = 6;  // a 32-bit key is score * 64 + 63 - k: max finds the lowest best k
 
@@ -68,7 +73,8 @@ void centre(const PqShape& s, const uint8_t* book, int32_t valid, Centred* to) {
       to->c[k][v] = static_cast<int8_t>(book[k * s.dim + v] - middle);
     }
   }
-  int32_t low = INT32_MAX, high = INT32_MIN;  // of the scores that any x can have
+  int32_t low = INT32_MAX,
+          high = INT32_MIN;  // of the scores that any x can have
   for (int32_t k = 0; k < s.centroids; ++k) {
     int32_t least = to->initial[k], most = to->initial[k];
     for (int32_t v = 0; v < valid; ++v) (to->c[k][v] < 0 ? least : most) += to->c[k][v] * largest;
@@ -107,8 +113,8 @@ void pack_nearest(const PqShape& s, const uint8_t* centroids, uint8_t* packed) {
   }
 }
 
-// The values of a book's entries, two per 16-bit lane. 32 rows are two registers (rows 0..7, 16..23
-// and 8..15, 24..31), 16 rows are one.
+// The values of a book's entries, two per 16-bit lane. 32 rows are two
+// registers (rows 0..7, 16..23 and 8..15, 24..31), 16 rows are one.
 template <int kHalves>
 LUTRA_INLINE void load_pairs(const Rows& rows, const uint8_t* const* entries, int32_t dim,
                              __m256i (*x)[kHalves]) {
@@ -125,9 +131,10 @@ LUTRA_INLINE void load_pairs(const Rows& rows, const uint8_t* const* entries, in
   }
 }
 
-// Masks or codes of the 16-bit lanes as bytes: of 32 rows, or of 16 rows, doubled up.
+// Masks or codes of the 16-bit lanes as bytes: of 32 rows, or of 16 rows,
+// doubled up.
 template <int kHalves>
-LUTRA_INLINE __m256i to_bytes(const __m256i* v) {
+LUTRA_INLINE __m256i mask_bytes(const __m256i* v) {
   return _mm256_packs_epi16(v[0], v[kHalves - 1]);
 }
 template <int kHalves>
@@ -139,8 +146,9 @@ LUTRA_INLINE void store_codes(uint8_t* to, __m256i code) {
   }
 }
 
-// Four centroids at a time, eight sums in registers; a load of x serves four multiply-adds, a
-// broadcast two. Then a knock-out among the four and the best so far, whose masks become bytes.
+// Four centroids at a time, eight sums in registers; a load of x serves four
+// multiply-adds, a broadcast two. Then a knock-out among the four and the best
+// so far, whose masks become bytes.
 template <int kHalves>
 [[gnu::noinline]] __m256i search16(const uint32_t* book, int32_t pairs, int32_t centroids,
                                    const __m256i (*x)[kHalves]) {
@@ -172,20 +180,21 @@ template <int kHalves>
       better[h] = _mm256_cmpgt_epi16(top, best[h]);
       best[h] = _mm256_max_epi16(best[h], top);
     }
-    const __m256i c01 = _mm256_sub_epi8(k0, to_bytes<kHalves>(m01));
+    const __m256i c01 = _mm256_sub_epi8(k0, mask_bytes<kHalves>(m01));
     const __m256i k2 = _mm256_add_epi8(k0, _mm256_set1_epi8(2));
-    const __m256i c23 = _mm256_sub_epi8(k2, to_bytes<kHalves>(m23));
-    const __m256i c = _mm256_blendv_epi8(c01, c23, to_bytes<kHalves>(m));
-    code = _mm256_blendv_epi8(code, c, to_bytes<kHalves>(better));
+    const __m256i c23 = _mm256_sub_epi8(k2, mask_bytes<kHalves>(m23));
+    const __m256i c = _mm256_blendv_epi8(c01, c23, mask_bytes<kHalves>(m));
+    code = _mm256_blendv_epi8(code, c, mask_bytes<kHalves>(better));
     k0 = _mm256_add_epi8(k0, _mm256_set1_epi8(4));
   }
   return code;
 }
 
-// Four values per dword, 8 rows a register. A pair of products cannot saturate (2 * 127 * 128).
+// Four values per dword, 8 rows a register. A pair of products cannot saturate
+// (2 * 127 * 128).
 template <int kHalves>
-[[gnu::noinline]] __m256i search32(const uint32_t* book, int32_t pairs, int32_t dim, int32_t centroids,
-                 const __m256i (*x)[kHalves]) {
+[[gnu::noinline]] __m256i search32(const uint32_t* book, int32_t pairs, int32_t dim,
+                                   int32_t centroids, const __m256i (*x)[kHalves]) {
   const int32_t quads = (dim + 3) / 4;
   __m256i q[16][2 * kHalves];
   for (int32_t i = 0; i < quads; ++i) {
@@ -220,7 +229,7 @@ template <int kHalves>
   for (int32_t h = 0; h < kHalves; ++h) {
     words[h] = _mm256_packs_epi32(best[2 * h], best[2 * h + 1]);
   }
-  return to_bytes<kHalves>(words);
+  return mask_bytes<kHalves>(words);
 }
 
 template <int kHalves>
@@ -258,13 +267,16 @@ void encode_nearest(const PqShape& s, const uint8_t* packed, const Patch& p, con
   }
 }
 
-// --- tree ----------------------------------------------------------------------------------------
+// --- tree
+// ----------------------------------------------------------------------------------------
 //
-// The path is a node's number in the heap that begins with 1: path = 2 path + bit. Its low four
-// bits index 16 bytes of thresholds: one register holds levels 0..3, one level 4, two level 5.
+// The path is a node's number in the heap that begins with 1: path = 2 path +
+// bit. Its low four bits index 16 bytes of thresholds: one register holds
+// levels 0..3, one level 4, two level 5.
 //
-// Packed: (books, levels) pairs of the split's plane and tap, then (books, 16 or K) thresholds in
-// heap order, less 1: x >= t is x > t - 1, for which there is a signed comparison.
+// Packed: (books, levels) pairs of the split's plane and tap, then (books, 16
+// or K) thresholds in heap order, less 1: x >= t is x > t - 1, for which there
+// is a signed comparison.
 
 void pack_tree(const PqShape& s, const int32_t* splits, const uint8_t* thresholds,
                uint8_t* packed) {

@@ -6,67 +6,218 @@
 namespace lutra {
 namespace {
 
-// --- lookup of a tile ----------------------------------------------------------------------------
+// --- lookup of a tile
+// ----------------------------------------------------------------------------
 //
-// vpshufb reads 32 rows of a book, as bytes v (value + 128). A byte cannot hold the sum S of many
-// books, and widening every v to 16 bits costs three instructions. Instead, up to 64 books are
-// summed twice in bytes: modulo 256 (vpaddb), and approximately, by a tree of rounding means
-// (vpavgb), which costs one instruction per v like the sum. A mean of two is rounded up by half a
-// unit at most, so the root A of a tree with n levels has 2^n A = S + e with 0 <= e <= n 2^(n-1):
-// at most 192 for 6 levels, 64 books. e is therefore known from its low byte, 2^n A - sum, and S is
-// exact. Three instructions for 32 lookups, two for each load.
+// vpshufb reads 32 rows of a book, as bytes v (the value less the least of its
+// book and output). A byte cannot hold the sum S of many books, and widening
+// every v to 16 bits costs three instructions. Instead, up to 64 bytes are
+// summed twice in bytes: modulo 256 (vpaddb), and approximately, by a tree of
+// rounding means (vpavgb). A mean of two is rounded up by half a unit at most,
+// so the root A of a tree of n levels has T = 2^n A = S + e with 0 <= e <= n
+// 2^(n-1): at most 192 for 6 levels. e is therefore known from its low byte,
+// and S is exact. That makes three instructions for 32 lookups, and two loads.
 //
-// Four sums of 64 books fit 16 bits (4 * 64 * 255 < 2^16), further ones are added in 32.
+// Where the ranges of two books add up to 255 or less, for all four outputs of
+// a block, their bytes are added first and share a leaf of the tree: 2.5
+// instructions, which is near the limit of the loads and of vpshufb alone.
+// Trained tables have many small ranges, so that nearly all books pair.
 //
-// Packed tables: [block of 4 outputs][2 books][slice of 16 entries][output][book][16 entries], and
-// zeros for books up to a multiple of 8. Zero tables give zero whatever the codes are. A narrow
-// sub-tile (16 rows) reads two books at once, a lane each, and adds the lanes at the end.
+// Books come in units of two, (2u, 2u + 1), so that a narrow sub-tile (16 rows) can read a unit at
+// once, a book in each lane; it adds the lanes at the end. They are summed in chunks of 64 units,
+// whose codes and tables stay in the first-level cache for all sub-tiles and some blocks of
+// outputs.
+//
+// Packed tables: (blocks of 4 outputs, chunks), each a Chunk and its entries:
+// [slice of 16 centroids][output][book of the unit][16 bytes].
 
-constexpr int32_t kTreeSteps = 64;   // reads (of one book, or of two for 16 rows) in a tree
-constexpr int32_t kWordSteps = 256;  // reads that are summed in 16 bits
+constexpr int32_t kChunkUnits = 64;
+constexpr int32_t kMaxEntries = kChunkUnits + kChunkUnits / 4;
+constexpr int32_t kLeaves = 64;         // of a tree
+constexpr int32_t kBlocksTogether = 4;  // blocks of outputs that use a chunk's codes in turn
 
+// A chunk of a block is either all single, or neighbouring entries share leaves; then a unit that
+// finds no partner gets an empty one.
+struct Chunk {
+  int32_t paired;             // do entries 2i and 2i + 1 share leaves?
+  int32_t entries;            // a multiple of 4, the last ones may be empty
+  int32_t base[kBlock];       // the first chunk's: the sums of the minima that were subtracted
+  int32_t unit[kMaxEntries];  // of each entry, from the first of the chunk; any for empty ones
+  int32_t unused[10];         // to 64 bytes
+};
+static_assert(sizeof(Chunk) % 64 == 0);
+
+LUTRA_INLINE int32_t units_of(int32_t books) { return (books + 1) / 2; }
+LUTRA_INLINE int32_t chunks_of(int32_t books) {
+  return (units_of(books) + kChunkUnits - 1) / kChunkUnits;
+}
+LUTRA_INLINE int32_t max_entries(int32_t books) {
+  const int32_t units = units_of(books) < kChunkUnits ? units_of(books) : kChunkUnits;
+  return round_up(units + units / 4, 4);
+}
 LUTRA_INLINE int32_t table_slices(const PqShape& s) { return (s.centroids + 15) / 16; }
-
-size_t table_bytes(const PqShape& s) {
-  const size_t blocks = (s.outputs + kBlock - 1) / kBlock;
-  return blocks * padded_books(s) * table_slices(s) * kBlock * 16;
+LUTRA_INLINE int32_t entry_bytes(int32_t slices) { return slices * kBlock * 32; }
+LUTRA_INLINE size_t chunk_bytes(int32_t books, int32_t slices) {
+  return sizeof(Chunk) + static_cast<size_t>(max_entries(books)) * entry_bytes(slices);
+}
+LUTRA_INLINE size_t block_bytes(int32_t books, int32_t slices) {
+  return chunks_of(books) * chunk_bytes(books, slices);
 }
 
-void pack_tables(const PqShape& s, const int8_t* tables, uint8_t* packed) {
-  const int32_t slices = table_slices(s);
-  for (int32_t block = 0; block < s.outputs; block += kBlock) {
-    for (int32_t pair = 0; pair < padded_books(s); pair += 2) {
-      for (int32_t i = 0; i < slices * kBlock * 2 * 16; ++i) {
-        const int32_t k = i / (16 * 2 * kBlock) * 16 + i % 16;
-        const int32_t m = block + i / (16 * 2) % kBlock, b = pair + i / 16 % 2;
-        const bool there = m < s.outputs && b < s.books && k < s.centroids;
-        const size_t row = static_cast<size_t>(b) * s.centroids + k;
-        *packed++ = there ? static_cast<uint8_t>(tables[row * s.outputs + m] + 128) : 0;
+size_t table_bytes(const PqShape& s) {
+  return (s.outputs + kBlock - 1) / kBlock * block_bytes(s.books, table_slices(s));
+}
+
+// The least value and the range of a book and an output; both 0 for those that
+// do not exist.
+void find_range(const PqShape& s, const int8_t* tables, int32_t b, int32_t m, int32_t* least,
+                int32_t* range) {
+  *least = *range = 0;
+  if (b >= s.books || m >= s.outputs) return;
+  int32_t low = 127, high = -128;
+  for (int32_t k = 0; k < s.centroids; ++k) {
+    const int32_t v = tables[(static_cast<size_t>(b) * s.centroids + k) * s.outputs + m];
+    low = v < low ? v : low;
+    high = v > high ? v : high;
+  }
+  *least = low;
+  *range = high - low;
+}
+
+struct UnitRange {
+  int32_t unit;
+  uint8_t range[2 * kBlock];  // of its two books for the outputs of a block
+};
+
+LUTRA_INLINE bool fit(const UnitRange& a, const UnitRange& b) {
+  for (int32_t i = 0; i < 2 * kBlock; ++i) {
+    if (a.range[i] + b.range[i] > 255) return false;
+  }
+  return true;
+}
+
+// The units by their largest range, descending (a counting sort).
+void sort_units(const UnitRange* units, int32_t count, UnitRange* sorted) {
+  int32_t start[257] = {};
+  for (int32_t pass = 0; pass < 2; ++pass) {
+    for (int32_t i = 0; i < count; ++i) {
+      int32_t largest = 0;
+      for (const uint8_t r : units[i].range) largest = r > largest ? r : largest;
+      if (pass == 0) {
+        ++start[256 - largest];
+      } else {
+        sorted[start[255 - largest]++] = units[i];
       }
+    }
+    for (int32_t i = 0; pass == 0 && i < 256; ++i) start[i + 1] += start[i];
+  }
+}
+
+// Chooses a chunk's entries, -1 for an empty one. The largest range that is left is paired with the
+// smallest, if that fits, else with nothing. Measured: a tree costs about as much as two quads (of
+// two entries), a paired quad 5/6 of a single one.
+void order_units(const UnitRange* sorted, int32_t count, int32_t limit, Chunk* chunk) {
+  int32_t n = 0, first = 0, last = count - 1;
+  for (; first <= last && n + 2 <= limit; ++first) {
+    const bool pair = first < last && fit(sorted[first], sorted[last]);
+    chunk->unit[n++] = sorted[first].unit;
+    chunk->unit[n++] = pair ? sorted[last--].unit : -1;
+  }
+  const int32_t quads = (count + 1) / 2;
+  const int32_t single = 6 * quads + 12 * ((quads + 15) / 16);
+  const int32_t paired = 5 * (n / 2) + 12 * ((n / 2 + 31) / 32) + (n / 2 > 16 ? 4 : 0);
+  chunk->paired = first > last && paired < single;
+  if (!chunk->paired) {
+    for (n = 0; n < count; ++n) chunk->unit[n] = n;
+  }
+  while (n % 4 != 0) chunk->unit[n++] = -1;
+  chunk->entries = n;
+}
+
+// One book of one output of an entry.
+void pack_entry(const PqShape& s, const int8_t* tables, int32_t b, int32_t m, uint8_t* to) {
+  int32_t least, range;
+  find_range(s, tables, b, m, &least, &range);
+  for (int32_t k = 0; k < 16 * table_slices(s); ++k) {
+    const size_t at = (static_cast<size_t>(b) * s.centroids + k) * s.outputs + m;
+    const bool there = b < s.books && m < s.outputs && k < s.centroids;
+    to[k / 16 * kBlock * 32 + k % 16] = there ? static_cast<uint8_t>(tables[at] - least) : 0;
+  }
+}
+
+void pack_chunk(const PqShape& s, const int8_t* tables, int32_t block, int32_t first, int32_t* base,
+                Chunk* chunk) {
+  const int32_t left = units_of(s.books) - first;
+  const int32_t count = left < kChunkUnits ? left : kChunkUnits;
+  UnitRange units[kChunkUnits], sorted[kChunkUnits];
+  for (int32_t u = 0; u < count; ++u) {
+    units[u].unit = u;
+    for (int32_t i = 0; i < 2 * kBlock; ++i) {
+      int32_t least, range;
+      find_range(s, tables, 2 * (first + u) + i % 2, block + i / 2, &least, &range);
+      base[i / 2] += least;
+      units[u].range[i] = static_cast<uint8_t>(range);
+    }
+  }
+  sort_units(units, count, sorted);
+  order_units(sorted, count, max_entries(s.books), chunk);
+  uint8_t* to = reinterpret_cast<uint8_t*>(chunk + 1);
+  for (int32_t entry = 0; entry < chunk->entries; ++entry, to += entry_bytes(table_slices(s))) {
+    const bool empty = chunk->unit[entry] < 0;
+    const int32_t b = empty ? s.books : 2 * (first + chunk->unit[entry]);
+    if (empty) chunk->unit[entry] = 0;
+    for (int32_t i = 0; i < 2 * kBlock; ++i) {
+      pack_entry(s, tables, b + i % 2, block + i / 2, to + 16 * i);
     }
   }
 }
 
-// One read: `step` counts books, or pairs of books if kNarrow.
+void pack_tables(const PqShape& s, const int8_t* tables, uint8_t* packed) {
+  for (int32_t block = 0; block < s.outputs; block += kBlock) {
+    int32_t* const base = reinterpret_cast<Chunk*>(packed)->base;
+    for (int32_t j = 0; j < kBlock; ++j) base[j] = 0;
+    for (int32_t first = 0; first < units_of(s.books); first += kChunkUnits) {
+      pack_chunk(s, tables, block, first, base, reinterpret_cast<Chunk*>(packed));
+      packed += chunk_bytes(s.books, table_slices(s));
+    }
+  }
+}
+
+// Four reads of a quad, those that may share a leaf side by side: of two
+// entries (wide), or of four.
+template <bool kNarrow>
+struct Quad {
+  static constexpr int32_t kEntries = kNarrow ? 4 : 2;
+  LUTRA_INLINE static __m256i codes(const uint8_t* codes, const int32_t* order, int32_t i) {
+    return kNarrow ? load(codes + static_cast<size_t>(order[i]) * 32)
+                   : load(codes + static_cast<size_t>(order[i % 2]) * 64 + i / 2 * 32);
+  }
+  LUTRA_INLINE static __m256i table(const uint8_t* entries, int32_t entry_bytes, int32_t i) {
+    return kNarrow ? load(entries + i * entry_bytes)
+                   : broadcast_half(entries + i % 2 * entry_bytes + i / 2 * 16);
+  }
+};
+
 template <int kSlices, bool kNarrow>
-LUTRA_INLINE __m256i read(const uint8_t* tables, int32_t step, int32_t j, const __m256i* index) {
+LUTRA_INLINE __m256i read(const uint8_t* entries, int32_t i, int32_t j, const __m256i* index) {
   __m256i v = _mm256_setzero_si256();
-  for (int32_t i = 0; i < kSlices; ++i) {
-    const int32_t pair = kNarrow ? step : step / 2;
-    const uint8_t* const at = tables + ((pair * kSlices + i) * kBlock + j) * 32;
-    const __m256i table = kNarrow ? load(at) : broadcast_half(at + step % 2 * 16);
-    const __m256i part = _mm256_shuffle_epi8(table, index[i]);
-    v = i == 0 ? part : _mm256_or_si256(v, part);
+  for (int32_t slice = 0; slice < kSlices; ++slice) {
+    const uint8_t* const at = entries + (slice * kBlock + j) * 32;
+    const __m256i table = Quad<kNarrow>::table(at, kSlices * kBlock * 32, i);
+    const __m256i part = _mm256_shuffle_epi8(table, index[slice]);
+    v = slice == 0 ? part : _mm256_or_si256(v, part);
   }
   return v;
 }
 
-// Four steps for the four outputs of a block: sum[j] += their values, mean[j] = their mean.
-template <int kSlices, bool kNarrow>
-LUTRA_INLINE void quad(const uint8_t* tables, const uint8_t* codes, __m256i* sum, __m256i* mean) {
+// A quad for the four outputs of a block: sum[j] += its values, mean[j] = the
+// mean of its leaves.
+template <int kSlices, bool kNarrow, bool kPaired>
+LUTRA_INLINE void quad(const uint8_t* entries, const int32_t* order, const uint8_t* codes,
+                       __m256i* sum, __m256i* mean) {
   __m256i index[4][kSlices];
   for (int32_t i = 0; i < 4; ++i) {
-    const __m256i code = load(codes + i * 32);
+    const __m256i code = Quad<kNarrow>::codes(codes, order, i);
     index[i][0] = code;
     if (kSlices > 1) {  // bit 7 set, and so zero out of vpshufb, outside its own slice
       for (int32_t slice = 0; slice < kSlices; ++slice) {
@@ -76,118 +227,136 @@ LUTRA_INLINE void quad(const uint8_t* tables, const uint8_t* codes, __m256i* sum
     }
   }
   for (int32_t j = 0; j < kBlock; ++j) {
-    const __m256i v0 = read<kSlices, kNarrow>(tables, 0, j, index[0]);
-    const __m256i v1 = read<kSlices, kNarrow>(tables, 1, j, index[1]);
-    const __m256i v2 = read<kSlices, kNarrow>(tables, 2, j, index[2]);
-    const __m256i v3 = read<kSlices, kNarrow>(tables, 3, j, index[3]);
-    const __m256i four = _mm256_add_epi8(_mm256_add_epi8(v0, v1), _mm256_add_epi8(v2, v3));
-    sum[j] = _mm256_add_epi8(sum[j], four);
-    mean[j] = _mm256_avg_epu8(_mm256_avg_epu8(v0, v1), _mm256_avg_epu8(v2, v3));
+    __m256i v[4];
+    for (int32_t i = 0; i < 4; ++i) v[i] = read<kSlices, kNarrow>(entries, i, j, index[i]);
+    const __m256i v01 = _mm256_add_epi8(v[0], v[1]), v23 = _mm256_add_epi8(v[2], v[3]);
+    sum[j] = _mm256_add_epi8(sum[j], _mm256_add_epi8(v01, v23));
+    mean[j] = kPaired ? _mm256_avg_epu8(v01, v23)
+                      : _mm256_avg_epu8(_mm256_avg_epu8(v[0], v[1]), _mm256_avg_epu8(v[2], v[3]));
   }
 }
 
-// The root of a tree over `count` nodes, 1..16, into node[0]; the number of its levels is returned.
-LUTRA_INLINE int32_t reduce(__m256i (*node)[kBlock], int32_t count) {
-  int32_t levels = 0;
-  for (; count > 1; count = (count + 1) / 2, ++levels) {
-    if (count % 2 != 0) {
-      for (int32_t j = 0; j < kBlock; ++j) node[count][j] = _mm256_setzero_si256();
-    }
-    for (int32_t i = 0; i < count; i += 2) {
-      for (int32_t j = 0; j < kBlock; ++j) {
-        node[i / 2][j] = _mm256_avg_epu8(node[i][j], node[i + 1][j]);
-      }
-    }
+using Node = __m256i[kBlock];
+
+template <int kNodes>
+LUTRA_INLINE __m256i root(const Node* node, int32_t j) {
+  if constexpr (kNodes == 1) {
+    return node[0][j];
+  } else {
+    return _mm256_avg_epu8(root<kNodes / 2>(node, j), root<kNodes / 2>(node + kNodes / 2, j));
   }
-  return levels;
 }
 
-// words[j] = the exact sums of at most 16 quads: rows 0..7, 16..23 and rows 8..15, 24..31.
-//
-// With T = 2^n A, the exact S has the low byte of `sum`, and T - S < 256: the high byte of S is that
-// of T, less 1 if the low byte of T is below that of S.
-template <int kSlices, bool kNarrow>
-LUTRA_INLINE void tree(const uint8_t* tables, const uint8_t* codes, int32_t quads,
-                       __m256i (*words)[2]) {
-  __m256i node[kTreeSteps / 4 + 1][kBlock], sum[kBlock];
-  for (__m256i& v : sum) v = _mm256_setzero_si256();
-  for (int32_t i = 0; i < quads; ++i) {
-    quad<kSlices, kNarrow>(tables, codes, sum, node[i]);
-    tables += (kNarrow ? 4 : 2) * kSlices * kBlock * 32;
-    codes += 4 * 32;
-  }
-  const int32_t levels = 2 + reduce(node, quads);
-  const __m128i up = _mm_cvtsi32_si128(levels), down = _mm_cvtsi32_si128(8 - levels);
-  const __m256i high_bits = _mm256_set1_epi8(static_cast<char>(0xff << levels));
+LUTRA_INLINE void add_words(__m128i words, __m256i* total) {
+  *total = _mm256_add_epi32(*total, _mm256_cvtepu16_epi32(words));
+}
+
+using Total = __m256i[4];  // of an output, rows 0..7, 8..15, 16..23, 24..31
+
+// total[j] += the exact sums. The low byte of S is known, and T - S < 256: its high byte is that of
+// T, less 1 if the low byte of T is below that of S.
+template <int kNodes, int kLevels>
+[[gnu::noinline]] void resolve(const Node* node, const __m256i* sum, Total* total) {
+  const __m256i high_bits = _mm256_set1_epi8(static_cast<char>(0xff << kLevels));
+  const __m256i minus_one = _mm256_set1_epi8(-1);
   for (int32_t j = 0; j < kBlock; ++j) {
-    const __m256i root = node[0][j];
-    const __m256i low = _mm256_and_si256(_mm256_sll_epi16(root, up), high_bits);
-    const __m256i high = _mm256_andnot_si256(high_bits, _mm256_srl_epi16(root, down));
-    const __m256i enough = _mm256_cmpeq_epi8(_mm256_max_epu8(low, sum[j]), low);  // -1: no borrow
-    const __m256i exact = _mm256_sub_epi8(_mm256_add_epi8(high, _mm256_set1_epi8(-1)), enough);
-    words[j][0] = _mm256_unpacklo_epi8(sum[j], exact);
-    words[j][1] = _mm256_unpackhi_epi8(sum[j], exact);
+    const __m256i a = root<kNodes>(node, j), s = sum[j];
+    const __m256i low = _mm256_and_si256(_mm256_slli_epi16(a, kLevels), high_bits);
+    const __m256i high = _mm256_andnot_si256(high_bits, _mm256_srli_epi16(a, 8 - kLevels));
+    const __m256i enough = _mm256_cmpeq_epi8(_mm256_max_epu8(low, s), low);  // no borrow
+    const __m256i exact = _mm256_sub_epi8(_mm256_add_epi8(high, minus_one), enough);
+    const __m256i even = _mm256_unpacklo_epi8(s, exact), odd = _mm256_unpackhi_epi8(s, exact);
+    add_words(_mm256_castsi256_si128(even), &total[j][0]);
+    add_words(_mm256_castsi256_si128(odd), &total[j][1]);
+    add_words(_mm256_extracti128_si256(even, 1), &total[j][2]);
+    add_words(_mm256_extracti128_si256(odd, 1), &total[j][3]);
   }
 }
 
-// words[j] = the exact sums of at most 256 steps, modulo 2^16 and not beyond.
+// total[j] += the sums of at most kLeaves leaves. The quads' means go through
+// memory: there are no registers for them. Not inline, so that the loop has all
+// registers.
+template <int kSlices, bool kNarrow, bool kPaired>
+[[gnu::noinline]] void tree(const uint8_t* entries, const int32_t* order, const uint8_t* codes,
+                            int32_t quads, Total* total) {
+  constexpr int kBelow = kPaired ? 1 : 2;  // levels inside a quad
+  const __m256i zero = _mm256_setzero_si256();
+  Node node[kLeaves / 2], sum = {zero, zero, zero, zero};
+  int32_t nodes = 0;
+  for (; nodes < quads; ++nodes) {
+    quad<kSlices, kNarrow, kPaired>(entries, order, codes, sum, node[nodes]);
+    entries += Quad<kNarrow>::kEntries * kSlices * kBlock * 32;
+    order += Quad<kNarrow>::kEntries;
+  }
+  for (; nodes & (nodes - 1); ++nodes) {
+    for (int32_t j = 0; j < kBlock; ++j) store(&node[nodes][j], zero);
+  }
+  switch (nodes) {
+    case 1:
+      return resolve<1, kBelow>(node, sum, total);
+    case 2:
+      return resolve<2, kBelow + 1>(node, sum, total);
+    case 4:
+      return resolve<4, kBelow + 2>(node, sum, total);
+    case 8:
+      return resolve<8, kBelow + 3>(node, sum, total);
+    case 16:
+      return resolve<16, kBelow + 4>(node, sum, total);
+    default:
+      return resolve<32, 6>(node, sum, total);  // paired
+  }
+}
+
+// total[j] += the sums of a chunk; `codes` begins with the chunk's.
 template <int kSlices, bool kNarrow>
-LUTRA_INLINE void trees(const uint8_t* tables, const uint8_t* codes, int32_t steps,
-                        __m256i (*words)[2]) {
-  for (int32_t i = 0; i < steps; i += kTreeSteps) {
-    const int32_t quads = steps - i < kTreeSteps ? (steps - i + 3) / 4 : kTreeSteps / 4;
-    __m256i part[kBlock][2];
-    tree<kSlices, kNarrow>(tables, codes, quads, part);
-    for (int32_t j = 0; j < kBlock; ++j) {
-      for (int32_t h = 0; h < 2; ++h) {
-        words[j][h] = i == 0 ? part[j][h] : _mm256_add_epi16(words[j][h], part[j][h]);
+LUTRA_INLINE void add_chunk(const Chunk& chunk, const uint8_t* codes, Total* total) {
+  const uint8_t* const entries = reinterpret_cast<const uint8_t*>(&chunk + 1);
+  auto* const run = chunk.paired ? tree<kSlices, kNarrow, true> : tree<kSlices, kNarrow, false>;
+  const int32_t most = chunk.paired ? kLeaves / 2 : kLeaves / 4;
+  const int32_t quads = chunk.entries / Quad<kNarrow>::kEntries;
+  for (int32_t q = 0; q < quads; q += most) {
+    const int32_t entry = q * Quad<kNarrow>::kEntries;
+    run(entries + entry * entry_bytes(kSlices), chunk.unit + entry, codes,
+        quads - q < most ? quads - q : most, total);
+  }
+}
+
+// Outputs m.. of some blocks, all sub-tiles.
+template <int kSlices>
+void lookup_blocks(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32_t m,
+                   int32_t last, const Finish& finish) {
+  const size_t block_size = block_bytes(s.books, kSlices);
+  const size_t chunk_size = chunk_bytes(s.books, kSlices);
+  const int32_t chunks = chunks_of(s.books), rows = finish.e.rows;
+  Total total[kBlocksTogether][kRows / kSubRows][kBlock];
+  for (int32_t c = 0; c < chunks; ++c) {
+    for (int32_t i = 0; m + i * kBlock < last; ++i) {
+      const Chunk& chunk =
+          *reinterpret_cast<const Chunk*>(tables + i * block_size + c * chunk_size);
+      for (int32_t row = 0; row < rows; row += kSubRows) {
+        const uint8_t* const from = codes + static_cast<size_t>(padded_books(s)) * row;
+        Total* const to = total[i][row / kSubRows];
+        for (int32_t j = 0; c == 0 && j < kBlock; ++j) {
+          to[j][0] = to[j][1] = _mm256_set1_epi32(chunk.base[j]);
+          to[j][2] = to[j][3] = narrow(rows - row) ? _mm256_setzero_si256() : to[j][0];
+        }
+        if (narrow(rows - row)) {
+          add_chunk<kSlices, true>(chunk, from + c * kChunkUnits * 2 * kRowBlock, to);
+        } else {
+          add_chunk<kSlices, false>(chunk, from + c * kChunkUnits * 2 * kSubRows, to);
+        }
       }
     }
-    tables += kTreeSteps * (kNarrow ? 2 : 1) * kSlices * kBlock * 16;
-    codes += kTreeSteps * 32;
   }
-}
-
-LUTRA_INLINE __m256i widen(__m256i words, int lane) {
-  return _mm256_cvtepu16_epi32(lane ? _mm256_extracti128_si256(words, 1)
-                                    : _mm256_castsi256_si128(words));
-}
-
-// A block of outputs for the sub-tile that begins at `row`.
-template <int kSlices, bool kNarrow>
-[[gnu::noinline]] void lookup_block(int32_t books, const uint8_t* tables, const uint8_t* codes,
-                                    int32_t m, int32_t last, int32_t row, const Finish& finish) {
-  constexpr int32_t kWordTables = kWordSteps * (kNarrow ? 2 : 1) * kSlices * kBlock * 16;
-  __m256i words[kBlock][2], total[kBlock][4];  // rows 0..7, 8..15, 16..23, 24..31
-  int32_t steps = kNarrow ? (books + 1) / 2 : books;
-  const bool many = steps > kWordSteps;
-  if (many) {
-    for (auto& rows : total) rows[0] = rows[1] = rows[2] = rows[3] = _mm256_setzero_si256();
-  }
-  for (; steps > kWordSteps; steps -= kWordSteps) {
-    trees<kSlices, kNarrow>(tables, codes, kWordSteps, words);
-    for (int32_t j = 0; j < kBlock; ++j) {
-      for (int32_t q = 0; q < 4; ++q) {
-        total[j][q] = _mm256_add_epi32(total[j][q], widen(words[j][q % 2], q / 2));
+  for (int32_t i = 0; m + i < last; ++i) {
+    for (int32_t row = 0; row < rows; row += kSubRows) {
+      const Total& t = total[i / kBlock][row / kSubRows][i % kBlock];
+      if (narrow(rows - row)) {
+        const __m256i sums[2] = {_mm256_add_epi32(t[0], t[2]), _mm256_add_epi32(t[1], t[3])};
+        finish.sums<2>(m + i, row, sums);
+      } else {
+        finish.sums<4>(m + i, row, t);
       }
-    }
-    tables += kWordTables;
-    codes += kWordSteps * 32;
-  }
-  trees<kSlices, kNarrow>(tables, codes, steps, words);
-  for (int32_t j = 0; j < kBlock && m + j < last; ++j) {
-    __m256i sum[4];
-    for (int32_t q = 0; q < 4; ++q) {
-      sum[q] = widen(words[j][q % 2], q / 2);
-      if (many) sum[q] = _mm256_add_epi32(sum[q], total[j][q]);
-    }
-    const int32_t base = -128 * books;
-    if (kNarrow) {
-      finish.sums(m + j, row, base, _mm256_add_epi32(sum[0], sum[2]),
-                  _mm256_add_epi32(sum[1], sum[3]));
-    } else {
-      finish.sums(m + j, row, base, sum[0], sum[1]);
-      finish.sums(m + j, row + 16, base, sum[2], sum[3]);
     }
   }
 }
@@ -196,17 +365,10 @@ template <int kSlices>
 void lookup_slices(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32_t first,
                    int32_t last, const Epilogue& e) {
   const Finish finish(e);
-  const size_t block_bytes = static_cast<size_t>(padded_books(s)) * kSlices * kBlock * 16;
-  for (int32_t m = first; m < last; m += kBlock) {
-    const uint8_t* const block = tables + m / kBlock * block_bytes;
-    for (int32_t row = 0; row < e.rows; row += kSubRows) {
-      const uint8_t* const from = codes + static_cast<size_t>(padded_books(s)) * row;
-      if (narrow(e.rows - row)) {
-        lookup_block<kSlices, true>(s.books, block, from, m, last, row, finish);
-      } else {
-        lookup_block<kSlices, false>(s.books, block, from, m, last, row, finish);
-      }
-    }
+  constexpr int32_t kTogether = kBlocksTogether * kBlock;
+  for (int32_t m = first; m < last; m += kTogether) {
+    lookup_blocks<kSlices>(s, tables + m / kBlock * block_bytes(s.books, kSlices), codes, m,
+                           last - m < kTogether ? last : m + kTogether, finish);
   }
 }
 
@@ -222,16 +384,19 @@ void lookup(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32
   }
 }
 
-// --- one row -------------------------------------------------------------------------------------
+// --- one row
+// -------------------------------------------------------------------------------------
 //
-// Bound by memory: each code selects a row of M bytes, mostly in a page of its own, which hardware
-// prefetchers do not follow. Eight books are walked together, outputs in the lanes, and the rows of
-// later books are prefetched meanwhile.
+// Bound by memory: each code selects a row of M bytes, mostly in a page of its
+// own, which hardware prefetchers do not follow. Eight books are walked
+// together, outputs in the lanes, and the rows of later books are prefetched
+// meanwhile.
 
 constexpr int32_t kRowBooks = 8;
 constexpr int32_t kRowAhead = 16384;  // bytes of rows to be under way, at least
 
-// sums[0..31] += rows[0..7][at..at+31]: bytes of two books side by side, added by vpmaddubsw.
+// sums[0..31] += rows[0..7][at..at+31]: bytes of two books side by side, added
+// by vpmaddubsw.
 LUTRA_INLINE void add_rows(const int8_t* const* rows, int32_t at, int32_t* sums) {
   const __m256i ones = _mm256_set1_epi8(1);
   __m256i low = _mm256_setzero_si256(), high = low;

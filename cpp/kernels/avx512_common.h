@@ -58,8 +58,7 @@ __m512 quotient(__m512 x, const GridVectors& g) {
   return _mm512_fmadd_ps(_mm512_fnmadd_ps(t, g.scale, x), g.inverse, t);
 }
 
-// --- epilogue
-// -------------------------------------------------------------------------------------
+// --- epilogue -------------------------------------------------------------------------------
 //
 // Done for a "batch" of up to four vectors at a time, so that few rows do not mean short registers:
 // kBatch<1> = 4 outputs of one block, 2 of two, 1 of three or four. Vector i belongs to output

@@ -6,8 +6,7 @@
 namespace lutra {
 namespace {
 
-// --- int8
-// -----------------------------------------------------------------------------------------
+// --- int8 -----------------------------------------------------------------------------------
 //
 // Packed weights: [block of 16 outputs][depth / 4][output][4 bytes], zero padded: a dword to
 // broadcast where rows are in the lanes, a register of 16 outputs where outputs are.
@@ -164,8 +163,7 @@ void dense8_row(int32_t depth, int32_t outputs, const uint8_t* packed, const uin
   }
 }
 
-// --- float32
-// --------------------------------------------------------------------------------------
+// --- float32 --------------------------------------------------------------------------------
 
 // 64 rows x 4 outputs: 16 accumulators, 4 loads and 4 broadcasts for 16 fused multiply-adds. Fewer
 // rows take fewer accumulators; the order of a sum is that of `depth` in any case.
@@ -231,8 +229,7 @@ void linear(const float* x, size_t x_stride, size_t depth, const float* weights,
   }
 }
 
-// --- gradient of tables
-// ---------------------------------------------------------------------------
+// --- gradient of tables ---------------------------------------------------------------------
 
 // 16 * kVectors outputs from `first` on; the vectors of a row stay in registers over the books.
 // Full vectors do without masks, because masked stores do not forward to the loads that follow.

@@ -17,8 +17,7 @@ uint8_t* codes_at(uint8_t* codes, int32_t book, int32_t blocks) {
   return codes + static_cast<size_t>(book / kBooks) * blocks * 64;
 }
 
-// --- nearest centroid
-// -----------------------------------------------------------------------------
+// --- nearest centroid -----------------------------------------------------------------------
 
 // How sub-vectors are cut and scores are kept.
 //
@@ -279,8 +278,7 @@ void encode_nearest(const PqShape& s, const uint8_t* packed, const Patch& p, int
   }
 }
 
-// --- tree
-// -----------------------------------------------------------------------------------------
+// --- tree -----------------------------------------------------------------------------------
 //
 // The heap is numbered from 1, so that a step is node = 2 node + bit, and node & (K - 1) is the
 // code. Packed: thresholds of each book by node, 16 bytes for K <= 16 and 64 otherwise; then
@@ -518,8 +516,7 @@ void encode_tree(const PqShape& s, const uint8_t* packed, const Patch& p, int32_
   }
 }
 
-// --- both
-// -----------------------------------------------------------------------------------------
+// --- both -----------------------------------------------------------------------------------
 
 size_t encoder_bytes(const PqShape& s) {
   if (s.encoder == Encoder::kTree) return tree_bytes(s);

@@ -123,8 +123,7 @@ void lookup(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32
   }
 }
 
-// --- one row
-// --------------------------------------------------------------------------------------
+// --- one row --------------------------------------------------------------------------------
 //
 // Outputs in the lanes. The bytes of four books are unpacked into dwords of one output, and
 // vpdpbusd with ones adds them: 12 instructions for 256 entries, exact. Limited by memory: each
