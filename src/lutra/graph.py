@@ -19,7 +19,7 @@ from lutra.errors import GraphError
 from lutra.ops import OPS, op_spec
 from lutra.ops.registry import Array, AttrValue, Cost
 
-__all__ = ["AttrValue", "Cost", "Golden", "Graph", "Node", "Shape", "Value", "make_node"]
+__all__ = ["AttrValue", "Cost", "Golden", "Graph", "Node", "Shape", "Value", "make_node", "sized"]
 
 #: Sizes of the axes; None is an axis of any size. Only axis 0, the batch, may be None.
 Shape: TypeAlias = tuple[int | None, ...]
@@ -32,6 +32,11 @@ TENSOR_DTYPES: Final = ("float32", "int8", "uint8")
 _MAX_RANK: Final = 8
 _MAX_ELEMENTS: Final = 2**31 - 1  # of one sample; the engine counts in 32 bits
 _MAX_NAME: Final = 512
+
+
+def sized(shape: Shape, batch: int) -> tuple[int, ...]:
+    """A shape with a batch in the place of None."""
+    return tuple(batch if size is None else size for size in shape)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ import json
 import os
 from typing import Any, Final
 
-from lutra.cli.common import add_file, bytes_text, pairs, plain, print_json, shape_text, table
+from lutra.cli.common import add_file, bytes_text, pairs, plain, print_json, shape_text
 from lutra.format import VERSION, load_graph
 from lutra.graph import Graph
+from lutra.text import table
 
 _MAX_SHOWN: Final = 200
 
