@@ -66,6 +66,7 @@ _TRAIN: Final = (
     "LayerReport",
     "PQConv2d",
     "PQLinear",
+    "SpeedGate",
     "convert",
     "export",
     "finetune",

@@ -13,6 +13,7 @@ from lutra.graph import Graph
 from lutra.text import table
 
 _MAX_SHOWN: Final = 200
+_GATE_SETTINGS: Final = ("machine", "isa", "threads", "batch", "against", "margin")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,8 +106,13 @@ def _text(report: dict[str, Any], graph: Graph) -> str:
         }
     )
     parts = [f"lutra file, format version {report['format_version']}", head, "", _layers(report)]
-    if report["metadata"]:
-        parts += ["", "metadata", pairs(_metadata(report["metadata"]))]
+    metadata = dict(report["metadata"])
+    gate = _speed_gate(metadata.get("speed_gate"))
+    if gate:
+        del metadata["speed_gate"]
+        parts += ["", gate]
+    if metadata:
+        parts += ["", "metadata", pairs(_metadata(metadata))]
     return "\n".join(parts)
 
 
@@ -126,6 +132,24 @@ def _layers(report: dict[str, Any]) -> str:
     )
     rows.append(("total", "", "", "", "", *(f"{number:,}" for number in numbers)))
     return table(rows, left=3)
+
+
+def _speed_gate(record: Any) -> str | None:
+    """The times for which layers became lookups or stayed dense; None if it is no such record."""
+    try:
+        times = sorted(name for name in record["layers"][0] if name.endswith("_ms"))
+        times.sort(key=lambda name: name != "lookup_ms")
+        rows: list[tuple[str, ...]] = [
+            ("layer", "decision", "input", *(plain(name).replace("_", " ") for name in times))
+        ]
+        for layer in record["layers"]:
+            texts = (plain(layer[key]) for key in ("name", "decision"))
+            shape = shape_text(tuple(map(int, layer["input_shape"])))
+            rows.append((*texts, shape, *(f"{layer[name]:.4f}" for name in times)))
+        settings = ", ".join(f"{key} {plain(record[key])}" for key in _GATE_SETTINGS)
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError, OverflowError):
+        return None  # somebody else's entry of that name
+    return f"speed gate when it was converted: {settings}\n{table(rows, left=3)}"
 
 
 def _metadata(metadata: dict[str, Any]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lutra.train.convert import convert
 from lutra.train.export import export
 from lutra.train.finetune import FinetuneReport, finetune
+from lutra.train.gate import SpeedGate
 from lutra.train.layers import FrozenPQ, PQConv2d, PQLinear
 from lutra.train.recipe import PQ, Keep, recipe_from_json, recipe_to_json
 from lutra.train.report import ConversionReport, LayerReport
@@ -18,6 +19,7 @@ __all__ = [
     "LayerReport",
     "PQConv2d",
     "PQLinear",
+    "SpeedGate",
     "convert",
     "export",
     "finetune",

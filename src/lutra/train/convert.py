@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lutra.errors import LutraError
 from lutra.train import collective, portable
 from lutra.train.calibrate import Reservoir, collect
+from lutra.train.gate import Decision, SpeedGate, attach, decide, record
 from lutra.train.geometry import Geometry
 from lutra.train.kmeans import kmeans
 from lutra.train.layers import PQConv2d, PQLinear, _PQLayer, quantize_tables
@@ -35,6 +36,7 @@ def convert(
     kmeans_steps: int = 25,
     seed: int = 0,
     progress: bool | None = None,
+    speed_gate: bool | SpeedGate = False,
 ) -> tuple[nn.Module, ConversionReport]:
     """Replaces layers by lookups and learns their codebooks from calibration data.
 
@@ -51,6 +53,10 @@ def convert(
         kmeans_steps: Lloyd steps.
         seed: of sampling and k-means.
         progress: show a progress bar; None shows it on terminals only.
+        speed_gate: replace a layer only where lookups are faster in the engine, on this machine, at
+            the layer's input shape; `SpeedGate(...)` says with how many threads and against what.
+            The others stay dense. Times and decisions are in the report, and go into the metadata
+            of a file that is exported from the converted model.
 
     Returns:
         The converted copy, ready for fine-tuning, and a report with one entry per convolution and
@@ -86,10 +92,22 @@ def convert(
             rows=rows, memory_bytes=memory_bytes, seed=seed + collective.rank(),
             progress=bar.update,
         )  # fmt: skip
+    gate = SpeedGate() if speed_gate is True else speed_gate or None
+    decisions: dict[str, Decision] = {}
+    if gate is not None:
+        with Progress("timing layers", len(layers), show) as bar:
+            for i, (name, layer) in enumerate(layers.items()):
+                probe = _from_float(layer, name, chosen[layer])
+                decisions[name] = decide(gate, name, probe, samples[name].input_shape)
+                reports[layer] = _gated(reports[layer], decisions[name])
+                bar.update(i + 1, f"{name} {decisions[name].summary}")
     converted = copy.deepcopy(model)
     replacements: dict[nn.Module, nn.Module] = {}
     with Progress("learning codebooks", len(layers), show) as bar:
         for i, (name, layer) in enumerate(layers.items()):
+            if name in decisions and not decisions[name].lookup:
+                del samples[name]
+                continue
             start = time.perf_counter()
             old = converted.get_submodule(name)
             new = _from_float(old, name, chosen[layer])
@@ -98,7 +116,10 @@ def convert(
             reports[layer] = _describe(reports[layer], new, loss, used)
             bar.update(i + 1, f"{name} {time.perf_counter() - start:.1f} s")
     converted = _replace(converted, replacements)
-    return converted, ConversionReport(tuple(reports.values()), seed)
+    entry = None if gate is None else record(gate, decisions)
+    if entry is not None:
+        attach(converted, entry)
+    return converted, ConversionReport(tuple(reports.values()), seed, entry)
 
 
 def _candidates(model: nn.Module) -> dict[nn.Conv2d | nn.Linear, list[str]]:
@@ -204,6 +225,10 @@ def _learn(layer: _PQLayer, samples: Reservoir, steps: int, seed: int) -> tuple[
         # As if the moving average had run on batches of this many rows.
         layer.cluster_counts.copy_(counts)
     return error, float((counts > 0).float().mean())
+
+
+def _gated(entry: LayerReport, decision: Decision) -> LayerReport:
+    return replace(entry, reason=decision.reason, gate=decision)
 
 
 def _describe(entry: LayerReport, layer: _PQLayer, error: float, used: float) -> LayerReport:

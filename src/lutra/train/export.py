@@ -26,6 +26,7 @@ from lutra.train.capture import (
 )
 from lutra.train.check import check_graph
 from lutra.train.fold import fold_batch_norm
+from lutra.train.gate import attached
 from lutra.train.lowering import lower
 
 _GOLDEN_SAMPLES = 8
@@ -84,7 +85,9 @@ def export(
             f"export: input_names {list(names)} does not fit a model with {len(example)} inputs; "
             "give one name per tensor of example_input, each once."
         )
-    lowered = lower(program, names, output_names, {"producer": _producer(), **(metadata or {})})
+    gate = attached(model)
+    entries = {"producer": _producer(), **({} if gate is None else {"speed_gate": gate})}
+    lowered = lower(program, names, output_names, {**entries, **(metadata or {})})
     graph = lowered.graph
     graph.validate()
     check_graph(lowered, program, example, _outputs(folded, example), tolerance=tolerance)
