@@ -55,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave layers dense that lookups do not make faster here (batch 1, one thread)",
     )
+    parser.add_argument(
+        "--tables",
+        choices=["stored", "factors"],
+        default="stored",
+        help="factors: int8 weights, a smaller file with slightly other numbers (default: stored)",
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, help="default: 0")
 
 
@@ -90,7 +96,13 @@ def run(args: argparse.Namespace) -> int:
             "seed": args.seed,
             "report": details,
         }
-        train.export(converted, args.output, batches[0][:_EXAMPLES], metadata=metadata)
+        graph = train.export(
+            converted,
+            args.output,
+            batches[0][:_EXAMPLES],
+            metadata=metadata,
+            tables=args.tables,
+        )
     except (LutraError, OSError, MemoryError):
         raise
     except Exception as error:  # what the model raises on the calibration data
@@ -100,6 +112,12 @@ def run(args: argparse.Namespace) -> int:
         ) from error
     print(report)
     print(f"wrote {plain(args.output)}, {bytes_text(os.path.getsize(args.output))}")
+    if "tables" in graph.metadata:
+        moved = max(graph.metadata["tables"]["largest_output_difference"].values())
+        print(
+            f"tables are built from int8 weights: outputs of the examples differ by up to "
+            f"{moved:.2g} of the largest value; measure the accuracy again"
+        )
     if report.replaced:
         print("the codebooks are not fine-tuned: accuracy is better after lutra.train.finetune")
     return 0

@@ -9,8 +9,9 @@ from typing import Any, Final
 
 from lutra.cli.common import add_file, bytes_text, pairs, plain, print_json, shape_text
 from lutra.format import VERSION, load_graph
-from lutra.graph import Graph
-from lutra.text import table
+from lutra.graph import Graph, Node
+from lutra.ops.factors import ROLES
+from lutra.text import counted, table
 
 _MAX_SHOWN: Final = 200
 _GATE_SETTINGS: Final = ("machine", "isa", "threads", "batch", "against", "margin")
@@ -52,6 +53,7 @@ def describe(graph: Graph, file_bytes: int) -> dict[str, Any]:
                 "output_shape": list(values[node.output].shape),
                 "v": None if books is None else books.shape[2],
                 "k": None if books is None else books.shape[1],
+                "tables": _form(node) if cost.table_bytes else None,
                 "bytes": cost.weight_bytes,
                 "lookups": cost.lookups,
                 "encode_ops": cost.encode_ops,
@@ -84,10 +86,17 @@ def describe(graph: Graph, file_bytes: int) -> dict[str, Any]:
     }
 
 
+def _form(node: Node) -> str:
+    """How a file holds the tables of a node."""
+    return "factors" if any(role in node.tensors for role in ROLES) else "stored"
+
+
 def _text(report: dict[str, Any], graph: Graph) -> str:
     totals, sizes = report["totals"], report["sizes"]
     left, dense = totals["multiplications"], totals["dense_multiplications"]
     share = f" ({100 * left / dense:.1f}% of {dense:,})" if dense else ""
+    factors = sum(layer["tables"] == "factors" for layer in report["layers"])
+    built = f" ({counted(factors, 'layer')} built from int8 weights)" if factors else ""
     ends = {
         kind: ", ".join(f"{plain(v['name'])} {shape_text(tuple(v['shape']))}" for v in report[kind])
         for kind in ("inputs", "outputs")
@@ -100,8 +109,8 @@ def _text(report: dict[str, Any], graph: Graph) -> str:
             "multiplications": f"{left:,} left{share}, {totals['encode_ops']:,} to find codes",
             "lookups": f"{totals['lookups']:,}",
             "sizes": f"file {bytes_text(sizes['file_bytes'])}, parameters "
-            f"{bytes_text(sizes['parameter_bytes'])}, of which tables "
-            f"{bytes_text(sizes['table_bytes'])}; golden data {bytes_text(sizes['golden_bytes'])} "
+            f"{bytes_text(sizes['parameter_bytes'])}, tables "
+            f"{bytes_text(sizes['table_bytes'])}{built}; golden data {bytes_text(sizes['golden_bytes'])} "
             f"({report['golden_samples']} samples)",
         }
     )
@@ -117,20 +126,32 @@ def _text(report: dict[str, Any], graph: Graph) -> str:
 
 
 def _layers(report: dict[str, Any]) -> str:
-    names = ("layer", "op", "output", "V", "K", "bytes", "lookups", "encode", "multiplications")
+    names = (
+        "layer",
+        "op",
+        "output",
+        "V",
+        "K",
+        "tables",
+        "bytes",
+        "lookups",
+        "encode",
+        "multiplications",
+    )
     rows: list[tuple[str, ...]] = [names]
     for layer in report["layers"]:
         shape = shape_text(tuple(layer["output_shape"]))
         books = tuple("-" if layer[key] is None else str(layer[key]) for key in ("v", "k"))
         counts = (layer[k] for k in ("bytes", "lookups", "encode_ops", "multiplications"))
         cells = (f"{count:,}" if count else "-" for count in counts)
-        rows.append((plain(layer["name"]), layer["op"], shape, *books, *cells))
+        form = layer["tables"] or "-"
+        rows.append((plain(layer["name"]), layer["op"], shape, *books, form, *cells))
     totals = report["totals"]
     numbers = (
         report["sizes"]["parameter_bytes"],
         *(totals[key] for key in ("lookups", "encode_ops", "multiplications")),
     )
-    rows.append(("total", "", "", "", "", *(f"{number:,}" for number in numbers)))
+    rows.append(("total", "", "", "", "", "", *(f"{number:,}" for number in numbers)))
     return table(rows, left=3)
 
 

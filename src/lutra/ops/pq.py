@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from lutra.ops.factors import expand
 from lutra.ops.registry import (
     MAX_EXTENT,
     Array,
@@ -68,6 +69,10 @@ def row_length(node: Node) -> int:
         return integer(node, "in_features")
     kernel_rows, kernel_columns = pair(node, "kernel")
     return integer(node, "in_channels") * kernel_rows * kernel_columns
+
+
+def _expand(node: Node, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    return expand(node, tensors, row_length(node))
 
 
 def _check(node: Node, tensors: Mapping[str, Array]) -> None:
@@ -191,6 +196,7 @@ SPECS: Final = (
         check=_check,
         infer=_infer_conv,
         cost=_cost,
+        expand=_expand,
     ),
     OpSpec(
         "pq_linear",
@@ -199,5 +205,6 @@ SPECS: Final = (
         check=_check,
         infer=_infer_linear,
         cost=_cost,
+        expand=_expand,
     ),
 )
