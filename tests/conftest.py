@@ -11,6 +11,7 @@ if find_spec("torch") is None:
         "test_export.py",
         "test_export_pq.py",
         "test_finetune.py",
+        "test_gate.py",
         "test_gradients.py",
         "test_int8_layers.py",
         "test_kmeans.py",

@@ -57,6 +57,14 @@ def test_convert(capture: Any, refuse: Any, folder: Path, monkeypatch: pytest.Mo
     assert capture("convert", "net:build", *words, "--seed", "0")[0] == 0
     assert Path("m.lutra").read_bytes() == first
     assert capture("verify", "m.lutra")[0] == 0
+    gate = ["--speed-gate", "-o", "g.lutra"]
+    code, out, err = capture("convert", "net.py:build", *words, *gate)
+    assert (code, err) == (0, "")
+    assert "lookup ms" in out
+    record = lutra.load_graph("g.lutra").metadata["speed_gate"]
+    assert [layer["name"] for layer in record["layers"]] == ["2"]
+    assert "speed gate when it was converted" in capture("inspect", "g.lutra")[1]
+    os.unlink("g.lutra")
     os.unlink("m.lutra")
 
     def bad(target: str, match: str, *more: str) -> None:

@@ -185,3 +185,108 @@ def test_flipped_codes_are_a_warning_and_not_an_error(
 
 def _noise(channels: int) -> Tensor:
     return torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(4))
+
+
+# Factors
+
+
+def test_factors_make_nearly_the_same_tables(tmp_path: Path, net: Net, images: Tensor) -> None:
+    stored = export(net, tmp_path / "a.lutra", images)
+    graph = export(net, tmp_path / "b.lutra", images, tables="factors")
+    assert (tmp_path / "b.lutra").stat().st_size < (tmp_path / "a.lutra").stat().st_size
+    entry = graph.metadata["tables"]
+    assert entry["form"] == "factors"
+    assert entry["stored"] == {}
+    assert [layer["name"] for layer in entry["layers"]] == ["conv1", "conv2", "fc"]
+    for layer in entry["layers"]:
+        before, after = (
+            next(g.node_tensors(node)["tables"] for node in g.nodes if node.name == layer["name"])
+            for g in (stored, graph)
+        )
+        change = np.abs(before.astype(int) - after)
+        assert layer["largest_change"] == change.max() <= 1  # rounding twice
+        assert layer["changed_entries"] == (change > 0).mean()
+        assert layer["bytes"] < layer["table_bytes"] == before.nbytes
+    loaded = load_graph(tmp_path / "b.lutra")
+    assert loaded.metadata["tables"] == entry
+    x = images.numpy()
+    wanted = run_reference(stored, [x])["output"]
+    got = run_reference(loaded, [x])["output"]
+    assert entry["largest_output_difference"]["output"] == pytest.approx(
+        check.difference(got, wanted), rel=0.01
+    )
+    assert 0.0 < entry["output_error"]["output"] < 0.01
+    assert loaded.golden is not None
+    np.testing.assert_array_equal(loaded.golden[1][0], got)
+    assert "tables" not in stored.metadata
+
+
+def test_layers_whose_tables_are_no_larger_keep_them(tmp_path: Path) -> None:
+    wide = with_codebooks(PQLinear.from_float(nn.Linear(32, 4), PQ(v=16, k=16)))
+    model = nn.Sequential(wide, with_codebooks(PQLinear.from_float(nn.Linear(4, 3), PQ(v=4))))
+    graph = export(model, tmp_path / "m.lutra", torch.randn(4, 32), tables="factors")
+    entry = graph.metadata["tables"]
+    assert entry["stored"] == {"0": "V=16 is not less than K=16: its tables are no larger"}
+    assert [layer["name"] for layer in entry["layers"]] == ["1"]
+    assert "tables" in graph.nodes[0].tensors
+
+
+def test_tied_layers_share_their_factors(tmp_path: Path) -> None:
+    layer = pq_conv(4, 4, 3, padding=1)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    graph = export(model, tmp_path / "m.lutra", _noise(4), tables="factors")
+    first, _, second = graph.nodes
+    assert first.tensors == second.tensors
+    assert set(first.tensors) == {"centroids", "weight", "factor", "scale", "bias"}
+    assert len(graph.tensors) == 5
+
+
+def test_a_single_layer_has_factors(tmp_path: Path) -> None:
+    graph = export(pq_linear(6, 3), tmp_path / "m.lutra", torch.randn(4, 6), tables="factors")
+    assert set(graph.nodes[0].tensors) == {"centroids", "weight", "factor", "scale", "bias"}
+
+
+def test_layers_that_are_all_zero_have_factors(tmp_path: Path) -> None:
+    layer = pq_linear(6, 3)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.weight[0] = 1e-30
+    graph = export(layer, tmp_path / "m.lutra", torch.randn(4, 6), tables="factors")
+    assert not graph.node_tensors(graph.nodes[0])["tables"][:, :, 1:].any()
+
+
+def test_factors_need_weights(tmp_path: Path, net: Net, images: Tensor) -> None:
+    frozen = freeze_lookup_layers(copy.deepcopy(net).eval())
+    with pytest.raises(LutraError, match="needs the weights of the 3 lookup layers"):
+        export(frozen, tmp_path / "m.lutra", images, tables="factors")
+    assert not (tmp_path / "m.lutra").exists()
+    half = copy.deepcopy(net)
+    half.fc = half.fc.eval().freeze()
+    graph = export(half, tmp_path / "m.lutra", images, tables="factors")
+    assert graph.metadata["tables"]["stored"] == {"fc": "its weights are not known"}
+    dense = export(nn.Linear(3, 2), tmp_path / "d.lutra", torch.randn(2, 3), tables="factors")
+    assert dense.metadata["tables"]["layers"] == []
+    with pytest.raises(LutraError, match="tables='small' is not one of"):
+        export(net, tmp_path / "m.lutra", images, tables="small")  # type: ignore[arg-type]
+
+
+def test_the_engine_must_agree_with_the_reference_on_factors(
+    tmp_path: Path, net: Net, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = check._run_session
+
+    def wrong(graph: Graph, feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+        shift = any("factor" in n.tensors and n.name == "conv2" for n in graph.nodes)
+        return {name: value + shift for name, value in right(graph, feeds).items()}
+
+    monkeypatch.setattr(check, "_run_session", wrong)
+    with pytest.raises(LutraError, match=r"differs from the reference .*'conv2' \(pq_conv2d\)"):
+        export(net, tmp_path / "m.lutra", images, tables="factors")
+
+    def flipped(graph: Graph, feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+        shift = len(graph.nodes) > 1 and any("factor" in n.tensors for n in graph.nodes)
+        return {name: value + shift for name, value in right(graph, feeds).items()}
+
+    monkeypatch.setattr(check, "_run_session", flipped)
+    with pytest.warns(UserWarning, match="each node alone agrees"):
+        export(net, tmp_path / "m.lutra", images, tables="factors")

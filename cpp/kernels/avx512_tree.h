@@ -30,7 +30,10 @@ void pack_tree(const PqShape& s, const int32_t* splits, const uint8_t* threshold
   for (int32_t b = 0; b < s.books; ++b) {
     uint8_t* const group = packed + static_cast<size_t>(b / kBooks) * tree_group_bytes(levels);
     const int32_t j = b % kBooks;
-    for (int32_t n = 1; n < s.centroids; ++n) group[j * heap + n] = *thresholds++;
+    for (int32_t n = 1; n < s.centroids; ++n) {  // the usual node -> the mirrored one
+      const int32_t mirrored = (3 << log2_of(n)) - 1 - n;
+      group[j * heap + mirrored] = *thresholds++;
+    }
     int32_t* const plane = reinterpret_cast<int32_t*>(group + kBooks * heap);
     int32_t* const tap = plane + split_words(levels);
     for (int32_t l = 0; l < levels; ++l) {
@@ -64,19 +67,18 @@ void find_splits(const uint8_t* group, const Patch& p, int32_t taps, int64_t* at
 }
 
 __m512i step_down(__m512i node, __m512i x, __m512i threshold) {
-  const __mmask64 right = _mm512_cmpge_epu8_mask(x, threshold);
-  node = _mm512_add_epi8(node, node);
-  return _mm512_mask_add_epi8(node, right, node, _mm512_set1_epi8(1));
+  const __m512i left = _mm512_min_epu8(_mm512_subs_epu8(threshold, x), _mm512_set1_epi8(1));
+  return _mm512_add_epi8(_mm512_add_epi8(node, node), left);
 }
 
 // Nodes -> what the lookup wants; `book` has j << 4 for book j of its group.
 template <int kLevels>
 __m512i node_to_index(__m512i node, __m512i book) {
   const __m512i low = _mm512_set1_epi8(static_cast<char>(((1 << kLevels) - 1) & 15));
-  __m512i code = _mm512_or_si512(_mm512_and_si512(node, low), book);
+  __m512i code = _mm512_or_si512(_mm512_andnot_si512(node, low), book);
   if constexpr (kLevels > 4) {
     const __m512i high = _mm512_set1_epi8(static_cast<char>((((1 << kLevels) - 1) >> 4) << 6));
-    code = _mm512_or_si512(code, _mm512_and_si512(_mm512_slli_epi16(node, 2), high));
+    code = _mm512_or_si512(code, _mm512_andnot_si512(_mm512_slli_epi16(node, 2), high));
   }
   return code;
 }

@@ -27,6 +27,7 @@ from lutra.errors import (
 )
 from lutra.format import load_graph, save_graph
 from lutra.graph import Graph, Node, Value
+from lutra.profile import Profile, StepProfile
 from lutra.reference import run_reference
 from lutra.session import Session
 
@@ -41,7 +42,9 @@ __all__ = [
     "InputError",
     "LutraError",
     "Node",
+    "Profile",
     "Session",
+    "StepProfile",
     "UnsupportedCpuError",
     "UnsupportedModelError",
     "Value",
@@ -67,6 +70,7 @@ _TRAIN: Final = (
     "LayerReport",
     "PQConv2d",
     "PQLinear",
+    "SpeedGate",
     "convert",
     "export",
     "finetune",

@@ -19,7 +19,7 @@ from lutra.errors import GraphError
 from lutra.ops import OPS, op_spec
 from lutra.ops.registry import Array, AttrValue, Cost
 
-__all__ = ["AttrValue", "Cost", "Golden", "Graph", "Node", "Shape", "Value", "make_node"]
+__all__ = ["AttrValue", "Cost", "Golden", "Graph", "Node", "Shape", "Value", "make_node", "sized"]
 
 #: Sizes of the axes; None is an axis of any size. Only axis 0, the batch, may be None.
 Shape: TypeAlias = tuple[int | None, ...]
@@ -32,6 +32,11 @@ TENSOR_DTYPES: Final = ("float32", "int32", "int8", "uint8")
 _MAX_RANK: Final = 8
 _MAX_ELEMENTS: Final = 2**31 - 1  # of one sample; the engine counts in 32 bits
 _MAX_NAME: Final = 512
+
+
+def sized(shape: Shape, batch: int) -> tuple[int, ...]:
+    """A shape with a batch in the place of None."""
+    return tuple(batch if size is None else size for size in shape)
 
 
 @dataclass(frozen=True)
@@ -149,18 +154,31 @@ class Graph:
         return values
 
     def node_tensors(self, node: Node) -> dict[str, Array]:
-        """The arrays of a node by role.
+        """The arrays of a node by role; tables are built where the graph holds their factors.
 
         Raises:
-            GraphError: If the node names a tensor that the graph does not have.
+            GraphError: If the node names a tensor that the graph does not have, or factors that
+                make no tables.
         """
+        known = self._expanded.get(node.name)
+        if known is not None and known[0] is node:
+            return dict(known[1])
         for role, name in node.tensors.items():
             if name not in self.tensors:
                 raise GraphError(
                     f"node {node.name!r} ({node.op}) names the tensor {name!r} as its {role}, "
                     "which the graph does not have; add it to tensors"
                 )
-        return {role: self.tensors[name] for role, name in node.tensors.items()}
+        stored = {role: self.tensors[name] for role, name in node.tensors.items()}
+        tensors = op_spec(node.op, f"node {node.name!r}").expanded(node, stored)
+        if tensors.keys() != stored.keys():
+            self._expanded[node.name] = (node, tensors)
+        return tensors
+
+    @cached_property
+    def _expanded(self) -> dict[str, tuple[Node, dict[str, Array]]]:
+        """Nodes whose tensors were built, and these tensors; filled by ``node_tensors``."""
+        return {}
 
     def cost(self) -> dict[str, Cost]:
         """Work and bytes of every node for one sample, by node name."""
@@ -170,7 +188,7 @@ class Graph:
             arrays = self.node_tensors(node)
             inputs = [values[name] for name in node.inputs]
             cost = OPS[node.op].cost(node, inputs, values[node.output], arrays)
-            size = sum(array.nbytes for array in arrays.values())
+            size = sum(self.tensors[tensor].nbytes for tensor in node.tensors.values())
             result[node.name] = replace(cost, weight_bytes=size)
         return result
 

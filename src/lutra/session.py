@@ -12,9 +12,11 @@ import numpy as np
 from lutra.cpu import choose_isa, choose_threads
 from lutra.errors import EngineError, InputError
 from lutra.format import load_graph
-from lutra.graph import Graph, Shape, Value
+from lutra.graph import Graph, Shape, Value, sized
 from lutra.ops.registry import Array
 from lutra.plan import build_plan
+from lutra.profile import Profile, input_pool, measure
+from lutra.text import counted
 
 __all__ = ["Session"]
 
@@ -144,6 +146,63 @@ class Session:
             )
         return self.run(None, {inputs[0].name: x})[0]
 
+    def profile(
+        self,
+        inputs: Mapping[str, Array] | Array | None = None,
+        *,
+        batch: int = 1,
+        runs: int = 20,
+        warmup: int = 3,
+    ) -> Profile:
+        """Times every step of the model.
+
+        Args:
+            inputs: As ``run`` takes them, or the array of a model of one input. Without them
+                random ones are made, which change from run to run.
+            batch: Samples of random inputs; a batch that the model fixes wins.
+            runs: Runs that are timed.
+            warmup: Runs before, not timed.
+
+        Returns:
+            Medians over the runs; ``print`` it for a table.
+
+        Raises:
+            InputError: If a number is out of range, if the batch is so large that ``run`` would
+                cut it, and as ``run`` does.
+            MemoryError: If the batch does not fit in memory.
+
+        Example:
+            >>> print(session.profile(batch=8))  # doctest: +SKIP
+        """
+        for name, number, least in (("batch", batch, 1), ("runs", runs, 1), ("warmup", warmup, 0)):
+            if number < least:
+                raise InputError(
+                    f"Session.profile: {name}={number} is less than {least}; give at least {least}"
+                )
+        if inputs is None:
+            pool = [self._checked(feeds) for feeds in input_pool(self._graph, batch)]
+        elif isinstance(inputs, Mapping):
+            pool = [self._checked(inputs)]
+        elif len(self._graph.inputs) == 1:
+            pool = [self._checked({self._graph.inputs[0].name: inputs})]
+        else:
+            raise InputError(
+                f"Session.profile: the model has {len(self._graph.inputs)} inputs; "
+                "give a dict with an array for each"
+            )
+        samples = pool[0][0].shape[0]
+        if samples > self._piece and self._can_split:
+            raise InputError(
+                f"Session.profile: a batch of {samples} runs in pieces of {self._piece}; "
+                f"profile a batch of {self._piece} at most"
+            )
+        try:
+            return measure(self._graph, self._plan, pool, runs, warmup)
+        except MemoryError:
+            raise MemoryError(
+                f"Session.profile: a batch of {samples} does not fit in memory; use a smaller batch"
+            ) from None
+
     def arena_bytes(self, batch: int = 1) -> int:
         """Bytes of working memory that one run takes, tables and outputs not counted.
 
@@ -166,13 +225,13 @@ class Session:
         size = self._graph.parameter_bytes()
         return (
             f"Session({self._name}, {shapes[0]} -> {shapes[1]}, "
-            f"{_counted(lookups, 'lookup layer')}, {self._isa}, "
-            f"{_counted(self._threads, 'thread')}, "
+            f"{counted(lookups, 'lookup layer')}, {self._isa}, "
+            f"{counted(self._threads, 'thread')}, "
             f"{f'{size / 1e6:.2f} MB' if size >= 10_000 else f'{size / 1e3:.2f} kB'})"
         )
 
     def _arena_bytes(self, batch: int) -> int:
-        shapes = [_sized(value.shape, batch) for value in self._graph.inputs]
+        shapes = [sized(value.shape, batch) for value in self._graph.inputs]
         try:
             return self._plan.arena_bytes(shapes)
         except ValueError as error:
@@ -188,7 +247,7 @@ class Session:
         try:
             if batch <= self._piece or not self._can_split:
                 return list(self._plan.run(arrays))
-            results = [np.empty(_sized(v.shape, batch), np.float32) for v in self._outputs]
+            results = [np.empty(sized(v.shape, batch), np.float32) for v in self._outputs]
             for first in range(0, batch, self._piece):
                 piece = slice(first, first + self._piece)
                 parts = self._plan.run([array[piece] for array in arrays])
@@ -273,14 +332,6 @@ def _check_content(name: str, array: Array) -> None:
             f"Session.run: input {name!r} holds {bad} values of {array.size} that are NaN or "
             "infinite; correct them, or allow them with Session(..., check_finite=False)"
         )
-
-
-def _sized(shape: Shape, batch: int) -> tuple[int, ...]:
-    return tuple(batch if size is None else size for size in shape)
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _shape_text(shape: Shape) -> str:

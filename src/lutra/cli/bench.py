@@ -19,20 +19,18 @@ from lutra.cli.common import (
     new_session,
     plain,
     print_json,
-    random_inputs,
     seconds,
-    table,
     write_file,
 )
 from lutra.cpu import cpu_info
 from lutra.format import load_graph
 from lutra.graph import Graph
+from lutra.profile import Profile, input_pool
+from lutra.text import table
 
 _DEFAULT_SECONDS: Final = 2.0
 _LEAST_RUNS: Final = 5
-#: Different inputs that take turns, and the most bytes that they may take.
-_INPUT_SETS: Final = 8
-_INPUT_BYTES: Final = 2**28
+_PROFILE_RUNS: Final = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--warmup", type=at_least(0), default=3, metavar="N", help="runs before (default: 3)"
     )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help=f"show the time of every step (default: medians of {_PROFILE_RUNS} runs)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write JSON to a file, or - to print it")
     add_isa(parser)
 
@@ -62,7 +65,38 @@ def run(args: argparse.Namespace) -> int:
     _check_batches(graph, args.batch)
     if args.json not in (None, "-"):
         check_writable(args.json)
-    results = [
+    report: dict[str, Any] = {"file": args.file, "cpu": cpu_info()["model"]}
+    if args.profile:
+        profiles = _profiles(graph, args)
+        report["profiles"] = [profile.to_json() for profile in profiles]
+        lines = "\n\n".join(map(str, profiles)).split("\n")
+        text = "\n".join(map(plain, lines))
+    else:
+        report["results"] = _results(graph, args)
+        text = _text(report["results"])
+    if args.json == "-":
+        print_json(report)
+        return 0
+    print(f"{plain(args.file)} on {report['cpu']}, random inputs\n{text}")
+    if args.json:
+        write_file(args.json, json_text(report).encode())
+    return 0
+
+
+def _profiles(graph: Graph, args: argparse.Namespace) -> list[Profile]:
+    if args.seconds is not None:
+        raise UserError("--profile counts its runs; give --runs N instead of --seconds")
+    return [
+        new_session(graph, threads, args.isa).profile(
+            batch=batch, runs=args.runs or _PROFILE_RUNS, warmup=args.warmup
+        )
+        for threads in args.threads or [None]
+        for batch in args.batch
+    ]
+
+
+def _results(graph: Graph, args: argparse.Namespace) -> list[dict[str, Any]]:
+    return [
         measure(
             graph,
             threads=threads,
@@ -75,14 +109,6 @@ def run(args: argparse.Namespace) -> int:
         for threads in args.threads or [None]
         for batch in args.batch
     ]
-    report = {"file": args.file, "cpu": cpu_info()["model"], "results": results}
-    if args.json == "-":
-        print_json(report)
-        return 0
-    print(f"{plain(args.file)} on {report['cpu']}, random inputs\n{_text(results)}")
-    if args.json:
-        write_file(args.json, json_text(report).encode())
-    return 0
 
 
 def measure(
@@ -113,11 +139,7 @@ def measure(
         ``runs`` and the settings.
     """
     session = new_session(graph, threads, isa)
-    rng = np.random.default_rng(seed)
-    pool = [random_inputs(graph, batch, rng)]
-    size = sum(array.nbytes for array in pool[0].values())
-    while len(pool) < _INPUT_SETS and (len(pool) < 2 or len(pool) * size < _INPUT_BYTES):
-        pool.append(random_inputs(graph, batch, rng))
+    pool = input_pool(graph, batch, seed)
     for index in range(warmup):
         session.run(None, pool[index % len(pool)])
     times: list[float] = []

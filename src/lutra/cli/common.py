@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,19 +98,6 @@ def new_session(graph: Graph, threads: int | None = None, isa: str | None = None
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def sized(shape: Shape, batch: int) -> tuple[int, ...]:
-    """A shape with a batch in the place of None."""
-    return tuple(batch if size is None else size for size in shape)
-
-
-def random_inputs(graph: Graph, batch: int, rng: np.random.Generator) -> dict[str, Array]:
-    """Normal inputs by name; a batch that the graph fixes wins over ``batch``."""
-    return {
-        value.name: rng.standard_normal(sized(value.shape, batch), np.float32)
-        for value in graph.inputs
-    }
 
 
 # Arrays in
@@ -258,24 +245,6 @@ def bytes_text(count: int) -> str:
     if count < 1024**2:
         return f"{count / 1024:.1f} KiB"
     return f"{count / 1024**2:.2f} MiB"
-
-
-def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Rows in columns, the first of them a head.
-
-    Args:
-        rows: Cells of equal number.
-        left: How many columns are text, flush left; the others are numbers.
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if index < left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def pairs(entries: Mapping[str, Any]) -> str:

@@ -50,6 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep", action="append", default=[], metavar="GLOB", help="layers to leave as they are"
     )
+    parser.add_argument(
+        "--speed-gate",
+        action="store_true",
+        help="leave layers dense that lookups do not make faster here (batch 1, one thread)",
+    )
+    parser.add_argument(
+        "--tables",
+        choices=["stored", "factors"],
+        default="stored",
+        help="factors: int8 weights, a smaller file with slightly other numbers (default: stored)",
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, help="default: 0")
 
 
@@ -70,7 +81,11 @@ def run(args: argparse.Namespace) -> int:
         )
     batches = [torch.from_numpy(x[i : i + _BATCH]) for i in range(0, len(x), _BATCH)]
     try:
-        converted, report = train.convert(model, recipe, batches, seed=args.seed)
+        converted, report = train.convert(
+            model, recipe, batches, seed=args.seed, speed_gate=args.speed_gate
+        )
+        details = report.to_dict()
+        del details["speed_gate"]  # the exporter writes it
         metadata = {
             "recipe": {
                 "method": args.method,
@@ -79,9 +94,15 @@ def run(args: argparse.Namespace) -> int:
                 "keep": list(args.keep),
             },
             "seed": args.seed,
-            "report": report.to_dict(),
+            "report": details,
         }
-        train.export(converted, args.output, batches[0][:_EXAMPLES], metadata=metadata)
+        graph = train.export(
+            converted,
+            args.output,
+            batches[0][:_EXAMPLES],
+            metadata=metadata,
+            tables=args.tables,
+        )
     except (LutraError, OSError, MemoryError):
         raise
     except Exception as error:  # what the model raises on the calibration data
@@ -91,7 +112,14 @@ def run(args: argparse.Namespace) -> int:
         ) from error
     print(report)
     print(f"wrote {plain(args.output)}, {bytes_text(os.path.getsize(args.output))}")
-    print("the codebooks are not fine-tuned: accuracy is better after lutra.train.finetune")
+    if "tables" in graph.metadata:
+        moved = max(graph.metadata["tables"]["largest_output_difference"].values())
+        print(
+            f"tables are built from int8 weights: outputs of the examples differ by up to "
+            f"{moved:.2g} of the largest value; measure the accuracy again"
+        )
+    if report.replaced:
+        print("the codebooks are not fine-tuned: accuracy is better after lutra.train.finetune")
     return 0
 
 

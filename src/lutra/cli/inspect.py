@@ -7,11 +7,14 @@ import json
 import os
 from typing import Any, Final
 
-from lutra.cli.common import add_file, bytes_text, pairs, plain, print_json, shape_text, table
+from lutra.cli.common import add_file, bytes_text, pairs, plain, print_json, shape_text
 from lutra.format import VERSION, load_graph
-from lutra.graph import Graph
+from lutra.graph import Graph, Node
+from lutra.ops.factors import ROLES
+from lutra.text import counted, table
 
 _MAX_SHOWN: Final = 200
+_GATE_SETTINGS: Final = ("machine", "isa", "threads", "batch", "against", "margin")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +55,7 @@ def describe(graph: Graph, file_bytes: int) -> dict[str, Any]:
                 "encoder": node.attrs.get("encoder"),
                 "v": None if centroids is None else centroids.shape[2],
                 "k": codes,
+                "tables": _form(node) if cost.table_bytes else None,
                 "bytes": cost.weight_bytes,
                 "lookups": cost.lookups,
                 "encode_ops": cost.encode_ops,
@@ -86,12 +90,19 @@ def describe(graph: Graph, file_bytes: int) -> dict[str, Any]:
     }
 
 
+def _form(node: Node) -> str:
+    """How a file holds the tables of a node."""
+    return "factors" if any(role in node.tensors for role in ROLES) else "stored"
+
+
 def _text(report: dict[str, Any], graph: Graph) -> str:
     totals, sizes = report["totals"], report["sizes"]
     left, dense = totals["multiplications"], totals["dense_multiplications"]
     share = f" ({100 * left / dense:.1f}% of {dense:,})" if dense else ""
     if totals["int8_multiplications"]:
         share += f", {totals['int8_multiplications']:,} of them in int8"
+    factors = sum(layer["tables"] == "factors" for layer in report["layers"])
+    built = f" ({counted(factors, 'layer')} built from int8 weights)" if factors else ""
     ends = {
         kind: ", ".join(f"{plain(v['name'])} {shape_text(tuple(v['shape']))}" for v in report[kind])
         for kind in ("inputs", "outputs")
@@ -104,33 +115,68 @@ def _text(report: dict[str, Any], graph: Graph) -> str:
             "multiplications": f"{left:,} left{share}, {totals['encode_ops']:,} to find codes",
             "lookups": f"{totals['lookups']:,}",
             "sizes": f"file {bytes_text(sizes['file_bytes'])}, parameters "
-            f"{bytes_text(sizes['parameter_bytes'])}, of which tables "
-            f"{bytes_text(sizes['table_bytes'])}; golden data {bytes_text(sizes['golden_bytes'])} "
-            f"({report['golden_samples']} samples)",
+            f"{bytes_text(sizes['parameter_bytes'])}, tables "
+            f"{bytes_text(sizes['table_bytes'])}{built}; golden data "
+            f"{bytes_text(sizes['golden_bytes'])} ({report['golden_samples']} samples)",
         }
     )
     parts = [f"lutra file, format version {report['format_version']}", head, "", _layers(report)]
-    if report["metadata"]:
-        parts += ["", "metadata", pairs(_metadata(report["metadata"]))]
+    metadata = dict(report["metadata"])
+    gate = _speed_gate(metadata.get("speed_gate"))
+    if gate:
+        del metadata["speed_gate"]
+        parts += ["", gate]
+    if metadata:
+        parts += ["", "metadata", pairs(_metadata(metadata))]
     return "\n".join(parts)
 
 
 def _layers(report: dict[str, Any]) -> str:
-    names = ("layer", "op", "output", "V", "K", "bytes", "lookups", "encode", "multiplications")
+    names = (
+        "layer",
+        "op",
+        "output",
+        "V",
+        "K",
+        "tables",
+        "bytes",
+        "lookups",
+        "encode",
+        "multiplications",
+    )
     rows: list[tuple[str, ...]] = [names]
     for layer in report["layers"]:
         shape = shape_text(tuple(layer["output_shape"]))
         books = tuple("-" if layer[key] is None else str(layer[key]) for key in ("v", "k"))
         counts = (layer[k] for k in ("bytes", "lookups", "encode_ops", "multiplications"))
         cells = (f"{count:,}" if count else "-" for count in counts)
-        rows.append((plain(layer["name"]), layer["op"], shape, *books, *cells))
+        form = layer["tables"] or "-"
+        rows.append((plain(layer["name"]), layer["op"], shape, *books, form, *cells))
     totals = report["totals"]
     numbers = (
         report["sizes"]["parameter_bytes"],
         *(totals[key] for key in ("lookups", "encode_ops", "multiplications")),
     )
-    rows.append(("total", "", "", "", "", *(f"{number:,}" for number in numbers)))
+    rows.append(("total", "", "", "", "", "", *(f"{number:,}" for number in numbers)))
     return table(rows, left=3)
+
+
+def _speed_gate(record: Any) -> str | None:
+    """The times for which layers became lookups or stayed dense; None if it is no such record."""
+    try:
+        times = sorted(name for name in record["layers"][0] if name.endswith("_ms"))
+        times.sort(key=lambda name: name != "lookup_ms")
+        rows: list[tuple[str, ...]] = [
+            ("layer", "decision", "input", *(plain(name).replace("_", " ") for name in times))
+        ]
+        for layer in record["layers"]:
+            texts = (plain(layer[key]) for key in ("name", "decision"))
+            shape = shape_text(tuple(map(int, layer["input_shape"])))
+            rows.append((*texts, shape, *(f"{layer[name]:.4f}" for name in times)))
+        settings = ", ".join(f"{key} {plain(record[key])}" for key in _GATE_SETTINGS)
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError, OverflowError):
+        return None  # somebody else's entry of that name
+    return f"speed gate when it was converted: {settings}\n{table(rows, left=3)}"
 
 
 def _metadata(metadata: dict[str, Any]) -> dict[str, str]:

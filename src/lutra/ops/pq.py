@@ -30,6 +30,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+from lutra.ops.factors import expand
 from lutra.ops.grid import QUANTISER, check_quantiser
 from lutra.ops.registry import (
     MAX_EXTENT,
@@ -79,6 +80,10 @@ def row_length(node: Node) -> int:
         return integer(node, "in_features")
     kernel_rows, kernel_columns = pair(node, "kernel")
     return integer(node, "in_channels") * kernel_rows * kernel_columns
+
+
+def _expand(node: Node, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    return expand(node, tensors, row_length(node))
 
 
 def _check(node: Node, tensors: Mapping[str, Array]) -> None:
@@ -250,6 +255,7 @@ SPECS: Final = (
         check=_check,
         infer=_infer_conv,
         cost=_cost,
+        expand=_expand,
     ),
     OpSpec(
         "pq_linear",
@@ -258,5 +264,6 @@ SPECS: Final = (
         check=_check,
         infer=_infer_linear,
         cost=_cost,
+        expand=_expand,
     ),
 )

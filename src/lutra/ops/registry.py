@@ -47,7 +47,7 @@ class Cost:
         int8_macs: Those of them that are of integers.
         dense_macs: Multiply-adds that the same layer takes without tables.
         table_bytes: Bytes of the tables.
-        weight_bytes: Bytes of all tensors of the node, tables included.
+        weight_bytes: Bytes of all tensors that the graph holds for the node.
     """
 
     lookups: int = 0
@@ -127,6 +127,7 @@ class TensorRole:
 
 CheckFn: TypeAlias = "Callable[[Node, Mapping[str, Array]], None]"
 InferFn: TypeAlias = "Callable[[Node, Sequence[Value], Mapping[str, Array]], Value]"
+ExpandFn: TypeAlias = "Callable[[Node, Mapping[str, Array]], Mapping[str, Array]]"
 CostFn: TypeAlias = "Callable[[Node, Sequence[Value], Value, Mapping[str, Array]], Cost]"
 
 
@@ -153,6 +154,8 @@ class OpSpec:
         tensors: Tensors by role.
         check: ``check(node, tensors)`` raises GraphError where tensors and attributes disagree.
         cost: ``cost(node, inputs, output, tensors)`` gives the work for one sample.
+        expand: ``expand(node, tensors)`` gives ``tensors`` from what a graph holds in their place;
+            None where both are the same.
         min_inputs: Smallest number of inputs.
         max_inputs: Largest number of inputs; None for any.
     """
@@ -163,6 +166,7 @@ class OpSpec:
     tensors: Mapping[str, TensorRole] = field(default_factory=dict)
     check: CheckFn = no_check
     cost: CostFn = no_cost
+    expand: ExpandFn | None = None
     min_inputs: int = 1
     max_inputs: int | None = 1
 
@@ -173,6 +177,21 @@ class OpSpec:
             if name not in result and not isinstance(attr.default, Required):
                 result[name] = attr.default
         return result
+
+    def expanded(self, node: Node, tensors: Mapping[str, Array]) -> dict[str, Array]:
+        """The tensors that a node works with.
+
+        Args:
+            node: The node.
+            tensors: Those that the graph holds for it, by role.
+
+        Raises:
+            GraphError: If they cannot be expanded.
+        """
+        if self.expand is None:
+            return dict(tensors)
+        self._check_attrs(node)
+        return dict(self.expand(node, tensors))
 
     def check_node(self, node: Node, tensors: Mapping[str, Array]) -> None:
         """Checks inputs, attributes and tensors of a node, but not the shapes of its inputs.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lutra.train.convert import convert
 from lutra.train.export import export
 from lutra.train.finetune import FinetuneReport, finetune
+from lutra.train.gate import SpeedGate
 from lutra.train.int8 import FrozenInt8, Int8Conv2d, Int8Linear
 from lutra.train.layers import FrozenPQ, PQConv2d, PQLinear
 from lutra.train.recipe import PQ, Int8, Keep, recipe_from_json, recipe_to_json
@@ -23,6 +24,7 @@ __all__ = [
     "LayerReport",
     "PQConv2d",
     "PQLinear",
+    "SpeedGate",
     "convert",
     "export",
     "finetune",

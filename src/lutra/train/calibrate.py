@@ -20,6 +20,8 @@ class Reservoir:
     """A uniform sample, without replacement, of all rows that pass through a layer.
 
     Every row draws a random key; the rows with the smallest keys stay. Memory is `capacity` rows.
+    `input_shape` is that of the layer's first input, for one sample of the model: (1, C, H, W), or
+    (n, ..., D) for a linear layer that sees n rows of each sample along its first axis.
     """
 
     def __init__(self, geometry: Geometry, capacity: int, generator: torch.Generator) -> None:
@@ -27,6 +29,7 @@ class Reservoir:
         self.rows = torch.empty((0, geometry.depth))
         self.keys = torch.empty(0)
         self.seen = 0
+        self.input_shape: tuple[int, ...] = ()
 
     def add(self, x: Tensor) -> None:
         """Takes the rows of x (N, C, H, W)."""
@@ -102,6 +105,22 @@ def _images(layer: nn.Module, name: str, x: Tensor) -> Tensor:
     return x
 
 
+def _samples(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Number of samples in a batch: the first axis of its first tensor."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim():
+            return value.shape[0]
+    return 1
+
+
+def _sample_shape(x: Tensor, samples: int) -> tuple[int, ...]:
+    """The shape of a layer's input for one sample."""
+    if x.dim() < 2:
+        return (1, *x.shape)
+    whole, rest = divmod(x.shape[0], max(1, samples))
+    return (1 if rest else max(1, whole), *x.shape[1:])
+
+
 @torch.no_grad()
 def collect(
     model: nn.Module,
@@ -135,6 +154,7 @@ def collect(
         )
     reservoirs: dict[str, Reservoir] = {}
     handles = []
+    samples = 1  # in the batch that runs
     for i, (name, layer) in enumerate(layers.items()):
         generator = torch.Generator().manual_seed(seed * 1000003 + i)
         reservoirs[name] = Reservoir(geometries[name], capacity, generator)
@@ -143,6 +163,8 @@ def collect(
             layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
         ) -> None:
             x = args[0] if args else kwargs["input"]
+            if not reservoirs[name].input_shape:
+                reservoirs[name].input_shape = _sample_shape(x, samples)
             reservoirs[name].add(_images(layer, name, x))
 
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
@@ -153,6 +175,7 @@ def collect(
     try:
         for batch in data:
             args, kwargs = model_inputs(batch, device)
+            samples = _samples(args, kwargs)
             model(*args, **kwargs)
             batches += 1
             if progress is not None:

@@ -98,6 +98,41 @@ def check_graph(
         )
 
 
+def check_engine(graph: Graph, feeds: Mapping[str, Array], *, tolerance: float) -> None:
+    """Compare the engine with the reference, for a graph that no torch program computes.
+
+    Args:
+        graph: The graph.
+        feeds: Inputs by name.
+        tolerance: The largest difference allowed, as a share of the largest value.
+
+    Raises:
+        LutraError: A node differs on the same inputs; a difference of whole outputs alone, which
+            codes that rounding moved explain, is a warning.
+    """
+    want = run_reference(graph, feeds, intermediates=True)
+    got = _run_session(graph, feeds)
+    worst = max(difference(got[name], want[name]) for name in graph.outputs)
+    if worst <= tolerance:
+        return
+    what = (
+        f"export: the engine differs from the reference by {worst:.3g} of the largest value "
+        f"(tolerance {tolerance:.3g})"
+    )
+    same = Lowered(graph, {name: name for name in graph.values})
+    first = _first_difference(same, want, _run_session, tolerance)
+    if first is not None:
+        node, amount = first
+        raise LutraError(
+            f"{what}; the first node that differs on the same inputs is '{node.name}' ({node.op}), "
+            f"by {amount:.3g}: please report it with this node's settings {dict(node.attrs)}."
+        )
+    warnings.warn(
+        f"{what}, although each node alone agrees: rounding moved activations to other codes.",
+        stacklevel=3,
+    )
+
+
 def difference(got: Array, want: Array) -> float:
     """Return the largest difference as a share of the largest wanted value (inf for NaN)."""
     if got.shape != want.shape:

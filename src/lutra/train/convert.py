@@ -16,6 +16,7 @@ from lutra.errors import LutraError
 from lutra.train import collective, int8, portable
 from lutra.train import tree as trees
 from lutra.train.calibrate import collect
+from lutra.train.gate import Decision, SpeedGate, attach, decide, record
 from lutra.train.geometry import Geometry
 from lutra.train.int8 import Int8Conv2d, Int8Layer, Int8Linear
 from lutra.train.kmeans import kmeans
@@ -38,6 +39,7 @@ def convert(
     kmeans_steps: int = 25,
     seed: int = 0,
     progress: bool | None = None,
+    speed_gate: bool | SpeedGate = False,
 ) -> tuple[nn.Module, ConversionReport]:
     """Replaces layers by lookups, or by int8 arithmetic, and calibrates them.
 
@@ -54,6 +56,10 @@ def convert(
         kmeans_steps: Lloyd steps.
         seed: of sampling and k-means.
         progress: show a progress bar; None shows it on terminals only.
+        speed_gate: replace a layer only where lookups are faster in the engine, on this machine, at
+            the layer's input shape; `SpeedGate(...)` says with how many threads and against what.
+            The others stay dense. Times and decisions are in the report, and go into the metadata
+            of a file that is exported from the converted model.
 
     Returns:
         The converted copy, ready for fine-tuning, and a report with one entry per convolution and
@@ -89,10 +95,24 @@ def convert(
             rows=rows, memory_bytes=memory_bytes, seed=seed + collective.rank(),
             progress=bar.update,
         )  # fmt: skip
+    gate = SpeedGate() if speed_gate is True else speed_gate or None
+    decisions: dict[str, Decision] = {}
+    if gate is not None:
+        with Progress("timing layers", len(layers), show) as bar:
+            for i, (name, layer) in enumerate(layers.items()):
+                probe = _from_float(layer, name, chosen[layer])
+                if isinstance(probe, Int8Layer):  # dense it is anyway
+                    continue
+                decisions[name] = decide(gate, name, probe, samples[name].input_shape)
+                reports[layer] = _gated(reports[layer], decisions[name])
+                bar.update(i + 1, f"{name} {decisions[name].summary}")
     converted = copy.deepcopy(model)
     replacements: dict[nn.Module, nn.Module] = {}
     with Progress("learning codebooks", len(layers), show) as bar:
         for i, (name, layer) in enumerate(layers.items()):
+            if name in decisions and not decisions[name].lookup:
+                del samples[name]
+                continue
             start = time.perf_counter()
             old = converted.get_submodule(name)
             new = _from_float(old, name, chosen[layer])
@@ -106,7 +126,10 @@ def convert(
             replacements[old] = new
             bar.update(i + 1, f"{name} {time.perf_counter() - start:.1f} s")
     converted = _replace(converted, replacements)
-    return converted, ConversionReport(tuple(reports.values()), seed)
+    entry = None if gate is None else record(gate, decisions)
+    if entry is not None:
+        attach(converted, entry)
+    return converted, ConversionReport(tuple(reports.values()), seed, entry)
 
 
 def _candidates(model: nn.Module) -> dict[nn.Conv2d | nn.Linear, list[str]]:
@@ -217,6 +240,10 @@ def _learn(layer: _PQLayer, rows: Tensor, steps: int, seed: int) -> tuple[float,
         # As if the moving average had run on batches of this many rows.
         layer.cluster_counts.copy_(counts)
     return error, float((counts > 0).float().mean())
+
+
+def _gated(entry: LayerReport, decision: Decision) -> LayerReport:
+    return replace(entry, reason=decision.reason, gate=decision)
 
 
 def _output_error(layer: _PQLayer, rows: Tensor) -> tuple[float, Tensor]:

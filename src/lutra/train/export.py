@@ -7,8 +7,9 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
@@ -24,11 +25,15 @@ from lutra.train.capture import (
     example_tensors,
     prepare_copy,
 )
-from lutra.train.check import check_graph
+from lutra.train.check import check_engine, check_graph, difference
+from lutra.train.factors import factors_of, weights_of, with_factors
 from lutra.train.fold import fold_batch_norm
+from lutra.train.gate import attached
 from lutra.train.lowering import lower
 
 _GOLDEN_SAMPLES = 8
+
+Tables = Literal["stored", "factors"]
 
 
 def export(
@@ -41,6 +46,7 @@ def export(
     output_names: Sequence[str] | None = None,
     golden: bool = True,
     tolerance: float = 1e-3,
+    tables: Tables = "stored",
 ) -> Graph:
     """Write a model as a `.lutra` file, after checking that the file computes what torch does.
 
@@ -60,6 +66,10 @@ def export(
         golden: Store the samples with the engine's outputs, so that `lutra verify` can check
             anywhere that the file still gives them.
         tolerance: The largest difference from torch allowed, as a share of the largest output.
+        tables: "stored" writes the tables. "factors" writes int8 weights instead, from which a
+            session builds its tables: a smaller file where V < K, slower to load, and other
+            numbers, because the weights are rounded before the tables are. How far the outputs
+            for the example move is in the metadata (`tables`); measure the accuracy again.
 
     Returns:
         The graph that was written.
@@ -68,14 +78,20 @@ def export(
         InputError: An example or names that do not fit the model.
         UnsupportedModelError: Operators that lutra cannot run; lists all of them.
         EngineError: The engine cannot run the graph.
-        LutraError: The graph computes something else than torch, or the file cannot be written.
+        LutraError: The graph computes something else than torch, the file cannot be written, or
+            no lookup layer has the weights that factors need.
 
     Example:
         >>> graph = export(model, "model.lutra", images[:8])  # doctest: +SKIP
         >>> print(graph)  # doctest: +SKIP
     """
+    if tables not in get_args(Tables):
+        raise InputError(f"export: tables={tables!r} is not one of {list(get_args(Tables))}")
     example = tuple(tensor[:_GOLDEN_SAMPLES] for tensor in example_tensors(example_input))
-    frozen = freeze_lookup_layers(prepare_copy(model))
+    copied = prepare_copy(model)
+    weights = weights_of(copied)
+    frozen = freeze_lookup_layers(copied)
+    factors = factors_of(frozen, weights)  # before norms go into the scales
     folded = fold_batch_norm(frozen, example)
     program = capture(folded, example)
     names = argument_names(folded, len(example)) if input_names is None else tuple(input_names)
@@ -84,16 +100,38 @@ def export(
             f"export: input_names {list(names)} does not fit a model with {len(example)} inputs; "
             "give one name per tensor of example_input, each once."
         )
-    lowered = lower(program, names, output_names, {"producer": _producer(), **(metadata or {})})
+    gate = attached(model)
+    entries = {"producer": _producer(), **({} if gate is None else {"speed_gate": gate})}
+    lowered = lower(program, names, output_names, {**entries, **(metadata or {})})
     graph = lowered.graph
     graph.validate()
-    check_graph(lowered, program, example, _outputs(folded, example), tolerance=tolerance)
+    wanted = _outputs(folded, example)
+    check_graph(lowered, program, example, wanted, tolerance=tolerance)
+    inputs = tuple(tensor.contiguous().numpy().copy() for tensor in example)
+    feeds = {value.name: x for value, x in zip(graph.inputs, inputs, strict=True)}
+    if tables == "factors":
+        graph, entry = with_factors(graph, factors)
+        check_engine(graph, feeds, tolerance=tolerance)
+        moved = _moved(graph, feeds, wanted)
+        graph = replace(graph, metadata={"tables": {**entry, **moved}, **graph.metadata})
     if golden:
-        inputs = tuple(tensor.contiguous().numpy().copy() for tensor in example)
-        feeds = {value.name: x for value, x in zip(graph.inputs, inputs, strict=True)}
         graph = replace(graph, golden=(inputs, tuple(Session(graph).run(None, feeds))))
     save_graph(graph, path)
     return graph
+
+
+def _moved(
+    graph: Graph, feeds: Mapping[str, Any], wanted: Sequence[Any]
+) -> dict[str, dict[str, float]]:
+    """How far outputs are from those of torch: the largest difference as a share of the largest
+    value, and the mean squared one as a share of the variance."""
+    got = Session(graph).run(None, feeds)
+    largest, squared = {}, {}
+    for name, ours, theirs in zip(graph.outputs, got, wanted, strict=True):
+        largest[name] = difference(ours, theirs)
+        error = float(np.square(ours.astype(np.float64) - theirs).mean())
+        squared[name] = error / max(float(theirs.var(dtype=np.float64)), 1e-30)
+    return {"largest_output_difference": largest, "output_error": squared}
 
 
 def freeze_lookup_layers(model: nn.Module) -> nn.Module:

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from lutra.train.gate import Decision
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -15,6 +17,7 @@ class LayerReport:
     of weights, has no tables and looks nothing up. `error` is the mean squared output error
     relative to the output's variance, on calibration rows with the integers of the engine, before
     fine-tuning. `used` is the share of centroids that these rows chose.
+    `gate` has the times and the decision of the speed gate, where it was asked.
     """
 
     name: str
@@ -32,14 +35,19 @@ class LayerReport:
     used: float | None = None
     method: str | None = None
     int8_bytes: int = 0
+    gate: Decision | None = None
 
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """All layers that could have been replaced. `print` it for a table."""
+    """All layers that could have been replaced. `print` it for a table.
+
+    `speed_gate` is what the gate did, as it stands in the metadata of an exported file.
+    """
 
     layers: tuple[LayerReport, ...] = field(default_factory=tuple)
     seed: int = 0
+    speed_gate: dict[str, Any] | None = None
 
     def __getitem__(self, name: str) -> LayerReport:
         for layer in self.layers:
@@ -58,7 +66,7 @@ class ConversionReport:
     def __str__(self) -> str:
         header = ("layer", "kind", "method", "V", "K", "tables", "weights", "lookups/mults",
                   "error", "used")  # fmt: skip
-        rows = [header]
+        rows: list[tuple[str, ...]] = [header]
         for layer in self.layers:
             if not layer.replaced:
                 rows.append(
@@ -77,7 +85,9 @@ class ConversionReport:
                 (layer.name, layer.kind, "pq", f"{layer.v}", f"{layer.k}", f"{layer.table_bytes}",
                  f"{layer.weight_bytes}", ratio, f"{layer.error:.3f}", f"{layer.used:.0%}")
             )  # fmt: skip
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        if self.speed_gate is not None:
+            rows = [(*row, *cells) for row, cells in zip(rows, self._gate_cells(), strict=True)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
             for row in rows
@@ -95,3 +105,13 @@ class ConversionReport:
                 f"{sum(r.weight_bytes for r in integer)}"
             )
         return "\n".join(lines)
+
+    def _gate_cells(self) -> list[tuple[str, ...]]:
+        """The columns of the speed gate, a head first."""
+        rows: list[tuple[str, ...]] = [("lookup ms", "dense ms", "decision")]
+        for gate in (layer.gate for layer in self.layers):
+            if gate is None:
+                rows.append(("", "", ""))
+            else:
+                rows.append((f"{gate.lookup_ms:.4f}", f"{gate.dense_ms:.4f}", gate.summary))
+        return rows

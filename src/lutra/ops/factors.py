@@ -1,0 +1,130 @@
+"""Tables from factors: what a file may hold of a lookup layer instead of its tables.
+
+Tables are products of centroids with weights, so a file may give int8 weights ``weight`` (M, D)
+and a float32 ``factor`` (M), and the tables are built from them when it is loaded::
+
+    acc[b, k, m]    = sum_v (centroids[b, k, v] - act_zero) * weight[m, b * V + v]    int32, exact
+    tables[b, k, m] = clamp(round_half_even(float32(acc[b, k, m]) * factor[m]), -127, 127)
+
+Entries of the last sub-vector beyond the end of a row count nothing. One float32 multiplication is
+all that rounds, so every machine builds the same tables. A codebook takes V bytes for each output
+instead of K: with V = 9 and K = 16 a little more than half.
+
+An encoder that has no centroids of its own (a tree) may have ``centroids`` for this purpose only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from lutra.ops.registry import Array, integer, node_error
+
+if TYPE_CHECKING:
+    from lutra.graph import Node
+
+__all__ = ["ROLES", "build_tables", "expand"]
+
+#: The tensors that stand in the place of ``tables``.
+ROLES: Final = ("weight", "factor")
+_NEEDED: Final = {"centroids": ("uint8", 3), "weight": ("int8", 2), "factor": ("float32", 1)}
+TABLE_MAX: Final = 127
+MAX_WIDTH: Final = 64  # values of a sub-vector; more would not be exact
+_BLOCK: Final = 2**22  # entries of the largest temporary
+
+
+def build_tables(centroids: Array, act_zero: int, weight: Array, factor: Array) -> Array:
+    """Multiplies centroids with weights and rounds to table entries.
+
+    Args:
+        centroids: uint8 (B, K, V), at most 127, V at most 64
+        act_zero: The integer that stands for 0.0, at most 127.
+        weight: int8 (M, D)
+        factor: float32 (M)
+
+    Returns:
+        int8 (B, K, M), read-only.
+    """
+    books, count, width = centroids.shape
+    outputs, length = weight.shape
+    padded = np.zeros((outputs, books * width), np.float32)
+    padded[:, :length] = weight
+    blocks = padded.reshape(outputs, books, width).transpose(1, 2, 0)  # (B, V, M)
+    offsets = centroids.astype(np.float32) - np.float32(act_zero)
+    tables = np.empty((books, count, outputs), np.int8)
+    step = max(1, _BLOCK // (count * outputs))
+    for first in range(0, books, step):
+        part = slice(first, first + step)
+        # float32 products are exact here, in any order, and much faster than NumPy's integer ones:
+        # a sum of at most 64 products of at most 127 * 128 is far below 2**24.
+        sums = offsets[part] @ blocks[part]
+        with np.errstate(over="ignore"):
+            scaled = np.rint(sums * factor)
+        tables[part] = scaled.clip(-TABLE_MAX, TABLE_MAX)
+    tables.flags.writeable = False
+    return tables
+
+
+def expand(node: Node, tensors: Mapping[str, Array], length: int) -> dict[str, Array]:
+    """The tensors that a lookup operator works with: tables in the place of factors.
+
+    Args:
+        node: The node.
+        tensors: Its stored tensors by role.
+        length: D, the number of activations in one row.
+
+    Raises:
+        GraphError: If the factors are incomplete or do not fit each other.
+    """
+    if not any(role in tensors for role in ROLES):
+        return dict(tensors)
+    _check(node, tensors, length)
+    tables = build_tables(
+        tensors["centroids"], integer(node, "act_zero"), tensors["weight"], tensors["factor"]
+    )
+    own = node.attrs.get("encoder", "nearest") == "nearest"
+    dropped = ROLES if own else (*ROLES, "centroids")
+    return {**{r: a for r, a in tensors.items() if r not in dropped}, "tables": tables}
+
+
+def _check(node: Node, tensors: Mapping[str, Array], length: int) -> None:
+    """Everything that ``build_tables`` relies on; the rest is checked with the tables."""
+    if "tables" in tensors:
+        raise node_error(node, "has tables and factors", "give it one of the two")
+    for role, (dtype, ndim) in _NEEDED.items():
+        if role not in tensors:
+            given = ", ".join(name for name in _NEEDED if name in tensors)
+            raise node_error(
+                node, f"lacks the tensor {role!r}", f"tables are built from it and {given}; add it"
+            )
+        array = tensors[role]
+        if array.dtype != np.dtype(dtype) or array.ndim != ndim or array.size == 0:
+            raise node_error(
+                node,
+                f"has {role} of dtype {array.dtype} and shape {array.shape}",
+                f"it must be {dtype} with {ndim} axes, none of them empty",
+            )
+    books, _, width = tensors["centroids"].shape
+    weight, factor = tensors["weight"], tensors["factor"]
+    if weight.shape[1] != length or factor.shape != weight.shape[:1]:
+        raise node_error(
+            node,
+            f"has a weight of shape {weight.shape} and a factor of shape {factor.shape}",
+            f"rows of {length} activations need (outputs, {length}) and (outputs,)",
+        )
+    if width > MAX_WIDTH or books != -(-length // width):
+        raise node_error(
+            node,
+            f"has {books} codebooks for rows of {length} in sub-vectors of {width}",
+            f"it needs {-(-length // width)} of sub-vectors of at most {MAX_WIDTH}",
+        )
+    top = int(tensors["centroids"].max())
+    zero = node.attrs.get("act_zero")
+    if top > TABLE_MAX or type(zero) is not int or not 0 <= zero <= TABLE_MAX:
+        raise node_error(
+            node,
+            f"has a centroid value of {top} and act_zero={zero!r}",
+            f"both must be ints in 0..{TABLE_MAX}",
+        )

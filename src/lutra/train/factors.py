@@ -1,0 +1,150 @@
+"""Int8 weights in the place of tables, for files that should be small: see `lutra.ops.factors`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lutra.errors import LutraError
+from lutra.graph import Graph, Node
+from lutra.ops.factors import TABLE_MAX
+from lutra.ops.registry import Array
+from lutra.train.layers import FrozenPQ, _PQLayer
+
+_TABLES: Final = "tables"
+_MOST: Final = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What the tables of a layer are built from: weight int8 (M, D) and factor float32 (M)."""
+
+    weight: Array
+    factor: Array
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The float weights (M, D) of every lookup layer, under each path that leads to it."""
+    return {
+        path: module.weight.detach().cpu().float().reshape(module.outputs, -1)
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, _PQLayer)
+    }
+
+
+@torch.no_grad()
+def factors_of(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """Rounds the weights of frozen layers to int8, each output with a step of its own.
+
+    Args:
+        model: The model, its lookup layers frozen and no norm folded into their scales.
+        weights: What `weights_of` found before they were frozen.
+
+    Returns:
+        Factors by the name of the tables that they replace, as it stands in the state of the model.
+    """
+    result: dict[str, Factors] = {}
+    for path, weight in weights.items():
+        frozen = model.get_submodule(path)
+        if not isinstance(frozen, FrozenPQ):
+            continue
+        rows = weight.double().numpy()
+        scale = frozen.scale.double().cpu().numpy()
+        step = np.maximum(np.abs(rows).max(axis=1), 1e-30) / TABLE_MAX
+        result[f"{path}.{_TABLES}" if path else _TABLES] = Factors(
+            np.rint(rows / step[:, None]).astype(np.int8),
+            np.minimum(step * frozen.grid.scale / scale, _MOST).astype(np.float32),
+        )
+    return result
+
+
+def with_factors(graph: Graph, factors: Mapping[str, Factors]) -> tuple[Graph, dict[str, Any]]:
+    """Puts factors in the place of tables, wherever that makes the file smaller.
+
+    Args:
+        graph: A valid graph.
+        factors: By the name of the tables.
+
+    Returns:
+        The graph, and an entry for its metadata: which layers have factors, which keep their
+        tables and why, the bytes of both forms, and the share of table entries that changed.
+
+    Raises:
+        LutraError: There are lookup layers, but no factors for any of them.
+    """
+    lookups = [node for node in graph.nodes if _TABLES in node.tensors]
+    if lookups and not any(node.tensors[_TABLES] in factors for node in lookups):
+        raise LutraError(
+            f"export: tables='factors' needs the weights of the {len(lookups)} lookup layers, and "
+            "frozen layers have none; export the model that convert made, or take tables='stored'"
+        )
+    arrays = dict(graph.tensors)
+    roles: dict[str, dict[str, str]] = {}  # of the factors that replace some tables
+    kept: dict[str, str] = {}
+    nodes = []
+    for node in graph.nodes:
+        name = node.tensors.get(_TABLES)
+        if name is not None:
+            reason = _reason(graph, node, factors)
+            if reason:
+                kept[node.name] = reason
+            else:
+                if name not in roles:
+                    roles[name] = _store(arrays, name, factors[name])
+                others = {role: n for role, n in node.tensors.items() if role != _TABLES}
+                node = replace(node, tensors={**others, **roles[name]})
+        nodes.append(node)
+    used = {name for node in nodes for name in node.tensors.values()}
+    made = replace(
+        graph,
+        nodes=tuple(nodes),
+        tensors={name: array for name, array in arrays.items() if name in used},
+    )
+    layers = [
+        _described(node, before, graph, made)
+        for before, node in zip(graph.nodes, nodes, strict=True)
+        if node is not before
+    ]
+    return made, {"form": "factors", "layers": layers, "stored": kept}
+
+
+def _reason(graph: Graph, node: Node, factors: Mapping[str, Factors]) -> str | None:
+    """Why a layer keeps its tables, or None."""
+    tensors = graph.node_tensors(node)
+    if node.tensors[_TABLES] not in factors:
+        return "its weights are not known"
+    if "centroids" not in tensors:
+        return f"its tables are not products of centroids ({node.attrs.get('encoder')})"
+    _, count, width = tensors["centroids"].shape
+    if width >= count:
+        return f"V={width} is not less than K={count}: its tables are no larger"
+    return None
+
+
+def _store(arrays: dict[str, Array], tables: str, factors: Factors) -> dict[str, str]:
+    """Adds the tensors under new names, and returns these by role."""
+    roles = {}
+    for role, array in (("weight", factors.weight), ("factor", factors.factor)):
+        name = tables.removesuffix(_TABLES) + role
+        while name in arrays:
+            name += "_"
+        arrays[name] = array
+        roles[role] = name
+    return roles
+
+
+def _described(node: Node, before: Node, graph: Graph, made: Graph) -> dict[str, Any]:
+    old, new = graph.node_tensors(before)[_TABLES], made.node_tensors(node)[_TABLES]
+    size = sum(made.tensors[node.tensors[role]].nbytes for role in ("weight", "factor"))
+    return {
+        "name": node.name,
+        "bytes": size,
+        "table_bytes": old.nbytes,
+        "changed_entries": float((old != new).mean()),
+        "largest_change": int(np.abs(old.astype(np.int16) - new).max()),
+    }

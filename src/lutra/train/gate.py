@@ -1,0 +1,287 @@
+"""The speed gate: a layer becomes lookups only where they are faster on this machine.
+
+Each candidate is timed alone in the engine, at the input shape that it has in the network, beside
+the dense layers that could stay in its place: float32, and int8 where this lutra has such layers.
+The times are those of the steps themselves, the quantisation of the input included, copies of
+inputs and outputs not. In a network the step before often quantises while it writes, so the
+lookup layer is a little faster there than here.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, TypeAlias, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lutra.cpu import MAX_THREADS, choose_isa, cpu_info
+from lutra.errors import LutraError
+from lutra.graph import AttrValue, Graph, Value, make_node
+from lutra.ops import OPS
+from lutra.ops.registry import Array
+from lutra.profile import input_pool
+from lutra.session import Session
+from lutra.train import collective
+from lutra.train.geometry import Geometry
+from lutra.train.layers import FrozenPQ, _PQLayer
+
+Against = Literal["best", "float32", "int8"]
+
+LOOKUP: Final = "lookup"
+#: Operator of the dense layers of each kind: convolution, linear.
+_DENSE: Final = {"float32": ("conv2d", "linear"), "int8": ("int8_conv2d", "int8_linear")}
+_ATTRIBUTE: Final = "_lutra_speed_gate"
+_WARMUP: Final = 3
+_ROUNDS: Final = 31
+_LEAST_ROUNDS: Final = 7
+_SECONDS: Final = 1.0  # per layer, once it has run _LEAST_ROUNDS
+_WEIGHT_MAX: Final = 127
+_ACT_BITS: Final = 7  # of the int8 layers; the time does not depend on it
+
+
+def time_graphs(graphs: Mapping[str, Graph], gate: SpeedGate) -> dict[str, float]:
+    """Median milliseconds of networks of one node, measured in turns on inputs that change.
+
+    Args:
+        graphs: The networks by name, all with the same input.
+        gate: Threads and instruction set.
+    """
+    sessions = {
+        name: Session(graph, threads=gate.threads, isa=gate.isa) for name, graph in graphs.items()
+    }
+    pool = input_pool(next(iter(graphs.values())), gate.batch)
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    begin = time.perf_counter()
+    for turn in range(_WARMUP + _ROUNDS):
+        for name, session in sessions.items():
+            profile = session.profile(pool[turn % len(pool)], runs=1, warmup=0)
+            if turn >= _WARMUP:
+                times[name].append(sum(step.milliseconds for step in profile.steps))
+        if turn >= _WARMUP + _LEAST_ROUNDS and time.perf_counter() - begin > _SECONDS:
+            break
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+#: Times networks by name, in milliseconds.
+Measure: TypeAlias = "Callable[[Mapping[str, Graph], SpeedGate], Mapping[str, float]]"
+
+
+@dataclass(frozen=True)
+class SpeedGate:
+    """When a lookup layer is fast enough to replace a dense one.
+
+    Args:
+        threads: of the sessions that are timed.
+        isa: their kernels; None takes LUTRA_ISA or the best that runs here.
+        batch: samples per run.
+        against: "float32", "int8", or "best": the fastest dense layer that this lutra has.
+        margin: how many times faster the lookups must be; 1 keeps them where they are faster at
+            all.
+        measure: what times the candidates; for tests.
+
+    Raises:
+        LutraError: a value is out of range.
+    """
+
+    threads: int = 1
+    isa: str | None = None
+    batch: int = 1
+    against: Against = "best"
+    margin: float = 1.0
+    measure: Measure = field(default=time_graphs, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, most in (("threads", MAX_THREADS), ("batch", 2**31 - 1)):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                raise LutraError(f"SpeedGate: {name}={value!r} is not an integer in 1..{most}")
+        if self.against not in get_args(Against):
+            raise LutraError(
+                f"SpeedGate: against={self.against!r} is not one of {list(get_args(Against))}"
+            )
+        number = isinstance(self.margin, int | float) and not isinstance(self.margin, bool)
+        if not number or not 0.0 < self.margin < math.inf:
+            raise LutraError(f"SpeedGate: margin={self.margin!r} is not a number above 0")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gate found out about one layer.
+
+    `milliseconds` has the medians of "lookup" and of every dense kind; `dense` is the kind that
+    the lookups were compared with. `input_shape` is what was timed, batch included.
+    """
+
+    input_shape: tuple[int, ...]
+    milliseconds: dict[str, float]
+    dense: str
+    lookup: bool
+    reason: str
+
+    @property
+    def lookup_ms(self) -> float:
+        return self.milliseconds[LOOKUP]
+
+    @property
+    def dense_ms(self) -> float:
+        return self.milliseconds[self.dense]
+
+    @property
+    def summary(self) -> str:
+        """The decision in a few words."""
+        ratio = f"{self.dense_ms / self.lookup_ms:.2f}x the speed of {self.dense}"
+        return f"lookup: {ratio}" if self.lookup else f"dense: {ratio}"
+
+
+def decide(gate: SpeedGate, name: str, layer: _PQLayer, input_shape: tuple[int, ...]) -> Decision:
+    """Times a layer against its dense forms.
+
+    Args:
+        gate: The rule.
+        name: Of the layer.
+        layer: Its lookup form; its codebooks need not be learned, and are lost.
+        input_shape: Of one sample, with the number of rows per sample (usually 1) in front.
+
+    Raises:
+        LutraError: int8 is asked for, which this lutra does not have.
+    """
+    shape = (input_shape[0] * gate.batch, *input_shape[1:])
+    graphs = candidates(name, layer, shape)
+    if gate.against != "best" and gate.against not in graphs:
+        raise LutraError(
+            f"SpeedGate: against={gate.against!r}, but this lutra has no {gate.against} layers; "
+            "compare with 'float32' or 'best'"
+        )
+    times = _agreed(gate, graphs)
+    dense: str = gate.against
+    if dense == "best":
+        dense = min((kind for kind in graphs if kind != LOOKUP), key=lambda kind: times[kind])
+    lookup = times[LOOKUP] * gate.margin < times[dense]
+    margin = "" if gate.margin == 1 else f" with a margin of {gate.margin:g}"
+    reason = (
+        f"speed gate: lookups take {times[LOOKUP]:.4f} ms, {dense} {times[dense]:.4f} ms{margin}"
+    )
+    return Decision(shape, times, dense, lookup, reason)
+
+
+@torch.no_grad()
+def candidates(name: str, layer: _PQLayer, shape: tuple[int, ...]) -> dict[str, Graph]:
+    """The forms of a layer, each as a graph of one node: "lookup", "float32" and maybe "int8".
+
+    Args:
+        name: Of the node.
+        layer: The lookup layer; gets random codebooks.
+        shape: Of the input, batch included.
+    """
+    generator = torch.Generator().manual_seed(0)
+    layer.set_activation_range(-1.0, 1.0)
+    layer.centroids.copy_(2.0 * torch.rand(layer.centroids.shape, generator=generator) - 1.0)
+    frozen = layer.freeze()
+    linear, geometry = frozen.linear, layer.geometry
+    graphs = {LOOKUP: _lookup_graph(name, frozen, shape)}
+    weight = layer.weight.detach().cpu().float().numpy()
+    bias = frozen.bias.cpu().numpy()
+    step = np.maximum(np.abs(weight).max(axis=tuple(range(1, weight.ndim))), 1e-30) / _WEIGHT_MAX
+    rounded = np.rint(weight / step.reshape(-1, *[1] * (weight.ndim - 1)))
+    arrays = {
+        "float32": {"weight": weight, "bias": bias},
+        "int8": {
+            "weight": rounded.clip(-_WEIGHT_MAX, _WEIGHT_MAX).astype(np.int8),
+            "scale": step.astype(np.float32),
+            "bias": bias,
+        },
+    }
+    zero = 1 << (_ACT_BITS - 1)
+    grid: dict[str, AttrValue] = {
+        "act_scale": 1.0 / zero, "act_zero": zero, "act_bits": _ACT_BITS
+    }  # fmt: skip
+    for kind, ops in _DENSE.items():
+        op = ops[linear]
+        if op in OPS:
+            attrs = {**({} if linear else _window(geometry)), **(grid if kind == "int8" else {})}
+            graphs[kind] = _graph(op, name, shape, attrs, arrays[kind])
+    return graphs
+
+
+def record(gate: SpeedGate, decisions: Mapping[str, Decision]) -> dict[str, Any]:
+    """What the gate did, as plain JSON values for the metadata of a file."""
+    return {
+        "machine": cpu_info()["model"],
+        "isa": choose_isa(gate.isa),
+        "threads": gate.threads,
+        "batch": gate.batch,
+        "against": gate.against,
+        "margin": gate.margin,
+        "layers": [
+            {
+                "name": name,
+                "input_shape": list(d.input_shape),
+                **{f"{kind}_ms": value for kind, value in d.milliseconds.items()},
+                "decision": LOOKUP if d.lookup else "dense",
+                "reason": d.reason,
+            }
+            for name, d in decisions.items()
+        ],
+    }
+
+
+def attach(model: nn.Module, entry: Mapping[str, Any]) -> None:
+    """Leaves the record at a model, so that its export finds it."""
+    setattr(model, _ATTRIBUTE, dict(entry))
+
+
+def attached(model: nn.Module) -> dict[str, Any] | None:
+    """The record that `convert` left at a model or a part of it."""
+    for module in model.modules():
+        entry: dict[str, Any] | None = module.__dict__.get(_ATTRIBUTE)
+        if entry is not None:
+            return entry
+    return None
+
+
+def _agreed(gate: SpeedGate, graphs: Mapping[str, Graph]) -> dict[str, float]:
+    """The times of process 0, so that all processes decide alike."""
+    times = torch.zeros(len(graphs), dtype=torch.float64)
+    if collective.rank() == 0:
+        measured = gate.measure(graphs, gate)
+        times = torch.tensor([measured[name] for name in graphs], dtype=torch.float64)
+    return dict(zip(graphs, collective.broadcast(times).tolist(), strict=True))
+
+
+def _lookup_graph(name: str, frozen: FrozenPQ, shape: tuple[int, ...]) -> Graph:
+    op, geometry, grid = "pq_linear" if frozen.linear else "pq_conv2d", frozen.geometry, frozen.grid
+    attrs: dict[str, AttrValue] = {
+        "act_scale": grid.scale,
+        "act_zero": grid.zero,
+        "act_bits": grid.bits,
+        "encoder": getattr(frozen, "encoder", "nearest"),
+    }
+    if frozen.linear:
+        attrs["in_features"] = geometry.channels
+    else:
+        attrs |= {"in_channels": geometry.channels, "kernel": geometry.kernel, **_window(geometry)}
+    buffers = {role: getattr(frozen, role, None) for role in OPS[op].tensors}
+    arrays = {role: t.cpu().numpy() for role, t in buffers.items() if isinstance(t, Tensor)}
+    return _graph(op, name, shape, attrs, arrays)
+
+
+def _window(geometry: Geometry) -> dict[str, AttrValue]:
+    return {
+        "stride": geometry.stride, "padding": geometry.padding, "dilation": geometry.dilation
+    }  # fmt: skip
+
+
+def _graph(
+    op: str,
+    name: str,
+    shape: tuple[int, ...],
+    attrs: Mapping[str, AttrValue],
+    arrays: Mapping[str, Array],
+) -> Graph:
+    node = make_node(op, name or "layer", ("x",), "y", attrs, {role: role for role in arrays})
+    return Graph((Value("x", "float32", shape),), ("y",), (node,), dict(arrays))
