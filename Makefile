@@ -65,10 +65,19 @@ sanitize: $(ENV)
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/kernels_test
 
-bench: $(ENV)
+$(VENV)/.bench: $(ENV)
+	@echo "== installing the runtimes to compare with"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev,bench]"
+	@touch $@
+
+bench: $(VENV)/.bench
 	mkdir -p benchmarks/results
 	$(BIN)/python -m benchmarks.train_step --json benchmarks/results/train_step.json
 	$(BIN)/python -m benchmarks.engine --json benchmarks/results/engine.json
+	$(BIN)/python -m benchmarks.layers --json benchmarks/results/layers.json
+	$(BIN)/python -m benchmarks.layers --isa avx2 --json benchmarks/results/layers_avx2.json
+	$(BIN)/python -m benchmarks.models --memory --json benchmarks/results/models.json
+	$(BIN)/python -m benchmarks.models --isa avx2 --json benchmarks/results/models_avx2.json
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache $(VENV)

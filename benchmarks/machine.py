@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
-from time import perf_counter
+from statistics import median, quantiles
+from time import perf_counter, process_time, sleep
 from typing import Any
 
 import lutra
@@ -16,8 +16,8 @@ import lutra
 
 def machine() -> dict[str, Any]:
     """CPU, cores and versions."""
-    versions = {}
-    for package in ("lutra", "numpy", "torch"):
+    versions: dict[str, str | None] = {}
+    for package in ("lutra", "numpy", "torch", "onnxruntime", "openvino", "onnx"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
@@ -34,12 +34,34 @@ def machine() -> dict[str, Any]:
 
 
 def interleaved(
-    cases: dict[str, Callable[[], object]], runs: int, warmup: int
+    cases: Mapping[str, Callable[[], object]],
+    runs: int,
+    warmup: int,
+    *,
+    lead_in: int = 0,
+    settle: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds of each case, measured in turn so that a drifting machine is fair to all."""
-    times: dict[str, list[float]] = {name: [] for name in cases}
+    """Seconds of each case, measured in turn so that a drifting machine is fair to all.
+
+    Who begins changes from round to round.
+
+    Args:
+        cases: What to run, by name.
+        runs: Rounds that count.
+        warmup: Rounds before them.
+        lead_in: Runs of a case in every turn that do not count, before the one that does.
+        settle: Whether a turn waits until the threads of the case before it have gone to sleep.
+    """
+    names = list(cases)
+    times: dict[str, list[float]] = {name: [] for name in names}
     for i in range(warmup + runs):
-        for name, run in cases.items():
+        for j in range(len(names)):
+            name = names[(i + j) % len(names)]
+            run = cases[name]
+            if settle:
+                wait_for_idle()
+            for _ in range(lead_in):
+                run()
             start = perf_counter()
             run()
             if i >= warmup:
@@ -47,12 +69,29 @@ def interleaved(
     return times
 
 
+def wait_for_idle(step: float = 0.002, most: float = 0.2) -> None:
+    """Sleeps until this process has stopped computing: idle threads of some runtimes spin a while.
+
+    Args:
+        step: Seconds between two looks.
+        most: Seconds after which it returns anyway.
+    """
+    end = perf_counter() + most
+    while perf_counter() < end:
+        before = process_time()
+        sleep(step)
+        if process_time() - before < step / 4:
+            return
+
+
 def spread(seconds: list[float]) -> dict[str, float]:
-    """Median, fastest and slowest, in milliseconds."""
+    """Median, fastest, slowest and interquartile range, in milliseconds."""
+    low, _, high = quantiles(seconds, n=4) if len(seconds) > 1 else (0.0, 0.0, 0.0)
     return {
         "median": 1e3 * median(seconds),
         "min": 1e3 * min(seconds),
         "max": 1e3 * max(seconds),
+        "iqr": 1e3 * (high - low),
     }
 
 

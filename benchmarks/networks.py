@@ -1,0 +1,199 @@
+"""The networks that are compared: one description, read by everybody.
+
+A network is a list of layers in the order in which they run. `benchmarks.lookups` makes a lutra
+graph of it, `benchmarks.dense` the ordinary PyTorch module that the other runtimes get. There are
+no batch norms: every runtime folds them into the convolution before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A square convolution; `lookup` is False where lutra keeps it dense too."""
+
+    name: str
+    x: str
+    inputs: int
+    outputs: int
+    kernel: int = 3
+    stride: int = 1
+    lookup: bool = True
+
+    @property
+    def padding(self) -> int:
+        return self.kernel // 2
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer; `lookup` is False where lutra keeps it dense too."""
+
+    name: str
+    x: str
+    inputs: int
+    outputs: int
+    lookup: bool = True
+
+
+@dataclass(frozen=True)
+class Relu:
+    name: str
+    x: str
+
+
+@dataclass(frozen=True)
+class Add:
+    """The sum of two values of one shape."""
+
+    name: str
+    x: str
+    other: str
+
+
+@dataclass(frozen=True)
+class MaxPool:
+    name: str
+    x: str
+    kernel: int
+    stride: int
+    padding: int = 0
+
+
+@dataclass(frozen=True)
+class GlobalAverage:
+    """The mean of every channel: (N, C, H, W) to (N, C)."""
+
+    name: str
+    x: str
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """Every second pixel of `size` x `size`, and `added` channels of zeros on both sides."""
+
+    name: str
+    x: str
+    size: int
+    added: int
+
+
+Layer: TypeAlias = Conv | Linear | Relu | Add | MaxPool | GlobalAverage | Shrink
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of one input "x" and one output, which the last layer makes.
+
+    Attributes:
+        name: What it is called in records.
+        shape: Shape of one input, without the batch.
+        layers: In the order in which they run.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layers: tuple[Layer, ...]
+
+
+@dataclass
+class _Writer:
+    """Appends layers; every method returns the name of what the layer makes."""
+
+    layers: list[Layer] = field(default_factory=list)
+
+    def add(self, layer: Layer) -> str:
+        self.layers.append(layer)
+        return layer.name
+
+    def relu(self, x: str) -> str:
+        return self.add(Relu(f"{x}.relu", x))
+
+    def block(self, name: str, x: str, inputs: int, outputs: int, size: int | None) -> str:
+        """Two 3x3 convolutions and a shortcut; where channels are added the image is halved.
+
+        Args:
+            name: Prefix of its layers.
+            x: What it reads.
+            inputs: Channels of x.
+            outputs: Channels that it makes.
+            size: Rows of x where the shortcut is padded (He et al. 2015, option A); None where it
+                is a 1x1 convolution.
+        """
+        stride = 1 if inputs == outputs else 2
+        y = self.relu(self.add(Conv(f"{name}.conv1", x, inputs, outputs, stride=stride)))
+        if stride > 1:
+            shortcut: Layer = Conv(f"{name}.shortcut", x, inputs, outputs, 1, stride)
+            if size is not None:
+                shortcut = Shrink(f"{name}.shortcut", x, size, (outputs - inputs) // 2)
+            x = self.add(shortcut)
+        y = self.add(Conv(f"{name}.conv2", y, outputs, outputs))
+        return self.relu(self.add(Add(f"{name}.add", y, x)))
+
+    def head(self, x: str, features: int, classes: int) -> None:
+        x = self.add(GlobalAverage("average", x))
+        self.add(Linear("classifier", x, features, classes, lookup=False))
+
+
+def convolutions(channels: int, size: int) -> Network:
+    """Three equal 3x3 convolutions with ReLU between."""
+    w = _Writer()
+    x = w.relu(w.add(Conv("conv1", "x", channels, channels)))
+    x = w.relu(w.add(Conv("conv2", x, channels, channels)))
+    w.add(Conv("conv3", x, channels, channels))
+    return Network(f"3 x conv 3x3 {channels}@{size}", (channels, size, size), tuple(w.layers))
+
+
+def linears(rows: int, inputs: int, outputs: int) -> Network:
+    """A linear layer, ReLU and the layer back; `rows` is the batch and stands in the name only."""
+    w = _Writer()
+    x = w.relu(w.add(Linear("linear1", "x", inputs, outputs)))
+    w.add(Linear("linear2", x, outputs, inputs))
+    return Network(f"2 x linear {rows}x{inputs}x{outputs}", (inputs,), tuple(w.layers))
+
+
+def resnet20() -> Network:
+    """ResNet-20 for CIFAR (He et al. 2015, 4.2), padded shortcuts, like the zoo's."""
+    w = _Writer()
+    x = w.relu(w.add(Conv("stem", "x", 3, 16, lookup=False)))
+    inputs, size = 16, 32
+    for stage, outputs in enumerate((16, 32, 64), start=1):
+        for i in range(3):
+            x = w.block(f"layer{stage}.{i}", x, inputs, outputs, size)
+            size = size * inputs // outputs
+            inputs = outputs
+    w.head(x, inputs, 10)
+    return Network("ResNet-20 32x32", (3, 32, 32), tuple(w.layers))
+
+
+def resnet18(size: int) -> Network:
+    """ResNet-18, 1x1 shortcuts; the stem is torchvision's from 64 pixels on, one 3x3 below."""
+    w = _Writer()
+    if size >= 64:
+        x = w.relu(w.add(Conv("stem", "x", 3, 64, 7, 2, lookup=False)))
+        x = w.add(MaxPool("stem.pool", x, 3, 2, 1))
+    else:
+        x = w.relu(w.add(Conv("stem", "x", 3, 64, lookup=False)))
+    inputs = 64
+    for stage, outputs in enumerate((64, 128, 256, 512), start=1):
+        for i in range(2):
+            x = w.block(f"layer{stage}.{i}", x, inputs, outputs, None)
+            inputs = outputs
+    w.head(x, inputs, 1000 if size >= 64 else 10)
+    return Network(f"ResNet-18 {size}x{size}", (3, size, size), tuple(w.layers))
+
+
+def vgg11() -> Network:
+    """VGG-11 for CIFAR: eight convolutions, four pools, global average."""
+    w, x, inputs = _Writer(), "x", 3
+    for i, outputs in enumerate((64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0), start=1):
+        if outputs:
+            x = w.relu(w.add(Conv(f"conv{i}", x, inputs, outputs, lookup=inputs > 3)))
+            inputs = outputs
+        else:
+            x = w.add(MaxPool(f"pool{i}", x, 2, 2))
+    w.head(x, inputs, 10)
+    return Network("VGG-11 32x32", (3, 32, 32), tuple(w.layers))
