@@ -58,8 +58,9 @@ def convert(
         progress: show a progress bar; None shows it on terminals only.
         speed_gate: replace a layer only where lookups are faster in the engine, on this machine, at
             the layer's input shape; `SpeedGate(...)` says with how many threads and against what.
-            The others stay dense. Times and decisions are in the report, and go into the metadata
-            of a file that is exported from the converted model.
+            The others stay dense, in float32 or int8, whichever is faster. Times and decisions are
+            in the report, and go into the metadata of a file that is exported from the converted
+            model.
 
     Returns:
         The converted copy, ready for fine-tuning, and a report with one entry per convolution and
@@ -110,12 +111,15 @@ def convert(
     replacements: dict[nn.Module, nn.Module] = {}
     with Progress("learning codebooks", len(layers), show) as bar:
         for i, (name, layer) in enumerate(layers.items()):
-            if name in decisions and not decisions[name].lookup:
-                del samples[name]
-                continue
+            method, decision = chosen[layer], decisions.get(name)
+            if decision is not None and not decision.lookup:
+                if decision.dense != "int8":
+                    del samples[name]
+                    continue
+                method = Int8()
             start = time.perf_counter()
             old = converted.get_submodule(name)
-            new = _from_float(old, name, chosen[layer])
+            new = _from_float(old, name, method)
             sample = samples.pop(name).rows.to(new.weight.device)
             _fit_grid(new, sample)
             if isinstance(new, Int8Layer):
