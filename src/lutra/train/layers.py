@@ -458,9 +458,10 @@ class FrozenPQ(nn.Module):
     ) -> None:
         super().__init__()
         self.geometry, self.grid, self.linear = geometry, grid, linear
-        for role in ("centroids", "splits", "thresholds"):
-            tensor = encoder.tensors.get(role)
-            self.register_buffer(role, None if tensor is None else tensor.clone())
+        self.centroids = self.splits = self.thresholds = None
+        for role, tensor in encoder.tensors.items():
+            delattr(self, role)
+            self.register_buffer(role, tensor.clone())  # splits are the layer's own
         self.encoder = "nearest" if isinstance(encoder, Nearest) else "tree"
         self.register_buffer("tables", tables)
         self.register_buffer("scale", scale)
