@@ -5,7 +5,8 @@
 
 DATA is the official cifar-10-python.tar.gz, or a folder with cifar10_*.npy.xz. The run can be
 stopped at any time: the same command goes on from the last checkpoint. Under `torchrun` it trains
-on several devices.
+on several devices. With `--encoder tree` codes come from decision trees, which is faster and less
+accurate.
 
 5,000 training images are held out for validation: every choice is made on them. (The public
 checkpoint was trained on all 50,000, so validation accuracy is optimistic.) The test images are

@@ -35,10 +35,12 @@ class Net(nn.Module):
         self.stem = nn.Conv2d(2, 8, 3, padding=1)
         self.conv = nn.Conv2d(8, 8, 3, padding=1)
         self.mixed = nn.Conv2d(8, 8, 3, padding=1)
+        self.tree = nn.Conv2d(8, 8, 3, padding=1)
         self.fc = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.mixed(F.relu(self.conv(F.relu(self.stem(x))))))
+        x = F.relu(self.tree(x))
         y: Tensor = self.fc(x.mean((2, 3)))
         return y
 
@@ -56,6 +58,7 @@ def main(folder: Path) -> None:
     recipe = {
         "conv": PQ(v=9, k=8),
         "mixed": PQ(v=3, k=8, centroids="average"),
+        "tree": PQ(v=9, k=8, encoder="tree"),
         "fc": PQ(v=4, k=8, gradient="soft"),
     }
     share = x[rank::processes]

@@ -50,6 +50,30 @@ def int8_tensors(rng: np.random.Generator, shape: tuple[int, ...]) -> dict[str, 
     }
 
 
+def tree_tensors(
+    rng: np.random.Generator,
+    length: int,
+    outputs: int,
+    *,
+    books: int = 3,
+    count: int = 16,
+    bits: int = 7,
+) -> dict[str, Array]:
+    """Random trees and tables for rows of ``length`` values.
+
+    Returns:
+        splits int32 (B, L), thresholds uint8 (B, K - 1), tables int8 (B, K, M), scale float32 (M,),
+        bias float32 (M,)
+    """
+    return {
+        "splits": rng.integers(0, length, (books, count.bit_length() - 1), dtype=np.int32),
+        "thresholds": rng.integers(0, 2**bits + 1, (books, count - 1), dtype=np.uint8),
+        "tables": rng.integers(-128, 128, (books, count, outputs)).astype(np.int8),
+        "scale": rng.uniform(0.001, 0.01, outputs).astype(np.float32),
+        "bias": rng.normal(size=outputs).astype(np.float32),
+    }
+
+
 class Builder:
     """Puts a graph together: each call of ``add`` appends a node and returns its output name."""
 

@@ -11,7 +11,7 @@ from graphs import pq_tensors
 
 from lutra import Graph, Node, Value, _engine
 from lutra.reference import run_node
-from lutra.reference.pq import encode, quantise
+from lutra.reference.pq import encode, encode_tree, quantise
 from lutra.reference.windows import patches, windows
 
 Array = np.ndarray[Any, Any]
@@ -45,7 +45,7 @@ class Layer:
             "act_scale": self.act_scale,
             "act_zero": self.act_zero,
             "act_bits": self.act_bits,
-            "encoder": "nearest",
+            "encoder": "tree" if "splits" in self.tensors else "nearest",
         }
         roles = {role: role for role in self.tensors}
         object.__setattr__(self, "node", Node("pq_conv2d", "layer", ("x",), "y", attrs, roles))
@@ -69,7 +69,11 @@ class Layer:
 
     def reference_codes(self) -> Array:
         """uint8 (B, N * Ho * Wo) from the reference executor."""
-        codes = encode(self.quantised_rows(), self.tensors["centroids"])
+        rows, tensors = self.quantised_rows(), self.tensors
+        if "splits" in tensors:
+            codes = encode_tree(rows, tensors["splits"], tensors["thresholds"])
+        else:
+            codes = encode(rows, tensors["centroids"])
         return np.ascontiguousarray(codes.T.astype(np.uint8))
 
     def native(self, isa: str) -> _engine.PqLayer:
@@ -135,7 +139,7 @@ def run_native(
     step = 2 if order.endswith("*") else 1
     flat, memory = guarded((*(shape[axis] for axis in axes), step), np.float32, CANARY)
     out = memory[..., 0].transpose(np.argsort(axes))
-    books = layer.tensors["centroids"].shape[0]
+    books = layer.tensors["tables"].shape[0]
     rows = shape[0] * shape[2] * shape[3]
     flat_codes, codes = guarded((books, rows), np.uint8, 0xEE)
     layer.native(isa).run(_engine.ThreadPool(threads), layer.x, out, codes)

@@ -93,12 +93,10 @@ def images(case: Case, batch: int = 3, seed: int = 3) -> Tensor:
 def reference(layer: Any, x: Tensor) -> np.ndarray[Any, Any]:
     """What the executable specification makes of the layer's integer tensors."""
     frozen, geometry, grid = layer.freeze(), layer.geometry, layer.grid()
-    tensors = {
-        role: getattr(frozen, role).numpy() for role in ("centroids", "tables", "scale", "bias")
-    }
+    tensors = {role: tensor.numpy() for role, tensor in frozen.named_buffers()}
     quantiser = {"act_scale": grid.scale, "act_zero": grid.zero, "act_bits": grid.bits}
     if isinstance(layer, PQLinear):
-        attrs = {"in_features": geometry.channels, "encoder": "nearest", **quantiser}
+        attrs = {"in_features": geometry.channels, "encoder": frozen.encoder, **quantiser}
         node = Node("pq_linear", "layer", ("x",), "y", attrs, {role: role for role in tensors})
         return run_node(node, [x.numpy()], tensors)
     return Layer(

@@ -17,6 +17,7 @@ from pq_cases import (
 from torch import Tensor
 
 from lutra.train import native, ops, portable
+from lutra.train.encoder import Nearest
 from lutra.train.layers import quantize_tables
 
 # Gradients
@@ -40,7 +41,7 @@ def slow_tables(layer: Any, centroids: Tensor, weight: Tensor) -> Tensor:
         on_grid[-1, :, layer.dim - tail :] = 0
     blocks = F.pad(weight.flatten(1), (0, tail)).view(len(weight), layer.books, layer.dim)
     exact = torch.einsum("bkv,mbv->bkm", on_grid + centroids - centroids.detach(), blocks)
-    int8, scale = quantize_tables(layer.tables(layer.grid_centroids()).detach())
+    int8, scale = quantize_tables(layer.tables(layer.encoder()).detach())
     return exact + (int8 * scale - exact).detach()
 
 
@@ -74,7 +75,7 @@ def test_straight_through_gradients(case: Case) -> None:
     torch.testing.assert_close(x.grad, dense_x.grad * inside)
 
     # Those of weights and centroids are exact with the codes held fixed.
-    codes = portable.encode(x.detach(), g, grid, layer.grid_centroids())
+    codes = portable.encode(x.detach(), g, grid, layer.encoder())
     one_hot = F.one_hot(codes.long(), case.k).float()  # (B, rows, K)
     centroids = layer.centroids.detach().clone().requires_grad_()
     weight.grad = None
@@ -191,7 +192,7 @@ def test_centroids_move_to_the_means_of_their_clusters() -> None:
     assert not layer.centroids.requires_grad
     x = images(case)
     grid, before = layer.grid(), layer.centroids.clone()
-    codes = portable.encode(x, layer.geometry, grid, layer.grid_centroids()).long()
+    codes = portable.encode(x, layer.geometry, grid, layer.encoder()).long()
     layer(x)
     sub = unfold((portable.quantize(x, grid) - grid.zero) * grid.scale, layer)
     tail = layer.books * layer.dim - layer.geometry.depth
@@ -244,13 +245,13 @@ def test_native_equals_portable(
         monkeypatch.setattr(portable, "BLOCK", block)
     layer, x = make_conv(case), images(case)
     geometry, grid, frozen = layer.geometry, layer.grid(), layer.freeze()
-    tensors = (frozen.centroids, frozen.tables, frozen.scale)
+    tensors = (Nearest(frozen.centroids), frozen.tables, frozen.scale)
     y, codes = ops.forward(x, geometry, grid, *tensors)
     zeros = torch.zeros(case.outputs)
     with torch.autocast("cpu", torch.bfloat16):  # must not make the search inexact
         slow, slow_codes = portable.forward(x, geometry, grid, *tensors, zeros)
     assert torch.equal(codes, slow_codes)
-    assert torch.equal(codes, portable.encode(x, geometry, grid, frozen.centroids))
+    assert torch.equal(codes, portable.encode(x, geometry, grid, tensors[0]))
     assert torch.equal(y, slow)
     for got, want in zip(
         native.cluster_sums(geometry, grid, x, codes, case.k, layer.dim),

@@ -140,7 +140,7 @@ def test_printing():
         ({"act_scale": float("nan")}, "finite"),
         ({"act_scale": float("inf")}, "finite"),
         ({"act_scale": 1}, "type float"),
-        ({"encoder": "tree"}, "one of nearest"),
+        ({"encoder": "forest"}, "one of nearest, tree"),
         ({"encoder": 3}, "type str"),
         ({"kernel": (2, 0)}, "at least 1"),
         ({"kernel": (2, 4097)}, "at most 4096"),

@@ -88,7 +88,7 @@ def test_tables_are_symmetric_int8_with_a_scale_per_output() -> None:
     with torch.no_grad():
         layer.weight[2] *= 100.0
         layer.weight[3] = 0.0
-        exact = layer.tables(layer.grid_centroids())
+        exact = layer.tables(layer.encoder())
     frozen = layer.freeze()
     assert frozen.tables.dtype == torch.int8
     assert frozen.tables.min() >= -127
@@ -379,5 +379,5 @@ def test_unknown_encoders_are_refused() -> None:
     frozen = make_linear(10, 3, v=4, k=8).freeze()
     assert isinstance(frozen, FrozenPQ)
     tensors = (frozen.centroids, frozen.tables, frozen.scale, frozen.bias)
-    with pytest.raises(LutraError, match="encoder 'tree' is unknown"):
-        ops.pq_linear(torch.rand(2, 10), *tensors, 0.1, 0, 7, "tree")
+    with pytest.raises(LutraError, match="encoder 'forest' is unknown"):
+        ops.pq_linear(torch.rand(2, 10), *tensors, 0.1, 0, 7, "forest")

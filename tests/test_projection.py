@@ -66,7 +66,7 @@ def test_projection_is_the_regression_of_the_codes() -> None:
     layer, x = converted(9)
     layer(x)
     grid = layer.grid()
-    codes = portable.encode(x, layer.geometry, grid, layer.grid_centroids())
+    codes = portable.encode(x, layer.geometry, grid, layer.encoder())
     centroids = (layer.grid_centroids().float() - grid.zero) * grid.scale
     index = codes.long()[:, :, None].expand(-1, -1, layer.dim)
     quantized = torch.gather(centroids, 1, index).transpose(1, 2)

@@ -40,8 +40,11 @@ def test_verify(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     not (DATA / "cifar10_test.npy.xz").exists(),
     reason="needs the CIFAR-10 test images: set LUTRA_TEST_DATA to the folder that holds image/",
 )
+@pytest.mark.parametrize(
+    "file", [file for file in FILES if "cifar10" in file.name], ids=lambda p: p.stem
+)
 def test_cifar10_accuracy_is_as_stated(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torch", reason="the example's image reader needs PyTorch")
     monkeypatch.syspath_prepend(ROOT / "examples")
@@ -51,7 +54,6 @@ def test_cifar10_accuracy_is_as_stated(
     images, labels = load_test_images(DATA)
     np.save(tmp_path / "x.npy", images)
     np.save(tmp_path / "y.npy", labels)
-    file = ROOT / "zoo" / "resnet20_cifar10.lutra"
     arguments = ["--images", str(tmp_path / "x.npy"), "--labels", str(tmp_path / "y.npy")]
     assert main(["eval", str(file), *arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

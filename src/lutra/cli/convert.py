@@ -24,7 +24,7 @@ from lutra.cli.common import (
     read_archive,
 )
 from lutra.errors import InputError, LutraError
-from lutra.ops.pq import CENTROID_COUNTS
+from lutra.ops.pq import CENTROID_COUNTS, ENCODERS
 from lutra.ops.registry import Array
 
 _BATCH: Final = 64
@@ -46,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--k", type=int, choices=CENTROID_COUNTS, default=16, help="centroids (default: 16)"
+    )
+    parser.add_argument(
+        "--encoder",
+        choices=ENCODERS,
+        default="nearest",
+        help="what makes codes; tree: faster, less accurate (default: nearest)",
     )
     parser.add_argument(
         "--keep", action="append", default=[], metavar="GLOB", help="layers to leave as they are"
@@ -72,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = {glob: train.Keep() for glob in args.keep}
     if "*" in recipe:
         raise UserError("--keep '*' leaves no layer to convert; name the layers to leave")
-    recipe["*"] = train.PQ(v=args.v, k=args.k)
+    recipe["*"] = train.PQ(v=args.v, k=args.k, encoder=args.encoder)
     torch.manual_seed(args.seed)
     model = _build(args.model)
     if not isinstance(model, torch.nn.Module):
@@ -91,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
                 "method": args.method,
                 "v": args.v,
                 "k": args.k,
+                "encoder": args.encoder,
                 "keep": list(args.keep),
             },
             "seed": args.seed,

@@ -15,7 +15,7 @@ from lutra.cli.common import new_session, pairs, print_json
 from lutra.cpu import cpu_info
 from lutra.errors import LutraError
 from lutra.graph import Graph, Node, Value, make_node
-from lutra.ops.registry import Array
+from lutra.ops.registry import Array, AttrValue
 from lutra.reference import run_reference
 
 _PACKAGES: Final = ("lutra", "numpy", "safetensors", "torch")
@@ -95,23 +95,34 @@ def _chosen(asked: str) -> tuple[str | None, int | None, str]:
 
 
 def _small_graph() -> Graph:
-    """Lookup layers of odd sizes, (N, 5, 9, 9) to (N, 11): every loop has a remainder."""
+    """Lookup layers of odd sizes, (N, 5, 9, 9) to (N, 7): every loop has a remainder."""
     rng = np.random.default_rng(0)
     nodes: list[Node] = []
     tensors: dict[str, Array] = {}
     for op, name, length, outputs, width in (
         ("pq_conv2d", "conv", 45, 19, 9),
         ("pq_linear", "fc", 475, 11, 4),
+        ("pq_linear", "tree", 11, 7, 2),
     ):
         books = -(-length // width)
-        centroids = rng.integers(0, 128, (books, 16, width), dtype=np.uint8)
-        centroids[-1, :, length - (books - 1) * width :] = 0
-        tensors[f"{name}.centroids"] = centroids
+        codebooks: dict[str, Array]
+        if name == "tree":
+            codebooks = {
+                "splits": rng.integers(0, length, (books, 4), dtype=np.int32),
+                "thresholds": rng.integers(0, 129, (books, 15), dtype=np.uint8),
+            }
+        else:
+            centroids = rng.integers(0, 128, (books, 16, width), dtype=np.uint8)
+            centroids[-1, :, length - (books - 1) * width :] = 0
+            codebooks = {"centroids": centroids}
+        tensors |= {f"{name}.{role}": array for role, array in codebooks.items()}
         tensors[f"{name}.tables"] = rng.integers(-128, 128, (books, 16, outputs)).astype(np.int8)
         tensors[f"{name}.scale"] = rng.uniform(0.001, 0.01, outputs).astype(np.float32)
         tensors[f"{name}.bias"] = rng.standard_normal(outputs, np.float32)
-        roles = {r: f"{name}.{r}" for r in ("centroids", "tables", "scale", "bias")}
-        attrs = {"act_scale": 0.05, "act_zero": 64, "act_bits": 7}
+        roles = {r: f"{name}.{r}" for r in (*codebooks, "tables", "scale", "bias")}
+        encoder = "tree" if name == "tree" else "nearest"
+        attrs: dict[str, AttrValue] = {"act_scale": 0.05, "act_zero": 64, "act_bits": 7}
+        attrs["encoder"] = encoder
         if op == "pq_conv2d":
             window = {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1)}
             nodes.append(
@@ -120,7 +131,10 @@ def _small_graph() -> Graph:
             nodes.append(make_node("relu", "relu", ["a"], "b"))
             nodes.append(make_node("flatten", "flatten", ["b"], "c", {"start_axis": 1}))
         else:
-            nodes.append(make_node(op, name, ["c"], "y", {**attrs, "in_features": 475}, roles))
+            ends = ("d", "y") if name == "tree" else ("c", "d")
+            nodes.append(
+                make_node(op, name, ends[:1], ends[1], {**attrs, "in_features": length}, roles)
+            )
     return Graph((Value("x", "float32", (None, 5, 9, 9)),), ("y",), tuple(nodes), tensors)
 
 

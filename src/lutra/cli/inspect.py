@@ -147,7 +147,10 @@ def _layers(report: dict[str, Any]) -> str:
     rows: list[tuple[str, ...]] = [names]
     for layer in report["layers"]:
         shape = shape_text(tuple(layer["output_shape"]))
-        books = tuple("-" if layer[key] is None else str(layer[key]) for key in ("v", "k"))
+        books = [layer["v"], layer["k"]]
+        if layer["encoder"] == "tree":
+            books[0] = "tree"  # has no sub-vectors
+        books = ["-" if entry is None else str(entry) for entry in books]
         counts = (layer[k] for k in ("bytes", "lookups", "encode_ops", "multiplications"))
         cells = (f"{count:,}" if count else "-" for count in counts)
         form = layer["tables"] or "-"

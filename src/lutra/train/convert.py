@@ -250,12 +250,17 @@ def _gated(entry: LayerReport, decision: Decision) -> LayerReport:
     return replace(entry, reason=decision.reason, gate=decision)
 
 
+def _codes(layer: _PQLayer, rows: Tensor) -> Tensor:
+    """Codes (B, n) of samples (n, D)."""
+    one = Geometry(rows.shape[1])
+    return portable.encode(rows[:, :, None, None], one, layer.grid(), layer.encoder())
+
+
 def _output_error(layer: _PQLayer, rows: Tensor) -> tuple[float, Tensor]:
     """Relative squared error of the output, and codes (B, n), with the grid and the int8 tables
     that the engine will have."""
-    encoder = layer.encoder()
-    codes = portable.encode(rows[:, :, None, None], Geometry(rows.shape[1]), layer.grid(), encoder)
-    tables, scale = quantize_tables(layer.tables(encoder))
+    codes = _codes(layer, rows)
+    tables, scale = quantize_tables(layer.tables(layer.encoder()))
     got = portable.lookup(codes, tables).float() * scale
     want = rows @ layer.weight.float().reshape(layer.outputs, -1).t()
     variance = want.var(correction=0).clamp_min(1e-12)
@@ -263,26 +268,25 @@ def _output_error(layer: _PQLayer, rows: Tensor) -> tuple[float, Tensor]:
 
 
 def _grow(layer: _PQLayer, rows: Tensor, sub: Tensor) -> None:
-    """Grows the trees and makes their tables.
+    """Sets trees, centroids and what the tables have beyond them.
 
     Args:
         rows: samples (n, D). sub: their clipped sub-vectors (B, n, V).
     """
-    grid, k = layer.grid(), layer.method.k
-    bins = grid.qmax + 1
-    q = portable.quantize(sub, grid).long().transpose(1, 2).contiguous()
-    short = layer.books * layer.dim - layer.geometry.depth
-    if short:
-        q[-1, layer.dim - short :] = 0  # constant, so that no level looks there
-    z = torch.bmm(sub, trees.output_metric(layer.weight_blocks().float()))
-    taps, thresholds = trees.grow(q, z, trees.levels_of(k), bins)
-    taps, thresholds = trees.refine(q, z, taps, thresholds, bins)
-    books = torch.arange(layer.books, device=q.device)[:, None]
-    codes = trees.descend(q[books, taps], thresholds)
-    layer.centroids.copy_(trees.leaf_means(sub, codes, k)[0])
-    layer.splits.copy_(books * layer.dim + taps)
+    grid, device = layer.grid(), rows.device
+    entries = torch.arange(layer.books * layer.dim, device=device).view(layer.books, layer.dim)
+    samples = trees.Samples(
+        values=sub,
+        grid=portable.quantize(sub, grid).long().transpose(1, 2).contiguous(),
+        metric=trees.output_metric(layer.weight_blocks().float()),
+        allowed=entries < layer.geometry.depth,
+        bins=grid.qmax + 1,
+    )
+    taps, thresholds, centroids = trees.fit(samples, layer.method.k)
+    layer.centroids.copy_(centroids)
+    layer.splits.copy_(entries.gather(1, taps))
     layer.thresholds.copy_(thresholds)
-    tables = layer.tables(layer.encoder())
+    codes, tables = _codes(layer, rows), layer.tables(layer.encoder())
     want = rows @ layer.weight.float().reshape(layer.outputs, -1).t()
     layer.table_residual.copy_(trees.fit_tables(codes, tables, want) - tables)
 
@@ -291,6 +295,7 @@ def _describe(entry: LayerReport, layer: _PQLayer, error: float, used: float) ->
     return replace(
         entry,
         replaced=True,
+        encoder=layer.method.encoder,
         v=layer.dim,
         k=layer.method.k,
         books=layer.books,

@@ -1,8 +1,8 @@
 """Product-quantised layers as ordinary modules: `PQConv2d` and `PQLinear`.
 
-The forward pass is hard from the first step: it quantises the input to the activation grid, takes
-the nearest centroid of every sub-vector and adds up int8 tables, exactly as the engine does. Only
-the gradients are approximations; `PQ.gradient` chooses which.
+The forward pass is hard from the first step: it quantises the input to the activation grid, finds
+the code of every sub-vector and adds up int8 tables, exactly as the engine does. Only the gradients
+are approximations; `PQ.gradient` chooses which.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ class _PQLayer(QuantizedLayer):
     State: `weight` and `bias` of the dense layer; `centroids` (B, K, V) in real units;
     `act_scale`, the step of the activation grid; `inverse_temperature_logit` (soft gradient only);
     `cluster_counts` (moving average only); `projection` (B, V, V) and `projection_age` (projected
-    gradient only). All of it is in `state_dict`.
+    gradient only). With encoder="tree" also `splits` (B, L) int32, `thresholds` (B, K - 1), moving
+    averages on the activation grid, `tree_age`, and `table_residual` (B, K, M), what tables have
+    beyond centroids times weights; `projection` is then (B, K, V). All of it is in `state_dict`.
     """
 
     method: PQ
@@ -386,9 +388,10 @@ class FrozenPQ(nn.Module):
     ) -> None:
         super().__init__()
         self.geometry, self.grid, self.linear = geometry, grid, linear
-        for role in ("centroids", "splits", "thresholds"):
-            tensor = encoder.tensors.get(role)
-            self.register_buffer(role, None if tensor is None else tensor.clone())
+        self.centroids = self.splits = self.thresholds = None
+        for role, tensor in encoder.tensors.items():
+            delattr(self, role)
+            self.register_buffer(role, tensor.clone())  # splits are the layer's own
         self.encoder = "nearest" if isinstance(encoder, Nearest) else "tree"
         self.register_buffer("tables", tables)
         self.register_buffer("scale", scale)

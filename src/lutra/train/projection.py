@@ -22,16 +22,17 @@ _RIDGE = 1e-3  # relative to the mean variance of a codebook's entries
 
 
 def regression(x: Tensor, quantized: Tensor) -> Tensor:
-    """Least-squares maps A (B, V, V) with quantized ~ A x + constant, for each codebook.
+    """Least-squares maps A (B, W, V) with quantized ~ A x + constant, for each codebook.
 
     With torch.distributed the samples of all processes count.
 
     Args:
-        x: sub-vectors (B, V, rows). quantized: their centroids (B, V, rows).
+        x: sub-vectors (B, V, rows). quantized: what they become (B, W, rows): centroids (W = V), or
+            codes as 0 and 1 (W = K).
     """
     both = torch.cat([x, quantized], 1)
     sums = both.sum(2)
-    products = torch.bmm(both, x.transpose(1, 2))  # (B, 2V, V)
+    products = torch.bmm(both, x.transpose(1, 2))  # (B, V + W, V)
     rows = torch.tensor(float(x.shape[2]), device=x.device)
     for statistic in (sums, products, rows):
         collective.all_reduce(statistic)

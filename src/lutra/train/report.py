@@ -24,6 +24,7 @@ class LayerReport:
     kind: str
     replaced: bool
     reason: str
+    encoder: str | None = None
     v: int | None = None
     k: int | None = None
     books: int | None = None
@@ -80,9 +81,10 @@ class ConversionReport:
                      f"{layer.error:.5f}", "")
                 )  # fmt: skip
                 continue
+            method = "pq" if layer.encoder == "nearest" else f"pq, {layer.encoder}"
             ratio = f"{layer.lookups_per_row}/{layer.multiplies_per_row}"
             rows.append(
-                (layer.name, layer.kind, "pq", f"{layer.v}", f"{layer.k}", f"{layer.table_bytes}",
+                (layer.name, layer.kind, method, f"{layer.v}", f"{layer.k}", f"{layer.table_bytes}",
                  f"{layer.weight_bytes}", ratio, f"{layer.error:.3f}", f"{layer.used:.0%}")
             )  # fmt: skip
         if self.speed_gate is not None:

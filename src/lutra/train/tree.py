@@ -9,12 +9,16 @@ integers: histograms over the grid give the error of every threshold of every no
 * `grow` picks taps and thresholds level by level, for all codebooks together;
 * `refine` walks over the finished levels again (tree alternating optimisation, Carreira-Perpinan
   and Tavallali 2018): a node sends a sample to the side whose leaf, found by the levels below as
-  they are, is nearer, as well as one threshold can. The error never grows.
+  they are, is nearer, as well as one threshold can;
+* `refit` is the same step with the taps fixed: in training, thresholds follow the centroids.
 
-The same step with the taps fixed, `refit`, lets thresholds follow the centroids in training.
+Tables of trees are not only products of centroids and weights: `fit_tables` makes those of all
+codebooks together, as MADDNESS does, because sub-vectors of one row depend on each other.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +28,12 @@ from lutra.train import collective
 
 REFIT = 16  # training steps from one renewal of the thresholds to the next
 REFIT_RATE = 0.1  # how far they then move
-REFINE_ROUNDS = 2  # times that `refine` renews every level
+_ROUNDS = 2  # times that `refine` renews every level
 _LEAST = 16  # samples that a node must have seen to be moved
 _RIDGE = 1e-6  # relative to the largest variance of an output metric
 _TABLE_RIDGE = 0.1  # relative to the mean number of samples of a table row
 _TABLE_ROWS = 2048  # that are solved for together
+_GROUP_VALUES = 4096  # codebooks * max(K, V) that are grown together; bounds the memory
 
 
 def levels_of(k: int) -> int:
@@ -120,22 +125,72 @@ def _best_thresholds(gain: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     return middle, best
 
 
-def grow(q: Tensor, z: Tensor, levels: int, bins: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Samples:
+    """Sub-vectors of B codebooks from which trees are made.
+
+    Args:
+        values: (B, n, V).
+        grid: int64 (B, V, n), the same on the grid of the activations.
+        metric: (B, V, V), see `output_metric`.
+        allowed: bool (B, V), the entries that a level may look at.
+        bins: values of the grid.
+    """
+
+    values: Tensor
+    grid: Tensor
+    metric: Tensor
+    allowed: Tensor
+    bins: int
+
+
+def fit(samples: Samples, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Trees of K leaves, and the mean of each leaf.
+
+    Returns:
+        taps int64 (B, L) in 0..V-1, thresholds int64 (B, K - 1), centroids (B, K, V).
+    """
+    found = []
+    size = max(1, _GROUP_VALUES // max(k, samples.values.shape[2]))
+    for first in range(0, samples.values.shape[0], size):
+        books = slice(first, first + size)
+        part = Samples(
+            samples.values[books],
+            samples.grid[books],
+            samples.metric[books],
+            samples.allowed[books],
+            samples.bins,
+        )
+        z = torch.bmm(part.values, part.metric)
+        taps, thresholds = refine(part, z, *grow(part, z, levels_of(k)))
+        codes = descend(_at(part.grid, taps), thresholds)
+        found.append((taps, thresholds, leaf_means(part.values, codes, k)[0]))
+    taps, thresholds, centroids = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return taps, thresholds, centroids
+
+
+def _at(q: Tensor, taps: Tensor) -> Tensor:
+    """The entries (B, L, n) of q (B, V, n) at taps (B, L)."""
+    return q[torch.arange(q.shape[0], device=q.device)[:, None], taps]
+
+
+def grow(samples: Samples, z: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """Trees chosen level by level: the tap and the thresholds that leave the least variance.
 
     Args:
-        q: int64 (B, V, n), sub-vectors on the grid 0..bins-1; a tap that must not be used is
-            constant.
+        samples: What the trees look at.
         z: (B, n, W), what is to be told apart.
         levels: L.
-        bins: values of the grid.
 
     Returns:
         taps int64 (B, L) in 0..V-1 and thresholds int64 (B, 2**L - 1) in heap order.
     """
+    q, bins = samples.grid, samples.bins
     books, dim, n = q.shape
     device = q.device
-    z = z - z.mean(1, keepdim=True)  # keeps sums small; variances do not depend on it
+    # Variances do not depend on the mean, and small sums round less.
+    everything = torch.zeros((books, n), dtype=torch.int64, device=device)
+    z = z - leaf_means(z, everything, 1)[0]
     node = torch.zeros((books, n), dtype=torch.int64, device=device)
     rows = torch.arange(books, device=device)
     taps, thresholds = [], []
@@ -150,7 +205,7 @@ def grow(q: Tensor, z: Tensor, levels: int, bins: int) -> tuple[Tensor, Tensor]:
             gain = _variance_gain(sums, counts.to(z.dtype))
             found[tap], best = _best_thresholds(gain, counts)
             gains[tap] = best.sum(1)
-        pick = gains.argmax(0)
+        pick = gains.masked_fill(~samples.allowed.t(), -torch.inf).argmax(0)
         chosen = found[pick, rows]
         taps.append(pick)
         thresholds.append(chosen)
@@ -246,25 +301,24 @@ def refit(taps: Tensor, thresholds: Tensor, distances: Tensor, bins: int) -> Ten
     return thresholds
 
 
-def refine(
-    q: Tensor, z: Tensor, taps: Tensor, thresholds: Tensor, bins: int
-) -> tuple[Tensor, Tensor]:
+def refine(samples: Samples, z: Tensor, taps: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
     """Better trees than the greedy ones: taps and thresholds by `refit`'s rule, and new means.
 
     Args:
-        q: int64 (B, V, n). z: (B, n, W). taps: (B, L). thresholds: (B, K - 1).
-        bins: values of the grid.
+        samples: What the trees look at.
+        z: (B, n, W). taps: (B, L). thresholds: (B, K - 1).
 
     Returns:
         taps (B, L) and thresholds (B, K - 1).
     """
+    q, bins = samples.grid, samples.bins
     books, dim, _ = q.shape
     levels = taps.shape[1]
     taps, thresholds = taps.clone(), thresholds.clone()
     rows = torch.arange(books, device=q.device)
-    for _ in range(REFINE_ROUNDS):
+    for _ in range(_ROUNDS):
         for level in reversed(range(levels)):
-            seen = q[rows[:, None], taps]
+            seen = _at(q, taps)
             means, _ = leaf_means(z, descend(seen, thresholds), 1 << levels)
             distances = squared_distances(z, means)
             first, count = (1 << level) - 1, 1 << level
@@ -275,7 +329,7 @@ def refine(
                 gain, counts = _threshold_gain(nodes, cost, q[:, tap], count, bins)
                 found[tap], best = _best_thresholds(gain, counts)
                 totals[tap] = best.sum(1)
-            pick = totals.argmax(0)
+            pick = totals.masked_fill(~samples.allowed.t(), -torch.inf).argmax(0)
             old, _ = _threshold_gain(nodes, cost, seen[:, level], count, bins)
             kept = thresholds[:, first : first + count]
             better = totals[pick, rows] > old.gather(2, kept[:, :, None]).sum((1, 2))
