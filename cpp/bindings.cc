@@ -7,6 +7,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <bit>
 #include <optional>
 #include <utility>
 
@@ -150,6 +151,18 @@ void run_layer(const PqLayer& layer, ThreadPool& pool, const Images& x, const Ou
 
 using FloatArray = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 
+// Integer arithmetic, because compilers may turn that into vector code.
+bool all_finite(const FloatArray& a) {
+  const float* const data = a.data();
+  const size_t n = a.size();
+  uint32_t bad = 0;
+  for (size_t i = 0; i < n; ++i) {
+    constexpr uint32_t kExponent = 0x7f800000;
+    bad |= (std::bit_cast<uint32_t>(data[i]) & kExponent) == kExponent ? 1u : 0u;
+  }
+  return bad == 0;
+}
+
 void shapes_of(const std::vector<FloatArray>& inputs, Shapes& shapes,
                std::vector<const float*>& data) {
   for (const auto& a : inputs) {
@@ -232,6 +245,8 @@ NB_MODULE(_engine, m) {
   };
   m.def("compiled_isas", [names] { return names(compiled_kernels()); });
   m.def("runnable_isas", [names] { return names(runnable_kernels()); });
+
+  m.def("all_finite", &all_finite, "x"_a);
 
   nb::class_<ThreadPool>(m, "ThreadPool")
       .def(nb::init<int>(), "threads"_a)

@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 
+from lutra import _engine
 from lutra.cpu import choose_isa, choose_threads
 from lutra.errors import EngineError, InputError
 from lutra.format import load_graph
@@ -283,9 +284,10 @@ class Session:
             _check_input(value, array, batch)
             if value.shape[0] is None:
                 batch = array.shape[0]
-            if self._check_finite:
-                _check_content(value.name, array)
-            arrays.append(np.require(array, requirements=("C", "A")))
+            plain = np.require(array, requirements=("C", "A"))
+            if self._check_finite and not _engine.all_finite(plain):
+                raise _not_finite(value.name, array)
+            arrays.append(plain)
         return arrays
 
 
@@ -323,15 +325,13 @@ def _check_input(value: Value, array: object, batch: int | None) -> None:
         )
 
 
-def _check_content(name: str, array: Array) -> None:
-    """Raises InputError if there are NaN or infinite values."""
-    finite = np.isfinite(array)
-    if not finite.all():
-        bad = array.size - int(np.count_nonzero(finite))
-        raise InputError(
-            f"Session.run: input {name!r} holds {bad} values of {array.size} that are NaN or "
-            "infinite; correct them, or allow them with Session(..., check_finite=False)"
-        )
+def _not_finite(name: str, array: Array) -> InputError:
+    """The error for an input with NaN or infinite values."""
+    bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+    return InputError(
+        f"Session.run: input {name!r} holds {bad} values of {array.size} that are NaN or "
+        "infinite; correct them, or allow them with Session(..., check_finite=False)"
+    )
 
 
 def _shape_text(shape: Shape) -> str:
