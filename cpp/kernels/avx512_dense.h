@@ -35,14 +35,14 @@ size_t gather8_bytes(int32_t depth) { return static_cast<size_t>(ceil_div(depth,
 void gather8(int32_t depth, int32_t taps, const Patch& p, uint8_t* gathered) {
   Rows rows;
   find_rows(p, rows);
+  ByteRows bytes;
+  find_byte_rows(p, bytes);
   QuadFinder finder(p, depth, taps, 4, 4, 63 - rows.reach);
-  for (int32_t d = 0; d < depth; d += 4) {
+  for (int32_t d = 0; d < depth; d += 4, gathered += rows.blocks * 64) {
     const uint8_t* planes;
     const Quad* quad;
     finder.next(d / 4, planes, quad);
-    for (int32_t i = 0; i < rows.blocks; ++i, gathered += 64) {
-      _mm512_storeu_si512(gathered, gather_quad(planes, *quad, rows.block[i]));
-    }
+    gather_quads(planes, quad, 1, rows, bytes, gathered);
   }
 }
 

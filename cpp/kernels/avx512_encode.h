@@ -169,13 +169,6 @@ void store_codes(const __m512i* key, int32_t centroids, int32_t book, uint8_t* t
   }
 }
 
-void gather_quads(const uint8_t* planes, const Quad* quads, int32_t groups, const Rows& rows,
-                  __m512i* x) {
-  for (int32_t g = 0; g < groups; ++g) {
-    for (int32_t i = 0; i < rows.blocks; ++i) *x++ = gather_quad(planes, quads[g], rows.block[i]);
-  }
-}
-
 bool all_single(const Quad* quads, int32_t groups) {
   int32_t sources = 0;
   for (int32_t g = 0; g < groups; ++g) sources += quads[g].sources;
@@ -189,6 +182,8 @@ void nearest_books(const PqShape& s, const uint8_t* packed, const Patch& p, int3
   const Cut cut = cut_of(s);
   Rows rows;
   find_rows(p, rows);
+  ByteRows bytes;
+  find_byte_rows(p, bytes);
   QuadFinder finder(p, s.depth, s.taps, s.dim, cut.size, 63 - rows.reach);
   const __m128i up = _mm_cvtsi32_si128(cut.up);
   const size_t book_words = nearest_words(s);
@@ -201,7 +196,7 @@ void nearest_books(const PqShape& s, const uint8_t* packed, const Patch& p, int3
     uint8_t* const to = codes_at(codes, b, kBlocks);
     if constexpr (kGroups == 0) {
       __m512i x[16 * kBlocks];
-      gather_quads(planes, quads, cut.groups, rows, x);
+      gather_quads(planes, quads, cut.groups, rows, bytes, reinterpret_cast<uint8_t*>(x));
       for (int32_t i = 0; i < cut.groups * kBlocks; ++i) x[i] = _mm512_sll_epi32(x[i], up);
       search_long<kBlocks>(x, words, cut, key);
     } else {
@@ -219,10 +214,11 @@ void nearest_books(const PqShape& s, const uint8_t* packed, const Patch& p, int3
           }
         }
       } else {
-        __m512i gathered[kGroups * kBlocks];
-        gather_quads(planes, quads, kGroups, rows, gathered);
+        uint8_t gathered[kGroups * kBlocks * 64];
+        gather_quads(planes, quads, kGroups, rows, bytes, gathered);
 #pragma GCC unroll 16
-        for (int32_t i = 0; i < kGroups * kBlocks; ++i) x[i] = _mm512_load_si512(gathered + i);
+        for (int32_t i = 0; i < kGroups * kBlocks; ++i)
+          x[i] = _mm512_loadu_si512(gathered + 64 * i);
       }
 #pragma GCC unroll 16
       for (int32_t i = 0; i < kGroups * kBlocks; ++i) x[i] = _mm512_sll_epi32(x[i], up);

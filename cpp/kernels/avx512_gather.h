@@ -32,6 +32,7 @@ struct Rows {
 struct Quad {
   int32_t sources;
   int32_t offset;  // byte t: entry t - base of its source
+  int64_t at[4];   // the entries themselves
   int64_t base[4];
   __mmask64 entries[4];
 };
@@ -67,7 +68,7 @@ void find_rows(const Patch& p, Rows& rows) {
 // Entries first .. first + count - 1 (at most 4; those missing repeat the first). `room` is what
 // the rows leave of the 64 bytes.
 void find_quad(const Patch& p, int32_t taps, int32_t first, int32_t count, int32_t room, Quad& q) {
-  int64_t at[4];
+  int64_t* const at = q.at;
   int32_t tap = first % taps;
   int64_t plane = first / taps * p.plane;
   for (int32_t t = 0; t < 4; ++t) {
@@ -111,6 +112,120 @@ __m512i gather_quad(const uint8_t* planes, const Quad& q, const RowBlock& block)
   }
   return x;
 }
+
+// --- 64 rows of one entry -------------------------------------------------------------------
+
+// How the rows of a whole tile lie: consecutive, within 64, 80 or 128 bytes, or farther apart.
+enum class Reach { kPlain, kSingle, kPair, kWidePair, kSegments };
+
+// One byte for each row. Where the rows are not consecutive, the index of the permute also brings
+// them into the order in which the unpacks of `interleave` deliver them.
+struct ByteRows {
+  Reach reach;
+  __m512i index;
+  int32_t segments;  // as in RowBlock, but of up to 64 rows; the rest by find_segments()
+  int32_t base[64];
+  __mmask64 rows[64];
+};
+
+void find_byte_rows(const Patch& p, ByteRows& rows) {
+  const int32_t span = p.row[kRows - 1] - p.row[0];
+  rows.base[0] = p.row[0];
+  rows.reach = p.consecutive ? Reach::kPlain
+               : span < 64   ? Reach::kSingle
+               : span < 80   ? Reach::kPair
+               : span < 128  ? Reach::kWidePair
+                             : Reach::kSegments;
+  const __m512i base = _mm512_set1_epi32(p.row[0]);
+  __m512i r[4];
+#pragma GCC unroll 4
+  for (int32_t i = 0; i < 4; ++i) {
+    r[i] = _mm512_sub_epi32(_mm512_loadu_si512(p.row + 16 * i), base);
+  }
+  // Packs work inside lanes, as unpacks do: the order is the one wanted.
+  rows.index = _mm512_packus_epi16(_mm512_packs_epi32(r[0], r[1]), _mm512_packs_epi32(r[2], r[3]));
+}
+
+void find_segments(const Patch& p, ByteRows& rows) {
+  alignas(64) uint8_t index[64];
+  rows.segments = 0;
+  for (int32_t r = 0; r < kRows; ++r) {
+    if (r == 0 || p.row[r] - rows.base[rows.segments - 1] >= 64) {
+      rows.rows[rows.segments] = 0;
+      rows.base[rows.segments++] = p.row[r];
+    }
+    const int32_t at = (r & 12) * 4 + (r >> 4) * 4 + (r & 3);
+    index[at] = static_cast<uint8_t>(p.row[r] - rows.base[rows.segments - 1]);
+    rows.rows[rows.segments - 1] |= 1ull << at;
+  }
+  rows.index = _mm512_load_si512(index);
+}
+
+template <Reach kReach>
+__m512i load_rows(const uint8_t* at, const ByteRows& rows) {
+  const __m512i lower = _mm512_loadu_si512(at + rows.base[0]);
+  if constexpr (kReach == Reach::kPlain) {
+    return lower;
+  } else if constexpr (kReach == Reach::kSingle) {
+    return _mm512_permutexvar_epi8(rows.index, lower);
+  } else if constexpr (kReach == Reach::kPair) {
+    const __m128i* const rest = reinterpret_cast<const __m128i*>(at + rows.base[0] + 64);
+    return _mm512_permutex2var_epi8(lower, rows.index,
+                                    _mm512_castsi128_si512(_mm_loadu_si128(rest)));
+  } else if constexpr (kReach == Reach::kWidePair) {
+    const __m512i upper = _mm512_loadu_si512(at + rows.base[0] + 64);
+    return _mm512_permutex2var_epi8(lower, rows.index, upper);
+  } else {
+    __m512i x = _mm512_maskz_permutexvar_epi8(rows.rows[0], rows.index, lower);
+    for (int32_t i = 1; i < rows.segments; ++i) {
+      const __m512i from = _mm512_loadu_si512(at + rows.base[i]);
+      x = _mm512_mask_permutexvar_epi8(x, rows.rows[i], rows.index, from);
+    }
+    return x;
+  }
+}
+
+// Four registers of one byte per row -> blocks of 16 rows x 4 bytes. The unpacks work inside lanes:
+// row 16 q + 4 j + i must be byte 16 j + 4 q + i.
+void interleave(const __m512i* p, __m512i* quads) {
+  const __m512i lo01 = _mm512_unpacklo_epi8(p[0], p[1]), hi01 = _mm512_unpackhi_epi8(p[0], p[1]);
+  const __m512i lo23 = _mm512_unpacklo_epi8(p[2], p[3]), hi23 = _mm512_unpackhi_epi8(p[2], p[3]);
+  quads[0] = _mm512_unpacklo_epi16(lo01, lo23);
+  quads[1] = _mm512_unpackhi_epi16(lo01, lo23);
+  quads[2] = _mm512_unpacklo_epi16(hi01, hi23);
+  quads[3] = _mm512_unpackhi_epi16(hi01, hi23);
+}
+
+// A quad of entries that lie apart, for all blocks at once: four loads instead of sixteen. Not for
+// rows in segments.
+void gather_wide(const uint8_t* planes, const Quad& q, const ByteRows& rows, int32_t blocks,
+                 uint8_t* to) {
+  __m512i p[4], quads[4];
+#pragma GCC unroll 4
+  for (int32_t t = 0; t < 4; ++t) {
+    const uint8_t* const at = planes + q.at[t];
+    switch (rows.reach) {
+      case Reach::kPlain:
+        p[t] = transpose_dwords(load_rows<Reach::kPlain>(at, rows));
+        break;
+      case Reach::kSingle:
+        p[t] = load_rows<Reach::kSingle>(at, rows);
+        break;
+      case Reach::kPair:
+        p[t] = load_rows<Reach::kPair>(at, rows);
+        break;
+      default:
+        p[t] = load_rows<Reach::kWidePair>(at, rows);
+    }
+  }
+  interleave(p, quads);
+#pragma GCC unroll 4
+  for (int32_t i = 0; i < 4; ++i) {
+    if (i < blocks) _mm512_storeu_si512(to + 64 * i, quads[i]);
+  }
+}
+
+// --- the quads of a tile ----------------------------------------------------------------------
 
 // Finds the quads of units (sub-vectors, or groups of four entries) of `dim` entries, in `groups`
 // quads of `size` entries each. Entries repeat their addresses, shifted by whole planes, after
@@ -171,6 +286,21 @@ class QuadFinder {
   int64_t step_, shift_ = 0;
   Quad kept_[kKept];
 };
+
+// to: [quad][block][64 bytes]
+void gather_quads(const uint8_t* planes, const Quad* quads, int32_t groups, const Rows& rows,
+                  const ByteRows& bytes, uint8_t* to) {
+  const bool wide = rows.blocks > 1 && bytes.reach != Reach::kSegments;
+  for (int32_t g = 0; g < groups; ++g, to += 64 * rows.blocks) {
+    if (wide && quads[g].sources > 1) {
+      gather_wide(planes, quads[g], bytes, rows.blocks, to);
+      continue;
+    }
+    for (int32_t i = 0; i < rows.blocks; ++i) {
+      _mm512_storeu_si512(to + 64 * i, gather_quad(planes, quads[g], rows.block[i]));
+    }
+  }
+}
 
 }  // namespace
 }  // namespace lutra

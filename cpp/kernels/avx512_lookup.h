@@ -126,73 +126,75 @@ void lookup(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32
 // --- one row --------------------------------------------------------------------------------
 //
 // Outputs in the lanes. The bytes of four books are unpacked into dwords of one output, and
-// vpdpbusd with ones adds them: 12 instructions for 256 entries, exact. Limited by memory: each
-// entry is read once, and the addresses of later books are known, so they are fetched ahead.
+// vpdpbusd with ones adds them: 12 instructions for 256 entries, exact. Limited by memory: entries
+// are read once, in pieces of 1 KB; the addresses of later books are known, so they are fetched
+// ahead. The sums of a piece stay in the first-level cache, in the order of the unpacks.
 
-constexpr int32_t kAhead = 8;  // books
+constexpr int32_t kPiece = 1024;  // outputs
+constexpr int32_t kBooksAtOnce = 8;
 
-template <int kVectors>
-void lookup_row_outputs(const PqShape& s, const int8_t* tables, const uint8_t* codes, int32_t first,
-                        int32_t count, int32_t* sums) {
-  const size_t outputs = s.outputs, book = static_cast<size_t>(s.centroids) * outputs;
-  const __mmask64 last = byte_mask(count - 64 * (kVectors - 1));
+// sums of 64 outputs += the bytes of eight rows
+void add_rows8(const int8_t* const* rows, int32_t at, __mmask64 mask, __m512i* sums) {
   const __m512i ones = _mm512_set1_epi8(1);
-  __m512i sum[kVectors * 4];
-#pragma GCC unroll 16
-  for (int32_t i = 0; i < kVectors * 4; ++i) sum[i] = _mm512_setzero_si512();
-  tables += first;
-  for (int32_t b = 0; b < s.books; b += kBooks, tables += kBooks * book) {
-    const int8_t* row[kBooks];
-    bool there[kBooks];
-    for (int32_t j = 0; j < kBooks; ++j) {
-      there[j] = b + j < s.books;
-      row[j] = there[j] ? tables + j * book + codes[b + j] * outputs : tables;
-      if (b + j + kAhead >= s.books) continue;
-      const int8_t* const next = tables + (j + kAhead) * book + codes[b + j + kAhead] * outputs;
-      for (int32_t v = 0; v < kVectors; ++v) {
-        _mm_prefetch(reinterpret_cast<const char*>(next + 64 * v), _MM_HINT_T0);
-      }
-    }
+#pragma GCC unroll 2
+  for (int32_t half = 0; half < kBooksAtOnce; half += 4) {
+    __m512i p[4], quads[4];
 #pragma GCC unroll 4
-    for (int32_t v = 0; v < kVectors; ++v) {
-      __m512i p[kBooks], quads[4];
+    for (int32_t j = 0; j < 4; ++j) p[j] = _mm512_maskz_loadu_epi8(mask, rows[half + j] + at);
+    interleave(p, quads);
 #pragma GCC unroll 4
-      for (int32_t j = 0; j < kBooks; ++j) {
-        const __mmask64 mask = there[j] ? (v + 1 < kVectors ? ~0ull : last) : 0;
-        p[j] = _mm512_maskz_loadu_epi8(mask, row[j] + 64 * v);
-      }
-      interleave(p, quads);
-#pragma GCC unroll 4
-      for (int32_t q = 0; q < 4; ++q) {
-        sum[4 * v + q] = _mm512_dpbusd_epi32(sum[4 * v + q], ones, quads[q]);
-      }
-    }
+    for (int32_t q = 0; q < 4; ++q) sums[q] = _mm512_dpbusd_epi32(sums[q], ones, quads[q]);
   }
-#pragma GCC unroll 4
-  for (int32_t v = 0; v < kVectors; ++v) {  // quad q, lane j holds outputs 16 j + 4 q ..
-    const __m512i t0 = _mm512_shuffle_i32x4(sum[4 * v + 0], sum[4 * v + 1], 0x44);
-    const __m512i t1 = _mm512_shuffle_i32x4(sum[4 * v + 0], sum[4 * v + 1], 0xee);
-    const __m512i t2 = _mm512_shuffle_i32x4(sum[4 * v + 2], sum[4 * v + 3], 0x44);
-    const __m512i t3 = _mm512_shuffle_i32x4(sum[4 * v + 2], sum[4 * v + 3], 0xee);
-    const __m512i natural[4] = {
-        _mm512_shuffle_i32x4(t0, t2, 0x88), _mm512_shuffle_i32x4(t0, t2, 0xdd),
-        _mm512_shuffle_i32x4(t1, t3, 0x88), _mm512_shuffle_i32x4(t1, t3, 0xdd)};
-    for (int32_t q = 0; q < 4; ++q) {
-      const int32_t at = 64 * v + 16 * q;
-      if (at < count) _mm512_mask_storeu_epi32(sums + at, lane_mask(count - at), natural[q]);
-    }
+}
+
+// Quad q, lane j of 64 sums holds outputs 16 j + 4 q ..
+void store_sums(const __m512i* sums, int32_t count, int32_t* to) {
+  const __m512i t0 = _mm512_shuffle_i32x4(sums[0], sums[1], 0x44);
+  const __m512i t1 = _mm512_shuffle_i32x4(sums[0], sums[1], 0xee);
+  const __m512i t2 = _mm512_shuffle_i32x4(sums[2], sums[3], 0x44);
+  const __m512i t3 = _mm512_shuffle_i32x4(sums[2], sums[3], 0xee);
+  const __m512i natural[4] = {
+      _mm512_shuffle_i32x4(t0, t2, 0x88), _mm512_shuffle_i32x4(t0, t2, 0xdd),
+      _mm512_shuffle_i32x4(t1, t3, 0x88), _mm512_shuffle_i32x4(t1, t3, 0xdd)};
+  for (int32_t q = 0; q < 4 && 16 * q < count; ++q) {
+    _mm512_mask_storeu_epi32(to + 16 * q, lane_mask(count - 16 * q), natural[q]);
   }
+}
+
+void lookup_row_piece(const PqShape& s, const int8_t* tables, const uint8_t* codes, int32_t count,
+                      int32_t* to) {
+  alignas(64) static constexpr int8_t kZeros[kPiece] = {};
+  const size_t outputs = s.outputs, book = static_cast<size_t>(s.centroids) * outputs;
+  const auto row = [&](int32_t b) {
+    return b < s.books ? tables + b * book + codes[b] * outputs : kZeros;
+  };
+  const int32_t vectors = ceil_div(count, 64), full = count / 64;
+  __m512i sums[kPiece / 16];
+  for (int32_t i = 0; i < 4 * vectors; ++i) sums[i] = _mm512_setzero_si512();
+  const int8_t *rows[kBooksAtOnce], *next[kBooksAtOnce];
+  for (int32_t j = 0; j < kBooksAtOnce; ++j) next[j] = row(j);
+  for (int32_t b = 0; b < s.books; b += kBooksAtOnce) {
+    for (int32_t j = 0; j < kBooksAtOnce; ++j) {
+      rows[j] = next[j];
+      next[j] = row(b + kBooksAtOnce + j);
+    }
+    for (int32_t v = 0; v < full; ++v) {
+#pragma GCC unroll 8
+      for (int32_t j = 0; j < kBooksAtOnce; ++j) {
+        _mm_prefetch(reinterpret_cast<const char*>(next[j] + 64 * v), _MM_HINT_T0);
+      }
+      add_rows8(rows, 64 * v, ~0ull, sums + 4 * v);
+    }
+    if (full < vectors) add_rows8(rows, 64 * full, byte_mask(count % 64), sums + 4 * full);
+  }
+  for (int32_t v = 0; v < vectors; ++v) store_sums(sums + 4 * v, count - 64 * v, to + 64 * v);
 }
 
 void lookup_row(const PqShape& s, const int8_t* tables, const uint8_t* codes, int32_t first,
                 int32_t last, int32_t* sums) {
-  for (int32_t m = first; m < last; m += 256, sums += 256) {
-    const int32_t left = last - m;
-    auto* const run = left > 192   ? lookup_row_outputs<4>
-                      : left > 128 ? lookup_row_outputs<3>
-                      : left > 64  ? lookup_row_outputs<2>
-                                   : lookup_row_outputs<1>;
-    run(s, tables, codes, m, left < 256 ? left : 256, sums);
+  for (int32_t m = first; m < last; m += kPiece) {
+    const int32_t count = last - m < kPiece ? last - m : kPiece;
+    lookup_row_piece(s, tables + m, codes, count, sums + (m - first));
   }
 }
 

@@ -45,7 +45,7 @@ void pack_tree(const PqShape& s, const int32_t* splits, const uint8_t* threshold
 
 // at[4 l + j]: where, from the planes on, the value is that level l of book j compares.
 template <int kLevels>
-void find_splits(const uint8_t* group, const Patch& p, int32_t taps, int64_t* at) {
+void find_group_splits(const uint8_t* group, const Patch& p, int32_t taps, int64_t* at) {
   const int32_t* const plane =
       reinterpret_cast<const int32_t*>(group + kBooks * heap_bytes(kLevels));
   const int32_t* const tap = plane + split_words(kLevels);
@@ -63,6 +63,21 @@ void find_splits(const uint8_t* group, const Patch& p, int32_t taps, int64_t* at
     const __m512i of_plane = _mm512_mullo_epi64(_mm512_cvtepi32_epi64(planes), step);
     _mm512_store_si512(
         at + i, _mm512_add_epi64(of_plane, _mm512_cvtepi32_epi64(_mm512_castsi512_si256(of_tap))));
+  }
+}
+
+// The same of several groups, ahead of their use: it would take longer than the walk itself.
+constexpr int32_t kSplitGroups = 8;
+
+struct Splits {
+  alignas(64) int64_t at[kSplitGroups][32];
+};
+
+template <int kLevels>
+void find_splits(const uint8_t* group, const Patch& p, int32_t taps, int32_t books,
+                 Splits& splits) {
+  for (int32_t c = 0; c < kSplitGroups && c * kBooks < books; ++c) {
+    find_group_splits<kLevels>(group + c * tree_group_bytes(kLevels), p, taps, splits.at[c]);
   }
 }
 
@@ -85,93 +100,20 @@ __m512i node_to_index(__m512i node, __m512i book) {
 
 // --- 64 rows of a book at a time ---------------------------------------------------------------
 
-// One byte for each row of a tile. Where the rows are not consecutive, the index of the permute
-// also brings them into the order in which the unpacks of `interleave` deliver them.
-struct ByteRows {
-  int32_t span;
-  int32_t segments;  // as in RowBlock, but of up to 64 rows
-  __m512i index;
-  int32_t base[64];
-  __mmask64 rows[64];
-};
-
-constexpr int32_t kPairSpan = 80, kWidePairSpan = 128;  // rows within a register and a part of it
-
-void find_byte_rows(const Patch& p, ByteRows& rows) {
-  rows.base[0] = p.row[0];
-  rows.span = p.row[kRows - 1] - p.row[0];
-  if (p.consecutive) return;
-  if (rows.span < kWidePairSpan) {  // packs work inside lanes too: the order is the one wanted
-    const __m512i base = _mm512_set1_epi32(p.row[0]);
-    __m512i r[4];
-#pragma GCC unroll 4
-    for (int32_t i = 0; i < 4; ++i) {
-      r[i] = _mm512_sub_epi32(_mm512_loadu_si512(p.row + 16 * i), base);
-    }
-    rows.index =
-        _mm512_packus_epi16(_mm512_packs_epi32(r[0], r[1]), _mm512_packs_epi32(r[2], r[3]));
-    return;
-  }
-  rows.segments = 0;
-  alignas(64) uint8_t index[64];
-  for (int32_t r = 0; r < kRows; ++r) {
-    if (r == 0 || p.row[r] - rows.base[rows.segments - 1] >= 64) {
-      rows.rows[rows.segments] = 0;
-      rows.base[rows.segments++] = p.row[r];
-    }
-    const int32_t at = (r & 12) * 4 + (r >> 4) * 4 + (r & 3);
-    index[at] = static_cast<uint8_t>(p.row[r] - rows.base[rows.segments - 1]);
-    rows.rows[rows.segments - 1] |= 1ull << at;
-  }
-  rows.index = _mm512_load_si512(index);
-}
-
-enum class Reach { kPlain, kSingle, kPair, kWidePair, kSegments };
-
-template <Reach kReach>
-__m512i load_rows(const uint8_t* at, const ByteRows& rows) {
-  const __m512i lower = _mm512_loadu_si512(at + rows.base[0]);
-  if constexpr (kReach == Reach::kPlain) {
-    return lower;
-  } else if constexpr (kReach == Reach::kSingle) {
-    return _mm512_permutexvar_epi8(rows.index, lower);
-  } else if constexpr (kReach == Reach::kPair) {
-    const __m128i* const rest = reinterpret_cast<const __m128i*>(at + rows.base[0] + 64);
-    return _mm512_permutex2var_epi8(lower, rows.index,
-                                    _mm512_castsi128_si512(_mm_loadu_si128(rest)));
-  } else if constexpr (kReach == Reach::kWidePair) {
-    const __m512i upper = _mm512_loadu_si512(at + rows.base[0] + 64);
-    return _mm512_permutex2var_epi8(lower, rows.index, upper);
-  } else {
-    __m512i x = _mm512_maskz_permutexvar_epi8(rows.rows[0], rows.index, lower);
-    for (int32_t i = 1; i < rows.segments; ++i) {
-      const __m512i from = _mm512_loadu_si512(at + rows.base[i]);
-      x = _mm512_mask_permutexvar_epi8(x, rows.rows[i], rows.index, from);
-    }
-    return x;
-  }
-}
-
-// Four registers of one byte per row -> blocks of 16 rows x 4 bytes. The unpacks work inside lanes:
-// row 16 q + 4 j + i must be byte 16 j + 4 q + i.
-void interleave(const __m512i* p, __m512i* quads) {
-  const __m512i lo01 = _mm512_unpacklo_epi8(p[0], p[1]), hi01 = _mm512_unpackhi_epi8(p[0], p[1]);
-  const __m512i lo23 = _mm512_unpacklo_epi8(p[2], p[3]), hi23 = _mm512_unpackhi_epi8(p[2], p[3]);
-  quads[0] = _mm512_unpacklo_epi16(lo01, lo23);
-  quads[1] = _mm512_unpackhi_epi16(lo01, lo23);
-  quads[2] = _mm512_unpacklo_epi16(hi01, hi23);
-  quads[3] = _mm512_unpackhi_epi16(hi01, hi23);
-}
-
 // Per level a load (and the permute of the rows), a shuffle of the thresholds, a compare, an add
 // and a masked add. The loads, most of which cross a line of the cache, weigh as much as the rest.
 template <int kLevels, Reach kReach>
 void tree_wide(const PqShape& s, const uint8_t* group, const Patch& p, const ByteRows& rows,
                int32_t first, int32_t last, uint8_t* codes) {
   const int32_t blocks = row_blocks(p.rows);
-  alignas(64) int64_t at[32];
+  Splits splits;
+  int32_t c = kSplitGroups;
   for (int32_t b = first; b < last; b += kBooks, group += tree_group_bytes(kLevels)) {
-    find_splits<kLevels>(group, p, s.taps, at);
+    if (c == kSplitGroups) {
+      find_splits<kLevels>(group, p, s.taps, last - b, splits);
+      c = 0;
+    }
+    const int64_t* const at = splits.at[c++];
     __m512i index[kBooks], quads[4];
 #pragma GCC unroll 4
     for (int32_t j = 0; j < kBooks; ++j) {
@@ -271,9 +213,14 @@ void tree_lanes(const PqShape& s, const uint8_t* group, const Patch& p, const Ro
   for (int32_t i = 0; i < rows.blocks; ++i) {
     find_lane_rows(rows.block[i], p.rows - 16 * i, lanes[i]);
   }
-  alignas(64) int64_t at[32];
+  Splits splits;
+  int32_t c = kSplitGroups;
   for (int32_t b = first; b < last; b += kBooks, group += tree_group_bytes(kLevels)) {
-    find_splits<kLevels>(group, p, s.taps, at);
+    if (c == kSplitGroups) {
+      find_splits<kLevels>(group, p, s.taps, last - b, splits);
+      c = 0;
+    }
+    const int64_t* const at = splits.at[c++];
     const __m512i heaps = _mm512_loadu_si512(group);
     uint8_t* const to = codes_at(codes, b, rows.blocks);
     for (int32_t i = 0; i < rows.blocks; ++i) {
@@ -297,18 +244,25 @@ void tree_levels(const PqShape& s, const uint8_t* packed, const Patch& p, int32_
   ByteRows rows;
   find_byte_rows(p, rows);
   if constexpr (kLevels <= 4) {
-    if (p.rows <= 2 * kRowBlock || (rows.span >= kWidePairSpan && !p.consecutive)) {
+    if (p.rows <= 2 * kRowBlock || rows.reach == Reach::kSegments) {
       Rows blocks;
       find_rows(p, blocks);
       return tree_lanes<kLevels>(s, group, p, blocks, first, last, codes);
     }
   }
-  auto* const run = p.consecutive               ? tree_wide<kLevels, Reach::kPlain>
-                    : rows.span < 64            ? tree_wide<kLevels, Reach::kSingle>
-                    : rows.span < kPairSpan     ? tree_wide<kLevels, Reach::kPair>
-                    : rows.span < kWidePairSpan ? tree_wide<kLevels, Reach::kWidePair>
-                                                : tree_wide<kLevels, Reach::kSegments>;
-  run(s, group, p, rows, first, last, codes);
+  switch (rows.reach) {
+    case Reach::kPlain:
+      return tree_wide<kLevels, Reach::kPlain>(s, group, p, rows, first, last, codes);
+    case Reach::kSingle:
+      return tree_wide<kLevels, Reach::kSingle>(s, group, p, rows, first, last, codes);
+    case Reach::kPair:
+      return tree_wide<kLevels, Reach::kPair>(s, group, p, rows, first, last, codes);
+    case Reach::kWidePair:
+      return tree_wide<kLevels, Reach::kWidePair>(s, group, p, rows, first, last, codes);
+    case Reach::kSegments:
+      find_segments(p, rows);
+      return tree_wide<kLevels, Reach::kSegments>(s, group, p, rows, first, last, codes);
+  }
 }
 
 void encode_tree(const PqShape& s, const uint8_t* packed, const Patch& p, int32_t first,
