@@ -101,21 +101,21 @@ def convert(
     if gate is not None:
         with Progress("timing layers", len(layers), show) as bar:
             for i, (name, layer) in enumerate(layers.items()):
-                probe = _from_float(layer, name, chosen[layer])
-                if isinstance(probe, Int8Layer):  # dense it is anyway
-                    continue
-                decisions[name] = decide(gate, name, probe, samples[name].input_shape)
-                reports[layer] = _gated(reports[layer], decisions[name])
-                bar.update(i + 1, f"{name} {decisions[name].summary}")
+                probe, note = _from_float(layer, name, chosen[layer]), "dense by the recipe"
+                if isinstance(probe, _PQLayer):
+                    decision = decide(gate, name, probe, samples[name].input_shape)
+                    decisions[name], note = decision, decision.summary
+                    reports[layer] = replace(reports[layer], reason=decision.reason, gate=decision)
+                bar.update(i + 1, f"{name} {note}")
     converted = copy.deepcopy(model)
     replacements: dict[nn.Module, nn.Module] = {}
     with Progress("learning codebooks", len(layers), show) as bar:
         for i, (name, layer) in enumerate(layers.items()):
-            method, decision = chosen[layer], decisions.get(name)
-            if decision is not None and not decision.lookup:
-                if decision.dense != "int8":
-                    del samples[name]
-                    continue
+            method, gated = chosen[layer], decisions.get(name)
+            if gated is not None and gated.choice == "float32":
+                del samples[name]
+                continue
+            if gated is not None and gated.choice == "int8":
                 method = Int8()
             start = time.perf_counter()
             old = converted.get_submodule(name)
@@ -244,10 +244,6 @@ def _learn(layer: _PQLayer, rows: Tensor, steps: int, seed: int) -> tuple[float,
         # As if the moving average had run on batches of this many rows.
         layer.cluster_counts.copy_(counts)
     return error, float((counts > 0).float().mean())
-
-
-def _gated(entry: LayerReport, decision: Decision) -> LayerReport:
-    return replace(entry, reason=decision.reason, gate=decision)
 
 
 def _codes(layer: _PQLayer, rows: Tensor) -> Tensor:

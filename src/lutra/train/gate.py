@@ -1,10 +1,10 @@
 """The speed gate: a layer becomes lookups only where they are faster on this machine.
 
 Each candidate is timed alone in the engine, at the input shape that it has in the network, beside
-the dense layers that could stay in its place: float32, and int8 where this lutra has such layers.
-The times are those of the steps themselves, the quantisation of the input included, copies of
-inputs and outputs not. In a network the step before often quantises while it writes, so the
-lookup layer is a little faster there than here.
+the dense layers that could take its place: int8 and float32. Where lookups lose, the faster of
+these does. The times are those of the steps themselves, the quantisation of the input included,
+copies of inputs and outputs not. In a network the step before often quantises while it writes, so
+lookup and int8 layers are a little faster there than here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lutra.cpu import MAX_THREADS, choose_isa, cpu_info
 from lutra.errors import LutraError
 from lutra.graph import AttrValue, Graph, Value, make_node
 from lutra.ops import OPS
+from lutra.ops.int8 import MAX_DEPTH
 from lutra.ops.registry import Array
 from lutra.profile import input_pool
 from lutra.session import Session
@@ -79,7 +80,8 @@ class SpeedGate:
         threads: of the sessions that are timed.
         isa: their kernels; None takes LUTRA_ISA or the best that runs here.
         batch: samples per run.
-        against: "float32", "int8", or "best": the fastest dense layer that this lutra has.
+        against: what the lookups must beat: "float32", "int8", or "best", the faster of the two.
+            With "float32" no layer becomes int8.
         margin: how many times faster the lookups must be; 1 keeps them where they are faster at
             all.
         measure: what times the candidates; for tests.
@@ -114,14 +116,20 @@ class Decision:
     """What the gate found out about one layer.
 
     `milliseconds` has the medians of "lookup" and of every dense kind; `dense` is the kind that
-    the lookups were compared with. `input_shape` is what was timed, batch included.
+    the lookups were compared with; `choice` is what the layer becomes: "lookup", "float32" or
+    "int8". `input_shape` is what was timed, batch included.
     """
 
     input_shape: tuple[int, ...]
     milliseconds: dict[str, float]
     dense: str
-    lookup: bool
+    choice: str
     reason: str
+
+    @property
+    def lookup(self) -> bool:
+        """Whether the lookups won."""
+        return self.choice == LOOKUP
 
     @property
     def lookup_ms(self) -> float:
@@ -134,8 +142,10 @@ class Decision:
     @property
     def summary(self) -> str:
         """The decision in a few words."""
-        ratio = f"{self.dense_ms / self.lookup_ms:.2f}x the speed of {self.dense}"
-        return f"lookup: {ratio}" if self.lookup else f"dense: {ratio}"
+        if self.lookup:
+            return f"lookup: {self.dense_ms / self.lookup_ms:.2f}x the speed of {self.dense}"
+        ratio = self.lookup_ms / self.milliseconds[self.choice]
+        return f"{self.choice}: {ratio:.2f}x the speed of lookups"
 
 
 def decide(gate: SpeedGate, name: str, layer: _PQLayer, input_shape: tuple[int, ...]) -> Decision:
@@ -148,39 +158,45 @@ def decide(gate: SpeedGate, name: str, layer: _PQLayer, input_shape: tuple[int, 
         input_shape: Of one sample, with the number of rows per sample (usually 1) in front.
 
     Raises:
-        LutraError: int8 is asked for, which this lutra does not have.
+        LutraError: int8 is asked for, and the layer has no such form.
     """
     shape = (input_shape[0] * gate.batch, *input_shape[1:])
     graphs = candidates(name, layer, shape)
-    if gate.against != "best" and gate.against not in graphs:
+    if gate.against not in ("best", *graphs):
+        depth = layer.geometry.depth
+        lack = (
+            f"layer '{name}' adds up {depth} products for each output, and int8 layers at most "
+            f"{MAX_DEPTH}"
+            if depth > MAX_DEPTH
+            else f"this lutra has no {gate.against} layers"
+        )
         raise LutraError(
-            f"SpeedGate: against={gate.against!r}, but this lutra has no {gate.against} layers; "
-            "compare with 'float32' or 'best'"
+            f"SpeedGate: against={gate.against!r}, but {lack}; compare with 'float32' or 'best'"
         )
     times = _agreed(gate, graphs)
-    dense: str = gate.against
-    if dense == "best":
-        dense = min((kind for kind in graphs if kind != LOOKUP), key=lambda kind: times[kind])
-    lookup = times[LOOKUP] * gate.margin < times[dense]
-    margin = "" if gate.margin == 1 else f" with a margin of {gate.margin:g}"
-    reason = (
-        f"speed gate: lookups take {times[LOOKUP]:.4f} ms, {dense} {times[dense]:.4f} ms{margin}"
-    )
-    return Decision(shape, times, dense, lookup, reason)
+    kinds = [kind for kind in graphs if kind != LOOKUP]
+    fastest = "float32" if gate.against == "float32" else min(kinds, key=lambda kind: times[kind])
+    dense = fastest if gate.against == "best" else gate.against
+    choice = LOOKUP if times[LOOKUP] * gate.margin < times[dense] else fastest
+    shown = dict.fromkeys((dense,) if choice == LOOKUP else (dense, choice))
+    reason = f"speed gate: lookups take {times[LOOKUP]:.4f} ms"
+    reason += "".join(f", {kind} {times[kind]:.4f} ms" for kind in shown)
+    if gate.margin != 1:
+        reason += f" with a margin of {gate.margin:g}"
+    return Decision(shape, times, dense, choice, reason)
 
 
 @torch.no_grad()
 def candidates(name: str, layer: _PQLayer, shape: tuple[int, ...]) -> dict[str, Graph]:
-    """The forms of a layer, each as a graph of one node: "lookup", "float32" and maybe "int8".
+    """The forms of a layer, each as a graph of one node: "lookup", "float32" and "int8", the last
+    where int32 holds its sums.
 
     Args:
         name: Of the node.
         layer: The lookup layer; gets random codebooks.
         shape: Of the input, batch included.
     """
-    generator = torch.Generator().manual_seed(0)
-    layer.set_activation_range(-1.0, 1.0)
-    layer.centroids.copy_(2.0 * torch.rand(layer.centroids.shape, generator=generator) - 1.0)
+    _randomize(layer)
     frozen = layer.freeze()
     linear, geometry = frozen.linear, layer.geometry
     graphs = {LOOKUP: _lookup_graph(name, frozen, shape)}
@@ -202,7 +218,7 @@ def candidates(name: str, layer: _PQLayer, shape: tuple[int, ...]) -> dict[str, 
     }  # fmt: skip
     for kind, ops in _DENSE.items():
         op = ops[linear]
-        if op in OPS:
+        if op in OPS and (kind != "int8" or geometry.depth <= MAX_DEPTH):
             attrs = {**({} if linear else _window(geometry)), **(grid if kind == "int8" else {})}
             graphs[kind] = _graph(op, name, shape, attrs, arrays[kind])
     return graphs
@@ -222,7 +238,7 @@ def record(gate: SpeedGate, decisions: Mapping[str, Decision]) -> dict[str, Any]
                 "name": name,
                 "input_shape": list(d.input_shape),
                 **{f"{kind}_ms": value for kind, value in d.milliseconds.items()},
-                "decision": LOOKUP if d.lookup else "dense",
+                "decision": d.choice,
                 "reason": d.reason,
             }
             for name, d in decisions.items()
@@ -253,20 +269,32 @@ def _agreed(gate: SpeedGate, graphs: Mapping[str, Graph]) -> dict[str, float]:
     return dict(zip(graphs, collective.broadcast(times).tolist(), strict=True))
 
 
+def _randomize(layer: _PQLayer) -> None:
+    """Random codebooks on a grid around zero: what is found must not be the same in all rows."""
+    generator = torch.Generator().manual_seed(0)
+    layer.set_activation_range(-1.0, 1.0)
+    layer.centroids.copy_(2.0 * torch.rand(layer.centroids.shape, generator=generator) - 1.0)
+    if layer.method.encoder == "tree":
+        first = torch.arange(layer.books)[:, None] * layer.dim
+        entry = torch.randint(layer.dim, layer.splits.shape, generator=generator)
+        layer.splits.copy_((first + entry).clamp_max(layer.geometry.depth - 1))
+        thresholds = torch.rand(layer.thresholds.shape, generator=generator)
+        layer.thresholds.copy_(thresholds * layer.grid().qmax)
+
+
 def _lookup_graph(name: str, frozen: FrozenPQ, shape: tuple[int, ...]) -> Graph:
     op, geometry, grid = "pq_linear" if frozen.linear else "pq_conv2d", frozen.geometry, frozen.grid
     attrs: dict[str, AttrValue] = {
         "act_scale": grid.scale,
         "act_zero": grid.zero,
         "act_bits": grid.bits,
-        "encoder": getattr(frozen, "encoder", "nearest"),
+        "encoder": frozen.encoder,
     }
     if frozen.linear:
         attrs["in_features"] = geometry.channels
     else:
         attrs |= {"in_channels": geometry.channels, "kernel": geometry.kernel, **_window(geometry)}
-    buffers = {role: getattr(frozen, role, None) for role in OPS[op].tensors}
-    arrays = {role: t.cpu().numpy() for role, t in buffers.items() if isinstance(t, Tensor)}
+    arrays = {role: t.cpu().numpy() for role, t in frozen.named_buffers()}
     return _graph(op, name, shape, attrs, arrays)
 
 
