@@ -64,6 +64,15 @@ def test_convert(capture: Any, refuse: Any, folder: Path, monkeypatch: pytest.Mo
     record = lutra.load_graph("g.lutra").metadata["speed_gate"]
     assert [layer["name"] for layer in record["layers"]] == ["2"]
     assert "speed gate when it was converted" in capture("inspect", "g.lutra")[1]
+    factors = ["--tables", "factors", "-o", "g.lutra"]
+    code, out, err = capture("convert", "net.py:build", *words, *factors)
+    assert (code, err) == (0, "")
+    assert "tables of 1 layer are built from int8 weights: outputs of the examples differ" in out
+    code, out, err = capture("convert", "net.py:build", *words, *factors, "--encoder", "tree")
+    assert (code, err) == (0, "")
+    assert "pq, tree" in out
+    assert "layer '2' keeps its tables: encoder 'tree': its tables are more than products" in out
+    assert "built from int8" not in out
     os.unlink("g.lutra")
     os.unlink("m.lutra")
 

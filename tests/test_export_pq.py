@@ -18,7 +18,7 @@ from lutra.errors import LutraError
 from lutra.format import load_graph
 from lutra.graph import Graph
 from lutra.reference import run_reference
-from lutra.train import PQ, PQConv2d, PQLinear
+from lutra.train import PQ, PQConv2d, PQLinear, convert
 from lutra.train.export import export, freeze_lookup_layers
 from lutra.train.fold import fold_batch_norm
 
@@ -229,6 +229,36 @@ def test_layers_whose_tables_are_no_larger_keep_them(tmp_path: Path) -> None:
     assert entry["stored"] == {"0": "V=16 is not less than K=16: its tables are no larger"}
     assert [layer["name"] for layer in entry["layers"]] == ["1"]
     assert "tables" in graph.nodes[0].tensors
+
+
+def test_trees_keep_their_tables(tmp_path: Path) -> None:
+    """Their residual is in no weight: what is exported with factors is what is exported without."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5))
+    images = torch.randn(16, 3, 8, 8)
+    trees = {"0": PQ(encoder="tree"), "3": PQ(v=4, encoder="tree")}
+    mixed, _ = convert(net, {**trees, "3": PQ(v=4)}, [images], kmeans_steps=2)
+    assert mixed[0].table_residual.abs().max() > 0
+    stored = export(mixed, tmp_path / "a.lutra", images[:4])
+    graph = export(mixed, tmp_path / "b.lutra", images[:4], tables="factors")
+    entry = load_graph(tmp_path / "b.lutra").metadata["tables"]
+    reason = "encoder 'tree': its tables are more than products of centroids and weights"
+    assert entry["stored"] == {"0": reason}
+    assert [layer["name"] for layer in entry["layers"]] == ["3"]
+    roles = [set(node.tensors) for node in graph.nodes if node.op.startswith("pq_")]
+    assert roles[0] == {"splits", "thresholds", "tables", "scale", "bias"}
+    assert roles[1] == {"centroids", "weight", "factor", "scale", "bias"}
+    for role in roles[0]:
+        ours, theirs = (g.node_tensors(g.nodes[0])[role] for g in (graph, stored))
+        np.testing.assert_array_equal(ours, theirs)
+
+    alone, _ = convert(net, trees, [images], kmeans_steps=2)
+    stored = export(alone, tmp_path / "a.lutra", images[:4])
+    graph = export(alone, tmp_path / "b.lutra", images[:4], tables="factors")
+    entry = graph.metadata["tables"]
+    assert (entry["layers"], entry["stored"]) == ([], {"0": reason, "3": reason})
+    assert graph.nodes == stored.nodes
+    assert all((graph.tensors[name] == array).all() for name, array in stored.tensors.items())
 
 
 def test_tied_layers_share_their_factors(tmp_path: Path) -> None:

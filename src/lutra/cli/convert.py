@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -26,6 +26,7 @@ from lutra.cli.common import (
 from lutra.errors import InputError, LutraError
 from lutra.ops.pq import CENTROID_COUNTS, ENCODERS
 from lutra.ops.registry import Array
+from lutra.text import counted
 
 _BATCH: Final = 64
 _EXAMPLES: Final = 8
@@ -59,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--speed-gate",
         action="store_true",
-        help="leave layers dense that lookups do not make faster here (batch 1, one thread)",
+        help="leave layers dense, int8 or float32, that lookups do not make faster here (batch 1, "
+        "one thread)",
     )
     parser.add_argument(
         "--tables",
@@ -120,14 +122,24 @@ def run(args: argparse.Namespace) -> int:
     print(report)
     print(f"wrote {plain(args.output)}, {bytes_text(os.path.getsize(args.output))}")
     if "tables" in graph.metadata:
-        moved = max(graph.metadata["tables"]["largest_output_difference"].values())
-        print(
-            f"tables are built from int8 weights: outputs of the examples differ by up to "
-            f"{moved:.2g} of the largest value; measure the accuracy again"
-        )
-    if report.replaced:
+        print(_factors_text(graph.metadata["tables"]))
+    if any(layer.method == "pq" for layer in report.replaced):
         print("the codebooks are not fine-tuned: accuracy is better after lutra.train.finetune")
     return 0
+
+
+def _factors_text(entry: Mapping[str, Any]) -> str:
+    """Which tables are built from int8 weights, what that costs, and which are not and why."""
+    built, kept = len(entry["layers"]), entry["stored"]
+    lines = []
+    if built:
+        moved = max(entry["largest_output_difference"].values())
+        lines.append(
+            f"tables of {counted(built, 'layer')} are built from int8 weights: outputs of the "
+            f"examples differ by up to {moved:.2g} of the largest value; measure the accuracy again"
+        )
+    lines += [f"layer '{plain(name)}' keeps its tables: {reason}" for name, reason in kept.items()]
+    return "\n".join(lines) or "there are no tables to build from int8 weights"
 
 
 def _training() -> tuple[Any, Any]:

@@ -119,7 +119,10 @@ def _reason(graph: Graph, node: Node, factors: Mapping[str, Factors]) -> str | N
     if node.tensors[_TABLES] not in factors:
         return "its weights are not known"
     if "centroids" not in tensors:
-        return f"its tables are not products of centroids ({node.attrs.get('encoder')})"
+        return (
+            f"encoder '{node.attrs.get('encoder')}': its tables are more than products of "
+            "centroids and weights"
+        )
     _, count, width = tensors["centroids"].shape
     if width >= count:
         return f"V={width} is not less than K={count}: its tables are no larger"
