@@ -178,6 +178,26 @@ def test_a_file_runs_like_its_graph_everywhere(
     assert "tree" in capsys.readouterr().out
 
 
+def test_inspect_shows_trees_and_their_sizes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph = tree_graph()
+    path = tmp_path / "tree.lutra"
+    save_graph(graph, path)
+    assert main(["inspect", str(path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {words[0]: words for words in lines if len(words) > 1 and words[1].startswith("pq_")}
+    first, nearest, last = (node for node in graph.nodes if node.op.startswith("pq_"))
+    # V, K, tables, bytes, lookups, comparisons
+    size = 5 * 4 * 4 + 5 * 15 + 5 * 16 * 8 + 2 * 4 * 8
+    assert rows[first.name][-7:-1] == ["tree", "16", "stored", f"{size}", "1,680", "840"]
+    size = 7 * 6 * 4 + 7 * 63 + 7 * 64 * 10 + 2 * 4 * 10
+    assert rows[last.name][-7:-1] == ["tree", "64", "stored", f"{size:,}", "70", "42"]
+    assert rows[nearest.name][-7:-4] == ["4", "16", "stored"]
+    layers = {layer["name"]: layer for layer in describe(graph, 0)["layers"]}
+    assert {layers[node.name]["bytes"] for node in (first, last)} == {859, size}
+
+
 def test_inspect_and_cost_count_comparisons() -> None:
     graph = tree_graph()
     layers = {layer["name"]: layer for layer in describe(graph, 0)["layers"]}
