@@ -20,7 +20,7 @@ void quantize(const float* x, size_t n, const Grid& grid, uint8_t* q) {
     for (int32_t j = 0; count < 16 && j < count; ++j) tail[j] = x[i + j];
     const float* const from = count < 16 ? tail : x + i;
     const __m256 a = _mm256_loadu_ps(from), b = _mm256_loadu_ps(from + 8);
-    store_bytes(q + i, to_bytes(quotient(a, g), quotient(b, g), g), count);
+    store_bytes(q + i, grid_bytes(quotient(a, g), quotient(b, g), g), count);
   }
 }
 

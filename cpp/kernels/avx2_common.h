@@ -1,6 +1,5 @@
-// What the AVX2 kernels share: tiles and their sub-tiles, loads of a plane's
-// values, the epilogue. Private to avx2.cc: everything is in its anonymous
-// namespace.
+// What the AVX2 kernels share: tiles and their sub-tiles, loads of a plane's values, the epilogue.
+// Private to avx2.cc: everything is in its anonymous namespace.
 #pragma once
 
 #include <immintrin.h>
@@ -37,42 +36,72 @@ LUTRA_INLINE __m256i broadcast_word(const void* p) {  // a load: no shuffle port
   return _mm256_set1_epi32(word);
 }
 
+// Nothing, but not for the compiler, which otherwise reorders long sums for which there are no
+// registers then.
+LUTRA_INLINE void keep(__m256i& v) { __asm__("" : "+x"(v)); }
+
 LUTRA_INLINE int32_t round_up(int32_t n, int32_t unit) { return (n + unit - 1) / unit * unit; }
 LUTRA_INLINE bool narrow(int32_t rows_left) { return rows_left <= kRowBlock; }
 
-// The values of up to 32 rows of any plane. Consecutive rows are a plain load.
-// Others are covered by windows of 16 bytes, each beginning at a row that no
-// window before it reaches: a byte shuffle puts a window's values in their
-// places and zeros elsewhere. The two halves of 16 rows have windows of their
-// own. Maps that are not tiny need two windows, and one more where images meet.
+// How to load the values of a sub-tile's rows from any plane. Consecutive rows are a plain load.
+// Others are covered by windows of 16 bytes, each beginning at a row that no window before it
+// reaches: a byte shuffle puts a window's values in their places and zeros elsewhere. The two
+// halves of 16 rows have windows of their own. Maps that are not tiny need two windows, and one
+// more where images meet.
 struct Rows {
   bool whole;
-  int32_t windows;
+  int32_t windows;  // at least 2, unless whole
   int32_t offset[16][2];
   alignas(32) uint8_t index[16][kSubRows];
+};
 
+struct WholeRows {
+  int32_t offset;
+  LUTRA_INLINE explicit WholeRows(const Rows& r) : offset(r.offset[0][0]) {}
+  LUTRA_INLINE __m256i wide(const uint8_t* plane) const { return load(plane + offset); }
+  LUTRA_INLINE __m128i half(const uint8_t* plane) const { return load_half(plane + offset); }
+};
+
+template <bool kTwo>
+struct WindowRows {
+  const Rows& rows;
+  __m256i index[2];
+  LUTRA_INLINE explicit WindowRows(const Rows& r)
+      : rows(r), index{load(r.index[0]), load(r.index[1])} {}
   LUTRA_INLINE __m256i wide(const uint8_t* plane) const {
-    if (whole) return load(plane + offset[0][0]);
-    __m256i v = window(plane, 0);
-    for (int32_t i = 1; i < windows; ++i) v = _mm256_or_si256(v, window(plane, i));
+    __m256i v = _mm256_or_si256(_mm256_shuffle_epi8(window(plane, 0), index[0]),
+                                _mm256_shuffle_epi8(window(plane, 1), index[1]));
+    for (int32_t i = 2; !kTwo && i < rows.windows; ++i) {
+      const __m256i part = _mm256_shuffle_epi8(window(plane, i), load(rows.index[i]));
+      v = _mm256_or_si256(v, part);
+    }
     return v;
   }
   LUTRA_INLINE __m128i half(const uint8_t* plane) const {
-    if (whole) return load_half(plane + offset[0][0]);
     __m128i v = _mm_setzero_si128();
-    for (int32_t i = 0; i < windows; ++i) {
-      const __m128i bytes = load_half(plane + offset[i][0]);
-      v = _mm_or_si128(v, _mm_shuffle_epi8(bytes, load_half(index[i])));
+    for (int32_t i = 0; i < (kTwo ? 2 : rows.windows); ++i) {
+      const __m128i at = i < 2 ? _mm256_castsi256_si128(index[i]) : load_half(rows.index[i]);
+      v = _mm_or_si128(v, _mm_shuffle_epi8(load_half(plane + rows.offset[i][0]), at));
     }
     return v;
   }
 
  private:
   LUTRA_INLINE __m256i window(const uint8_t* plane, int32_t i) const {
-    const __m256i bytes = join(load_half(plane + offset[i][0]), load_half(plane + offset[i][1]));
-    return _mm256_shuffle_epi8(bytes, load(index[i]));
+    return join(load_half(plane + rows.offset[i][0]), load_half(plane + rows.offset[i][1]));
   }
 };
+
+template <typename Body>
+LUTRA_INLINE void with_rows(const Rows& rows, const Body& body) {
+  if (rows.whole) {
+    body(WholeRows(rows));
+  } else if (rows.windows == 2) {
+    body(WindowRows<true>(rows));
+  } else {
+    body(WindowRows<false>(rows));
+  }
+}
 
 [[gnu::noinline]] void find_rows(const Patch& p, int32_t first, Rows* rows) {
   const int32_t* const row = p.row + first;
@@ -82,7 +111,6 @@ struct Rows {
     rows->whole = true;
     for (int32_t r = 1; r < valid && rows->whole; ++r) rows->whole = row[r] == row[0] + r;
   }
-  rows->windows = 1;
   rows->offset[0][0] = row[0];
   if (rows->whole) return;
   int32_t count[2] = {0, 0};
@@ -96,7 +124,8 @@ struct Rows {
       rows->index[*n - 1][r] = static_cast<uint8_t>(row[r] - rows->offset[*n - 1][h]);
     }
   }
-  rows->windows = count[0] > count[1] ? count[0] : count[1];
+  rows->windows = 2;
+  for (const int32_t n : count) rows->windows = n > rows->windows ? n : rows->windows;
   for (int32_t h = 0; h < 2; ++h) {
     for (int32_t i = count[h]; i < rows->windows; ++i) {
       store_half(rows->index[i] + 16 * h, _mm_set1_epi8(-128));
@@ -123,8 +152,7 @@ struct Entries {
   }
 };
 
-// --- grids and the epilogue
-// ----------------------------------------------------------------------
+// --- grids and the epilogue ----------------------------------------------------------------------
 
 LUTRA_INLINE void store_bytes(uint8_t* to, __m128i v, int32_t count) {
   if (count >= 16) return store_half(to, v);
@@ -148,15 +176,21 @@ LUTRA_INLINE __m256 quotient(__m256 x, const Grid& g) {
   return _mm256_fmadd_ps(_mm256_fnmadd_ps(t, _mm256_set1_ps(g.scale), x), inverse, t);
 }
 
-// Quotients of 16 values -> bytes of the grid. There is no lower clamp: what is too low becomes
-// negative (INT32_MIN for NaN), and the packing saturates.
-LUTRA_INLINE __m128i to_bytes(__m256 t0, __m256 t1, const Grid& g) {
+// Quotients -> bytes of the grid. There is no lower clamp: what is too low becomes negative
+// (INT32_MIN for NaN), and the packing saturates.
+LUTRA_INLINE __m256i grid_words(__m256 t0, __m256 t1, const Grid& g) {  // 4 of t0, t1 a lane
   const __m256 high = _mm256_set1_ps(static_cast<float>(g.qmax - g.zero));
   const __m256i q = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_min_ps(high, t0)),
                                        _mm256_cvtps_epi32(_mm256_min_ps(high, t1)));
-  const __m256i words = _mm256_adds_epi16(_mm256_permute4x64_epi64(q, 0xd8),
-                                          _mm256_set1_epi16(static_cast<int16_t>(g.zero)));
-  return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  return _mm256_adds_epi16(q, _mm256_set1_epi16(static_cast<int16_t>(g.zero)));
+}
+LUTRA_INLINE __m128i grid_bytes(__m256 t0, __m256 t1, const Grid& g) {
+  const __m256i w = _mm256_permute4x64_epi64(grid_words(t0, t1, g), 0xd8);
+  return _mm_packus_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
+}
+LUTRA_INLINE __m256i grid_bytes(const __m256* t, const Grid& g) {
+  const __m256i bytes = _mm256_packus_epi16(grid_words(t[0], t[1], g), grid_words(t[2], t[3], g));
+  return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
 // The epilogue of one output, 16 or 32 rows in registers. A copy of the contract's, so that no
@@ -171,11 +205,11 @@ struct Finish {
     if (implied) e.clamp = false;
   }
 
-  // kRegisters times 8 rows from `row`.
+  // kRegisters times 8 rows from `row`; the sums are those given and `base`.
   template <int kRegisters>
-  LUTRA_INLINE void sums(int32_t m, int32_t row, const __m256i* s) const {
+  LUTRA_INLINE void sums(int32_t m, int32_t row, int32_t base, const __m256i* s) const {
     __m256 y[kRegisters];
-    const __m256i offset = e.offset ? _mm256_set1_epi32(e.offset[m]) : _mm256_setzero_si256();
+    const __m256i offset = _mm256_set1_epi32(e.offset ? base + e.offset[m] : base);
     LUTRA_UNROLL for (int32_t i = 0; i < kRegisters; ++i) {
       y[i] = _mm256_cvtepi32_ps(_mm256_add_epi32(s[i], offset));
     }
@@ -199,10 +233,14 @@ struct Finish {
   template <int kRegisters>
   LUTRA_INLINE void quantize(int32_t n, int32_t m, int32_t row, const __m256* t) const {
     uint8_t* const to = e.q[n].out + m * e.q[n].stride + row;
-    LUTRA_UNROLL for (int32_t i = 0; i < kRegisters; i += 2) {
-      const int32_t left = e.rows - row - 8 * i;
-      const __m128i bytes = to_bytes(t[i], t[i + 1], e.q[n].grid);
-      if (left > 0) store_bytes(to + 8 * i, bytes, left);
+    const int32_t left = e.rows - row;
+    if constexpr (kRegisters == 4) {
+      const __m256i bytes = grid_bytes(t, e.q[n].grid);
+      if (left >= 32) return store(to, bytes);
+      store_bytes(to, _mm256_castsi256_si128(bytes), left);
+      if (left > 16) store_bytes(to + 16, _mm256_extracti128_si256(bytes, 1), left - 16);
+    } else {
+      store_bytes(to, grid_bytes(t[0], t[1], e.q[n].grid), left);
     }
   }
 

@@ -1,7 +1,6 @@
 // AVX2: codes of a tile, by nearest centroid or by tree. Private to avx2.cc.
 //
-// Codes: sub-tile after sub-tile (32 rows, or 16 if no more are left), each
-// (books, its rows).
+// Codes: sub-tile after sub-tile (32 rows, or 16 if no more are left), each (books, its rows).
 #pragma once
 
 #include "avx2_common.h"
@@ -16,21 +15,17 @@ LUTRA_INLINE uint8_t* sub_tile(const PqShape& s, uint8_t* codes, int32_t row) {
 
 size_t code_bytes(const PqShape& s) { return static_cast<size_t>(padded_books(s)) * kRows; }
 
-// --- nearest centroid
-// ----------------------------------------------------------------------------
+// --- nearest centroid ----------------------------------------------------------------------------
 //
-// Only differences between the scores of one row matter, so any vector u may be
-// taken from all centroids of a codebook, and any number added to all its
-// scores. With c' = c - u, u the middle of the centroids entry by entry, x . c'
-// - floor(|c|^2 / 2) + constant usually fits 16 bits for every x there can be.
-// Where it does (decided per codebook, from its centroids), the search runs in
-// 16 bits, modulo 2^16: intermediate sums may wrap. Elsewhere it runs in 32
-// bits.
+// Only differences between the scores of one row matter, so any vector u may be taken from all
+// centroids of a codebook, and any number added to all its scores. With c' = c - u, u the middle of
+// the centroids entry by entry, x . c' - floor(|c|^2 / 2) + constant usually fits 16 bits for every
+// x there can be. Where it does (decided per codebook, from its centroids), the search runs in 16
+// bits, modulo 2^16: intermediate sums may wrap. Elsewhere it runs in 32 bits.
 //
 // A packed book, in dwords: 1 if narrow scores fit, then
-//   16 bits: [4 centroids][their initial score twice | (c'_2i, c'_2i+1) twice
-//   for each pair i][4] 32 bits: [centroid][key | (c'_4i .. c'_4i+3) for each
-//   quad i]
+//   16 bits: [4 centroids][initial score twice | (c'_2i, c'_2i+1) twice for each pair i][4]
+//   32 bits: [centroid][key | (c'_4i .. c'_4i+3) for each quad i]
 
 constexpr int32_t kKeyBits = 6;  // a 32-bit key is score * 64 + 63 - k: max finds the lowest best k
 
@@ -73,8 +68,7 @@ void centre(const PqShape& s, const uint8_t* book, int32_t valid, Centred* to) {
       to->c[k][v] = static_cast<int8_t>(book[k * s.dim + v] - middle);
     }
   }
-  int32_t low = INT32_MAX,
-          high = INT32_MIN;  // of the scores that any x can have
+  int32_t low = INT32_MAX, high = INT32_MIN;  // of the scores that any x can have
   for (int32_t k = 0; k < s.centroids; ++k) {
     int32_t least = to->initial[k], most = to->initial[k];
     for (int32_t v = 0; v < valid; ++v) (to->c[k][v] < 0 ? least : most) += to->c[k][v] * largest;
@@ -113,10 +107,10 @@ void pack_nearest(const PqShape& s, const uint8_t* centroids, uint8_t* packed) {
   }
 }
 
-// The values of a book's entries, two per 16-bit lane. 32 rows are two
-// registers (rows 0..7, 16..23 and 8..15, 24..31), 16 rows are one.
-template <int kHalves>
-LUTRA_INLINE void load_pairs(const Rows& rows, const uint8_t* const* entries, int32_t dim,
+// The values of a book's entries, two per 16-bit lane. 32 rows are two registers (rows 0..7, 16..23
+// and 8..15, 24..31), 16 rows are one.
+template <int kHalves, typename Loader>
+LUTRA_INLINE void load_pairs(const Loader& rows, const uint8_t* const* entries, int32_t dim,
                              __m256i (*x)[kHalves]) {
   for (int32_t v = 0; v < dim; v += 2) {
     const uint8_t* const next = entries[v + 1 < dim ? v + 1 : v];
@@ -131,30 +125,59 @@ LUTRA_INLINE void load_pairs(const Rows& rows, const uint8_t* const* entries, in
   }
 }
 
-// Masks or codes of the 16-bit lanes as bytes: of 32 rows, or of 16 rows,
-// doubled up.
+// Masks or codes of the 16-bit lanes: as bytes for 32 rows, as they are for 16 rows.
 template <int kHalves>
-LUTRA_INLINE __m256i mask_bytes(const __m256i* v) {
-  return _mm256_packs_epi16(v[0], v[kHalves - 1]);
+LUTRA_INLINE __m256i lane_bytes(const __m256i* v) {
+  return kHalves == 2 ? _mm256_packs_epi16(v[0], v[kHalves - 1]) : v[0];
 }
 template <int kHalves>
 LUTRA_INLINE void store_codes(uint8_t* to, __m256i code) {
   if constexpr (kHalves == 2) {
     store(to, code);
   } else {
-    store_half(to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(code, 0x08)));
+    const __m256i words = _mm256_and_si256(code, _mm256_set1_epi16(0xff));
+    const __m256i bytes = _mm256_packus_epi16(words, words);
+    store_half(to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(bytes, 0x08)));
   }
 }
 
-// Four centroids at a time, eight sums in registers; a load of x serves four
-// multiply-adds, a broadcast two. Then a knock-out among the four and the best
-// so far, whose masks become bytes.
+// The best of a search so far: a knock-out among four centroids and the best before them. Their
+// masks become bytes, so that codes of 32 rows are one register. (Of 16 rows, both bytes of a lane
+// are the code.)
+template <int kHalves>
+struct Best {
+  __m256i score[kHalves], code = _mm256_setzero_si256(), first = code;  // first: of the four
+
+  LUTRA_INLINE Best() {
+    for (__m256i& s : score) s = _mm256_set1_epi16(INT16_MIN);
+  }
+  LUTRA_INLINE void add(const __m256i (*s)[kHalves]) {
+    __m256i m01[kHalves], m23[kHalves], m[kHalves], better[kHalves];
+    for (int32_t h = 0; h < kHalves; ++h) {
+      m01[h] = _mm256_cmpgt_epi16(s[1][h], s[0][h]);
+      m23[h] = _mm256_cmpgt_epi16(s[3][h], s[2][h]);
+      const __m256i s01 = _mm256_max_epi16(s[0][h], s[1][h]);
+      const __m256i s23 = _mm256_max_epi16(s[2][h], s[3][h]);
+      m[h] = _mm256_cmpgt_epi16(s23, s01);
+      const __m256i top = _mm256_max_epi16(s01, s23);
+      better[h] = _mm256_cmpgt_epi16(top, score[h]);
+      score[h] = _mm256_max_epi16(score[h], top);
+    }
+    const __m256i c01 = _mm256_sub_epi8(first, lane_bytes<kHalves>(m01));
+    const __m256i third = _mm256_add_epi8(first, _mm256_set1_epi8(2));
+    const __m256i c23 = _mm256_sub_epi8(third, lane_bytes<kHalves>(m23));
+    const __m256i c = _mm256_blendv_epi8(c01, c23, lane_bytes<kHalves>(m));
+    code = _mm256_blendv_epi8(code, c, lane_bytes<kHalves>(better));
+    first = _mm256_add_epi8(first, _mm256_set1_epi8(4));
+  }
+};
+
+// Four centroids at a time. 32 rows: eight sums in registers; a load of x serves four
+// multiply-adds, a broadcast two. Multiplications and additions limit it, about evenly.
 template <int kHalves>
 [[gnu::noinline]] __m256i search16(const uint32_t* book, int32_t pairs, int32_t centroids,
                                    const __m256i (*x)[kHalves]) {
-  __m256i best[kHalves], code = _mm256_setzero_si256();
-  for (__m256i& b : best) b = _mm256_set1_epi16(INT16_MIN);
-  __m256i k0 = _mm256_setzero_si256();
+  Best<kHalves> best;
   for (int32_t k = 0; k < centroids; k += 4) {
     __m256i s[4][kHalves];
     for (int32_t j = 0; j < 4; ++j) {
@@ -169,29 +192,33 @@ template <int kHalves>
         }
       }
     }
-    __m256i m01[kHalves], m23[kHalves], m[kHalves], better[kHalves];
-    for (int32_t h = 0; h < kHalves; ++h) {
-      m01[h] = _mm256_cmpgt_epi16(s[1][h], s[0][h]);
-      m23[h] = _mm256_cmpgt_epi16(s[3][h], s[2][h]);
-      const __m256i s01 = _mm256_max_epi16(s[0][h], s[1][h]);
-      const __m256i s23 = _mm256_max_epi16(s[2][h], s[3][h]);
-      m[h] = _mm256_cmpgt_epi16(s23, s01);
-      const __m256i top = _mm256_max_epi16(s01, s23);
-      better[h] = _mm256_cmpgt_epi16(top, best[h]);
-      best[h] = _mm256_max_epi16(best[h], top);
-    }
-    const __m256i c01 = _mm256_sub_epi8(k0, mask_bytes<kHalves>(m01));
-    const __m256i k2 = _mm256_add_epi8(k0, _mm256_set1_epi8(2));
-    const __m256i c23 = _mm256_sub_epi8(k2, mask_bytes<kHalves>(m23));
-    const __m256i c = _mm256_blendv_epi8(c01, c23, mask_bytes<kHalves>(m));
-    code = _mm256_blendv_epi8(code, c, mask_bytes<kHalves>(better));
-    k0 = _mm256_add_epi8(k0, _mm256_set1_epi8(4));
+    best.add(s);
   }
-  return code;
+  return best.code;
 }
 
-// Four values per dword, 8 rows a register. A pair of products cannot saturate
-// (2 * 127 * 128).
+// 16 rows would be limited by loads; of 9 values (3x3) x fits in registers.
+[[gnu::noinline]] __m256i search16_narrow9(const uint32_t* book, int32_t centroids,
+                                           const __m256i (*pairs)[1]) {
+  __m256i x[5];
+  for (int32_t i = 0; i < 5; ++i) keep(x[i] = pairs[i][0]);
+  Best<1> best;
+  for (int32_t k = 0; k < centroids; k += 4) {
+    __m256i s[4][1];
+    for (int32_t j = 0; j < 4; ++j, ++book) keep(s[j][0] = broadcast_word(book));
+#pragma GCC unroll 5
+    for (int32_t i = 0; i < 5; ++i) {
+      for (int32_t j = 0; j < 4; ++j, ++book) {
+        const __m256i part = _mm256_maddubs_epi16(x[i], broadcast_word(book));
+        keep(s[j][0] = _mm256_add_epi16(s[j][0], part));
+      }
+    }
+    best.add(s);
+  }
+  return best.code;
+}
+
+// Four values per dword, 8 rows a register. A pair of products cannot saturate (2 * 127 * 128).
 template <int kHalves>
 [[gnu::noinline]] __m256i search32(const uint32_t* book, int32_t pairs, int32_t dim,
                                    int32_t centroids, const __m256i (*x)[kHalves]) {
@@ -229,7 +256,7 @@ template <int kHalves>
   for (int32_t h = 0; h < kHalves; ++h) {
     words[h] = _mm256_packs_epi32(best[2 * h], best[2 * h + 1]);
   }
-  return mask_bytes<kHalves>(words);
+  return lane_bytes<kHalves>(words);
 }
 
 template <int kHalves>
@@ -237,14 +264,18 @@ void nearest(const PqShape& s, const uint32_t* book, const Rows& rows,
              const uint8_t* const* entries, uint8_t* codes) {
   const int32_t pairs = value_pairs(s), k = s.centroids;
   __m256i x[32][kHalves];
-  load_pairs<kHalves>(rows, entries, s.dim, x);
-  __m256i code;
+  with_rows(rows, [&](const auto& loader) {
+    if (s.dim == 9) return load_pairs<kHalves>(loader, entries, 9, x);  // unrolled
+    load_pairs<kHalves>(loader, entries, s.dim, x);
+  });
   if (!book[0]) {
-    code = search32<kHalves>(book + 1, pairs, s.dim, k, x);
-  } else {
-    code = search16<kHalves>(book + 1, pairs, k, x);
+    store_codes<kHalves>(codes, search32<kHalves>(book + 1, pairs, s.dim, k, x));
+    return;
   }
-  store_codes<kHalves>(codes, code);
+  if constexpr (kHalves == 1) {
+    if (pairs == 5) return store_codes<1>(codes, search16_narrow9(book + 1, k, x));
+  }
+  store_codes<kHalves>(codes, search16<kHalves>(book + 1, pairs, k, x));
 }
 
 void encode_nearest(const PqShape& s, const uint8_t* packed, const Patch& p, const Rows* rows,
@@ -267,16 +298,13 @@ void encode_nearest(const PqShape& s, const uint8_t* packed, const Patch& p, con
   }
 }
 
-// --- tree
-// ----------------------------------------------------------------------------------------
+// --- tree ----------------------------------------------------------------------------------------
 //
-// The path is a node's number in the heap that begins with 1: path = 2 path +
-// bit. Its low four bits index 16 bytes of thresholds: one register holds
-// levels 0..3, one level 4, two level 5.
+// The path is a node's number in the heap that begins with 1: path = 2 path + bit. Its low four
+// bits index 16 bytes of thresholds: one register holds levels 0..3, one level 4, two level 5.
 //
-// Packed: (books, levels) pairs of the split's plane and tap, then (books, 16
-// or K) thresholds in heap order, less 1: x >= t is x > t - 1, for which there
-// is a signed comparison.
+// Packed: (books, levels) pairs of the split's plane and tap, then (books, 16 or K) thresholds in
+// heap order, less 1: x >= t is x > t - 1, for which there is a signed comparison.
 
 void pack_tree(const PqShape& s, const int32_t* splits, const uint8_t* thresholds,
                uint8_t* packed) {
@@ -313,52 +341,68 @@ LUTRA_INLINE __m256i descend(const __m256i* x, const __m256i* thresholds) {
   return _mm256_and_si256(path, _mm256_set1_epi8((1 << kLevels) - 1));
 }
 
-template <int kLevels>
-LUTRA_INLINE void find_splits(const Patch& p, const int32_t* splits, const uint8_t** at) {
-  for (int32_t l = 0; l < kLevels; ++l) {
-    at[l] = p.planes + splits[2 * l] * p.plane + p.tap[splits[2 * l + 1]];
+constexpr int32_t kTreeBooks = 32;  // whose splits' addresses are found at a time
+
+// Codes of `count` books for 32 rows; at: (books, levels) addresses.
+template <int kLevels, typename Loader>
+LUTRA_INLINE void tree_wide(const Loader& rows, const uint8_t* const* at, const uint8_t* thresholds,
+                            int32_t count, uint8_t* codes) {
+  constexpr int32_t kTables = kLevels < 4 ? 1 : 1 << (kLevels - 4);  // registers of thresholds
+  for (int32_t b = 0; b < count; ++b, at += kLevels, thresholds += 16 * kTables) {
+    __m256i x[kLevels], t[kTables];
+    for (int32_t l = 0; l < kLevels; ++l) x[l] = rows.wide(at[l]);
+    for (int32_t i = 0; i < kTables; ++i) t[i] = broadcast_half(thresholds + 16 * i);
+    store(codes + b * kSubRows, descend<kLevels>(x, t));
+  }
+}
+
+// The same for 16 rows, with two books in the lanes.
+template <int kLevels, typename Loader>
+LUTRA_INLINE void tree_narrow(const Loader& rows, const uint8_t* const* at,
+                              const uint8_t* thresholds, int32_t count, uint8_t* codes) {
+  constexpr int32_t kTables = kLevels < 4 ? 1 : 1 << (kLevels - 4);
+  for (int32_t b = 0; b < count; b += 2, at += 2 * kLevels, thresholds += 32 * kTables) {
+    const int32_t next = b + 1 < count;  // else the last one twice
+    __m256i x[kLevels], t[kTables];
+    for (int32_t l = 0; l < kLevels; ++l) {
+      x[l] = join(rows.half(at[l]), rows.half(at[next * kLevels + l]));
+    }
+    for (int32_t i = 0; i < kTables; ++i) {
+      t[i] =
+          join(load_half(thresholds + 16 * i), load_half(thresholds + 16 * (next * kTables + i)));
+    }
+    const __m256i code = descend<kLevels>(x, t);
+    if (next) {
+      store(codes + b * kRowBlock, code);
+    } else {
+      store_half(codes + b * kRowBlock, _mm256_castsi256_si128(code));
+    }
   }
 }
 
 template <int kLevels>
 void encode_tree(const PqShape& s, const uint8_t* packed, const Patch& p, const Rows* rows,
                  int32_t first, int32_t last, uint8_t* codes) {
-  constexpr int32_t kTables = kLevels < 4 ? 1 : 1 << (kLevels - 4);  // registers of thresholds
   const int32_t* const splits = reinterpret_cast<const int32_t*>(packed);
   const uint8_t* const thresholds =
       packed + static_cast<size_t>(s.books) * kLevels * 2 * sizeof(int32_t);
-  const uint8_t* at[kLevels];
-  __m256i x[kLevels], t[kTables];
-  for (int32_t row = 0; row < p.rows; row += kSubRows) {
-    const Rows& sub = rows[row / kSubRows];
-    uint8_t* const to = sub_tile(s, codes, row);
-    if (!narrow(p.rows - row)) {
-      for (int32_t b = first; b < last; ++b) {
-        find_splits<kLevels>(p, splits + 2 * kLevels * b, at);
-        for (int32_t l = 0; l < kLevels; ++l) x[l] = sub.wide(at[l]);
-        for (int32_t i = 0; i < kTables; ++i) {
-          t[i] = broadcast_half(thresholds + 16 * (kTables * b + i));
-        }
-        store(to + b * kSubRows, descend<kLevels>(x, t));
-      }
-      continue;
+  const uint8_t* at[kTreeBooks * kLevels];
+  for (int32_t b = first; b < last; b += kTreeBooks) {
+    const int32_t count = last - b < kTreeBooks ? last - b : kTreeBooks;
+    for (int32_t i = 0; i < count * kLevels; ++i) {
+      const int32_t* const split = splits + 2 * (b * kLevels + i);
+      at[i] = p.planes + split[0] * p.plane + p.tap[split[1]];
     }
-    for (int32_t b = first; b < last; b += 2) {  // two books in the lanes
-      const uint8_t* next[kLevels];
-      const int32_t b1 = b + 1 < last ? b + 1 : b;
-      find_splits<kLevels>(p, splits + 2 * kLevels * b, at);
-      find_splits<kLevels>(p, splits + 2 * kLevels * b1, next);
-      for (int32_t l = 0; l < kLevels; ++l) x[l] = join(sub.half(at[l]), sub.half(next[l]));
-      for (int32_t i = 0; i < kTables; ++i) {
-        t[i] = join(load_half(thresholds + 16 * (kTables * b + i)),
-                    load_half(thresholds + 16 * (kTables * b1 + i)));
-      }
-      const __m256i code = descend<kLevels>(x, t);
-      if (b1 == b) {
-        store_half(to + b * kRowBlock, _mm256_castsi256_si128(code));
-      } else {
-        store(to + b * kRowBlock, code);
-      }
+    const uint8_t* const from = thresholds + b * threshold_bytes(s);
+    for (int32_t row = 0; row < p.rows; row += kSubRows) {
+      uint8_t* const to = sub_tile(s, codes, row);
+      with_rows(rows[row / kSubRows], [&](const auto& loader) {
+        if (narrow(p.rows - row)) {
+          tree_narrow<kLevels>(loader, at, from, count, to + b * kRowBlock);
+        } else {
+          tree_wide<kLevels>(loader, at, from, count, to + b * kSubRows);
+        }
+      });
     }
   }
 }

@@ -6,22 +6,19 @@
 namespace lutra {
 namespace {
 
-// --- lookup of a tile
-// ----------------------------------------------------------------------------
+// --- lookup of a tile ----------------------------------------------------------------------------
 //
-// vpshufb reads 32 rows of a book, as bytes v (the value less the least of its
-// book and output). A byte cannot hold the sum S of many books, and widening
-// every v to 16 bits costs three instructions. Instead, up to 64 bytes are
-// summed twice in bytes: modulo 256 (vpaddb), and approximately, by a tree of
-// rounding means (vpavgb). A mean of two is rounded up by half a unit at most,
-// so the root A of a tree of n levels has T = 2^n A = S + e with 0 <= e <= n
-// 2^(n-1): at most 192 for 6 levels. e is therefore known from its low byte,
-// and S is exact. That makes three instructions for 32 lookups, and two loads.
+// vpshufb reads 32 rows of a book, as bytes v (the value less the least of its book and output). A
+// byte cannot hold the sum S of many books, and widening every v to 16 bits costs three
+// instructions. Instead, up to 64 bytes are summed twice in bytes: modulo 256 (vpaddb), and
+// approximately, by a tree of rounding means (vpavgb). A mean of two is rounded up by half a unit
+// at most, so the root A of a tree of n levels has T = 2^n A = S + e with 0 <= e <= n 2^(n-1): at
+// most 192 for 6 levels. e is therefore known from its low byte, and S is exact. That makes three
+// instructions for 32 lookups, and two loads.
 //
-// Where the ranges of two books add up to 255 or less, for all four outputs of
-// a block, their bytes are added first and share a leaf of the tree: 2.5
-// instructions, which is near the limit of the loads and of vpshufb alone.
-// Trained tables have many small ranges, so that nearly all books pair.
+// Where the ranges of two books add up to 255 or less, for all four outputs of a block, their bytes
+// are added first and share a leaf of the tree: 2.5 instructions, which is near the limit of the
+// loads and of vpshufb alone. Trained tables have many small ranges, so that nearly all books pair.
 //
 // Books come in units of two, (2u, 2u + 1), so that a narrow sub-tile (16 rows) can read a unit at
 // once, a book in each lane; it adds the lanes at the end. They are summed in chunks of 64 units,
@@ -33,14 +30,15 @@ namespace {
 
 constexpr int32_t kChunkUnits = 64;
 constexpr int32_t kMaxEntries = kChunkUnits + kChunkUnits / 4;
-constexpr int32_t kLeaves = 64;         // of a tree
-constexpr int32_t kBlocksTogether = 4;  // blocks of outputs that use a chunk's codes in turn
+constexpr int32_t kLeaves = 64;          // of a tree
+constexpr size_t kCachedBytes = 262144;  // tables up to here stay in the second-level cache
+constexpr int32_t kBlocksTogether = 4;   // blocks of outputs that use a chunk's codes in turn
 
 // A chunk of a block is either all single, or neighbouring entries share leaves; then a unit that
 // finds no partner gets an empty one.
 struct Chunk {
   int32_t paired;             // do entries 2i and 2i + 1 share leaves?
-  int32_t entries;            // a multiple of 4, the last ones may be empty
+  int32_t entries;            // empty ones fill up to a multiple of 4
   int32_t base[kBlock];       // the first chunk's: the sums of the minima that were subtracted
   int32_t unit[kMaxEntries];  // of each entry, from the first of the chunk; any for empty ones
   int32_t unused[10];         // to 64 bytes
@@ -68,8 +66,7 @@ size_t table_bytes(const PqShape& s) {
   return (s.outputs + kBlock - 1) / kBlock * block_bytes(s.books, table_slices(s));
 }
 
-// The least value and the range of a book and an output; both 0 for those that
-// do not exist.
+// The least value and the range of a book and an output; both 0 for those that do not exist.
 void find_range(const PqShape& s, const int8_t* tables, int32_t b, int32_t m, int32_t* least,
                 int32_t* range) {
   *least = *range = 0;
@@ -130,8 +127,8 @@ void order_units(const UnitRange* sorted, int32_t count, int32_t limit, Chunk* c
   if (!chunk->paired) {
     for (n = 0; n < count; ++n) chunk->unit[n] = n;
   }
-  while (n % 4 != 0) chunk->unit[n++] = -1;
   chunk->entries = n;
+  while (n % 4 != 0) chunk->unit[n++] = -1;
 }
 
 // One book of one output of an entry.
@@ -162,7 +159,8 @@ void pack_chunk(const PqShape& s, const int8_t* tables, int32_t block, int32_t f
   sort_units(units, count, sorted);
   order_units(sorted, count, max_entries(s.books), chunk);
   uint8_t* to = reinterpret_cast<uint8_t*>(chunk + 1);
-  for (int32_t entry = 0; entry < chunk->entries; ++entry, to += entry_bytes(table_slices(s))) {
+  for (int32_t entry = 0; entry < round_up(chunk->entries, 4);
+       ++entry, to += entry_bytes(table_slices(s))) {
     const bool empty = chunk->unit[entry] < 0;
     const int32_t b = empty ? s.books : 2 * (first + chunk->unit[entry]);
     if (empty) chunk->unit[entry] = 0;
@@ -183,8 +181,7 @@ void pack_tables(const PqShape& s, const int8_t* tables, uint8_t* packed) {
   }
 }
 
-// Four reads of a quad, those that may share a leaf side by side: of two
-// entries (wide), or of four.
+// Four reads of a quad, those that may share a leaf side by side: two entries (wide), or four.
 template <bool kNarrow>
 struct Quad {
   static constexpr int32_t kEntries = kNarrow ? 4 : 2;
@@ -210,29 +207,40 @@ LUTRA_INLINE __m256i read(const uint8_t* entries, int32_t i, int32_t j, const __
   return v;
 }
 
-// A quad for the four outputs of a block: sum[j] += its values, mean[j] = the
-// mean of its leaves.
+// The codes of a read, less the first entry of each slice; bit 7 is set, and so zero comes out of
+// vpshufb, outside its own slice.
+template <int kSlices>
+LUTRA_INLINE void slice_codes(__m256i code, __m256i* index) {
+  index[0] = code;
+  for (int32_t i = 0; kSlices > 1 && i < kSlices; ++i) {
+    const __m256i first = _mm256_set1_epi8(static_cast<char>(16 * i));
+    index[i] = _mm256_adds_epu8(_mm256_sub_epi8(code, first), _mm256_set1_epi8(0x70));
+  }
+}
+
+// A quad for the four outputs of a block: sum[j] += its values, mean[j] = the mean of its leaves.
+// Output by output, while there are registers for all indices.
 template <int kSlices, bool kNarrow, bool kPaired>
 LUTRA_INLINE void quad(const uint8_t* entries, const int32_t* order, const uint8_t* codes,
                        __m256i* sum, __m256i* mean) {
-  __m256i index[4][kSlices];
+  __m256i index[4][kSlices], v[kBlock][4];
   for (int32_t i = 0; i < 4; ++i) {
-    const __m256i code = Quad<kNarrow>::codes(codes, order, i);
-    index[i][0] = code;
-    if (kSlices > 1) {  // bit 7 set, and so zero out of vpshufb, outside its own slice
-      for (int32_t slice = 0; slice < kSlices; ++slice) {
-        const __m256i first = _mm256_set1_epi8(static_cast<char>(16 * slice));
-        index[i][slice] = _mm256_adds_epu8(_mm256_sub_epi8(code, first), _mm256_set1_epi8(0x70));
-      }
+    slice_codes<kSlices>(Quad<kNarrow>::codes(codes, order, i), index[i]);
+    for (int32_t j = 0; kSlices > 2 && j < kBlock; ++j) {
+      v[j][i] = read<kSlices, kNarrow>(entries, i, j, index[i]);
+      keep(v[j][i]);
     }
   }
   for (int32_t j = 0; j < kBlock; ++j) {
-    __m256i v[4];
-    for (int32_t i = 0; i < 4; ++i) v[i] = read<kSlices, kNarrow>(entries, i, j, index[i]);
-    const __m256i v01 = _mm256_add_epi8(v[0], v[1]), v23 = _mm256_add_epi8(v[2], v[3]);
+    for (int32_t i = 0; kSlices <= 2 && i < 4; ++i) {
+      v[j][i] = read<kSlices, kNarrow>(entries, i, j, index[i]);
+    }
+    const __m256i v01 = _mm256_add_epi8(v[j][0], v[j][1]);
+    const __m256i v23 = _mm256_add_epi8(v[j][2], v[j][3]);
     sum[j] = _mm256_add_epi8(sum[j], _mm256_add_epi8(v01, v23));
     mean[j] = kPaired ? _mm256_avg_epu8(v01, v23)
-                      : _mm256_avg_epu8(_mm256_avg_epu8(v[0], v[1]), _mm256_avg_epu8(v[2], v[3]));
+                      : _mm256_avg_epu8(_mm256_avg_epu8(v[j][0], v[j][1]),
+                                        _mm256_avg_epu8(v[j][2], v[j][3]));
   }
 }
 
@@ -247,16 +255,18 @@ LUTRA_INLINE __m256i root(const Node* node, int32_t j) {
   }
 }
 
-LUTRA_INLINE void add_words(__m128i words, __m256i* total) {
-  *total = _mm256_add_epi32(*total, _mm256_cvtepu16_epi32(words));
-}
-
 using Total = __m256i[4];  // of an output, rows 0..7, 8..15, 16..23, 24..31
 
-// total[j] += the exact sums. The low byte of S is known, and T - S < 256: its high byte is that of
-// T, less 1 if the low byte of T is below that of S.
-template <int kNodes, int kLevels>
-[[gnu::noinline]] void resolve(const Node* node, const __m256i* sum, Total* total) {
+template <bool kFirst>
+LUTRA_INLINE void add_words(__m128i words, __m256i* total) {
+  const __m256i v = _mm256_cvtepu16_epi32(words);
+  *total = kFirst ? v : _mm256_add_epi32(*total, v);
+}
+
+// total[j] += the exact sums, or = if they are the first. The low byte of S is known, and T - S <
+// 256: its high byte is that of T, less 1 if the low byte of T is below that of S.
+template <int kNodes, int kLevels, bool kFirst>
+LUTRA_INLINE void resolve(const Node* node, const __m256i* sum, Total* total) {
   const __m256i high_bits = _mm256_set1_epi8(static_cast<char>(0xff << kLevels));
   const __m256i minus_one = _mm256_set1_epi8(-1);
   for (int32_t j = 0; j < kBlock; ++j) {
@@ -266,26 +276,43 @@ template <int kNodes, int kLevels>
     const __m256i enough = _mm256_cmpeq_epi8(_mm256_max_epu8(low, s), low);  // no borrow
     const __m256i exact = _mm256_sub_epi8(_mm256_add_epi8(high, minus_one), enough);
     const __m256i even = _mm256_unpacklo_epi8(s, exact), odd = _mm256_unpackhi_epi8(s, exact);
-    add_words(_mm256_castsi256_si128(even), &total[j][0]);
-    add_words(_mm256_castsi256_si128(odd), &total[j][1]);
-    add_words(_mm256_extracti128_si256(even, 1), &total[j][2]);
-    add_words(_mm256_extracti128_si256(odd, 1), &total[j][3]);
+    add_words<kFirst>(_mm256_castsi256_si128(even), &total[j][0]);
+    add_words<kFirst>(_mm256_castsi256_si128(odd), &total[j][1]);
+    add_words<kFirst>(_mm256_extracti128_si256(even, 1), &total[j][2]);
+    add_words<kFirst>(_mm256_extracti128_si256(odd, 1), &total[j][3]);
   }
 }
 
-// total[j] += the sums of at most kLeaves leaves. The quads' means go through
-// memory: there are no registers for them. Not inline, so that the loop has all
-// registers.
+template <int kNodes, int kLevels>
+[[gnu::noinline]] void resolve(const Node* node, const __m256i* sum, bool first, Total* total) {
+  if (first) {
+    resolve<kNodes, kLevels, true>(node, sum, total);
+  } else {
+    resolve<kNodes, kLevels, false>(node, sum, total);
+  }
+}
+
+// Adds the sums of at most kLeaves leaves to total[j]. The quads' means go through memory: there
+// are no registers for them. Not inline, so that the loop has all registers. `ahead`, if not null,
+// is where the tables that come next begin: large ones are streamed from the last-level cache or
+// from memory, chunk by chunk of 8 KB, and the hardware's prefetchers end with every page.
 template <int kSlices, bool kNarrow, bool kPaired>
 [[gnu::noinline]] void tree(const uint8_t* entries, const int32_t* order, const uint8_t* codes,
-                            int32_t quads, Total* total) {
+                            int32_t quads, const uint8_t* ahead, bool first, Total* total) {
   constexpr int kBelow = kPaired ? 1 : 2;  // levels inside a quad
   const __m256i zero = _mm256_setzero_si256();
   Node node[kLeaves / 2], sum = {zero, zero, zero, zero};
   int32_t nodes = 0;
   for (; nodes < quads; ++nodes) {
+    constexpr int32_t kBytes = Quad<kNarrow>::kEntries * kSlices * kBlock * 32;
+    if (ahead) {
+      for (int32_t i = 0; i < kBytes; i += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
+      }
+      ahead += kBytes;
+    }
     quad<kSlices, kNarrow, kPaired>(entries, order, codes, sum, node[nodes]);
-    entries += Quad<kNarrow>::kEntries * kSlices * kBlock * 32;
+    entries += kBytes;
     order += Quad<kNarrow>::kEntries;
   }
   for (; nodes & (nodes - 1); ++nodes) {
@@ -293,31 +320,35 @@ template <int kSlices, bool kNarrow, bool kPaired>
   }
   switch (nodes) {
     case 1:
-      return resolve<1, kBelow>(node, sum, total);
+      return resolve<1, kBelow>(node, sum, first, total);
     case 2:
-      return resolve<2, kBelow + 1>(node, sum, total);
+      return resolve<2, kBelow + 1>(node, sum, first, total);
     case 4:
-      return resolve<4, kBelow + 2>(node, sum, total);
+      return resolve<4, kBelow + 2>(node, sum, first, total);
     case 8:
-      return resolve<8, kBelow + 3>(node, sum, total);
+      return resolve<8, kBelow + 3>(node, sum, first, total);
     case 16:
-      return resolve<16, kBelow + 4>(node, sum, total);
+      return resolve<16, kBelow + 4>(node, sum, first, total);
     default:
-      return resolve<32, 6>(node, sum, total);  // paired
+      return resolve<32, 6>(node, sum, first, total);  // paired
   }
 }
 
-// total[j] += the sums of a chunk; `codes` begins with the chunk's.
+// Adds the sums of a chunk to total[j], after the first ones; `codes` begins with the chunk's.
 template <int kSlices, bool kNarrow>
-LUTRA_INLINE void add_chunk(const Chunk& chunk, const uint8_t* codes, Total* total) {
+LUTRA_INLINE void add_chunk(const Chunk& chunk, const uint8_t* codes, const uint8_t* later,
+                            bool first, Total* total) {
   const uint8_t* const entries = reinterpret_cast<const uint8_t*>(&chunk + 1);
   auto* const run = chunk.paired ? tree<kSlices, kNarrow, true> : tree<kSlices, kNarrow, false>;
   const int32_t most = chunk.paired ? kLeaves / 2 : kLeaves / 4;
-  const int32_t quads = chunk.entries / Quad<kNarrow>::kEntries;
+  const int32_t each = Quad<kNarrow>::kEntries;
+  const int32_t quads = (chunk.entries + each - 1) / each;
   for (int32_t q = 0; q < quads; q += most) {
-    const int32_t entry = q * Quad<kNarrow>::kEntries;
+    const int32_t entry = q * each;
     run(entries + entry * entry_bytes(kSlices), chunk.unit + entry, codes,
-        quads - q < most ? quads - q : most, total);
+        quads - q < most ? quads - q : most,
+        later ? later + sizeof(Chunk) + entry * entry_bytes(kSlices) : nullptr, first && q == 0,
+        total);
   }
 }
 
@@ -328,34 +359,41 @@ void lookup_blocks(const PqShape& s, const uint8_t* tables, const uint8_t* codes
   const size_t block_size = block_bytes(s.books, kSlices);
   const size_t chunk_size = chunk_bytes(s.books, kSlices);
   const int32_t chunks = chunks_of(s.books), rows = finish.e.rows;
+  const bool large = table_bytes(s) > kCachedBytes;
+  const int32_t blocks = (last - m + kBlock - 1) / kBlock;
   Total total[kBlocksTogether][kRows / kSubRows][kBlock];
   for (int32_t c = 0; c < chunks; ++c) {
-    for (int32_t i = 0; m + i * kBlock < last; ++i) {
+    for (int32_t i = 0; i < blocks; ++i) {
+      const uint8_t* const at = tables + i * block_size + c * chunk_size;
+      const uint8_t* const after = i + 1 < blocks   ? at + block_size
+                                   : c + 1 < chunks ? tables + (c + 1) * chunk_size
+                                                    : tables + blocks * block_size;
       const Chunk& chunk =
           *reinterpret_cast<const Chunk*>(tables + i * block_size + c * chunk_size);
       for (int32_t row = 0; row < rows; row += kSubRows) {
+        const uint8_t* const later = large && row == 0 ? after : nullptr;
         const uint8_t* const from = codes + static_cast<size_t>(padded_books(s)) * row;
         Total* const to = total[i][row / kSubRows];
-        for (int32_t j = 0; c == 0 && j < kBlock; ++j) {
-          to[j][0] = to[j][1] = _mm256_set1_epi32(chunk.base[j]);
-          to[j][2] = to[j][3] = narrow(rows - row) ? _mm256_setzero_si256() : to[j][0];
-        }
         if (narrow(rows - row)) {
-          add_chunk<kSlices, true>(chunk, from + c * kChunkUnits * 2 * kRowBlock, to);
+          add_chunk<kSlices, true>(chunk, from + c * kChunkUnits * 2 * kRowBlock, later, c == 0,
+                                   to);
         } else {
-          add_chunk<kSlices, false>(chunk, from + c * kChunkUnits * 2 * kSubRows, to);
+          add_chunk<kSlices, false>(chunk, from + c * kChunkUnits * 2 * kSubRows, later, c == 0,
+                                    to);
         }
       }
     }
   }
   for (int32_t i = 0; m + i < last; ++i) {
+    const uint8_t* const block = tables + i / kBlock * block_size;
+    const int32_t base = reinterpret_cast<const Chunk*>(block)->base[i % kBlock];
     for (int32_t row = 0; row < rows; row += kSubRows) {
       const Total& t = total[i / kBlock][row / kSubRows][i % kBlock];
       if (narrow(rows - row)) {
         const __m256i sums[2] = {_mm256_add_epi32(t[0], t[2]), _mm256_add_epi32(t[1], t[3])};
-        finish.sums<2>(m + i, row, sums);
+        finish.sums<2>(m + i, row, base, sums);
       } else {
-        finish.sums<4>(m + i, row, t);
+        finish.sums<4>(m + i, row, base, t);
       }
     }
   }
@@ -384,19 +422,16 @@ void lookup(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32
   }
 }
 
-// --- one row
-// -------------------------------------------------------------------------------------
+// --- one row -------------------------------------------------------------------------------------
 //
-// Bound by memory: each code selects a row of M bytes, mostly in a page of its
-// own, which hardware prefetchers do not follow. Eight books are walked
-// together, outputs in the lanes, and the rows of later books are prefetched
-// meanwhile.
+// Bound by memory: each code selects a row of M bytes, mostly in a page of its own, which hardware
+// prefetchers do not follow. Eight books are walked together, outputs in the lanes, and the rows of
+// later books are prefetched meanwhile.
 
 constexpr int32_t kRowBooks = 8;
 constexpr int32_t kRowAhead = 16384;  // bytes of rows to be under way, at least
 
-// sums[0..31] += rows[0..7][at..at+31]: bytes of two books side by side, added
-// by vpmaddubsw.
+// sums[0..31] += rows[0..7][at..at+31]: bytes of two books side by side, added by vpmaddubsw.
 LUTRA_INLINE void add_rows(const int8_t* const* rows, int32_t at, int32_t* sums) {
   const __m256i ones = _mm256_set1_epi8(1);
   __m256i low = _mm256_setzero_si256(), high = low;
