@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -122,3 +123,43 @@ def test_extreme_grids_between_layers(act_scale: float, act_zero: int) -> None:
     (want,) = run_reference(graph, {"x": x}).values()
     for isa in runnable_isas():
         assert same_bits(Session(graph, isa=isa, threads=1)(x), want), isa
+
+
+def test_sessions_of_different_isas_run_at_the_same_time() -> None:
+    graph = random_chain(7)
+    x = np.random.default_rng(7).normal(size=(2, 5, 9, 7)).astype(np.float32)
+    (want,) = run_reference(graph, {"x": x}).values()
+    sessions = [
+        Session(graph, isa=isa, threads=threads) for isa in runnable_isas() for threads in (1, 2, 3)
+    ]
+    wrong: list[str] = []
+
+    def run(session: Session) -> None:
+        for _ in range(20):
+            if not same_bits(session(x), want):
+                wrong.append(f"{session.isa}, {session.threads} threads")
+
+    threads = [threading.Thread(target=run, args=(s,)) for s in sessions for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("size", [4, 8, 13])
+def test_few_tiles_are_shared_out(size: int) -> None:
+    """Fewer tiles than threads: codebooks and outputs are divided between them."""
+    b = Builder(("x", (None, 64, size, size)), seed=size)
+    grid = {"act_scale": 0.05, "act_zero": 0, "act_bits": 6, "padding": (1, 1)}
+    y = b.add("relu", b.pq_conv2d("x", 64, 96, **grid))
+    z = b.add("relu", b.add("add", b.pq_conv2d(y, 96, 96, **grid), y))
+    b.add("int8_conv2d", z, tensors=int8_tensors(b.rng, (70, 96, 3, 3)), **grid)
+    graph = b.graph()
+    x = b.rng.normal(size=(1, 64, size, size)).astype(np.float32)
+    (want,) = run_reference(graph, {"x": x}).values()
+    for isa in runnable_isas():
+        for threads in (2, 3, 5):
+            session = Session(graph, isa=isa, threads=threads)
+            for _ in range(5):
+                assert same_bits(session(x), want), (isa, threads)
