@@ -33,9 +33,10 @@ from lutra.format import save_graph
 
 POOL: Final = 17  # different inputs that take turns; prime, so that everybody meets them all
 WARMUP: Final = 3  # rounds that do not count
+LEAD_IN: Final = 4  # runs of a turn that do not count: the caches are the others' when it begins
 METHOD: Final = (
     "All contestants of a case run in one process, a float32 array in and a float32 array out, in "
-    "turns whose order rotates; a turn is one run that does not count and one that does. With more "
+    "turns whose order rotates; a turn is four runs that do not count and one that does. With more "
     "than one thread a turn begins when no thread of the one before it spins any more. "
     f"Inputs are {POOL} arrays of normal values that take turns. Times are medians; ms has the "
     "fastest and slowest run and the interquartile range of each contestant. Models of the peers "
@@ -114,7 +115,7 @@ def measure(case: Case, setting: Setting) -> tuple[list[dict[str, Any]], dict[st
             {name: _turn(opened, inputs) for name, opened in sitting.opened.items()},
             setting.runs,
             WARMUP,
-            lead_in=1,
+            lead_in=LEAD_IN,
             settle=setting.threads > 1,
         )
         spreads = {name: spread(seconds) for name, seconds in times.items()}

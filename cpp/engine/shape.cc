@@ -1,6 +1,11 @@
 #include "shape.h"
 
+#include <algorithm>
 #include <cstring>
+
+#ifdef __SSE2__  // part of every x86-64
+#include <emmintrin.h>
+#endif
 
 namespace lutra {
 
@@ -47,9 +52,51 @@ Dims storage_strides(const Shape& shape) {
 
 namespace {
 
+// to[j * to_step + i] = from[i * from_step + j] for i < rows, j < columns, in blocks that stay in
+// the cache.
+void transpose(const float* from, int64_t from_step, float* to, int64_t to_step, int64_t rows,
+               int64_t columns) {
+  constexpr int64_t kBlock = 32;
+  for (int64_t i0 = 0; i0 < rows; i0 += kBlock) {
+    const int64_t i1 = std::min(rows, i0 + kBlock);
+    for (int64_t j0 = 0; j0 < columns; j0 += kBlock) {
+      const int64_t j1 = std::min(columns, j0 + kBlock);
+      int64_t i = i0;
+#ifdef __SSE2__
+      for (; i + 4 <= i1; i += 4) {
+        const float* const x = from + i * from_step;
+        int64_t j = j0;
+        for (; j + 4 <= j1; j += 4) {
+          __m128 r0 = _mm_loadu_ps(x + j), r1 = _mm_loadu_ps(x + from_step + j),
+                 r2 = _mm_loadu_ps(x + 2 * from_step + j), r3 = _mm_loadu_ps(x + 3 * from_step + j);
+          _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
+          float* const y = to + j * to_step + i;
+          _mm_storeu_ps(y, r0);
+          _mm_storeu_ps(y + to_step, r1);
+          _mm_storeu_ps(y + 2 * to_step, r2);
+          _mm_storeu_ps(y + 3 * to_step, r3);
+        }
+        for (; j < j1; ++j) {
+          for (int64_t k = 0; k < 4; ++k) to[j * to_step + i + k] = x[k * from_step + j];
+        }
+      }
+#endif
+      for (; i < i1; ++i) {
+        for (int64_t j = j0; j < j1; ++j) to[j * to_step + i] = from[i * from_step + j];
+      }
+    }
+  }
+}
+
 void copy_axis(const Shape& shape, int axis, const float* from, const Dims& fs, float* to,
                const Dims& ts) {
   const int64_t n = shape[axis];
+  if (axis + 2 == shape.rank && fs[axis + 1] == 1 && ts[axis] == 1) {
+    return transpose(from, fs[axis], to, ts[axis + 1], n, shape[axis + 1]);
+  }
+  if (axis + 2 == shape.rank && fs[axis] == 1 && ts[axis + 1] == 1) {
+    return transpose(from, fs[axis + 1], to, ts[axis], shape[axis + 1], n);
+  }
   if (axis + 1 == shape.rank) {
     if (fs[axis] == 1 && ts[axis] == 1) {
       std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
