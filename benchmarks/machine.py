@@ -39,6 +39,7 @@ def interleaved(
     warmup: int,
     *,
     lead_in: int = 0,
+    counted: int = 1,
     settle: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of each case, measured in turn so that a drifting machine is fair to all.
@@ -49,7 +50,8 @@ def interleaved(
         cases: What to run, by name.
         runs: Rounds that count.
         warmup: Rounds before them.
-        lead_in: Runs of a case in every turn that do not count, before the one that does.
+        lead_in: Runs of a case in every turn that do not count, before those that do.
+        counted: Runs of a case in every turn that count.
         settle: Whether a turn waits until the threads of the case before it have gone to sleep.
     """
     names = list(cases)
@@ -62,10 +64,11 @@ def interleaved(
                 wait_for_idle()
             for _ in range(lead_in):
                 run()
-            start = perf_counter()
-            run()
-            if i >= warmup:
-                times[name].append(perf_counter() - start)
+            for _ in range(counted):
+                start = perf_counter()
+                run()
+                if i >= warmup:
+                    times[name].append(perf_counter() - start)
     return times
 
 

@@ -34,6 +34,7 @@ from lutra.format import save_graph
 POOL: Final = 17  # different inputs that take turns; prime, so that everybody meets them all
 WARMUP: Final = 3  # rounds that do not count
 LEAD_IN: Final = 4  # runs of a turn that do not count: the caches are the others' when it begins
+COUNTED: Final = 8  # runs of a turn that do
 METHOD: Final = (
     "All contestants of a case run in one process, a float32 array in and a float32 array out, in "
     "turns whose order rotates; a turn is four runs that do not count and one that does. With more "
@@ -116,6 +117,7 @@ def measure(case: Case, setting: Setting) -> tuple[list[dict[str, Any]], dict[st
             setting.runs,
             WARMUP,
             lead_in=LEAD_IN,
+            counted=COUNTED,
             settle=setting.threads > 1,
         )
         spreads = {name: spread(seconds) for name, seconds in times.items()}

@@ -218,8 +218,17 @@ nb::list run_plan(Plan& plan, const std::vector<FloatArray>& inputs) {
   for (size_t i = 0; i < context->outputs(); ++i) {
     const Shape& s = context->output_shape(i);
     std::vector<size_t> dims(s.dims.begin(), s.dims.begin() + s.rank);
-    float* memory = new float[static_cast<size_t>(std::max<int64_t>(s.size(), 1))];
-    nb::capsule owner(memory, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+    struct Lease {
+      std::shared_ptr<OutputPool> pool;
+      OutputPool::Buffer buffer;
+    };
+    const size_t size = static_cast<size_t>(std::max<int64_t>(s.size(), 1));
+    auto lease = std::make_unique<Lease>(Lease{plan.output_pool(), plan.output_pool()->take(size)});
+    float* const memory = lease->buffer.data.get();
+    nb::capsule owner(lease.release(), [](void* p) noexcept {
+      const std::unique_ptr<Lease> dropped(static_cast<Lease*>(p));
+      dropped->pool->give_back(std::move(dropped->buffer));
+    });
     targets.push_back(memory);
     results.append(nb::ndarray<nb::numpy, float>(memory, dims.size(), dims.data(), owner).cast());
   }

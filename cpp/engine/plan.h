@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "memory.h"
+#include "output_pool.h"
 #include "step.h"
 
 namespace lutra {
@@ -29,6 +30,8 @@ class Plan {
   const Kernels& kernels() const { return kernels_; }
   int threads() const { return pool_.threads(); }
   int input_count() const { return inputs_; }
+  // Shared with the arrays that live in it.
+  const std::shared_ptr<OutputPool>& output_pool() const { return output_pool_; }
 
   // Everything one run needs and nothing shared: shapes, and one block of memory for all values
   // and scratch. Kept between runs, so that a run with known shapes allocates nothing.
@@ -93,6 +96,7 @@ class Plan {
 
   const Kernels& kernels_;
   ThreadPool pool_;
+  std::shared_ptr<OutputPool> output_pool_ = std::make_shared<OutputPool>();
   int inputs_ = 0;
   std::vector<Value> values_;
   std::vector<Grid> grids_;  // of quantised values

@@ -10,6 +10,11 @@ namespace {
 // Rough speed of one AVX-512 core, to guess how long a job takes: centroid values compared and
 // table entries added.
 constexpr double kWorkPerMicrosecond = 1.5e5;
+// Tiles that are encoded together and then take turns with a few outputs: their tables are read
+// once for all of them, and longer stretches of the output planes, which are often a power of two
+// apart, are written at a time.
+constexpr int64_t kGroup = 4;
+constexpr int64_t kGroupOutputs = 16;
 constexpr int64_t kRowOutputs = 512;  // outputs of one work item where rows are looked up alone
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -119,7 +124,7 @@ const char* PqLayer::method(int64_t rows) const {
 // Workspace: planes, codes of all tiles (or of each worker's tile), then what each worker needs.
 struct PqLayer::Sizes {
   size_t planes, codes, shared, tile, worker;
-  int64_t tiles;
+  int64_t tiles, group;
   bool split;  // tiles are few: their codebooks and outputs are shared out as well
 
   Sizes(const PqLayer& layer, const PatchSource& source, int threads, bool direct) {
@@ -128,13 +133,16 @@ struct PqLayer::Sizes {
     const int64_t rows = source.rows();
     tiles = (rows + k.row_tile - 1) / k.row_tile;
     split = threads > 1 && tiles < 4 * threads && tiles % threads != 0;
+    group = direct ? std::clamp<int64_t>(tiles / (2 * threads), 1, kGroup) : 1;
+    if (threads == 1 && direct) group = std::min(tiles, kGroup);
     planes = align64(source.bytes());
     codes = align64(k.code_bytes(s));
     const size_t row_codes = layer.by_row(rows) ? align64(static_cast<size_t>(s.books) * rows) : 0;
     const size_t sums = std::max(row_codes, align64(kRowOutputs * (2 * sizeof(float) + 1)));
     tile = direct ? 0 : TileOutput::scratch_bytes(s.outputs, k.row_tile);
-    worker = std::max({align64(kMaxRowTile * sizeof(int32_t)) + (split ? 0 : codes) + tile,
-                       source.scratch_bytes(), sums});
+    const size_t own_codes = split ? 0 : static_cast<size_t>(group) * codes;
+    worker = std::max(
+        {align64(kMaxRowTile * sizeof(int32_t)) + own_codes + tile, source.scratch_bytes(), sums});
     // Codes of all tiles, or those of a few rows: packed, then canonical.
     shared = layer.by_row(rows) ? codes + row_codes
              : split            ? static_cast<size_t>(tiles) * codes
@@ -181,7 +189,7 @@ void PqLayer::run_tiles(const Call& call, const PatchSource& source, const Sizes
     uint8_t* at = workers + static_cast<size_t>(worker) * s.worker;
     int32_t* const row = reinterpret_cast<int32_t*>(at);
     at += align64(kMaxRowTile * sizeof(int32_t));
-    return Memory{row, at, at + (s.split ? 0 : s.codes)};
+    return Memory{row, at, at + (s.split ? 0 : static_cast<size_t>(s.group) * s.codes)};
   };
   auto encode = [&](int64_t index, int32_t first, int32_t last, const Memory& m, uint8_t* codes) {
     const int64_t row = index * tile, count = std::min(tile, rows - row);
@@ -206,12 +214,28 @@ void PqLayer::run_tiles(const Call& call, const PatchSource& source, const Sizes
   const double looking =
       static_cast<double>(rows) * shape_.books * shape_.outputs / kWorkPerMicrosecond;
   if (!s.split) {
-    pool.run(static_cast<size_t>(s.tiles), encoding + looking, [&](size_t i, int worker) {
+    const int64_t groups = (s.tiles + s.group - 1) / s.group;
+    pool.run(static_cast<size_t>(groups), encoding + looking, [&](size_t i, int worker) {
       const Memory m = memory(worker);
-      const int64_t index = static_cast<int64_t>(i);
-      encode(index, 0, shape_.books, m, m.codes);
-      if (call.codes) keep(index, m.codes);
-      lookup(index, 0, shape_.outputs, m, m.codes);
+      const int64_t begin = static_cast<int64_t>(i) * s.group;
+      const int64_t end = std::min(s.tiles, begin + s.group);
+      for (int64_t t = begin; t < end; ++t) {
+        uint8_t* const codes = m.codes + static_cast<size_t>(t - begin) * s.codes;
+        encode(t, 0, shape_.books, m, codes);
+        if (call.codes) keep(t, codes);
+      }
+      if (s.group == 1) return lookup(begin, 0, shape_.outputs, m, m.codes);
+      Epilogue e[kGroup];
+      for (int64_t t = begin; t < end; ++t) {
+        e[t - begin] = output.begin(t * tile, std::min(tile, rows - t * tile), m.scratch);
+      }
+      for (int32_t first = 0; first < shape_.outputs; first += kGroupOutputs) {
+        const int32_t last = std::min<int32_t>(shape_.outputs, first + kGroupOutputs);
+        for (int64_t t = begin; t < end; ++t) {
+          kernels_.lookup(shape_, packed, m.codes + static_cast<size_t>(t - begin) * s.codes, first,
+                          last, e[t - begin]);
+        }
+      }
     });
     return;
   }
