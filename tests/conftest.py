@@ -17,4 +17,5 @@ if find_spec("torch") is None:
         "test_kmeans.py",
         "test_layers.py",
         "test_projection.py",
+        "test_tree_training.py",
     ]
