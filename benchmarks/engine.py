@@ -1,4 +1,4 @@
-"""The ResNet-20 of the zoo in the engine against the dense network in PyTorch, interleaved.
+"""The ResNet-20 files of the zoo in the engine against the dense network in PyTorch, interleaved.
 
     python -m benchmarks.engine [--json FILE] [--threads 1] [--isa NAME]
 
@@ -23,6 +23,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 from cifar10 import ResNet  # noqa: E402
 
+#: How the lookups of a file find their codes -> the file.
+FILES = {"nearest": "resnet20_cifar10.lutra", "tree": "resnet20_cifar10_fast.lutra"}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -32,9 +35,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=60)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    session = lutra.Session(
-        ROOT / "zoo" / "resnet20_cifar10.lutra", threads=options.threads, isa=options.isa
-    )
+    sessions = {
+        name: lutra.Session(ROOT / "zoo" / file, threads=options.threads, isa=options.isa)
+        for name, file in FILES.items()
+    }
     plain = ResNet().eval()
     channels_last = ResNet().eval().to(memory_format=torch.channels_last)
     generator = np.random.default_rng(0)
@@ -43,11 +47,15 @@ def main() -> None:
         pool = [generator.standard_normal((batch, 3, 32, 32), np.float32) for _ in range(16)]
         tensors = [torch.from_numpy(x) for x in pool]
         last = [x.contiguous(memory_format=torch.channels_last) for x in tensors]
-        arrays, images, last_images = (itertools.cycle(p) for p in (pool, tensors, last))
+        images, last_images = (itertools.cycle(p) for p in (tensors, last))
+        arrays = {name: itertools.cycle(pool) for name in sessions}
         with torch.no_grad():
             times = interleaved(
                 {
-                    "engine": lambda a=arrays: session(next(a)),
+                    **{
+                        name: lambda s=session, a=arrays[name]: s(next(a))
+                        for name, session in sessions.items()
+                    },
                     "torch": lambda a=images: plain(next(a)),
                     "torch channels last": lambda a=last_images: channels_last(next(a)),
                 },
@@ -58,7 +66,7 @@ def main() -> None:
             "case": "ResNet-20, CIFAR-10, V=9, K=16",
             "batch": batch,
             "threads": options.threads,
-            "isa": session.isa,
+            "isa": sessions["nearest"].isa,
             "ms": {name: spread(t) for name, t in times.items()},
         }
         records.append(record)

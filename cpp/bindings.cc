@@ -84,8 +84,9 @@ PqLayer pq_layer(const Kernels& kernels, const ConvGeometry& g, const PqArrays& 
   const Array<int8_t, 3>& t = a.tables;
   require(a.scale.shape(0) == t.shape(2) && a.bias.shape(0) == t.shape(2),
           "scale and bias need one value per output");
-  require(a.centroids.has_value() != (a.splits && a.thresholds),
-          "a layer has centroids, or splits and thresholds");
+  const int tree = (a.splits ? 1 : 0) + (a.thresholds ? 1 : 0);
+  require(a.centroids ? tree == 0 : tree == 2,
+          "a layer has centroids, or splits and thresholds; give one of the two");
   PqShape s{.books = static_cast<int32_t>(t.shape(0)),
             .centroids = static_cast<int32_t>(t.shape(1)),
             .outputs = static_cast<int32_t>(t.shape(2))};

@@ -157,9 +157,7 @@ void lookup_row(const PqShape& s, const int8_t* tables, const uint8_t* codes, in
   }
 }
 
-size_t dense8_bytes(int32_t depth, int32_t outputs) {
-  return static_cast<size_t>(depth) * outputs;
-}
+size_t dense8_bytes(int32_t depth, int32_t outputs) { return static_cast<size_t>(depth) * outputs; }
 
 void pack_dense8(int32_t depth, int32_t outputs, const int8_t* weights, uint8_t* packed) {
   for (size_t i = 0; i < dense8_bytes(depth, outputs); ++i) {
