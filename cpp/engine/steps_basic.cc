@@ -156,8 +156,10 @@ class MeanStep : public FloatStep {
     return y;
   }
   void run(const Shapes& shapes, const Inputs& in, const Shape& out_shape, float* out, uint8_t*,
-           ThreadPool&) const override {
+           ThreadPool& pool) const override {
     const Shape& s = shapes[0];
+    if (s.rank == 4 && reduced_[2] && reduced_[3] && !reduced_[1])
+      return over_images(s, in[0], out, pool);
     const Dims from = storage_strides(s), to = storage_strides(out_shape);
     Shape window = s;
     std::vector<bool> kept(kMaxRank, false);
@@ -192,6 +194,31 @@ class MeanStep : public FloatStep {
   }
 
  private:
+  // Global pooling: each plane is added in order, four of them side by side.
+  static void over_images(const Shape& s, const float* in, float* out, ThreadPool& pool) {
+    constexpr int64_t kPlanes = 4;
+    const int64_t size = s.inner(), planes = s[0] * s[1];
+    pool.run(static_cast<size_t>((planes + kPlanes - 1) / kPlanes),
+             static_cast<double>(planes * size) / kPerMicrosecond, [&](size_t item, int) {
+               const int64_t first = static_cast<int64_t>(item) * kPlanes;
+               const int64_t count = std::min(kPlanes, planes - first);
+               double sum[kPlanes] = {};
+               if (count == kPlanes) {
+                 const float* const x = in + first * size;
+                 for (int64_t i = 0; i < size; ++i) {
+                   for (int64_t p = 0; p < kPlanes; ++p) sum[p] += x[p * size + i];
+                 }
+               } else {
+                 for (int64_t p = 0; p < count; ++p) {
+                   for (int64_t i = 0; i < size; ++i) sum[p] += in[(first + p) * size + i];
+                 }
+               }
+               for (int64_t p = 0; p < count; ++p) {
+                 out[first + p] = static_cast<float>(sum[p]) / static_cast<float>(size);
+               }
+             });
+  }
+
   std::vector<bool> reduced_;
   bool keepdims_;
 };
