@@ -163,3 +163,20 @@ def test_few_tiles_are_shared_out(size: int) -> None:
             session = Session(graph, isa=isa, threads=threads)
             for _ in range(5):
                 assert same_bits(session(x), want), (isa, threads)
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("kind", ["pq_linear", "int8_linear"])
+def test_rows_of_one_output_on_more_axes(kind: str, outputs: int) -> None:
+    """Rows of one value are consecutive, those of two are not: run and workspace must agree."""
+    b = Builder(("x", (None, 50, 900)), seed=outputs)
+    if kind == "pq_linear":
+        b.pq_linear("x", 900, outputs)
+    else:
+        b.int8_linear("x", 900, outputs)
+    graph = b.graph()
+    x = b.rng.normal(size=(9, 50, 900)).astype(np.float32)
+    (want,) = run_reference(graph, {"x": x}).values()
+    for isa in runnable_isas():
+        for threads in (1, 2):
+            assert same_bits(Session(graph, isa=isa, threads=threads)(x), want), (isa, threads)

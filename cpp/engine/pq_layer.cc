@@ -133,8 +133,8 @@ struct PqLayer::Sizes {
     const int64_t rows = source.rows();
     tiles = (rows + k.row_tile - 1) / k.row_tile;
     split = threads > 1 && tiles < 4 * threads && tiles % threads != 0;
-    group = direct ? std::clamp<int64_t>(tiles / (2 * threads), 1, kGroup) : 1;
-    if (threads == 1 && direct) group = std::min(tiles, kGroup);
+    const int64_t share = threads == 1 ? tiles : tiles / (2 * threads);
+    group = direct ? std::clamp<int64_t>(share, 1, kGroup) : 1;
     planes = align64(source.bytes());
     codes = align64(k.code_bytes(s));
     const size_t row_codes = layer.by_row(rows) ? align64(static_cast<size_t>(s.books) * rows) : 0;

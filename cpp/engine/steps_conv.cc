@@ -93,7 +93,7 @@ PqStep::PqStep(PqLayer layer, bool linear, bool residual, Clamp clamp)
 
 size_t PqStep::workspace(const Shapes& inputs, int threads) const {
   const auto x = view<const uint8_t>(inputs[0], nullptr);
-  return layer_.workspace_bytes(x.n, x.h, x.w, threads, direct(inputs[0]));
+  return layer_.workspace_bytes(x.n, x.h, x.w, threads, direct(inputs));
 }
 
 void PqStep::run(const StepRun& r) const {
@@ -113,7 +113,7 @@ Int8Step::Int8Step(Int8Layer layer, bool linear, bool residual, Clamp clamp)
 
 size_t Int8Step::workspace(const Shapes& inputs, int threads) const {
   const auto x = view<const uint8_t>(inputs[0], nullptr);
-  return layer_.workspace_bytes(x.n, x.h, x.w, threads, direct(inputs[0]));
+  return layer_.workspace_bytes(x.n, x.h, x.w, threads, direct(inputs));
 }
 
 void Int8Step::run(const StepRun& r) const {

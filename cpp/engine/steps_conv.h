@@ -23,8 +23,10 @@ class LayerStep : public Step {
  protected:
   template <class T>
   View<T> view(const Shape& shape, T* data) const;
-  // Whether rows lie one behind the other in a stored value.
-  bool direct(const Shape& shape) const { return !linear_ || shape.rank == 2; }
+  // What run() will find: it depends on the outputs too, for rows of one value are consecutive.
+  bool direct(const Shapes& inputs) const {
+    return TileOutput::direct(view<float>(infer(inputs), nullptr));
+  }
   LayerOutput output(const StepRun& r) const;
   bool can_fold(const std::vector<Quantization>& grids, bool floats) const {
     return grids.size() == 1 && !floats && !residual_;
