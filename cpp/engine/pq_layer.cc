@@ -88,20 +88,17 @@ PqLayer::PqLayer(const Kernels& kernels, PqShape shape, const ConvGeometry& geom
   if (few_rows) {
     canonical_.assign(tables, tables + entries);
   } else {
-    std::call_once(packed_->once, [&] {
-      packed_->tables = AlignedBytes(kernels.table_bytes(shape_));
-      kernels.pack_tables(shape_, tables, packed_->tables.data());
-    });
+    this->tables(tables);
   }
   scale_.assign(scale, scale + shape_.outputs);
   bias_.assign(bias, bias + shape_.outputs);
 }
 
-// A layer that has only ever seen single rows does not hold its tables twice.
-const uint8_t* PqLayer::tables() const {
-  std::call_once(packed_->once, [this] {
+// Packed at the first call: a layer that has only ever seen few rows does not hold them twice.
+const uint8_t* PqLayer::tables(const int8_t* canonical) const {
+  std::call_once(packed_->once, [this, canonical] {
     packed_->tables = AlignedBytes(kernels_.table_bytes(shape_));
-    kernels_.pack_tables(shape_, canonical_.data(), packed_->tables.data());
+    kernels_.pack_tables(shape_, canonical, packed_->tables.data());
   });
   return packed_->tables.data();
 }

@@ -52,7 +52,8 @@ class PqLayer {
  private:
   struct Sizes;
   bool by_row(int64_t rows) const { return few_rows_ && rows <= kFewRows; }
-  const uint8_t* tables() const;
+  const uint8_t* tables() const { return tables(canonical_.data()); }
+  const uint8_t* tables(const int8_t* canonical) const;
   void run_tiles(const Call& call, const PatchSource& source, const Sizes& s, uint8_t* codes,
                  uint8_t* workers, ThreadPool& pool) const;
   void run_rows(const Call& call, const PatchSource& source, const Sizes& s, uint8_t* codes,

@@ -194,6 +194,7 @@ class StraightThroughInt8(torch.autograd.Function):
 class Int8Layer(QuantizedLayer):
     """What `Int8Conv2d` and `Int8Linear` share. Build them with `from_float`."""
 
+    family = "Int8"
     method: Int8
 
     def __init__(
@@ -263,10 +264,7 @@ class Int8Conv2d(Int8Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """y (N, M, H', W') of x (N, C, H, W)."""
-        if self.training or torch.is_grad_enabled():
-            check_input(x, self.geometry, False, "Int8")
-            return self._run(x)
-        return cast(Tensor, self.frozen()(x))
+        return self._forward_images(x)
 
 
 class Int8Linear(Int8Layer):
@@ -283,11 +281,7 @@ class Int8Linear(Int8Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., M) of x (..., D)."""
-        if self.training or torch.is_grad_enabled():
-            check_input(x, self.geometry, True, "Int8")
-            y = self._run(x.reshape(-1, x.shape[-1])[:, :, None, None])
-            return y.reshape(*x.shape[:-1], self.outputs)
-        return cast(Tensor, self.frozen()(x))
+        return self._forward_rows(x)
 
 
 class FrozenInt8(nn.Module):

@@ -96,6 +96,7 @@ class _PQLayer(QuantizedLayer):
     beyond centroids times weights; `projection` is then (B, K, V). All of it is in `state_dict`.
     """
 
+    family = "PQ"
     method: PQ
     cluster_counts: Tensor
     projection: Tensor
@@ -343,10 +344,7 @@ class PQConv2d(_PQLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """y (N, M, H', W') of x (N, C, H, W)."""
-        if self.training or torch.is_grad_enabled():
-            check_input(x, self.geometry, False, "PQ")
-            return self._run(x)
-        return cast(Tensor, self.frozen()(x))
+        return self._forward_images(x)
 
 
 class PQLinear(_PQLayer):
@@ -359,11 +357,7 @@ class PQLinear(_PQLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., M) of x (..., D)."""
-        if self.training or torch.is_grad_enabled():
-            check_input(x, self.geometry, True, "PQ")
-            y = self._run(x.reshape(-1, x.shape[-1])[:, :, None, None])
-            return y.reshape(*x.shape[:-1], self.outputs)
-        return cast(Tensor, self.frozen()(x))
+        return self._forward_rows(x)
 
 
 class FrozenPQ(nn.Module):

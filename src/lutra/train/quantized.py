@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,7 @@ class QuantizedLayer(nn.Module):
     activation grid.
     """
 
+    family: ClassVar[str]  # how the names of its layers begin
     geometry: Geometry
     method: PQ | Int8
     weight: nn.Parameter
@@ -100,6 +101,25 @@ class QuantizedLayer(nn.Module):
         levels = (1 << (bits - 1)) - 1 if signed else (1 << bits) - 1
         self.signed.fill_(signed)
         self.act_scale.fill_(max(reach, 1e-6) / max(levels, 1))
+
+    def _run(self, x: Tensor) -> Tensor:
+        """y (N, M, H', W') of x (N, C, H, W), in float32, with gradients."""
+        raise NotImplementedError
+
+    def _forward_images(self, x: Tensor) -> Tensor:
+        """y (N, M, H', W') of x (N, C, H, W): frozen where no gradient is asked for."""
+        if self.training or torch.is_grad_enabled():
+            check_input(x, self.geometry, False, self.family)
+            return self._run(x)
+        return cast(Tensor, self.frozen()(x))
+
+    def _forward_rows(self, x: Tensor) -> Tensor:
+        """y (..., M) of x (..., D), in the same way."""
+        if self.training or torch.is_grad_enabled():
+            check_input(x, self.geometry, True, self.family)
+            y = self._run(x.reshape(-1, x.shape[-1])[:, :, None, None])
+            return y.reshape(*x.shape[:-1], self.outputs)
+        return cast(Tensor, self.frozen()(x))
 
     def freeze(self) -> nn.Module:
         """The layer as the engine runs it: integers in place of the weights."""
