@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypedDict
 
 import numpy as np
 
@@ -185,6 +185,34 @@ def fuse(graph: Graph) -> list[FusedNode]:
     return steps
 
 
+class _Grid(TypedDict):
+    act_scale: float
+    act_zero: int
+    act_bits: int
+
+
+def _grid(node: Node) -> _Grid:
+    return {
+        "act_scale": number(node, "act_scale"),
+        "act_zero": integer(node, "act_zero"),
+        "act_bits": integer(node, "act_bits"),
+    }
+
+
+class _Window(TypedDict):
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+
+def _window(node: Node) -> _Window:
+    return {
+        "stride": pair(node, "stride"),
+        "padding": pair(node, "padding"),
+        "dilation": pair(node, "dilation"),
+    }
+
+
 def _pq_conv2d(plan: _engine.Plan, job: Job) -> int:
     node, tensors = job.node, job.tensors
     return plan.pq_conv2d(
@@ -195,14 +223,10 @@ def _pq_conv2d(plan: _engine.Plan, job: Job) -> int:
         centroids=tensors.get("centroids"),
         splits=tensors.get("splits"),
         thresholds=tensors.get("thresholds"),
-        act_scale=number(node, "act_scale"),
-        act_zero=integer(node, "act_zero"),
-        act_bits=integer(node, "act_bits"),
+        **_grid(node),
         channels=integer(node, "in_channels"),
         kernel=pair(node, "kernel"),
-        stride=pair(node, "stride"),
-        padding=pair(node, "padding"),
-        dilation=pair(node, "dilation"),
+        **_window(node),
         residual=job.residual,
         clamp=job.clamp,
     )
@@ -218,9 +242,7 @@ def _pq_linear(plan: _engine.Plan, job: Job) -> int:
         centroids=tensors.get("centroids"),
         splits=tensors.get("splits"),
         thresholds=tensors.get("thresholds"),
-        act_scale=number(node, "act_scale"),
-        act_zero=integer(node, "act_zero"),
-        act_bits=integer(node, "act_bits"),
+        **_grid(node),
         features=integer(node, "in_features"),
         residual=job.residual,
         clamp=job.clamp,
@@ -234,12 +256,8 @@ def _int8_conv2d(plan: _engine.Plan, job: Job) -> int:
         tensors["weight"],
         tensors["scale"],
         tensors["bias"],
-        act_scale=number(node, "act_scale"),
-        act_zero=integer(node, "act_zero"),
-        act_bits=integer(node, "act_bits"),
-        stride=pair(node, "stride"),
-        padding=pair(node, "padding"),
-        dilation=pair(node, "dilation"),
+        **_grid(node),
+        **_window(node),
         groups=integer(node, "groups"),
         residual=job.residual,
         clamp=job.clamp,
@@ -253,9 +271,7 @@ def _int8_linear(plan: _engine.Plan, job: Job) -> int:
         tensors["weight"],
         tensors["scale"],
         tensors["bias"],
-        act_scale=number(node, "act_scale"),
-        act_zero=integer(node, "act_zero"),
-        act_bits=integer(node, "act_bits"),
+        **_grid(node),
         residual=job.residual,
         clamp=job.clamp,
     )
@@ -266,9 +282,7 @@ def _conv2d(plan: _engine.Plan, job: Job) -> int:
         job.ids[0],
         job.tensors["weight"],
         job.tensors["bias"],
-        stride=pair(job.node, "stride"),
-        padding=pair(job.node, "padding"),
-        dilation=pair(job.node, "dilation"),
+        **_window(job.node),
         groups=integer(job.node, "groups"),
         residual=job.residual,
         clamp=job.clamp,
