@@ -7,11 +7,20 @@ import json
 import os
 from typing import Any, Final
 
-from lutra.cli.common import add_file, bytes_text, pairs, plain, print_json, shape_text
+from lutra.cli.common import (
+    add_file,
+    add_shape,
+    bytes_text,
+    pairs,
+    plain,
+    print_json,
+    read_sizes,
+)
 from lutra.format import VERSION, load_graph
-from lutra.graph import Graph, Node
+from lutra.graph import Graph, Node, Sizes
 from lutra.ops.factors import ROLES
-from lutra.text import counted, table
+from lutra.ops.registry import Cost
+from lutra.text import counted, shape_text, table
 
 _MAX_SHOWN: Final = 200
 _GATE_SETTINGS: Final = ("machine", "isa", "threads", "batch", "against", "margin")
@@ -21,12 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     add_file(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    add_shape(parser, "to count the work for")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     graph = load_graph(args.file)
-    report = describe(graph, os.path.getsize(args.file))
+    report = describe(graph, os.path.getsize(args.file), read_sizes(args.shape, graph))
     if args.json:
         print_json({"file": args.file, **report})
     else:
@@ -34,14 +44,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(graph: Graph, file_bytes: int) -> dict[str, Any]:
+def describe(graph: Graph, file_bytes: int, sizes: Sizes | None = None) -> dict[str, Any]:
     """Everything that the command shows; work is per sample.
 
     Args:
         graph: The content of the file.
         file_bytes: Size of the file.
+        sizes: Shapes of the inputs by name to count the work for; by default those of the model
+            or of its golden data. Without any there is no work to show.
     """
-    values, costs, total = graph.values, graph.cost(), graph.total_cost()
+    values = graph.values if sizes is None else graph.infer(sizes)
+    sizes = graph.nominal_sizes() if sizes is None else sizes
+    costs = graph.unit_cost() if sizes is None else graph.cost(sizes)
+    total = sum(costs.values(), Cost())
     layers = []
     for node in graph.nodes:
         cost, arrays = costs[node.name], graph.node_tensors(node)
@@ -57,28 +72,21 @@ def describe(graph: Graph, file_bytes: int) -> dict[str, Any]:
                 "k": codes,
                 "tables": _form(node) if cost.table_bytes else None,
                 "bytes": cost.weight_bytes,
-                "lookups": cost.lookups,
-                "encode_ops": cost.encode_ops,
-                "multiplications": cost.macs,
-                "int8_multiplications": cost.int8_macs,
-                "dense_multiplications": cost.dense_macs,
+                **_work(cost, sizes),
             }
         )
     golden = graph.golden or ((), ())
     return {
         "format_version": VERSION,
         "inputs": [{"name": v.name, "dtype": v.dtype, "shape": v.shape} for v in graph.inputs],
-        "outputs": [{"name": n, "shape": values[n].shape} for n in graph.outputs],
+        "outputs": [{"name": n, "shape": graph.values[n].shape} for n in graph.outputs],
         "layers": layers,
         "totals": {
             "nodes": len(graph.nodes),
             "lookup_layers": sum(cost.lookups > 0 for cost in costs.values()),
-            "lookups": total.lookups,
-            "encode_ops": total.encode_ops,
-            "multiplications": total.macs,
-            "int8_multiplications": total.int8_macs,
-            "dense_multiplications": total.dense_macs,
+            **_work(total, sizes),
         },
+        "work_for": sizes,
         "sizes": {
             "file_bytes": file_bytes,
             "parameter_bytes": graph.parameter_bytes(),
@@ -90,6 +98,18 @@ def describe(graph: Graph, file_bytes: int) -> dict[str, Any]:
     }
 
 
+def _work(cost: Cost, sizes: Sizes | None) -> dict[str, int | None]:
+    """The numbers that depend on the sizes of the inputs; None where those are not known."""
+    work = {
+        "lookups": cost.lookups,
+        "encode_ops": cost.encode_ops,
+        "multiplications": cost.macs,
+        "int8_multiplications": cost.int8_macs,
+        "dense_multiplications": cost.dense_macs,
+    }
+    return {name: None if sizes is None else number for name, number in work.items()}
+
+
 def _form(node: Node) -> str:
     """How a file holds the tables of a node."""
     return "factors" if any(role in node.tensors for role in ROLES) else "stored"
@@ -97,10 +117,6 @@ def _form(node: Node) -> str:
 
 def _text(report: dict[str, Any], graph: Graph) -> str:
     totals, sizes = report["totals"], report["sizes"]
-    left, dense = totals["multiplications"], totals["dense_multiplications"]
-    share = f" ({100 * left / dense:.1f}% of {dense:,})" if dense else ""
-    if totals["int8_multiplications"]:
-        share += f", {totals['int8_multiplications']:,} of them in int8"
     factors = sum(layer["tables"] == "factors" for layer in report["layers"])
     built = f" ({counted(factors, 'layer')} built from int8 weights)" if factors else ""
     ends = {
@@ -112,8 +128,7 @@ def _text(report: dict[str, Any], graph: Graph) -> str:
             "inputs": ends["inputs"],
             "outputs": ends["outputs"],
             "layers": f"{totals['nodes']} nodes, {totals['lookup_layers']} of them lookup layers",
-            "multiplications": f"{left:,} left{share}, {totals['encode_ops']:,} to find codes",
-            "lookups": f"{totals['lookups']:,}",
+            **_work_text(report, graph),
             "sizes": f"file {bytes_text(sizes['file_bytes'])}, parameters "
             f"{bytes_text(sizes['parameter_bytes'])}, tables "
             f"{bytes_text(sizes['table_bytes'])}{built}; golden data "
@@ -129,6 +144,27 @@ def _text(report: dict[str, Any], graph: Graph) -> str:
     if metadata:
         parts += ["", "metadata", pairs(_metadata(metadata))]
     return "\n".join(parts)
+
+
+def _work_text(report: dict[str, Any], graph: Graph) -> dict[str, str]:
+    """The work of one sample, and of which size where a model takes any."""
+    totals = report["totals"]
+    if report["work_for"] is None:
+        return {"work": "depends on the size of the inputs; give --shape to count it"}
+    left, dense = totals["multiplications"], totals["dense_multiplications"]
+    share = f" ({100 * left / dense:.1f}% of {dense:,})" if dense else ""
+    if totals["int8_multiplications"]:
+        share += f", {totals['int8_multiplications']:,} of them in int8"
+    work = {
+        "multiplications": f"{left:,} left{share}, {totals['encode_ops']:,} to find codes",
+        "lookups": f"{totals['lookups']:,}",
+    }
+    if not graph.is_dynamic:
+        return work
+    inputs = (
+        f"{plain(name)} {shape_text((1, *shape[1:]))}" for name, shape in report["work_for"].items()
+    )
+    return {"work": f"for each sample of {', '.join(inputs)}; --shape gives others", **work}
 
 
 def _layers(report: dict[str, Any]) -> str:
@@ -152,16 +188,21 @@ def _layers(report: dict[str, Any]) -> str:
             books[0] = "tree"  # has no sub-vectors
         books = ["-" if entry is None else str(entry) for entry in books]
         counts = (layer[k] for k in ("bytes", "lookups", "encode_ops", "multiplications"))
-        cells = (f"{count:,}" if count else "-" for count in counts)
+        work = map(_number, counts)
         form = layer["tables"] or "-"
-        rows.append((plain(layer["name"]), layer["op"], shape, *books, form, *cells))
+        rows.append((plain(layer["name"]), layer["op"], shape, *books, form, *work))
     totals = report["totals"]
     numbers = (
         report["sizes"]["parameter_bytes"],
         *(totals[key] for key in ("lookups", "encode_ops", "multiplications")),
     )
-    rows.append(("total", "", "", "", "", "", *(f"{number:,}" for number in numbers)))
+    cells = ("?" if number is None else f"{number:,}" for number in numbers)
+    rows.append(("total", "", "", "", "", "", *cells))
     return table(rows, left=3)
+
+
+def _number(count: int | None) -> str:
+    return "?" if count is None else f"{count:,}" if count else "-"
 
 
 def _speed_gate(record: Any) -> str | None:

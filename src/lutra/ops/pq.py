@@ -39,13 +39,15 @@ from lutra.ops.registry import (
     Cost,
     OpSpec,
     TensorRole,
+    image_sizes,
     inner,
     integer,
     need_rank,
+    need_size,
     node_error,
     pair,
     text,
-    window_size,
+    window_sizes,
 )
 
 if TYPE_CHECKING:
@@ -189,8 +191,7 @@ def _check_tree(node: Node, tensors: Mapping[str, Array], tables: Array, qmax: i
 
 def _infer_conv(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
     (x,) = inputs
-    need_rank(node, x, 4, 4)
-    channels, height, width = inner(x)
+    channels, _, _ = image_sizes(node, x)
     if channels != integer(node, "in_channels"):
         raise node_error(
             node,
@@ -198,24 +199,14 @@ def _infer_conv(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array
             f"{x.shape}",
             f"give it an input of {node.attrs['in_channels']} channels",
         )
-    sizes = [
-        window_size(node, *axis)
-        for axis in zip(
-            (height, width),
-            pair(node, "kernel"),
-            pair(node, "stride"),
-            pair(node, "padding"),
-            pair(node, "dilation"),
-            strict=True,
-        )
-    ]
+    sizes = window_sizes(node, x, pair(node, "kernel"))
     return x.with_shape(node.output, (x.shape[0], tensors["tables"].shape[2], *sizes))
 
 
 def _infer_linear(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
     (x,) = inputs
     need_rank(node, x, 2)
-    if x.shape[-1] != integer(node, "in_features"):
+    if need_size(node, x, -1) != integer(node, "in_features"):
         raise node_error(
             node,
             f"has in_features={node.attrs['in_features']} but its input {x.name!r} has the shape "
