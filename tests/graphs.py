@@ -276,6 +276,7 @@ def every_op_graph(seed: int = 0, batch: int | None = None) -> Graph:
     low = b.add("mean", low, axes=(1,), keepdims=False)  # (5,)
     top = b.pq_linear(top, 64, 10, width=16)
     top = b.add("relu", b.int8_linear(top, 10, 10))
+    top = b.add("mul", top, b.add("clamp", top, high=3.0))
     top = b.add("softmax", b.linear(top, 10, 10), axis=1)
     return b.graph(low, top, metadata={"classes": [str(i) for i in range(10)], "seed": seed})
 
