@@ -115,11 +115,26 @@ void copy_axis(const Shape& shape, int axis, const float* from, const Dims& fs, 
 void copy_strided(const Shape& shape, const float* from, const Dims& from_strides, float* to,
                   const Dims& to_strides) {
   if (shape.size() == 0) return;
-  if (shape.rank == 0) {
+  // Axes of one entry say nothing, and axes that follow each other on both sides are one.
+  Shape merged;
+  Dims fs{}, ts{};
+  for (int i = 0; i < shape.rank; ++i) {
+    const int64_t n = shape[i];
+    if (n == 1) continue;
+    const int last = merged.rank - 1;
+    if (last >= 0 && fs[last] == n * from_strides[i] && ts[last] == n * to_strides[i]) {
+      merged[last] *= n;
+    } else {
+      merged[merged.rank++] = n;
+    }
+    fs[merged.rank - 1] = from_strides[i];
+    ts[merged.rank - 1] = to_strides[i];
+  }
+  if (merged.rank == 0) {
     *to = *from;
     return;
   }
-  copy_axis(shape, 0, from, from_strides, to, to_strides);
+  copy_axis(merged, 0, from, fs, to, ts);
 }
 
 }  // namespace lutra

@@ -19,6 +19,7 @@ from lutra.cli.common import (
     at_least,
     bytes_text,
     check_writable,
+    counts,
     need_finite,
     plain,
     read_archive,
@@ -69,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="stored",
         help="factors: int8 weights, a smaller file with slightly other numbers (default: stored)",
     )
+    parser.add_argument(
+        "--dynamic-axes",
+        type=counts,
+        default=[],
+        metavar="AXIS,...",
+        help="axes of the input that may have any size in the file besides the batch, such as 2,3",
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, help="default: 0")
 
 
@@ -110,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
             args.output,
             batches[0][:_EXAMPLES],
             metadata=metadata,
+            dynamic_axes=args.dynamic_axes,
             tables=args.tables,
         )
     except (LutraError, OSError, MemoryError):
