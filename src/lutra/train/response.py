@@ -61,10 +61,12 @@ def default_entries(method: Lookup, zero: int) -> int:
 class Response(nn.Module):
     """The table of one layer, with its parameters."""
 
+    temperature: Tensor
+
     def __init__(self, method: Lookup, device: torch.device | None = None) -> None:
         super().__init__()
         self.method = method
-        self.temperature = method.temperature[0]
+        self.register_buffer("temperature", torch.tensor(method.temperature[0], device=device))
         half = method.weights // 2
         if method.table == "free":
             shape = (method.levels, method.weights)
@@ -89,7 +91,7 @@ class Response(nn.Module):
     def anneal(self, progress: float) -> None:
         """Sets the temperature for a point of the training, 0..1."""
         start, end = self.method.temperature
-        self.temperature = start * (end / start) ** min(max(progress, 0.0), 1.0)
+        self.temperature.fill_(start * (end / start) ** min(max(progress, 0.0), 1.0))
 
     def forward(self, zero: int, device: torch.device | None = None) -> Levels:
         """The table for activations whose zero has this index."""
