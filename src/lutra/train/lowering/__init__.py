@@ -15,6 +15,7 @@ from lutra.train.lowering import (  # noqa: F401  (they register)
     dense,
     elementwise,
     int8,
+    lookup,
     pool,
     pq,
     shape,
