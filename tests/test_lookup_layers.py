@@ -156,9 +156,7 @@ def test_other_devices_compute_the_same_sums(size: tuple[int, int]) -> None:
     layer = make_conv(3, 6, 3, padding=1, stride=2, method=Lookup(*size), signed=True)
     x, frozen = noise(3, 3, 7, 6), layer.freeze()
     index = lookup_ops.unpack(frozen.weight, frozen.weight_bits, layer.geometry.depth)
-    sums, indices = lookup_ops.portable_sums(
-        x, layer.geometry, layer.grid(), index, frozen.table
-    )
+    sums, indices = lookup_ops.portable_sums(x, layer.geometry, layer.grid(), index, frozen.table)
     ones = torch.ones(6)
     y, native_indices = lookup_ops.forward(
         x, layer.geometry, layer.grid(), index, frozen.table, ones

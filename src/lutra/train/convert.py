@@ -88,8 +88,9 @@ def convert(
         weight_bytes = 4 * layer.weight.numel()
         reports[layer] = LayerReport(aliases[0], kind, False, reason, weight_bytes=weight_bytes)
     if not chosen:
-        raise LutraError("the recipe replaces no layer; give a pattern PQ(...), Lookup(...) or "
-            "Int8()")
+        raise LutraError(
+            "the recipe replaces no layer; give a pattern PQ(...), Lookup(...) or Int8()"
+        )
     layers = {names[layer][0]: layer for layer in names if layer in chosen}
     show = progress if collective.rank() == 0 else False
     with Progress("calibrating", None, show) as bar:

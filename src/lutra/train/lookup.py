@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lutra.errors import LutraError
-from lutra.ops.lookup import MAX_DEPTH, weight_bits
+from lutra.ops.lookup import MAX_DEPTH, TABLE_MAX, bits_for
 from lutra.train import lookup_ops
 from lutra.train.geometry import Geometry, Quantization
 from lutra.train.quantized import QuantizedLayer, check_input
@@ -237,7 +237,7 @@ class LookupLayer(QuantizedLayer):
         if self.method.entries is None:
             return most
         reach = max(1.0, zero / max(1, self.method.levels - 1 - zero))
-        return min(self.method.entries, int(127 / reach))
+        return min(self.method.entries, int(TABLE_MAX / reach))
 
     def _run(self, x: Tensor) -> Tensor:
         """y (N, M, H', W') of x (N, C, H, W), in float32."""
@@ -355,7 +355,7 @@ class FrozenLookup(nn.Module):
     ) -> None:
         super().__init__()
         self.geometry, self.grid, self.linear = geometry, grid, linear
-        self.weight_bits = weight_bits(table.shape[1])
+        self.weight_bits = bits_for(table.shape[1])
         self.register_buffer("weight", lookup_ops.pack(index, self.weight_bits))
         self.register_buffer("table", table)
         self.register_buffer("scale", scale)
@@ -369,9 +369,7 @@ class FrozenLookup(nn.Module):
         values = (*tensors, q.scale, q.zero, q.bits, self.weight_bits)
         if self.linear:
             return cast(Tensor, lookup_ops.lookup_linear(*values))
-        y = lookup_ops.lookup_conv2d(
-            *values, g.channels, g.kernel, g.stride, g.padding, g.dilation
-        )
+        y = lookup_ops.lookup_conv2d(*values, g.channels, g.kernel, g.stride, g.padding, g.dilation)
         return cast(Tensor, y)
 
 
@@ -414,6 +412,3 @@ def output_error(layer: LookupLayer, rows: Tensor) -> float:
     want = rows @ layer._rows().t()
     error = (got.flatten(1) - want).square().mean() / want.var(correction=0).clamp_min(1e-12)
     return float(error)
-
-
-

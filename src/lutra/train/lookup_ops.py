@@ -56,9 +56,7 @@ def portable_sums(
             values = table.float()[part.long()]  # (n, C, H, W, N_w)
             values = values.permute(0, 1, 4, 2, 3).reshape(len(part), -1, *x.shape[2:])
             sums.append(
-                F.conv2d(
-                    values, chosen, None, geometry.stride, geometry.padding, geometry.dilation
-                )
+                F.conv2d(values, chosen, None, geometry.stride, geometry.padding, geometry.dilation)
             )
     y = torch.cat(sums) if sums else x.new_zeros((0, outputs, height, width))
     return y.contiguous(memory_format=native.layout(x)), indices

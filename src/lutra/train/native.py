@@ -135,9 +135,7 @@ def cached_layer(
     )
 
 
-def run(
-    layer: Layer, geometry: Geometry, x: Tensor, outputs: int, codes: Tensor | None
-) -> Tensor:
+def run(layer: Layer, geometry: Geometry, x: Tensor, outputs: int, codes: Tensor | None) -> Tensor:
     """y (N, M, H', W') of x (N, C, H, W) float32; fills `codes` if given, uint8: of codebooks
     (B, N*H'*W'), or activation indices in the shape and layout of x."""
     height, width = geometry.out_size(x.shape[2], x.shape[3])

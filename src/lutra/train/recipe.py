@@ -10,13 +10,16 @@ from typing import Any, Literal, get_args
 
 from lutra.errors import LutraError
 from lutra.ops.grid import MAX_ACT_BITS
-from lutra.ops.lookup import LEVELS, MAX_ENTRY, MAX_WEIGHTS
+from lutra.ops.lookup import ACT_BITS, MAX_WEIGHTS, MIN_WEIGHTS, TABLE_MAX
 from lutra.ops.pq import CENTROID_COUNTS, MAX_SUBVECTOR
 
 Gradient = Literal["projected", "straight-through", "soft"]
 CentroidUpdate = Literal["average", "gradient"]
 EncoderName = Literal["nearest", "tree"]
 TableKind = Literal["learned", "linear", "free"]
+
+#: Activation indices that a lookup layer may have.
+LOOKUP_LEVELS = tuple(1 << bits for bits in ACT_BITS)
 
 
 @dataclass(frozen=True)
@@ -168,10 +171,13 @@ class Lookup:
         for name in ("levels", "weights", "rank"):
             value = getattr(self, name)
             require(type(value) is int, f"{name}={value!r} is not an integer")
-        require(self.levels in LEVELS, f"levels={self.levels} is not one of {list(LEVELS)}")
         require(
-            3 <= self.weights <= MAX_WEIGHTS and self.weights % 2 == 1,
-            f"weights={self.weights} is not an odd number in 3..{MAX_WEIGHTS}",
+            self.levels in LOOKUP_LEVELS,
+            f"levels={self.levels} is not one of {list(LOOKUP_LEVELS)}",
+        )
+        require(
+            MIN_WEIGHTS <= self.weights <= MAX_WEIGHTS and self.weights % 2 == 1,
+            f"weights={self.weights} is not an odd number in {MIN_WEIGHTS}..{MAX_WEIGHTS}",
         )
         kinds = list(get_args(TableKind))
         require(self.table in kinds, f"table={self.table!r} is not one of {kinds}")
@@ -181,8 +187,8 @@ class Lookup:
             f"rank={self.rank} is of table='learned', not of table={self.table!r}",
         )
         require(
-            self.entries is None or (type(self.entries) is int and 1 <= self.entries <= MAX_ENTRY),
-            f"entries={self.entries!r} is not an integer in 1..{MAX_ENTRY}",
+            self.entries is None or (type(self.entries) is int and 1 <= self.entries <= TABLE_MAX),
+            f"entries={self.entries!r} is not an integer in 1..{TABLE_MAX}",
         )
         ends = self.temperature
         require(
