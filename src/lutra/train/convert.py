@@ -47,8 +47,8 @@ def convert(
     Args:
         model: any module; it is not modified, and it need not be traceable.
         recipe: glob patterns of module paths -> `PQ(...)`, `Lookup(...)`, `Int8()` or `Keep()`; the
-            first match wins, and what no pattern names is kept. Every pattern must name some layer. A layer
-            that the model holds in several places is replaced in all of them.
+            first match wins, and what no pattern names is kept. Every pattern must name some layer.
+            A layer that the model holds in several places is replaced in all of them.
         calibration_data: batches, run once in eval mode: tensors, tuples whose first entry is the
             input, or dicts of keyword arguments. A thousand samples are plenty. With
             torch.distributed, give every process a part of its own.
