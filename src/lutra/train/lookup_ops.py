@@ -12,26 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lutra.ops.lookup import pack_weights, unpack_weights
 from lutra.train import native, portable
 from lutra.train.geometry import Geometry, Quantization
 
 
 def unpack(weight: Tensor, bits: int, depth: int) -> Tensor:
-    """Weight indices (M, D) uint8 of packed ones (M, P); see `lutra.ops.lookup`."""
-    per_byte = 8 // bits
-    shifts = torch.arange(per_byte, dtype=torch.uint8, device=weight.device) * bits
-    entries = (weight[:, :, None] >> shifts) & ((1 << bits) - 1)
-    return entries.reshape(weight.shape[0], -1)[:, :depth].contiguous()
+    """Weight indices (M, D) uint8 of packed ones (M, P)."""
+    index = unpack_weights(weight.cpu().numpy(), bits, depth)
+    return torch.from_numpy(index).to(weight.device)
 
 
 def pack(index: Tensor, bits: int) -> Tensor:
     """Packed weights (M, P) uint8 of indices (M, D) uint8."""
-    per_byte = 8 // bits
-    entries = F.pad(index, (0, -index.shape[1] % per_byte)).view(index.shape[0], -1, per_byte)
-    packed = torch.zeros_like(entries[:, :, 0])
-    for i in range(per_byte):
-        packed |= entries[:, :, i] << (i * bits)
-    return packed
+    return torch.from_numpy(pack_weights(index.cpu().numpy(), bits)).to(index.device)
 
 
 def portable_sums(

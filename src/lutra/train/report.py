@@ -15,9 +15,9 @@ class LayerReport:
 
     `method` is "pq", "lookup" or "int8", or None where the layer was kept; an int8 layer stores
     `int8_bytes` of weights, has no tables and looks nothing up; a lookup layer stores `index_bytes`
-    of weight indices and one table of `levels` x `weights` entries. `error` is the mean squared output error
-    relative to the output's variance, on calibration rows with the integers of the engine, before
-    fine-tuning. `used` is the share of centroids that these rows chose.
+    of weight indices and one table of `levels` x `weights` entries. `error` is the mean
+    squared output error relative to the output's variance, on calibration rows with the integers of
+    the engine, before fine-tuning. `used` is the share of centroids that these rows chose.
     `gate` has the times and the decision of the speed gate, where it was asked.
     """
 

@@ -1,9 +1,9 @@
 """The response table of a lookup layer: what a product of activation and weight becomes.
 
-The table T (N_f, N_w) is made of monotone pieces (Deep Lookup Network, arXiv 2509.13662): cumulative
-sums of softmaxes, zero at the indices that stand for zero. At the start all of it is linear, so that
-T is the exact product table. Index `zero` of the activations and the middle one of the weights stand
-for zero; the largest of both for 1.
+The table T (N_f, N_w) is made of monotone pieces (Deep Lookup Network, arXiv 2509.13662):
+cumulative sums of softmaxes, zero at the indices that stand for zero. At the start all of it is
+linear, so that T is the exact product table. Index `zero` of the activations and the middle one of
+the weights stand for zero; the largest of both for 1.
 """
 
 from __future__ import annotations
