@@ -66,14 +66,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(graph: Graph, file_bytes: int, prices: EnergyTable) -> dict[str, Any]:
+def describe(graph: Graph, file_bytes: int, prices: EnergyTable | None = None) -> dict[str, Any]:
     """Everything that the command shows; work is per sample.
 
     Args:
         graph: The content of the file.
         file_bytes: Size of the file.
-        prices: What the estimate of the energy is made with.
+        prices: What the estimate of the energy is made with; the 45 nm figures where it is None.
     """
+    prices = prices or EnergyTable()
     values, costs, total = graph.values, graph.cost(), graph.total_cost()
     energy = estimate(graph, prices)
     layers = []
