@@ -72,10 +72,16 @@ def _cost_affine(
     return Cost(macs=macs, dense_macs=macs)
 
 
+def _cost_add(
+    node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]
+) -> Cost:
+    return Cost(float_adds=math.prod(inner(output)))
+
+
 SPECS: Final = (
     OpSpec("relu", infer=_infer_same),
     OpSpec("relu6", infer=_infer_same),
-    OpSpec("add", infer=_infer_add, min_inputs=2, max_inputs=2),
+    OpSpec("add", infer=_infer_add, cost=_cost_add, min_inputs=2, max_inputs=2),
     OpSpec(
         "affine",
         tensors={"scale": TensorRole("float32", 1), "bias": TensorRole("float32", 1)},

@@ -224,8 +224,15 @@ def _infer_linear(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Arr
 
 
 def _cost(node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]) -> Cost:
-    reads = math.prod(inner(output)) * row_length(node)
-    return Cost(lookups=reads, dense_macs=reads, table_bytes=tensors["table"].nbytes)
+    made = math.prod(inner(output))
+    reads = made * row_length(node)
+    return Cost(
+        lookups=reads,
+        quantised=math.prod(inner(inputs[0])),
+        scaled=made,
+        dense_macs=reads,
+        table_bytes=tensors["table"].nbytes,
+    )
 
 
 SPECS: Final = (

@@ -178,12 +178,15 @@ def _cost(node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[s
     books, _, outputs = tensors["tables"].shape
     made = math.prod(inner(output))  # rows times outputs
     # of one code: products with every centroid, or one comparison per level
-    steps = math.prod(
-        (tensors["splits"] if "splits" in tensors else tensors["centroids"]).shape[1:]
-    )
+    tree = "splits" in tensors
+    steps = math.prod(tensors["splits" if tree else "centroids"].shape[1:])
+    encode_ops = made // outputs * books * steps
     return Cost(
         lookups=made * books,
-        encode_ops=made // outputs * books * steps,
+        encode_ops=encode_ops,
+        comparisons=encode_ops if tree else 0,
+        quantised=math.prod(inner(inputs[0])),
+        scaled=made,
         dense_macs=made * row_length(node),
         table_bytes=tensors["tables"].nbytes,
     )
