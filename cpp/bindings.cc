@@ -244,7 +244,7 @@ using Vector = nb::ndarray<nb::numpy, T, nb::ndim<1>>;
 std::tuple<Vector<double>, Vector<int64_t>, double> lookup_gradients(const std::string& isa, ThreadPool& pool, const AnyFloats& x,
                            const AnyBytes& indices, const OutFloats& gradient, float low,
                            float high, int levels) {
-  find_kernels(isa);  // the same loop for all, but not for a name that is none
+  const Kernels& kernels = find_kernels(isa);
   require(same_layout(x, indices) && same_layout(x, gradient) && dense(x),
           "lookup_gradient: x, indices and gradient need the same shape and strides, without gaps");
   require(levels >= 1 && levels <= 256,
@@ -252,13 +252,13 @@ std::tuple<Vector<double>, Vector<int64_t>, double> lookup_gradients(const std::
   LookupGradient sums;
   {
     nb::gil_scoped_release release;
-    sums = lookup_gradient(x.data(), indices.data(), gradient.data(),
-                           static_cast<int64_t>(x.size()), low, high, pool);
+    sums = lookup_gradient(kernels, x.data(), indices.data(), gradient.data(),
+                           static_cast<int64_t>(x.size()), low, high, levels, pool);
   }
-  for (size_t k = static_cast<size_t>(levels); k < sums.counts.size(); ++k) {
-    require(sums.counts[k] == 0, "lookup_gradient: an index is " + std::to_string(k) + " of " +
-                                     std::to_string(levels) + " levels");
-  }
+  int64_t counted = 0;
+  for (const int64_t count : sums.counts) counted += count;
+  require(counted == static_cast<int64_t>(x.size()),
+          "lookup_gradient: an index is not below " + std::to_string(levels) + ", the levels");
   const auto array = [&](const auto& values) {
     using T = typename std::decay_t<decltype(values)>::value_type;
     T* const data = new T[static_cast<size_t>(levels)];
