@@ -15,6 +15,8 @@
 #include "engine/pq_training.h"
 #include "engine/steps_basic.h"
 #include "engine/steps_conv.h"
+#include "engine/steps_image.h"
+#include "engine/steps_reduce.h"
 #include "kernels/dispatch.h"
 
 namespace nb = nanobind;
@@ -463,6 +465,18 @@ NB_MODULE(_engine, m) {
             return p.add_step(mean_step(std::move(axes), keepdims), {x});
           },
           "x"_a, "axes"_a, "keepdims"_a)
+      .def(
+          "max",
+          [](Plan& p, int x, std::vector<int> axes, bool keepdims) {
+            return p.add_step(max_step(axes, keepdims), {x});
+          },
+          "x"_a, "axes"_a, "keepdims"_a)
+      .def(
+          "pixel_shuffle",
+          [](Plan& p, int x, int64_t factor) {
+            return p.add_step(pixel_shuffle_step(factor), {x});
+          },
+          "x"_a, "factor"_a)
       .def(
           "reshape",
           [](Plan& p, int x, std::vector<int64_t> shape) {

@@ -1,4 +1,4 @@
-"""Pooling and mean, with the rules of PyTorch for padding and rounding."""
+"""Pooling, mean and maximum, with the rules of PyTorch for padding and rounding."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _infer_adaptive(node: Node, inputs: Sequence[Value], tensors: Mapping[str, A
     return x.with_shape(node.output, (*x.shape[:2], *pair(node, "output_size")))
 
 
-def _infer_mean(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+def _infer_reduced(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
     (x,) = inputs
     axes = ints(node, "axes")
     rank = len(x.shape)
@@ -125,6 +125,10 @@ _WINDOW: Final = {
     "ceil_mode": Attr(bool, default=False),
 }
 _OUTPUT_SIZE: Final = {"output_size": Attr(tuple, low=1, high=MAX_EXTENT, length=2)}
+_REDUCED: Final = {
+    "axes": Attr(tuple, low=1, high=7),
+    "keepdims": Attr(bool, default=False),
+}
 
 SPECS: Final = (
     OpSpec(
@@ -145,10 +149,6 @@ SPECS: Final = (
     ),
     OpSpec("adaptive_avg_pool2d", attrs=_OUTPUT_SIZE, infer=_infer_adaptive, cost=_cost_mean),
     OpSpec("adaptive_max_pool2d", attrs=_OUTPUT_SIZE, infer=_infer_adaptive),
-    OpSpec(
-        "mean",
-        attrs={"axes": Attr(tuple, low=1, high=7), "keepdims": Attr(bool, default=False)},
-        infer=_infer_mean,
-        cost=_cost_mean,
-    ),
+    OpSpec("mean", attrs=_REDUCED, infer=_infer_reduced, cost=_cost_mean),
+    OpSpec("max", attrs=_REDUCED, infer=_infer_reduced),
 )

@@ -125,7 +125,7 @@ class StraightThroughResponse(torch.autograd.Function):
             unit = scale * ctx.entries  # of a table whose largest entry is 1
             grad_table = table_gradient(gradient, indices, index, unit, g, len(levels), ctx.columns)
         if grad_weight is not None:
-            grad_weight = grad_weight.float().view_as(weight)
+            grad_weight = grad_weight.float().reshape(weight.shape)
         return grad_x if need_x else None, grad_weight, grad_levels, grad_top, grad_table, None
 
 

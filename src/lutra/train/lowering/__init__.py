@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from lutra.train.lowering import (  # noqa: F401  (they register)
     dense,
     elementwise,
+    image,
     int8,
     lookup,
     pool,
