@@ -1,4 +1,4 @@
-"""Frozen lookup layers of one table: from PyTorch to the graph, with the batch norms behind them."""
+"""Layers of one table from PyTorch to the graph, with the batch norms behind them."""
 
 from __future__ import annotations
 
