@@ -65,7 +65,7 @@ def test_verify_finds_a_wrong_bit(
     monkeypatch.setattr(verify, "new_session", lambda graph, isa: Broken(graph, isa=isa))
     code, out, _ = capture("verify", lookup_model)
     assert code == 1
-    assert re.search(rf"integer layer '{name}' \({op}\) gives 2 of \d+ values", out), out
+    assert re.search(rf"integer layer '{name}' \({op}\) gives [12] of \d+ values", out), out
 
 
 def test_verify_finds_another_table(capture: Any, folder: Path) -> None:
