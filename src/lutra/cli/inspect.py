@@ -13,7 +13,6 @@ from lutra.energy import SOURCES, Energy, EnergyTable, estimate
 from lutra.errors import LutraError
 from lutra.format import VERSION, load_graph
 from lutra.graph import Cost, Graph, Node
-from lutra.ops.factors import ROLES
 from lutra.text import counted, table
 
 _MAX_SHOWN: Final = 200
@@ -147,7 +146,7 @@ def _operations(cost: Cost) -> dict[str, int]:
 
 def _form(node: Node) -> str:
     """How a file holds the tables of a node."""
-    return "factors" if any(role in node.tensors for role in ROLES) else "stored"
+    return "factors" if "factor" in node.tensors else "stored"
 
 
 def _text(report: dict[str, Any], by_layer: bool) -> str:
