@@ -7,14 +7,18 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <bit>
 #include <optional>
 #include <utility>
 
+#include "engine/lookup_training.h"
 #include "engine/plan.h"
 #include "engine/pq_training.h"
 #include "engine/steps_basic.h"
 #include "engine/steps_conv.h"
+#include "engine/steps_image.h"
+#include "engine/steps_reduce.h"
 #include "kernels/dispatch.h"
 
 namespace nb = nanobind;
@@ -29,6 +33,10 @@ template <class T, int kRank>
 using OutArray = nb::ndarray<T, nb::ndim<kRank>, nb::c_contig, nb::device::cpu>;
 using Images = nb::ndarray<const float, nb::ndim<4>, nb::device::cpu>;
 using OutImages = nb::ndarray<float, nb::ndim<4>, nb::device::cpu>;
+using OutBytes = nb::ndarray<uint8_t, nb::ndim<4>, nb::device::cpu>;
+using AnyFloats = nb::ndarray<const float, nb::device::cpu>;
+using AnyBytes = nb::ndarray<const uint8_t, nb::device::cpu>;
+using OutFloats = nb::ndarray<float, nb::device::cpu>;
 using Pair = std::pair<int64_t, int64_t>;
 using Limits = std::optional<std::pair<float, float>>;
 
@@ -118,8 +126,44 @@ Int8Layer int8_layer(const Kernels& kernels, const ConvGeometry& g, int64_t outp
   return Int8Layer(kernels, g, outputs, groups, grid, weight, scale.data(), bias.data());
 }
 
+// weight: indices (outputs, depth), one byte each.
+LookupLayer lookup_layer(const Kernels& kernels, const ConvGeometry& g,
+                         const Array<uint8_t, 2>& weight, const Array<int8_t, 2>& table,
+                         const Array<float, 1>& scale, const Array<float, 1>& bias,
+                         const Quantization& grid) {
+  const auto text = [](size_t a, size_t b) {
+    return "(" + std::to_string(a) + ", " + std::to_string(b) + ")";
+  };
+  require(static_cast<int64_t>(weight.shape(1)) == g.depth(),
+          "lookup layer: weight indices of the shape " + text(weight.shape(0), weight.shape(1)) +
+              " for rows of " + std::to_string(g.depth()) + " entries");
+  require(
+      scale.shape(0) == weight.shape(0) && bias.shape(0) == weight.shape(0),
+      "lookup layer: scale and bias need one value per output, " + std::to_string(weight.shape(0)));
+  require(grid.bits >= 2 && grid.bits <= 6,
+          "lookup layer: activation bits must be 2..6, not " + std::to_string(grid.bits));
+  require(table.shape(0) == size_t{1} << grid.bits,
+          "lookup layer: a table of the shape " + text(table.shape(0), table.shape(1)) +
+              " for activations of " + std::to_string(1 << grid.bits) + " levels");
+  return LookupLayer(kernels, g, static_cast<int64_t>(weight.shape(0)), grid,
+                     static_cast<int64_t>(table.shape(1)), table.data(), weight.data(),
+                     scale.data(), bias.data());
+}
+
 std::vector<int> with_residual(int x, int residual) {
   return residual >= 0 ? std::vector<int>{x, residual} : std::vector<int>{x};
+}
+
+// Scratch of layers that run on their own. Grown once per calling thread and kept: a training step
+// calls for every layer.
+uint8_t* scratch(size_t needed) {
+  thread_local AlignedBytes memory;
+  thread_local size_t bytes = 0;
+  if (needed > bytes) {
+    memory = AlignedBytes(needed);
+    bytes = needed;
+  }
+  return memory.data();
 }
 
 // A PQ layer on its own, for PyTorch's operators: any strides in, any strides out.
@@ -136,18 +180,93 @@ void run_layer(const PqLayer& layer, ThreadPool& pool, const Images& x, const Ou
             "codes must have the shape (codebooks, rows)");
   }
   nb::gil_scoped_release release;
-  // Grown once per calling thread and kept: a training step calls this for every layer.
-  thread_local AlignedBytes memory;
-  thread_local size_t bytes = 0;
-  const size_t needed =
-      layer.workspace_bytes(in.n, in.h, in.w, pool.threads(), TileOutput::direct(y));
-  if (needed > bytes) {
-    memory = AlignedBytes(needed);
-    bytes = needed;
-  }
   PqLayer::Call call{.floats = &in, .codes = codes ? codes->data() : nullptr};
   call.output.view = y;
-  layer.run(call, memory.data(), pool);
+  const bool direct = TileOutput::direct(y);
+  layer.run(call, scratch(layer.workspace_bytes(in.n, in.h, in.w, pool.threads(), direct)), pool);
+}
+
+// Whether two arrays have the same shape and the same strides where those matter.
+template <class A, class B>
+bool same_layout(const A& a, const B& b) {
+  if (a.ndim() != b.ndim()) return false;
+  for (size_t i = 0; i < a.ndim(); ++i) {
+    if (a.shape(i) != b.shape(i)) return false;
+    if (a.shape(i) > 1 && a.stride(i) != b.stride(i)) return false;
+  }
+  return true;
+}
+
+// Whether its elements fill a piece of memory, in any order of the axes.
+template <class A>
+bool dense(const A& a) {
+  std::vector<std::pair<int64_t, int64_t>> axes;  // stride, length
+  for (size_t i = 0; i < a.ndim(); ++i) {
+    if (a.shape(i) == 0) return true;
+    if (a.shape(i) > 1) axes.push_back({a.stride(i), static_cast<int64_t>(a.shape(i))});
+  }
+  std::sort(axes.begin(), axes.end());
+  int64_t next = 1;
+  for (const auto& [stride, length] : axes) {
+    if (stride != next) return false;
+    next *= length;
+  }
+  return true;
+}
+
+// A lookup layer on its own, for PyTorch's operators: any strides in, any strides out.
+void run_lookup(const LookupLayer& layer, ThreadPool& pool, const Images& x, const OutImages& out,
+                std::optional<OutBytes> indices) {
+  const ImageView in = image(x), y = image(out);
+  const ConvGeometry& g = layer.geometry();
+  require(in.c == g.channels && y.n == in.n && y.c == layer.outputs() && y.h == g.out_h(in.h) &&
+              y.w == g.out_w(in.w) && y.h > 0 && y.w > 0,
+          "lookup layer: input and output do not fit the layer");
+  require(!indices || (same_layout(x, *indices) && dense(x)),
+          "lookup layer: indices need the shape and the strides of x, and both without gaps");
+  nb::gil_scoped_release release;
+  LayerOutput output;
+  output.view = y;
+  const bool direct = TileOutput::direct(y);
+  uint8_t* const memory = scratch(layer.workspace_bytes(in.n, in.h, in.w, pool.threads(), direct));
+  if (indices) layer.quantize(in.data, in.pixels() * in.c, indices->data(), pool);
+  if (indices && in.sw == 1 && in.sh == in.w) {  // lines that can be copied as they are
+    layer.run(ByteView{indices->data(), in.n, in.c, in.h, in.w, in.sn, in.sc, in.sh, in.sw}, output,
+              memory, pool);
+  } else {
+    layer.run(in, output, memory, pool);
+  }
+}
+
+template <class T>
+using Vector = nb::ndarray<nb::numpy, T, nb::ndim<1>>;
+
+std::tuple<Vector<double>, Vector<int64_t>, double> lookup_gradients(const std::string& isa, ThreadPool& pool, const AnyFloats& x,
+                           const AnyBytes& indices, const OutFloats& gradient, float low,
+                           float high, int levels) {
+  find_kernels(isa);  // the same loop for all, but not for a name that is none
+  require(same_layout(x, indices) && same_layout(x, gradient) && dense(x),
+          "lookup_gradient: x, indices and gradient need the same shape and strides, without gaps");
+  require(levels >= 1 && levels <= 256,
+          "lookup_gradient: levels must be 1..256, not " + std::to_string(levels));
+  LookupGradient sums;
+  {
+    nb::gil_scoped_release release;
+    sums = lookup_gradient(x.data(), indices.data(), gradient.data(),
+                           static_cast<int64_t>(x.size()), low, high, pool);
+  }
+  for (size_t k = static_cast<size_t>(levels); k < sums.counts.size(); ++k) {
+    require(sums.counts[k] == 0, "lookup_gradient: an index is " + std::to_string(k) + " of " +
+                                     std::to_string(levels) + " levels");
+  }
+  const auto array = [&](const auto& values) {
+    using T = typename std::decay_t<decltype(values)>::value_type;
+    T* const data = new T[static_cast<size_t>(levels)];
+    std::copy(values.begin(), values.begin() + levels, data);
+    const nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+    return Vector<T>(data, {static_cast<size_t>(levels)}, owner);
+  };
+  return {array(sums.cells), array(sums.counts), sums.inside};
 }
 
 using FloatArray = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
@@ -300,6 +419,24 @@ NB_MODULE(_engine, m) {
       },
       "isa"_a, "pool"_a, "codes"_a, "gradient"_a, "out"_a);
 
+  nb::class_<LookupLayer>(m, "LookupLayer")
+      .def(
+          "__init__",
+          [](LookupLayer* self, const std::string& isa, Array<uint8_t, 2> weight,
+             Array<int8_t, 2> table, Array<float, 1> scale, Array<float, 1> bias, float act_scale,
+             int act_zero, int act_bits, int64_t channels, Pair kernel, Pair stride, Pair padding,
+             Pair dilation) {
+            new (self) LookupLayer(lookup_layer(
+                find_kernels(isa), geometry(channels, kernel, stride, padding, dilation), weight,
+                table, scale, bias, {act_scale, act_zero, act_bits}));
+          },
+          "isa"_a, "weight"_a, "table"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a,
+          "act_bits"_a, "channels"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a)
+      .def("run", &run_lookup, "pool"_a, "x"_a, "out"_a, "indices"_a.none() = nb::none());
+
+  m.def("lookup_gradient", &lookup_gradients, "isa"_a, "pool"_a, "x"_a, "indices"_a, "gradient"_a,
+        "low"_a, "high"_a, "levels"_a);
+
   m.def(
       "cluster_sums",
       [](const std::string& isa, ThreadPool& pool, Images x, Array<uint8_t, 2> codes,
@@ -408,6 +545,40 @@ NB_MODULE(_engine, m) {
           "x"_a, "weight"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a, "act_bits"_a,
           "residual"_a = -1, "clamp"_a.none() = nb::none())
       .def(
+          "lookup_conv2d",
+          [](Plan& p, int x, Array<uint8_t, 2> weight, Array<int8_t, 2> table,
+             Array<float, 1> scale, Array<float, 1> bias, float act_scale, int act_zero,
+             int act_bits, int64_t channels, Pair kernel, Pair stride, Pair padding, Pair dilation,
+             int residual, Limits limits) {
+            const Quantization grid{act_scale, act_zero, act_bits};
+            LookupLayer layer =
+                lookup_layer(p.kernels(), geometry(channels, kernel, stride, padding, dilation),
+                             weight, table, scale, bias, grid);
+            const int bytes = p.quantized(x, grid);
+            return p.add_step(
+                std::make_unique<LookupStep>(std::move(layer), false, residual >= 0, clamp(limits)),
+                with_residual(bytes, residual));
+          },
+          "x"_a, "weight"_a, "table"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a,
+          "act_bits"_a, "channels"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a,
+          "residual"_a = -1, "clamp"_a.none() = nb::none())
+      .def(
+          "lookup_linear",
+          [](Plan& p, int x, Array<uint8_t, 2> weight, Array<int8_t, 2> table,
+             Array<float, 1> scale, Array<float, 1> bias, float act_scale, int act_zero,
+             int act_bits, int residual, Limits limits) {
+            const Quantization grid{act_scale, act_zero, act_bits};
+            LookupLayer layer =
+                lookup_layer(p.kernels(), {.channels = static_cast<int64_t>(weight.shape(1))},
+                             weight, table, scale, bias, grid);
+            const int bytes = p.quantized(x, grid);
+            return p.add_step(
+                std::make_unique<LookupStep>(std::move(layer), true, residual >= 0, clamp(limits)),
+                with_residual(bytes, residual));
+          },
+          "x"_a, "weight"_a, "table"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a,
+          "act_bits"_a, "residual"_a = -1, "clamp"_a.none() = nb::none())
+      .def(
           "conv2d",
           [](Plan& p, int x, Array<float, 4> weight, Array<float, 1> bias, Pair stride,
              Pair padding, Pair dilation, int64_t groups, int residual, Limits limits) {
@@ -463,6 +634,18 @@ NB_MODULE(_engine, m) {
             return p.add_step(mean_step(std::move(axes), keepdims), {x});
           },
           "x"_a, "axes"_a, "keepdims"_a)
+      .def(
+          "max",
+          [](Plan& p, int x, std::vector<int> axes, bool keepdims) {
+            return p.add_step(max_step(axes, keepdims), {x});
+          },
+          "x"_a, "axes"_a, "keepdims"_a)
+      .def(
+          "pixel_shuffle",
+          [](Plan& p, int x, int64_t factor) {
+            return p.add_step(pixel_shuffle_step(factor), {x});
+          },
+          "x"_a, "factor"_a)
       .def(
           "reshape",
           [](Plan& p, int x, std::vector<int64_t> shape) {

@@ -8,6 +8,7 @@
 #include "avx2_dense.h"
 #include "avx2_encode.h"
 #include "avx2_lookup.h"
+#include "avx2_respond.h"
 
 namespace lutra {
 namespace {
@@ -64,6 +65,12 @@ constinit const Kernels kAvx2 = {.name = "avx2",
                                  .gather8 = gather8,
                                  .dense8 = dense8,
                                  .dense8_row = dense8_row,
+                                 .response_bytes = response_bytes,
+                                 .pack_responses = pack_responses,
+                                 .index_bytes = index_bytes,
+                                 .gather_indices = gather_indices,
+                                 .respond = respond,
+                                 .respond_row = respond_row,
                                  .gemm = gemm,
                                  .linear = linear,
                                  .table_grad = table_grad};
