@@ -142,7 +142,9 @@ def split(clouds: Clouds, held_out: float, seed: int) -> tuple[Clouds, Clouds]:
     taken = 0
     while taken < len(order) and sum(map(len, order[:taken])) < held_out * len(clouds):
         taken += 1
-    parts = [np.array([i for group in half for i in group]) for half in (order[taken:], order[:taken])]
+    parts = [
+        np.array([i for group in half for i in group]) for half in (order[taken:], order[:taken])
+    ]
     return clouds.subset(parts[0]), clouds.subset(parts[1])
 
 
@@ -235,9 +237,7 @@ def _legs(half: np.ndarray, thick: float, top: float) -> np.ndarray:
     for sx in (-1, 1):
         for sy in (-1, 1):
             corner = 0.5 + np.array([sx, sy]) * (half - thick)
-            cells |= _block(
-                np.array([*(corner - thick), 0.0]), np.array([*(corner + thick), top])
-            )
+            cells |= _block(np.array([*(corner - thick), 0.0]), np.array([*(corner + thick), top]))
     return cells
 
 

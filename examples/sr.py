@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from packed import undo_median
 from PIL import Image
-from tasks import undo_median
 from torch import Tensor
 
 _WEIGHTS = np.array([65.481, 128.553, 24.966], np.float32) / 255
@@ -60,9 +60,7 @@ def pair(low: np.ndarray, high: np.ndarray, *, enlarge: bool) -> Pair:
     return Pair(x / 255, y / 255)
 
 
-def make_pairs(
-    images: Sequence[np.ndarray], scales: Sequence[int], *, enlarge: bool
-) -> list[Pair]:
+def make_pairs(images: Sequence[np.ndarray], scales: Sequence[int], *, enlarge: bool) -> list[Pair]:
     """Pairs of images uint8 (H, W, 3), which are cut to multiples of the scale and shrunk."""
     pairs = []
     for scale in scales:

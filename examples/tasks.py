@@ -1,17 +1,15 @@
-"""What the examples of the three tasks share: methods, arguments, packed images, results."""
+"""What the examples of the three tasks share: methods, arguments, results."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import lzma
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,9 +42,7 @@ def add_training(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--checkpoints", type=Path, help="folder; enables stop and resume")
     parser.add_argument("--bits", type=int, default=4, choices=sorted(TABLES), help="default: 4")
     parser.add_argument("--rank", type=int, default=1, help="of the learned table; default: 1")
-    parser.add_argument(
-        "--clip-norm", type=float, default=5.0, help="largest gradient norm; default: 5"
-    )
+    parser.add_argument("--clip-norm", type=float, help="largest gradient norm; default: any")
     parser.add_argument("--mixed-precision", default="no", choices=("no", "bf16", "fp16"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
@@ -85,27 +81,3 @@ def finish(output: Path, result: dict[str, Any]) -> None:
     text = json.dumps({**result, "bytes": output.stat().st_size}, indent=2)
     output.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     print(text, flush=True)
-
-
-def undo_median(path: Path) -> np.ndarray:
-    """uint8 images (N, H, W, 3) from median-predicted residuals of the planes G, R - G, B - G."""
-    with lzma.open(path) as file:
-        residuals = np.load(file, allow_pickle=False).transpose(0, 2, 3, 1).astype(np.int16)
-    planes, height, width, count = residuals.shape
-    green = np.zeros((height, width, count), np.int16)
-    decoded = []
-    for c in range(planes):
-        plane = np.zeros((height, width, count), np.int16)
-        for y in range(height):
-            for x in range(width):
-                none = np.zeros(count, np.int16)
-                up = plane[y - 1, x] if y else plane[y, x - 1] if x else none
-                left = plane[y, x - 1] if x else up
-                corner = plane[y - 1, x - 1] if x and y else left
-                guess = np.clip(left + up - corner, np.minimum(left, up), np.maximum(left, up))
-                plane[y, x] = ((guess + residuals[c, y, x] + green[y, x]) & 255) - green[y, x]
-        decoded.append((plane + green).astype(np.uint8))
-        if c == 0:
-            green = plane
-    red_green_blue = np.stack([decoded[1], decoded[0], decoded[2]], -1)
-    return np.ascontiguousarray(red_green_blue.transpose(2, 0, 1, 3))
