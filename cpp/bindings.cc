@@ -294,6 +294,17 @@ void shapes_of(const std::vector<FloatArray>& inputs, Shapes& shapes,
   }
 }
 
+Shapes shapes_of(const std::vector<std::vector<int64_t>>& all) {
+  Shapes shapes;
+  for (const auto& dims : all) {
+    require(dims.size() <= kMaxRank, "arrays of more than 6 axes are not supported");
+    Shape s;
+    for (int64_t d : dims) s[s.rank++] = d;
+    shapes.push_back(s);
+  }
+  return shapes;
+}
+
 using Described = std::vector<std::tuple<std::string, std::string, size_t>>;
 
 // What the steps are, and seconds of every run and step.
@@ -692,18 +703,14 @@ NB_MODULE(_engine, m) {
       .def("finish", &Plan::finish, "outputs"_a)
       .def(
           "arena_bytes",
-          [](Plan& p, const std::vector<std::vector<int64_t>>& input_shapes) {
-            std::vector<Shape> shapes;
-            for (const auto& dims : input_shapes) {
-              require(dims.size() <= kMaxRank, "arrays of more than 6 axes are not supported");
-              Shape s;
-              for (int64_t d : dims) s[s.rank++] = d;
-              shapes.push_back(s);
-            }
-            auto context = p.acquire(shapes);
-            const size_t bytes = context->arena_bytes();
-            p.release(std::move(context));
-            return bytes;
+          [](const Plan& p, const std::vector<std::vector<int64_t>>& shapes) {
+            return p.arena_bytes(shapes_of(shapes));
+          },
+          "input_shapes"_a)
+      .def(
+          "prepare",
+          [](Plan& p, const std::vector<std::vector<int64_t>>& shapes) {
+            p.release(p.acquire(shapes_of(shapes)));
           },
           "input_shapes"_a)
       .def("profile", &profile_plan, "inputs"_a, "runs"_a)

@@ -18,13 +18,13 @@ from lutra.cli.common import (
     plain,
     print_json,
     read_array,
-    shape_text,
 )
 from lutra.errors import InputError
 from lutra.graph import Graph
 from lutra.ops.registry import Array
 from lutra.preprocess import ImagePreprocess
 from lutra.session import Session
+from lutra.text import shape_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,13 +126,12 @@ def evaluate(
 def _classes(graph: Graph) -> int:
     """How many classes the model tells apart."""
     shapes = [graph.values[name].shape for name in graph.outputs]
-    if len(graph.inputs) != 1 or len(shapes) != 1 or len(shapes[0]) != 2:
+    count = shapes[0][-1]
+    if len(graph.inputs) != 1 or len(shapes) != 1 or len(shapes[0]) != 2 or count is None:
         raise UserError(
             f"eval needs a model with one input and one output (N, classes); this one has "
             f"{len(graph.inputs)} inputs and the outputs {', '.join(map(shape_text, shapes))}"
         )
-    count = shapes[0][1]
-    assert count is not None  # only axis 0 may be dynamic
     return count
 
 
