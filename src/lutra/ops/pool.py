@@ -13,6 +13,7 @@ from lutra.ops.registry import (
     Cost,
     OpSpec,
     flag,
+    inner,
     ints,
     need_rank,
     node_error,
