@@ -239,9 +239,9 @@ void run_lookup(const LookupLayer& layer, ThreadPool& pool, const Images& x, con
 template <class T>
 using Vector = nb::ndarray<nb::numpy, T, nb::ndim<1>>;
 
-std::tuple<Vector<double>, Vector<int64_t>, double> lookup_gradients(const std::string& isa, ThreadPool& pool, const AnyFloats& x,
-                           const AnyBytes& indices, const OutFloats& gradient, float low,
-                           float high, int levels) {
+std::tuple<Vector<double>, Vector<int64_t>, double> lookup_gradients(
+    const std::string& isa, ThreadPool& pool, const AnyFloats& x, const AnyBytes& indices,
+    const OutFloats& gradient, float low, float high, int levels) {
   find_kernels(isa);  // the same loop for all, but not for a name that is none
   require(same_layout(x, indices) && same_layout(x, gradient) && dense(x),
           "lookup_gradient: x, indices and gradient need the same shape and strides, without gaps");
