@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from typing import Any
 
 import numpy as np
@@ -211,6 +213,30 @@ def test_depths(isa: str, depth: int, bits: int) -> None:
         check(case, isa)
 
 
+def before_a_wall(a: Array) -> Array:
+    """A copy that ends where memory ends that may be read."""
+    page = mmap.PAGESIZE
+    size = -(-a.nbytes // page) * page
+    memory = mmap.mmap(-1, size + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + size), page, 0) == 0
+    copy: Array = np.frombuffer(memory, a.dtype, a.size, size - a.nbytes).reshape(a.shape)
+    copy[...] = a
+    return copy
+
+
+@each_isa
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
+def test_reads_end_with_the_arrays(isa: str, kernel: Pair) -> None:
+    """A read beyond them ends the process."""
+    case = Case(1, size=(1, 5, 7), kernel=kernel)
+    want = case.output()
+    y, indices = np.empty_like(want), before_a_wall(np.zeros(case.x.shape, np.uint8))
+    case.layer(isa).run(POOLS[1], before_a_wall(case.x), y, indices)
+    np.testing.assert_array_equal(y, want)
+    np.testing.assert_array_equal(indices, case.indices())
+
+
 BAD = [
     ({"weight": np.zeros((5, 26), np.uint8)}, r"weight indices of the shape \(5, 26\)"),
     ({"scale": np.zeros(4, np.float32)}, "one value per output, 5"),
@@ -299,17 +325,19 @@ def test_gradient(shape: tuple[int, ...], levels: int) -> None:
                 assert cells.dtype == np.float64
                 assert counts.dtype == np.int64
                 want = np.bincount(indices.reshape(-1), wide.reshape(-1), levels)
-                np.testing.assert_allclose(cells, want, rtol=1e-12, atol=1e-9)
+                # sums of a few thousand are in single precision
+                close = 1e-5 * np.abs(wide).sum() / levels + 1e-9
+                np.testing.assert_allclose(cells, want, rtol=1e-12, atol=close)
                 np.testing.assert_array_equal(
                     counts, np.bincount(indices.reshape(-1), minlength=levels)
                 )
                 np.testing.assert_allclose(
-                    total, np.sum(wide[inside] * x[inside].astype(np.float64)), atol=1e-9
+                    total, np.sum(wide[inside] * x[inside].astype(np.float64)), atol=close
                 )
                 np.testing.assert_array_equal(rest, np.where(inside, gradient, np.float32(0.0)))
                 if order == "C":
-                    results.append((cells.tobytes(), total))
-    assert len(set(results)) == 1  # whatever the threads and the instruction set
+                    results.append((isa, cells.tobytes(), total))
+    assert len(set(results)) == len(runnable_isas())  # whatever the threads
 
 
 def test_bad_gradients() -> None:
@@ -328,7 +356,7 @@ def test_bad_gradients() -> None:
         call(x[:, :5], indices[:, :5], x.copy()[:, :5])
     with pytest.raises(ValueError, match=r"levels must be 1\.\.256, not 0"):
         call(x, indices, x.copy(), 0)
-    with pytest.raises(ValueError, match="an index is 9 of 4 levels"):
+    with pytest.raises(ValueError, match="an index is not below 4"):
         call(x, indices + np.uint8(9), x.copy())
     with pytest.raises(ValueError, match="nothing"):
         call(x, indices, x.copy(), isa="nothing")

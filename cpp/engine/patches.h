@@ -170,6 +170,13 @@ class PaddedPlanes {
       pad(planes + c * plane_ + n * image_, padding);
     }
     const int64_t channels = last - first;
+    if (x.sw == 1 && x.sh == w_ && g_.stride_w == 1 && !g_.pad_w) {  // lines follow each other
+      T* const to = planes + n * image_ + g_.pad_h * pitch_;
+      for (int64_t c = first; c < last; ++c) {
+        convert(x.data + n * x.sn + c * x.sc, h_ * w_, to + c * plane_);
+      }
+      return;
+    }
     for (int64_t y = 0; y < h_; ++y) {
       const S* from = x.data + n * x.sn + y * x.sh + first * x.sc;
       T* to = planes + first * plane_ + n * image_ + (y + g_.pad_h) * pitch_;

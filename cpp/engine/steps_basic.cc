@@ -236,16 +236,21 @@ class ReshapeStep : public FloatStep {
   }
   void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t*,
            ThreadPool&) const override {
-    const Shape& x = shapes[0];
+    move(shapes[0], in[0], y, out);
+  }
+  StepPtr on_bytes() const override;
+
+  template <class T>
+  static void move(const Shape& x, const T* in, const Shape& y, T* out) {
     const int64_t n = x.batch(), each = x.size() / std::max<int64_t>(n, 1);
     const int64_t from = x.inner(), to = y.inner();
-    if (from == to) {
-      std::copy(in[0], in[0] + x.size(), out);
+    if (from == to || n == 1) {
+      std::copy(in, in + x.size(), out);
       return;
     }
     for (int64_t i = 0; i < each; ++i) {
-      const float* source = in[0] + i / from * n * from + i % from;
-      float* target = out + i / to * n * to + i % to;
+      const T* source = in + i / from * n * from + i % from;
+      T* target = out + i / to * n * to + i % to;
       for (int64_t j = 0; j < n; ++j) target[j * to] = source[j * from];
     }
   }
@@ -253,6 +258,21 @@ class ReshapeStep : public FloatStep {
  private:
   std::vector<int64_t> shape_;
 };
+
+class ByteReshapeStep : public Step {
+ public:
+  explicit ByteReshapeStep(const ReshapeStep& step) : step_(step) {}
+  Shape infer(const Shapes& in) const override { return step_.infer(in); }
+  std::string method(const Shapes&) const override { return "uint8"; }
+  void run(const StepRun& r) const override {
+    ReshapeStep::move(r.shapes[0], r.bytes, r.out_shape, r.q[0].data);
+  }
+
+ private:
+  ReshapeStep step_;
+};
+
+StepPtr ReshapeStep::on_bytes() const { return std::make_unique<ByteReshapeStep>(*this); }
 
 class PadStep : public FloatStep {
  public:

@@ -7,7 +7,6 @@ function here, in ``STEPS``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, TypeAlias, TypedDict
@@ -17,17 +16,27 @@ import numpy as np
 from lutra import _engine
 from lutra.errors import EngineError
 from lutra.graph import Graph, Node, Value
+from lutra.ops.elementwise import CLAMPS, limits
+from lutra.ops.lookup import unpack_weights
 from lutra.ops.registry import Array, flag, inner, integer, ints, number, pair
+from lutra.ops.rows import row_length
 
 __all__ = ["STEPS", "FusedNode", "build_plan", "fuse"]
 
 _MAX_RANK: Final = 6  # of the engine's arrays
 
-#: Lower and upper limit of the operators that only clamp.
-CLAMPS: Final = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 #: The operators whose step can add another value and clamp while it writes.
 FUSING: Final = frozenset(
-    {"pq_conv2d", "pq_linear", "int8_conv2d", "int8_linear", "conv2d", "linear"}
+    {
+        "pq_conv2d",
+        "pq_linear",
+        "lookup_conv2d",
+        "lookup_linear",
+        "int8_conv2d",
+        "int8_linear",
+        "conv2d",
+        "linear",
+    }
 )
 
 
@@ -159,9 +168,9 @@ def fuse(graph: Graph) -> list[FusedNode]:
     steps: list[FusedNode] = []
 
     def emit(step: FusedNode) -> None:
-        clamp = only_reader(step.output, tuple(CLAMPS)) if step.node.op in FUSING else None
+        clamp = only_reader(step.output, CLAMPS) if step.node.op in FUSING else None
         if clamp is not None:
-            step = replace(step, output=clamp.output, clamp=CLAMPS[clamp.op])
+            step = replace(step, output=clamp.output, clamp=limits(clamp))
             taken.add(clamp.name)
         made.add(step.output)
         steps.append(step)
@@ -249,6 +258,43 @@ def _pq_linear(plan: _engine.Plan, job: Job) -> int:
     )
 
 
+def _lookup_conv2d(plan: _engine.Plan, job: Job) -> int:
+    node, tensors = job.node, job.tensors
+    return plan.lookup_conv2d(
+        job.ids[0],
+        _weight_index(job),
+        tensors["table"],
+        tensors["scale"],
+        tensors["bias"],
+        **_grid(node),
+        channels=integer(node, "in_channels"),
+        kernel=pair(node, "kernel"),
+        **_window(node),
+        residual=job.residual,
+        clamp=job.clamp,
+    )
+
+
+def _lookup_linear(plan: _engine.Plan, job: Job) -> int:
+    node, tensors = job.node, job.tensors
+    return plan.lookup_linear(
+        job.ids[0],
+        _weight_index(job),
+        tensors["table"],
+        tensors["scale"],
+        tensors["bias"],
+        **_grid(node),
+        residual=job.residual,
+        clamp=job.clamp,
+    )
+
+
+def _weight_index(job: Job) -> Array:
+    """One weight index a byte, uint8 (M, D)."""
+    node = job.node
+    return unpack_weights(job.tensors["weight"], integer(node, "weight_bits"), row_length(node))
+
+
 def _int8_conv2d(plan: _engine.Plan, job: Job) -> int:
     node, tensors = job.node, job.tensors
     return plan.int8_conv2d(
@@ -295,8 +341,7 @@ def _linear(plan: _engine.Plan, job: Job) -> int:
 
 
 def _clamp(plan: _engine.Plan, job: Job) -> int:
-    low, high = CLAMPS[job.node.op]
-    return plan.clamp(job.ids[0], low, high)
+    return plan.clamp(job.ids[0], *limits(job.node))
 
 
 def _add(plan: _engine.Plan, job: Job) -> int:
@@ -314,6 +359,14 @@ def _softmax(plan: _engine.Plan, job: Job) -> int:
 
 def _mean(plan: _engine.Plan, job: Job) -> int:
     return plan.mean(job.ids[0], ints(job.node, "axes"), flag(job.node, "keepdims"))
+
+
+def _max(plan: _engine.Plan, job: Job) -> int:
+    return plan.max(job.ids[0], ints(job.node, "axes"), flag(job.node, "keepdims"))
+
+
+def _pixel_shuffle(plan: _engine.Plan, job: Job) -> int:
+    return plan.pixel_shuffle(job.ids[0], integer(job.node, "factor"))
 
 
 def _reshape(plan: _engine.Plan, job: Job) -> int:
@@ -368,12 +421,15 @@ def _adaptive_pool(plan: _engine.Plan, job: Job) -> int:
 STEPS: Final[dict[str, StepFn]] = {
     "pq_conv2d": _pq_conv2d,
     "pq_linear": _pq_linear,
+    "lookup_conv2d": _lookup_conv2d,
+    "lookup_linear": _lookup_linear,
     "int8_conv2d": _int8_conv2d,
     "int8_linear": _int8_linear,
     "conv2d": _conv2d,
     "linear": _linear,
     "relu": _clamp,
     "relu6": _clamp,
+    "clamp": _clamp,
     "add": _add,
     "affine": _affine,
     "softmax": _softmax,
@@ -382,6 +438,8 @@ STEPS: Final[dict[str, StepFn]] = {
     "adaptive_avg_pool2d": _adaptive_pool,
     "adaptive_max_pool2d": _adaptive_pool,
     "mean": _mean,
+    "max": _max,
+    "pixel_shuffle": _pixel_shuffle,
     "flatten": _reshape,
     "reshape": _reshape,
     "pad": _pad,

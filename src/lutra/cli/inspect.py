@@ -5,15 +5,35 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import asdict
 from typing import Any, Final
 
 from lutra.cli.common import add_file, bytes_text, pairs, plain, print_json, shape_text
+from lutra.energy import SOURCES, Energy, EnergyTable, estimate
+from lutra.errors import LutraError
 from lutra.format import VERSION, load_graph
-from lutra.graph import Graph, Node
-from lutra.ops.factors import ROLES
+from lutra.graph import Cost, Graph, Node
 from lutra.text import counted, table
 
 _MAX_SHOWN: Final = 200
+_PRICES: Final = asdict(EnergyTable())
+_ENERGY_NAMES: Final = (
+    "layer",
+    "op",
+    "table reads",
+    "int adds",
+    "int muls",
+    "int cmps",
+    "float adds",
+    "float muls",
+)
+#: The ways to compute whose energy is compared, and the heads of their columns.
+_WAYS: Final = {
+    "fp32": "fp32 dense",
+    "int8": "int8 dense",
+    "sram": "lutra, SRAM",
+    "registers": "lutra, registers",
+}
 _GATE_SETTINGS: Final = ("machine", "isa", "threads", "batch", "against", "margin")
 
 
@@ -21,32 +41,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     add_file(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--energy", action="store_true", help="operations and an estimate of the energy, by layer"
+    )
+    parser.add_argument(
+        "--pj",
+        type=_price,
+        action="append",
+        default=[],
+        metavar="NAME=PJ",
+        help=f"another figure for that estimate, in picojoules; names: {', '.join(_PRICES)}",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     graph = load_graph(args.file)
-    report = describe(graph, os.path.getsize(args.file))
+    report = describe(graph, os.path.getsize(args.file), EnergyTable(**dict(args.pj)))
     if args.json:
         print_json({"file": args.file, **report})
     else:
-        print(f"{plain(args.file)}: {_text(report, graph)}")
+        print(f"{plain(args.file)}: {_text(report, args.energy)}")
     return 0
 
 
-def describe(graph: Graph, file_bytes: int) -> dict[str, Any]:
+def describe(graph: Graph, file_bytes: int, prices: EnergyTable | None = None) -> dict[str, Any]:
     """Everything that the command shows; work is per sample.
 
     Args:
         graph: The content of the file.
         file_bytes: Size of the file.
+        prices: What the estimate of the energy is made with; the 45 nm figures where it is None.
     """
+    prices = prices or EnergyTable()
     values, costs, total = graph.values, graph.cost(), graph.total_cost()
+    energy = estimate(graph, prices)
     layers = []
     for node in graph.nodes:
         cost, arrays = costs[node.name], graph.node_tensors(node)
         centroids = arrays.get("centroids")
         codes = arrays["tables"].shape[1] if "tables" in arrays else None
+        table = list(arrays["table"].shape) if "table" in arrays else None
         layers.append(
             {
                 "name": node.name,
@@ -55,6 +90,7 @@ def describe(graph: Graph, file_bytes: int) -> dict[str, Any]:
                 "encoder": node.attrs.get("encoder"),
                 "v": None if centroids is None else centroids.shape[2],
                 "k": codes,
+                "table": table,
                 "tables": _form(node) if cost.table_bytes else None,
                 "bytes": cost.weight_bytes,
                 "lookups": cost.lookups,
@@ -62,6 +98,8 @@ def describe(graph: Graph, file_bytes: int) -> dict[str, Any]:
                 "multiplications": cost.macs,
                 "int8_multiplications": cost.int8_macs,
                 "dense_multiplications": cost.dense_macs,
+                "operations": _operations(cost),
+                "energy_pj": asdict(energy[node.name]),
             }
         )
     golden = graph.golden or ((), ())
@@ -78,7 +116,11 @@ def describe(graph: Graph, file_bytes: int) -> dict[str, Any]:
             "multiplications": total.macs,
             "int8_multiplications": total.int8_macs,
             "dense_multiplications": total.dense_macs,
+            "operations": _operations(total),
+            "energy_pj": asdict(sum(energy.values(), Energy())),
         },
+        "energy_table_pj": asdict(prices),
+        "energy_sources": SOURCES,
         "sizes": {
             "file_bytes": file_bytes,
             "parameter_bytes": graph.parameter_bytes(),
@@ -90,12 +132,24 @@ def describe(graph: Graph, file_bytes: int) -> dict[str, Any]:
     }
 
 
+def _operations(cost: Cost) -> dict[str, int]:
+    """What really runs, by kind."""
+    return {
+        "table_reads": cost.lookups,
+        "int_additions": cost.int_additions,
+        "int_multiplications": cost.int_multiplications,
+        "int_comparisons": cost.comparisons,
+        "float_additions": cost.float_additions,
+        "float_multiplications": cost.float_multiplications,
+    }
+
+
 def _form(node: Node) -> str:
     """How a file holds the tables of a node."""
-    return "factors" if any(role in node.tensors for role in ROLES) else "stored"
+    return "factors" if "factor" in node.tensors else "stored"
 
 
-def _text(report: dict[str, Any], graph: Graph) -> str:
+def _text(report: dict[str, Any], by_layer: bool) -> str:
     totals, sizes = report["totals"], report["sizes"]
     left, dense = totals["multiplications"], totals["dense_multiplications"]
     share = f" ({100 * left / dense:.1f}% of {dense:,})" if dense else ""
@@ -114,6 +168,7 @@ def _text(report: dict[str, Any], graph: Graph) -> str:
             "layers": f"{totals['nodes']} nodes, {totals['lookup_layers']} of them lookup layers",
             "multiplications": f"{left:,} left{share}, {totals['encode_ops']:,} to find codes",
             "lookups": f"{totals['lookups']:,}",
+            "energy": _energy_line(totals["energy_pj"], by_layer),
             "sizes": f"file {bytes_text(sizes['file_bytes'])}, parameters "
             f"{bytes_text(sizes['parameter_bytes'])}, tables "
             f"{bytes_text(sizes['table_bytes'])}{built}; golden data "
@@ -121,6 +176,8 @@ def _text(report: dict[str, Any], graph: Graph) -> str:
         }
     )
     parts = [f"lutra file, format version {report['format_version']}", head, "", _layers(report)]
+    if by_layer:
+        parts += ["", _energy(report)]
     metadata = dict(report["metadata"])
     gate = _speed_gate(metadata.get("speed_gate"))
     if gate:
@@ -150,6 +207,8 @@ def _layers(report: dict[str, Any]) -> str:
         books = [layer["v"], layer["k"]]
         if layer["encoder"] == "tree":
             books[0] = "tree"  # has no sub-vectors
+        if layer["table"]:
+            books[1] = "x".join(map(str, layer["table"]))
         books = ["-" if entry is None else str(entry) for entry in books]
         counts = (layer[k] for k in ("bytes", "lookups", "encode_ops", "multiplications"))
         cells = (f"{count:,}" if count else "-" for count in counts)
@@ -162,6 +221,65 @@ def _layers(report: dict[str, Any]) -> str:
     )
     rows.append(("total", "", "", "", "", "", *(f"{number:,}" for number in numbers)))
     return table(rows, left=3)
+
+
+def _energy_line(energy: dict[str, float], by_layer: bool) -> str:
+    return (
+        f"{_joules(energy['sram'])} per sample with tables in SRAM, "
+        f"{_joules(energy['registers'])} with small ones in registers; dense network "
+        f"{_joules(energy['fp32'])} in float32, {_joules(energy['int8'])} in int8 (estimate"
+        + (")" if by_layer else ", see --energy)")
+    )
+
+
+def _energy(report: dict[str, Any]) -> str:
+    """Operations and energy of each layer that computes, and what the numbers mean."""
+    rows: list[tuple[str, ...]] = [(*_ENERGY_NAMES, *_WAYS.values())]
+    for layer in [*report["layers"], {"name": "total", "op": "", **report["totals"]}]:
+        work, energy = layer["operations"], layer["energy_pj"]
+        if any(work.values()):
+            counts = (f"{count:,}" if count else "-" for count in work.values())
+            costs = (f"{energy[way] / 1000:,.2f}" for way in _WAYS)
+            rows.append((plain(layer["name"]), layer["op"], *counts, *costs))
+    prices = report["energy_table_pj"]
+    entry, changed = prices["sram_8k"] / 8, [n for n in _PRICES if prices[n] != _PRICES[n]]
+    origin = f" but for {', '.join(changed)}" if changed else ""
+    lines = [
+        f"operations and energy in nJ for one sample: 45 nm (Horowitz, ISSCC 2014){origin}",
+        table(rows, left=2),
+        "pJ: " + ", ".join(f"{name} {price:g}" for name, price in prices.items()),
+        "sram is a read of 64 bits, register_read one of a byte (no measurement: an assumption, "
+        "see docs/numbers.md)",
+        "Arithmetic and table reads only: activations, weights and indices cost nothing here.",
+    ]
+    if report["totals"]["lookups"] and entry > prices["int8_mul"]:
+        lines.append(
+            f"A table entry read from memory ({entry:g} pJ from 8 kB) costs more than the int8 "
+            f"multiplication in whose place it stands ({prices['int8_mul']:g} pJ)."
+        )
+    return "\n".join(lines)
+
+
+def _joules(picojoules: float) -> str:
+    """An energy for people."""
+    for limit, unit in ((1e3, "pJ"), (1e6, "nJ"), (1e9, "uJ")):
+        if picojoules < limit:
+            return f"{picojoules / limit * 1e3:.3g} {unit}"
+    return f"{picojoules / 1e9:.4g} mJ"
+
+
+def _price(text: str) -> tuple[str, float]:
+    """The argparse type of NAME=PJ."""
+    name, _, value = text.partition("=")
+    try:
+        price = float(value)
+        EnergyTable(**{name: price})
+    except (TypeError, ValueError, LutraError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=PJ, a name of {', '.join(_PRICES)} and a finite number of at "
+            "least 0"
+        ) from error
+    return name, price
 
 
 def _speed_gate(record: Any) -> str | None:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from lutra.ops.registry import (
     Array,
     Attr,
@@ -17,10 +19,38 @@ from lutra.ops.registry import (
     need_axis,
     need_rank,
     node_error,
+    number,
 )
 
 if TYPE_CHECKING:
     from lutra.graph import Node, Value
+
+#: A limit of ``clamp`` that limits nothing: JSON has no infinity.
+NO_LIMIT: Final = float(np.finfo(np.float32).max)
+#: The operators that only limit values.
+CLAMPS: Final = ("relu", "relu6", "clamp")
+
+
+def limits(node: Node) -> tuple[float, float]:
+    """The lower and upper limit of an operator of ``CLAMPS``; infinite where there is none.
+
+    All of them compute ``low if not x > low else x``, then ``high if not y < high else y``: NaN
+    gives ``low``.
+    """
+    if node.op != "clamp":
+        return 0.0, 6.0 if node.op == "relu6" else math.inf
+    low, high = number(node, "low"), number(node, "high")
+    return -math.inf if low == -NO_LIMIT else low, math.inf if high == NO_LIMIT else high
+
+
+def _check_clamp(node: Node, tensors: Mapping[str, Array]) -> None:
+    low, high = number(node, "low"), number(node, "high")
+    if not -NO_LIMIT <= low <= high <= NO_LIMIT:
+        raise node_error(
+            node,
+            f"has low={low!r} and high={high!r}",
+            f"low must not be above high, and both in {-NO_LIMIT!r}..{NO_LIMIT!r}",
+        )
 
 
 def _infer_same(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
@@ -72,10 +102,22 @@ def _cost_affine(
     return Cost(macs=macs, dense_macs=macs)
 
 
+def _cost_add(
+    node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]
+) -> Cost:
+    return Cost(float_adds=math.prod(inner(output)))
+
+
 SPECS: Final = (
     OpSpec("relu", infer=_infer_same),
     OpSpec("relu6", infer=_infer_same),
-    OpSpec("add", infer=_infer_add, min_inputs=2, max_inputs=2),
+    OpSpec(
+        "clamp",
+        attrs={"low": Attr(float, default=-NO_LIMIT), "high": Attr(float, default=NO_LIMIT)},
+        check=_check_clamp,
+        infer=_infer_same,
+    ),
+    OpSpec("add", infer=_infer_add, cost=_cost_add, min_inputs=2, max_inputs=2),
     OpSpec(
         "affine",
         tensors={"scale": TensorRole("float32", 1), "bias": TensorRole("float32", 1)},

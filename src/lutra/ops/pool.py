@@ -1,7 +1,8 @@
-"""Pooling and mean, with the rules of PyTorch for padding and rounding."""
+"""Pooling, mean and maximum, with the rules of PyTorch for padding and rounding."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -9,6 +10,7 @@ from lutra.ops.registry import (
     MAX_EXTENT,
     Array,
     Attr,
+    Cost,
     OpSpec,
     flag,
     inner,
@@ -86,7 +88,7 @@ def _infer_adaptive(node: Node, inputs: Sequence[Value], tensors: Mapping[str, A
     return x.with_shape(node.output, (*x.shape[:2], *pair(node, "output_size")))
 
 
-def _infer_mean(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+def _infer_reduced(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
     (x,) = inputs
     axes = ints(node, "axes")
     rank = len(x.shape)
@@ -103,6 +105,19 @@ def _infer_mean(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array
     return x.with_shape(node.output, shape)
 
 
+def _cost_windows(
+    node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]
+) -> Cost:
+    made = math.prod(inner(output))
+    return Cost(float_adds=made * math.prod(pair(node, "kernel")), float_muls=made)
+
+
+def _cost_mean(
+    node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]
+) -> Cost:
+    return Cost(float_adds=math.prod(inner(inputs[0])), float_muls=math.prod(inner(output)))
+
+
 _WINDOW: Final = {
     "kernel": Attr(tuple, low=1, high=MAX_EXTENT, length=2),
     "stride": Attr(tuple, low=1, high=MAX_EXTENT, length=2),
@@ -110,6 +125,10 @@ _WINDOW: Final = {
     "ceil_mode": Attr(bool, default=False),
 }
 _OUTPUT_SIZE: Final = {"output_size": Attr(tuple, low=1, high=MAX_EXTENT, length=2)}
+_REDUCED: Final = {
+    "axes": Attr(tuple, low=1, high=7),
+    "keepdims": Attr(bool, default=False),
+}
 
 SPECS: Final = (
     OpSpec(
@@ -126,12 +145,10 @@ SPECS: Final = (
         attrs={**_WINDOW, "count_include_pad": Attr(bool, default=True)},
         check=_check_pool,
         infer=_infer_pool,
+        cost=_cost_windows,
     ),
-    OpSpec("adaptive_avg_pool2d", attrs=_OUTPUT_SIZE, infer=_infer_adaptive),
+    OpSpec("adaptive_avg_pool2d", attrs=_OUTPUT_SIZE, infer=_infer_adaptive, cost=_cost_mean),
     OpSpec("adaptive_max_pool2d", attrs=_OUTPUT_SIZE, infer=_infer_adaptive),
-    OpSpec(
-        "mean",
-        attrs={"axes": Attr(tuple, low=1, high=7), "keepdims": Attr(bool, default=False)},
-        infer=_infer_mean,
-    ),
+    OpSpec("mean", attrs=_REDUCED, infer=_infer_reduced, cost=_cost_mean),
+    OpSpec("max", attrs=_REDUCED, infer=_infer_reduced),
 )

@@ -14,7 +14,7 @@ import numpy as np
 from lutra.errors import InputError
 from lutra.graph import Graph, Node
 from lutra.ops.registry import Array
-from lutra.reference import dense, elementwise, int8, pool, pq, shape
+from lutra.reference import dense, elementwise, image, int8, lookup, pool, pq, shape
 
 __all__ = ["KERNELS", "run_node", "run_reference"]
 
@@ -25,12 +25,15 @@ Kernel: TypeAlias = Callable[[Node, Sequence[Array], Mapping[str, Array]], Array
 KERNELS: Final[dict[str, Kernel]] = {
     "pq_conv2d": pq.pq_conv2d,
     "pq_linear": pq.pq_linear,
+    "lookup_conv2d": lookup.lookup_conv2d,
+    "lookup_linear": lookup.lookup_linear,
     "int8_conv2d": int8.int8_conv2d,
     "int8_linear": int8.int8_linear,
     "conv2d": dense.conv2d,
     "linear": dense.linear,
-    "relu": elementwise.relu,
-    "relu6": elementwise.relu6,
+    "relu": elementwise.clamp,
+    "relu6": elementwise.clamp,
+    "clamp": elementwise.clamp,
     "add": elementwise.add,
     "affine": elementwise.affine,
     "softmax": elementwise.softmax,
@@ -39,6 +42,8 @@ KERNELS: Final[dict[str, Kernel]] = {
     "adaptive_avg_pool2d": pool.adaptive_avg_pool2d,
     "adaptive_max_pool2d": pool.adaptive_max_pool2d,
     "mean": pool.mean,
+    "max": pool.max_,
+    "pixel_shuffle": image.pixel_shuffle,
     "flatten": shape.flatten,
     "reshape": shape.reshape,
     "pad": shape.pad,

@@ -7,23 +7,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lutra.graph import Node
+from lutra.ops.elementwise import limits
 from lutra.ops.registry import Array, integer
 
 
-def relu(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
-    """max(x, 0); NaN and -0 give 0."""
-    return _clamp(inputs[0], np.inf)
-
-
-def relu6(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
-    """min(max(x, 0), 6); NaN and -0 give 0."""
-    return _clamp(inputs[0], 6.0)
-
-
-def _clamp(x: Array, high: float) -> Array:
+def clamp(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
+    """Limits values, also ``relu`` and ``relu6``: NaN gives the lower limit."""
+    low, high = (np.float32(limit) for limit in limits(node))
     # Not np.maximum, which keeps NaN: the engine's kernels do not.
-    result: Array = np.minimum(np.where(x > 0, x, np.float32(0)), np.float32(high))
-    return result
+    result: Array = np.where(inputs[0] > low, inputs[0], low)
+    return np.where(result < high, result, high)
 
 
 def add(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:

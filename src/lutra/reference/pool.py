@@ -1,4 +1,4 @@
-"""Pooling and mean, one window at a time where windows differ in size."""
+"""Pooling, mean and maximum, one window at a time where windows differ in size."""
 
 from __future__ import annotations
 
@@ -79,6 +79,14 @@ def adaptive_max_pool2d(node: Node, inputs: Sequence[Array], tensors: Mapping[st
 def mean(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
     """The mean over some axes."""
     result: Array = inputs[0].mean(axis=ints(node, "axes"), keepdims=flag(node, "keepdims"))
+    return result
+
+
+def max_(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
+    """The largest value over some axes; NaN is passed over, and minus infinity where all are."""
+    (x,) = inputs
+    known = np.where(np.isnan(x), np.float32(-np.inf), x)
+    result: Array = known.max(axis=ints(node, "axes"), keepdims=flag(node, "keepdims"))
     return result
 
 

@@ -14,7 +14,9 @@ from torch.export import ExportedProgram
 from lutra.train.lowering import (  # noqa: F401  (they register)
     dense,
     elementwise,
+    image,
     int8,
+    lookup,
     pool,
     pq,
     shape,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lutra.ops.elementwise import NO_LIMIT
 from lutra.train.lowering.arguments import PRODUCT, Number, text
 from lutra.train.lowering.core import Lowering, Ref, UnsupportedUse, lowers
 
@@ -56,13 +58,27 @@ def _clamp_min(ctx: Lowering, self: Ref, min: Number) -> Ref:
     return _clamp(ctx, self, min, None)
 
 
-@lowers("aten.clamp.default")
+@lowers("aten.clamp_max.default")
+def _clamp_max(ctx: Lowering, self: Ref, max: Number) -> Ref:
+    return _clamp(ctx, self, None, max)
+
+
+@lowers("aten.clamp.default", "aten.clip.default")
 def _clamp(ctx: Lowering, self: Ref, min: Number | None, max: Number | None) -> Ref:
     if min == 0 and max is None:
         return ctx.emit("relu", self)
     if min == 0 and max == 6:
         return ctx.emit("relu6", self)
-    raise UnsupportedUse(f"it limits values to {min}..{max}; lutra has 0.. (ReLU) and 0..6 (ReLU6)")
+    low, high = (
+        (-math.inf if min is None else float(min)),
+        (math.inf if max is None else float(max)),
+    )
+    if math.isnan(low) or math.isnan(high):
+        raise UnsupportedUse(f"it limits values to {min}..{max}; use numbers, or leave one out")
+    high = builtins.max(-NO_LIMIT, builtins.min(high, NO_LIMIT))
+    # torch takes the upper limit where the lower one is above it
+    low = builtins.max(-NO_LIMIT, builtins.min(low, high))
+    return ctx.emit("clamp", self, attrs={"low": low, "high": high})
 
 
 @lowers("aten.add.Tensor", "aten.add.Scalar")

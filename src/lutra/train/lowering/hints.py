@@ -30,7 +30,7 @@ _TABLE = [
         "only the 2-D form exists; add an axis of size 1 and use that",
     ),
     (
-        "conv_transpose2d upsample_nearest2d upsample_bilinear2d pixel_shuffle",
+        "conv_transpose2d upsample_nearest2d upsample_bilinear2d",
         "lutra has no upsampling; keep this part in torch",
     ),
     ("_native_batch_norm_legit _native_batch_norm_legit_functional", _BATCH_STATISTICS),

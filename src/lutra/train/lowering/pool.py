@@ -1,4 +1,4 @@
-"""Pools and means."""
+"""Pools, means and maxima."""
 
 from __future__ import annotations
 
@@ -86,7 +86,41 @@ def _adaptive_max_pool2d(ctx: Lowering, self: Ref, output_size: Any) -> tuple[Re
 
 @lowers("aten.mean.dim")
 def _mean(ctx: Lowering, self: Ref, dim: list[int] | None, keepdim: bool) -> Ref:
-    axes = tuple(sorted(axis % self.rank for axis in dim or range(self.rank)))
-    if axes[0] == 0:
-        raise UnsupportedUse("it averages over the batch (axis 0); name the other axes")
+    axes = _axes(self, dim, "averages")
     return ctx.emit("mean", self, attrs={"axes": axes, "keepdims": keepdim})
+
+
+@lowers("aten.amax.default")
+def _amax(ctx: Lowering, self: Ref, dim: list[int] | None, keepdim: bool) -> Ref:
+    axes = _axes(self, dim, "takes the maximum")
+    return ctx.emit("max", self, attrs={"axes": axes, "keepdims": keepdim})
+
+
+@lowers("aten.max.dim")
+def _max(ctx: Lowering, self: Ref, dim: int, keepdim: bool) -> tuple[Ref, None]:
+    return _amax(ctx, self, [dim], keepdim), None
+
+
+@lowers("aten.adaptive_max_pool1d.default")
+def _adaptive_max_pool1d(ctx: Lowering, self: Ref, output_size: Any) -> tuple[Ref, None]:
+    return _adaptive_pool1d(ctx, self, output_size, "max"), None
+
+
+@lowers("aten.adaptive_avg_pool1d.default")
+def _adaptive_avg_pool1d(ctx: Lowering, self: Ref, output_size: Any) -> Ref:
+    return _adaptive_pool1d(ctx, self, output_size, "mean")
+
+
+def _adaptive_pool1d(ctx: Lowering, x: Ref, output_size: Any, op: str) -> Ref:
+    need_rank(x, 3)
+    size, _ = pair(output_size)
+    if size != 1:
+        raise UnsupportedUse(f"it makes {size} values of each row; only a size of 1 is supported")
+    return ctx.emit(op, x, attrs={"axes": (2,), "keepdims": True})
+
+
+def _axes(x: Ref, dim: list[int] | None, what: str) -> tuple[int, ...]:
+    axes = tuple(sorted(axis % x.rank for axis in dim or range(x.rank)))
+    if axes[0] == 0:
+        raise UnsupportedUse(f"it {what} over the batch (axis 0); name the other axes")
+    return axes

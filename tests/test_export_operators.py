@@ -1,0 +1,99 @@
+"""Export of single operators and small models of them: the graph computes what torch computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_export import Fn, check_model, ops
+from torch import Tensor, nn
+
+from lutra.errors import UnsupportedModelError
+from lutra.train.export import export
+
+IMAGE = (3, 9, 8)
+
+
+class PointNet(nn.Module):
+    """Features of each point, then their maximum: 1x1 convolutions over (N, C, L, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 1), nn.ReLU()
+        )
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x.unsqueeze(3))
+        return self.head(x.squeeze(3).max(2)[0])
+
+
+class SuperResolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Conv2d(3, 8, 3, padding=1)
+        self.up = nn.Conv2d(8, 27, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x).clamp(-1, 1)
+        return F.pixel_shuffle(self.up(x), 3).clamp(0, 1)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] = {
+    "clamps": (
+        lambda: Fn(lambda m, x: x.clamp(-0.5, 1.5).clamp(max=1) + x.clamp(min=-1)),
+        IMAGE,
+        ["clamp", "clamp", "clamp", "add"],
+    ),
+    "hardtanh": (lambda: nn.Hardtanh(-2, 0.5), IMAGE, ["clamp"]),
+    "clip_crossed": (lambda: Fn(lambda m, x: torch.clip(x, 1, -1)), IMAGE, ["clamp"]),
+    "amax": (lambda: Fn(lambda m, x: x.amax((-1, 2))), IMAGE, ["max"]),
+    "amax_keepdim": (lambda: Fn(lambda m, x: x.amax([1, 3], keepdim=True)), IMAGE, ["max"]),
+    "max_dim": (lambda: Fn(lambda m, x: x.max(1)[0]), IMAGE, ["max"]),
+    "max_values": (lambda: Fn(lambda m, x: x.max(-1, True).values), IMAGE, ["max"]),
+    "adaptive_max_1d": (lambda: nn.AdaptiveMaxPool1d(1), (6, 40), ["max"]),
+    "adaptive_avg_1d": (lambda: nn.AdaptiveAvgPool1d(1), (6, 40), ["mean"]),
+    "pixel_shuffle": (lambda: nn.PixelShuffle(2), (8, 5, 3), ["pixel_shuffle"]),
+    "depthwise": (
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, groups=3), nn.Conv2d(6, 4, 1)),
+        IMAGE,
+        ["conv2d", "conv2d"],
+    ),
+    "points": (
+        PointNet,
+        (3, 50),
+        ["reshape", "conv2d", "relu", "conv2d", "relu", "flatten", "max", "linear"],
+    ),
+    "super_resolution": (
+        SuperResolution,
+        IMAGE,
+        ["conv2d", "clamp", "conv2d", "pixel_shuffle", "clamp"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_graph_equals_torch(tmp_path: Path, name: str) -> None:
+    make, shape, wanted = MODELS[name]
+    torch.manual_seed(0)
+    assert ops(check_model(tmp_path, make(), shape)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda m, x: x.amax((0, 1)), "batch"),
+        (lambda m, x: x.max(1)[1].float(), "first one"),
+        (lambda m, x: F.adaptive_max_pool1d(x.flatten(2), 3), "only a size of 1"),
+    ],
+)
+def test_unsupported_uses_say_what_to_do(
+    tmp_path: Path, function: Callable[..., Any], message: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        export(Fn(function), tmp_path / "m.lutra", torch.randn(2, *IMAGE))
