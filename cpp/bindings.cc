@@ -244,7 +244,7 @@ using Vector = nb::ndarray<nb::numpy, T, nb::ndim<1>>;
 std::tuple<Vector<double>, Vector<int64_t>, double> lookup_gradients(const std::string& isa, ThreadPool& pool, const AnyFloats& x,
                            const AnyBytes& indices, const OutFloats& gradient, float low,
                            float high, int levels) {
-  find_kernels(isa);  // the same loop for all, but not for a name that is none
+  const Kernels& kernels = find_kernels(isa);
   require(same_layout(x, indices) && same_layout(x, gradient) && dense(x),
           "lookup_gradient: x, indices and gradient need the same shape and strides, without gaps");
   require(levels >= 1 && levels <= 256,
@@ -252,13 +252,13 @@ std::tuple<Vector<double>, Vector<int64_t>, double> lookup_gradients(const std::
   LookupGradient sums;
   {
     nb::gil_scoped_release release;
-    sums = lookup_gradient(x.data(), indices.data(), gradient.data(),
-                           static_cast<int64_t>(x.size()), low, high, pool);
+    sums = lookup_gradient(kernels, x.data(), indices.data(), gradient.data(),
+                           static_cast<int64_t>(x.size()), low, high, levels, pool);
   }
-  for (size_t k = static_cast<size_t>(levels); k < sums.counts.size(); ++k) {
-    require(sums.counts[k] == 0, "lookup_gradient: an index is " + std::to_string(k) + " of " +
-                                     std::to_string(levels) + " levels");
-  }
+  int64_t counted = 0;
+  for (const int64_t count : sums.counts) counted += count;
+  require(counted == static_cast<int64_t>(x.size()),
+          "lookup_gradient: an index is not below " + std::to_string(levels) + ", the levels");
   const auto array = [&](const auto& values) {
     using T = typename std::decay_t<decltype(values)>::value_type;
     T* const data = new T[static_cast<size_t>(levels)];
@@ -292,6 +292,17 @@ void shapes_of(const std::vector<FloatArray>& inputs, Shapes& shapes,
     shapes.push_back(s);
     data.push_back(a.data());
   }
+}
+
+Shapes shapes_of(const std::vector<std::vector<int64_t>>& all) {
+  Shapes shapes;
+  for (const auto& dims : all) {
+    require(dims.size() <= kMaxRank, "arrays of more than 6 axes are not supported");
+    Shape s;
+    for (int64_t d : dims) s[s.rank++] = d;
+    shapes.push_back(s);
+  }
+  return shapes;
 }
 
 using Described = std::vector<std::tuple<std::string, std::string, size_t>>;
@@ -692,18 +703,14 @@ NB_MODULE(_engine, m) {
       .def("finish", &Plan::finish, "outputs"_a)
       .def(
           "arena_bytes",
-          [](Plan& p, const std::vector<std::vector<int64_t>>& input_shapes) {
-            std::vector<Shape> shapes;
-            for (const auto& dims : input_shapes) {
-              require(dims.size() <= kMaxRank, "arrays of more than 6 axes are not supported");
-              Shape s;
-              for (int64_t d : dims) s[s.rank++] = d;
-              shapes.push_back(s);
-            }
-            auto context = p.acquire(shapes);
-            const size_t bytes = context->arena_bytes();
-            p.release(std::move(context));
-            return bytes;
+          [](const Plan& p, const std::vector<std::vector<int64_t>>& shapes) {
+            return p.arena_bytes(shapes_of(shapes));
+          },
+          "input_shapes"_a)
+      .def(
+          "prepare",
+          [](Plan& p, const std::vector<std::vector<int64_t>>& shapes) {
+            p.release(p.acquire(shapes_of(shapes)));
           },
           "input_shapes"_a)
       .def("profile", &profile_plan, "inputs"_a, "runs"_a)

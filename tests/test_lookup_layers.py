@@ -290,7 +290,7 @@ def test_the_surrogate_is_the_layer_but_for_the_rounding_of_the_table() -> None:
     layer = make_conv(3, 5, 3, padding=1)
     x = noise(3, 3, 8, 7)
     y, other = layer(x), surrogate(layer, x)
-    assert float((y - other).square().mean() / y.var()) < 1e-3
+    assert float(((y - other).square().mean() / y.var()).detach()) < 1e-3
 
 
 def test_gradients_do_not_depend_on_the_memory_layout() -> None:
@@ -465,9 +465,10 @@ def test_families_mix_from_conversion_to_the_engine(tmp_path: Path) -> None:
     assert entry.lookups_per_row == 8 * 9 * 12
     assert 0.0 < entry.error < 0.2
     assert "lookup 16x15" in str(report)
-    result = finetune(model, DataLoader(data, 16, shuffle=True), epochs=6, lr=3e-3, progress=False)
-    losses = [entry["loss"] for entry in result.history]
-    assert losses[-1] < 1.2
+    before = float(F.cross_entropy(model.eval()(data.tensors[0]), data.tensors[1]).detach())
+    finetune(model, DataLoader(data, 16, shuffle=True), epochs=10, lr=3e-3, progress=False)
+    after = float(F.cross_entropy(model.eval()(data.tensors[0]), data.tensors[1]).detach())
+    assert after < 0.9 * before
     model.eval()
     path = tmp_path / "mixed.lutra"
     export(model, data.tensors[0][:2], path)

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 
+#include "../kernels/kernels.h"
 #include "thread_pool.h"
 
 namespace lutra {
@@ -15,9 +16,10 @@ struct LookupGradient {
 };
 
 // From the gradient of looked-up activations, which becomes zero where not low < x < high. All
-// arrays have `count` elements. The chunks and the order of their sums are fixed: the result does
+// arrays have `count` elements; indices of `levels` and more are not counted. The chunks and the order of their sums are fixed: the result does
 // not depend on the number of threads.
-LookupGradient lookup_gradient(const float* x, const uint8_t* indices, float* gradient,
-                               int64_t count, float low, float high, ThreadPool& pool);
+LookupGradient lookup_gradient(const Kernels& kernels, const float* x, const uint8_t* indices,
+                               float* gradient, int64_t count, float low, float high,
+                               int32_t levels, ThreadPool& pool);
 
 }  // namespace lutra

@@ -11,6 +11,9 @@ namespace {
 
 constexpr size_t kAlign = 64;
 constexpr size_t kMaxFreeContexts = 8;
+// Bytes of the free contexts for other shapes than the last run had: inputs of many sizes must not
+// pile up memory.
+constexpr size_t kMaxOtherBytes = size_t{1} << 28;
 constexpr double kShortRun = 60e-6;  // seconds: not worth waking other threads for
 
 double now() {
@@ -162,7 +165,7 @@ Shapes Plan::input_shapes(const Entry& e, const Context& c) const {
   return shapes;
 }
 
-void Plan::prepare(Context& c, const Shapes& input_shapes) const {
+void Plan::lay_out(Context& c, const Shapes& input_shapes) const {
   require(input_shapes.size() == static_cast<size_t>(inputs_), "wrong number of inputs");
   std::vector<int> last_use(values_.size(), -1);
   for (size_t s = 0; s < steps_.size(); ++s) {
@@ -211,30 +214,60 @@ void Plan::prepare(Context& c, const Shapes& input_shapes) const {
   }
   c.workspace_ = top;
   c.arena_bytes_ = top + workspace;
-  c.memory_ = AlignedBytes(c.arena_bytes_);
   c.input_shapes_ = input_shapes;
+}
+
+size_t Plan::arena_bytes(const Shapes& input_shapes) const {
+  Context context;
+  lay_out(context, input_shapes);
+  return context.arena_bytes_;
 }
 
 std::unique_ptr<Plan::Context> Plan::acquire(const Shapes& input_shapes) {
   std::unique_ptr<Context> context;
   {
     std::lock_guard lock(mutex_);
-    auto same = std::find_if(free_.begin(), free_.end(),
-                             [&](const auto& c) { return c->input_shapes_ == input_shapes; });
-    if (same == free_.end() && !free_.empty()) same = free_.end() - 1;
-    if (same != free_.end()) {
-      context = std::move(*same);
-      free_.erase(same);
+    auto found = std::find_if(free_.begin(), free_.end(),
+                              [&](const auto& c) { return c->input_shapes_ == input_shapes; });
+    if (found == free_.end() && free_.size() == kMaxFreeContexts) found = free_.begin();
+    if (found != free_.end()) {
+      context = std::move(*found);
+      free_.erase(found);
     }
   }
   if (!context) context = std::make_unique<Context>();
-  if (context->input_shapes_ != input_shapes) prepare(*context, input_shapes);
+  Context& c = *context;
+  if (c.input_shapes_ != input_shapes) {
+    lay_out(c, input_shapes);
+    if (c.capacity_ < c.arena_bytes_ || c.capacity_ / 2 > c.arena_bytes_) {
+      c.memory_ = {};  // before the new one exists
+      c.capacity_ = 0;
+      c.memory_ = AlignedBytes::raw(c.arena_bytes_);
+      c.capacity_ = c.arena_bytes_;
+    }
+  }
   return context;
 }
 
 void Plan::release(std::unique_ptr<Context> context) {
+  std::vector<std::unique_ptr<Context>> dropped;  // outside the lock
   std::lock_guard lock(mutex_);
-  if (free_.size() < kMaxFreeContexts) free_.push_back(std::move(context));
+  const Shapes& last = context->input_shapes_;
+  size_t others = 0;
+  for (const auto& c : free_) {
+    if (c->input_shapes_ != last) others += c->capacity_;
+  }
+  for (auto c = free_.begin(); c != free_.end();) {
+    const bool other = (*c)->input_shapes_ != last;
+    if (free_.size() == kMaxFreeContexts || (other && others > kMaxOtherBytes)) {
+      if (other) others -= (*c)->capacity_;
+      dropped.push_back(std::move(*c));
+      c = free_.erase(c);
+    } else {
+      ++c;
+    }
+  }
+  free_.push_back(std::move(context));
 }
 
 uint8_t* Plan::memory(Context& c, int id) const {

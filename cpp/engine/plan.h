@@ -34,12 +34,11 @@ class Plan {
   const std::shared_ptr<OutputPool>& output_pool() const { return output_pool_; }
 
   // Everything one run needs and nothing shared: shapes, and one block of memory for all values
-  // and scratch. Kept between runs, so that a run with known shapes allocates nothing.
+  // and scratch. A few are kept between runs, so that a run with known shapes allocates nothing.
   class Context {
    public:
     const Shape& output_shape(size_t i) const { return shapes_[outputs_[i]]; }
     size_t outputs() const { return outputs_.size(); }
-    size_t arena_bytes() const { return arena_bytes_; }
 
    private:
     friend class Plan;
@@ -51,6 +50,7 @@ class Plan {
     std::vector<int> outputs_;
     size_t arena_bytes_ = 0, workspace_ = 0;
     AlignedBytes memory_;
+    size_t capacity_ = 0;  // of memory_
     Shapes step_shapes_;
     std::vector<const float*> step_inputs_;
     double last_run_ = 1.0;  // seconds
@@ -60,6 +60,8 @@ class Plan {
   // one; give it back after execute(). Both may be called from any thread.
   std::unique_ptr<Context> acquire(const Shapes& input_shapes);
   void release(std::unique_ptr<Context> context);
+  // Bytes of memory that a context for these shapes takes. Allocates none of them.
+  size_t arena_bytes(const Shapes& input_shapes) const;
 
   // inputs and outputs are C-contiguous arrays in logical order. If `seconds` is not null it gets
   // the time of: copying the inputs, each step, copying the outputs.
@@ -89,7 +91,7 @@ class Plan {
   };
   bool is_quantized(int value) const { return values_[static_cast<size_t>(value)].source >= 0; }
   void resolve_quantized(std::vector<bool>& read);
-  void prepare(Context& context, const Shapes& input_shapes) const;
+  void lay_out(Context& context, const Shapes& input_shapes) const;
   Shapes input_shapes(const Entry& e, const Context& context) const;
   uint8_t* memory(Context& context, int id) const;
   float* floats(Context& context, int id) const;
@@ -104,7 +106,7 @@ class Plan {
   std::vector<int> outputs_;
   std::string label_;
   std::mutex mutex_;
-  std::vector<std::unique_ptr<Context>> free_;
+  std::vector<std::unique_ptr<Context>> free_;  // the last used at the end
 };
 
 }  // namespace lutra

@@ -230,7 +230,9 @@ class ReshapeStep : public FloatStep {
   }
   Shape infer(const Shapes& in) const override {
     Shape y{in[0].batch()};
-    for (int64_t d : shape_) y[y.rank++] = d;
+    int64_t given = y.batch();  // elements without what is left for a size of -1
+    for (int64_t d : shape_) given *= d < 0 ? 1 : d;
+    for (int64_t d : shape_) y[y.rank++] = d < 0 && given > 0 ? in[0].size() / given : d;
     require(y.size() == in[0].size(), "reshape: " + in[0].text() + " does not fit " + y.text());
     return y;
   }
@@ -302,13 +304,15 @@ class SliceStep : public FloatStep {
  public:
   SliceStep(int axis, int64_t start, int64_t stop, int64_t step)
       : axis_(axis), start_(start), stop_(stop), step_(step) {
-    require(axis > 0 && axis < kMaxRank && start >= 0 && stop > start && step > 0,
+    require(axis > 0 && axis < kMaxRank && start >= 0 && (stop > start || stop < 0) && step > 0,
             "slice: it takes nothing");
   }
   Shape infer(const Shapes& in) const override {
     Shape y = in[0];
-    require(axis_ < y.rank && stop_ <= y[axis_], "slice: it ends outside " + in[0].text());
-    y[axis_] = (stop_ - start_ + step_ - 1) / step_;
+    require(axis_ < y.rank, "slice: no axis " + std::to_string(axis_));
+    const int64_t stop = stop_ < 0 ? y[axis_] : stop_;
+    require(start_ < stop && stop <= y[axis_], "slice: it ends outside " + in[0].text());
+    y[axis_] = (stop - start_ + step_ - 1) / step_;
     return y;
   }
   void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t*,

@@ -11,8 +11,10 @@ StepPtr add_step();
 StepPtr affine_step(std::vector<float> scale, std::vector<float> bias);
 StepPtr softmax_step(int axis);
 StepPtr mean_step(std::vector<int> axes, bool keepdims);
-StepPtr reshape_step(std::vector<int64_t> shape);  // without the batch axis
+// Without the batch axis; one size may be -1, what the others leave.
+StepPtr reshape_step(std::vector<int64_t> shape);
 StepPtr pad_step(std::vector<int64_t> before, std::vector<int64_t> after, float value);
+// A stop of -1 is the end of the axis.
 StepPtr slice_step(int axis, int64_t start, int64_t stop, int64_t step);
 StepPtr concat_step(int axis);
 

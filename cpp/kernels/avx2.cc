@@ -9,6 +9,7 @@
 #include "avx2_encode.h"
 #include "avx2_lookup.h"
 #include "avx2_respond.h"
+#include "avx2_training.h"
 
 namespace lutra {
 namespace {
@@ -73,6 +74,7 @@ constinit const Kernels kAvx2 = {.name = "avx2",
                                  .respond_row = respond_row,
                                  .gemm = gemm,
                                  .linear = linear,
-                                 .table_grad = table_grad};
+                                 .table_grad = table_grad,
+                                   .response_grad = response_grad};
 
 }  // namespace lutra

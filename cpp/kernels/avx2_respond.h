@@ -65,6 +65,10 @@ size_t response_bytes(const LookupShape& s) {
   return joint > apart ? joint : apart;
 }
 
+// A weight is the offset of its row / 8, which a load multiplies by itself, wherever it fits a
+// byte.
+LUTRA_INLINE constexpr int32_t row_unit(int32_t slices) { return slices == 4 ? 16 : 8; }
+
 void pack_row_order(const LookupShape& s, const ResponseHeader& h, const int8_t* table,
                     const uint8_t* weight, uint8_t* packed) {
   const int32_t row = weight_slices(s) * 16;
@@ -109,8 +113,9 @@ void pack_responses(const LookupShape& s, const int8_t* table, const uint8_t* we
   int32_t* const constants = reinterpret_cast<int32_t*>(packed + h.constants);
   const int32_t codes = round_up(codes_of(s), kCodeUnit), entries = paired(s) ? 2 : 1;
   // respond() reads as many codes as make whole groups
-  const int32_t unit = h.group > h.parts ? h.group / h.parts : 1;
-  const int32_t missing = round_up(codes_of(s), unit) * entries - s.depth;
+  const int32_t step = h.group > h.parts ? h.group / h.parts : 1;
+  const int32_t missing = round_up(codes_of(s), step) * entries - s.depth;
+  const int32_t unit = 16 * slices / row_unit(slices);
   to = packed + h.weights;
   for (int32_t block = 0; block < s.outputs; block += kTogether) {
     for (int32_t m = block; m < block + kTogether; ++m) {
@@ -124,11 +129,11 @@ void pack_responses(const LookupShape& s, const int8_t* table, const uint8_t* we
         return there ? weight[static_cast<size_t>(m) * s.depth + at] : 0;
       };
       if (joint) {
-        *to++ = static_cast<uint8_t>(index(d) * n + index(d + 1));
+        *to++ = static_cast<uint8_t>((index(d) * n + index(d + 1)) * unit);
         continue;
       }
       for (int32_t part = 0; part < h.parts; ++part) {
-        *to++ = static_cast<uint8_t>(part * n + index(d + part));
+        *to++ = static_cast<uint8_t>((part * n + index(d + part)) * unit);
       }
     }
   }
@@ -198,16 +203,20 @@ void respond_outputs(int32_t codes, const uint8_t* rows, const uint8_t* weights,
     for (int32_t left = steps < kRun ? steps : kRun; left > 0; --left) {
 #pragma GCC unroll 8
       for (int32_t read = 0; read < kReads; ++read) {
-        const uint8_t* const at = x + read / kParts * (kSlices * kSubRows);
         LUTRA_UNROLL for (int32_t slice = 0; slice < kSlices; ++slice) {
+          __m256i index[kSubs];
+          LUTRA_UNROLL for (int32_t i = 0; i < kSubs; ++i) {
+            index[i] = load(x + i * sub_tile + (read / kParts * kSlices + slice) * kSubRows);
+            keep(index[i]);
+          }
           LUTRA_UNROLL for (int32_t o = 0; o < kTogether; ++o) {
             const size_t w = weights[(read / kParts * kTogether + o) * kParts + read % kParts];
-            const __m256i row = broadcast_half(rows + w * (16 * kSlices) + 16 * slice);
+            const __m256i row = broadcast_half(rows + w * row_unit(kSlices) + 16 * slice);
             LUTRA_UNROLL for (int32_t i = 0; i < kSubs; ++i) {
               __m256i& to = bytes[o * kSubs + i];
-              const __m256i found =
-                  _mm256_shuffle_epi8(row, load(at + i * sub_tile + slice * kSubRows));
+              const __m256i found = _mm256_shuffle_epi8(row, index[i]);
               to = read % kGroup == 0 && slice == 0 ? found : _mm256_add_epi8(to, found);
+              keep(to);
             }
           }
         }
@@ -215,6 +224,8 @@ void respond_outputs(int32_t codes, const uint8_t* rows, const uint8_t* weights,
         LUTRA_UNROLL for (int32_t i = 0; i < kTogether * kSubs; ++i) {
           sum[i] = _mm256_add_epi16(sum[i], bytes[i]);
           high[i] = _mm256_add_epi16(high[i], _mm256_srli_epi16(bytes[i], 8));
+          keep(sum[i]);
+          keep(high[i]);
         }
       }
       x += kStepCodes * kSlices * kSubRows;

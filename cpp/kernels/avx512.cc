@@ -6,6 +6,7 @@
 #include "avx512_dense.h"
 #include "avx512_lookup.h"
 #include "avx512_respond.h"
+#include "avx512_training.h"
 
 namespace lutra {
 namespace {
@@ -55,6 +56,7 @@ constinit const Kernels kAvx512 = {.name = "avx512",
                                    .respond_row = respond_row,
                                    .gemm = gemm,
                                    .linear = linear,
-                                   .table_grad = table_grad};
+                                   .table_grad = table_grad,
+                                   .response_grad = response_grad};
 
 }  // namespace lutra

@@ -17,13 +17,19 @@ namespace {
 // and vpermi2b. A code is an activation, or of 4 levels entries 8 g + j and 8 g + 4 + j.
 int32_t group_entries(const LookupShape& s) { return paired(s) ? 8 : 4; }
 
-int32_t code_groups(const LookupShape& s) { return ceil_div(s.depth, group_entries(s)); }
+// An even number: two groups are read together. What is missing is 0.
+int32_t code_groups(const LookupShape& s) { return ceil_div(s.depth, 2 * group_entries(s)) * 2; }
 
 // Packed: parts (1, or 2 if codes are read twice); the rows of pairs of weights [pair][slice][32];
 // pairs by output, [block of 16 outputs][group][output][part]; constants; for single rows the table
 // in slices of 16 weights and its indices, [block of 16 outputs][4 entries][output][4].
 struct Pairs {  // of one part: offsets in the table of rows / 8
   uint16_t first, second;
+};
+
+struct ResponseHeader {
+  int32_t parts;     // 2 if codes are read twice
+  int32_t together;  // 2 if the sums of two bytes fit a byte
 };
 
 struct ResponseLayout {
@@ -83,7 +89,9 @@ void pack_responses(const LookupShape& s, const int8_t* table, const uint8_t* we
   const bool joint = r.joint();
   const ResponseLayout at(s, joint);
   const int32_t parts = paired(s) && !joint ? 2 : 1, slices = row_slices(s);
-  *reinterpret_cast<int32_t*>(packed) = parts;
+  ResponseHeader* const header = reinterpret_cast<ResponseHeader*>(packed);
+  header->parts = parts;
+  header->together = (joint ? 2 : 1) * r.range <= 127 ? 2 : 1;
   pack_rows(r, packed + at.rows);
   const int32_t n = s.weights, kinds = joint ? n * n : n, groups = code_groups(s);
   const int32_t entries = group_entries(s);
@@ -149,25 +157,29 @@ void gather_indices(const LookupShape& s, const Patch& p, uint8_t* gathered) {
   const int32_t entries = group_entries(s), quads = entries / 4;
   QuadFinder finder(p, s.depth, s.taps, entries, 4, 63 - rows.reach);
   const __m512i places = _mm512_set1_epi32(kBookBits), low = _mm512_set1_epi8(15);
-  for (int32_t d = 0; d < s.depth; d += entries, gathered += rows.blocks * 64) {
+  int32_t groups = code_groups(s);
+  for (int32_t d = 0; d < s.depth; d += entries, gathered += rows.blocks * 64, --groups) {
     const uint8_t* planes;
     const Quad* quad;
     finder.next(d / entries, planes, quad);
-    uint8_t found[8 * 64];
-    gather_quads(planes, quad, quads, rows, bytes, found);
-    for (int32_t i = 0; i < rows.blocks; ++i) {
-      __m512i x = _mm512_and_si512(_mm512_loadu_si512(found + 64 * i), there(d, s.depth));
+    __m512i x[4], second[4];
+    gather_blocks(planes, quad[0], rows, bytes, x);
+    if (quads == 2) gather_blocks(planes, quad[1], rows, bytes, second);
+    const __m512i mask = there(d, s.depth), mask2 = there(d + 4, s.depth);
+#pragma GCC unroll 4
+    for (int32_t i = 0; i < 4; ++i) {
+      if (i == rows.blocks) break;
+      __m512i v = _mm512_and_si512(x[i], mask);
       if (quads == 2) {
-        const __m512i second = _mm512_loadu_si512(found + 64 * (rows.blocks + i));
-        const __m512i high = _mm512_and_si512(second, there(d + 4, s.depth));
-        x = _mm512_or_si512(x, _mm512_slli_epi32(high, 2));
+        v = _mm512_or_si512(v, _mm512_slli_epi32(_mm512_and_si512(second[i], mask2), 2));
       } else if (s.levels > 16) {
-        const __m512i high = _mm512_slli_epi32(_mm512_andnot_si512(low, x), 2);
-        x = _mm512_or_si512(_mm512_and_si512(x, low), high);
+        const __m512i high = _mm512_slli_epi32(_mm512_andnot_si512(low, v), 2);
+        v = _mm512_or_si512(_mm512_and_si512(v, low), high);
       }
-      _mm512_storeu_si512(gathered + 64 * i, _mm512_or_si512(x, places));
+      _mm512_storeu_si512(gathered + 64 * i, _mm512_or_si512(v, places));
     }
   }
+  for (int32_t i = 0; i < groups * rows.blocks; ++i) _mm512_storeu_si512(gathered + 64 * i, places);
 }
 
 // Reads 64 bytes of the rows of four weights.
@@ -183,38 +195,62 @@ __m512i read_rows(const __m512i* rows, __m512i index) {
   }
 }
 
-// kCount outputs of all rows.
-template <int kSlices, int kParts, int kBlocks, int kCount>
+// The rows of four weights.
+template <int kSlices>
+void load_rows_of(const uint8_t* rows, const Pairs& pairs, __m512i* to) {
+#pragma GCC unroll 4
+  for (int32_t i = 0; i < kSlices; ++i) {
+    const uint8_t* const first = rows + size_t{8} * pairs.first + 32 * i;
+    const uint8_t* const second = rows + size_t{8} * pairs.second + 32 * i;
+    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
+    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second));
+    to[i] = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+  }
+}
+
+// kCount outputs of all rows. With kTogether == 2, the bytes found in two registers are added
+// before vpdpbusd widens them: limited by vpermb then, else by both.
+template <int kSlices, int kParts, int kTogether, int kBlocks, int kCount>
 void respond_outputs(int32_t groups, const uint8_t* rows, const Pairs* pairs, const uint8_t* x,
                      const int32_t* constants, int32_t m, int32_t count, const Epilogue& e) {
+  constexpr int32_t kStep = kParts == 1 ? kTogether : 1;  // groups; else the parts go together
+  constexpr int32_t kReads = kStep * kParts;
   const __m512i ones = _mm512_set1_epi8(1);
   __m512i sum[kCount * kBlocks];
 #pragma GCC unroll 16
   for (int32_t i = 0; i < kCount * kBlocks; ++i) {
     sum[i] = _mm512_set1_epi32(constants[i / kBlocks]);
   }
-  for (; groups > 0; --groups, pairs += kDenseBlock * kParts, x += kBlocks * 64) {
-    __m512i index[kBlocks];
+  for (; groups > 0; groups -= kStep) {
+    __m512i index[kStep * kBlocks];
 #pragma GCC unroll 16
-    for (int32_t i = 0; i < kBlocks; ++i) index[i] = _mm512_loadu_si512(x + 64 * i);
+    for (int32_t i = 0; i < kStep * kBlocks; ++i) index[i] = _mm512_loadu_si512(x + 64 * i);
 #pragma GCC unroll 16
-    for (int32_t o = 0; o < kCount * kParts; ++o) {
-      const uint8_t* const first = rows + size_t{8} * pairs[o].first;
-      const uint8_t* const second = rows + size_t{8} * pairs[o].second;
-      __m512i row[kSlices];
-#pragma GCC unroll 4
-      for (int32_t i = 0; i < kSlices; ++i) {
-        const __m256i* const a = reinterpret_cast<const __m256i*>(first + 32 * i);
-        const __m256i* const b = reinterpret_cast<const __m256i*>(second + 32 * i);
-        row[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(a)),
-                                    _mm256_loadu_si256(b), 1);
+    for (int32_t o = 0; o < kCount; ++o) {
+      __m512i row[kReads * kSlices];
+#pragma GCC unroll 2
+      for (int32_t i = 0; i < kReads; ++i) {
+        const int32_t at = i / kParts * kDenseBlock * kParts + o * kParts + i % kParts;
+        load_rows_of<kSlices>(rows, pairs[at], row + i * kSlices);
       }
 #pragma GCC unroll 16
       for (int32_t i = 0; i < kBlocks; ++i) {
-        __m512i* const to = sum + o / kParts * kBlocks + i;
-        *to = _mm512_dpbusd_epi32(*to, read_rows<kSlices>(row, index[i]), ones);
+        __m512i* const to = sum + o * kBlocks + i;
+        __m512i found = read_rows<kSlices>(row, index[i]);
+        if constexpr (kReads == 2) {
+          const __m512i more =
+              read_rows<kSlices>(row + kSlices, index[kStep == 2 ? kBlocks + i : i]);
+          if constexpr (kTogether == 2) {
+            found = _mm512_add_epi8(found, more);
+          } else {
+            *to = _mm512_dpbusd_epi32(*to, more, ones);
+          }
+        }
+        *to = _mm512_dpbusd_epi32(*to, found, ones);
       }
     }
+    pairs += kStep * kDenseBlock * kParts;
+    x += kStep * kBlocks * 64;
   }
   __m512i sums[kCount * kBlocks];
 #pragma GCC unroll 16
@@ -223,7 +259,7 @@ void respond_outputs(int32_t groups, const uint8_t* rows, const Pairs* pairs, co
 }
 
 // kCount must divide the block of 16 packed outputs.
-template <int kSlices, int kParts, int kBlocks, int kCount>
+template <int kSlices, int kParts, int kTogether, int kBlocks, int kCount>
 void respond_range(const LookupShape& s, const uint8_t* packed, const uint8_t* x, int32_t first,
                    int32_t last, const Epilogue& e) {
   const ResponseLayout at(s, paired(s) && kParts == 1);
@@ -235,45 +271,42 @@ void respond_range(const LookupShape& s, const uint8_t* packed, const uint8_t* x
         reinterpret_cast<const Pairs*>(packed + at.pairs) + (block + m % kDenseBlock) * kParts;
     const int32_t left = last - m;
     if (m % kCount == 0 && left > kCount - kOutputs) {
-      respond_outputs<kSlices, kParts, kBlocks, kCount>(
+      respond_outputs<kSlices, kParts, kTogether, kBlocks, kCount>(
           groups, packed + at.rows, pairs, x, constants + m, m, left < kCount ? left : kCount, e);
       m += kCount;
     } else {
-      respond_outputs<kSlices, kParts, kBlocks, kOutputs>(groups, packed + at.rows, pairs, x,
-                                                          constants + m, m,
-                                                          left < kOutputs ? left : kOutputs, e);
+      respond_outputs<kSlices, kParts, kTogether, kBlocks, kOutputs>(
+          groups, packed + at.rows, pairs, x, constants + m, m, left < kOutputs ? left : kOutputs,
+          e);
       m += kOutputs;
     }
   }
 }
 
-template <int kSlices, int kParts>
+template <int kSlices, int kParts, int kTogether>
 void respond_blocks(const LookupShape& s, const uint8_t* packed, const uint8_t* x, int32_t first,
                     int32_t last, const Epilogue& e) {
   switch (row_blocks(e.rows)) {
     case 1:
-      return respond_range<kSlices, kParts, 1, 16>(s, packed, x, first, last, e);
+      return respond_range<kSlices, kParts, kTogether, 1, 16>(s, packed, x, first, last, e);
     case 2:
-      return respond_range<kSlices, kParts, 2, 8>(s, packed, x, first, last, e);
+      return respond_range<kSlices, kParts, kTogether, 2, 8>(s, packed, x, first, last, e);
     case 3:
-      return respond_range<kSlices, kParts, 3, 4>(s, packed, x, first, last, e);
+      return respond_range<kSlices, kParts, kTogether, 3, 4>(s, packed, x, first, last, e);
     default:
-      return respond_range<kSlices, kParts, 4, 4>(s, packed, x, first, last, e);
+      return respond_range<kSlices, kParts, kTogether, 4, 4>(s, packed, x, first, last, e);
   }
 }
 
 void respond(const LookupShape& s, const uint8_t* packed, const uint8_t* gathered, int32_t first,
              int32_t last, const Epilogue& e) {
-  const int32_t parts = *reinterpret_cast<const int32_t*>(packed);
-  switch (row_slices(s)) {
-    case 1:
-      if (parts == 2) return respond_blocks<1, 2>(s, packed, gathered, first, last, e);
-      return respond_blocks<1, 1>(s, packed, gathered, first, last, e);
-    case 2:
-      return respond_blocks<2, 1>(s, packed, gathered, first, last, e);
-    default:
-      return respond_blocks<4, 1>(s, packed, gathered, first, last, e);
-  }
+  const ResponseHeader& h = *reinterpret_cast<const ResponseHeader*>(packed);
+  const bool two = h.together == 2;
+  auto* run = two ? respond_blocks<1, 1, 2> : respond_blocks<1, 1, 1>;
+  if (h.parts == 2) run = two ? respond_blocks<1, 2, 2> : respond_blocks<1, 2, 1>;
+  if (row_slices(s) == 2) run = two ? respond_blocks<2, 1, 2> : respond_blocks<2, 1, 1>;
+  if (row_slices(s) == 4) run = two ? respond_blocks<4, 1, 2> : respond_blocks<4, 1, 1>;
+  run(s, packed, gathered, first, last, e);
 }
 
 // --- one row --------------------------------------------------------------------------------
@@ -323,7 +356,8 @@ void respond_row_outputs(int32_t depth, const uint8_t* table, const uint8_t* ind
 template <int kSlices>
 void respond_row_range(const LookupShape& s, const uint8_t* packed, const uint8_t* x, int32_t first,
                        int32_t last, int32_t* sums) {
-  const ResponseLayout at(s, paired(s) && *reinterpret_cast<const int32_t*>(packed) == 1);
+  const ResponseLayout at(s,
+                          paired(s) && reinterpret_cast<const ResponseHeader*>(packed)->parts == 1);
   const size_t bytes = static_cast<size_t>(ceil_div(s.depth, 4)) * 64;
   int32_t block = first / kDenseBlock * kDenseBlock;
   while (block < last) {

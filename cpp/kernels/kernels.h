@@ -202,6 +202,12 @@ struct Kernels {
   //   codes: planes `code_stride` bytes apart; rows: (count, outputs); grad: (books, K, outputs)
   void (*table_grad)(const uint8_t* codes, size_t code_stride, int32_t books, int32_t centroids,
                      const float* rows, int32_t count, int32_t outputs, float* grad);
+
+  // For each of n elements with gradient g and activation index k < levels: cells[k] += g,
+  // counts[k] += 1; where low < x < high, inside += g * x, elsewhere the gradient becomes zero. What
+  // has a larger index is not counted. The order of the sums is that of the instruction set.
+  void (*response_grad)(const float* x, const uint8_t* index, float* gradient, size_t n, float low,
+                        float high, int32_t levels, double* cells, int64_t* counts, double* inside);
 };
 
 extern const Kernels kScalar;  // the specification

@@ -280,6 +280,22 @@ void table_grad(const uint8_t* codes, size_t code_stride, int32_t books, int32_t
   }
 }
 
+void response_grad(const float* x, const uint8_t* index, float* gradient, size_t n, float low,
+                   float high, int32_t levels, double* cells, int64_t* counts, double* inside) {
+  for (size_t i = 0; i < n; ++i) {
+    const float g = gradient[i];
+    if (index[i] < levels) {
+      cells[index[i]] += static_cast<double>(g);
+      ++counts[index[i]];
+    }
+    if (low < x[i] && x[i] < high) {
+      *inside += static_cast<double>(g) * static_cast<double>(x[i]);
+    } else {
+      gradient[i] = 0.0f;
+    }
+  }
+}
+
 }  // namespace
 
 constinit const Kernels kScalar = {.name = "scalar",
@@ -312,6 +328,7 @@ constinit const Kernels kScalar = {.name = "scalar",
                                    .respond_row = respond_row,
                                    .gemm = gemm,
                                    .linear = linear,
-                                   .table_grad = table_grad};
+                                   .table_grad = table_grad,
+                                   .response_grad = response_grad};
 
 }  // namespace lutra

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, TypedDict
 
@@ -13,6 +14,8 @@ __all__ = ["CpuInfo", "choose_isa", "choose_threads", "cpu_info", "runnable_isas
 
 #: More threads than this are a mistake, and a machine may not survive it.
 MAX_THREADS: Final = 1024
+_CGROUPS: Final = Path("/proc/self/cgroup")
+_CGROUP_ROOT: Final = Path("/sys/fs/cgroup")
 
 
 class CpuInfo(TypedDict):
@@ -114,47 +117,72 @@ def usable_cores() -> int:
     return max(1, cores if quota is None else min(cores, int(quota)))
 
 
-def cgroup_quota(
-    groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
-) -> float | None:
+def usable_memory(groups: Path = _CGROUPS, root: Path = _CGROUP_ROOT) -> int | None:
+    """Bytes of memory that this process may have: the machine's, limited by its cgroups.
+
+    Args:
+        groups: The file that lists the cgroups of the process.
+        root: Where cgroups are mounted.
+
+    Returns:
+        None where the system does not say.
+    """
+    limits: list[int] = []
+    try:
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):  # another system
+        return None
+    for version, folder in _cgroup_folders("memory", groups, root):
+        try:
+            file = "memory.max" if version == 2 else "memory.limit_in_bytes"
+            limits.append(int((folder / file).read_text()))
+        except (OSError, ValueError):  # no limit, or "max"
+            continue
+    return min(limit for limit in limits if limit > 0)
+
+
+def cgroup_quota(groups: Path = _CGROUPS, root: Path = _CGROUP_ROOT) -> float | None:
     """The cores that the cgroups of this process grant; None without a limit.
 
     Args:
         groups: The file that lists the cgroups of the process.
         root: Where cgroups are mounted.
     """
+    limits: list[float] = []
+    for version, folder in _cgroup_folders("cpu", groups, root):
+        try:
+            if version == 2:
+                words = (folder / "cpu.max").read_text().split()
+            else:
+                files = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                words = [(folder / file).read_text() for file in files]
+            quota, period = float(words[0]), float(words[1])
+        except (OSError, ValueError, IndexError):  # no limit, or "max"
+            continue
+        if quota > 0 and period > 0:
+            limits.append(quota / period)
+    return min(limits, default=None)
+
+
+def _cgroup_folders(controller: str, groups: Path, root: Path) -> Iterator[tuple[int, Path]]:
+    """Version and folder of the cgroups of this process and of all above them: they bind it too."""
     try:
         lines = groups.read_text().splitlines()
     except (OSError, ValueError):
-        return None
-    limits: list[float] = []
+        return
     for line in lines:
         fields = line.split(":", 2)
         if len(fields) != 3:
             continue
         number, controllers, path = fields
         if number == "0":  # version 2; some systems mount both
-            for mount in (root, root / "unified"):
-                limits += _quotas(mount, path, "cpu.max")
-        elif "cpu" in controllers.split(","):
-            for mount in {root / controllers, root / "cpu"}:
-                limits += _quotas(mount, path, "cpu.cfs_quota_us")
-    return min(limits, default=None)
-
-
-def _quotas(mount: Path, path: str, file: str) -> list[float]:
-    """The limits of a cgroup and of all above it, which bind it too."""
-    place = mount / path.lstrip("/")
-    places = [p for p in (place, *place.parents) if p == mount or mount in p.parents]
-    found = []
-    for folder in places:
-        try:
-            words = (folder / file).read_text().split()
-            if file == "cpu.cfs_quota_us":
-                words += (folder / "cpu.cfs_period_us").read_text().split()
-            quota, period = float(words[0]), float(words[1])
-        except (OSError, ValueError, IndexError):  # no limit, or "max"
+            version, mounts = 2, {root, root / "unified"}
+        elif controller in controllers.split(","):
+            version, mounts = 1, {root / controllers, root / controller}
+        else:
             continue
-        if quota > 0 and period > 0:
-            found.append(quota / period)
-    return found
+        for mount in mounts:
+            place = mount / path.lstrip("/")
+            for folder in (place, *place.parents):
+                if folder == mount or mount in folder.parents:
+                    yield version, folder

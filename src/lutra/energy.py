@@ -26,7 +26,7 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 from lutra.errors import InputError
-from lutra.graph import Graph, Node, Value
+from lutra.graph import Graph, Node, Sizes, Value
 from lutra.ops.registry import Cost, inner
 
 __all__ = ["REGISTER_BYTES", "SOURCES", "Energy", "EnergyTable", "estimate"]
@@ -129,21 +129,26 @@ class Energy:
         )
 
 
-def estimate(graph: Graph, table: EnergyTable | None = None) -> dict[str, Energy]:
+def estimate(
+    graph: Graph, table: EnergyTable | None = None, sizes: Sizes | None = None
+) -> dict[str, Energy]:
     """Estimates the energy of every node for one sample.
 
     Args:
         graph: A graph; it is validated.
         table: What operations cost; the 45 nm figures where it is None.
+        sizes: Shapes of the inputs by name, as ``Graph.cost`` takes them.
 
     Returns:
         By node name, in the order of the nodes; ``sum(result.values(), Energy())`` is the total.
 
     Raises:
-        GraphError: If the graph is not valid.
+        GraphError: If the graph is not valid, or the work depends on sizes that are not given.
     """
     prices = table or EnergyTable()
-    values, costs = graph.values, graph.cost()
+    costs = graph.cost(sizes)
+    sizes = sizes or graph.nominal_sizes()
+    values = graph.values if sizes is None else graph.infer(sizes)
     return {node.name: _energy(node, costs[node.name], values, prices) for node in graph.nodes}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final, TypeAlias
@@ -18,11 +18,28 @@ import numpy as np
 from lutra.errors import GraphError
 from lutra.ops import OPS, op_spec
 from lutra.ops.registry import Array, AttrValue, Cost
+from lutra.text import shape_text
 
-__all__ = ["AttrValue", "Cost", "Golden", "Graph", "Node", "Shape", "Value", "make_node", "sized"]
+__all__ = [
+    "AttrValue",
+    "Cost",
+    "Golden",
+    "Graph",
+    "Node",
+    "Shape",
+    "Sizes",
+    "Value",
+    "fits",
+    "make_node",
+    "sized",
+]
 
-#: Sizes of the axes; None is an axis of any size. Only axis 0, the batch, may be None.
+#: Sizes of the axes. None is a dynamic axis: its size is known when the model runs. On axis 0 it is
+#: the batch, the same for all inputs whose axis 0 is None; elsewhere nothing says that two of them
+#: are equal, and an operator that needs equal sizes finds out at run time.
 Shape: TypeAlias = tuple[int | None, ...]
+#: Shapes of arrays by value name.
+Sizes: TypeAlias = Mapping[str, Sequence[int]]
 #: Example inputs and the outputs that belong to them.
 Golden: TypeAlias = tuple[tuple[Array, ...], tuple[Array, ...]]
 
@@ -35,8 +52,11 @@ _MAX_NAME: Final = 512
 
 
 def sized(shape: Shape, batch: int) -> tuple[int, ...]:
-    """A shape with a batch in the place of None."""
-    return tuple(batch if size is None else size for size in shape)
+    """A shape with a batch in the place of None on axis 0; no other axis may be None."""
+    sizes = shape if shape[0] is not None else (batch, *shape[1:])
+    if None in sizes:
+        raise ValueError(f"the shape {shape} has a size that is not known")
+    return tuple(size for size in sizes if size is not None)
 
 
 @dataclass(frozen=True)
@@ -46,6 +66,11 @@ class Value:
     name: str
     dtype: str
     shape: Shape
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the size of a sample is known at run time only: of an axis behind axis 0."""
+        return None in self.shape[1:]
 
     def with_shape(self, name: str, shape: Shape) -> Value:
         """A value of the same dtype with another name and shape."""
@@ -117,6 +142,11 @@ class Graph:
     golden: Golden | None = None
 
     @cached_property
+    def is_dynamic(self) -> bool:
+        """Whether samples may have different sizes: an input has a dynamic axis besides axis 0."""
+        return any(value.is_dynamic for value in self.inputs)
+
+    @cached_property
     def values(self) -> dict[str, Value]:
         """All values by name, checked once; raises GraphError like ``validate``."""
         return self.validate()
@@ -153,6 +183,71 @@ class Graph:
             self._check_golden(self.golden, values)
         return values
 
+    def infer(self, sizes: Sizes) -> dict[str, Value]:
+        """The values of one run: those of a valid graph with all sizes known.
+
+        Args:
+            sizes: Shapes of the inputs by name.
+
+        Returns:
+            All values by name, none of them with a dynamic axis.
+
+        Raises:
+            GraphError: If a shape does not fit its input, or an operator cannot work on the sizes
+                that come to it, with the node, the value and its shape.
+        """
+        values: dict[str, Value] = {}
+        batch: int | None = None
+        for value in self.inputs:
+            if value.name not in sizes:
+                raise GraphError(f"the input {value.name!r} has no shape; give one for each input")
+            shape = tuple(sizes[value.name])
+            wanted = value.shape if batch is None else (value.shape[0] or batch, *value.shape[1:])
+            if len(shape) != len(wanted) or any(
+                size < 1 or want not in (None, size)
+                for size, want in zip(shape, wanted, strict=True)
+            ):
+                raise GraphError(
+                    f"the input {value.name!r} takes {shape_text(wanted)} and not "
+                    f"{shape_text(shape)}"
+                )
+            if value.shape[0] is None:
+                batch = shape[0]
+            values[value.name] = value.with_shape(value.name, shape)
+        for node in self.nodes:
+            inputs = [values[name] for name in node.inputs]
+            made = OPS[node.op].infer(node, inputs, self.node_tensors(node))
+            if math.prod(size for size in made.shape[1:] if size is not None) > _MAX_ELEMENTS:
+                raise GraphError(
+                    f"node {node.name!r} ({node.op}) makes the value {made.name!r} of shape "
+                    f"{made.shape}; one sample may hold {_MAX_ELEMENTS} elements"
+                )
+            values[node.output] = made
+        return values
+
+    def nominal_sizes(self, batch: int = 1) -> dict[str, tuple[int, ...]] | None:
+        """Shapes of the inputs for a look at the cost or speed.
+
+        Args:
+            batch: Samples, where the batch is dynamic.
+
+        Returns:
+            Shapes by input name: those of the golden data where samples may have different sizes;
+            None if there are no golden data then.
+        """
+        shapes = [value.shape for value in self.inputs]
+        if self.is_dynamic:
+            if self.golden is None:
+                return None
+            shapes = [
+                (shape[0], *array.shape[1:])
+                for shape, array in zip(shapes, self.golden[0], strict=True)
+            ]
+        return {
+            value.name: sized(shape, batch)
+            for value, shape in zip(self.inputs, shapes, strict=True)
+        }
+
     def node_tensors(self, node: Node) -> dict[str, Array]:
         """The arrays of a node by role; tables are built where the graph holds their factors.
 
@@ -180,9 +275,39 @@ class Graph:
         """Nodes whose tensors were built, and these tensors; filled by ``node_tensors``."""
         return {}
 
-    def cost(self) -> dict[str, Cost]:
-        """Work and bytes of every node for one sample, by node name."""
+    def cost(self, sizes: Sizes | None = None) -> dict[str, Cost]:
+        """Work and bytes of every node for one sample, by node name.
+
+        Args:
+            sizes: Shapes of the inputs by name; by default ``nominal_sizes``.
+
+        Raises:
+            GraphError: If the graph is not valid, if the shapes do not fit it, or if the cost
+                depends on sizes and none are given.
+        """
         values = self.values
+        if sizes is None and self.is_dynamic:
+            sizes = self.nominal_sizes()
+            if sizes is None:
+                names = [value.name for value in self.inputs if value.is_dynamic]
+                raise GraphError(
+                    f"the work depends on the size of {_listed(names)}, which is known at run time "
+                    "only; give sizes={name: shape}"
+                )
+        return self._cost(values if sizes is None else self.infer(sizes))
+
+    def unit_cost(self) -> dict[str, Cost]:
+        """The same with a size of 1 for every axis whose size is known at run time only.
+
+        It tells what depends on no size: bytes, and which nodes look up.
+        """
+        ones = {
+            name: value.with_shape(name, tuple(size or 1 for size in value.shape))
+            for name, value in self.values.items()
+        }
+        return self._cost(ones)
+
+    def _cost(self, values: Mapping[str, Value]) -> dict[str, Cost]:
         result: dict[str, Cost] = {}
         for node in self.nodes:
             arrays = self.node_tensors(node)
@@ -192,26 +317,35 @@ class Graph:
             result[node.name] = replace(cost, weight_bytes=size)
         return result
 
-    def total_cost(self) -> Cost:
-        """Sum of the costs of all nodes; tied tensors count once for each node."""
-        return sum(self.cost().values(), Cost())
+    def total_cost(self, sizes: Sizes | None = None) -> Cost:
+        """Sum of the costs of all nodes, see ``cost``; tied tensors count once for each node."""
+        return sum(self.cost(sizes).values(), Cost())
 
     def parameter_bytes(self) -> int:
         """Bytes of all tensors, each counted once."""
         return sum(array.nbytes for array in self.tensors.values())
 
     def __str__(self) -> str:
-        """A table of the nodes with shapes, bytes, lookups and multiply-adds per sample."""
+        """A table of the nodes with shapes, bytes, lookups and multiply-adds per sample.
+
+        Where they depend on sizes that are known at run time only, they are those of the golden
+        data, or left out where there are none.
+        """
         rows: list[tuple[str, ...]] = [("node", "op", "output shape", "bytes", "lookups", "macs")]
-        costs = self.cost()
+        sizes = self.nominal_sizes()
+        costs = None if sizes is None else self.cost(sizes)
+
+        def numbers(size: int, cost: Cost | None) -> tuple[str, ...]:
+            work = ("?", "?") if cost is None else (f"{cost.lookups:,}", f"{cost.macs:,}")
+            return (f"{size:,}", *work)
+
         for node in self.nodes:
-            cost = costs[node.name]
-            shape = _shape_text(self.values[node.output].shape)
-            numbers = (f"{n:,}" for n in (cost.weight_bytes, cost.lookups, cost.macs))
-            rows.append((node.name, node.op, shape, *numbers))
-        total = self.total_cost()
-        numbers = (f"{n:,}" for n in (self.parameter_bytes(), total.lookups, total.macs))
-        rows.append(("total", "", "", *numbers))
+            cost = None if costs is None else costs[node.name]
+            size = sum(self.tensors[tensor].nbytes for tensor in node.tensors.values())
+            shape = shape_text(self.values[node.output].shape)
+            rows.append((node.name, node.op, shape, *numbers(size, cost)))
+        total = None if costs is None else sum(costs.values(), Cost())
+        rows.append(("total", "", "", *numbers(self.parameter_bytes(), total)))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = []
         for row in rows:
@@ -220,8 +354,10 @@ class Graph:
                 for column, (text, width) in enumerate(zip(row, widths, strict=True))
             ]
             lines.append("  ".join(cells).rstrip())
-        heads = ", ".join(f"{v.name} {_shape_text(v.shape)}" for v in self.inputs)
-        tails = ", ".join(f"{n} {_shape_text(self.values[n].shape)}" for n in self.outputs)
+        heads = ", ".join(f"{v.name} {shape_text(v.shape)}" for v in self.inputs)
+        tails = ", ".join(f"{n} {shape_text(self.values[n].shape)}" for n in self.outputs)
+        if self.is_dynamic and sizes is not None:
+            lines.append(f"work for {', '.join(f'{n} {shape_text(s)}' for n, s in sizes.items())}")
         return "\n".join((f"inputs: {heads}", f"outputs: {tails}", *lines))
 
     def __repr__(self) -> str:
@@ -279,6 +415,7 @@ class Graph:
     def _check_golden(self, golden: Golden, values: Mapping[str, Value]) -> None:
         inputs, outputs = golden
         ends = ([v.name for v in self.inputs], list(self.outputs))
+        shapes: dict[str, Shape] = {name: value.shape for name, value in values.items()}
         batch: int | None = None
         for kind, names, arrays in zip(("input", "output"), ends, (inputs, outputs), strict=True):
             if len(names) != len(arrays):
@@ -289,12 +426,20 @@ class Graph:
             for name, array in zip(names, arrays, strict=True):
                 where = f"golden {kind} {name!r}"
                 _check_array(where, array, ("float32",))
-                want = values[name].shape
+                want = shapes[name]
                 if want[0] is None and array.ndim:
                     batch = array.shape[0] if batch is None else batch
                     want = (batch, *want[1:])
-                if array.shape != want:
-                    raise GraphError(f"{where} has shape {array.shape}; it must be {want}")
+                if not fits(array.shape, want):
+                    raise GraphError(
+                        f"{where} has shape {array.shape}; it must be {shape_text(want)}"
+                    )
+            if kind == "input" and self.is_dynamic:
+                given = {name: x.shape for name, x in zip(names, arrays, strict=True)}
+                try:
+                    shapes = {name: value.shape for name, value in self.infer(given).items()}
+                except GraphError as error:
+                    raise GraphError(f"the golden inputs do not fit: {error}") from error
 
 
 def _check_name(kind: str, name: object) -> None:
@@ -316,14 +461,11 @@ def _check_value(value: Value) -> None:
         raise GraphError(f"{where} has dtype {value.dtype!r}; only float32 values are supported")
     if not 1 <= len(value.shape) <= _MAX_RANK:
         raise GraphError(f"{where} has {len(value.shape)} axes; values have 1 to {_MAX_RANK} axes")
-    for axis, size in enumerate(value.shape):
-        if size is None and axis == 0:
-            continue
-        if type(size) is not int or size < 1:
-            raise GraphError(
-                f"{where} has shape {value.shape}; every axis must be an int of at least 1, "
-                "and axis 0 may be None"
-            )
+    if any(size is not None and (type(size) is not int or size < 1) for size in value.shape):
+        raise GraphError(
+            f"{where} has shape {value.shape}; every axis must be an int of at least 1, or None "
+            "for any size"
+        )
     if math.prod(size for size in value.shape if size is not None) > _MAX_ELEMENTS:
         raise GraphError(
             f"{where} has shape {value.shape}; one sample may hold {_MAX_ELEMENTS} elements"
@@ -352,5 +494,8 @@ def _listed(names: list[str], most: int = 5) -> str:
     return text if len(names) <= most else f"{text} and {len(names) - most} more"
 
 
-def _shape_text(shape: Shape) -> str:
-    return "(" + ", ".join("N" if size is None else str(size) for size in shape) + ")"
+def fits(sizes: Sequence[int], shape: Shape) -> bool:
+    """Whether an array of these sizes is one of that shape."""
+    return len(sizes) == len(shape) and all(
+        want in (None, size) for size, want in zip(sizes, shape, strict=True)
+    )

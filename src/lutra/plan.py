@@ -18,8 +18,10 @@ from lutra.errors import EngineError
 from lutra.graph import Graph, Node, Value
 from lutra.ops.elementwise import CLAMPS, limits
 from lutra.ops.lookup import unpack_weights
-from lutra.ops.registry import Array, flag, inner, integer, ints, number, pair
+from lutra.ops.registry import Array, flag, integer, ints, number, pair
 from lutra.ops.rows import row_length
+from lutra.ops.shape import REST, TO_THE_END
+from lutra.text import shape_text
 
 __all__ = ["STEPS", "FusedNode", "build_plan", "fuse"]
 
@@ -370,7 +372,13 @@ def _pixel_shuffle(plan: _engine.Plan, job: Job) -> int:
 
 
 def _reshape(plan: _engine.Plan, job: Job) -> int:
-    return plan.reshape(job.ids[0], inner(job.output))
+    sizes = job.output.shape[1:]
+    if sizes.count(None) > 1:
+        raise ValueError(
+            f"its output has the shape {shape_text(job.output.shape)}, but only one size of it may "
+            "be known at run time only"
+        )
+    return plan.reshape(job.ids[0], [REST if size is None else size for size in sizes])
 
 
 def _pad(plan: _engine.Plan, job: Job) -> int:
@@ -382,7 +390,7 @@ def _slice(plan: _engine.Plan, job: Job) -> int:
     axis, start, stop, step = (
         integer(job.node, name) for name in ("axis", "start", "stop", "step")
     )
-    return plan.slice(job.ids[0], axis, start, stop, step)
+    return plan.slice(job.ids[0], axis, start, -1 if stop == TO_THE_END else stop, step)
 
 
 def _concat(plan: _engine.Plan, job: Job) -> int:

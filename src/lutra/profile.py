@@ -10,9 +10,10 @@ from typing import Any, Final
 import numpy as np
 
 from lutra import _engine
-from lutra.graph import Graph, sized
+from lutra.errors import InputError
+from lutra.graph import Graph, Sizes
 from lutra.ops.registry import Array
-from lutra.text import counted, table
+from lutra.text import counted, shape_text, table
 
 __all__ = ["Profile", "StepProfile"]
 
@@ -99,30 +100,56 @@ class Profile:
         return (name, "", "", f"{milliseconds:.4f}", f"{share:.1%}", "", "", "")
 
 
-def random_inputs(graph: Graph, batch: int, rng: np.random.Generator) -> dict[str, Array]:
-    """Normal inputs by name; a batch that the graph fixes wins over ``batch``."""
+def random_inputs(
+    graph: Graph, batch: int, rng: np.random.Generator, sizes: Sizes | None = None
+) -> dict[str, Array]:
+    """Normal inputs by name.
+
+    Args:
+        graph: What they are for.
+        batch: Samples; a batch that the graph fixes wins.
+        rng: Where they come from.
+        sizes: Shapes by input name, which win over ``batch``; by default
+            ``graph.nominal_sizes(batch)``.
+
+    Raises:
+        InputError: If the graph takes samples of any size and nothing says which to take.
+    """
+    sizes = graph.nominal_sizes(batch) if sizes is None else sizes
+    if sizes is None:
+        shapes = ", ".join(f"{v.name!r} {shape_text(v.shape)}" for v in graph.inputs)
+        raise InputError(
+            f"the model takes inputs of any size ({shapes}) and holds no golden data, so there is "
+            "no size to choose; give the shapes"
+        )
     return {
-        value.name: rng.standard_normal(sized(value.shape, batch), np.float32)
+        value.name: rng.standard_normal(tuple(sizes[value.name]), np.float32)
         for value in graph.inputs
     }
 
 
-def input_pool(graph: Graph, batch: int, seed: int = 0) -> list[dict[str, Array]]:
+def input_pool(
+    graph: Graph, batch: int, seed: int = 0, sizes: Sizes | None = None
+) -> list[dict[str, Array]]:
     """Random inputs that take turns, so that no run finds its data where the last one left them.
 
     Args:
         graph: What they are for.
         batch: Samples; a batch that the graph fixes wins.
         seed: Of the inputs.
+        sizes: Shapes by input name, see ``random_inputs``.
 
     Returns:
         Two to eight sets, fewer where they are large.
+
+    Raises:
+        InputError: As ``random_inputs`` does.
     """
     rng = np.random.default_rng(seed)
-    pool = [random_inputs(graph, batch, rng)]
+    pool = [random_inputs(graph, batch, rng, sizes)]
     size = sum(array.nbytes for array in pool[0].values())
     while len(pool) < _INPUT_SETS and (len(pool) < 2 or len(pool) * size < _INPUT_BYTES):
-        pool.append(random_inputs(graph, batch, rng))
+        pool.append(random_inputs(graph, batch, rng, sizes))
     return pool
 
 
@@ -145,8 +172,11 @@ def measure(
     for index in range(runs):
         described, laps = plan.profile(pool[index % len(pool)], 1)
         seconds += laps
+    sizes = {value.name: x.shape for value, x in zip(graph.inputs, pool[0], strict=True)}
     batch = pool[0][0].shape[0]
-    return summarise(graph, described, seconds, isa=plan.isa, threads=plan.threads, batch=batch)
+    return summarise(
+        graph, described, seconds, isa=plan.isa, threads=plan.threads, batch=batch, sizes=sizes
+    )
 
 
 def summarise(
@@ -157,6 +187,7 @@ def summarise(
     isa: str,
     threads: int,
     batch: int,
+    sizes: Sizes | None = None,
 ) -> Profile:
     """The profile of measured times.
 
@@ -167,12 +198,13 @@ def summarise(
         isa: Instruction set.
         threads: Number of threads.
         batch: Samples per run.
+        sizes: Shapes of the inputs by name, where samples may have different sizes.
     """
     laps = np.asarray(seconds, np.float64)
     medians = [float(lap) for lap in np.median(laps, axis=0)]
     total = float(np.median(laps.sum(axis=1)))
     ops = {node.name: node.op for node in graph.nodes}
-    macs = {name: cost.dense_macs * batch for name, cost in graph.cost().items()}
+    macs = {name: cost.dense_macs * batch for name, cost in graph.cost(sizes).items()}
     steps = tuple(
         _step(entry, lap, total, ops, macs, isa)
         for entry, lap in zip(described, medians[1:-1], strict=True)

@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 
 from lutra import _engine
-from lutra.cpu import choose_isa, choose_threads
-from lutra.errors import EngineError, InputError
+from lutra.cpu import choose_isa, choose_threads, usable_memory
+from lutra.errors import EngineError, GraphError, InputError
 from lutra.format import load_graph
-from lutra.graph import Graph, Shape, Value, sized
+from lutra.graph import Graph, Sizes, Value, sized
 from lutra.ops.registry import Array
 from lutra.plan import build_plan
 from lutra.profile import Profile, input_pool, measure
-from lutra.text import counted
+from lutra.text import counted, shape_text
 
 __all__ = ["Session"]
 
 #: Larger batches run in pieces, so that the memory of a session stays within bounds.
 _ARENA_LIMIT: Final = 2**29
+#: So many sizes of samples are remembered.
+_KNOWN_SIZES: Final = 64
+_Shapes: TypeAlias = Sequence[tuple[int, ...]]
+
+
+class _Fit(NamedTuple):
+    """How inputs of some sizes run.
+
+    Attributes:
+        piece: The largest batch that runs at once.
+        bytes: Of working memory for one sample, or for the batch where it is fixed.
+        outputs: Shapes of the outputs without the batch.
+    """
+
+    piece: int
+    bytes: int
+    outputs: tuple[tuple[int, ...], ...]
 
 
 class Session:
@@ -42,6 +61,7 @@ class Session:
         threads: int | None = None,
         isa: str | None = None,
         check_finite: bool = True,
+        max_memory: int | None = None,
     ) -> None:
         """Loads a model and packs its tables for one instruction set.
 
@@ -52,12 +72,15 @@ class Session:
             isa: Instruction set, one of ``lutra.runnable_isas()`` or "auto". Without it the
                 environment variable LUTRA_ISA decides, and without that the best one is taken.
             check_finite: Whether ``run`` refuses inputs with NaN or infinite values.
+            max_memory: Bytes of working memory that one run may take, see ``arena_bytes``. Without
+                it all of the memory that this process may have.
 
         Raises:
             FormatError: If the file cannot be read or is not sound.
             GraphError: If the graph is not valid.
             UnsupportedCpuError: If the kernels asked for cannot run here.
             EngineError: If the engine cannot run the graph.
+            MemoryError: If the model does not fit in memory with a batch of 1.
             ValueError: If the number of threads is not in 1..1024.
         """
         self._isa = choose_isa(isa)
@@ -70,11 +93,15 @@ class Session:
             self._graph = load_graph(model)
         self._outputs = [self._graph.values[name] for name in self._graph.outputs]
         self._plan = build_plan(self._graph, self._isa, self._threads)
-        # Two samples tell what one takes: of a single one, inputs and outputs are not copied. Then
-        # one, which most runs have. A graph that does not fit the engine fails here, not in `run`.
-        self._piece = max(1, 2 * _ARENA_LIMIT // max(1, self._arena_bytes(2)))
-        self._arena_bytes(1)
         self._can_split = all(value.shape[0] is None for value in self._graph.inputs)
+        self._limit = usable_memory() if max_memory is None else max_memory
+        self._fits: OrderedDict[_Shapes, _Fit] = OrderedDict()
+        self._lock = threading.Lock()
+        if not self._graph.is_dynamic:
+            # What most runs have. A graph that does not fit the engine fails here, not in `run`.
+            shapes = [sized(value.shape, 1) for value in self._graph.inputs]
+            self._room(shapes)
+            self._plan.prepare(shapes)
 
     @property
     def graph(self) -> Graph:
@@ -112,7 +139,8 @@ class Session:
         Raises:
             InputError: If a name is unknown or missing, or an array has the wrong dtype, shape or
                 content.
-            MemoryError: If the batch does not fit in memory.
+            MemoryError: If one sample takes more memory than the session may use, or the outputs
+                do not fit in memory.
         """
         picked = list(range(len(self._outputs)))
         if output_names is not None:
@@ -152,6 +180,7 @@ class Session:
         inputs: Mapping[str, Array] | Array | None = None,
         *,
         batch: int = 1,
+        sizes: Sizes | None = None,
         runs: int = 20,
         warmup: int = 3,
     ) -> Profile:
@@ -161,6 +190,8 @@ class Session:
             inputs: As ``run`` takes them, or the array of a model of one input. Without them
                 random ones are made, which change from run to run.
             batch: Samples of random inputs; a batch that the model fixes wins.
+            sizes: Shapes of random inputs by name, which win over ``batch``; by default, where the
+                model takes samples of any size, those of its golden data.
             runs: Runs that are timed.
             warmup: Runs before, not timed.
 
@@ -181,7 +212,7 @@ class Session:
                     f"Session.profile: {name}={number} is less than {least}; give at least {least}"
                 )
         if inputs is None:
-            pool = [self._checked(feeds) for feeds in input_pool(self._graph, batch)]
+            pool = [self._checked(feeds) for feeds in input_pool(self._graph, batch, sizes=sizes)]
         elif isinstance(inputs, Mapping):
             pool = [self._checked(inputs)]
         elif len(self._graph.inputs) == 1:
@@ -192,10 +223,11 @@ class Session:
                 "give a dict with an array for each"
             )
         samples = pool[0][0].shape[0]
-        if samples > self._piece and self._can_split:
+        piece = self._room([array.shape for array in pool[0]]).piece
+        if samples > piece:
             raise InputError(
-                f"Session.profile: a batch of {samples} runs in pieces of {self._piece}; "
-                f"profile a batch of {self._piece} at most"
+                f"Session.profile: a batch of {samples} runs in pieces of {piece}; "
+                f"profile a batch of {piece} at most"
             )
         try:
             return measure(self._graph, self._plan, pool, runs, warmup)
@@ -204,25 +236,38 @@ class Session:
                 f"Session.profile: a batch of {samples} does not fit in memory; use a smaller batch"
             ) from None
 
-    def arena_bytes(self, batch: int = 1) -> int:
+    def arena_bytes(self, batch: int = 1, *, sizes: Sizes | None = None) -> int:
         """Bytes of working memory that one run takes, tables and outputs not counted.
 
         Args:
             batch: Samples in the batch; a batch size that the model fixes wins.
+            sizes: Shapes of the inputs by name, which win over ``batch``; needed where the model
+                takes samples of any size, unless it has golden data to take them from.
 
         Raises:
-            InputError: If the batch is less than 1.
+            InputError: If the batch is less than 1, or the shapes are missing or do not fit.
         """
         if batch < 1:
             raise InputError(f"Session.arena_bytes: batch={batch} is less than 1; give at least 1")
-        return self._arena_bytes(min(batch, self._piece) if self._can_split else batch)
+        sizes = self._graph.nominal_sizes(batch) if sizes is None else sizes
+        if sizes is None:
+            raise InputError(
+                "Session.arena_bytes: the model takes samples of any size; give sizes={name: shape}"
+            )
+        try:
+            self._graph.infer(sizes)
+        except GraphError as error:
+            raise InputError(f"Session.arena_bytes: {error}") from error
+        shapes = [tuple(sizes[value.name]) for value in self._graph.inputs]
+        piece = self._fit(shapes).piece
+        return self._arena_bytes([(min(shape[0], piece), *shape[1:]) for shape in shapes])
 
     def __repr__(self) -> str:
         shapes = [
-            ", ".join("x".join(str(size) for size in value.shape[1:]) or "1" for value in values)
+            ", ".join("x".join(str(s or "?") for s in value.shape[1:]) or "1" for value in values)
             for values in (self._graph.inputs, self._outputs)
         ]
-        lookups = sum(1 for cost in self._graph.cost().values() if cost.lookups)
+        lookups = sum(1 for cost in self._graph.unit_cost().values() if cost.lookups)
         size = self._graph.parameter_bytes()
         return (
             f"Session({self._name}, {shapes[0]} -> {shapes[1]}, "
@@ -231,32 +276,92 @@ class Session:
             f"{f'{size / 1e6:.2f} MB' if size >= 10_000 else f'{size / 1e3:.2f} kB'})"
         )
 
-    def _arena_bytes(self, batch: int) -> int:
-        shapes = [sized(value.shape, batch) for value in self._graph.inputs]
+    def _fit(self, shapes: _Shapes) -> _Fit:
+        """How inputs of these shapes run.
+
+        Args:
+            shapes: Of the inputs in order, each one that the model takes.
+
+        Raises:
+            InputError: If an operator cannot work on the sizes that come to it.
+        """
+        # Where batches are cut, only the sizes of a sample matter.
+        key = tuple((0, *shape[1:]) for shape in shapes) if self._can_split else tuple(shapes)
+        with self._lock:
+            known = self._fits.get(key)
+            if known is not None:
+                self._fits.move_to_end(key)
+                return known
+        made = self._new_fit(shapes)
+        with self._lock:
+            self._fits[key] = made
+            if len(self._fits) > _KNOWN_SIZES:
+                self._fits.popitem(last=False)
+        return made
+
+    def _new_fit(self, shapes: _Shapes) -> _Fit:
+        inputs = self._graph.inputs
+        batches = [(2, *s[1:]) if self._can_split else tuple(s) for s in shapes]
+        ends = self._outputs
+        if self._graph.is_dynamic:
+            sizes = {value.name: shape for value, shape in zip(inputs, shapes, strict=True)}
+            try:
+                values = self._graph.infer(sizes)
+            except GraphError as error:
+                given = _shapes_text(inputs, shapes)
+                raise InputError(
+                    f"Session.run: the model cannot work on inputs of {given}: {error}"
+                ) from error
+            ends = [values[value.name] for value in ends]
+        outputs = tuple(tuple(size or 0 for size in value.shape[1:]) for value in ends)
+        # Two samples tell what one takes: of a single one, inputs and outputs are not copied.
+        need = self._arena_bytes(batches)
+        most = _ARENA_LIMIT if self._limit is None else min(_ARENA_LIMIT, self._limit)
+        piece = max(1, 2 * most // max(1, need)) if self._can_split else shapes[0][0]
+        if self._can_split:
+            need = self._arena_bytes([(1, *shape[1:]) for shape in shapes])
+        return _Fit(piece, need, outputs)
+
+    def _room(self, shapes: _Shapes) -> _Fit:
+        """The same as ``_fit``, for a run.
+
+        Raises:
+            InputError: If an operator cannot work on the sizes that come to it.
+            MemoryError: If one sample takes more memory than the session may use.
+        """
+        fit = self._fit(shapes)
+        if self._limit is not None and fit.bytes > self._limit:
+            raise MemoryError(
+                f"Session: inputs of {_shapes_text(self._graph.inputs, shapes)} take "
+                f"{_gigabytes(fit.bytes)} of working memory{' a sample' * self._can_split}, and "
+                f"{_gigabytes(self._limit)} may be used; cut them into smaller ones"
+            )
+        return fit
+
+    def _arena_bytes(self, shapes: _Shapes) -> int:
         try:
             return self._plan.arena_bytes(shapes)
         except ValueError as error:
             raise EngineError(f"the engine cannot run this graph: {error}") from error
-        except MemoryError:
-            raise MemoryError(
-                f"the model does not fit in memory with a batch of {batch}; use a smaller batch"
-            ) from None
 
     def _execute(self, arrays: list[Array]) -> list[Array]:
         """Runs a batch, in pieces where it is large: samples do not depend on each other."""
         batch = arrays[0].shape[0]
+        fit = self._room([array.shape for array in arrays])
         try:
-            if batch <= self._piece or not self._can_split:
+            if batch <= fit.piece:
                 return list(self._plan.run(arrays))
-            results = [np.empty(sized(v.shape, batch), np.float32) for v in self._outputs]
-            for first in range(0, batch, self._piece):
-                piece = slice(first, first + self._piece)
+            results = [np.empty((batch, *shape), np.float32) for shape in fit.outputs]
+            for first in range(0, batch, fit.piece):
+                piece = slice(first, first + fit.piece)
                 parts = self._plan.run([array[piece] for array in arrays])
                 for result, part in zip(results, parts, strict=True):
                     result[piece] = part
         except MemoryError:
             raise MemoryError(
-                f"Session.run: a batch of {batch} does not fit in memory; use a smaller batch"
+                "Session.run: inputs of "
+                f"{_shapes_text(self._graph.inputs, [a.shape for a in arrays])} do not fit in "
+                "memory; use a smaller batch or smaller inputs"
             ) from None
         except ValueError as error:
             raise EngineError(f"Session.run: {error}") from error
@@ -304,7 +409,7 @@ def _check_input(value: Value, array: object, batch: int | None) -> None:
             f"{where} has dtype {array.dtype}; the model takes float32: "
             "convert it with .astype(np.float32)"
         )
-    takes = f"the model takes {_shape_text(value.shape)}"
+    takes = f"the model takes {shape_text(value.shape)}"
     if array.ndim != len(value.shape):
         raise InputError(
             f"{where} has shape {array.shape}, which is {array.ndim} axes, but {takes}; "
@@ -316,7 +421,8 @@ def _check_input(value: Value, array: object, batch: int | None) -> None:
         if wanted is not None and size != wanted:
             raise InputError(
                 f"{where} has shape {array.shape} but {takes}; axis {axis} must be {wanted}: "
-                "change the input, or export the model with an example input of that size"
+                "change the input, or export the model with an example input of that size or with "
+                "dynamic_axes"
             )
     if value.shape[0] is None and batch not in (None, array.shape[0]):
         raise InputError(
@@ -334,6 +440,10 @@ def _not_finite(name: str, array: Array) -> InputError:
     )
 
 
-def _shape_text(shape: Shape) -> str:
-    sizes = ["N" if size is None else str(size) for size in shape]
-    return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+def _shapes_text(inputs: Sequence[Value], shapes: _Shapes) -> str:
+    named = zip(inputs, shapes, strict=True)
+    return ", ".join(f"{value.name!r} {shape_text(shape)}" for value, shape in named)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB"

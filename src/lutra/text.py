@@ -26,3 +26,11 @@ def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
 def counted(number: int, what: str) -> str:
     """A number of things."""
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def shape_text(shape: Sequence[int | None]) -> str:
+    """A shape with N for a batch of any size and ? for any other axis of any size."""
+    sizes = ["?" if size is None else str(size) for size in shape]
+    if shape and shape[0] is None:
+        sizes[0] = "N"
+    return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"

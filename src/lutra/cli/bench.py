@@ -12,6 +12,7 @@ from lutra.cli.common import (
     UserError,
     add_file,
     add_isa,
+    add_shape,
     at_least,
     check_writable,
     counts,
@@ -19,12 +20,14 @@ from lutra.cli.common import (
     new_session,
     plain,
     print_json,
+    read_sizes,
     seconds,
+    with_batch,
     write_file,
 )
 from lutra.cpu import cpu_info
 from lutra.format import load_graph
-from lutra.graph import Graph
+from lutra.graph import Graph, Sizes
 from lutra.profile import Profile, input_pool
 from lutra.text import table
 
@@ -40,8 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=counts, metavar="N,...", help="numbers of threads (default: all cores)"
     )
     parser.add_argument(
-        "--batch", type=counts, default=[1], metavar="N,...", help="batch sizes (default: 1)"
+        "--batch", type=counts, metavar="N,...", help="batch sizes (default: that of --shape, or 1)"
     )
+    add_shape(parser, "to measure with")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--runs", type=at_least(1), metavar="N", help="timed runs")
     length.add_argument(
@@ -62,6 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     graph = load_graph(args.file)
+    args.sizes = read_sizes(args.shape, graph)
+    if args.sizes is None and graph.nominal_sizes() is None:
+        raise UserError(
+            f"{args.file!r} takes inputs of any size and holds no golden data; give --shape"
+        )
+    if args.batch is None:
+        args.batch = [1 if args.sizes is None else next(iter(args.sizes.values()))[0]]
     _check_batches(graph, args.batch)
     if args.json not in (None, "-"):
         check_writable(args.json)
@@ -88,7 +99,10 @@ def _profiles(graph: Graph, args: argparse.Namespace) -> list[Profile]:
         raise UserError("--profile counts its runs; give --runs N instead of --seconds")
     return [
         new_session(graph, threads, args.isa).profile(
-            batch=batch, runs=args.runs or _PROFILE_RUNS, warmup=args.warmup
+            batch=batch,
+            sizes=with_batch(graph, args.sizes, batch),
+            runs=args.runs or _PROFILE_RUNS,
+            warmup=args.warmup,
         )
         for threads in args.threads or [None]
         for batch in args.batch
@@ -101,6 +115,7 @@ def _results(graph: Graph, args: argparse.Namespace) -> list[dict[str, Any]]:
             graph,
             threads=threads,
             batch=batch,
+            sizes=with_batch(graph, args.sizes, batch),
             isa=args.isa,
             runs=args.runs,
             limit=args.seconds or _DEFAULT_SECONDS,
@@ -116,6 +131,7 @@ def measure(
     *,
     threads: int | None = None,
     batch: int = 1,
+    sizes: Sizes | None = None,
     isa: str | None = None,
     runs: int | None = None,
     limit: float = _DEFAULT_SECONDS,
@@ -128,6 +144,7 @@ def measure(
         graph: The model.
         threads: Of the session.
         batch: Samples per run; a batch that the model fixes wins.
+        sizes: Shapes of the inputs by name, see ``lutra.profile.random_inputs``.
         isa: Kernels of the session.
         runs: Number of timed runs; None to run for ``limit``.
         limit: Seconds to run, at least 5 runs.
@@ -139,7 +156,7 @@ def measure(
         ``runs`` and the settings.
     """
     session = new_session(graph, threads, isa)
-    pool = input_pool(graph, batch, seed)
+    pool = input_pool(graph, batch, seed, sizes)
     for index in range(warmup):
         session.run(None, pool[index % len(pool)])
     times: list[float] = []

@@ -8,16 +8,16 @@ import json
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lutra.errors import InputError, LutraError
+from lutra.errors import GraphError, InputError, LutraError
 from lutra.files import write_whole
 from lutra.format import load_graph
-from lutra.graph import Graph, Shape
+from lutra.graph import Graph
 from lutra.ops.registry import Array
 from lutra.session import Session
 
@@ -88,6 +88,56 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 def add_isa(parser: argparse.ArgumentParser) -> None:
     """Adds --isa."""
     parser.add_argument("--isa", metavar="NAME", help="kernels to use; see lutra doctor")
+
+
+def add_shape(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds --shape, for models that take inputs of any size."""
+    parser.add_argument(
+        "--shape",
+        action="append",
+        default=[],
+        metavar="[NAME=]N,...",
+        help=f"shape of an input, such as 1,3,224,224, {what}; needed only where the model takes "
+        "any size (default: the size of its golden data)",
+    )
+
+
+def read_sizes(words: Sequence[str], graph: Graph) -> dict[str, tuple[int, ...]] | None:
+    """The shapes that --shape gives, by input name; None where it is not given.
+
+    Raises:
+        UserError: If one is not a shape, is missing, or does not fit the model.
+    """
+    if not words:
+        return None
+    names = [value.name for value in graph.inputs]
+    given: dict[str, tuple[int, ...]] = {}
+    for word in words:
+        name, text = next(
+            ((n, word[len(n) + 1 :]) for n in names if word.startswith(f"{n}=")), (names[0], word)
+        )
+        try:
+            given[name] = tuple(counts(text))
+        except argparse.ArgumentTypeError:
+            raise UserError(
+                f"--shape {word!r} is no shape; give whole numbers with commas between them, the "
+                f"batch first, as NAME=N,... for each of {', '.join(names)}"
+            ) from None
+    try:
+        graph.infer(given)
+    except GraphError as error:
+        raise UserError(f"--shape: {error}") from error
+    return given
+
+
+def with_batch(
+    graph: Graph, sizes: Mapping[str, tuple[int, ...]] | None, batch: int
+) -> dict[str, tuple[int, ...]] | None:
+    """Shapes with another batch, where the model does not fix it."""
+    if sizes is None:
+        return None
+    fixed = {value.name: value.shape[0] for value in graph.inputs}
+    return {name: (fixed[name] or batch, *shape[1:]) for name, shape in sizes.items()}
 
 
 # Models
@@ -267,11 +317,6 @@ def json_text(value: object) -> str:
 def plain(text: object) -> str:
     """Text from a file in ASCII, without anything that a terminal could obey."""
     return str(text).encode("unicode_escape").decode("ascii")
-
-
-def shape_text(shape: Shape) -> str:
-    """A shape with N for an axis of any size."""
-    return "(" + ", ".join("N" if size is None else str(size) for size in shape) + ")"
 
 
 def bytes_text(count: int) -> str:

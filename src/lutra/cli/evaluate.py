@@ -191,14 +191,16 @@ def _need_samples(path: str, count: int) -> None:
         raise InputError(f"{path!r} holds no images; give at least one")
 
 
-def _as_batches(inputs: Array | list[Array]) -> Array | list[Array]:
-    """Samples of a list with the axis N in front; planes get a channel."""
+def _as_batches(inputs: Array | list[Array], graph: Graph) -> Array | list[Array]:
+    """Samples of a list with the axis N in front; where the model takes images, planes get C."""
     if isinstance(inputs, np.ndarray):
         return inputs
-    with_channel = [
-        x if x.ndim != 2 else x[:, :, None] if x.dtype == np.uint8 else x[None] for x in inputs
-    ]
-    return [x[None] for x in with_channel]
+    batches = []
+    for sample in inputs:
+        if sample.ndim == 2 and len(graph.inputs[0].shape) == 4:
+            sample = sample[:, :, None] if sample.dtype == np.uint8 else sample[None]
+        batches.append(sample[None])
+    return batches
 
 
 def _labelled(args: argparse.Namespace, graph: Graph) -> tuple[Array | list[Array], Metric]:
@@ -222,7 +224,7 @@ def _labelled(args: argparse.Namespace, graph: Graph) -> tuple[Array | list[Arra
         )
     inputs = inputs[: args.limit]
     _need_samples(args.inputs, len(inputs))
-    return _as_batches(inputs), metric
+    return _as_batches(inputs, graph), metric
 
 
 def _images(args: argparse.Namespace, graph: Graph) -> tuple[Array | list[Array], Metric]:
@@ -249,4 +251,4 @@ def _images(args: argparse.Namespace, graph: Graph) -> tuple[Array | list[Array]
         luminance=args.luminance,
         peak=1.0 if args.peak is None else args.peak,
     )
-    return _as_batches(inputs), metric
+    return _as_batches(inputs, graph), metric

@@ -8,13 +8,21 @@ import os
 from dataclasses import asdict
 from typing import Any, Final
 
-from lutra.cli.common import add_file, bytes_text, pairs, plain, print_json, shape_text
+from lutra.cli.common import (
+    add_file,
+    add_shape,
+    bytes_text,
+    pairs,
+    plain,
+    print_json,
+    read_sizes,
+)
 from lutra.energy import SOURCES, Energy, EnergyTable, estimate
 from lutra.errors import LutraError
 from lutra.format import VERSION, load_graph
-from lutra.graph import Cost, Graph, Node
-from lutra.ops.factors import ROLES
-from lutra.text import counted, table
+from lutra.graph import Graph, Node, Sizes
+from lutra.ops.registry import Cost
+from lutra.text import counted, shape_text, table
 
 _MAX_SHOWN: Final = 200
 _PRICES: Final = asdict(EnergyTable())
@@ -53,30 +61,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=PJ",
         help=f"another figure for that estimate, in picojoules; names: {', '.join(_PRICES)}",
     )
+    add_shape(parser, "to count the work for")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     graph = load_graph(args.file)
-    report = describe(graph, os.path.getsize(args.file), EnergyTable(**dict(args.pj)))
+    sizes = read_sizes(args.shape, graph)
+    report = describe(graph, os.path.getsize(args.file), sizes, EnergyTable(**dict(args.pj)))
     if args.json:
         print_json({"file": args.file, **report})
     else:
-        print(f"{plain(args.file)}: {_text(report, args.energy)}")
+        print(f"{plain(args.file)}: {_text(report, graph, args.energy)}")
     return 0
 
 
-def describe(graph: Graph, file_bytes: int, prices: EnergyTable | None = None) -> dict[str, Any]:
+def describe(
+    graph: Graph,
+    file_bytes: int,
+    sizes: Sizes | None = None,
+    prices: EnergyTable | None = None,
+) -> dict[str, Any]:
     """Everything that the command shows; work is per sample.
 
     Args:
         graph: The content of the file.
         file_bytes: Size of the file.
+        sizes: Shapes of the inputs by name to count the work for; by default those of the model
+            or of its golden data. Without any there is no work to show.
         prices: What the estimate of the energy is made with; the 45 nm figures where it is None.
     """
     prices = prices or EnergyTable()
-    values, costs, total = graph.values, graph.cost(), graph.total_cost()
-    energy = estimate(graph, prices)
+    values = graph.values if sizes is None else graph.infer(sizes)
+    sizes = graph.nominal_sizes() if sizes is None else sizes
+    costs = graph.unit_cost() if sizes is None else graph.cost(sizes)
+    energy = None if sizes is None else estimate(graph, prices, sizes)
+    total = sum(costs.values(), Cost())
     layers = []
     for node in graph.nodes:
         cost, arrays = costs[node.name], graph.node_tensors(node)
@@ -94,34 +114,25 @@ def describe(graph: Graph, file_bytes: int, prices: EnergyTable | None = None) -
                 "table": table,
                 "tables": _form(node) if cost.table_bytes else None,
                 "bytes": cost.weight_bytes,
-                "lookups": cost.lookups,
-                "encode_ops": cost.encode_ops,
-                "multiplications": cost.macs,
-                "int8_multiplications": cost.int8_macs,
-                "dense_multiplications": cost.dense_macs,
-                "operations": _operations(cost),
-                "energy_pj": asdict(energy[node.name]),
+                **_work(cost, sizes),
+                "energy_pj": None if energy is None else asdict(energy[node.name]),
             }
         )
     golden = graph.golden or ((), ())
     return {
         "format_version": VERSION,
         "inputs": [{"name": v.name, "dtype": v.dtype, "shape": v.shape} for v in graph.inputs],
-        "outputs": [{"name": n, "shape": values[n].shape} for n in graph.outputs],
+        "outputs": [{"name": n, "shape": graph.values[n].shape} for n in graph.outputs],
         "layers": layers,
         "totals": {
             "nodes": len(graph.nodes),
             "lookup_layers": sum(cost.lookups > 0 for cost in costs.values()),
-            "lookups": total.lookups,
-            "encode_ops": total.encode_ops,
-            "multiplications": total.macs,
-            "int8_multiplications": total.int8_macs,
-            "dense_multiplications": total.dense_macs,
-            "operations": _operations(total),
-            "energy_pj": asdict(sum(energy.values(), Energy())),
+            **_work(total, sizes),
+            "energy_pj": None if energy is None else asdict(sum(energy.values(), Energy())),
         },
         "energy_table_pj": asdict(prices),
         "energy_sources": SOURCES,
+        "work_for": sizes,
         "sizes": {
             "file_bytes": file_bytes,
             "parameter_bytes": graph.parameter_bytes(),
@@ -133,29 +144,33 @@ def describe(graph: Graph, file_bytes: int, prices: EnergyTable | None = None) -
     }
 
 
-def _operations(cost: Cost) -> dict[str, int]:
-    """What really runs, by kind."""
-    return {
-        "table_reads": cost.lookups,
-        "int_additions": cost.int_additions,
-        "int_multiplications": cost.int_multiplications,
-        "int_comparisons": cost.comparisons,
-        "float_additions": cost.float_additions,
-        "float_multiplications": cost.float_multiplications,
+def _work(cost: Cost, sizes: Sizes | None) -> dict[str, Any]:
+    """The numbers that depend on the sizes of the inputs; None where those are not known."""
+    work = {
+        "lookups": cost.lookups,
+        "encode_ops": cost.encode_ops,
+        "multiplications": cost.macs,
+        "int8_multiplications": cost.int8_macs,
+        "dense_multiplications": cost.dense_macs,
+        "operations": {
+            "table_reads": cost.lookups,
+            "int_additions": cost.int_additions,
+            "int_multiplications": cost.int_multiplications,
+            "int_comparisons": cost.comparisons,
+            "float_additions": cost.float_additions,
+            "float_multiplications": cost.float_multiplications,
+        },
     }
+    return work if sizes is not None else dict.fromkeys(work)
 
 
 def _form(node: Node) -> str:
     """How a file holds the tables of a node."""
-    return "factors" if any(role in node.tensors for role in ROLES) else "stored"
+    return "factors" if "factor" in node.tensors else "stored"
 
 
-def _text(report: dict[str, Any], by_layer: bool) -> str:
+def _text(report: dict[str, Any], graph: Graph, by_layer: bool) -> str:
     totals, sizes = report["totals"], report["sizes"]
-    left, dense = totals["multiplications"], totals["dense_multiplications"]
-    share = f" ({100 * left / dense:.1f}% of {dense:,})" if dense else ""
-    if totals["int8_multiplications"]:
-        share += f", {totals['int8_multiplications']:,} of them in int8"
     factors = sum(layer["tables"] == "factors" for layer in report["layers"])
     built = f" ({counted(factors, 'layer')} built from int8 weights)" if factors else ""
     ends = {
@@ -167,9 +182,7 @@ def _text(report: dict[str, Any], by_layer: bool) -> str:
             "inputs": ends["inputs"],
             "outputs": ends["outputs"],
             "layers": f"{totals['nodes']} nodes, {totals['lookup_layers']} of them lookup layers",
-            "multiplications": f"{left:,} left{share}, {totals['encode_ops']:,} to find codes",
-            "lookups": f"{totals['lookups']:,}",
-            "energy": _energy_line(totals["energy_pj"], by_layer),
+            **_work_text(report, graph, by_layer),
             "sizes": f"file {bytes_text(sizes['file_bytes'])}, parameters "
             f"{bytes_text(sizes['parameter_bytes'])}, tables "
             f"{bytes_text(sizes['table_bytes'])}{built}; golden data "
@@ -177,7 +190,7 @@ def _text(report: dict[str, Any], by_layer: bool) -> str:
         }
     )
     parts = [f"lutra file, format version {report['format_version']}", head, "", _layers(report)]
-    if by_layer:
+    if by_layer and report["work_for"] is not None:
         parts += ["", _energy(report)]
     metadata = dict(report["metadata"])
     gate = _speed_gate(metadata.get("speed_gate"))
@@ -187,6 +200,28 @@ def _text(report: dict[str, Any], by_layer: bool) -> str:
     if metadata:
         parts += ["", "metadata", pairs(_metadata(metadata))]
     return "\n".join(parts)
+
+
+def _work_text(report: dict[str, Any], graph: Graph, by_layer: bool) -> dict[str, str]:
+    """The work of one sample, and of which size where a model takes any."""
+    totals = report["totals"]
+    if report["work_for"] is None:
+        return {"work": "depends on the size of the inputs; give --shape to count it"}
+    left, dense = totals["multiplications"], totals["dense_multiplications"]
+    share = f" ({100 * left / dense:.1f}% of {dense:,})" if dense else ""
+    if totals["int8_multiplications"]:
+        share += f", {totals['int8_multiplications']:,} of them in int8"
+    work = {
+        "multiplications": f"{left:,} left{share}, {totals['encode_ops']:,} to find codes",
+        "lookups": f"{totals['lookups']:,}",
+        "energy": _energy_line(totals["energy_pj"], by_layer),
+    }
+    if not graph.is_dynamic:
+        return work
+    inputs = (
+        f"{plain(name)} {shape_text((1, *shape[1:]))}" for name, shape in report["work_for"].items()
+    )
+    return {"work": f"for each sample of {', '.join(inputs)}; --shape gives others", **work}
 
 
 def _layers(report: dict[str, Any]) -> str:
@@ -212,15 +247,16 @@ def _layers(report: dict[str, Any]) -> str:
             books[1] = "x".join(map(str, layer["table"]))
         books = ["-" if entry is None else str(entry) for entry in books]
         counts = (layer[k] for k in ("bytes", "lookups", "encode_ops", "multiplications"))
-        cells = (f"{count:,}" if count else "-" for count in counts)
+        work = map(_number, counts)
         form = layer["tables"] or "-"
-        rows.append((plain(layer["name"]), layer["op"], shape, *books, form, *cells))
+        rows.append((plain(layer["name"]), layer["op"], shape, *books, form, *work))
     totals = report["totals"]
     numbers = (
         report["sizes"]["parameter_bytes"],
         *(totals[key] for key in ("lookups", "encode_ops", "multiplications")),
     )
-    rows.append(("total", "", "", "", "", "", *(f"{number:,}" for number in numbers)))
+    cells = ("?" if number is None else f"{number:,}" for number in numbers)
+    rows.append(("total", "", "", "", "", "", *cells))
     return table(rows, left=3)
 
 
@@ -281,6 +317,10 @@ def _price(text: str) -> tuple[str, float]:
             "least 0"
         ) from error
     return name, price
+
+
+def _number(count: int | None) -> str:
+    return "?" if count is None else f"{count:,}" if count else "-"
 
 
 def _speed_gate(record: Any) -> str | None:

@@ -11,10 +11,11 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from lutra.cli.common import UserError, need_finite, shape_text
+from lutra.cli.common import UserError, need_finite
 from lutra.errors import InputError
 from lutra.graph import Graph
 from lutra.ops.registry import Array
+from lutra.text import shape_text
 
 #: What images without any difference count as, in dB.
 MAX_PSNR: Final = 100.0

@@ -26,14 +26,17 @@ import numpy as np
 from lutra.cli.common import (
     UserError,
     add_file,
+    add_shape,
     at_least,
     new_session,
     plain,
     print_json,
+    read_sizes,
+    with_batch,
 )
 from lutra.cpu import runnable_isas
 from lutra.format import load_graph
-from lutra.graph import Graph, Node
+from lutra.graph import Graph, Node, Sizes
 from lutra.ops.registry import Array
 from lutra.profile import random_inputs
 from lutra.reference import run_node, run_reference
@@ -97,6 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="random samples besides the golden data (default: 4)",
     )
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the random samples")
+    add_shape(parser, "for the random samples")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -106,7 +110,12 @@ def run(args: argparse.Namespace) -> int:
     if graph.golden is None and not args.samples:
         raise UserError(f"{args.file!r} holds no golden data; give --samples above 0")
     isas = runnable_isas() if args.isa == "all" else [args.isa]
-    results = verify(graph, isas, samples=args.samples, seed=args.seed)
+    sizes = with_batch(graph, read_sizes(args.shape, graph), args.samples)
+    if args.samples and sizes is None and graph.nominal_sizes() is None:
+        raise UserError(
+            f"{args.file!r} takes inputs of any size and holds no golden data; give --shape"
+        )
+    results = verify(graph, isas, samples=args.samples, seed=args.seed, sizes=sizes)
     sound = not any(result.problems for result in results)
     golden = 0 if graph.golden is None else graph.golden[0][0].shape[0]
     if args.json:
@@ -126,7 +135,14 @@ def run(args: argparse.Namespace) -> int:
     return 0 if sound else _FAILED
 
 
-def verify(graph: Graph, isas: Sequence[str], *, samples: int = 4, seed: int = 0) -> list[Result]:
+def verify(
+    graph: Graph,
+    isas: Sequence[str],
+    *,
+    samples: int = 4,
+    seed: int = 0,
+    sizes: Sizes | None = None,
+) -> list[Result]:
     """Checks the engine on the golden data of a graph and on random inputs.
 
     Args:
@@ -134,6 +150,7 @@ def verify(graph: Graph, isas: Sequence[str], *, samples: int = 4, seed: int = 0
         isas: Names of the kernels to check, each against the first.
         samples: Random samples besides the golden ones.
         seed: Of the random samples.
+        sizes: Shapes of the random inputs by name, see ``lutra.profile.random_inputs``.
 
     Returns:
         One result for each of the kernels.
@@ -141,7 +158,7 @@ def verify(graph: Graph, isas: Sequence[str], *, samples: int = 4, seed: int = 0
     Raises:
         UnsupportedCpuError: If this machine cannot run one of them.
     """
-    cases = list(_cases(graph, samples, seed))
+    cases = list(_cases(graph, samples, seed, sizes))
     results: list[Result] = []
     first: list[dict[str, Array]] | None = None
     for isa in isas:
@@ -174,7 +191,7 @@ def difference(got: Array, want: Array) -> float:
     return worst / scale if np.isfinite(worst) and np.isfinite(scale) else float("inf")
 
 
-def _cases(graph: Graph, samples: int, seed: int) -> Iterator[Case]:
+def _cases(graph: Graph, samples: int, seed: int, sizes: Sizes | None) -> Iterator[Case]:
     given: list[tuple[str, Mapping[str, Array], Mapping[str, Array]]] = []
     if graph.golden is not None:
         names = [value.name for value in graph.inputs]
@@ -184,7 +201,8 @@ def _cases(graph: Graph, samples: int, seed: int) -> Iterator[Case]:
         )
         given.append(("golden", inputs, outputs))
     if samples:
-        given.append(("random", random_inputs(graph, samples, np.random.default_rng(seed)), {}))
+        rng = np.random.default_rng(seed)
+        given.append(("random", random_inputs(graph, samples, rng, sizes), {}))
     for name, feeds, golden in given:
         yield Case(name, feeds, golden, run_reference(graph, feeds, intermediates=True))
 

@@ -13,12 +13,13 @@ from lutra.ops.registry import (
     Cost,
     OpSpec,
     TensorRole,
+    image_sizes,
     inner,
     integer,
     need_rank,
+    need_size,
     node_error,
-    pair,
-    window_size,
+    window_sizes,
 )
 
 if TYPE_CHECKING:
@@ -62,9 +63,8 @@ def check_conv(node: Node, tensors: Mapping[str, Array]) -> None:
 def infer_conv(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
     """The output of a convolution with a weight (M, C / G, kh, kw)."""
     (x,) = inputs
-    need_rank(node, x, 4, 4)
     outputs, depth, *kernel = tensors["weight"].shape
-    channels, height, width = inner(x)
+    channels, _, _ = image_sizes(node, x)
     if channels != depth * integer(node, "groups"):
         raise node_error(
             node,
@@ -72,17 +72,7 @@ def infer_conv(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]
             f"but its input {x.name!r} has the shape {x.shape}",
             f"give it an input of {depth * integer(node, 'groups')} channels",
         )
-    sizes = [
-        window_size(node, *axis)
-        for axis in zip(
-            (height, width),
-            kernel,
-            pair(node, "stride"),
-            pair(node, "padding"),
-            pair(node, "dilation"),
-            strict=True,
-        )
-    ]
+    sizes = window_sizes(node, x, kernel)
     return x.with_shape(node.output, (x.shape[0], outputs, *sizes))
 
 
@@ -91,7 +81,7 @@ def infer_linear(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Arra
     (x,) = inputs
     need_rank(node, x, 2)
     outputs, features = tensors["weight"].shape
-    if x.shape[-1] != features:
+    if need_size(node, x, -1) != features:
         raise node_error(
             node,
             f"has a weight of shape {tensors['weight'].shape} but its input {x.name!r} has the "

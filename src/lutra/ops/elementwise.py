@@ -18,6 +18,7 @@ from lutra.ops.registry import (
     integer,
     need_axis,
     need_rank,
+    need_size,
     node_error,
     number,
 )
@@ -79,7 +80,7 @@ def _check_affine(node: Node, tensors: Mapping[str, Array]) -> None:
 def _infer_affine(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
     (x,) = inputs
     need_rank(node, x, 2)
-    if tensors["scale"].shape != (x.shape[1],):
+    if tensors["scale"].shape != (need_size(node, x, 1),):
         raise node_error(
             node,
             f"has scale of shape {tensors['scale'].shape} but its input {x.name!r} has the shape "

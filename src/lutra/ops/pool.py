@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def pooled_size(
     size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
 ) -> int:
-    """Number of pooling windows along one axis; 0 or less where none fits.
+    """Number of pooling windows along one axis; less than 1 where none fits.
 
     With ``ceil_mode`` the last window may run over the end of the padded axis, but it must begin
     inside the axis or the padding before it.
@@ -60,11 +60,10 @@ def _check_pool(node: Node, tensors: Mapping[str, Array]) -> None:
 def _infer_pool(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
     (x,) = inputs
     need_rank(node, x, 4, 4)
-    channels, *plane = inner(x)
     sizes = [
-        pooled_size(*axis, flag(node, "ceil_mode"))
+        None if axis[0] is None else pooled_size(axis[0], *axis[1:], flag(node, "ceil_mode"))
         for axis in zip(
-            plane,
+            x.shape[2:],
             pair(node, "kernel"),
             pair(node, "stride"),
             pair(node, "padding"),
@@ -72,14 +71,14 @@ def _infer_pool(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array
             strict=True,
         )
     ]
-    if min(sizes) < 1:
+    if any(size is not None and size < 1 for size in sizes):
         raise node_error(
             node,
             f"has kernel={node.attrs['kernel']} and padding={node.attrs['padding']} for the input "
             f"{x.name!r} of shape {x.shape}, where no window fits",
             "use a larger input or a smaller kernel",
         )
-    return x.with_shape(node.output, (x.shape[0], channels, *sizes))
+    return x.with_shape(node.output, (*x.shape[:2], *sizes))
 
 
 def _infer_adaptive(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lutra.errors import GraphError
+from lutra.text import shape_text
 
 if TYPE_CHECKING:  # graph.py imports this module, so the other direction is for types only
     from lutra.graph import Node, Value
@@ -279,7 +280,7 @@ def node_error(node: Node, what: str, fix: str) -> GraphError:
 
 
 def inner(value: Value) -> tuple[int, ...]:
-    """The sizes of all axes but the first, none of which is dynamic.
+    """The sizes of all axes but the first, all of them known.
 
     Raises:
         GraphError: If one is dynamic.
@@ -287,9 +288,33 @@ def inner(value: Value) -> tuple[int, ...]:
     sizes = tuple(size for size in value.shape[1:] if size is not None)
     if len(sizes) != len(value.shape) - 1:
         raise GraphError(
-            f"value {value.name!r} has the shape {value.shape}; only axis 0 may be dynamic"
+            f"value {value.name!r} has the shape {shape_text(value.shape)}, but the sizes of its "
+            "axes must be known here; give the shapes of the inputs"
         )
     return sizes
+
+
+def need_size(node: Node, value: Value, axis: int) -> int:
+    """The size of an axis on which the operator cannot do without one.
+
+    Raises:
+        GraphError: If it is dynamic.
+    """
+    size = value.shape[axis]
+    if size is None:
+        raise node_error(
+            node,
+            f"needs the size of axis {axis % len(value.shape)} of its input {value.name!r}, whose "
+            f"shape {shape_text(value.shape)} is known at run time only",
+            "fix that axis of the model's input, or pool over it first",
+        )
+    return size
+
+
+def image_sizes(node: Node, value: Value) -> tuple[int, int | None, int | None]:
+    """Channels, height and width of images (N, C, H, W), of which H and W may be dynamic."""
+    need_rank(node, value, 4, 4)
+    return need_size(node, value, 1), value.shape[2], value.shape[3]
 
 
 def pair(node: Node, name: str) -> tuple[int, int]:
@@ -357,19 +382,31 @@ def need_axis(node: Node, value: Value, name: str, axis: int) -> None:
         )
 
 
-def window_size(
-    node: Node, size: int, kernel: int, stride: int, padding: int, dilation: int
-) -> int:
-    """Number of positions of a sliding window along one axis.
+def window_sizes(node: Node, x: Value, kernel: Sequence[int]) -> tuple[int | None, int | None]:
+    """Height and width of what a convolution makes of images; None where theirs is dynamic.
+
+    Args:
+        node: It has the attributes ``stride``, ``padding`` and ``dilation``.
+        x: The images (N, C, H, W).
+        kernel: Rows and columns of the kernel.
 
     Raises:
-        GraphError: If the window does not fit even once.
+        GraphError: If the kernel does not fit into the padded images even once.
     """
-    span = dilation * (kernel - 1) + 1
-    if span > size + 2 * padding:
-        raise node_error(
-            node,
-            f"slides a kernel that spans {span} over an axis of {size} plus 2*{padding} padding",
-            "use a larger input or a smaller kernel",
-        )
-    return (size + 2 * padding - span) // stride + 1
+    sizes: list[int | None] = []
+    for axis in range(2):
+        size, padding = x.shape[axis + 2], pair(node, "padding")[axis]
+        span = pair(node, "dilation")[axis] * (kernel[axis] - 1) + 1
+        if size is None:
+            sizes.append(None)
+            continue
+        if span > size + 2 * padding:
+            raise node_error(
+                node,
+                f"slides a kernel that spans {span} over an axis of {size} plus 2*{padding} "
+                f"padding of its input {x.name!r} of shape {x.shape}",
+                "use a larger input or a smaller kernel",
+            )
+        sizes.append((size + 2 * padding - span) // pair(node, "stride")[axis] + 1)
+    height, width = sizes
+    return height, width

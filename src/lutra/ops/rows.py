@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 from lutra.ops.registry import (
     MAX_EXTENT,
     Attr,
-    inner,
+    image_sizes,
     integer,
     need_rank,
+    need_size,
     node_error,
     pair,
-    window_size,
+    window_sizes,
 )
 
 if TYPE_CHECKING:
@@ -55,8 +56,7 @@ def infer_conv(node: Node, inputs: Sequence[Value], outputs: int) -> Value:
         GraphError: If the input has other channels, or is smaller than the kernel.
     """
     (x,) = inputs
-    need_rank(node, x, 4, 4)
-    channels, height, width = inner(x)
+    channels, _, _ = image_sizes(node, x)
     if channels != integer(node, "in_channels"):
         raise node_error(
             node,
@@ -64,17 +64,7 @@ def infer_conv(node: Node, inputs: Sequence[Value], outputs: int) -> Value:
             f"{x.shape}",
             f"give it an input of {node.attrs['in_channels']} channels",
         )
-    sizes = [
-        window_size(node, *axis)
-        for axis in zip(
-            (height, width),
-            pair(node, "kernel"),
-            pair(node, "stride"),
-            pair(node, "padding"),
-            pair(node, "dilation"),
-            strict=True,
-        )
-    ]
+    sizes = window_sizes(node, x, pair(node, "kernel"))
     return x.with_shape(node.output, (x.shape[0], outputs, *sizes))
 
 
@@ -86,7 +76,7 @@ def infer_linear(node: Node, inputs: Sequence[Value], outputs: int) -> Value:
     """
     (x,) = inputs
     need_rank(node, x, 2)
-    if x.shape[-1] != integer(node, "in_features"):
+    if need_size(node, x, -1) != integer(node, "in_features"):
         raise node_error(
             node,
             f"has in_features={node.attrs['in_features']} but its input {x.name!r} has the shape "

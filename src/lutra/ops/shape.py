@@ -1,4 +1,8 @@
-"""Operators that move elements and change none. The batch, axis 0, always stays as it is."""
+"""Operators that move elements and change none. The batch, axis 0, always stays as it is.
+
+For axes whose size is known at run time only, a ``reshape`` may leave one size to what the others
+do not take up, and a ``slice`` may go to the end of its axis.
+"""
 
 from __future__ import annotations
 
@@ -11,37 +15,64 @@ from lutra.ops.registry import (
     Array,
     Attr,
     OpSpec,
-    inner,
     integer,
     ints,
     need_axis,
     node_error,
 )
+from lutra.text import shape_text
 
 if TYPE_CHECKING:
     from lutra.graph import Node, Value
 
 _MAX_SIZE: Final = 2**31 - 1
+#: The size in a ``reshape`` that is what the others leave.
+REST: Final = -1
+#: The ``stop`` of a slice to the end of its axis, whatever its size.
+TO_THE_END: Final = _MAX_SIZE
+
+
+def _product(sizes: Sequence[int | None]) -> int | None:
+    """The number of elements; None where a size is dynamic."""
+    known = [size for size in sizes if size is not None]
+    return math.prod(known) if len(known) == len(sizes) else None
 
 
 def _infer_flatten(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
     (x,) = inputs
     start = integer(node, "start_axis")
     need_axis(node, x, "start_axis", start)
-    merged = math.prod(inner(x)[start - 1 :])
-    return x.with_shape(node.output, (*x.shape[:start], merged))
+    return x.with_shape(node.output, (*x.shape[:start], _product(x.shape[start:])))
+
+
+def _check_reshape(node: Node, tensors: Mapping[str, Array]) -> None:
+    shape = ints(node, "shape")
+    if 0 in shape or shape.count(REST) > 1:
+        raise node_error(
+            node, f"has shape={shape}", f"give sizes of at least 1, and {REST} for one of them"
+        )
 
 
 def _infer_reshape(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
     (x,) = inputs
     shape = ints(node, "shape")
-    if math.prod(shape) != math.prod(inner(x)):
+    total, given = _product(x.shape[1:]), math.prod(size for size in shape if size != REST)
+    if total is None and REST not in shape:
+        raise node_error(
+            node,
+            f"has shape={shape} for the input {x.name!r}, whose shape {shape_text(x.shape)} is "
+            "known at run time only",
+            f"one size must be {REST}, for what is left",
+        )
+    if total is not None and (total % given if REST in shape else total != given):
         raise node_error(
             node,
             f"has shape={shape} for the input {x.name!r} of shape {x.shape}",
-            f"a sample has {math.prod(inner(x))} elements before and after",
+            f"a sample has {total} elements before and after",
         )
-    return x.with_shape(node.output, (x.shape[0], *shape))
+    rest = None if total is None else total // given
+    sizes = (rest if size == REST else size for size in shape)
+    return x.with_shape(node.output, (x.shape[0], *sizes))
 
 
 def _infer_pad(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
@@ -54,26 +85,28 @@ def _infer_pad(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]
             f"give {2 * len(x.shape)} entries, before and after each axis, 0 for the batch",
         )
     sizes = [
-        size + before + after
-        for size, before, after in zip(inner(x), pads[2::2], pads[3::2], strict=True)
+        None if size is None else size + before + after
+        for size, before, after in zip(x.shape, pads[::2], pads[1::2], strict=True)
     ]
-    return x.with_shape(node.output, (x.shape[0], *sizes))
+    return x.with_shape(node.output, tuple(sizes))
 
 
 def _infer_slice(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
     (x,) = inputs
     axis, start, stop, step = (integer(node, name) for name in ("axis", "start", "stop", "step"))
     need_axis(node, x, "axis", axis)
-    size = inner(x)[axis - 1]
-    if not start < stop <= size:
+    size = x.shape[axis]
+    end = size if stop == TO_THE_END else stop
+    if end is not None and not start < end <= (stop if size is None else size):
+        limit = "the size of the axis" if size is None else size
         raise node_error(
             node,
             f"has start={start} and stop={stop} on axis {axis} of the input {x.name!r} of shape "
             f"{x.shape}",
-            f"it must be start < stop <= {size}, so that something is left",
+            f"it must be start < stop <= {limit}, so that something is left",
         )
     sizes = list(x.shape)
-    sizes[axis] = -(-(stop - start) // step)
+    sizes[axis] = None if end is None else -(-(end - start) // step)
     return x.with_shape(node.output, tuple(sizes))
 
 
@@ -81,11 +114,11 @@ def _infer_concat(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Arr
     first = inputs[0]
     axis = integer(node, "axis")
     need_axis(node, first, "axis", axis)
-    total = 0
+    parts: list[int | None] = []
     for value in inputs:
         sizes = list(value.shape)
         if len(sizes) == len(first.shape):
-            total += inner(value)[axis - 1]
+            parts.append(sizes[axis])
             sizes[axis] = first.shape[axis]
         if tuple(sizes) != first.shape:
             raise node_error(
@@ -94,6 +127,8 @@ def _infer_concat(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Arr
                 f"{value.shape} on axis {axis}",
                 "all other axes must have the same size",
             )
+    known = [size for size in parts if size is not None]
+    total = sum(known) if len(known) == len(parts) else None
     return first.with_shape(node.output, (*first.shape[:axis], total, *first.shape[axis + 1 :]))
 
 
@@ -101,7 +136,12 @@ SPECS: Final = (
     OpSpec(
         "flatten", attrs={"start_axis": Attr(int, default=1, low=1, high=7)}, infer=_infer_flatten
     ),
-    OpSpec("reshape", attrs={"shape": Attr(tuple, low=1, high=_MAX_SIZE)}, infer=_infer_reshape),
+    OpSpec(
+        "reshape",
+        attrs={"shape": Attr(tuple, low=REST, high=_MAX_SIZE)},
+        check=_check_reshape,
+        infer=_infer_reshape,
+    ),
     OpSpec(
         "pad",
         attrs={"pads": Attr(tuple, low=0, high=MAX_EXTENT), "value": Attr(float, default=0.0)},

@@ -11,10 +11,11 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
-from lutra.errors import InputError
-from lutra.graph import Graph, Node
+from lutra.errors import GraphError, InputError
+from lutra.graph import Graph, Node, fits
 from lutra.ops.registry import Array
 from lutra.reference import dense, elementwise, image, int8, lookup, pool, pq, shape
+from lutra.text import shape_text
 
 __all__ = ["KERNELS", "run_node", "run_reference"]
 
@@ -122,9 +123,16 @@ def _named(graph: Graph, inputs: Mapping[str, Array] | Sequence[Array]) -> dict[
         if want[0] is None and array.ndim:
             batch = array.shape[0] if batch is None else batch
             want = (batch, *want[1:])
-        if array.shape != want:
+        if not fits(array.shape, want):
             raise InputError(
-                f"run_reference: input {value.name!r} has shape {array.shape}; it must be {want}"
+                f"run_reference: input {value.name!r} has shape {array.shape}; it must be "
+                f"{shape_text(want)}"
             )
         result[value.name] = array
+    if graph.is_dynamic:
+        try:
+            # an empty batch is no harm to NumPy
+            graph.infer({n: (max(1, len(x)), *x.shape[1:]) for n, x in result.items()})
+        except GraphError as error:
+            raise InputError(f"run_reference: {error}") from error
     return result

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lutra.graph import Node
-from lutra.ops.lookup import unpack_weights
+from lutra.ops.lookup import TABLE_MAX, unpack_weights
 from lutra.ops.registry import Array, integer, number, pair
 from lutra.ops.rows import row_length
 from lutra.reference.pq import quantise
@@ -28,14 +28,15 @@ def responses(rows: Array, weight: Array, table: Array) -> Array:
         table: int8 (N_f, N_w)
 
     Returns:
-        Exact sums, float64 (R, M)
+        Exact sums, float32 or float64 (R, M)
     """
-    sums = np.zeros((rows.shape[0], weight.shape[0]))
-    for column, entries in enumerate(table.T):
-        # Reads for the weights that have this index, added up by a product with ones and zeros:
-        # float64 holds every sum exactly, and NumPy multiplies it much faster than integers.
-        has = (weight == column).astype(np.float64)
-        sums += entries[rows].astype(np.float64) @ has.T
+    # Reads for the weights that have one index, added up by a product with ones and zeros: NumPy
+    # multiplies floats much faster than integers. All sums, in whatever order, are integers that
+    # the type holds exactly: float32 up to 2**24, float64 all that fit into int32.
+    kind = np.float32 if rows.shape[1] * TABLE_MAX <= 2**24 else np.float64
+    sums = np.zeros((rows.shape[0], weight.shape[0]), kind)
+    for column, entries in enumerate(table.T.astype(kind)):
+        sums += entries[rows] @ (weight == column).astype(kind).T
     return sums
 
 

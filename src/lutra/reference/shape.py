@@ -35,7 +35,8 @@ def slice_(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) ->
     """Every ``step``-th entry from ``start`` to ``stop`` of one axis."""
     (x,) = inputs
     before = (slice(None),) * integer(node, "axis")
-    picked = slice(integer(node, "start"), integer(node, "stop"), integer(node, "step"))
+    stop = min(integer(node, "stop"), x.shape[len(before)])  # TO_THE_END is beyond it
+    picked = slice(integer(node, "start"), stop, integer(node, "step"))
     result: Array = x[(*before, picked)]
     return result
 

@@ -1,12 +1,13 @@
-"""From a torch module to a functional `torch.export` program with a dynamic batch."""
+"""From a torch module to a functional `torch.export` program with dynamic axes."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import logging
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,19 +91,25 @@ def argument_names(model: nn.Module, count: int) -> tuple[str, ...]:
     return tuple(names)
 
 
-def capture(model: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
+def capture(
+    model: nn.Module,
+    example: tuple[Tensor, ...],
+    dynamic_axes: Sequence[tuple[int, ...]] | None = None,
+) -> ExportedProgram:
     """Trace an eval-mode CPU model into a functional program whose batch size is dynamic.
 
     Args:
         model: The module; it is traced as it stands, so put it in eval mode first.
         example: From `example_tensors`. One sample is enough.
+        dynamic_axes: Further axes of each input that may have any size, see `dynamic_axes_of`.
 
     Returns:
         A program free of in-place operators; convolutions and lookup layers stay whole.
 
     Raises:
         InputError: The model does not run on the example.
-        UnsupportedModelError: The model cannot be traced, or works for one batch size only.
+        UnsupportedModelError: The model cannot be traced, or works for one batch size only, or for
+            one size of a dynamic axis.
     """
     name = type(model).__name__
     batch = example[0].shape[0]
@@ -112,7 +119,7 @@ def capture(model: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
         "x.reshape(8, -1)."
     )
     try:
-        dynamic = _dynamic_batch(model, len(example))
+        dynamic = _dynamic_shapes(model, dynamic_axes or ((),) * len(example))
     except TypeError as error:
         raise InputError(
             f"export: example_input holds {len(example)} tensors, which {name}.forward does not "
@@ -138,6 +145,14 @@ def capture(model: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
             return functional
     except Exception as error:
         if "Constraints violated" in str(error):
+            others = sorted(set(re.findall(r"\.size\(\)\[([1-9])\]", str(error))))
+            if others:
+                raise UnsupportedModelError(
+                    f"export: {name} works for one size of axis {', '.join(others)} only; use "
+                    "operators that know sizes by themselves, such as F.adaptive_avg_pool2d(x, 1) "
+                    "in place of F.avg_pool2d(x, x.shape[2:]), or take the axis out of "
+                    "dynamic_axes."
+                ) from error
             raise fixed from error
         raise UnsupportedModelError(
             f"export: torch.export could not trace {name} ({_first_line(error)}); remove control "
@@ -166,13 +181,54 @@ def _run(model: nn.Module, example: tuple[Tensor, ...]) -> Exception | None:
     return None
 
 
-def _dynamic_batch(model: nn.Module, count: int) -> dict[str, Any]:
+def dynamic_axes_of(
+    given: Sequence[int] | Mapping[str, Sequence[int]],
+    names: Sequence[str],
+    example: Sequence[Tensor],
+) -> list[tuple[int, ...]]:
+    """Return the axes of each input that may have any size, besides axis 0, which always may.
+
+    Args:
+        given: Axes of every input, or axes by input name; inputs without a name have none.
+        names: Of the inputs.
+        example: The inputs.
+
+    Raises:
+        InputError: An axis or a name that does not exist, or an axis of one entry: torch takes
+            that for a constant.
+    """
+    if isinstance(given, Mapping):
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            raise InputError(
+                f"export: dynamic_axes names the inputs {unknown}; the model has {list(names)}."
+            )
+        axes = [tuple(given.get(name, ())) for name in names]
+    else:
+        axes = [tuple(given)] * len(names)
+    result = []
+    for name, tensor, mine in zip(names, example, axes, strict=True):
+        for axis in mine:
+            if type(axis) is not int or not 0 <= axis < tensor.ndim:
+                raise InputError(
+                    f"export: dynamic_axes has axis {axis!r} for the input {name!r} of shape "
+                    f"{tuple(tensor.shape)}; it must be in 0..{tensor.ndim - 1}."
+                )
+            if axis and tensor.shape[axis] == 1:
+                raise InputError(
+                    f"export: axis {axis} of the input {name!r} is in dynamic_axes but has one "
+                    "entry in example_input; give an example of at least 2, such as the size that "
+                    "is used most."
+                )
+        result.append(tuple(sorted(set(mine) - {0})))
+    return result
+
+
+def _dynamic_shapes(model: nn.Module, axes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
     batch = Dim("batch")
-    bound = inspect.signature(model.forward).bind(*range(count)).arguments
-    return {
-        name: tuple({0: batch} for _ in value) if isinstance(value, tuple) else {0: batch}
-        for name, value in bound.items()
-    }
+    dims = [{0: batch, **dict.fromkeys(mine, Dim.DYNAMIC)} for mine in axes]
+    # *args collects the rest in one tuple, as forward does
+    return inspect.signature(model.forward).bind(*dims).arguments
 
 
 @contextmanager

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree
 
-from lutra.errors import LutraError
+from lutra.errors import LutraError, UnsupportedModelError
 from lutra.graph import Graph, Node
 from lutra.ops.registry import Array
 from lutra.reference import run_reference
@@ -36,6 +37,7 @@ def check_graph(
     expected: Sequence[Array],
     *,
     tolerance: float,
+    runs: Mapping[str, Runner] | None = None,
 ) -> None:
     """Compare a graph with the torch program it comes from, in every way it can be run here.
 
@@ -45,6 +47,7 @@ def check_graph(
         example: Inputs.
         expected: What torch computes on them, one array per output.
         tolerance: The largest difference allowed, as a share of the largest expected value.
+        runs: What runs the graph, by name; by default `runners()`.
 
     Raises:
         LutraError: An output differs by more; names the first node that does.
@@ -64,7 +67,7 @@ def check_graph(
                 f"export: output '{name}' of the torch model holds NaN or infinity on "
                 "example_input; give an example (and weights) with finite results."
             )
-    for name, run in runners().items():
+    for name, run in (runners() if runs is None else runs).items():
         results = run(lowered.graph, feeds)
         differences = [
             difference(results[output], want)
@@ -96,6 +99,77 @@ def check_graph(
             "or codes.",
             stacklevel=3,
         )
+
+
+def check_other_size(
+    lowered: Lowered,
+    program: ExportedProgram,
+    model: nn.Module,
+    example: Sequence[Tensor],
+    *,
+    tolerance: float,
+) -> None:
+    """Compare a graph with the torch model on inputs of another size than those it was traced with.
+
+    Tracing may take a size for a constant without a word, where a model computes with it, so it is
+    the model that is asked and not the program.
+
+    Args:
+        lowered: The graph and the torch node behind each value.
+        program: What it was lowered from.
+        model: What that was traced from.
+        example: Inputs of the other size.
+        tolerance: The largest difference allowed, as a share of the largest expected value.
+
+    Raises:
+        UnsupportedModelError: The model fails on that size, or computes something else there.
+        LutraError: As `check_graph` does.
+    """
+    shapes = [tuple(tensor.shape) for tensor in example]
+    advice = (
+        "use operators that know sizes by themselves, such as F.adaptive_avg_pool2d(x, 1) in "
+        "place of F.avg_pool2d(x, x.shape[2:]), or take the axes out of dynamic_axes"
+    )
+    try:
+        expected = outputs_of(model, example)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedModelError(
+            f"export: {type(model).__name__} fails on inputs of shapes {shapes} ({reason}); "
+            f"{advice}."
+        ) from error
+    feeds = {
+        value.name: tensor.numpy()
+        for value, tensor in zip(lowered.graph.inputs, example, strict=True)
+    }
+    got = _run_session(lowered.graph, feeds)
+    traced = _traced(program, example)
+    for name, want, other in zip(lowered.graph.outputs, expected, traced, strict=True):
+        if got[name].shape != want.shape or difference(other, want) > tolerance:
+            raise UnsupportedModelError(
+                f"export: {type(model).__name__} works for one size only: on inputs of shapes "
+                f"{shapes} its output '{name}' of shape {want.shape} is not what was traced, which "
+                f"gives {got[name].shape}; {advice}."
+            )
+    check_graph(
+        lowered, program, example, expected, tolerance=tolerance, runs={"the engine": _run_session}
+    )
+
+
+def doubled(example: Sequence[Tensor], axes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
+    """One sample of an example, twice as long on some axes of each tensor."""
+    return tuple(
+        tensor[:1].repeat([2 if axis in mine else 1 for axis in range(tensor.ndim)])
+        for tensor, mine in zip(example, axes, strict=True)
+    )
+
+
+def outputs_of(model: nn.Module, example: Sequence[Tensor]) -> list[Array]:
+    """Return the outputs of a torch model."""
+    with torch.no_grad():
+        # Copies, because a model may work in place on its input.
+        leaves = _pytree.tree_leaves(model(*(tensor.clone() for tensor in example)))
+    return [leaf.numpy() for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def check_engine(graph: Graph, feeds: Mapping[str, Array], *, tolerance: float) -> None:
@@ -181,19 +255,35 @@ class _Recorder(fx.Interpreter):
 
 
 def _record(program: ExportedProgram, example: Sequence[Tensor]) -> dict[str, Array]:
+    recorder = _Recorder(program.graph_module)
+    with torch.no_grad():
+        recorder.run(*_arguments(program, example))
+    return recorder.recorded
+
+
+def _traced(program: ExportedProgram, example: Sequence[Tensor]) -> list[Array]:
+    """What a program computes, without its own checks of the sizes of its inputs."""
+    with torch.no_grad():
+        results = fx.Interpreter(program.graph_module).run(*_arguments(program, example))
+    specs = program.graph_signature.output_specs
+    return [
+        result.numpy()
+        for result, spec in zip(results, specs, strict=True)
+        if spec.kind == OutputKind.USER_OUTPUT
+    ]
+
+
+def _arguments(program: ExportedProgram, example: Sequence[Tensor]) -> list[Any]:
     given = iter(example)
     arguments: list[Any] = []
     for spec in program.graph_signature.input_specs:
         if spec.kind == InputKind.USER_INPUT:
-            arguments.append(next(given))
+            arguments.append(next(given).clone())
         else:
             assert spec.target is not None  # lowering took nothing but tensors
             state = program.state_dict
             arguments.append(state.get(spec.target, program.constants.get(spec.target)))
-    recorder = _Recorder(program.graph_module)
-    with torch.no_grad():
-        recorder.run(*arguments)
-    return recorder.recorded
+    return arguments
 
 
 def _run_session(graph: Graph, feeds: Mapping[str, Array]) -> Mapping[str, Array]:

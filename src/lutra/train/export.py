@@ -11,8 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree
+from torch import nn
 
 from lutra.errors import InputError
 from lutra.format import save_graph
@@ -22,10 +21,18 @@ from lutra.train.capture import (
     ExampleInput,
     argument_names,
     capture,
+    dynamic_axes_of,
     example_tensors,
     prepare_copy,
 )
-from lutra.train.check import check_engine, check_graph, difference
+from lutra.train.check import (
+    check_engine,
+    check_graph,
+    check_other_size,
+    difference,
+    doubled,
+    outputs_of,
+)
 from lutra.train.factors import factors_of, weights_of, with_factors
 from lutra.train.fold import fold_batch_norm
 from lutra.train.gate import attached
@@ -44,6 +51,7 @@ def export(
     metadata: Mapping[str, Any] | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
+    dynamic_axes: Sequence[int] | Mapping[str, Sequence[int]] = (0,),
     golden: bool = True,
     tolerance: float = 1e-3,
     tables: Tables = "stored",
@@ -63,6 +71,10 @@ def export(
         input_names: One per input; by default the argument names of `forward`.
         output_names: One per output; by default the keys of a returned dict, else `output`, or
             `output_0`, `output_1`, ...
+        dynamic_axes: The axes that may have any size in the file, of all inputs or by input name:
+            `(0, 2, 3)` for images of any height and width. Axis 0 is always among them. The
+            example must have at least 2 entries on each; the file is then checked on an example of
+            twice the size too.
         golden: Store the samples with the engine's outputs, so that `lutra verify` can check
             anywhere that the file still gives them.
         tolerance: The largest difference from torch allowed, as a share of the largest output.
@@ -76,7 +88,8 @@ def export(
 
     Raises:
         InputError: An example or names that do not fit the model.
-        UnsupportedModelError: Operators that lutra cannot run; lists all of them.
+        UnsupportedModelError: Operators that lutra cannot run, all of them listed; or a model that
+            works for one size only of an axis that should be dynamic.
         EngineError: The engine cannot run the graph.
         LutraError: The graph computes something else than torch, the file cannot be written, or
             no lookup layer has the weights that factors need.
@@ -93,20 +106,18 @@ def export(
     frozen = freeze_lookup_layers(copied)
     factors = factors_of(frozen, weights)  # before norms go into the scales
     folded = fold_batch_norm(frozen, example)
-    program = capture(folded, example)
-    names = argument_names(folded, len(example)) if input_names is None else tuple(input_names)
-    if len(set(names)) != len(example) or len(names) != len(example):
-        raise InputError(
-            f"export: input_names {list(names)} does not fit a model with {len(example)} inputs; "
-            "give one name per tensor of example_input, each once."
-        )
+    names = _input_names(folded, len(example), input_names)
+    axes = dynamic_axes_of(dynamic_axes, names, example)
+    program = capture(folded, example, axes)
     gate = attached(model)
     entries = {"producer": _producer(), **({} if gate is None else {"speed_gate": gate})}
     lowered = lower(program, names, output_names, {**entries, **(metadata or {})})
     graph = lowered.graph
     graph.validate()
-    wanted = _outputs(folded, example)
+    wanted = outputs_of(folded, example)
     check_graph(lowered, program, example, wanted, tolerance=tolerance)
+    if any(axes):
+        check_other_size(lowered, program, folded, doubled(example, axes), tolerance=tolerance)
     inputs = tuple(tensor.contiguous().numpy().copy() for tensor in example)
     feeds = {value.name: x for value, x in zip(graph.inputs, inputs, strict=True)}
     if tables == "factors":
@@ -118,6 +129,21 @@ def export(
         graph = replace(graph, golden=(inputs, tuple(Session(graph).run(None, feeds))))
     save_graph(graph, path)
     return graph
+
+
+def _input_names(model: nn.Module, count: int, given: Sequence[str] | None) -> tuple[str, ...]:
+    if given is None:
+        try:
+            return argument_names(model, count)
+        except TypeError:  # capture says what is wrong
+            return tuple(f"input_{index}" for index in range(count))
+    names = tuple(given)
+    if len(set(names)) != count or len(names) != count:
+        raise InputError(
+            f"export: input_names {list(names)} does not fit a model with {count} inputs; "
+            "give one name per tensor of example_input, each once."
+        )
+    return names
 
 
 def _moved(
@@ -170,13 +196,6 @@ def _frozen(module: nn.Module) -> nn.Module | None:
     with torch.no_grad():
         frozen = freeze()
     return frozen.eval() if isinstance(frozen, nn.Module) and frozen is not module else None
-
-
-def _outputs(model: nn.Module, example: Sequence[Tensor]) -> list[Any]:
-    with torch.no_grad():
-        # Copies, because a model may work in place on its input.
-        leaves = _pytree.tree_leaves(model(*(tensor.clone() for tensor in example)))
-    return [leaf.numpy() for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _producer() -> str:

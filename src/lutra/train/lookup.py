@@ -25,6 +25,7 @@ from lutra.train.response import weight_steps as linear_weights
 
 TABLE_SHARE = 8  # one image in so many gives the gradient of the cells of a table of rank > 1
 _LEAST_SCALE = 1e-8
+_MOST_RESCALED = 100.0  # factor of the gradient of a cell that is hardly ever read
 _CANDIDATES = 64  # clipping points tried for the weights
 
 
@@ -36,7 +37,7 @@ def cell_factor(counts: Tensor) -> Tensor:
     this times a constant of the layer.)
     """
     n = counts.double()
-    return ((n.sum() / n.numel()).sqrt() / (n.sqrt() + 1e-5)).clamp(max=float(n.numel())).float()
+    return ((n.sum() / n.numel()).sqrt() / (n.sqrt() + 1e-5)).clamp(max=_MOST_RESCALED).float()
 
 
 def weight_index(weight: Tensor, scale: Tensor, count: int) -> Tensor:

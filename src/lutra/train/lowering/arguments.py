@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lutra.train.lowering.core import Ref, UnsupportedUse
+from lutra.text import shape_text
+from lutra.train.lowering.core import Ref, UnsupportedUse, is_dynamic
 
 Number = int | float
 PRODUCT = "a product of two activations has no lutra op; keep this part in torch"
@@ -37,4 +38,11 @@ def need_constant(tensor: Any, what: str) -> Tensor:
 
 
 def text(x: Ref) -> str:
-    return "(" + ", ".join("N" if size is None else str(size) for size in x.shape) + ")"
+    return shape_text([size if isinstance(size, int) else None for size in x.shape])
+
+
+def same_sizes(a: Ref, b: Ref) -> bool:
+    """Whether two activations have one shape; sizes known at run time only are checked then."""
+    return a.rank == b.rank and all(
+        x == y or (is_dynamic(x) and is_dynamic(y)) for x, y in zip(a.shape, b.shape, strict=True)
+    )

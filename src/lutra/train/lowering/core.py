@@ -16,7 +16,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -25,19 +25,26 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from lutra.errors import LutraError, UnsupportedModelError
-from lutra.graph import Graph, Node, Shape, Value
+from lutra.graph import AttrValue, Graph, Node, Value
 from lutra.train.capture import node_module
 from lutra.train.lowering.hints import hint_for
 
 _FLOAT32 = "float32"
 
+#: Sizes of axes, see ``Ref``.
+Sizes: TypeAlias = tuple[Any, ...]
+
 
 @dataclass(frozen=True)
 class Ref:
-    """An activation: the name of a graph value and its shape (None is the batch, axis 0)."""
+    """An activation: the name of a graph value and its shape.
+
+    A size is an int, None for the batch, or else an expression of torch's in the sizes of the
+    inputs, where those are known at run time only.
+    """
 
     name: str
-    shape: Shape
+    shape: Sizes
 
     @property
     def rank(self) -> int:
@@ -112,7 +119,7 @@ class Lowering:
         self._program = program
         self._results: dict[fx.Node, Any] = {}
         self._nodes: list[Node] = []
-        self._shapes: dict[str, Shape] = {}
+        self._shapes: dict[str, Sizes] = {}
         self._origins: dict[str, str] = {}
         self._names: set[str] = set()
         self._tensors: dict[str, np.ndarray] = {}
@@ -129,7 +136,7 @@ class Lowering:
     # ---- what lowerings use -------------------------------------------------------------------
 
     @property
-    def result_shape(self) -> Shape:
+    def result_shape(self) -> Sizes:
         """The shape of the (first) result of the operator that is being lowered."""
         assert self._current is not None
         value = self._current.meta["val"]
@@ -139,7 +146,7 @@ class Lowering:
         self,
         op: str,
         inputs: Ref | Sequence[Ref],
-        shape: Shape | None = None,
+        shape: Sizes | None = None,
         *,
         attrs: Mapping[str, Any] | None = None,
         tensors: Mapping[str, Tensor] | None = None,
@@ -166,6 +173,11 @@ class Lowering:
         name = self._unique(".".join(part for part in parts if part), self._names)
         stored = {role: self._store(name, role, t) for role, t in (tensors or {}).items()}
         plain = {k: tuple(v) if isinstance(v, list) else v for k, v in (attrs or {}).items()}
+        if any(is_dynamic(leaf) for leaf in _flatten(plain)):
+            raise UnsupportedUse(
+                "it needs the size of an axis that is known at run time only; pool over that axis "
+                "first, or take it out of dynamic_axes"
+            )
         value = self._unique(name, self._shapes)
         self._nodes.append(
             Node(
@@ -242,7 +254,8 @@ class Lowering:
                 self._shapes[name] = shape
                 self._results[node] = Ref(name, shape)
                 self._origins[name] = node.name
-                values.append(Value(name=name, dtype=_FLOAT32, shape=shape))
+                sizes = tuple(size if isinstance(size, int) else None for size in shape)
+                values.append(Value(name=name, dtype=_FLOAT32, shape=sizes))
             elif spec.target is not None and spec.kind in (
                 InputKind.PARAMETER,
                 InputKind.BUFFER,
@@ -291,13 +304,10 @@ class Lowering:
                 )
             shape = self.result_shape
             arguments = _bind(node, args, lowering)
-            if any(isinstance(leaf, _SYMBOLIC) for leaf in _flatten(arguments)):
-                raise UnsupportedUse(
-                    "it computes with the batch size, which differs from run to run; use constants"
-                )
+            self._check_sizes(arguments)
             result = lowering(self, **arguments)
             first_result = result[0] if isinstance(result, tuple) else result
-            assert first_result.shape == shape, (target, first_result.shape, shape)
+            assert _alike(first_result.shape, shape), (target, first_result.shape, shape)
         except UnsupportedUse as reason:
             del self._nodes[before:]
             return self._fail(target, str(reason))
@@ -340,21 +350,9 @@ class Lowering:
         for result, name in zip(results, names, strict=True):
             assert result is not None
             if result.name in taken:
-                # An output that is an input, or the same value twice: a reshape to the same shape
-                # gives it a value of its own.
+                # An output that is an input, or the same value twice: it gets a value of its own.
                 source = renamed.get(result.name, result.name)
-                self._nodes.append(
-                    Node(
-                        op="reshape",
-                        name=self._unique(name, self._names),
-                        inputs=(source,),
-                        output=name,
-                        attrs={
-                            "shape": tuple(size for size in result.shape[1:] if size is not None)
-                        },
-                        tensors={},
-                    )
-                )
+                self._nodes.append(self._copy(result, source, name))
                 self._names.add(self._nodes[-1].name)
                 continue
             taken.add(result.name)
@@ -400,23 +398,57 @@ class Lowering:
 
     # ---- helpers --------------------------------------------------------------------------------
 
-    def _shape_of(self, value: Any) -> Shape:
-        sizes: list[int | None] = []
+    def _copy(self, value: Ref, source: str, name: str) -> Node:
+        """A node that changes nothing: a reshape, or a pad where that would need to know sizes."""
+        fixed = not any(map(is_dynamic, value.shape))
+        attrs: dict[str, AttrValue] = {"shape": value.shape[1:]}
+        if not fixed:
+            attrs = {"pads": (0, 0) * value.rank, "value": 0.0}
+        return Node(
+            op="reshape" if fixed else "pad",
+            name=self._unique(name, self._names),
+            inputs=(source,),
+            output=name,
+            attrs=attrs,
+            tensors={},
+        )
+
+    def _shape_of(self, value: Any) -> Sizes:
+        sizes: list[Any] = []
         for axis, size in enumerate(value.shape):
             if isinstance(size, int):
                 sizes.append(size)
             elif axis == 0 and size.node.expr == self._batch:
                 sizes.append(None)
-            else:
+            elif self._uses_batch(size):
                 raise UnsupportedUse(
                     f"it mixes the batch into axis {axis} of its result; keep samples apart, for "
                     "example with x.flatten(1)"
                 )
+            else:
+                sizes.append(size.node.expr)
         if not sizes or sizes[0] is not None:
             raise UnsupportedUse(
                 f"its result of shape {tuple(value.shape)} has no batch axis in front; keep axis 0"
             )
         return tuple(sizes)
+
+    def _uses_batch(self, size: Any) -> bool:
+        return self._batch in size.node.expr.free_symbols
+
+    def _check_sizes(self, arguments: Mapping[str, Any]) -> None:
+        """Refuses arguments that are computed from sizes known at run time only."""
+        for leaf in _flatten(arguments):
+            if not isinstance(leaf, _SYMBOLIC):
+                continue
+            if self._uses_batch(leaf):
+                raise UnsupportedUse(
+                    "it computes with the batch size, which differs from run to run; use constants"
+                )
+            raise UnsupportedUse(
+                "it computes with the size of an axis that is known at run time only; use "
+                "constants, or take that axis out of dynamic_axes"
+            )
 
     def _store(self, node: str, role: str, tensor: Tensor) -> str:
         """Add a constant to the graph and return its name; a constant met before keeps its own."""
@@ -453,6 +485,18 @@ class Lowering:
                 + "\n".join(f"  - {line}" for line in lines),
                 lines,
             )
+
+
+def is_dynamic(size: Any) -> bool:
+    """Whether a size of a Ref is known at run time only, the batch aside."""
+    return hasattr(size, "free_symbols")  # an expression of sympy
+
+
+def _alike(a: Sizes, b: Sizes) -> bool:
+    """Whether two shapes can be the same; torch may write one size in several ways."""
+    return len(a) == len(b) and all(
+        x == y or (is_dynamic(x) and is_dynamic(y)) for x, y in zip(a, b, strict=True)
+    )
 
 
 def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:

@@ -65,8 +65,6 @@ def _conv2d_padding(
     if any(total % 2 for total in totals):
         # An even kernel: torch puts the odd row and column behind.
         (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in totals)
-        assert input.shape[2] is not None
-        assert input.shape[3] is not None
         shape = (*input.shape[:2], input.shape[2] + totals[0], input.shape[3] + totals[1])
         pads = (0, 0, 0, 0, top, bottom, left, right)
         input = ctx.emit("pad", input, shape, attrs={"pads": pads, "value": 0.0}, suffix="pad")

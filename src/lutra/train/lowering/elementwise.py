@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lutra.ops.elementwise import NO_LIMIT
-from lutra.train.lowering.arguments import PRODUCT, Number, text
+from lutra.train.lowering.arguments import PRODUCT, Number, same_sizes, text
 from lutra.train.lowering.core import Lowering, Ref, UnsupportedUse, lowers
 
 
@@ -87,7 +87,7 @@ def _add(ctx: Lowering, self: Any, other: Any, alpha: Number) -> Ref:
         return _affine(ctx, self, 1.0, torch.as_tensor(other) * alpha)
     if not isinstance(self, Ref):
         return _affine(ctx, other, alpha, self)
-    if self.shape != other.shape:
+    if not same_sizes(self, other):
         raise UnsupportedUse(
             f"it adds shapes {text(self)} and {text(other)}; operands must have equal shapes"
         )
@@ -182,7 +182,7 @@ def _per_channel(x: Ref, constant: Tensor) -> Tensor:
     axis = constant.ndim - x.rank + 1
     elsewhere = [size for i, size in enumerate(constant.shape) if i != axis]
     fits = constant.ndim <= x.rank and math.prod(elsewhere) == 1
-    if channels is None or not fits or constant.numel() not in (1, channels):
+    if not isinstance(channels, int) or not fits or constant.numel() not in (1, channels):
         raise UnsupportedUse(
             f"a constant of shape {tuple(constant.shape)} meets an activation of shape {text(x)}; "
             "constants may differ from channel to channel (axis 1) only"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from lutra.ops.shape import REST, TO_THE_END
 from lutra.train.lowering.arguments import Number, text
-from lutra.train.lowering.core import Lowering, Ref, UnsupportedUse, lowers
+from lutra.train.lowering.core import Lowering, Ref, UnsupportedUse, is_dynamic, lowers
 
-_TO_THE_END = 2**31  # torch writes the open end of a slice as the largest int64
+_OPEN_END = 2**31  # torch writes the open end of a slice as the largest int64
 
 
 @lowers(
@@ -30,7 +31,13 @@ def _reshape(ctx: Lowering, self: Ref) -> Ref:
     axis = len(shape) - 1
     if 1 <= axis < self.rank and shape[:-1] == self.shape[:axis]:
         return ctx.emit("flatten", self, attrs={"start_axis": axis})
-    return ctx.emit("reshape", self, attrs={"shape": shape[1:]})
+    if sum(is_dynamic(size) for size in shape) > 1:
+        raise UnsupportedUse(
+            f"it changes {text(self)} into several axes whose sizes are known at run time only; "
+            "take all but one out of dynamic_axes"
+        )
+    sizes = [REST if is_dynamic(size) else size for size in shape[1:]]
+    return ctx.emit("reshape", self, attrs={"shape": sizes})
 
 
 @lowers("aten.pad.default")
@@ -62,12 +69,29 @@ def _slice(
 ) -> Ref:
     axis = dim % self.rank
     size = self.shape[axis]
+    whole = (start or 0) == 0 and step == 1 and (end is None or end >= _OPEN_END)
+    if not isinstance(size, int) and whole:
+        return self
     if size is None:
-        if (start or 0) == 0 and step == 1 and (end is None or end >= _TO_THE_END):
-            return self
         raise UnsupportedUse("it cuts the batch (axis 0); slice other axes only")
+    if is_dynamic(size):
+        return _dynamic_slice(ctx, self, axis, start or 0, end, step)
     first, stop, step = slice(start, end, step).indices(size)
     return _cut(ctx, self, axis, first, max(first, stop), step)
+
+
+def _dynamic_slice(ctx: Lowering, x: Ref, axis: int, start: int, end: int | None, step: int) -> Ref:
+    """A slice of an axis whose size is known at run time only."""
+    to_the_end = end is None or end >= _OPEN_END
+    stop = TO_THE_END if end is None or to_the_end else end
+    known = isinstance(ctx.result_shape[axis], int)  # not so where torch would cut less
+    if start < 0 or stop < 0 or known == to_the_end:
+        raise UnsupportedUse(
+            f"it cuts axis {axis} of {text(x)} from {start} to {stop}, counted from an end that is "
+            "known at run time only; count from the beginning"
+        )
+    attrs = {"axis": axis, "start": start, "stop": stop, "step": step}
+    return ctx.emit("slice", x, attrs=attrs)
 
 
 @lowers("aten.select.int")
@@ -76,9 +100,16 @@ def _select(ctx: Lowering, self: Ref, dim: int, index: int) -> Ref:
     size = self.shape[axis]
     if size is None:
         raise UnsupportedUse("it picks one sample of the batch; index other axes only")
-    index %= size
+    if is_dynamic(size):
+        if index < 0:
+            raise UnsupportedUse(
+                f"it counts from the end of axis {axis} of {text(self)}, which is known at run "
+                "time only; count from the beginning"
+            )
+    else:
+        index %= size
     row = _cut(ctx, self, axis, index, index + 1, 1, suffix="slice")
-    return ctx.emit("reshape", row, attrs={"shape": ctx.result_shape[1:]})
+    return _reshape(ctx, row)
 
 
 @lowers("aten.split.Tensor")
@@ -86,6 +117,10 @@ def _split(ctx: Lowering, self: Ref, split_size: int, dim: int) -> tuple[Ref, ..
     size = self.shape[dim % self.rank]
     if size is None:
         raise UnsupportedUse("it splits the batch (axis 0); split other axes only")
+    if is_dynamic(size):
+        raise UnsupportedUse(
+            f"it splits an axis of {text(self)} whose size is known at run time only; split others"
+        )
     sizes = [min(split_size, size - start) for start in range(0, size, split_size)]
     return _split_sizes(ctx, self, sizes, dim)
 
