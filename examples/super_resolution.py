@@ -244,7 +244,7 @@ def main() -> None:
         },
     }  # fmt: skip
     example = torch.from_numpy(valid[options.scale[0]][0].input[None, None, :48, :48].copy())
-    export(model, options.output, example, metadata=metadata)
+    export(model, options.output, example, metadata=metadata, dynamic_axes=(0, 2, 3))
     result: dict[str, Any] = {**metrics, "steps": run.steps}
     for s in options.scale:
         tests = sr.load_set5(options.data, s, enlarge=dense.enlarge)
