@@ -243,7 +243,7 @@ def main() -> None:
             "input": "luminance / 255" + (", enlarged (bicubic)" if dense.enlarge else ""),
         },
     }  # fmt: skip
-    example = torch.from_numpy(valid[options.scale[0]][0].input[None, None, :48, :48].copy())
+    example = torch.from_numpy(valid[options.scale[0]][0].input[None, None, :24, :24].copy())
     export(model, options.output, example, metadata=metadata, dynamic_axes=(0, 2, 3))
     result: dict[str, Any] = {**metrics, "steps": run.steps}
     for s in options.scale:
