@@ -25,7 +25,7 @@ _CONVOLUTIONS: Final = (
 _SWEEP: Final = (256, 14)
 _TABLES: Final = (Response(16, 15), Response(4, 3))
 _METHODS: Final[tuple[Method, ...]] = (*encoders(), *_TABLES)
-_SWEPT: Final = (
+_SWEPT: Final[tuple[Method, ...]] = (
     *(pq for k in (8, 32, 64) for pq in encoders(k=k)),
     *(Response(*size) for size in ((8, 7), (32, 33), (64, 33))),
 )

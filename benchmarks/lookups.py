@@ -39,7 +39,8 @@ class Range:
         """Values in units of the root mean square, as uint8 on the grid of so many bits."""
         grid = self.grid(bits)
         steps = np.rint(values * np.float32(self.rms / grid["act_scale"])) + grid["act_zero"]
-        return np.clip(steps, 0, 2**bits - 1).astype(np.uint8)
+        levels: Array = np.clip(steps, 0, 2**bits - 1).astype(np.uint8)
+        return levels
 
 
 class Parts(NamedTuple):
@@ -202,14 +203,15 @@ class Response:
         half = self.weights // 2
         products = np.outer(np.arange(self.levels) - zero, np.arange(self.weights) - half)
         largest = (self.levels - 1 - zero) * half
-        entries = np.rint(products * (self.entries(zero) / largest))
-        return np.clip(entries, -TABLE_MAX, TABLE_MAX).astype(np.int8)
+        rounded = np.rint(products * (self.entries(zero) / largest))
+        table: Array = np.clip(rounded, -TABLE_MAX, TABLE_MAX).astype(np.int8)
+        return table
 
     def entries(self, zero: int) -> int:
         """The entry of the largest activation and weight, as training chooses it by itself.
 
-        How fast a table is depends on how far its entries are apart: this is the largest multiple
-        of the products for which the kernels add up several entries in a byte.
+        Where entries of a column are not far apart the kernels add up several in a byte: this is
+        the largest multiple of the products for which they do.
         """
         top = self.levels - 1 - zero
         product = top * (self.weights // 2)
