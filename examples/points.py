@@ -108,10 +108,11 @@ def normalize(points: Tensor) -> Tensor:
     """
     if points.ndim != 3 or points.shape[2] != 3 or 0 in points.shape:
         raise ValueError(f"points have shape {tuple(points.shape)}; give (N, P, 3), P >= 1")
-    points = points.float()
+    points = points.double()  # so that the order of summation, which differs by CPU, is not seen
     points = points - points.mean(1, keepdim=True)
     radius = points.square().sum(2, keepdim=True).amax(1, keepdim=True).sqrt()
-    return (points / radius.clamp_min(1e-6)).transpose(1, 2).unsqueeze(3).contiguous()
+    points = points / radius.clamp_min(1e-6)
+    return points.float().transpose(1, 2).unsqueeze(3).contiguous()
 
 
 def load_modelnet10(folder: Path) -> tuple[Clouds, Clouds]:
