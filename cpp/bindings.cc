@@ -342,6 +342,20 @@ NB_MODULE(_engine, m) {
           },
           "x"_a, "factor"_a)
       .def(
+          "upsample",
+          [](Plan& p, int x, const std::string& mode, Pair size, std::pair<double, double> scale,
+             bool align_corners, int like) {
+            const Upsampling settings{.mode = upsample_mode(mode),
+                                      .height = size.first,
+                                      .width = size.second,
+                                      .scale_h = scale.first,
+                                      .scale_w = scale.second,
+                                      .align_corners = align_corners,
+                                      .like = like >= 0};
+            return p.add_step(upsample_step(settings), with_residual(x, like));
+          },
+          "x"_a, "mode"_a, "size"_a, "scale"_a, "align_corners"_a, "like"_a = -1)
+      .def(
           "reshape",
           [](Plan& p, int x, std::vector<int64_t> shape) {
             return p.add_step(reshape_step(std::move(shape)), {x});
