@@ -100,7 +100,7 @@ def test_empty_grids_are_left_out() -> None:
 
 
 def test_split_keeps_equal_objects_together() -> None:
-    grids, labels = points.synthetic_grids(20, 0)
+    grids, _ = points.synthetic_grids(20, 0)
     clouds = points.Clouds.from_grids(np.concatenate([grids, grids]), np.arange(40))
     used, held_out = points.split(clouds, 0.3, seed=1)
     both = sorted(used.labels.tolist() + held_out.labels.tolist())
