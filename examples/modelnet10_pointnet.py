@@ -187,7 +187,8 @@ def main() -> None:
         "metrics": metrics,
         "classes": list(classes),
     }  # fmt: skip
-    export(model, options.output, torch.from_numpy(x[:4]), metadata=metadata)
+    example = torch.from_numpy(x[:1])
+    export(model, options.output, example, metadata=metadata, dynamic_axes=(0, 2))
     x_test, y_test = data.fixed(tests, options.points, options.seed)
     result = {
         **metrics,

@@ -47,11 +47,11 @@ class VDSR(nn.Module):
 
     def __init__(self, depth: int = 20, width: int = 64) -> None:
         super().__init__()
-        self.first = nn.Conv2d(1, width, 3, padding=1, bias=False)
-        self.body = nn.ModuleList(
-            nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(depth - 2)
-        )
-        self.last = nn.Conv2d(width, 1, 3, padding=1, bias=False)
+        self.first = nn.Conv2d(1, width, 3, padding=1)
+        self.body = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth - 2))
+        self.last = nn.Conv2d(width, 1, 3, padding=1)
+        for layer in (self.first, *self.body, self.last):
+            nn.init.zeros_(layer.bias)  # as published; with lookups they take up mean errors
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.first(x))
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--patch", type=int, help="pixels of the input; default: 41 or 24")
     parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--table-lr", type=float, help="of tables and scales; default: lr")
     parser.add_argument("--loss", choices=("l1", "mse"), default="l1")
     parser.add_argument(
         "--feature-weight", type=float, default=0.0,
@@ -188,7 +189,7 @@ def main() -> None:
 
     def train(model: nn.Module, name: str, steps: int, lr: float, **settings: Any) -> Any:
         return finetune(
-            model, loader, steps=steps, lr=lr, warmup=50, loss=loss,
+            model, loader, steps=steps, lr=lr, table_lr=options.table_lr, warmup=50, loss=loss,
             clip_norm=options.clip_norm, checkpoint_dir=stage(options.checkpoints, name),
             checkpoint_every=options.evaluate_every, evaluate=Log(name, validate, "dB"),
             evaluate_every=options.evaluate_every, mixed_precision=options.mixed_precision,
@@ -233,7 +234,7 @@ def main() -> None:
         "seed": options.seed,
         "training": {
             "net": options.net, "float_steps": float_steps, "steps": run.steps,
-            "batch": options.batch, "lr": options.lr,
+            "batch": options.batch, "lr": options.lr, "table_lr": options.table_lr,
             "patch": size, "loss": options.loss, "feature_weight": options.feature_weight,
             "mixed_precision": options.mixed_precision,
         },
@@ -243,7 +244,7 @@ def main() -> None:
             "input": "luminance / 255" + (", enlarged (bicubic)" if dense.enlarge else ""),
         },
     }  # fmt: skip
-    example = torch.from_numpy(valid[options.scale[0]][0].input[None, None, :48, :48].copy())
+    example = torch.from_numpy(valid[options.scale[0]][0].input[None, None, :24, :24].copy())
     export(model, options.output, example, metadata=metadata, dynamic_axes=(0, 2, 3))
     result: dict[str, Any] = {**metrics, "steps": run.steps}
     for s in options.scale:

@@ -343,6 +343,7 @@ def every_op_graph(seed: int = 0, batch: int | None = None) -> Graph:
     x = b.lookup_conv2d(x, 16, 16, (1, 3), padding=(0, 1), act_zero=8)
     x = b.add("avg_pool2d", x, kernel=(2, 2), stride=(1, 1), padding=(1, 1))
     wide = b.add("clamp", b.add("pixel_shuffle", x, factor=2), low=-1.5, high=2.5)  # (4, ...)
+    wide = b.add("upsample", wide, mode="bilinear", scale_h=1.5, scale_w=2.0)
     peak = b.add("max", wide, axes=(2, 3), keepdims=True)
     peak = b.add("reshape", peak, shape=(1, 4))
     top = b.add("adaptive_max_pool2d", x, output_size=(2, 2))

@@ -528,14 +528,14 @@ def test_all_unsupported_operators_are_listed(tmp_path: Path) -> None:
         (lambda m, x: x.reshape(2, -1), "one batch size only"),
         (lambda m, x: x if x.sum() > 0 else -x, "could not trace"),
         (lambda m, x: x.permute(0, 2, 3, 1), "order of axes"),
-        (lambda m, x: F.conv_transpose2d(x, torch.ones(3, 2, 2, 2)), "upsampling"),
-        (lambda m, x: F.interpolate(x, scale_factor=2), "upsampling"),
+        (lambda m, x: F.conv_transpose2d(x, torch.ones(3, 2, 2, 2)), "upsampling or"),
+        (lambda m, x: F.interpolate(x, scale_factor=2, mode="bicubic"), "nearest and bilinear"),
         (lambda m, x: F.conv2d(x, x.mean(0, keepdim=True)), "batch"),
         (lambda m, x: F.pad(x, (0, -1)), "slice"),
         (lambda m, x: x / x.size(0), "computes with the batch size"),
         (lambda m, x: x + x.shape[0], "computes with the batch size"),
         (lambda m, x: F.avg_pool2d(x.flatten(2), 2), "4 axes"),
-        (lambda m, x: F.interpolate(x.flatten(2), size=4), "keep it outside"),
+        (lambda m, x: F.interpolate(x.flatten(2), size=4), "upsampling of images"),
     ],
 )
 def test_unsupported_uses_say_what_to_do(

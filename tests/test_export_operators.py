@@ -59,6 +59,27 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] = 
     "adaptive_max_1d": (lambda: nn.AdaptiveMaxPool1d(1), (6, 40), ["max"]),
     "adaptive_avg_1d": (lambda: nn.AdaptiveAvgPool1d(1), (6, 40), ["mean"]),
     "pixel_shuffle": (lambda: nn.PixelShuffle(2), (8, 5, 3), ["pixel_shuffle"]),
+    "upsample_nearest": (lambda: nn.Upsample(scale_factor=2), IMAGE, ["upsample"]),
+    "upsample_size": (lambda: nn.Upsample((20, 13), mode="bilinear"), IMAGE, ["upsample"]),
+    "upsample_float": (
+        lambda: Fn(lambda m, x: F.interpolate(x, scale_factor=(1.3, 0.7), mode="nearest-exact")),
+        IMAGE,
+        ["upsample"],
+    ),
+    "upsample_corners": (
+        lambda: nn.UpsamplingBilinear2d(scale_factor=3),
+        IMAGE,
+        ["upsample"],
+    ),
+    "upsample_recomputed": (
+        lambda: Fn(
+            lambda m, x: F.interpolate(
+                x, scale_factor=1.37, mode="bilinear", recompute_scale_factor=True
+            )
+        ),
+        IMAGE,
+        ["upsample"],
+    ),
     "depthwise": (
         lambda: nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, groups=3), nn.Conv2d(6, 4, 1)),
         IMAGE,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from typing import Any
 
 import numpy as np
@@ -209,6 +211,30 @@ def test_depths(isa: str, depth: int, bits: int) -> None:
         check(case, isa)
         case.table[1:] = -127
         check(case, isa)
+
+
+def before_a_wall(a: Array) -> Array:
+    """A copy that ends where memory ends that may be read."""
+    page = mmap.PAGESIZE
+    size = -(-a.nbytes // page) * page
+    memory = mmap.mmap(-1, size + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + size), page, 0) == 0
+    copy: Array = np.frombuffer(memory, a.dtype, a.size, size - a.nbytes).reshape(a.shape)
+    copy[...] = a
+    return copy
+
+
+@each_isa
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
+def test_reads_end_with_the_arrays(isa: str, kernel: Pair) -> None:
+    """A read beyond them ends the process."""
+    case = Case(1, size=(1, 5, 7), kernel=kernel)
+    want = case.output()
+    y, indices = np.empty_like(want), before_a_wall(np.zeros(case.x.shape, np.uint8))
+    case.layer(isa).run(POOLS[1], before_a_wall(case.x), y, indices)
+    np.testing.assert_array_equal(y, want)
+    np.testing.assert_array_equal(indices, case.indices())
 
 
 BAD = [

@@ -10,7 +10,7 @@ import pytest
 from graphs import Array, Builder, int8_tensors
 from layers import same_bits
 
-from lutra import GraphError, Session, run_reference, runnable_isas
+from lutra import GraphError, InputError, Session, run_reference, runnable_isas
 from lutra.graph import Graph
 from lutra.ops.elementwise import NO_LIMIT
 from lutra.plan import fuse
@@ -188,6 +188,101 @@ def test_pixel_shuffle_between_integer_layers_moves_bytes(factor: int) -> None:
 def test_pixel_shuffle_needs_whole_groups_of_channels() -> None:
     with pytest.raises(GraphError, match=r"'x' of shape \(None, 6, 2, 2\).*multiple of 4"):
         single("pixel_shuffle", (None, 6, 2, 2), factor=2).validate()
+
+
+# ---- upsampling ---------------------------------------------------------------------------------
+
+TO_SIZES = [(14, 26), (7, 13), (1, 1), (3, 5), (20, 13), (21, 40), (7, 14), (64, 3)]
+SCALES = [
+    (2.0, 2.0),
+    (2.05, 2.1),
+    (3.0, 4.0),
+    (1.5, 2.5),
+    (0.5, 0.4),
+    (1.1, 1.0),
+    (1.3, 0.77),
+    (8.0, 1.999),
+]
+
+
+def upsampled(x: Array, mode: str, align_corners: bool, **settings: Any) -> Array:
+    torch = pytest.importorskip("torch")
+    if mode == "bilinear":
+        settings["align_corners"] = align_corners
+    y = torch.nn.functional.interpolate(torch.from_numpy(x), mode=mode, **settings)
+    result: Array = y.numpy()
+    return result
+
+
+@pytest.mark.parametrize("settings", [*TO_SIZES, *SCALES])
+@pytest.mark.parametrize(
+    ("mode", "align"),
+    [("nearest", False), ("nearest-exact", False), ("bilinear", False), ("bilinear", True)],
+)
+def test_upsample(mode: str, align: bool, settings: tuple[Any, Any]) -> None:
+    attrs: dict[str, Any] = {"mode": mode, "align_corners": align}
+    if isinstance(settings[0], int):
+        attrs["size"] = settings
+        theirs = {"size": settings}
+    else:
+        attrs["scale_h"], attrs["scale_w"] = settings
+        theirs = {"scale_factor": settings}
+    for height, width in ((7, 13), (1, 1), (2, 30), (33, 10)):
+        x = normal(2, 3, height, width)
+        graph = single("upsample", (None, 3, None, None), **attrs)
+        try:
+            want = upsampled(x, mode, align, **theirs)
+        except RuntimeError:  # nothing is left
+            with pytest.raises(InputError, match=r"upsample_0.*'x' of shape"):
+                Session(graph)(x)
+            continue
+        got = check(graph, x)
+        if mode == "bilinear":
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+        else:
+            assert same_bits(got, want)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_upsample_to_the_size_of_another_value(mode: str) -> None:
+    b = Builder(("x", (None, 3, None, None)), ("y", (None, 5, None, None)))
+    b.add("upsample", "x", "y", mode=mode)
+    graph = b.graph()
+    for size in ((7, 9), (20, 4), (3, 3)):
+        x, y = normal(2, 3, 3, 3), normal(2, 5, *size)
+        want = upsampled(x, mode, False, size=size)
+        np.testing.assert_allclose(check(graph, x, y), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [2.0, 1.7])
+def test_nearest_between_integer_layers_moves_bytes(scale: float) -> None:
+    b = Builder(("x", (None, 4, 9, 5)), seed=2)
+    y = b.int8_conv2d("x", 4, 6, padding=(1, 1))
+    y = b.add("upsample", y, mode="nearest", scale_h=scale, scale_w=scale)
+    b.pq_conv2d(y, 6, 7, padding=(1, 1), act_zero=30)
+    graph = b.graph()
+    x = normal(3, 4, 9, 5)
+    check(graph, x)
+    steps = Session(graph).profile(x, runs=1).steps
+    assert [s.method for s in steps if s.op == "upsample"] == ["uint8"]
+
+
+@pytest.mark.parametrize(
+    ("attrs", "message"),
+    [
+        ({}, "give one of these"),
+        ({"size": (3,)}, "give one of these"),
+        ({"size": (3, 3), "scale_h": 2.0, "scale_w": 2.0}, "give one of these"),
+        ({"scale_h": 2.0}, "two scales above 0"),
+        ({"scale_h": -2.0, "scale_w": 2.0}, "at least 0"),
+        ({"size": (3, 3), "align_corners": True}, "mode 'bilinear' only"),
+        ({"size": (3, 5000)}, "at most 4096"),
+        ({"mode": "cubic", "size": (3, 3)}, "one of nearest, nearest-exact, bilinear"),
+    ],
+)
+def test_bad_upsampling(attrs: dict[str, Any], message: str) -> None:
+    with pytest.raises(GraphError, match=message):
+        single("upsample", (None, 2, 5, 5), **{"mode": "nearest", **attrs}).validate()
 
 
 # ---- convolutions over points -------------------------------------------------------------------

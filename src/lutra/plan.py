@@ -18,7 +18,7 @@ from lutra.errors import EngineError
 from lutra.graph import Graph, Node, Value
 from lutra.ops.elementwise import CLAMPS, limits
 from lutra.ops.lookup import unpack_weights
-from lutra.ops.registry import Array, flag, integer, ints, number, pair
+from lutra.ops.registry import Array, flag, integer, ints, number, pair, text
 from lutra.ops.rows import row_length
 from lutra.ops.shape import REST, TO_THE_END
 from lutra.text import shape_text
@@ -371,6 +371,18 @@ def _pixel_shuffle(plan: _engine.Plan, job: Job) -> int:
     return plan.pixel_shuffle(job.ids[0], integer(job.node, "factor"))
 
 
+def _upsample(plan: _engine.Plan, job: Job) -> int:
+    height, width = ints(job.node, "size") or (0, 0)
+    return plan.upsample(
+        job.ids[0],
+        text(job.node, "mode"),
+        size=(height, width),
+        scale=(number(job.node, "scale_h"), number(job.node, "scale_w")),
+        align_corners=flag(job.node, "align_corners"),
+        like=job.ids[1] if len(job.ids) > 1 else -1,
+    )
+
+
 def _reshape(plan: _engine.Plan, job: Job) -> int:
     sizes = job.output.shape[1:]
     if sizes.count(None) > 1:
@@ -448,6 +460,7 @@ STEPS: Final[dict[str, StepFn]] = {
     "mean": _mean,
     "max": _max,
     "pixel_shuffle": _pixel_shuffle,
+    "upsample": _upsample,
     "flatten": _reshape,
     "reshape": _reshape,
     "pad": _pad,

@@ -1,16 +1,46 @@
-"""Operators that give images another size."""
+"""Operators that give images another size.
+
+``upsample`` computes as PyTorch does, in float32 with one rounding for each operation, along each
+of the two axes of ``n`` entries that become ``m``::
+
+    step = 1 / scale, rounded once, where the operator has scales, else n / m
+           (n - 1) / (m - 1), or 0 where m is 1, with align_corners
+    nearest:        i = min(floor(j * step), n - 1); j where m = n; floor(j / 2) where m = 2 n
+    nearest-exact:  i = min(floor((j + 0.5) * step), n - 1)
+    bilinear:       s = max((j + 0.5) * step - 0.5, 0); j * step with align_corners; j where m = n
+                    i = min(floor(s), n - 1)    w' = min(s - i, 1)
+                    i' = min(i + 1, n - 1)      w  = 1 - w'
+
+    y[j, l] = (x[i, k] * w_k + x[i, k'] * w_k') * w_i + (x[i', k] * w_k + x[i', k'] * w_k') * w_i'
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from lutra.ops.registry import Array, Attr, OpSpec, image_sizes, integer, node_error
+from lutra.ops.registry import (
+    MAX_EXTENT,
+    Array,
+    Attr,
+    OpSpec,
+    flag,
+    image_sizes,
+    integer,
+    ints,
+    need_rank,
+    node_error,
+    number,
+    text,
+)
 
 if TYPE_CHECKING:
     from lutra.graph import Node, Value
 
 _MAX_FACTOR: Final = 64
+#: How ``upsample`` finds values between those that it has.
+MODES: Final = ("nearest", "nearest-exact", "bilinear")
 
 
 def _infer_pixel_shuffle(
@@ -29,10 +59,65 @@ def _infer_pixel_shuffle(
     return x.with_shape(node.output, (x.shape[0], channels // factor**2, *sizes))
 
 
+def _check_upsample(node: Node, tensors: Mapping[str, Array]) -> None:
+    scales = (number(node, "scale_h"), number(node, "scale_w"))
+    size = ints(node, "size")
+    given = [bool(size), any(scales), len(node.inputs) == 2]
+    if sum(given) != 1 or len(size) not in (0, 2) or (any(scales) and not all(scales)):
+        raise node_error(
+            node,
+            f"has size={size}, scale_h={scales[0]}, scale_w={scales[1]} and {len(node.inputs)} "
+            "inputs",
+            "give one of these: a size (height, width), two scales above 0, or a second input",
+        )
+    if flag(node, "align_corners") and text(node, "mode") != "bilinear":
+        raise node_error(node, "has align_corners=True", "that goes with mode 'bilinear' only")
+
+
+def upsampled_size(size: int, scale: float) -> int:
+    """How long an axis becomes."""
+    return math.floor(size * scale)
+
+
+def _infer_upsample(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    x, *like = inputs
+    need_rank(node, x, 4, 4)
+    sizes: list[int | None] = list(ints(node, "size"))
+    if like:
+        need_rank(node, like[0], 4, 4)
+        sizes = list(like[0].shape[2:])
+    elif not sizes:
+        scales = (number(node, "scale_h"), number(node, "scale_w"))
+        sizes = [
+            None if size is None else upsampled_size(size, scale)
+            for size, scale in zip(x.shape[2:], scales, strict=True)
+        ]
+    if 0 in sizes:
+        raise node_error(
+            node,
+            f"leaves nothing of its input {x.name!r} of shape {x.shape}",
+            "use a larger input or scale",
+        )
+    return x.with_shape(node.output, (*x.shape[:2], *sizes))
+
+
 SPECS: Final = (
     OpSpec(
         "pixel_shuffle",
         attrs={"factor": Attr(int, low=1, high=_MAX_FACTOR)},
         infer=_infer_pixel_shuffle,
+    ),
+    OpSpec(
+        "upsample",
+        attrs={
+            "mode": Attr(str, choices=MODES),
+            "size": Attr(tuple, default=(), low=1, high=MAX_EXTENT),
+            "scale_h": Attr(float, default=0.0, low=0, high=_MAX_FACTOR),
+            "scale_w": Attr(float, default=0.0, low=0, high=_MAX_FACTOR),
+            "align_corners": Attr(bool, default=False),
+        },
+        check=_check_upsample,
+        infer=_infer_upsample,
+        max_inputs=2,
     ),
 )

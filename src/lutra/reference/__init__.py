@@ -45,6 +45,7 @@ KERNELS: Final[dict[str, Kernel]] = {
     "mean": pool.mean,
     "max": pool.max_,
     "pixel_shuffle": image.pixel_shuffle,
+    "upsample": image.upsample,
     "flatten": shape.flatten,
     "reshape": shape.reshape,
     "pad": shape.pad,

@@ -53,6 +53,7 @@ def finetune(
     steps: int | None = None,
     lr: float = 1e-3,
     temperature_lr: float = 0.1,
+    table_lr: float | None = None,
     warmup: int = 0,
     weight_decay: float = 0.0,
     loss: Loss = F.cross_entropy,
@@ -81,7 +82,8 @@ def finetune(
             reseeded from `seed`, epoch and batch, so that a resumed run sees the same.
         epochs, steps: how long; give one of them.
         lr: learning rate of all parameters but temperatures. temperature_lr: of those (LUT-NN
-            takes 100 times lr).
+            takes 100 times lr). table_lr: of the tables and scales of lookup layers; None takes lr.
+            Where lr is small (1e-4), they need more.
         weight_decay: of all parameters but the tables and scales of lookup layers.
         warmup: steps of linear warm-up.
         loss: of (outputs, targets).
@@ -121,7 +123,8 @@ def finetune(
     if folder is not None:
         checkpoint.create_folder(folder)
     loader, sampler = seeded_loader(data, seed)
-    groups = _parameter_groups(model, lr, temperature_lr, weight_decay)
+    table_lr = lr if table_lr is None else table_lr
+    groups = _parameter_groups(model, lr, temperature_lr, table_lr, weight_decay)
     with accelerator_for(accelerator, mixed_precision) as accelerator, unmarked(model, teacher):
         seed_everything(seed)
         optimizer = torch.optim.Adam(groups)
@@ -142,6 +145,7 @@ def finetune(
                 "steps": total,
                 "lr": lr,
                 "temperature_lr": temperature_lr,
+                "table_lr": table_lr,
                 "warmup": warmup,
                 "weight_decay": weight_decay,
                 "distillation": None if teacher is None else distillation,
@@ -222,7 +226,7 @@ def _anneal(model: nn.Module, progress: float) -> None:
 
 
 def _parameter_groups(
-    model: nn.Module, lr: float, temperature_lr: float, weight_decay: float
+    model: nn.Module, lr: float, temperature_lr: float, table_lr: float, weight_decay: float
 ) -> list[dict[str, Any]]:
     spared = {
         parameter
@@ -240,7 +244,7 @@ def _parameter_groups(
     groups: list[dict[str, Any]] = [
         {"params": others, "lr": lr, "weight_decay": weight_decay},
         {"params": temperatures, "lr": temperature_lr, "weight_decay": weight_decay},
-        {"params": tables, "lr": lr, "weight_decay": 0.0},
+        {"params": tables, "lr": table_lr, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:

@@ -89,10 +89,16 @@ class Lowered:
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _F = TypeVar("_F", bound=Callable[..., Any])
 _REGISTRY: dict[str, Callable[..., Any]] = {}
+_TAKING_SIZES: set[str] = set()
 
 
-def lowers(*targets: str) -> Callable[[_F], _F]:
+def lowers(*targets: str, takes_sizes: bool = False) -> Callable[[_F], _F]:
     """Register a function as the lowering of torch operators such as `"aten.relu.default"`.
+
+    Args:
+        targets: The operators.
+        takes_sizes: Whether it can do with arguments that are computed from sizes known at run
+            time only; they are refused otherwise.
 
     The function is called as `fn(ctx, **arguments)`, the arguments named as in the operator's
     schema (only those the function takes). It returns a `Ref`, or a tuple for operators with
@@ -107,6 +113,8 @@ def lowers(*targets: str) -> Callable[[_F], _F]:
                     f"({_REGISTRY[target].__qualname__}); remove one of the two."
                 )
             _REGISTRY[target] = function
+            if takes_sizes:
+                _TAKING_SIZES.add(target)
         return function
 
     return register
@@ -192,6 +200,11 @@ class Lowering:
         self._names.add(name)
         self._shapes[value] = shape
         return Ref(value, shape)
+
+    def find(self, fits: Callable[[Ref], bool]) -> Ref | None:
+        """Return the first activation so far that fits, or None."""
+        refs = (Ref(name, shape) for name, shape in self._shapes.items() if shape)
+        return next((ref for ref in refs if fits(ref)), None)
 
     # ---- the walk ------------------------------------------------------------------------------
 
@@ -304,7 +317,8 @@ class Lowering:
                 )
             shape = self.result_shape
             arguments = _bind(node, args, lowering)
-            self._check_sizes(arguments)
+            if target not in _TAKING_SIZES:
+                self._check_sizes(arguments)
             result = lowering(self, **arguments)
             first_result = result[0] if isinstance(result, tuple) else result
             assert _alike(first_result.shape, shape), (target, first_result.shape, shape)

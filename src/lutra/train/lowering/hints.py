@@ -30,8 +30,13 @@ _TABLE = [
         "only the 2-D form exists; add an axis of size 1 and use that",
     ),
     (
-        "conv_transpose2d upsample_nearest2d upsample_bilinear2d",
-        "lutra has no upsampling; keep this part in torch",
+        "conv_transpose2d conv_transpose1d",
+        "lutra has no transposed convolution; use upsampling or nn.PixelShuffle and a convolution",
+    ),
+    (
+        "upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa upsample_nearest1d "
+        "upsample_linear1d upsample_trilinear3d",
+        "lutra has nearest and bilinear upsampling of images, without antialiasing",
     ),
     ("_native_batch_norm_legit _native_batch_norm_legit_functional", _BATCH_STATISTICS),
     ("native_dropout bernoulli rand rand_like randn_like", "remove what is random in eval mode"),

@@ -2,11 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from lutra.train.lowering.arguments import need_rank
-from lutra.train.lowering.core import Lowering, Ref, lowers
+from lutra.train.lowering.core import Lowering, Ref, UnsupportedUse, is_dynamic, lowers
 
 
 @lowers("aten.pixel_shuffle.default")
 def _pixel_shuffle(ctx: Lowering, self: Ref, upscale_factor: int) -> Ref:
     need_rank(self, 4)
     return ctx.emit("pixel_shuffle", self, attrs={"factor": upscale_factor})
+
+
+@lowers("aten.upsample_nearest2d.vec", takes_sizes=True)
+def _nearest(ctx: Lowering, input: Ref, scale_factors: Any) -> Ref:
+    return _upsample(ctx, input, scale_factors, "nearest", False)
+
+
+@lowers("aten._upsample_nearest_exact2d.vec", takes_sizes=True)
+def _nearest_exact(ctx: Lowering, input: Ref, scale_factors: Any) -> Ref:
+    return _upsample(ctx, input, scale_factors, "nearest-exact", False)
+
+
+@lowers("aten.upsample_bilinear2d.vec", takes_sizes=True)
+def _bilinear(ctx: Lowering, input: Ref, align_corners: bool, scale_factors: Any) -> Ref:
+    return _upsample(ctx, input, scale_factors, "bilinear", align_corners)
+
+
+def _upsample(
+    ctx: Lowering, x: Ref, scales: Sequence[float] | None, mode: str, align_corners: bool
+) -> Ref:
+    need_rank(x, 4)
+    attrs: dict[str, Any] = {"mode": mode, "align_corners": align_corners}
+    attrs |= {"size": (), "scale_h": 0.0, "scale_w": 0.0}
+    sizes = ctx.result_shape[2:]
+    if scales is None and any(map(is_dynamic, sizes)):
+        # whole multiples have the same steps as sizes
+        ratios = [new / old for new, old in zip(sizes, x.shape[2:], strict=True)]
+        if all(getattr(ratio, "is_Integer", False) for ratio in ratios):
+            scales = [float(ratio) for ratio in ratios]
+    if scales is not None:
+        rows, columns = map(float, scales)
+        return ctx.emit("upsample", x, attrs={**attrs, "scale_h": rows, "scale_w": columns})
+    if not any(map(is_dynamic, sizes)):
+        return ctx.emit("upsample", x, attrs={**attrs, "size": sizes})
+    like = ctx.find(lambda ref: ref.rank == 4 and ref.shape[2:] == sizes)
+    if like is None:
+        raise UnsupportedUse(
+            "its size is computed from sizes that are known at run time only; give a scale_factor, "
+            "or the size of another activation as size=y.shape[2:]"
+        )
+    return ctx.emit("upsample", (x, like), attrs=attrs)
