@@ -88,9 +88,7 @@ def test_empty_grids_are_left_out() -> None:
     grids[2] = False
     clouds = points.Clouds.from_grids(grids, labels)
     assert clouds.labels.tolist() == [0, 1, 3, 4, 5]
-    whole = points.Clouds.from_grids(*points.synthetic_grids(6, 0)).subset(
-        np.array([0, 1, 3, 4, 5])
-    )
+    whole = shapes(6).subset(np.array([0, 1, 3, 4, 5]))
     assert torch.equal(clouds.cells, whole.cells)
     assert torch.equal(clouds.first, whole.first)
     with pytest.raises(ValueError, match="all 6 grids are empty"):
@@ -158,21 +156,8 @@ def test_pointnet_from_training_to_engine(
 ) -> None:
     script: Any = pytest.importorskip("modelnet10_pointnet")
     file = tmp_path / "p.lutra"
-    words = [
-        "--synthetic",
-        "60",
-        "--points",
-        "24",
-        "--widths",
-        "8",
-        "16",
-        "--hidden",
-        "8",
-        "--float-epochs",
-        "1",
-        "--epochs",
-        "1",
-    ]
+    words = ["--synthetic", "60", "--points", "24", "--widths", "8", "16", "--hidden", "8"]
+    words += ["--float-epochs", "1", "--epochs", "1"]
     words += ["--batch", "8", "--threads", "1", "--output", str(file)]
     words += ["--checkpoints", str(tmp_path / "checkpoints")]
     monkeypatch.setattr(sys, "argv", ["modelnet10_pointnet.py", *words])
