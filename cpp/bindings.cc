@@ -312,6 +312,8 @@ NB_MODULE(_engine, m) {
       .def(
           "add", [](Plan& p, int a, int b) { return p.add_step(add_step(), {a, b}); }, "a"_a, "b"_a)
       .def(
+          "mul", [](Plan& p, int a, int b) { return p.add_step(mul_step(), {a, b}); }, "a"_a, "b"_a)
+      .def(
           "affine",
           [](Plan& p, int x, Array<float, 1> scale, Array<float, 1> bias) {
             require(scale.shape(0) == bias.shape(0), "scale and bias differ in length");

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_export import Fn, PreActBlock, ops, outputs_of, randomise
-from test_export_operators import PointNet, SuperResolution
+from test_export_operators import PointNet, Points1d, SuperResolution
 from torch import Tensor, nn
 
 from lutra import PQ, Int8
@@ -120,11 +120,12 @@ def test_every_size_equals_torch(tmp_path: Path, name: str) -> None:
         compare(graph, model, torch.randn(batch, 3, height, width))
 
 
-def test_points_of_any_number(tmp_path: Path) -> None:
-    model = randomise(PointNet())
+@pytest.mark.parametrize("make", [PointNet, Points1d])
+def test_points_of_any_number(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
+    model = randomise(make())
     graph = export_any_size(tmp_path, model, torch.randn(2, 3, 50), dynamic_axes=(2,))
     assert graph.inputs[0].shape == (None, 3, None)
-    for points in (1, 2, 77, 1000):
+    for points in (8, 9, 77, 1000):
         compare(graph, model, torch.randn(3, 3, points))
     with pytest.raises(InputError, match="empty"):
         Session(graph)(np.zeros((1, 3, 0), np.float32))

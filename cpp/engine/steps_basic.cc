@@ -46,19 +46,32 @@ class ClampStep : public FloatStep {
   float low_, high_;
 };
 
-class AddStep : public FloatStep {
+// f(a, b) of every pair of elements.
+template <class F>
+class PairStep : public FloatStep {
  public:
+  PairStep(const char* name, F f) : name_(name), f_(f) {}
   Shape infer(const Shapes& in) const override {
-    require(in[0] == in[1], "add: the shapes " + in[0].text() + " and " + in[1].text() + " differ");
+    require(in[0] == in[1], std::string(name_) + ": the shapes " + in[0].text() + " and " +
+                                in[1].text() + " differ");
     return in[0];
   }
   void run(const Shapes& shapes, const Inputs& in, const Shape&, float* out, uint8_t*,
            ThreadPool& pool) const override {
     in_blocks(shapes[0].size(), pool, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) out[i] = in[0][i] + in[1][i];
+      for (int64_t i = first; i < last; ++i) out[i] = f_(in[0][i], in[1][i]);
     });
   }
+
+ private:
+  const char* name_;
+  F f_;
 };
+
+template <class F>
+StepPtr pair_step(const char* name, F f) {
+  return std::make_unique<PairStep<F>>(name, f);
+}
 
 class AffineStep : public FloatStep {
  public:
@@ -359,7 +372,12 @@ class ConcatStep : public FloatStep {
 }  // namespace
 
 StepPtr clamp_step(float low, float high) { return std::make_unique<ClampStep>(low, high); }
-StepPtr add_step() { return std::make_unique<AddStep>(); }
+StepPtr add_step() {
+  return pair_step("add", [](float a, float b) { return a + b; });
+}
+StepPtr mul_step() {
+  return pair_step("mul", [](float a, float b) { return a * b; });
+}
 StepPtr affine_step(std::vector<float> scale, std::vector<float> bias) {
   return std::make_unique<AffineStep>(std::move(scale), std::move(bias));
 }

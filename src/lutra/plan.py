@@ -351,6 +351,11 @@ def _add(plan: _engine.Plan, job: Job) -> int:
     return plan.add(a, b)
 
 
+def _mul(plan: _engine.Plan, job: Job) -> int:
+    a, b = job.ids
+    return plan.mul(a, b)
+
+
 def _affine(plan: _engine.Plan, job: Job) -> int:
     return plan.affine(job.ids[0], job.tensors["scale"], job.tensors["bias"])
 
@@ -451,6 +456,7 @@ STEPS: Final[dict[str, StepFn]] = {
     "relu6": _clamp,
     "clamp": _clamp,
     "add": _add,
+    "mul": _mul,
     "affine": _affine,
     "softmax": _softmax,
     "max_pool2d": _max_pool2d,

@@ -58,12 +58,13 @@ def _infer_same(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array
     return inputs[0].with_shape(node.output, inputs[0].shape)
 
 
-def _infer_add(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+def _infer_both(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
     a, b = inputs
     if a.shape != b.shape:
+        what = "adds" if node.op == "add" else "multiplies"
         raise node_error(
             node,
-            f"adds {a.name!r} of shape {a.shape} and {b.name!r} of shape {b.shape}",
+            f"{what} {a.name!r} of shape {a.shape} and {b.name!r} of shape {b.shape}",
             "the shapes must be the same",
         )
     return a.with_shape(node.output, a.shape)
@@ -109,6 +110,12 @@ def _cost_add(
     return Cost(float_adds=math.prod(inner(output)))
 
 
+def _cost_mul(
+    node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]
+) -> Cost:
+    return Cost(float_muls=math.prod(inner(output)))
+
+
 SPECS: Final = (
     OpSpec("relu", infer=_infer_same),
     OpSpec("relu6", infer=_infer_same),
@@ -118,7 +125,8 @@ SPECS: Final = (
         check=_check_clamp,
         infer=_infer_same,
     ),
-    OpSpec("add", infer=_infer_add, cost=_cost_add, min_inputs=2, max_inputs=2),
+    OpSpec("add", infer=_infer_both, cost=_cost_add, min_inputs=2, max_inputs=2),
+    OpSpec("mul", infer=_infer_both, cost=_cost_mul, min_inputs=2, max_inputs=2),
     OpSpec(
         "affine",
         tensors={"scale": TensorRole("float32", 1), "bias": TensorRole("float32", 1)},

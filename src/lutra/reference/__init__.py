@@ -36,6 +36,7 @@ KERNELS: Final[dict[str, Kernel]] = {
     "relu6": elementwise.clamp,
     "clamp": elementwise.clamp,
     "add": elementwise.add,
+    "mul": elementwise.mul,
     "affine": elementwise.affine,
     "softmax": elementwise.softmax,
     "max_pool2d": pool.max_pool2d,

@@ -25,6 +25,12 @@ def add(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Ar
     return result
 
 
+def mul(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
+    """a * b, of the same shape."""
+    result: Array = inputs[0] * inputs[1]
+    return result
+
+
 def affine(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
     """x * scale[c] + bias[c] for each channel c, axis 1: a multiply, then an add."""
     (x,) = inputs

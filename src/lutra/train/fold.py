@@ -14,6 +14,8 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _NORM_OPS = ("aten._native_batch_norm_legit_no_training.default", "aten.batch_norm.default")
 # Operator -> where its arguments hold weight and bias (scale and bias of an integer layer).
 _LAYER_OPS = {
+    "aten.conv1d.default": (1, 2),
+    "aten.conv1d.padding": (1, 2),
     "aten.conv2d.default": (1, 2),
     "aten.conv2d.padding": (1, 2),
     "aten.convolution.default": (1, 2),
@@ -39,7 +41,7 @@ def fold_batch_norm(model: nn.Module, example_input: ExampleInput) -> nn.Module:
     """Return a copy of a model with its batch norms folded into the layers that feed them.
 
     A norm is folded when it is an `nn.BatchNorm1d` or `nn.BatchNorm2d` with running statistics
-    whose only input is one `nn.Conv2d`, `nn.Linear` or frozen integer layer (a module with the
+    whose only input is one convolution, `nn.Linear` or frozen integer layer (a module with the
     buffers `scale` and `bias`), when nobody else reads what that layer computes, and
     when neither of them, nor their weights, is used a second time. Who feeds whom is read off the
     traced program, not off the order of the modules. Folded norms become `nn.Identity`; the
@@ -98,7 +100,9 @@ def _is_foldable(
     if "linear" in str(layer.target) and layer.meta["val"].ndim != 2:
         return False  # the norm works on axis 1, which holds the outputs of a 2-D result only
     frozen = str(layer.target).startswith("lutra.")
-    if not (_is_frozen(module) if frozen else isinstance(module, (nn.Conv2d, nn.Linear))):
+    if not (
+        _is_frozen(module) if frozen else isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear))
+    ):
         return False
     names = ("scale", "bias") if frozen else ("weight", "bias")
     for position, name in zip(_LAYER_OPS[str(layer.target)], names, strict=True):

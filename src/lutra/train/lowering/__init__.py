@@ -22,6 +22,7 @@ from lutra.train.lowering import (  # noqa: F401  (they register)
     shape,
 )
 from lutra.train.lowering.core import Lowered, Lowering, Ref, UnsupportedUse, lowers
+from lutra.train.lowering.points import without_detours
 
 __all__ = ["Lowered", "Lowering", "Ref", "UnsupportedUse", "lower", "lowers"]
 
@@ -47,4 +48,4 @@ def lower(
     Raises:
         UnsupportedModelError: Operators that lutra cannot run, all of them in one message.
     """
-    return Lowering(program).run(input_names, output_names, metadata or {})
+    return Lowering(program).run(input_names, output_names, metadata or {}, without_detours)

@@ -26,6 +26,11 @@ def need_rank(x: Ref, rank: int) -> None:
         raise UnsupportedUse(f"its input has shape {text(x)}; give it {rank} axes, the batch first")
 
 
+def single(value: Any) -> int:
+    """Return the number of a size that torch takes as a number or as a list of one."""
+    return int(value[0] if isinstance(value, Sequence) else value)
+
+
 def need_activation(x: Any) -> None:
     if not isinstance(x, Ref):
         raise UnsupportedUse("its input is a constant and its weight an activation; swap them")

@@ -86,6 +86,10 @@ class Lowered:
     origins: Mapping[str, str]
 
 
+#: See `Lowering.run`.
+Simplify: TypeAlias = Callable[
+    [Sequence[Node], dict[str, Sizes], set[str], Callable[[str], str]], list[Node]
+]
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _F = TypeVar("_F", bound=Callable[..., Any])
 _REGISTRY: dict[str, Callable[..., Any]] = {}
@@ -213,8 +217,12 @@ class Lowering:
         input_names: Sequence[str],
         output_names: Sequence[str] | None,
         metadata: Mapping[str, Any],
+        simplify: Simplify,
     ) -> Lowered:
-        """Lower the whole program; see `lower`."""
+        """Lower the whole program; see `lower`.
+
+        `simplify(nodes, shapes, kept, new_name)` returns nodes that compute the same kept values.
+        """
         inputs = self._bind_inputs(input_names)
         output_node = next(n for n in self._program.graph.nodes if n.op == "output")
         outputs = [
@@ -235,6 +243,8 @@ class Lowering:
             self._output(argument, name) for argument, name in zip(outputs, names, strict=True)
         ]
         self._raise_unsupported()
+        kept = {result.name for result in results if result is not None}
+        self._nodes = simplify(self._nodes, self._shapes, kept, self._new_name)
         nodes = self._rename_outputs(results, names, inputs)
         graph = Graph(
             inputs=inputs,
@@ -473,6 +483,11 @@ class Lowering:
             self._tensors[name] = np.array(tensor.numpy(), order="C")
             self._tensor_names[key] = name
         return self._tensor_names[key]
+
+    def _new_name(self, name: str) -> str:
+        name = self._unique(name, {*self._shapes, *self._names})
+        self._names.add(name)
+        return name
 
     @staticmethod
     def _unique(name: str, taken: Mapping[str, Any] | set[str]) -> str:

@@ -14,8 +14,10 @@ from lutra.train.lowering.arguments import (
     need_constant,
     need_rank,
     pair,
+    single,
 )
 from lutra.train.lowering.core import Lowering, Ref, UnsupportedUse, lowers
+from lutra.train.lowering.points import as_image
 
 
 @lowers("aten.conv2d.default")
@@ -73,6 +75,60 @@ def _conv2d_padding(
     return _conv2d(ctx, input, weight, bias, stride, half, dilation, groups)
 
 
+@lowers("aten.conv1d.default")
+def _conv1d(
+    ctx: Lowering,
+    input: Ref,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> Ref:
+    need_activation(input)
+    need_rank(input, 3)
+    weight = need_constant(weight, "the kernel")
+    size, step, pad, spread = weight.shape[2], single(stride), single(padding), single(dilation)
+    return as_image(
+        ctx,
+        input,
+        "conv2d",
+        attrs={
+            "stride": (1, step),
+            "padding": (0, pad),
+            "dilation": (1, spread),
+            "groups": groups,
+        },
+        tensors={
+            "weight": weight.reshape(*weight.shape[:2], 1, size),
+            "bias": _bias(bias, weight.shape[0]),
+        },
+    )
+
+
+@lowers("aten.conv1d.padding")
+def _conv1d_padding(
+    ctx: Lowering,
+    input: Ref,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: str,
+    dilation: Any,
+    groups: int,
+) -> Ref:
+    need_activation(input)
+    need_rank(input, 3)
+    total = single(dilation) * (weight.shape[2] - 1) if padding == "same" else 0
+    if total % 2:  # an even kernel: torch puts the odd entry behind
+        shape = (*input.shape[:2], input.shape[2] + total)
+        pads = (0, 0, 0, 0, total // 2, total - total // 2)
+        input = ctx.emit("pad", input, shape, attrs={"pads": pads, "value": 0.0}, suffix="pad")
+        total = 0
+    return _conv1d(ctx, input, weight, bias, stride, total // 2, dilation, groups)
+
+
 @lowers("aten.convolution.default")
 def _convolution(
     ctx: Lowering,
@@ -87,6 +143,8 @@ def _convolution(
 ) -> Ref:
     if transposed:
         raise UnsupportedUse("lutra has no transposed convolution; keep this part in torch")
+    if isinstance(weight, Tensor) and weight.ndim == 3:
+        return _conv1d(ctx, input, weight, bias, stride, padding, dilation, groups)
     return _conv2d(ctx, input, weight, bias, stride, padding, dilation, groups)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lutra.ops.elementwise import NO_LIMIT
-from lutra.train.lowering.arguments import PRODUCT, Number, same_sizes, text
+from lutra.train.lowering.arguments import Number, same_sizes, text
 from lutra.train.lowering.core import Lowering, Ref, UnsupportedUse, lowers
 
 
@@ -112,7 +112,12 @@ def _neg(ctx: Lowering, self: Ref) -> Ref:
 @lowers("aten.mul.Tensor", "aten.mul.Scalar")
 def _mul(ctx: Lowering, self: Any, other: Any) -> Ref:
     if isinstance(self, Ref) and isinstance(other, Ref):
-        raise UnsupportedUse(PRODUCT)
+        if not same_sizes(self, other):
+            raise UnsupportedUse(
+                f"it multiplies shapes {text(self)} and {text(other)}; operands must have equal "
+                "shapes"
+            )
+        return ctx.emit("mul", (self, other))
     return _affine(ctx, self, other, 0.0) if isinstance(self, Ref) else _mul(ctx, other, self)
 
 

@@ -26,8 +26,8 @@ _TABLE = [
         "lutra keeps the order of axes; use flatten or reshape where the order does not change",
     ),
     (
-        "conv1d conv3d max_pool1d avg_pool1d max_pool3d avg_pool3d",
-        "only the 2-D form exists; add an axis of size 1 and use that",
+        "conv3d max_pool3d avg_pool3d",
+        "only the 1-D and 2-D forms exist",
     ),
     (
         "conv_transpose2d conv_transpose1d",

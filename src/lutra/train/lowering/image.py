@@ -31,7 +31,7 @@ def _bilinear(ctx: Lowering, input: Ref, align_corners: bool, scale_factors: Any
 
 
 def _upsample(
-    ctx: Lowering, x: Ref, scales: Sequence[float] | None, mode: str, align_corners: bool
+    ctx: Lowering, x: Ref, scales: Sequence[Any] | None, mode: str, align_corners: bool
 ) -> Ref:
     need_rank(x, 4)
     attrs: dict[str, Any] = {"mode": mode, "align_corners": align_corners}
@@ -39,9 +39,8 @@ def _upsample(
     sizes = ctx.result_shape[2:]
     if scales is None and any(map(is_dynamic, sizes)):
         # whole multiples have the same steps as sizes
-        ratios = [new / old for new, old in zip(sizes, x.shape[2:], strict=True)]
-        if all(getattr(ratio, "is_Integer", False) for ratio in ratios):
-            scales = [float(ratio) for ratio in ratios]
+        ratios = [_multiple(new, old) for new, old in zip(sizes, x.shape[2:], strict=True)]
+        scales = None if None in ratios else ratios
     if scales is not None:
         rows, columns = map(float, scales)
         return ctx.emit("upsample", x, attrs={**attrs, "scale_h": rows, "scale_w": columns})
@@ -54,3 +53,10 @@ def _upsample(
             "or the size of another activation as size=y.shape[2:]"
         )
     return ctx.emit("upsample", (x, like), attrs=attrs)
+
+
+def _multiple(new: Any, old: Any) -> int | None:
+    """How many times as large a dynamic size is as another, where that is a small whole number."""
+    if not is_dynamic(new) or not is_dynamic(old):
+        return None
+    return next((k for k in range(1, 17) if (new - k * old).expand() == 0), None)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lutra.train.lowering.arguments import need_rank, pair
+from lutra.train.lowering.arguments import need_rank, pair, single
 from lutra.train.lowering.core import Lowering, Ref, UnsupportedUse, lowers
+from lutra.train.lowering.points import as_image
 
 
 @lowers("aten.max_pool2d.default")
@@ -113,10 +114,53 @@ def _adaptive_avg_pool1d(ctx: Lowering, self: Ref, output_size: Any) -> Ref:
 
 def _adaptive_pool1d(ctx: Lowering, x: Ref, output_size: Any, op: str) -> Ref:
     need_rank(x, 3)
-    size, _ = pair(output_size)
-    if size != 1:
-        raise UnsupportedUse(f"it makes {size} values of each row; only a size of 1 is supported")
-    return ctx.emit(op, x, attrs={"axes": (2,), "keepdims": True})
+    size = single(output_size)
+    if size == 1:
+        return ctx.emit(op, x, attrs={"axes": (2,), "keepdims": True})
+    kind = "avg" if op == "mean" else op
+    return as_image(ctx, x, f"adaptive_{kind}_pool2d", attrs={"output_size": (1, size)})
+
+
+@lowers("aten.max_pool1d.default")
+def _max_pool1d(
+    ctx: Lowering,
+    self: Ref,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    ceil_mode: bool,
+) -> Ref:
+    need_rank(self, 3)
+    attrs = _line(kernel_size, stride, padding, ceil_mode)
+    return as_image(ctx, self, "max_pool2d", attrs={**attrs, "dilation": (1, single(dilation))})
+
+
+@lowers("aten.avg_pool1d.default")
+def _avg_pool1d(
+    ctx: Lowering,
+    self: Ref,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    ceil_mode: bool,
+    count_include_pad: bool,
+) -> Ref:
+    need_rank(self, 3)
+    attrs = _line(kernel_size, stride, padding, ceil_mode)
+    return as_image(
+        ctx, self, "avg_pool2d", attrs={**attrs, "count_include_pad": count_include_pad}
+    )
+
+
+def _line(kernel: Any, stride: Any, padding: Any, ceil_mode: bool) -> dict[str, Any]:
+    """The window of a pool over images of one line."""
+    return {
+        "kernel": (1, single(kernel)),
+        "stride": (1, single(stride or kernel)),
+        "padding": (0, single(padding)),
+        "ceil_mode": ceil_mode,
+    }
 
 
 def _axes(x: Ref, dim: list[int] | None, what: str) -> tuple[int, ...]:
