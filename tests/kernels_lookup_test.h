@@ -192,5 +192,50 @@ void test_long_responses(const Kernels& k) {
   }
 }
 
+// Small integers: their sums are the same in any order.
+void test_response_grad(const Kernels& k, size_t n, int levels) {
+  begin("response_grad, %zu elements, %d levels", n, levels);
+  Guarded<float> x(n, coin());
+  Guarded<uint8_t> index(n, coin());
+  Canvas<float> mine(1, n, n, static_cast<size_t>(pick(0, 3))), want(n);
+  for (size_t i = 0; i < n; ++i) {
+    x[i] = static_cast<float>(pick(-12, 12)) * 0.5f;
+    if (pick(0, 9) == 0) x[i] = any_of({kNan, kInf, -kInf, -0.0f});
+    const bool beyond = levels < 256 && pick(0, 30) == 0;  // is not counted
+    index[i] = static_cast<uint8_t>(beyond ? pick(levels, 255) : pick(0, levels - 1));
+    mine.data()[i] = want.data()[i] = static_cast<float>(pick(-8, 8));
+  }
+  const float low = any_of({0.0f, -3.0f}), high = any_of({2.5f, 4.0f});
+  const size_t cells = static_cast<size_t>(levels);
+  Canvas<double> my_cells(cells), cells_wanted(cells);
+  Canvas<int64_t> my_counts(cells), counts_wanted(cells);
+  for (size_t i = 0; i < cells; ++i) {
+    my_cells.data()[i] = cells_wanted.data()[i] = pick(-5, 5);
+    my_counts.data()[i] = counts_wanted.data()[i] = pick(0, 5);
+  }
+  double inside[2] = {7.0, 7.0};
+  k.response_grad(x.data(), index.data(), mine.data(), n, low, high, levels, my_cells.data(),
+                  my_counts.data(), &inside[0]);
+  kScalar.response_grad(x.data(), index.data(), want.data(), n, low, high, levels,
+                        cells_wanted.data(), counts_wanted.data(), &inside[1]);
+  my_cells.expect(cells_wanted, "cells");
+  my_counts.expect(counts_wanted, "counts");
+  check(inside[0] == inside[1], "inside is %.9g, not %.9g", inside[0], inside[1]);
+  for (size_t i = 0; i < n; ++i) {  // 0 and -0 are both zero
+    if (mine.data()[i] == want.data()[i]) continue;
+    check(false, "gradient %zu is %.9g, not %.9g", i, static_cast<double>(mine.data()[i]),
+          static_cast<double>(want.data()[i]));
+    break;
+  }
+  check(mine.intact(), "wrote outside its memory");
+}
+
+void test_response_grad(const Kernels& k) {
+  for (int levels : {1, 4, 8, 16, 32, 64, 256}) {
+    for (size_t n = 0; n <= 140; n += n < 70 ? 1 : 7) test_response_grad(k, n, levels);
+    for (size_t n : {2047, 2048, 2049, 4096, 5000}) test_response_grad(k, n, levels);
+  }
+}
+
 }  // namespace
 }  // namespace lutra

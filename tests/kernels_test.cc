@@ -658,6 +658,7 @@ void test_kernels(const Kernels& k) {
   test_dense8(k);
   test_respond(k);
   test_long_responses(k);
+  test_response_grad(k);
   test_floats(k);
   test_table_grad(k);
   test_epilogues(k);

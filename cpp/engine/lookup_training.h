@@ -16,8 +16,8 @@ struct LookupGradient {
 };
 
 // From the gradient of looked-up activations, which becomes zero where not low < x < high. All
-// arrays have `count` elements; indices of `levels` and more are not counted. The chunks and the order of their sums are fixed: the result does
-// not depend on the number of threads.
+// arrays have `count` elements; indices of `levels` and more are not counted. The chunks and the
+// order of their sums are fixed: the result does not depend on the number of threads.
 LookupGradient lookup_gradient(const Kernels& kernels, const float* x, const uint8_t* indices,
                                float* gradient, int64_t count, float low, float high,
                                int32_t levels, ThreadPool& pool);

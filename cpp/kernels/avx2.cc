@@ -1,7 +1,8 @@
 // AVX2 with FMA, nothing newer: rows in the lanes, tiles of 64 rows as sub-tiles of 32.
 //
 // The parts are private headers, all in this file's anonymous namespace: avx2_common.h (loads of
-// rows, the epilogue), avx2_encode.h, avx2_lookup.h, avx2_dense.h.
+// rows, the epilogue), avx2_encode.h, avx2_lookup.h, avx2_dense.h, avx2_respond.h (with
+// responses.h), avx2_training.h.
 #include <immintrin.h>
 
 #include "avx2_common.h"
@@ -75,6 +76,6 @@ constinit const Kernels kAvx2 = {.name = "avx2",
                                  .gemm = gemm,
                                  .linear = linear,
                                  .table_grad = table_grad,
-                                   .response_grad = response_grad};
+                                 .response_grad = response_grad};
 
 }  // namespace lutra

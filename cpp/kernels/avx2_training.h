@@ -64,8 +64,8 @@ void response_grad(const float* x, const uint8_t* index, float* gradient, size_t
     __m256 sum = _mm256_setzero_ps();
     for (size_t i = first; i < first + some; i += 8) {
       const __m256 v = _mm256_loadu_ps(x + i);
-      const __m256 in = _mm256_and_ps(_mm256_cmp_ps(v, lower, _CMP_GT_OQ),
-                                      _mm256_cmp_ps(v, upper, _CMP_LT_OQ));
+      const __m256 in =
+          _mm256_and_ps(_mm256_cmp_ps(v, lower, _CMP_GT_OQ), _mm256_cmp_ps(v, upper, _CMP_LT_OQ));
       const __m256 g = _mm256_and_ps(_mm256_loadu_ps(gradient + i), in);
       sum = _mm256_add_ps(sum, _mm256_mul_ps(g, _mm256_and_ps(v, in)));
       _mm256_storeu_ps(gradient + i, g);

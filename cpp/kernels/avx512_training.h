@@ -6,7 +6,7 @@
 namespace lutra {
 namespace {
 
-constexpr int32_t kGradCells = 16;  // accumulators of one pass
+constexpr int32_t kGradCells = 16;   // accumulators of one pass
 constexpr size_t kGradBlock = 2048;  // floats that are added up in single precision at most
 
 // Cells first..first+15 of a block.
@@ -58,8 +58,8 @@ void response_grad(const float* x, const uint8_t* index, float* gradient, size_t
       const int32_t left = first + some - i < 16 ? static_cast<int32_t>(first + some - i) : 16;
       const __m512 v = _mm512_maskz_loadu_ps(lane_mask(left), x + i);
       const __m512 g = _mm512_maskz_loadu_ps(lane_mask(left), gradient + i);
-      const __mmask16 in = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(v, lower, _CMP_GT_OQ), v,
-                                                   upper, _CMP_LT_OQ);
+      const __mmask16 in =
+          _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(v, lower, _CMP_GT_OQ), v, upper, _CMP_LT_OQ);
       sum = _mm512_mask3_fmadd_ps(g, v, sum, in);
       _mm512_mask_storeu_ps(gradient + i, lane_mask(left), _mm512_maskz_mov_ps(in, g));
     }

@@ -204,8 +204,8 @@ struct Kernels {
                      const float* rows, int32_t count, int32_t outputs, float* grad);
 
   // For each of n elements with gradient g and activation index k < levels: cells[k] += g,
-  // counts[k] += 1; where low < x < high, inside += g * x, elsewhere the gradient becomes zero. What
-  // has a larger index is not counted. The order of the sums is that of the instruction set.
+  // counts[k] += 1; where low < x < high, inside += g * x, elsewhere the gradient becomes zero.
+  // What has a larger index is not counted. The order of the sums is that of the instruction set.
   void (*response_grad)(const float* x, const uint8_t* index, float* gradient, size_t n, float low,
                         float high, int32_t levels, double* cells, int64_t* counts, double* inside);
 };
