@@ -466,12 +466,12 @@ def test_families_mix_from_conversion_to_the_engine(tmp_path: Path) -> None:
     assert 0.0 < entry.error < 0.2
     assert "lookup 16x15" in str(report)
     before = float(F.cross_entropy(model.eval()(data.tensors[0]), data.tensors[1]).detach())
-    finetune(model, DataLoader(data, 16, shuffle=True), epochs=10, lr=3e-3, progress=False)
+    finetune(model, DataLoader(data, 16, shuffle=True), epochs=15, lr=2e-2, progress=False)
     after = float(F.cross_entropy(model.eval()(data.tensors[0]), data.tensors[1]).detach())
     assert after < 0.9 * before
     model.eval()
     path = tmp_path / "mixed.lutra"
-    export(model, data.tensors[0][:2], path)
+    export(model, path, data.tensors[0][:2])
     graph = load_graph(path)
     assert {"int8_conv2d", "lookup_conv2d", "pq_conv2d", "lookup_linear", "int8_linear"} <= {
         node.op for node in graph.nodes
