@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import lutra
-from benchmarks.lookups import known_encoders, knows_int8
+from benchmarks.lookups import FAMILIES, Method
 from benchmarks.machine import machine, write_json
 from benchmarks.measure import METHOD, Case, Setting, measure
 from benchmarks.peers import AVX2_CAP, PEERS
 from benchmarks.table import markdown
 
-ENCODERS: Final = ("nearest", "tree")
 #: Variables that begin like this change how somebody runs, and are recorded.
 _SWITCHES: Final = ("ONEDNN_", "DNNL_", "ATEN_", "MKL_", "OMP_", "GOMP_", "KMP_", "OV_", "LUTRA_")
 
@@ -31,7 +30,7 @@ def run_command(module: str, purpose: str, cases: Sequence[Case]) -> None:
         purpose: One sentence for `--help`.
         cases: What can be measured.
     """
-    options = _options(purpose)
+    options = _options(purpose, cases)
     setting = Setting(
         threads=options.threads,
         isa=options.isa or lutra.runnable_isas()[-1],
@@ -43,12 +42,7 @@ def run_command(module: str, purpose: str, cases: Sequence[Case]) -> None:
         # The libraries read these variables when they are loaded, so begin again with them.
         words = [sys.executable, "-m", module, *sys.argv[1:]]
         os.execve(sys.executable, words, os.environ | AVX2_CAP)
-    chosen = [case for case in cases if options.case in case.network.name]
-    if not chosen:
-        names = sorted({case.network.name for case in cases})
-        raise SystemExit(f"no case has {options.case!r} in its name; there are {', '.join(names)}")
-    encoders, absent = _encoders(options.encoder)
-    setting = replace(setting, encoders=encoders)
+    chosen = _chosen(cases, options)
     report: dict[str, Any] = {
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "method": METHOD,
@@ -56,7 +50,6 @@ def run_command(module: str, purpose: str, cases: Sequence[Case]) -> None:
         "machine": machine(),
         "environment": {k: v for k, v in os.environ.items() if k.startswith(_SWITCHES)},
         "load_average": [os.getloadavg()[0]],
-        "encoders_left_out": absent,
         "lutra_failed": {},
         "records": [],
     }
@@ -80,13 +73,18 @@ def run_command(module: str, purpose: str, cases: Sequence[Case]) -> None:
         raise SystemExit("lutra could not run every case; see above")
 
 
-def _options(purpose: str) -> argparse.Namespace:
+def _options(purpose: str, cases: Sequence[Case]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=purpose)
     parser.add_argument("--threads", type=int, default=1, help="of everybody (default: 1)")
     parser.add_argument("--isa", choices=["avx2"], help="keep everybody at AVX2")
     parser.add_argument("--runs", type=int, default=50, help="that count (default: 50)")
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases with it in the name")
-    parser.add_argument("--encoder", choices=ENCODERS, action="append", help="(default: all)")
+    parser.add_argument("--method", choices=[family.family for family in FAMILIES],
+                        action="append", help="of lookups (default: all)")  # fmt: skip
+    for family in FAMILIES:
+        every = [x for case in cases for x in case.methods if x.family == family.family]
+        parser.add_argument(f"--{family.option}", choices=dict.fromkeys(x.choice for x in every),
+                            action="append", help=f"of {family.family} (default: all)")  # fmt: skip
     parser.add_argument("--dense", choices=["float32", "int8"], default="float32",
                         help="what lutra's dense layers are (default: float32)")  # fmt: skip
     parser.add_argument("--memory", action="store_true", help="peak memory too, after the timing")
@@ -95,34 +93,41 @@ def _options(purpose: str) -> argparse.Namespace:
     options = parser.parse_args()
     if options.threads < 1 or options.runs < 1:
         parser.error("--threads and --runs must be at least 1")
-    if options.dense == "int8" and not knows_int8():
-        parser.error("--dense int8: the installed lutra has no int8 layers")
     if options.isa not in (None, *lutra.runnable_isas()):
         parser.error(f"--isa {options.isa}: this machine runs {', '.join(lutra.runnable_isas())}")
     return options
 
 
-def _encoders(wanted: Sequence[str] | None) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The encoders to measure, and why others cannot be."""
-    known = known_encoders()
-    wanted = wanted or ENCODERS
-    reason = f"the installed lutra has only the encoders {', '.join(known)}"
-    absent = {name: reason for name in wanted if name not in known}
-    for name in absent:
-        print(f"skipping the encoder {name}: {reason}")
-    chosen = tuple(name for name in ENCODERS if name in wanted and name not in absent)
+def _chosen(cases: Sequence[Case], options: argparse.Namespace) -> list[Case]:
+    """The cases to measure, with the lookups to measure them with."""
+    named = [case for case in cases if options.case in case.network.name]
+    if not named:
+        names = sorted({case.network.name for case in cases})
+        raise SystemExit(f"no case has {options.case!r} in its name; there are {', '.join(names)}")
+
+    def wanted(method: Method) -> bool:
+        families, choices = options.method, getattr(options, method.option)
+        return (not families or method.family in families) and (
+            not choices or method.choice in choices
+        )
+
+    chosen = [replace(case, methods=tuple(filter(wanted, case.methods))) for case in named]
+    chosen = [case for case in chosen if case.methods]
     if not chosen:
-        raise SystemExit("no encoder is left to measure")
-    return chosen, absent
+        names = sorted({str(method) for case in named for method in case.methods})
+        raise SystemExit(
+            f"these cases have none of the chosen lookups; there are {', '.join(names)}"
+        )
+    return chosen
 
 
 def _print(record: dict[str, Any]) -> None:
     """A few lines about one record."""
-    title = f"{record['encoder']} V={record['v']} K={record['k']}"
-    print(f"  lutra {title:18s} {record['lutra_ms']:9.3f} ms {record['gmac_per_s']:7.0f} GMAC/s")
+    ms, title = record["lutra_ms"], record["lookups"]
+    print(f"  lutra {title:18s} {ms:9.3f} ms {record['gmac_per_s']:7.0f} GMAC/s")
     for name in PEERS:
         if name in record["peers_ms"]:
-            ms = record["peers_ms"][name]
-            print(f"    {name:22s} {ms:9.3f} ms {ms / record['lutra_ms']:7.2f} x")
+            peer_ms = record["peers_ms"][name]
+            print(f"    {name:22s} {peer_ms:9.3f} ms {peer_ms / ms:7.2f} x")
         elif name in record["peers_failed"]:
             print(f"    {name:22s} failed: {record['peers_failed'][name]}")

@@ -6,7 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.networks import Add, Conv, GlobalAverage, Layer, Linear, MaxPool, Network, Relu
+from benchmarks.networks import (
+    Add,
+    Conv,
+    GlobalAverage,
+    GlobalMax,
+    Layer,
+    Linear,
+    MaxPool,
+    Network,
+    Relu,
+)
 
 
 class Dense(nn.Module):
@@ -64,5 +74,7 @@ def _apply(layer: Layer, values: dict[str, Tensor]) -> Tensor:
         return F.max_pool2d(x, layer.kernel, layer.stride, layer.padding)
     if isinstance(layer, GlobalAverage):
         return F.adaptive_avg_pool2d(x, 1).flatten(1)
+    if isinstance(layer, GlobalMax):
+        return F.adaptive_max_pool2d(x, 1).flatten(1)
     assert not isinstance(layer, Conv | Linear)
     return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, layer.added, layer.added))

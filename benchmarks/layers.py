@@ -3,7 +3,8 @@
     python -m benchmarks.layers [--json FILE] [--threads N] [--isa avx2] [--case TEXT] ...
 
 A layer stands in a small network, so that nobody's conversion of the float32 input and output
-decides: three equal convolutions, or a linear layer and the layer back, with ReLU between.
+decides: three equal convolutions, or a linear layer and the layer back, with ReLU between. lutra
+runs it with product quantisation and with response tables of 4 bits (16x15) and of 2 bits (4x3).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from typing import Final
 
 from benchmarks.command import run_command
-from benchmarks.lookups import Lookup
+from benchmarks.lookups import Method, Response, encoders
 from benchmarks.measure import Case
 from benchmarks.networks import convolutions, linears
 
@@ -22,16 +23,21 @@ _CONVOLUTIONS: Final = (
 )  # fmt: skip
 #: The shape that is measured with other sizes of tables too.
 _SWEEP: Final = (256, 14)
+_TABLES: Final = (Response(16, 15), Response(4, 3))
+_METHODS: Final[tuple[Method, ...]] = (*encoders(), *_TABLES)
+_SWEPT: Final[tuple[Method, ...]] = (
+    *(pq for k in (8, 32, 64) for pq in encoders(k=k)),
+    *(Response(*size) for size in ((8, 7), (32, 33), (64, 33))),
+)
 
 CASES: Final = (
     *(
-        Case(convolutions(*shape), 1, tuple(Lookup(k=k) for k in ks))
+        Case(convolutions(*shape), 1, _METHODS + (_SWEPT if shape == _SWEEP else ()))
         for shape in _CONVOLUTIONS
-        for ks in ((16, 8, 32, 64) if shape == _SWEEP else (16,),)
     ),
-    Case(linears(1, 4096, 4096), 1, (Lookup(v=8),)),
-    Case(linears(128, 384, 1536), 128, (Lookup(v=16),)),
-    Case(linears(512, 768, 768), 512, (Lookup(v=16), Lookup(v=32))),
+    Case(linears(1, 4096, 4096), 1, (*encoders(v=8), *_TABLES)),
+    Case(linears(128, 384, 1536), 128, (*encoders(v=16), *_TABLES)),
+    Case(linears(512, 768, 768), 512, (*encoders(v=16), *encoders(v=32), *_TABLES)),
 )
 
 if __name__ == "__main__":

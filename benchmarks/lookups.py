@@ -1,244 +1,258 @@
-"""The lutra graph of a network, with random codebooks.
+"""The families of lookup layers: how a layer of a network becomes a node of a lutra graph.
 
-How long a lookup takes does not depend on what stands in the tables, so nothing is trained here and
-the outputs mean nothing. Everything else is as in a trained file: tables fill the int8 range of
-every output, scales keep the activations of all layers about as large as the input, and centroids
-and thresholds are drawn like the activations that they are compared with.
+Every family is a class of the protocol `Method`; another one is a class more, named in `FAMILIES`.
+Nothing is trained: tensors are random, but of the sizes, ranges and distributions of trained ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.networks import (
-    Add,
-    Conv,
-    GlobalAverage,
-    Layer,
-    Linear,
-    MaxPool,
-    Network,
-    Relu,
-    Shrink,
-)
-from lutra.graph import Graph, Node, Value, make_node
-from lutra.ops import OPS
+from benchmarks.networks import Conv, Linear
+from lutra.ops.lookup import TABLE_MAX, bits_for, pack_weights
 
 Array = NDArray[Any]
 
-#: Widths of the activation grids of lookup layers and of int8 layers, the defaults of training.
-ACT_BITS: Final = 6
-INT8_ACT_BITS: Final = 7
-#: Sub-vectors of 1x1 convolutions.
-POINTWISE_V: Final = 4
-#: Activations are clipped at so many times their root mean square.
-_CLIP: Final = 3.0
+#: Activations are clipped at so many times their root mean square, and so are the weights that
+#: become indices.
+CLIP: Final = 3.0
 
 
 @dataclass(frozen=True)
-class Lookup:
-    """How the layers of a network are looked up.
-
-    Attributes:
-        encoder: "nearest" (the nearest of K centroids) or "tree" (log2 K comparisons).
-        v: Values per sub-vector; 1x1 convolutions take `POINTWISE_V`.
-        k: Entries of a table.
-        dense: What the layers are that stay multiplied: "float32" or "int8".
-    """
-
-    encoder: str = "nearest"
-    v: int = 9
-    k: int = 16
-    dense: str = "float32"
-
-    def __str__(self) -> str:
-        return f"{self.encoder} V={self.v} K={self.k}"
-
-
-def known_encoders() -> tuple[str, ...]:
-    """The encoders of the installed lutra."""
-    return OPS["pq_conv2d"].attrs["encoder"].choices
-
-
-def knows_int8() -> bool:
-    """Whether the installed lutra has dense layers in int8."""
-    return "int8_conv2d" in OPS
-
-
-@dataclass(frozen=True)
-class _Range:
+class Range:
     """What is known of a value: its root mean square, and whether it goes below zero."""
 
     rms: float
     signed: bool
 
+    def grid(self, bits: int) -> dict[str, Any]:
+        """The attributes of a grid of so many bits for these values."""
+        zero = 2 ** (bits - 1) if self.signed else 0
+        scale = CLIP * self.rms / (2**bits - 1 - zero)
+        return {"act_scale": scale, "act_zero": zero, "act_bits": bits}
 
-class _Writer:
-    """Puts the graph together, layer by layer."""
-
-    def __init__(self, lookup: Lookup, seed: int) -> None:
-        self.lookup = lookup
-        self.rng = np.random.default_rng(seed)
-        self.nodes: list[Node] = []
-        self.tensors: dict[str, Array] = {}
-        self.ranges = {"x": _Range(1.0, True)}
-
-    def write(self, layer: Layer) -> None:
-        """Appends the nodes of a layer; the last makes the value that bears the layer's name."""
-        was = self.ranges[layer.x]
-        now = was
-        if isinstance(layer, Conv | Linear):
-            now = _Range(1.0, True)
-            (self._lookup if layer.lookup else self._dense)(layer, was)
-        elif isinstance(layer, Relu):
-            now = _Range(was.rms, False)
-            self._node("relu", layer.name, layer.x)
-        elif isinstance(layer, Add):
-            other = self.ranges[layer.other]
-            now = _Range(float(np.hypot(was.rms, other.rms)), was.signed or other.signed)
-            self._node("add", layer.name, layer.x, layer.other)
-        elif isinstance(layer, MaxPool):
-            window = {"kernel": layer.kernel, "stride": layer.stride, "padding": layer.padding}
-            pairs = {name: (size, size) for name, size in window.items()}
-            self._node("max_pool2d", layer.name, layer.x, attrs=pairs)
-        elif isinstance(layer, GlobalAverage):
-            self._node("mean", layer.name, layer.x, attrs={"axes": (2, 3), "keepdims": False})
-        else:
-            self._shrink(layer)
-        self.ranges[layer.name] = now
-
-    def _node(
-        self,
-        op: str,
-        name: str,
-        *inputs: str,
-        attrs: Mapping[str, Any] | None = None,
-        tensors: Mapping[str, Array] | None = None,
-    ) -> None:
-        roles = {role: f"{name}.{role}" for role in tensors or {}}
-        self.tensors.update({roles[role]: array for role, array in (tensors or {}).items()})
-        self.nodes.append(make_node(op, name, inputs, name, attrs, roles))
-
-    def _normal(self, *shape: int) -> Array:
-        values: Array = self.rng.standard_normal(shape, np.float32)
-        return values
-
-    def _lookup(self, layer: Conv | Linear, was: _Range) -> None:
-        attrs: dict[str, Any] = {**_grid(was, ACT_BITS), "encoder": self.lookup.encoder}
-        width = self.lookup.v
-        if isinstance(layer, Conv):
-            op, length = "pq_conv2d", layer.inputs * layer.kernel**2
-            width = width if layer.kernel > 1 else POINTWISE_V
-            attrs |= _window(layer)
-            attrs |= {"in_channels": layer.inputs, "kernel": (layer.kernel, layer.kernel)}
-        else:
-            op, length = "pq_linear", layer.inputs
-            attrs |= {"in_features": layer.inputs}
-        books, count = -(-length // width), self.lookup.k
-        if self.lookup.encoder == "tree":
-            tensors = {
-                "splits": self._splits(length, width, count.bit_length() - 1),
-                "thresholds": self._activations(was, books, count - 1),
-            }
-        else:
-            centroids = self._activations(was, books, count, width)
-            centroids[-1, :, length - (books - 1) * width :] = 0
-            tensors = {"centroids": centroids}
-        tensors |= self._tables(books, layer.outputs)
-        self._node(op, layer.name, layer.x, attrs=attrs, tensors=tensors)
-
-    def _activations(self, was: _Range, *shape: int) -> Array:
-        """Values as the layer meets them, on its grid."""
-        grid = _grid(was, ACT_BITS)
-        x = self._normal(*shape) * np.float32(was.rms / grid["act_scale"])
-        x = np.rint(x if was.signed else np.abs(x)) + grid["act_zero"]
-        levels: Array = np.clip(x, 0, 2**ACT_BITS - 1).astype(np.uint8)
+    def on_grid(self, values: Array, bits: int) -> Array:
+        """Values in units of the root mean square, as uint8 on the grid of so many bits."""
+        grid = self.grid(bits)
+        steps = np.rint(values * np.float32(self.rms / grid["act_scale"])) + grid["act_zero"]
+        levels: Array = np.clip(steps, 0, 2**bits - 1).astype(np.uint8)
         return levels
 
-    def _splits(self, length: int, width: int, levels: int) -> Array:
+
+class Parts(NamedTuple):
+    """A node, but for its name and its input."""
+
+    op: str
+    attrs: dict[str, Any]
+    tensors: dict[str, Array]
+
+
+class Method(Protocol):
+    """A family of lookup layers with its settings; `str` gives its title in tables.
+
+    Attributes:
+        family: Its name, for `--method` and for the field `method` of a record.
+        option: The option of the command line that chooses among settings of this family.
+    """
+
+    family: ClassVar[str]
+    option: ClassVar[str]
+
+    @property
+    def choice(self) -> str:
+        """The value of that option which stands for these settings."""
+
+    def columns(self) -> dict[str, Any]:
+        """The settings, as a record names them."""
+
+    def node(self, layer: Conv | Linear, was: Range, rng: np.random.Generator) -> Parts:
+        """The layer in this family; its outputs have a variance of about 1.
+
+        Args:
+            layer: The layer.
+            was: What it reads.
+            rng: What makes its tensors.
+        """
+
+
+@dataclass(frozen=True)
+class Pq:
+    """Product quantisation.
+
+    Attributes:
+        encoder: "nearest" (the nearest of K centroids) or "tree" (log2 K comparisons).
+        v: Values per sub-vector; 1x1 convolutions take `POINTWISE_V`.
+        k: Entries of a table.
+    """
+
+    family: ClassVar[str] = "pq"
+    option: ClassVar[str] = "encoder"
+    #: Width of the activation grid, the default of training.
+    ACT_BITS: ClassVar[int] = 6
+    POINTWISE_V: ClassVar[int] = 4
+
+    encoder: str = "nearest"
+    v: int = 9
+    k: int = 16
+
+    def __str__(self) -> str:
+        return f"{self.encoder} V={self.v} K={self.k}"
+
+    @property
+    def choice(self) -> str:
+        return self.encoder
+
+    def columns(self) -> dict[str, Any]:
+        return {"encoder": self.encoder, "v": self.v, "k": self.k}
+
+    def node(self, layer: Conv | Linear, was: Range, rng: np.random.Generator) -> Parts:
+        pointwise = isinstance(layer, Conv) and layer.kernel == 1
+        width = self.POINTWISE_V if pointwise else self.v
+        length = row_length(layer)
+        books = -(-length // width)
+        tensors = {}
+        if self.encoder == "tree":
+            tensors["splits"] = self._splits(rng, length, width)
+            tensors["thresholds"] = self._activations(rng, was, books, self.k - 1)
+        else:
+            centroids = self._activations(rng, was, books, self.k, width)
+            centroids[-1, :, length - (books - 1) * width :] = 0
+            tensors["centroids"] = centroids
+        # Normal entries, the largest of each output 127.
+        shape = (books, self.k, layer.outputs)
+        tensors["tables"], unit = to_int8(rng.standard_normal(shape, np.float32), (0, 1))
+        tensors["scale"] = (unit / np.sqrt(books)).astype(np.float32)
+        tensors["bias"] = np.zeros(layer.outputs, np.float32)
+        attrs = {**was.grid(self.ACT_BITS), "encoder": self.encoder, **row_attrs(layer)}
+        return Parts("pq_conv2d" if isinstance(layer, Conv) else "pq_linear", attrs, tensors)
+
+    def _activations(self, rng: np.random.Generator, was: Range, *shape: int) -> Array:
+        """Values as the layer meets them, on its grid."""
+        x = rng.standard_normal(shape, np.float32)
+        return was.on_grid(x if was.signed else np.abs(x), self.ACT_BITS)
+
+    def _splits(self, rng: np.random.Generator, length: int, width: int) -> Array:
         """The entry of the row that each level of each book's tree compares, int32 (B, L)."""
+        levels = self.k.bit_length() - 1
         splits = []
         for first in range(0, length, width):
             entries = min(width, length - first)
-            splits.append(first + self.rng.choice(entries, levels, replace=entries < levels))
+            splits.append(first + rng.choice(entries, levels, replace=entries < levels))
         return np.array(splits, np.int32)
 
-    def _tables(self, books: int, outputs: int) -> dict[str, Array]:
-        """Tables of normal entries, the largest of each output 127; sums have a variance of 1."""
-        entries, unit = _int8(self._normal(books, self.lookup.k, outputs), (0, 1))
-        return {
-            "tables": entries,
-            "scale": (unit / np.sqrt(books)).astype(np.float32),
-            "bias": np.zeros(outputs, np.float32),
-        }
 
-    def _dense(self, layer: Conv | Linear, was: _Range) -> None:
-        """A layer that stays multiplied: the one place that decides how."""
-        shape: tuple[int, ...] = (layer.outputs, layer.inputs)
-        op, attrs = "linear", {}
-        if isinstance(layer, Conv):
-            shape += (layer.kernel, layer.kernel)
-            op, attrs = "conv2d", _window(layer)
+@dataclass(frozen=True)
+class Response:
+    """Tables of activation index and weight index (Deep Lookup Network).
+
+    The table is that of exact products, which training begins with.
+
+    Attributes:
+        levels: Rows of the table, activation indices: 4, 8, 16, 32 or 64.
+        weights: Columns, weight indices: odd, 3 to 33.
+    """
+
+    family: ClassVar[str] = "lookup"
+    option: ClassVar[str] = "table"
+
+    levels: int = 16
+    weights: int = 15
+
+    def __str__(self) -> str:
+        return f"table {self.choice}"
+
+    @property
+    def choice(self) -> str:
+        return f"{self.levels}x{self.weights}"
+
+    def columns(self) -> dict[str, Any]:
+        return {"levels": self.levels, "weights": self.weights}
+
+    def node(self, layer: Conv | Linear, was: Range, rng: np.random.Generator) -> Parts:
+        bits, weight_bits = self.levels.bit_length() - 1, bits_for(self.weights)
+        grid = was.grid(bits)
+        table = self.table(grid["act_zero"])
+        shape, half = (layer.outputs, row_length(layer)), self.weights // 2
+        weight = np.rint(rng.standard_normal(shape, np.float32) * np.float32(half / CLIP))
+        index = (np.clip(weight, -half, half) + half).astype(np.uint8)
+        # What the layer meets: half of what a ReLU gives is 0.
+        x = rng.standard_normal(4096, np.float32)
+        rows = table[was.on_grid(x if was.signed else np.maximum(x, 0), bits)]
+        squares = np.square(rows, dtype=np.float32).mean(0)  # by weight index
+        spread = np.sqrt(shape[1] * squares[index].mean())
         tensors = {
-            "weight": self._normal(*shape) * np.float32(was.rms**-1 * np.prod(shape[1:]) ** -0.5),
+            "weight": pack_weights(index, weight_bits),
+            "table": table,
+            "scale": np.full(layer.outputs, 1 / spread, np.float32),
             "bias": np.zeros(layer.outputs, np.float32),
         }
-        if self.lookup.dense == "int8":
-            grid = _grid(was, INT8_ACT_BITS)
-            op, attrs = f"int8_{op}", attrs | grid
-            tensors["weight"], unit = _int8(tensors["weight"], tuple(range(1, len(shape))))
-            tensors["scale"] = (unit * grid["act_scale"]).astype(np.float32)
-        self._node(op, layer.name, layer.x, attrs=attrs, tensors=tensors)
+        attrs = {**grid, "weight_bits": weight_bits, **row_attrs(layer)}
+        op = "lookup_conv2d" if isinstance(layer, Conv) else "lookup_linear"
+        return Parts(op, attrs, tensors)
 
-    def _shrink(self, layer: Shrink) -> None:
-        x = layer.x
-        for axis, name in ((2, "rows"), (3, "columns")):
-            attrs = {"axis": axis, "start": 0, "stop": layer.size, "step": 2}
-            self._node("slice", f"{layer.name}.{name}", x, attrs=attrs)
-            x = f"{layer.name}.{name}"
-        pads = (0, 0, layer.added, layer.added, 0, 0, 0, 0)
-        self._node("pad", layer.name, x, attrs={"pads": pads})
+    def table(self, zero: int) -> Array:
+        """Products of the values that the indices stand for, int8 (levels, weights).
 
+        Args:
+            zero: The activation index of 0.
+        """
+        half = self.weights // 2
+        products = np.outer(np.arange(self.levels) - zero, np.arange(self.weights) - half)
+        largest = (self.levels - 1 - zero) * half
+        rounded = np.rint(products * (self.entries(zero) / largest))
+        table: Array = np.clip(rounded, -TABLE_MAX, TABLE_MAX).astype(np.int8)
+        return table
 
-def lutra_graph(network: Network, lookup: Lookup, seed: int = 0) -> Graph:
-    """The network with random codebooks; the batch is open.
+    def entries(self, zero: int) -> int:
+        """The entry of the largest activation and weight, as training chooses it by itself.
 
-    Args:
-        network: The network.
-        lookup: Encoder, V and K of all lookup layers.
-        seed: Of all tensors.
-    """
-    writer = _Writer(lookup, seed)
-    for layer in network.layers:
-        writer.write(layer)
-    return Graph(
-        (Value("x", "float32", (None, *network.shape)),),
-        (network.layers[-1].name,),
-        tuple(writer.nodes),
-        writer.tensors,
-    )
+        Where entries of a column are not far apart the kernels add up several in a byte: this is
+        the largest multiple of the products for which they do.
+        """
+        top = self.levels - 1 - zero
+        product = top * (self.weights // 2)
+        most = {4: 15, 8: 63}.get(self.levels, 127) * top / (self.levels - 1)
+        fitting = int(most // product) * product or product
+        return min(fitting, int(TABLE_MAX * top / max(zero, top)))
 
 
-def _grid(was: _Range, bits: int) -> dict[str, Any]:
-    """The attributes of a grid of so many bits for the values of a range."""
-    zero = 2 ** (bits - 1) if was.signed else 0
-    scale = _CLIP * was.rms / (2**bits - 1 - zero)
-    return {"act_scale": scale, "act_zero": zero, "act_bits": bits}
+FAMILIES: Final[tuple[type[Method], ...]] = (Pq, Response)
 
 
-def _int8(values: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """Rounded to -127..127, and the units: the largest value over the axes is 127."""
-    units = np.abs(values).max(axis=axes, keepdims=True) / 127
-    return np.rint(values / units).astype(np.int8), units.reshape(-1)
+def encoders(v: int = 9, k: int = 16) -> tuple[Pq, Pq]:
+    """Product quantisation of this size with both encoders."""
+    return Pq("nearest", v, k), Pq("tree", v, k)
 
 
-def _window(layer: Conv) -> dict[str, tuple[int, int]]:
+def row_length(layer: Conv | Linear) -> int:
+    """The inputs that one output is computed from."""
+    return layer.inputs * (layer.kernel**2 if isinstance(layer, Conv) else 1)
+
+
+def row_attrs(layer: Conv | Linear) -> dict[str, Any]:
+    """The attributes of every lookup layer that say which inputs an output is computed from."""
+    if isinstance(layer, Linear):
+        return {"in_features": layer.inputs}
+    return {
+        **window(layer),
+        "in_channels": layer.inputs,
+        "kernel": (layer.kernel, layer.kernel),
+    }
+
+
+def window(layer: Conv) -> dict[str, tuple[int, int]]:
+    """Stride and padding."""
     return {
         "stride": (layer.stride, layer.stride),
         "padding": (layer.padding, layer.padding),
     }
+
+
+def to_int8(values: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """Rounded to -127..127, and the units: the largest value over the axes is 127."""
+    units = np.abs(values).max(axis=axes, keepdims=True) / 127
+    return np.rint(values / units).astype(np.int8), units.reshape(-1)

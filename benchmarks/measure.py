@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -14,7 +14,8 @@ from typing import Any, Final
 import numpy as np
 
 import lutra
-from benchmarks.lookups import Lookup, lutra_graph
+from benchmarks.graphs import lutra_graph
+from benchmarks.lookups import Method
 from benchmarks.machine import interleaved, spread
 from benchmarks.memory import peak_memory
 from benchmarks.networks import Network
@@ -43,17 +44,18 @@ METHOD: Final = (
     "fastest and slowest run and the interquartile range of each contestant. Models of the peers "
     "have a fixed input shape; int8 is ONNX Runtime's static QDQ quantisation (uint8 activations, "
     "int8 weights, per channel), run by ONNX Runtime and by OpenVINO. Batch norms are folded for "
-    "everybody. lutra runs random codebooks, in sessions as users get them (inputs are checked)."
+    "everybody. lutra runs random codebooks, or tables of exact products with random weights, in "
+    "sessions as users get them (inputs are checked)."
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network at a batch size, and the sizes of sub-vectors and tables to run it with."""
+    """A network at a batch size, and the families and sizes of lookup layers to run it with."""
 
     network: Network
     batch: int
-    lookups: tuple[Lookup, ...] = (Lookup(),)
+    methods: tuple[Method, ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,6 @@ class Setting:
     threads: int = 1
     isa: str = field(default_factory=lambda: lutra.runnable_isas()[-1])
     runs: int = 50
-    encoders: tuple[str, ...] = ("nearest", "tree")
     dense: str = "float32"
     memory: bool = False
 
@@ -78,14 +79,14 @@ class _Sitting:
     """The contestants of a case, by name.
 
     Attributes:
-        lookups: Those that are lutra.
+        methods: Those that are lutra.
         paths: The file of each.
         opened: Those that run.
         failed: Why the others do not.
         macs: Multiply-adds of one run of the dense network.
     """
 
-    lookups: dict[str, Lookup] = field(default_factory=dict)
+    methods: dict[str, Method] = field(default_factory=dict)
     paths: dict[str, Path] = field(default_factory=dict)
     opened: dict[str, Opened] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -124,7 +125,7 @@ def measure(case: Case, setting: Setting) -> tuple[list[dict[str, Any]], dict[st
         memory = _memory(sitting, setting, pool[0]) if setting.memory else {}
         records = [
             _record(case, setting, sitting, name, spreads, memory)
-            for name in sitting.lookups
+            for name in sitting.methods
             if name in spreads
         ]
     return records, {name: text for name, text in sitting.failed.items() if name not in PEERS}
@@ -133,13 +134,12 @@ def measure(case: Case, setting: Setting) -> tuple[list[dict[str, Any]], dict[st
 def _open(case: Case, setting: Setting, folder: Path) -> _Sitting:
     """Writes the models of everybody and loads them."""
     sitting = _Sitting()
-    for size, encoder in itertools.product(case.lookups, setting.encoders):
-        lookup = replace(size, encoder=encoder, dense=setting.dense)
-        name = f"lutra {lookup}"
-        sitting.lookups[name] = lookup
+    for method in case.methods:
+        name = f"lutra {method}"
+        sitting.methods[name] = method
         sitting.paths[name] = folder / f"{name.replace(' ', '_')}.lutra"
         with sitting.attempt(name):
-            graph = lutra_graph(case.network, lookup)
+            graph = lutra_graph(case.network, method, setting.dense)
             sitting.macs = graph.total_cost().dense_macs * case.batch
             save_graph(graph, sitting.paths[name])
     unwritten = write_models(case.network, case.batch, folder)
@@ -205,7 +205,7 @@ def _record(
     memory: Mapping[str, int],
 ) -> dict[str, Any]:
     """What is known of one way of looking up, beside all peers."""
-    lookup, ms = sitting.lookups[name], spreads[name]["median"]
+    method, ms = sitting.methods[name], spreads[name]["median"]
     names = {"lutra": name} | {peer: peer for peer in PEERS if peer in spreads}
     peers_ms = {peer: spreads[peer]["median"] for peer in PEERS if peer in spreads}
     ratios = {}
@@ -220,10 +220,10 @@ def _record(
         "batch": case.batch,
         "isa": setting.isa,
         "threads": setting.threads,
-        "encoder": lookup.encoder,
-        "v": lookup.v,
-        "k": lookup.k,
-        "dense": lookup.dense,
+        "method": method.family,
+        "lookups": str(method),
+        **method.columns(),
+        "dense": setting.dense,
         "lutra_ms": ms,
         "peers_ms": peers_ms,
         **ratios,

@@ -2,8 +2,8 @@
 
     python -m benchmarks.models [--json FILE] [--threads N] [--isa avx2] [--case TEXT] ...
 
-The first convolution and the classifier are dense, all other convolutions are lookups: V = 9, 1x1
-shortcuts V = 4, K = 16.
+The first convolution and the last layer are dense. All others are lookups: product quantisation
+with V = 9, 1x1 convolutions V = 4, K = 16, and response tables of 4 bits (16x15) and 2 bits (4x3).
 """
 
 from __future__ import annotations
@@ -11,13 +11,20 @@ from __future__ import annotations
 from typing import Final
 
 from benchmarks.command import run_command
+from benchmarks.lookups import Response, encoders
 from benchmarks.measure import Case
-from benchmarks.networks import resnet18, resnet20, vgg11
+from benchmarks.networks import pointnet, resnet18, resnet20, vdsr, vgg11
+
+_NETWORKS: Final = (
+    *((network, (1, 8)) for network in (resnet20(), resnet18(32), vgg11(), resnet18(224))),
+    (vdsr(128), (1,)),
+    (pointnet(512), (1, 8)),
+)
 
 CASES: Final = tuple(
-    Case(network, batch)
-    for network in (resnet20(), resnet18(32), vgg11(), resnet18(224))
-    for batch in (1, 8)
+    Case(network, batch, (*encoders(), Response(16, 15), Response(4, 3)))
+    for network, batches in _NETWORKS
+    for batch in batches
 )
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The networks that are compared: one description, read by everybody.
 
-A network is a list of layers in the order in which they run. `benchmarks.lookups` makes a lutra
+A network is a list of layers in the order in which they run. `benchmarks.graphs` makes a lutra
 graph of it, `benchmarks.dense` the ordinary PyTorch module that the other runtimes get. There are
 no batch norms: every runtime folds them into the convolution before it.
 """
@@ -72,6 +72,14 @@ class GlobalAverage:
 
 
 @dataclass(frozen=True)
+class GlobalMax:
+    """The largest value of every channel: (N, C, H, W) to (N, C)."""
+
+    name: str
+    x: str
+
+
+@dataclass(frozen=True)
 class Shrink:
     """Every second pixel of `size` x `size`, and `added` channels of zeros on both sides."""
 
@@ -81,7 +89,7 @@ class Shrink:
     added: int
 
 
-Layer: TypeAlias = Conv | Linear | Relu | Add | MaxPool | GlobalAverage | Shrink
+Layer: TypeAlias = Conv | Linear | Relu | Add | MaxPool | GlobalAverage | GlobalMax | Shrink
 
 
 @dataclass(frozen=True)
@@ -197,3 +205,28 @@ def vgg11() -> Network:
             x = w.add(MaxPool(f"pool{i}", x, 2, 2))
     w.head(x, inputs, 10)
     return Network("VGG-11 32x32", (3, 32, 32), tuple(w.layers))
+
+
+def vdsr(size: int, depth: int = 20) -> Network:
+    """VDSR (Kim et al. 2016): 3x3 convolutions of 64 channels on a plane, added to the plane."""
+    w = _Writer()
+    x = w.relu(w.add(Conv("conv1", "x", 1, 64, lookup=False)))
+    for i in range(2, depth):
+        x = w.relu(w.add(Conv(f"conv{i}", x, 64, 64)))
+    x = w.add(Conv(f"conv{depth}", x, 64, 1, lookup=False))
+    w.add(Add("sum", "x", x))
+    return Network(f"VDSR {size}x{size}", (1, size, size), tuple(w.layers))
+
+
+def pointnet(points: int) -> Network:
+    """PointNet (Qi et al. 2017) without transformation networks: points are pixels."""
+    w, x, inputs = _Writer(), "x", 3
+    for i, outputs in enumerate((64, 64, 64, 128, 512), start=1):
+        x = w.relu(w.add(Conv(f"conv{i}", x, inputs, outputs, 1, lookup=i > 1)))
+        inputs = outputs
+    x = w.add(GlobalMax("max", x))
+    for i, outputs in enumerate((256, 128), start=1):
+        x = w.relu(w.add(Linear(f"linear{i}", x, inputs, outputs)))
+        inputs = outputs
+    w.add(Linear("classifier", x, inputs, 10, lookup=False))
+    return Network(f"PointNet {points} points", (3, points, 1), tuple(w.layers))

@@ -40,8 +40,7 @@ def markdown(records: Iterable[Mapping[str, Any]]) -> str:
         cells = [
             record["case"],
             str(record["batch"]),
-            f"{record['encoder']} V={record['v']} K={record['k']}"
-            + (", int8 ends" if record["dense"] == "int8" else ""),
+            _title(record) + (", int8 ends" if record["dense"] == "int8" else ""),
             f"{record['isa']}, {record['threads']}",
             _number(record["lutra_ms"]),
         ]
@@ -53,6 +52,14 @@ def markdown(records: Iterable[Mapping[str, Any]]) -> str:
             cells.append("-" if ratio is None else f"{ratio:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _title(record: Mapping[str, Any]) -> str:
+    """How lutra looked up."""
+    if "lookups" in record:
+        return str(record["lookups"])
+    # Records from before there was more than one family.
+    return f"{record['encoder']} V={record['v']} K={record['k']}"
 
 
 def _number(ms: float) -> str:

@@ -1,116 +1,26 @@
 // Python bindings: thin. Arrays come checked from Python; work runs without the GIL.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/pair.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
-#include <nanobind/stl/vector.h>
+#include "bindings.h"
 
 #include <bit>
-#include <optional>
-#include <utility>
 
 #include "engine/plan.h"
-#include "engine/pq_training.h"
 #include "engine/steps_basic.h"
 #include "engine/steps_conv.h"
 #include "engine/steps_image.h"
 #include "engine/steps_reduce.h"
 #include "kernels/dispatch.h"
 
-namespace nb = nanobind;
+namespace lutra {
+
 using namespace nb::literals;
 
-namespace lutra {
 namespace {
 
-template <class T, int kRank>
-using Array = nb::ndarray<const T, nb::ndim<kRank>, nb::c_contig, nb::device::cpu>;
-template <class T, int kRank>
-using OutArray = nb::ndarray<T, nb::ndim<kRank>, nb::c_contig, nb::device::cpu>;
-using Images = nb::ndarray<const float, nb::ndim<4>, nb::device::cpu>;
-using OutImages = nb::ndarray<float, nb::ndim<4>, nb::device::cpu>;
-using Pair = std::pair<int64_t, int64_t>;
 using Limits = std::optional<std::pair<float, float>>;
-
-ConvGeometry geometry(int64_t channels, Pair kernel, Pair stride, Pair padding, Pair dilation) {
-  for (int64_t v : {kernel.first, kernel.second, stride.first, stride.second, dilation.first,
-                    dilation.second}) {
-    require(v >= 1, "kernel, stride and dilation must be at least 1");
-  }
-  require(padding.first >= 0 && padding.second >= 0, "padding must not be negative");
-  return {.channels = channels,
-          .kernel_h = kernel.first,
-          .kernel_w = kernel.second,
-          .stride_h = stride.first,
-          .stride_w = stride.second,
-          .pad_h = padding.first,
-          .pad_w = padding.second,
-          .dilation_h = dilation.first,
-          .dilation_w = dilation.second};
-}
 
 Clamp clamp(const Limits& limits) {
   return limits ? Clamp{true, limits->first, limits->second} : Clamp{};
 }
-
-template <class T>
-ImageView image(const T& a) {
-  return {.data = const_cast<float*>(a.data()),
-          .n = static_cast<int64_t>(a.shape(0)),
-          .c = static_cast<int64_t>(a.shape(1)),
-          .h = static_cast<int64_t>(a.shape(2)),
-          .w = static_cast<int64_t>(a.shape(3)),
-          .sn = a.stride(0),
-          .sc = a.stride(1),
-          .sh = a.stride(2),
-          .sw = a.stride(3)};
-}
-
-using Centroids = std::optional<Array<uint8_t, 3>>;
-using Splits = std::optional<Array<int32_t, 2>>;
-using Thresholds = std::optional<Array<uint8_t, 2>>;
-
-// Everything but the numbers of the tables that the two product-quantised operators share.
-struct PqArrays {
-  Array<int8_t, 3> tables;
-  Array<float, 1> scale, bias;
-  Quantization grid;
-  const Centroids& centroids;
-  const Splits& splits;
-  const Thresholds& thresholds;
-};
-
-PqLayer pq_layer(const Kernels& kernels, const ConvGeometry& g, const PqArrays& a, bool few_rows) {
-  const Array<int8_t, 3>& t = a.tables;
-  require(a.scale.shape(0) == t.shape(2) && a.bias.shape(0) == t.shape(2),
-          "scale and bias need one value per output");
-  const int tree = (a.splits ? 1 : 0) + (a.thresholds ? 1 : 0);
-  require(a.centroids ? tree == 0 : tree == 2,
-          "a layer has centroids, or splits and thresholds; give one of the two");
-  PqShape s{.books = static_cast<int32_t>(t.shape(0)),
-            .centroids = static_cast<int32_t>(t.shape(1)),
-            .outputs = static_cast<int32_t>(t.shape(2))};
-  EncoderData e;
-  if (a.centroids) {
-    require(t.shape(0) == a.centroids->shape(0) && t.shape(1) == a.centroids->shape(1),
-            "centroids and tables differ in codebooks or K");
-    s.encoder = Encoder::kNearest;
-    s.dim = static_cast<int32_t>(a.centroids->shape(2));
-    e.centroids = a.centroids->data();
-  } else {
-    require(t.shape(0) == a.splits->shape(0) && t.shape(0) == a.thresholds->shape(0) &&
-                t.shape(1) == a.thresholds->shape(1) + 1 &&
-                t.shape(1) == size_t{1} << std::min<size_t>(a.splits->shape(1), 31),
-            "splits, thresholds and tables differ in codebooks or K");
-    s.encoder = Encoder::kTree;
-    e.splits = a.splits->data();
-    e.thresholds = a.thresholds->data();
-  }
-  return PqLayer(kernels, s, g, a.grid, e, t.data(), a.scale.data(), a.bias.data(), few_rows);
-}
-
 Int8Layer int8_layer(const Kernels& kernels, const ConvGeometry& g, int64_t outputs, int64_t groups,
                      const int8_t* weight, const Array<float, 1>& scale,
                      const Array<float, 1>& bias, const Quantization& grid) {
@@ -119,39 +29,9 @@ Int8Layer int8_layer(const Kernels& kernels, const ConvGeometry& g, int64_t outp
           "scale and bias need one value per output");
   return Int8Layer(kernels, g, outputs, groups, grid, weight, scale.data(), bias.data());
 }
-
 std::vector<int> with_residual(int x, int residual) {
   return residual >= 0 ? std::vector<int>{x, residual} : std::vector<int>{x};
 }
-
-// A PQ layer on its own, for PyTorch's operators: any strides in, any strides out.
-void run_layer(const PqLayer& layer, ThreadPool& pool, const Images& x, const OutImages& out,
-               std::optional<OutArray<uint8_t, 2>> codes) {
-  const ImageView in = image(x), y = image(out);
-  const ConvGeometry& g = layer.geometry();
-  require(in.c == g.channels && y.n == in.n && y.c == layer.shape().outputs &&
-              y.h == g.out_h(in.h) && y.w == g.out_w(in.w) && y.h > 0 && y.w > 0,
-          "input and output do not fit the layer");
-  if (codes) {
-    require(static_cast<int64_t>(codes->shape(0)) == layer.shape().books &&
-                static_cast<int64_t>(codes->shape(1)) == y.n * y.h * y.w,
-            "codes must have the shape (codebooks, rows)");
-  }
-  nb::gil_scoped_release release;
-  // Grown once per calling thread and kept: a training step calls this for every layer.
-  thread_local AlignedBytes memory;
-  thread_local size_t bytes = 0;
-  const size_t needed =
-      layer.workspace_bytes(in.n, in.h, in.w, pool.threads(), TileOutput::direct(y));
-  if (needed > bytes) {
-    memory = AlignedBytes(needed);
-    bytes = needed;
-  }
-  PqLayer::Call call{.floats = &in, .codes = codes ? codes->data() : nullptr};
-  call.output.view = y;
-  layer.run(call, memory.data(), pool);
-}
-
 using FloatArray = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 
 // Integer arithmetic, because compilers may turn that into vector code.
@@ -274,68 +154,7 @@ NB_MODULE(_engine, m) {
   nb::class_<ThreadPool>(m, "ThreadPool")
       .def(nb::init<int>(), "threads"_a)
       .def_prop_ro("threads", &ThreadPool::threads);
-
-  nb::class_<PqLayer>(m, "PqLayer")
-      .def(
-          "__init__",
-          [](PqLayer* self, const std::string& isa, Array<int8_t, 3> tables, Array<float, 1> scale,
-             Array<float, 1> bias, float act_scale, int act_zero, int act_bits, int64_t channels,
-             Pair kernel, Pair stride, Pair padding, Pair dilation, Centroids centroids,
-             Splits splits, Thresholds thresholds) {
-            const PqArrays arrays{tables,    scale,  bias,      {act_scale, act_zero, act_bits},
-                                  centroids, splits, thresholds};
-            new (self) PqLayer(pq_layer(find_kernels(isa),
-                                        geometry(channels, kernel, stride, padding, dilation),
-                                        arrays, false));
-          },
-          "isa"_a, "tables"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a, "act_bits"_a,
-          "channels"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a,
-          "centroids"_a.none() = nb::none(), "splits"_a.none() = nb::none(),
-          "thresholds"_a.none() = nb::none())
-      .def("run", &run_layer, "pool"_a, "x"_a, "out"_a, "codes"_a.none() = nb::none());
-
-  m.def(
-      "table_gradient",
-      [](const std::string& isa, ThreadPool& pool, Array<uint8_t, 2> codes, Images gradient,
-         OutArray<float, 3> out) {
-        const ImageView g = image(gradient);
-        require(codes.shape(0) == out.shape(0) &&
-                    static_cast<int64_t>(codes.shape(1)) == g.n * g.h * g.w &&
-                    static_cast<int64_t>(out.shape(2)) == g.c,
-                "codes, gradient and out do not fit each other");
-        const PqShape s{.books = static_cast<int32_t>(out.shape(0)),
-                        .centroids = static_cast<int32_t>(out.shape(1)),
-                        .dim = 1,
-                        .outputs = static_cast<int32_t>(out.shape(2))};
-        const Kernels& kernels = find_kernels(isa);
-        nb::gil_scoped_release release;
-        table_gradient(kernels, s, codes.data(), g, out.data(), pool);
-      },
-      "isa"_a, "pool"_a, "codes"_a, "gradient"_a, "out"_a);
-
-  m.def(
-      "cluster_sums",
-      [](const std::string& isa, ThreadPool& pool, Images x, Array<uint8_t, 2> codes,
-         float act_scale, int act_zero, int act_bits, Pair kernel, Pair stride, Pair padding,
-         Pair dilation, OutArray<int64_t, 3> sums, OutArray<int64_t, 2> counts) {
-        const ImageView in = image(x);
-        const ConvGeometry g = geometry(in.c, kernel, stride, padding, dilation);
-        const PqShape s{.books = static_cast<int32_t>(sums.shape(0)),
-                        .centroids = static_cast<int32_t>(sums.shape(1)),
-                        .dim = static_cast<int32_t>(sums.shape(2)),
-                        .outputs = 1};
-        require(counts.shape(0) == sums.shape(0) && counts.shape(1) == sums.shape(1) &&
-                    codes.shape(0) == sums.shape(0) &&
-                    static_cast<int64_t>(codes.shape(1)) == in.n * g.out_h(in.h) * g.out_w(in.w) &&
-                    (g.depth() + s.dim - 1) / s.dim == s.books,
-                "codes, sums and counts do not fit the layer");
-        const Kernels& kernels = find_kernels(isa);
-        nb::gil_scoped_release release;
-        cluster_sums(kernels, s, g, {.scale = act_scale, .zero = act_zero, .bits = act_bits}, in,
-                     codes.data(), sums.data(), counts.data(), pool);
-      },
-      "isa"_a, "pool"_a, "x"_a, "codes"_a, "act_scale"_a, "act_zero"_a, "act_bits"_a, "kernel"_a,
-      "stride"_a, "padding"_a, "dilation"_a, "sums"_a, "counts"_a);
+  bind_layers(m);
 
   nb::class_<Plan>(m, "Plan")
       .def(
@@ -420,6 +239,40 @@ NB_MODULE(_engine, m) {
           },
           "x"_a, "weight"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a, "act_bits"_a,
           "residual"_a = -1, "clamp"_a.none() = nb::none())
+      .def(
+          "lookup_conv2d",
+          [](Plan& p, int x, Array<uint8_t, 2> weight, Array<int8_t, 2> table,
+             Array<float, 1> scale, Array<float, 1> bias, float act_scale, int act_zero,
+             int act_bits, int64_t channels, Pair kernel, Pair stride, Pair padding, Pair dilation,
+             int residual, Limits limits) {
+            const Quantization grid{act_scale, act_zero, act_bits};
+            LookupLayer layer =
+                lookup_layer(p.kernels(), geometry(channels, kernel, stride, padding, dilation),
+                             weight, table, scale, bias, grid);
+            const int bytes = p.quantized(x, grid);
+            return p.add_step(
+                std::make_unique<LookupStep>(std::move(layer), false, residual >= 0, clamp(limits)),
+                with_residual(bytes, residual));
+          },
+          "x"_a, "weight"_a, "table"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a,
+          "act_bits"_a, "channels"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a,
+          "residual"_a = -1, "clamp"_a.none() = nb::none())
+      .def(
+          "lookup_linear",
+          [](Plan& p, int x, Array<uint8_t, 2> weight, Array<int8_t, 2> table,
+             Array<float, 1> scale, Array<float, 1> bias, float act_scale, int act_zero,
+             int act_bits, int residual, Limits limits) {
+            const Quantization grid{act_scale, act_zero, act_bits};
+            LookupLayer layer =
+                lookup_layer(p.kernels(), {.channels = static_cast<int64_t>(weight.shape(1))},
+                             weight, table, scale, bias, grid);
+            const int bytes = p.quantized(x, grid);
+            return p.add_step(
+                std::make_unique<LookupStep>(std::move(layer), true, residual >= 0, clamp(limits)),
+                with_residual(bytes, residual));
+          },
+          "x"_a, "weight"_a, "table"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a,
+          "act_bits"_a, "residual"_a = -1, "clamp"_a.none() = nb::none())
       .def(
           "conv2d",
           [](Plan& p, int x, Array<float, 4> weight, Array<float, 1> bias, Pair stride,

@@ -9,6 +9,8 @@ if find_spec("torch") is None:
     collect_ignore += [
         "test_convert.py",
         "test_export.py",
+        "test_export_lookup.py",
+        "test_export_operators.py",
         "test_export_pq.py",
         "test_finetune.py",
         "test_gate.py",
@@ -16,6 +18,7 @@ if find_spec("torch") is None:
         "test_int8_layers.py",
         "test_kmeans.py",
         "test_layers.py",
+        "test_lookup_layers.py",
         "test_projection.py",
         "test_tree_training.py",
     ]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lutra.graph import Graph, Node, Shape, Value, make_node
+from lutra.ops.lookup import bits_for, pack_weights
 from lutra.session import Session
 
 Array = np.ndarray[Any, Any]
@@ -47,6 +48,31 @@ def int8_tensors(rng: np.random.Generator, shape: tuple[int, ...]) -> dict[str, 
             np.float32
         ),
         "bias": rng.normal(size=shape[0]).astype(np.float32),
+    }
+
+
+def lookup_tensors(
+    rng: np.random.Generator,
+    length: int,
+    outputs: int,
+    *,
+    bits: int = 4,
+    weights: int = 15,
+    zero: int = 0,
+) -> dict[str, Array]:
+    """A random table and weights for rows of ``length`` values.
+
+    Returns:
+        weight uint8 (M, P), table int8 (2**bits, weights), scale float32 (M,), bias float32 (M,)
+    """
+    table = rng.integers(-127, 128, (2**bits, weights)).astype(np.int8)
+    table[zero] = 0
+    index = rng.integers(0, weights, (outputs, length), dtype=np.uint8)
+    return {
+        "weight": pack_weights(index, bits_for(weights)),
+        "table": table,
+        "scale": (rng.uniform(0.5, 1.5, outputs) / 70 / np.sqrt(length)).astype(np.float32),
+        "bias": rng.normal(size=outputs).astype(np.float32),
     }
 
 
@@ -152,6 +178,59 @@ class Builder:
             act_scale=act_scale,
             act_zero=min(act_zero, 2**act_bits - 1),
             act_bits=act_bits,
+        )
+
+    def lookup_conv2d(
+        self,
+        x: str,
+        channels: int,
+        outputs: int,
+        kernel: tuple[int, int] = (3, 3),
+        *,
+        weights: int = 15,
+        act_bits: int = 4,
+        act_scale: float = 0.25,
+        act_zero: int = 0,
+        **attrs: Any,
+    ) -> str:
+        length = channels * kernel[0] * kernel[1]
+        return self.add(
+            "lookup_conv2d",
+            x,
+            tensors=lookup_tensors(
+                self.rng, length, outputs, bits=act_bits, weights=weights, zero=act_zero
+            ),
+            in_channels=channels,
+            kernel=kernel,
+            act_scale=act_scale,
+            act_zero=act_zero,
+            act_bits=act_bits,
+            weight_bits=bits_for(weights),
+            **attrs,
+        )
+
+    def lookup_linear(
+        self,
+        x: str,
+        features: int,
+        outputs: int,
+        *,
+        weights: int = 15,
+        act_bits: int = 4,
+        act_scale: float = 0.25,
+        act_zero: int = 0,
+    ) -> str:
+        return self.add(
+            "lookup_linear",
+            x,
+            tensors=lookup_tensors(
+                self.rng, features, outputs, bits=act_bits, weights=weights, zero=act_zero
+            ),
+            in_features=features,
+            act_scale=act_scale,
+            act_zero=act_zero,
+            act_bits=act_bits,
+            weight_bits=bits_for(weights),
         )
 
     def int8_conv2d(
@@ -261,6 +340,7 @@ def every_op_graph(seed: int = 0, batch: int | None = None) -> Graph:
     x = b.int8_conv2d(x, 18, 18, padding=(1, 1), groups=18, act_zero=5)
     x = b.add("max_pool2d", x, kernel=(3, 3), stride=(2, 2), padding=(1, 1), ceil_mode=True)
     x = b.pq_conv2d(x, 18, 16, (2, 3), padding=(1, 1), dilation=(2, 1), count=8, width=4)
+    x = b.lookup_conv2d(x, 16, 16, (1, 3), padding=(0, 1), act_zero=8)
     x = b.add("avg_pool2d", x, kernel=(2, 2), stride=(1, 1), padding=(1, 1))
     wide = b.add("clamp", b.add("pixel_shuffle", x, factor=2), low=-1.5, high=2.5)  # (4, ...)
     wide = b.add("upsample", wide, mode="bilinear", scale_h=1.5, scale_w=2.0)
@@ -275,6 +355,7 @@ def every_op_graph(seed: int = 0, batch: int | None = None) -> Graph:
     low = b.pq_linear(low, 4, 5, count=64, width=3, act_bits=5)  # (5, 5)
     low = b.add("mean", low, axes=(1,), keepdims=False)  # (5,)
     top = b.pq_linear(top, 64, 10, width=16)
+    top = b.lookup_linear(top, 10, 10, weights=33, act_bits=6, act_scale=0.06, act_zero=32)
     top = b.add("relu", b.int8_linear(top, 10, 10))
     top = b.add("mul", top, b.add("clamp", top, high=3.0))
     top = b.add("softmax", b.linear(top, 10, 10), axis=1)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,57 +19,101 @@ import lutra
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import command, layers, models
-from benchmarks.lookups import Lookup, known_encoders, knows_int8, lutra_graph
+from benchmarks.graphs import lutra_graph
+from benchmarks.lookups import FAMILIES, Method, Pq, Range, Response, encoders
 from benchmarks.machine import interleaved, spread
 from benchmarks.measure import Case, Setting, measure
-from benchmarks.networks import convolutions, linears, resnet20
+from benchmarks.networks import Network, convolutions, linears, pointnet, resnet20, vdsr
 from benchmarks.peers import AVX2_CAP, NOT_CAPPED, PEERS
 from benchmarks.table import markdown
+from lutra.graph import Graph
+from lutra.ops.lookup import unpack_weights
 
 CASES = {case.network.name: case for case in (*layers.CASES, *models.CASES)}
-TREE = pytest.param(
-    "tree",
-    marks=pytest.mark.skipif("tree" not in known_encoders(), reason="this lutra has no trees"),
-)
+#: One way of looking up for every kind of kernel.
+METHODS = (*encoders(), Response(16, 15), Response(4, 3))
 #: Multiply-adds of the published networks.
 MACS = {
     "ResNet-20 32x32": 40_551_040,
     "ResNet-18 32x32": 555_422_720,
     "ResNet-18 224x224": 1_814_073_344,
     "VGG-11 32x32": 152_769_536,
+    "VDSR 128x128": 664_704 * 128 * 128,
+    "PointNet 512 points": 512 * (192 + 2 * 64 * 64 + 64 * 128 + 128 * 512) + 165_120,
     "3 x conv 3x3 64@56": 3 * 64 * 64 * 9 * 56 * 56,
     "2 x linear 1x4096x4096": 2 * 4096 * 4096,
 }
 
 
-@pytest.mark.parametrize("encoder", ["nearest", TREE])
 @pytest.mark.parametrize("name", CASES)
-def test_graphs_are_valid(name: str, encoder: str) -> None:
+def test_graphs_are_valid(name: str) -> None:
     case = CASES[name]
-    for lookup in case.lookups:
-        graph = lutra_graph(case.network, Lookup(encoder, lookup.v, lookup.k))
+    for method in case.methods:
+        graph = lutra_graph(case.network, method)
         graph.validate()
         assert graph.total_cost().lookups > 0
-    assert graph.total_cost().dense_macs == MACS.get(name, graph.total_cost().dense_macs)
+        assert graph.total_cost().dense_macs == MACS.get(name, graph.total_cost().dense_macs)
 
 
-@pytest.mark.skipif(not knows_int8(), reason="this lutra has no int8 layers")
-def test_dense_layers_in_int8() -> None:
-    graph = lutra_graph(resnet20(), Lookup(dense="int8"))
+def test_every_case_has_every_family() -> None:
+    for case in (*layers.CASES, *models.CASES):
+        assert {method.family for method in case.methods} == {f.family for f in FAMILIES}
+        assert len({str(method) for method in case.methods}) == len(case.methods)
+        assert {Response(16, 15), Response(4, 3)} <= set(case.methods)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_dense_layers_in_int8(method: Method) -> None:
+    graph = lutra_graph(resnet20(), method, "int8")
     graph.validate()
     ops = [node.op for node in graph.nodes]
     assert (ops.count("int8_conv2d"), ops.count("int8_linear")) == (1, 1)
     assert not {"conv2d", "linear"} & set(ops)
 
 
-@pytest.mark.parametrize("encoder", ["nearest", TREE])
-def test_activations_keep_their_size(encoder: str) -> None:
-    graph = lutra_graph(resnet20(), Lookup(encoder))
-    x = np.random.default_rng(0).standard_normal((2, 3, 32, 32), np.float32)
-    y = lutra.Session(graph)(x)
-    assert y.shape == (2, 10)
-    assert 0.05 < y.std() < 5
-    assert (y[0] != y[1]).any()
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(
+    "network", [resnet20(), vdsr(12), pointnet(64)], ids=lambda network: str(network.name)
+)
+def test_activations_keep_their_size(network: Network, method: Method) -> None:
+    graph = lutra_graph(network, method)
+    x = np.random.default_rng(0).standard_normal((2, *network.shape), np.float32)
+    last = [node for node in graph.nodes if node.op.startswith(("pq_", "lookup_"))][-1]
+    inner = Graph(graph.inputs, (last.output, *graph.outputs), graph.nodes, graph.tensors)
+    for y in lutra.Session(inner).run(None, {"x": x}):
+        assert 0.05 < y.std() < 5
+        assert (y[0] != y[1]).any()
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("levels", [4, 8, 16, 32, 64])
+@pytest.mark.parametrize("weights", [3, 7, 15, 33])
+def test_tables_are_those_of_training(levels: int, weights: int, signed: bool) -> None:
+    pytest.importorskip("torch", reason="needs PyTorch")
+    from lutra.train import Lookup
+    from lutra.train.response import Response as Trained
+    from lutra.train.response import default_entries, quantize_table
+
+    method, made = Lookup(levels, weights, table="linear"), Response(levels, weights)
+    zero = Range(1.0, signed).grid(method.act_bits)["act_zero"]
+    assert made.entries(zero) == default_entries(method, zero)
+    table = quantize_table(Trained(method)(zero).table, made.entries(zero))
+    assert made.table(zero).dtype == np.int8
+    assert np.abs(made.table(zero).astype(int) - table.numpy()).max() <= 1  # ties may round apart
+
+
+def test_default_entries() -> None:
+    assert [Response(*size).entries(0) for size in ((16, 15), (8, 7), (4, 3))] == [105, 63, 15]
+
+
+def test_weights_are_like_trained_ones() -> None:
+    graph = lutra_graph(linears(1, 1024, 256), Response())
+    packed = graph.tensors[graph.nodes[0].tensors["weight"]]
+    index = unpack_weights(packed, 4, 1024)
+    counts = np.bincount(index.ravel(), minlength=15) / index.size
+    assert counts.argmax() == 7
+    assert abs(counts - counts[::-1]).max() < 0.01
+    assert (counts > 0).all()
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "224" not in name])
@@ -77,7 +122,7 @@ def test_pytorch_has_the_same_shapes(name: str) -> None:
     from benchmarks.dense import Dense
 
     network = CASES[name].network
-    graph = lutra_graph(network, Lookup(v=64))
+    graph = lutra_graph(network, Pq(v=64))
     with torch.inference_mode():
         y = Dense(network).eval()(torch.randn(2, *network.shape))
     assert y.isfinite().all()
@@ -85,8 +130,8 @@ def test_pytorch_has_the_same_shapes(name: str) -> None:
 
 
 def measure_peers() -> tuple[list[dict[str, Any]], dict[str, str]]:
-    case = Case(convolutions(8, 6), 2, (Lookup(), Lookup(k=32)))
-    return measure(case, Setting(runs=2, encoders=("nearest",), memory=True))
+    case = Case(convolutions(8, 6), 2, (Pq(), Pq(k=32), Response(8, 7)))
+    return measure(case, Setting(runs=2, memory=True))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
@@ -111,7 +156,12 @@ def test_whole_way() -> None:
     assert process.returncode == 0, process.stderr
     records, broken = json.loads(process.stdout.splitlines()[-1])
     assert not broken
-    assert [(record["v"], record["k"]) for record in records] == [(9, 16), (9, 32)]
+    assert [record["method"] for record in records] == ["pq", "pq", "lookup"]
+    assert [(record["encoder"], record["v"], record["k"]) for record in records[:2]] == [
+        ("nearest", 9, 16),
+        ("nearest", 9, 32),
+    ]
+    assert (records[2]["levels"], records[2]["weights"]) == (8, 7)
     for record in records:
         assert set(record["peers_failed"]) <= {"openvino bf16"}  # not every CPU has it
         assert set(record["peers_ms"]) | set(record["peers_failed"]) == set(PEERS)
@@ -121,15 +171,15 @@ def test_whole_way() -> None:
         assert set(record["file_bytes"]) == {"lutra", "onnx fp32", "onnx int8"}
         assert set(record["peak_memory"]) == set(record["ms"]) == {"lutra", *record["peers_ms"]}
         assert record["openvino_kernels"]["openvino fp32"]
-    assert len(markdown(records).splitlines()) == 4
+    assert len(markdown(records).splitlines()) == 5
 
 
 def test_missing_peers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("torch", "onnxruntime", "openvino"):
         monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "benchmarks.dense", raising=False)
-    case = Case(linears(3, 16, 8), 3, (Lookup(v=4),))
-    (record,), broken = measure(case, Setting(runs=1, encoders=("nearest",)))
+    case = Case(linears(3, 64, 32), 3, (Response(8, 7),))
+    (record,), broken = measure(case, Setting(runs=1))
     assert not broken
     assert set(record["peers_failed"]) == set(PEERS)
     assert all("Error" in text for text in record["peers_failed"].values())
@@ -141,10 +191,11 @@ def test_missing_peers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_broken_lutra_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.measure.PEERS", {})
     monkeypatch.setattr("benchmarks.measure.write_models", lambda *_: {})
-    case = Case(linears(3, 16, 8), 3, (Lookup(v=4, k=7),))
-    records, broken = measure(case, Setting(runs=1, encoders=("nearest",)))
-    assert not records
+    case = Case(linears(3, 16, 8), 3, (Pq(v=4, k=7), Response(16, 15), Response(16, 35)))
+    records, broken = measure(case, Setting(runs=1))
+    assert [record["lookups"] for record in records] == ["table 16x15"]
     assert "GraphError" in broken["lutra nearest V=4 K=7"]
+    assert "odd number of columns" in broken["lutra table 16x35"]
 
 
 @pytest.mark.skipif(
@@ -170,24 +221,80 @@ def test_avx2_begins_again_with_the_cap(monkeypatch: pytest.MonkeyPatch) -> None
     assert set(NOT_CAPPED) < set(PEERS)
 
 
-def test_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    case = Case(replace(linears(2, 8, 4), name="tiny"), 2, (Lookup(v=4),))
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs the command with these words on one small case, without peers."""
+    methods = (*encoders(v=4), Response(16, 15), Response(4, 3))
+    case = Case(replace(linears(2, 64, 32), name="tiny"), 2, methods)
     monkeypatch.setattr("benchmarks.measure.PEERS", {})
     monkeypatch.setattr("benchmarks.measure.write_models", lambda *_: {})
-    monkeypatch.setattr("benchmarks.command.known_encoders", lambda: ("nearest",))
-    file = tmp_path / "new" / "out.json"
-    words = ["layers", "--case", "tin", "--runs", "1", "--markdown", "--json", str(file)]
-    monkeypatch.setattr(sys, "argv", words)
-    command.run_command("benchmarks.layers", "", [case])
-    text = capsys.readouterr().out
-    assert "skipping the encoder tree" in text
-    assert "| tiny | 2 | nearest V=4 K=16 |" in text
-    assert '"encoders_left_out"' in file.read_text()
-    monkeypatch.setattr(sys, "argv", ["layers", "--case", "nothing"])
-    with pytest.raises(SystemExit, match="there are tiny"):
+
+    def run(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["layers", *words])
         command.run_command("benchmarks.layers", "", [case])
+
+    return run
+
+
+def test_command(
+    tiny: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "new" / "out.json"
+    tiny("--case", "tin", "--runs", "1", "--markdown", "--json", str(file))
+    text = capsys.readouterr().out
+    assert "| tiny | 2 | nearest V=4 K=16 |" in text
+    assert "| tiny | 2 | table 4x3 |" in text
+    assert len(json.loads(file.read_text())["records"]) == 4
+    with pytest.raises(SystemExit, match="there are tiny"):
+        tiny("--case", "nothing")
+
+
+@pytest.mark.parametrize(
+    ("words", "chosen"),
+    [
+        ("--method lookup", ["table 16x15", "table 4x3"]),
+        ("--table 4x3 --method lookup", ["table 4x3"]),
+        ("--encoder tree", ["tree V=4 K=16", "table 16x15", "table 4x3"]),
+        ("--encoder tree --table 4x3 --table 16x15 --method pq", ["tree V=4 K=16"]),
+    ],
+)
+def test_choice_of_lookups(
+    tiny: Callable[..., None], tmp_path: Path, words: str, chosen: list[str]
+) -> None:
+    file = tmp_path / "out.json"
+    tiny("--runs", "1", "--json", str(file), *words.split())
+    assert [record["lookups"] for record in json.loads(file.read_text())["records"]] == chosen
+
+
+def test_unknown_choices_are_errors(
+    tiny: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in ("--table 8x7", "--encoder oak", "--method dense"):
+        with pytest.raises(SystemExit):
+            tiny(*words.split())
+        assert "invalid choice" in capsys.readouterr().err
+
+
+def test_nothing_to_measure_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [
+        Case(replace(linears(2, 8, 4), name=name), 2, (method,))
+        for name, method in (("first", Pq()), ("second", Response()))
+    ]
+    words = ["layers", "--case", "first", "--method", "lookup"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match="there are nearest V=9 K=16"):
+        command.run_command("benchmarks.layers", "", cases)
+
+
+def test_records_of_the_past_are_read() -> None:
+    files = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("[lm]*.json"))
+    records = [record for file in files for record in json.loads(file.read_text())["records"]]
+    assert records
+    assert len(markdown(records).splitlines()) == 2 + len(records)
+    old = {"encoder": "tree", "v": 9, "k": 16, "dense": "int8", "case": "a", "batch": 1}
+    old |= {"isa": "avx2", "threads": 1, "lutra_ms": 1.0, "peers_ms": {}}
+    old |= {"speedup_fp32": None, "speedup_int8": None}
+    assert "| tree V=9 K=16, int8 ends |" in markdown([old])
 
 
 def test_turns_rotate() -> None:

@@ -116,7 +116,10 @@ def test_recipes_survive_json() -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"method": "tree"}, r"'\*' has the method 'tree'; choose one of \['int8', 'keep', 'pq'\]"),
+        (
+            {"method": "tree"},
+            r"'\*' has the method 'tree'; choose one of \['int8', 'keep', 'lookup', 'pq'\]",
+        ),
         ({"k": 16}, "has the method None"),
         ({"method": ["pq"]}, r"has the method \['pq'\]"),
         ("pq2", "has the method 'pq2'"),

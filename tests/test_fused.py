@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from graphs import Array, Builder, int8_tensors, pq_tensors
+from graphs import Array, Builder, int8_tensors, lookup_tensors, pq_tensors
 from layers import same_bits
 
 from lutra import Session, run_reference, runnable_isas
 from lutra.graph import Graph
+from lutra.ops.lookup import bits_for
 
 CLAMPS = (None, "relu", "relu6")
 
@@ -41,8 +42,10 @@ def random_layer(b: Builder, x: str, channels: int, outputs: int, **attrs: Any) 
         "padding": (size // 2, size // 2),
         **attrs,
     }
-    kind = rng.choice(["nearest", "tree", "int8"])
+    kind = rng.choice(["nearest", "tree", "int8", "lookup"])
     length = channels * size * size
+    if kind == "lookup":
+        return random_lookup(b, x, channels, outputs, size, attrs)
     if kind == "int8":
         return b.add(
             "int8_conv2d", x, tensors=int8_tensors(rng, (outputs, channels, size, size)), **grid
@@ -61,6 +64,31 @@ def random_layer(b: Builder, x: str, channels: int, outputs: int, **attrs: Any) 
         kernel=(size, size),
         encoder=str(kind),
         **grid,
+    )
+
+
+def random_lookup(
+    b: Builder, x: str, channels: int, outputs: int, size: int, attrs: dict[str, Any]
+) -> str:
+    """A convolution of a table of any shape that there is."""
+    rng = b.rng
+    bits, weights = int(rng.integers(2, 7)), int(rng.choice([3, 7, 9, 15, 17, 33]))
+    zero = int(rng.choice([0, 2 ** (bits - 1)]))
+    tensors = lookup_tensors(
+        rng, channels * size * size, outputs, bits=bits, weights=weights, zero=zero
+    )
+    tensors["scale"] *= rng.choice([-1.0, 1.0], outputs).astype(np.float32)
+    return b.add(
+        "lookup_conv2d",
+        x,
+        tensors=tensors,
+        in_channels=channels,
+        kernel=(size, size),
+        act_scale=float(np.float32(rng.uniform(0.3, 3.0) / 2**bits)),
+        act_zero=zero,
+        act_bits=bits,
+        weight_bits=bits_for(weights),
+        **{"padding": (size // 2, size // 2), **attrs},
     )
 
 
@@ -89,7 +117,7 @@ def random_chain(seed: int) -> Graph:
     return b.graph()
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(30))
 def test_chains_give_the_bits_of_the_reference(seed: int) -> None:
     graph = random_chain(seed)
     for batch in (1, 3):
@@ -154,7 +182,8 @@ def test_few_tiles_are_shared_out(size: int) -> None:
     grid = {"act_scale": 0.05, "act_zero": 0, "act_bits": 6, "padding": (1, 1)}
     y = b.add("relu", b.pq_conv2d("x", 64, 96, **grid))
     z = b.add("relu", b.add("add", b.pq_conv2d(y, 96, 96, **grid), y))
-    b.add("int8_conv2d", z, tensors=int8_tensors(b.rng, (70, 96, 3, 3)), **grid)
+    z = b.lookup_conv2d(z, 96, 70, padding=(1, 1), act_bits=5, weights=33)
+    b.add("int8_conv2d", z, tensors=int8_tensors(b.rng, (70, 70, 3, 3)), **grid)
     graph = b.graph()
     x = b.rng.normal(size=(1, 64, size, size)).astype(np.float32)
     (want,) = run_reference(graph, {"x": x}).values()
@@ -166,14 +195,11 @@ def test_few_tiles_are_shared_out(size: int) -> None:
 
 
 @pytest.mark.parametrize("outputs", [1, 2])
-@pytest.mark.parametrize("kind", ["pq_linear", "int8_linear"])
+@pytest.mark.parametrize("kind", ["pq_linear", "int8_linear", "lookup_linear"])
 def test_rows_of_one_output_on_more_axes(kind: str, outputs: int) -> None:
     """Rows of one value are consecutive, those of two are not: run and workspace must agree."""
     b = Builder(("x", (None, 50, 900)), seed=outputs)
-    if kind == "pq_linear":
-        b.pq_linear("x", 900, outputs)
-    else:
-        b.int8_linear("x", 900, outputs)
+    getattr(b, kind)("x", 900, outputs)
     graph = b.graph()
     x = b.rng.normal(size=(9, 50, 900)).astype(np.float32)
     (want,) = run_reference(graph, {"x": x}).values()

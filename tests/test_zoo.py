@@ -3,59 +3,111 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from examples_support import DATA, ROOT
 
+import lutra
 from lutra.cli import main
 
-ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "zoo").glob("*.lutra"))
-DATA = Path(os.environ.get("LUTRA_TEST_DATA", ROOT.parent / "shared" / "data")) / "image"
 
 
-def stated_accuracy(name: str) -> float:
-    """The engine's accuracy in the table of zoo/README.md."""
+def files(part: str) -> Any:
+    """Parametrises a test with the files whose names hold this."""
+    found = [file for file in FILES if part in file.name]
+    return pytest.mark.parametrize("file", found, ids=lambda p: p.stem)
+
+
+def needs(path: str) -> Any:
+    """Skips a test where the data are absent."""
+    folder = Path(path).parent
+    return pytest.mark.skipif(
+        not (DATA / path).exists(),
+        reason=f"needs {path}: set LUTRA_TEST_DATA to the folder that holds {folder}/",
+    )
+
+
+def stated(name: str, what: str) -> float:
+    """A number of the table of a file in zoo/README.md."""
     text = (ROOT / "zoo" / "README.md").read_text()
     section = text[text.index(f"`{name}`") :]
-    found = re.search(r"engine accuracy \| ([\d.]+) %", section)
+    found = re.search(rf"{what} \| ([\d.]+) ", section)
     assert found, name
     return float(found[1])
+
+
+def evaluate(capsys: pytest.CaptureFixture[str], file: Path, *words: Any) -> Any:
+    """What ``lutra eval`` says."""
+    assert main(["eval", str(file), *map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def top1(capsys: pytest.CaptureFixture[str], file: Path, folder: Path, x: Any, y: Any) -> float:
+    """Percent of right labels, to two digits."""
+    np.save(folder / "x.npy", x)
+    np.save(folder / "y.npy", y)
+    result = evaluate(capsys, file, "--inputs", folder / "x.npy", "--labels", folder / "y.npy")
+    assert result["images"] == len(y)
+    return round(100.0 * result["correct"] / len(y), 2)
 
 
 def test_there_are_files() -> None:
     assert FILES
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda p: p.stem)
+@files("")
 def test_verify(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(file), "--isa", "all"]) == 0, capsys.readouterr().out
 
 
-@pytest.mark.skipif(
-    not (DATA / "cifar10_test.npy.xz").exists(),
-    reason="needs the CIFAR-10 test images: set LUTRA_TEST_DATA to the folder that holds image/",
-)
-@pytest.mark.parametrize(
-    "file", [file for file in FILES if "cifar10" in file.name], ids=lambda p: p.stem
-)
+@needs("image/cifar10_test.npy.xz")
+@files("cifar10")
 def test_cifar10_accuracy_is_as_stated(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("torch", reason="the example's image reader needs PyTorch")
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    sys.modules.pop("cifar10", None)
     from cifar10 import load_test_images
 
-    images, labels = load_test_images(DATA)
-    np.save(tmp_path / "x.npy", images)
-    np.save(tmp_path / "y.npy", labels)
-    arguments = ["--images", str(tmp_path / "x.npy"), "--labels", str(tmp_path / "y.npy")]
-    assert main(["eval", str(file), *arguments, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["images"] == len(labels)
-    assert round(100.0 * result["correct"] / len(labels), 2) == stated_accuracy(file.name)
+    images, labels = load_test_images(DATA / "image")
+    assert top1(capsys, file, tmp_path, images, labels) == stated(file.name, "engine accuracy")
+
+
+@needs("points/modelnet10_vox24_test.npy.xz")
+@files("modelnet10")
+def test_modelnet10_accuracy_is_as_stated(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch", reason="the example's reader needs PyTorch")
+    import points
+
+    entries = lutra.load_graph(file).metadata
+    tests = points.load_modelnet10(DATA / "points")[1]
+    x, y = points.fixed(tests, entries["training"]["points"], entries["seed"])
+    assert top1(capsys, file, tmp_path, x, y) == stated(file.name, "engine accuracy")
+
+
+@needs("sr/set5_hr.npy.xz")
+@files("sr_x2")
+def test_set5_psnr_is_as_stated(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch", reason="the example's reader needs PyTorch")
+    pytest.importorskip("PIL", reason="the example's reader needs Pillow")
+    import sr
+
+    enlarge = "enlarged" in lutra.load_graph(file).metadata["super_resolution"]["input"]
+    pairs = sr.load_set5(DATA / "sr", 2, enlarge=enlarge)
+    np.savez(tmp_path / "x.npz", **{f"{i:04}": pair.input for i, pair in enumerate(pairs)})
+    np.savez(
+        tmp_path / "y.npz",
+        **{f"{i:04}": np.rint(255 * pair.target).astype(np.uint8) for i, pair in enumerate(pairs)},
+    )
+    words = ["--metric", "psnr", "--images", tmp_path / "x.npz", "--targets", tmp_path / "y.npz"]
+    result = evaluate(capsys, file, *words, "--border", 2)
+    assert len(result["psnr_of"]) == 5
+    assert round(result["psnr"], 2) == stated(file.name, "engine PSNR")

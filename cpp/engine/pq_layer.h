@@ -38,11 +38,16 @@ class PqLayer {
   };
 
   const PqShape& shape() const { return shape_; }
+  int64_t outputs() const { return shape_.outputs; }
   const ConvGeometry& geometry() const { return geometry_; }
   const Quantization& quantization() const { return quantization_; }
   // Scratch of run(). `direct`: TileOutput::direct() of the output.
   size_t workspace_bytes(int64_t n, int64_t h, int64_t w, int threads, bool direct) const;
   void run(const Call& call, uint8_t* workspace, ThreadPool& pool) const;
+  void run(const ByteView& x, const LayerOutput& output, uint8_t* workspace,
+           ThreadPool& pool) const {
+    run({.bytes = &x, .output = output}, workspace, pool);
+  }
   size_t parameter_bytes() const;
   // For outputs that are only read on this grid.
   Fold fold(Clamp clamp, const Quantization& grid) const;

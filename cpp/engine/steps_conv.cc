@@ -87,44 +87,25 @@ int64_t LayerStep::rows(const Shape& x) const {
                  : x[0] * geometry_.out_h(x[2]) * geometry_.out_w(x[3]);
 }
 
-PqStep::PqStep(PqLayer layer, bool linear, bool residual, Clamp clamp)
-    : LayerStep(layer.geometry(), layer.shape().outputs, linear, residual, clamp),
-      layer_(std::move(layer)) {}
-
-size_t PqStep::workspace(const Shapes& inputs, int threads) const {
+template <class Layer>
+size_t QuantizedStep<Layer>::workspace(const Shapes& inputs, int threads) const {
   const auto x = view<const uint8_t>(inputs[0], nullptr);
   return layer_.workspace_bytes(x.n, x.h, x.w, threads, direct(inputs));
 }
 
-void PqStep::run(const StepRun& r) const {
-  const ByteView x = view(r.shapes[0], r.bytes);
-  layer_.run({.bytes = &x, .output = output(r)}, r.workspace, r.pool);
-}
-
-void PqStep::set_outputs(const std::vector<Quantization>& grids, bool floats) {
-  if (can_fold(grids, floats)) fold_ = layer_.fold(clamp_, grids[0]);
-}
-
-std::string PqStep::method(const Shapes& inputs) const { return layer_.method(rows(inputs[0])); }
-
-Int8Step::Int8Step(Int8Layer layer, bool linear, bool residual, Clamp clamp)
-    : LayerStep(layer.geometry(), layer.outputs(), linear, residual, clamp),
-      layer_(std::move(layer)) {}
-
-size_t Int8Step::workspace(const Shapes& inputs, int threads) const {
-  const auto x = view<const uint8_t>(inputs[0], nullptr);
-  return layer_.workspace_bytes(x.n, x.h, x.w, threads, direct(inputs));
-}
-
-void Int8Step::run(const StepRun& r) const {
+template <class Layer>
+void QuantizedStep<Layer>::run(const StepRun& r) const {
   layer_.run(view(r.shapes[0], r.bytes), output(r), r.workspace, r.pool);
 }
 
-void Int8Step::set_outputs(const std::vector<Quantization>& grids, bool floats) {
+template <class Layer>
+void QuantizedStep<Layer>::set_outputs(const std::vector<Quantization>& grids, bool floats) {
   if (can_fold(grids, floats)) fold_ = layer_.fold(clamp_, grids[0]);
 }
 
-std::string Int8Step::method(const Shapes& inputs) const { return layer_.method(rows(inputs[0])); }
+template class QuantizedStep<PqLayer>;
+template class QuantizedStep<Int8Layer>;
+template class QuantizedStep<LookupLayer>;
 
 ConvStep::ConvStep(const Kernels& kernels, const ConvGeometry& geometry, int64_t outputs,
                    int64_t groups, const float* weight, const float* bias, bool residual,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "int8_layer.h"
+#include "lookup_layer.h"
 #include "pq_layer.h"
 #include "step.h"
 
@@ -40,31 +41,26 @@ class LayerStep : public Step {
   Fold fold_;
 };
 
-class PqStep : public LayerStep {
+// A layer on integers: PqLayer, Int8Layer, LookupLayer.
+template <class Layer>
+class QuantizedStep : public LayerStep {
  public:
-  PqStep(PqLayer layer, bool linear, bool residual, Clamp clamp);
+  QuantizedStep(Layer layer, bool linear, bool residual, Clamp clamp)
+      : LayerStep(layer.geometry(), layer.outputs(), linear, residual, clamp),
+        layer_(std::move(layer)) {}
   size_t workspace(const Shapes& inputs, int threads) const override;
   void run(const StepRun& r) const override;
   void set_outputs(const std::vector<Quantization>& grids, bool floats) override;
-  std::string method(const Shapes& inputs) const override;
+  std::string method(const Shapes& inputs) const override { return layer_.method(rows(inputs[0])); }
   size_t parameter_bytes() const override { return layer_.parameter_bytes(); }
 
  private:
-  PqLayer layer_;
+  Layer layer_;
 };
 
-class Int8Step : public LayerStep {
- public:
-  Int8Step(Int8Layer layer, bool linear, bool residual, Clamp clamp);
-  size_t workspace(const Shapes& inputs, int threads) const override;
-  void run(const StepRun& r) const override;
-  void set_outputs(const std::vector<Quantization>& grids, bool floats) override;
-  std::string method(const Shapes& inputs) const override;
-  size_t parameter_bytes() const override { return layer_.parameter_bytes(); }
-
- private:
-  Int8Layer layer_;
-};
+using PqStep = QuantizedStep<PqLayer>;
+using Int8Step = QuantizedStep<Int8Layer>;
+using LookupStep = QuantizedStep<LookupLayer>;
 
 class ConvStep : public LayerStep {
  public:

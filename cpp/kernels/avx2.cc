@@ -1,13 +1,16 @@
 // AVX2 with FMA, nothing newer: rows in the lanes, tiles of 64 rows as sub-tiles of 32.
 //
 // The parts are private headers, all in this file's anonymous namespace: avx2_common.h (loads of
-// rows, the epilogue), avx2_encode.h, avx2_lookup.h, avx2_dense.h.
+// rows, the epilogue), avx2_encode.h, avx2_lookup.h, avx2_dense.h, avx2_respond.h (with
+// responses.h), avx2_training.h.
 #include <immintrin.h>
 
 #include "avx2_common.h"
 #include "avx2_dense.h"
 #include "avx2_encode.h"
 #include "avx2_lookup.h"
+#include "avx2_respond.h"
+#include "avx2_training.h"
 
 namespace lutra {
 namespace {
@@ -64,8 +67,15 @@ constinit const Kernels kAvx2 = {.name = "avx2",
                                  .gather8 = gather8,
                                  .dense8 = dense8,
                                  .dense8_row = dense8_row,
+                                 .response_bytes = response_bytes,
+                                 .pack_responses = pack_responses,
+                                 .index_bytes = index_bytes,
+                                 .gather_indices = gather_indices,
+                                 .respond = respond,
+                                 .respond_row = respond_row,
                                  .gemm = gemm,
                                  .linear = linear,
-                                 .table_grad = table_grad};
+                                 .table_grad = table_grad,
+                                 .response_grad = response_grad};
 
 }  // namespace lutra

@@ -5,6 +5,8 @@
 // has one to four blocks and costs accordingly.
 #include "avx512_dense.h"
 #include "avx512_lookup.h"
+#include "avx512_respond.h"
+#include "avx512_training.h"
 
 namespace lutra {
 namespace {
@@ -46,8 +48,15 @@ constinit const Kernels kAvx512 = {.name = "avx512",
                                    .gather8 = gather8,
                                    .dense8 = dense8,
                                    .dense8_row = dense8_row,
+                                   .response_bytes = response_bytes,
+                                   .pack_responses = pack_responses,
+                                   .index_bytes = index_bytes,
+                                   .gather_indices = gather_indices,
+                                   .respond = respond,
+                                   .respond_row = respond_row,
                                    .gemm = gemm,
                                    .linear = linear,
-                                   .table_grad = table_grad};
+                                   .table_grad = table_grad,
+                                   .response_grad = response_grad};
 
 }  // namespace lutra

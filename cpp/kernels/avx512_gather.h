@@ -198,9 +198,8 @@ void interleave(const __m512i* p, __m512i* quads) {
 
 // A quad of entries that lie apart, for all blocks at once: four loads instead of sixteen. Not for
 // rows in segments.
-void gather_wide(const uint8_t* planes, const Quad& q, const ByteRows& rows, int32_t blocks,
-                 uint8_t* to) {
-  __m512i p[4], quads[4];
+void gather_wide(const uint8_t* planes, const Quad& q, const ByteRows& rows, __m512i* quads) {
+  __m512i p[4];
 #pragma GCC unroll 4
   for (int32_t t = 0; t < 4; ++t) {
     const uint8_t* const at = planes + q.at[t];
@@ -219,9 +218,17 @@ void gather_wide(const uint8_t* planes, const Quad& q, const ByteRows& rows, int
     }
   }
   interleave(p, quads);
+}
+
+// One quad for all blocks, of which the last may be missing.
+void gather_blocks(const uint8_t* planes, const Quad& quad, const Rows& rows, const ByteRows& bytes,
+                   __m512i* quads) {
+  if (rows.blocks > 1 && bytes.reach != Reach::kSegments && quad.sources > 1) {
+    return gather_wide(planes, quad, bytes, quads);
+  }
 #pragma GCC unroll 4
   for (int32_t i = 0; i < 4; ++i) {
-    if (i < blocks) _mm512_storeu_si512(to + 64 * i, quads[i]);
+    if (i < rows.blocks) quads[i] = gather_quad(planes, quad, rows.block[i]);
   }
 }
 
@@ -290,15 +297,10 @@ class QuadFinder {
 // to: [quad][block][64 bytes]
 void gather_quads(const uint8_t* planes, const Quad* quads, int32_t groups, const Rows& rows,
                   const ByteRows& bytes, uint8_t* to) {
-  const bool wide = rows.blocks > 1 && bytes.reach != Reach::kSegments;
   for (int32_t g = 0; g < groups; ++g, to += 64 * rows.blocks) {
-    if (wide && quads[g].sources > 1) {
-      gather_wide(planes, quads[g], bytes, rows.blocks, to);
-      continue;
-    }
-    for (int32_t i = 0; i < rows.blocks; ++i) {
-      _mm512_storeu_si512(to + 64 * i, gather_quad(planes, quads[g], rows.block[i]));
-    }
+    __m512i x[4];
+    gather_blocks(planes, quads[g], rows, bytes, x);
+    for (int32_t i = 0; i < rows.blocks; ++i) _mm512_storeu_si512(to + 64 * i, x[i]);
   }
 }
 

@@ -38,6 +38,15 @@ struct PqShape {
   Encoder encoder;
 };
 
+// Sizes of one lookup layer, whose products are entries of one table.
+struct LookupShape {
+  int32_t depth;    // D: entries of a row
+  int32_t taps;     // entries of a row that share a plane, as above
+  int32_t outputs;  // M
+  int32_t levels;   // activation indices: 4, 8, 16, 32 or 64
+  int32_t weights;  // weight indices: 2..33
+};
+
 // Where the activations of a tile are: an entry has an offset, a row has an offset, and their sum
 // is the address. Entry d of row r is
 //   planes[(d / taps) * plane + tap[d % taps] + row[r]]
@@ -104,7 +113,7 @@ struct Kernels {
   uint32_t needs;       // Feature bits
   int32_t row_tile;     // rows per tile, at most kMaxRowTile
   int32_t book_tile;    // encode() may be split between codebooks at multiples of this
-  int32_t output_tile;  // lookup() and dense8() may be split between outputs at multiples of this
+  int32_t output_tile;  // lookup(), dense8() and respond() may be split at multiples of this
 
   // q[i] = grid(x[i])
   void (*quantize)(const float* x, size_t n, const Grid& grid, uint8_t* q);
@@ -159,6 +168,23 @@ struct Kernels {
   void (*dense8_row)(int32_t depth, int32_t outputs, const uint8_t* packed, const uint8_t* x,
                      int32_t first, int32_t last, int32_t* sums);
 
+  // --- lookup layers: entries of one table instead of products ----------------------------------
+  // Entries -127..127 of the table (levels, weights) and weight indices (outputs, depth), one byte
+  // each -> this instruction set's order
+  size_t (*response_bytes)(const LookupShape&);
+  void (*pack_responses)(const LookupShape&, const int8_t* table, const uint8_t* weight,
+                         uint8_t* packed);
+  // The activation indices of a tile, ready for respond().
+  size_t (*index_bytes)(const LookupShape&);
+  void (*gather_indices)(const LookupShape&, const Patch&, uint8_t* gathered);
+  // sum[m][r] = sum over d of table[x[d][r]][weight[m][d]], exact in int32, then the epilogue, for
+  // outputs first..last-1
+  void (*respond)(const LookupShape&, const uint8_t* packed, const uint8_t* gathered, int32_t first,
+                  int32_t last, const Epilogue&);
+  // One row, only for taps == 1: sums[m - first] for outputs first..last-1 of x (depth).
+  void (*respond_row)(const LookupShape&, const uint8_t* packed, const uint8_t* x, int32_t first,
+                      int32_t last, int32_t* sums);
+
   // --- dense layers in float32 ------------------------------------------------------------------
   // sum[m][r] = fma chain over d, ascending, of weights[m][d] * patch[d][r], then the epilogue.
   //   patch: float planes (depth, row_tile); weights: (ceil(outputs / 4), depth, 4), zero padded
@@ -176,6 +202,12 @@ struct Kernels {
   //   codes: planes `code_stride` bytes apart; rows: (count, outputs); grad: (books, K, outputs)
   void (*table_grad)(const uint8_t* codes, size_t code_stride, int32_t books, int32_t centroids,
                      const float* rows, int32_t count, int32_t outputs, float* grad);
+
+  // For each of n elements with gradient g and activation index k < levels: cells[k] += g,
+  // counts[k] += 1; where low < x < high, inside += g * x, elsewhere the gradient becomes zero.
+  // What has a larger index is not counted. The order of the sums is that of the instruction set.
+  void (*response_grad)(const float* x, const uint8_t* index, float* gradient, size_t n, float low,
+                        float high, int32_t levels, double* cells, int64_t* counts, double* inside);
 };
 
 extern const Kernels kScalar;  // the specification

@@ -200,6 +200,50 @@ void dense8_row(int32_t depth, int32_t, const uint8_t* packed, const uint8_t* x,
   }
 }
 
+// Packed responses are the canonical arrays: the table, then the weight indices.
+size_t response_bytes(const LookupShape& s) {
+  return static_cast<size_t>(s.levels) * s.weights + static_cast<size_t>(s.outputs) * s.depth;
+}
+
+void pack_responses(const LookupShape& s, const int8_t* table, const uint8_t* weight,
+                    uint8_t* packed) {
+  const int32_t entries = s.levels * s.weights;
+  for (int32_t i = 0; i < entries; ++i) packed[i] = static_cast<uint8_t>(table[i]);
+  const size_t count = static_cast<size_t>(s.outputs) * s.depth;
+  for (size_t i = 0; i < count; ++i) packed[entries + i] = weight[i];
+}
+
+size_t index_bytes(const LookupShape& s) { return static_cast<size_t>(s.depth) * kRows; }
+
+void gather_indices(const LookupShape& s, const Patch& p, uint8_t* gathered) {
+  gather8(s.depth, s.taps, p, gathered);
+}
+
+// x: entries `stride` bytes apart
+int32_t response(const LookupShape& s, const uint8_t* packed, const uint8_t* x, size_t stride,
+                 int32_t m) {
+  const uint8_t* const weight = packed + s.levels * s.weights + static_cast<size_t>(m) * s.depth;
+  int32_t sum = 0;
+  for (int32_t d = 0; d < s.depth; ++d) {
+    sum += static_cast<int8_t>(packed[x[d * stride] * s.weights + weight[d]]);
+  }
+  return sum;
+}
+
+void respond(const LookupShape& s, const uint8_t* packed, const uint8_t* gathered, int32_t first,
+             int32_t last, const Epilogue& e) {
+  for (int32_t m = first; m < last; ++m) {
+    for (int32_t r = 0; r < e.rows; ++r) {
+      finish(response(s, packed, gathered + r, kRows, m), e, m, r);
+    }
+  }
+}
+
+void respond_row(const LookupShape& s, const uint8_t* packed, const uint8_t* x, int32_t first,
+                 int32_t last, int32_t* sums) {
+  for (int32_t m = first; m < last; ++m) sums[m - first] = response(s, packed, x, 1, m);
+}
+
 void gemm(const float* patch, size_t depth, const float* weights, int32_t outputs,
           const Epilogue& e) {
   for (int32_t m = 0; m < outputs; ++m) {
@@ -236,6 +280,22 @@ void table_grad(const uint8_t* codes, size_t code_stride, int32_t books, int32_t
   }
 }
 
+void response_grad(const float* x, const uint8_t* index, float* gradient, size_t n, float low,
+                   float high, int32_t levels, double* cells, int64_t* counts, double* inside) {
+  for (size_t i = 0; i < n; ++i) {
+    const float g = gradient[i];
+    if (index[i] < levels) {
+      cells[index[i]] += static_cast<double>(g);
+      ++counts[index[i]];
+    }
+    if (low < x[i] && x[i] < high) {
+      *inside += static_cast<double>(g) * static_cast<double>(x[i]);
+    } else {
+      gradient[i] = 0.0f;
+    }
+  }
+}
+
 }  // namespace
 
 constinit const Kernels kScalar = {.name = "scalar",
@@ -260,8 +320,15 @@ constinit const Kernels kScalar = {.name = "scalar",
                                    .gather8 = gather8,
                                    .dense8 = dense8,
                                    .dense8_row = dense8_row,
+                                   .response_bytes = response_bytes,
+                                   .pack_responses = pack_responses,
+                                   .index_bytes = index_bytes,
+                                   .gather_indices = gather_indices,
+                                   .respond = respond,
+                                   .respond_row = respond_row,
                                    .gemm = gemm,
                                    .linear = linear,
-                                   .table_grad = table_grad};
+                                   .table_grad = table_grad,
+                                   .response_grad = response_grad};
 
 }  // namespace lutra

@@ -17,7 +17,9 @@ from lutra import _engine
 from lutra.errors import EngineError
 from lutra.graph import Graph, Node, Value
 from lutra.ops.elementwise import CLAMPS, limits
+from lutra.ops.lookup import unpack_weights
 from lutra.ops.registry import Array, flag, integer, ints, number, pair, text
+from lutra.ops.rows import row_length
 from lutra.ops.shape import REST, TO_THE_END
 from lutra.text import shape_text
 
@@ -27,7 +29,16 @@ _MAX_RANK: Final = 6  # of the engine's arrays
 
 #: The operators whose step can add another value and clamp while it writes.
 FUSING: Final = frozenset(
-    {"pq_conv2d", "pq_linear", "int8_conv2d", "int8_linear", "conv2d", "linear"}
+    {
+        "pq_conv2d",
+        "pq_linear",
+        "lookup_conv2d",
+        "lookup_linear",
+        "int8_conv2d",
+        "int8_linear",
+        "conv2d",
+        "linear",
+    }
 )
 
 
@@ -249,6 +260,43 @@ def _pq_linear(plan: _engine.Plan, job: Job) -> int:
     )
 
 
+def _lookup_conv2d(plan: _engine.Plan, job: Job) -> int:
+    node, tensors = job.node, job.tensors
+    return plan.lookup_conv2d(
+        job.ids[0],
+        _weight_index(job),
+        tensors["table"],
+        tensors["scale"],
+        tensors["bias"],
+        **_grid(node),
+        channels=integer(node, "in_channels"),
+        kernel=pair(node, "kernel"),
+        **_window(node),
+        residual=job.residual,
+        clamp=job.clamp,
+    )
+
+
+def _lookup_linear(plan: _engine.Plan, job: Job) -> int:
+    node, tensors = job.node, job.tensors
+    return plan.lookup_linear(
+        job.ids[0],
+        _weight_index(job),
+        tensors["table"],
+        tensors["scale"],
+        tensors["bias"],
+        **_grid(node),
+        residual=job.residual,
+        clamp=job.clamp,
+    )
+
+
+def _weight_index(job: Job) -> Array:
+    """One weight index a byte, uint8 (M, D)."""
+    node = job.node
+    return unpack_weights(job.tensors["weight"], integer(node, "weight_bits"), row_length(node))
+
+
 def _int8_conv2d(plan: _engine.Plan, job: Job) -> int:
     node, tensors = job.node, job.tensors
     return plan.int8_conv2d(
@@ -398,6 +446,8 @@ def _adaptive_pool(plan: _engine.Plan, job: Job) -> int:
 STEPS: Final[dict[str, StepFn]] = {
     "pq_conv2d": _pq_conv2d,
     "pq_linear": _pq_linear,
+    "lookup_conv2d": _lookup_conv2d,
+    "lookup_linear": _lookup_linear,
     "int8_conv2d": _int8_conv2d,
     "int8_linear": _int8_linear,
     "conv2d": _conv2d,

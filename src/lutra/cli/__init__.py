@@ -28,7 +28,7 @@ COMMANDS: Final = {
     "inspect": ("inspect", "show what is in a file"),
     "run": ("run", "run a model on .npy files"),
     "verify": ("verify", "check the engine against the reference on this machine"),
-    "eval": ("evaluate", "measure the accuracy of a classifier"),
+    "eval": ("evaluate", "measure a model on data with known answers"),
     "bench": ("bench", "measure the speed of a model"),
     "convert": ("convert", "convert a PyTorch model (needs lutra[train])"),
 }

@@ -63,6 +63,17 @@ def seconds(text: str) -> float:
     return number
 
 
+def above_zero(text: str) -> float:
+    """The argparse type of a finite number above zero."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
 def add_file(parser: argparse.ArgumentParser) -> None:
     """Adds the argument FILE."""
     parser.add_argument("file", metavar="FILE", help="the model, a .lutra file")
@@ -184,25 +195,50 @@ def read_archive(path: str, name: str) -> Array:
     Raises:
         InputError: If it cannot be read, is something else or lacks the array.
     """
+    arrays = _open_archive(path, lambda names: [name], f"np.savez({path!r}, {name}=...)")
+    return arrays[name]
+
+
+def read_arrays(path: str) -> dict[str, Array]:
+    """All arrays of a .npz file, which must hold numbers, by name.
+
+    Raises:
+        InputError: If it cannot be read, is something else, is empty or holds anything but numbers.
+    """
+    arrays = _open_archive(path, list, f"np.savez({path!r}, **arrays)")
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fiub":
+            raise InputError(
+                f"{path!r} holds values of dtype {array.dtype} in {name!r}; it must hold numbers"
+            )
+        arrays[name] = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return arrays
+
+
+def _open_archive(
+    path: str, wanted: Callable[[list[str]], list[str]], how: str
+) -> dict[str, Array]:
+    """Those arrays of a .npz file that are wanted of all its names."""
     try:
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
             raise ValueError("it is not an archive")
         with loaded as archive:
             names = list(archive)
-            if name not in names:
-                raise ValueError(f"it has no array {name!r}, only {names}")
-            array: Array = archive[name]
+            arrays: dict[str, Array] = {}
+            for name in wanted(names):
+                if name not in names:
+                    raise ValueError(f"it has no array {name!r}, only {names}")
+                arrays[name] = archive[name]
     except OSError as error:
         raise InputError(
             f"cannot read {path!r}: {error.strerror or error}; check the path"
         ) from error
-    except Exception as error:
+    except Exception as error:  # numpy and zipfile raise whatever their parsers meet
         raise InputError(
-            f"cannot read {path!r} as a .npz file: {_first_line(error)}; "
-            f"make it with np.savez({path!r}, {name}=...)"
+            f"cannot read {path!r} as a .npz file: {_first_line(error)}; make it with {how}"
         ) from error
-    return array
+    return arrays
 
 
 def need_finite(path: str, array: Array) -> None:

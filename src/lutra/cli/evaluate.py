@@ -1,15 +1,17 @@
-"""``lutra eval``: the accuracy of a classifier."""
+"""``lutra eval``: how good a model is on data with known answers."""
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from lutra.cli.common import (
     UserError,
+    above_zero,
     add_engine,
     add_file,
     at_least,
@@ -18,27 +20,63 @@ from lutra.cli.common import (
     plain,
     print_json,
     read_array,
+    read_arrays,
 )
+from lutra.cli.metrics import Metric, Psnr, Top1, classes_of, need_images
 from lutra.errors import InputError
 from lutra.graph import Graph
 from lutra.ops.registry import Array
 from lutra.preprocess import ImagePreprocess
 from lutra.session import Session
-from lutra.text import shape_text
+
+_EPILOG = """\
+classifiers, also of point clouds (float32 inputs):
+  lutra eval FILE --images X.npy --labels Y.npy
+images from images, of several sizes (an array for each, the same names in both archives):
+  lutra eval FILE --metric psnr --images X.npz --targets Y.npz --border 2
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_file(parser)
     parser.add_argument(
-        "--images",
-        required=True,
-        metavar="X.npy",
-        help="uint8 (N, H, W, C), or float32 as the model takes it",
+        "--metric",
+        choices=("top1", "psnr"),
+        default="top1",
+        help="top1: share of right labels (default); psnr: dB of images",
     )
-    parser.add_argument("--labels", required=True, metavar="Y.npy", help="whole numbers (N,)")
+    parser.add_argument(
+        "--images",
+        "--inputs",
+        dest="inputs",
+        required=True,
+        metavar="X",
+        help=".npy: uint8 (N, H, W, C), or float32 as the model takes it; .npz: an array without "
+        "the axis N for each sample, of any size",
+    )
+    parser.add_argument(
+        "--labels",
+        "--targets",
+        dest="targets",
+        required=True,
+        metavar="Y",
+        help="top1: .npy, whole numbers (N,); psnr: .npy or .npz with images, uint8 (H, W, C) or "
+        "float32 (C, H, W)",
+    )
+    parser.add_argument(
+        "--border", type=at_least(0), metavar="S", help="psnr: leave out S pixels at every side"
+    )
+    parser.add_argument(
+        "--luminance", action="store_true", help="psnr: of the luminance of RGB images (BT.601)"
+    )
+    parser.add_argument(
+        "--peak", type=above_zero, metavar="P", help="psnr: largest value of float targets (1)"
+    )
     parser.add_argument("--batch", type=at_least(1), default=64, metavar="N", help="default: 64")
-    parser.add_argument("--limit", type=at_least(1), metavar="N", help="use the first N images")
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="use the first N samples")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_engine(parser)
 
@@ -46,15 +84,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     graph, session = open_model(args.file, args.threads, args.isa)
-    images, labels = _data(args.images, args.labels, args.limit, _classes(graph))
-    report = evaluate(graph, session, images, labels, batch=args.batch, name=args.images)
+    inputs, metric = (_images if args.metric == "psnr" else _labelled)(args, graph)
+    report = evaluate(graph, session, inputs, metric, batch=args.batch, name=args.inputs)
     if args.json:
         print_json({"file": args.file, **report})
     else:
         print(
-            f"{plain(args.file)}: top-1 {100 * report['top1']:.2f}% "
-            f"({report['correct']} of {report['images']} images), "
-            f"{report['ms_per_image']:.4g} ms per image "
+            f"{plain(args.file)}: {metric.text()}, {report['ms_per_image']:.4g} ms per image "
             f"(batch {report['batch']}, {report['threads']} threads, {report['isa']})"
         )
     return 0
@@ -63,99 +99,156 @@ def run(args: argparse.Namespace) -> int:
 def evaluate(
     graph: Graph,
     session: Session,
-    images: Array,
-    labels: Array,
+    inputs: Array | Sequence[Array],
+    metric: Metric,
     *,
     batch: int = 64,
     name: str = "images",
 ) -> dict[str, Any]:
-    """Runs a classifier on images and counts the right answers.
+    """Runs a model of one input and one output on samples, and measures its outputs.
 
     Args:
-        graph: The model: one input, one output (N, classes).
+        graph: The model.
         session: A session for it.
-        images: uint8 (N, H, W, C), or float32 as the model takes it.
-        labels: Whole numbers (N,).
-        batch: Images per run; a batch that the model fixes wins.
-        name: What to call the images in errors.
+        inputs: uint8 (N, H, W, C), or float32 as the model takes it; or a list of samples of any
+            size, each with N = 1.
+        metric: What to measure.
+        batch: Samples per run; a batch that the model fixes wins, and a list is run one by one.
+        name: What to call the inputs in errors.
 
     Returns:
-        ``images``, ``correct``, ``top1``, ``ms_per_image`` (time inside the engine alone),
-        ``batch``, ``threads`` and ``isa``.
+        ``metric``, its entries, ``images`` (how many), ``ms_per_image`` (time inside the engine
+        alone), ``batch``, ``threads`` and ``isa``.
 
     Raises:
-        InputError: If the images do not fit the model.
+        InputError: If the inputs do not fit the model.
         FormatError: If the metadata of the model are not sound.
     """
     value = graph.inputs[0]
     preprocess = ImagePreprocess.from_metadata(graph.metadata)
-    if images.dtype == np.uint8 and preprocess is None:
-        raise InputError(
-            f"{name!r} holds uint8 images, but the model does not say how to prepare them; give "
-            "float32 inputs, or export the model with metadata={'preprocess': ...}"
-        )
-    if images.dtype not in (np.uint8, np.float32):
-        raise InputError(f"{name!r} holds {images.dtype} values; give uint8 images or float32")
     fixed = value.shape[0]
-    batch = fixed or min(batch, len(images))
-    correct, spent = 0, 0.0
-    for first in range(0, len(images), batch):
-        part = np.asarray(images[first : first + batch])
-        need_finite(name, part)
+    batch = fixed or (1 if isinstance(inputs, list) else min(batch, len(inputs)))
+    spent, known = 0.0, None
+    for part in _parts(inputs, batch):
+        _check(part, name, ready_only=preprocess is None)
         ready = part if preprocess is None else preprocess.apply(part, (None, *value.shape[1:]))
-        if fixed and len(ready) < fixed:  # the last images again, to fill it up
+        if fixed and len(ready) < fixed:  # the last samples again, to fill it up
             ready = np.resize(ready, (fixed, *ready.shape[1:]))
         ready = np.ascontiguousarray(ready)
-        if first == 0:
-            session.run(None, {value.name: ready})  # the first run is slower than the others
+        if ready.shape[1:] != known:  # the first run of a size is slower than the others
+            session.run(None, {value.name: ready})
+            known = ready.shape[1:]
         start = time.perf_counter()
-        (scores,) = session.run(None, {value.name: ready})
+        (outputs,) = session.run(None, {value.name: ready})
         spent += time.perf_counter() - start
-        correct += int((scores.argmax(axis=1)[: len(part)] == labels[first : first + batch]).sum())
+        metric.add(outputs[: len(part)])
     return {
-        "images": len(images),
-        "correct": correct,
-        "top1": correct / len(images),
-        "ms_per_image": 1000 * spent / len(images),
+        "metric": metric.name,
+        "images": len(inputs),
+        **metric.entries(),
+        "ms_per_image": 1000 * spent / len(inputs),
         "batch": batch,
         "threads": session.threads,
         "isa": session.isa,
     }
 
 
-def _classes(graph: Graph) -> int:
-    """How many classes the model tells apart."""
-    shapes = [graph.values[name].shape for name in graph.outputs]
-    count = shapes[0][-1]
-    if len(graph.inputs) != 1 or len(shapes) != 1 or len(shapes[0]) != 2 or count is None:
-        raise UserError(
-            f"eval needs a model with one input and one output (N, classes); this one has "
-            f"{len(graph.inputs)} inputs and the outputs {', '.join(map(shape_text, shapes))}"
-        )
-    return count
+def _parts(inputs: Array | Sequence[Array], batch: int) -> Iterator[Array]:
+    """The inputs of every run."""
+    if isinstance(inputs, np.ndarray):
+        for first in range(0, len(inputs), batch):
+            yield np.asarray(inputs[first : first + batch])
+    else:
+        yield from inputs
 
 
-def _data(
-    images_path: str, labels_path: str, limit: int | None, classes: int
-) -> tuple[Array, Array]:
-    """Images and labels of the same, positive number."""
-    images, labels = read_array(images_path), read_array(labels_path)
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+def _check(part: Array, name: str, *, ready_only: bool) -> None:
+    """Raises InputError unless these are uint8 images or float32 inputs."""
+    if part.dtype == np.uint8 and ready_only:
         raise InputError(
-            f"{labels_path!r} holds {labels.dtype} values of shape {labels.shape}; labels must be "
-            "whole numbers (N,)"
+            f"{name!r} holds uint8 images, but the model does not say how to prepare them; give "
+            "float32 inputs, or export the model with metadata={'preprocess': ...}"
         )
-    if images.ndim < 2 or len(images) != len(labels):
+    if part.dtype not in (np.uint8, np.float32):
+        raise InputError(f"{name!r} holds {part.dtype} values; give uint8 images or float32")
+    need_finite(name, part)
+
+
+def _read(path: str, limit: int | None) -> tuple[Array | list[Array], list[str]]:
+    """The samples of a .npy file, or of a .npz file as a list, and a name for each."""
+    if path.endswith(".npz"):
+        arrays = read_arrays(path)
+        chosen = sorted(arrays)[:limit]
+        return [arrays[name] for name in chosen], chosen
+    array = read_array(path)
+    if array.ndim < 1:
+        raise InputError(f"{path!r} holds one number; give an array with an entry for each sample")
+    return array[:limit], [str(i) for i in range(len(array[:limit]))]
+
+
+def _need_samples(path: str, count: int) -> None:
+    if not count:
+        raise InputError(f"{path!r} holds no images; give at least one")
+
+
+def _as_batches(inputs: Array | list[Array], graph: Graph) -> Array | list[Array]:
+    """Samples of a list with the axis N in front; where the model takes images, planes get C."""
+    if isinstance(inputs, np.ndarray):
+        return inputs
+    batches = []
+    for sample in inputs:
+        if sample.ndim == 2 and len(graph.inputs[0].shape) == 4:
+            sample = sample[:, :, None] if sample.dtype == np.uint8 else sample[None]
+        batches.append(sample[None])
+    return batches
+
+
+def _labelled(args: argparse.Namespace, graph: Graph) -> tuple[Array | list[Array], Metric]:
+    """Inputs and labels of the same, positive number."""
+    for flag, given in (
+        ("--border", args.border is not None),
+        ("--luminance", args.luminance),
+        ("--peak", args.peak is not None),
+    ):
+        if given:
+            raise UserError(f"{flag} is for --metric psnr; leave it out, or give --metric psnr")
+    classes = classes_of(graph)
+    inputs, _ = _read(args.inputs, None)
+    labels = read_array(args.targets)
+    metric = Top1(labels[: args.limit], classes, args.targets)
+    if len(inputs) != len(labels) or getattr(inputs, "ndim", 2) < 2:
+        held = f"{len(inputs)} arrays" if isinstance(inputs, list) else f"shape {inputs.shape}"
         raise InputError(
-            f"{images_path!r} has shape {images.shape} and {labels_path!r} has shape "
-            f"{labels.shape}; give one label for each image"
+            f"{args.inputs!r} has {held} and {args.targets!r} has shape {labels.shape}; give one "
+            "label for each image"
         )
-    images, labels = images[:limit], labels[:limit]
-    if not len(images):
-        raise InputError(f"{images_path!r} holds no images; give at least one")
-    if labels.min() < 0 or labels.max() >= classes:
+    inputs = inputs[: args.limit]
+    _need_samples(args.inputs, len(inputs))
+    return _as_batches(inputs, graph), metric
+
+
+def _images(args: argparse.Namespace, graph: Graph) -> tuple[Array | list[Array], Metric]:
+    """Input images and the images that they should become."""
+    need_images(graph)
+    inputs, names = _read(args.inputs, args.limit)
+    targets, target_names = _read(args.targets, args.limit)
+    if names != target_names:
         raise InputError(
-            f"{labels_path!r} holds labels {labels.min()}..{labels.max()}, but the model has "
-            f"{classes} classes; labels must be in 0..{classes - 1}"
+            f"{args.inputs!r} and {args.targets!r} hold {len(names)} and {len(target_names)} "
+            "images, or images of other names; give one target of the same name for each input"
         )
-    return images, labels
+    _need_samples(args.inputs, len(inputs))
+    for name, target in zip(names, targets, strict=True):
+        if args.peak is not None and target.dtype == np.uint8:
+            raise UserError(
+                f"--peak is for float targets, but {args.targets!r} ({name}) holds uint8 images, "
+                "whose peak is 255; leave it out"
+            )
+    metric = Psnr(
+        list(targets),
+        [f"{args.targets!r} ({name})" for name in names],
+        border=args.border or 0,
+        luminance=args.luminance,
+        peak=1.0 if args.peak is None else args.peak,
+    )
+    return _as_batches(inputs, graph), metric

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import asdict
 from typing import Any, Final
 
 from lutra.cli.common import (
@@ -16,13 +17,32 @@ from lutra.cli.common import (
     print_json,
     read_sizes,
 )
+from lutra.energy import SOURCES, Energy, EnergyTable, estimate
+from lutra.errors import LutraError
 from lutra.format import VERSION, load_graph
 from lutra.graph import Graph, Node, Sizes
-from lutra.ops.factors import ROLES
 from lutra.ops.registry import Cost
 from lutra.text import counted, shape_text, table
 
 _MAX_SHOWN: Final = 200
+_PRICES: Final = asdict(EnergyTable())
+_ENERGY_NAMES: Final = (
+    "layer",
+    "op",
+    "table reads",
+    "int adds",
+    "int muls",
+    "int cmps",
+    "float adds",
+    "float muls",
+)
+#: The ways to compute whose energy is compared, and the heads of their columns.
+_WAYS: Final = {
+    "fp32": "fp32 dense",
+    "int8": "int8 dense",
+    "sram": "lutra, SRAM",
+    "registers": "lutra, registers",
+}
 _GATE_SETTINGS: Final = ("machine", "isa", "threads", "batch", "against", "margin")
 
 
@@ -30,21 +50,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     add_file(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--energy", action="store_true", help="operations and an estimate of the energy, by layer"
+    )
+    parser.add_argument(
+        "--pj",
+        type=_price,
+        action="append",
+        default=[],
+        metavar="NAME=PJ",
+        help=f"another figure for that estimate, in picojoules; names: {', '.join(_PRICES)}",
+    )
     add_shape(parser, "to count the work for")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     graph = load_graph(args.file)
-    report = describe(graph, os.path.getsize(args.file), read_sizes(args.shape, graph))
+    sizes = read_sizes(args.shape, graph)
+    report = describe(graph, os.path.getsize(args.file), sizes, EnergyTable(**dict(args.pj)))
     if args.json:
         print_json({"file": args.file, **report})
     else:
-        print(f"{plain(args.file)}: {_text(report, graph)}")
+        print(f"{plain(args.file)}: {_text(report, graph, args.energy)}")
     return 0
 
 
-def describe(graph: Graph, file_bytes: int, sizes: Sizes | None = None) -> dict[str, Any]:
+def describe(
+    graph: Graph,
+    file_bytes: int,
+    sizes: Sizes | None = None,
+    prices: EnergyTable | None = None,
+) -> dict[str, Any]:
     """Everything that the command shows; work is per sample.
 
     Args:
@@ -52,16 +89,20 @@ def describe(graph: Graph, file_bytes: int, sizes: Sizes | None = None) -> dict[
         file_bytes: Size of the file.
         sizes: Shapes of the inputs by name to count the work for; by default those of the model
             or of its golden data. Without any there is no work to show.
+        prices: What the estimate of the energy is made with; the 45 nm figures where it is None.
     """
+    prices = prices or EnergyTable()
     values = graph.values if sizes is None else graph.infer(sizes)
     sizes = graph.nominal_sizes() if sizes is None else sizes
     costs = graph.unit_cost() if sizes is None else graph.cost(sizes)
+    energy = None if sizes is None else estimate(graph, prices, sizes)
     total = sum(costs.values(), Cost())
     layers = []
     for node in graph.nodes:
         cost, arrays = costs[node.name], graph.node_tensors(node)
         centroids = arrays.get("centroids")
         codes = arrays["tables"].shape[1] if "tables" in arrays else None
+        table = list(arrays["table"].shape) if "table" in arrays else None
         layers.append(
             {
                 "name": node.name,
@@ -70,9 +111,11 @@ def describe(graph: Graph, file_bytes: int, sizes: Sizes | None = None) -> dict[
                 "encoder": node.attrs.get("encoder"),
                 "v": None if centroids is None else centroids.shape[2],
                 "k": codes,
+                "table": table,
                 "tables": _form(node) if cost.table_bytes else None,
                 "bytes": cost.weight_bytes,
                 **_work(cost, sizes),
+                "energy_pj": None if energy is None else asdict(energy[node.name]),
             }
         )
     golden = graph.golden or ((), ())
@@ -85,7 +128,10 @@ def describe(graph: Graph, file_bytes: int, sizes: Sizes | None = None) -> dict[
             "nodes": len(graph.nodes),
             "lookup_layers": sum(cost.lookups > 0 for cost in costs.values()),
             **_work(total, sizes),
+            "energy_pj": None if energy is None else asdict(sum(energy.values(), Energy())),
         },
+        "energy_table_pj": asdict(prices),
+        "energy_sources": SOURCES,
         "work_for": sizes,
         "sizes": {
             "file_bytes": file_bytes,
@@ -98,7 +144,7 @@ def describe(graph: Graph, file_bytes: int, sizes: Sizes | None = None) -> dict[
     }
 
 
-def _work(cost: Cost, sizes: Sizes | None) -> dict[str, int | None]:
+def _work(cost: Cost, sizes: Sizes | None) -> dict[str, Any]:
     """The numbers that depend on the sizes of the inputs; None where those are not known."""
     work = {
         "lookups": cost.lookups,
@@ -106,16 +152,24 @@ def _work(cost: Cost, sizes: Sizes | None) -> dict[str, int | None]:
         "multiplications": cost.macs,
         "int8_multiplications": cost.int8_macs,
         "dense_multiplications": cost.dense_macs,
+        "operations": {
+            "table_reads": cost.lookups,
+            "int_additions": cost.int_additions,
+            "int_multiplications": cost.int_multiplications,
+            "int_comparisons": cost.comparisons,
+            "float_additions": cost.float_additions,
+            "float_multiplications": cost.float_multiplications,
+        },
     }
-    return {name: None if sizes is None else number for name, number in work.items()}
+    return work if sizes is not None else dict.fromkeys(work)
 
 
 def _form(node: Node) -> str:
     """How a file holds the tables of a node."""
-    return "factors" if any(role in node.tensors for role in ROLES) else "stored"
+    return "factors" if "factor" in node.tensors else "stored"
 
 
-def _text(report: dict[str, Any], graph: Graph) -> str:
+def _text(report: dict[str, Any], graph: Graph, by_layer: bool) -> str:
     totals, sizes = report["totals"], report["sizes"]
     factors = sum(layer["tables"] == "factors" for layer in report["layers"])
     built = f" ({counted(factors, 'layer')} built from int8 weights)" if factors else ""
@@ -128,7 +182,7 @@ def _text(report: dict[str, Any], graph: Graph) -> str:
             "inputs": ends["inputs"],
             "outputs": ends["outputs"],
             "layers": f"{totals['nodes']} nodes, {totals['lookup_layers']} of them lookup layers",
-            **_work_text(report, graph),
+            **_work_text(report, graph, by_layer),
             "sizes": f"file {bytes_text(sizes['file_bytes'])}, parameters "
             f"{bytes_text(sizes['parameter_bytes'])}, tables "
             f"{bytes_text(sizes['table_bytes'])}{built}; golden data "
@@ -136,6 +190,8 @@ def _text(report: dict[str, Any], graph: Graph) -> str:
         }
     )
     parts = [f"lutra file, format version {report['format_version']}", head, "", _layers(report)]
+    if by_layer and report["work_for"] is not None:
+        parts += ["", _energy(report)]
     metadata = dict(report["metadata"])
     gate = _speed_gate(metadata.get("speed_gate"))
     if gate:
@@ -146,7 +202,7 @@ def _text(report: dict[str, Any], graph: Graph) -> str:
     return "\n".join(parts)
 
 
-def _work_text(report: dict[str, Any], graph: Graph) -> dict[str, str]:
+def _work_text(report: dict[str, Any], graph: Graph, by_layer: bool) -> dict[str, str]:
     """The work of one sample, and of which size where a model takes any."""
     totals = report["totals"]
     if report["work_for"] is None:
@@ -158,6 +214,7 @@ def _work_text(report: dict[str, Any], graph: Graph) -> dict[str, str]:
     work = {
         "multiplications": f"{left:,} left{share}, {totals['encode_ops']:,} to find codes",
         "lookups": f"{totals['lookups']:,}",
+        "energy": _energy_line(totals["energy_pj"], by_layer),
     }
     if not graph.is_dynamic:
         return work
@@ -186,6 +243,8 @@ def _layers(report: dict[str, Any]) -> str:
         books = [layer["v"], layer["k"]]
         if layer["encoder"] == "tree":
             books[0] = "tree"  # has no sub-vectors
+        if layer["table"]:
+            books[1] = "x".join(map(str, layer["table"]))
         books = ["-" if entry is None else str(entry) for entry in books]
         counts = (layer[k] for k in ("bytes", "lookups", "encode_ops", "multiplications"))
         work = map(_number, counts)
@@ -199,6 +258,65 @@ def _layers(report: dict[str, Any]) -> str:
     cells = ("?" if number is None else f"{number:,}" for number in numbers)
     rows.append(("total", "", "", "", "", "", *cells))
     return table(rows, left=3)
+
+
+def _energy_line(energy: dict[str, float], by_layer: bool) -> str:
+    return (
+        f"{_joules(energy['sram'])} per sample with tables in SRAM, "
+        f"{_joules(energy['registers'])} with small ones in registers; dense network "
+        f"{_joules(energy['fp32'])} in float32, {_joules(energy['int8'])} in int8 (estimate"
+        + (")" if by_layer else ", see --energy)")
+    )
+
+
+def _energy(report: dict[str, Any]) -> str:
+    """Operations and energy of each layer that computes, and what the numbers mean."""
+    rows: list[tuple[str, ...]] = [(*_ENERGY_NAMES, *_WAYS.values())]
+    for layer in [*report["layers"], {"name": "total", "op": "", **report["totals"]}]:
+        work, energy = layer["operations"], layer["energy_pj"]
+        if any(work.values()):
+            counts = (f"{count:,}" if count else "-" for count in work.values())
+            costs = (f"{energy[way] / 1000:,.2f}" for way in _WAYS)
+            rows.append((plain(layer["name"]), layer["op"], *counts, *costs))
+    prices = report["energy_table_pj"]
+    entry, changed = prices["sram_8k"] / 8, [n for n in _PRICES if prices[n] != _PRICES[n]]
+    origin = f" but for {', '.join(changed)}" if changed else ""
+    lines = [
+        f"operations and energy in nJ for one sample: 45 nm (Horowitz, ISSCC 2014){origin}",
+        table(rows, left=2),
+        "pJ: " + ", ".join(f"{name} {price:g}" for name, price in prices.items()),
+        "sram is a read of 64 bits, register_read one of a byte (no measurement: an assumption, "
+        "see docs/numbers.md)",
+        "Arithmetic and table reads only: activations, weights and indices cost nothing here.",
+    ]
+    if report["totals"]["lookups"] and entry > prices["int8_mul"]:
+        lines.append(
+            f"A table entry read from memory ({entry:g} pJ from 8 kB) costs more than the int8 "
+            f"multiplication in whose place it stands ({prices['int8_mul']:g} pJ)."
+        )
+    return "\n".join(lines)
+
+
+def _joules(picojoules: float) -> str:
+    """An energy for people."""
+    for limit, unit in ((1e3, "pJ"), (1e6, "nJ"), (1e9, "uJ")):
+        if picojoules < limit:
+            return f"{picojoules / limit * 1e3:.3g} {unit}"
+    return f"{picojoules / 1e9:.4g} mJ"
+
+
+def _price(text: str) -> tuple[str, float]:
+    """The argparse type of NAME=PJ."""
+    name, _, value = text.partition("=")
+    try:
+        price = float(value)
+        EnergyTable(**{name: price})
+    except (TypeError, ValueError, LutraError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=PJ, a name of {', '.join(_PRICES)} and a finite number of at "
+            "least 0"
+        ) from error
+    return name, price
 
 
 def _number(count: int | None) -> str:

@@ -299,7 +299,7 @@ def _check_outputs(result: Result, graph: Graph, case: Case, values: Mapping[str
 
 
 def _is_lookup(node: Node) -> bool:
-    return node.op.startswith("pq_")
+    return node.op.startswith(("pq_", "lookup_"))
 
 
 def _is_integer(node: Node) -> bool:

@@ -104,6 +104,18 @@ def _cost_affine(
     return Cost(macs=macs, dense_macs=macs)
 
 
+def _cost_add(
+    node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]
+) -> Cost:
+    return Cost(float_adds=math.prod(inner(output)))
+
+
+def _cost_mul(
+    node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]
+) -> Cost:
+    return Cost(float_muls=math.prod(inner(output)))
+
+
 SPECS: Final = (
     OpSpec("relu", infer=_infer_same),
     OpSpec("relu6", infer=_infer_same),
@@ -113,8 +125,8 @@ SPECS: Final = (
         check=_check_clamp,
         infer=_infer_same,
     ),
-    OpSpec("add", infer=_infer_both, min_inputs=2, max_inputs=2),
-    OpSpec("mul", infer=_infer_both, min_inputs=2, max_inputs=2),
+    OpSpec("add", infer=_infer_both, cost=_cost_add, min_inputs=2, max_inputs=2),
+    OpSpec("mul", infer=_infer_both, cost=_cost_mul, min_inputs=2, max_inputs=2),
     OpSpec(
         "affine",
         tensors={"scale": TensorRole("float32", 1), "bias": TensorRole("float32", 1)},

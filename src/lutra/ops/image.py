@@ -24,9 +24,11 @@ from lutra.ops.registry import (
     MAX_EXTENT,
     Array,
     Attr,
+    Cost,
     OpSpec,
     flag,
     image_sizes,
+    inner,
     integer,
     ints,
     need_rank,
@@ -101,6 +103,13 @@ def _infer_upsample(node: Node, inputs: Sequence[Value], tensors: Mapping[str, A
     return x.with_shape(node.output, (*x.shape[:2], *sizes))
 
 
+def _cost_upsample(
+    node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]
+) -> Cost:
+    made = math.prod(inner(output)) if text(node, "mode") == "bilinear" else 0
+    return Cost(float_adds=3 * made, float_muls=6 * made)
+
+
 SPECS: Final = (
     OpSpec(
         "pixel_shuffle",
@@ -118,6 +127,7 @@ SPECS: Final = (
         },
         check=_check_upsample,
         infer=_infer_upsample,
+        cost=_cost_upsample,
         max_inputs=2,
     ),
 )

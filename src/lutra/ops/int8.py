@@ -59,8 +59,15 @@ def _check_conv(node: Node, tensors: Mapping[str, Array]) -> None:
 
 
 def _cost(node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]) -> Cost:
-    macs = math.prod(inner(output)) * math.prod(tensors["weight"].shape[1:])
-    return Cost(macs=macs, int8_macs=macs, dense_macs=macs)
+    made = math.prod(inner(output))
+    macs = made * math.prod(tensors["weight"].shape[1:])
+    return Cost(
+        macs=macs,
+        int8_macs=macs,
+        quantised=math.prod(inner(inputs[0])),
+        scaled=made,
+        dense_macs=macs,
+    )
 
 
 def _tensors(axes: int) -> dict[str, TensorRole]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -9,8 +10,10 @@ from lutra.ops.registry import (
     MAX_EXTENT,
     Array,
     Attr,
+    Cost,
     OpSpec,
     flag,
+    inner,
     ints,
     need_rank,
     node_error,
@@ -101,6 +104,19 @@ def _infer_reduced(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Ar
     return x.with_shape(node.output, shape)
 
 
+def _cost_windows(
+    node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]
+) -> Cost:
+    made = math.prod(inner(output))
+    return Cost(float_adds=made * math.prod(pair(node, "kernel")), float_muls=made)
+
+
+def _cost_mean(
+    node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]
+) -> Cost:
+    return Cost(float_adds=math.prod(inner(inputs[0])), float_muls=math.prod(inner(output)))
+
+
 _WINDOW: Final = {
     "kernel": Attr(tuple, low=1, high=MAX_EXTENT, length=2),
     "stride": Attr(tuple, low=1, high=MAX_EXTENT, length=2),
@@ -128,9 +144,10 @@ SPECS: Final = (
         attrs={**_WINDOW, "count_include_pad": Attr(bool, default=True)},
         check=_check_pool,
         infer=_infer_pool,
+        cost=_cost_windows,
     ),
-    OpSpec("adaptive_avg_pool2d", attrs=_OUTPUT_SIZE, infer=_infer_adaptive),
+    OpSpec("adaptive_avg_pool2d", attrs=_OUTPUT_SIZE, infer=_infer_adaptive, cost=_cost_mean),
     OpSpec("adaptive_max_pool2d", attrs=_OUTPUT_SIZE, infer=_infer_adaptive),
-    OpSpec("mean", attrs=_REDUCED, infer=_infer_reduced),
+    OpSpec("mean", attrs=_REDUCED, infer=_infer_reduced, cost=_cost_mean),
     OpSpec("max", attrs=_REDUCED, infer=_infer_reduced),
 )

@@ -32,23 +32,8 @@ from typing import TYPE_CHECKING, Final
 
 from lutra.ops.factors import expand
 from lutra.ops.grid import QUANTISER, check_quantiser
-from lutra.ops.registry import (
-    MAX_EXTENT,
-    Array,
-    Attr,
-    Cost,
-    OpSpec,
-    TensorRole,
-    image_sizes,
-    inner,
-    integer,
-    need_rank,
-    need_size,
-    node_error,
-    pair,
-    text,
-    window_sizes,
-)
+from lutra.ops.registry import Array, Attr, Cost, OpSpec, TensorRole, inner, node_error, text
+from lutra.ops.rows import conv_attrs, infer_conv, infer_linear, linear_attrs, row_length
 
 if TYPE_CHECKING:
     from lutra.graph import Node, Value
@@ -74,14 +59,6 @@ _TENSORS: Final = {
     "scale": TensorRole("float32", 1),
     "bias": TensorRole("float32", 1),
 }
-
-
-def row_length(node: Node) -> int:
-    """``D``, the number of activations in one row."""
-    if node.op == "pq_linear":
-        return integer(node, "in_features")
-    kernel_rows, kernel_columns = pair(node, "kernel")
-    return integer(node, "in_channels") * kernel_rows * kernel_columns
 
 
 def _expand(node: Node, tensors: Mapping[str, Array]) -> dict[str, Array]:
@@ -190,42 +167,26 @@ def _check_tree(node: Node, tensors: Mapping[str, Array], tables: Array, qmax: i
 
 
 def _infer_conv(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
-    (x,) = inputs
-    channels, _, _ = image_sizes(node, x)
-    if channels != integer(node, "in_channels"):
-        raise node_error(
-            node,
-            f"has in_channels={node.attrs['in_channels']} but its input {x.name!r} has the shape "
-            f"{x.shape}",
-            f"give it an input of {node.attrs['in_channels']} channels",
-        )
-    sizes = window_sizes(node, x, pair(node, "kernel"))
-    return x.with_shape(node.output, (x.shape[0], tensors["tables"].shape[2], *sizes))
+    return infer_conv(node, inputs, tensors["tables"].shape[2])
 
 
 def _infer_linear(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
-    (x,) = inputs
-    need_rank(node, x, 2)
-    if need_size(node, x, -1) != integer(node, "in_features"):
-        raise node_error(
-            node,
-            f"has in_features={node.attrs['in_features']} but its input {x.name!r} has the shape "
-            f"{x.shape}",
-            f"give it an input whose last axis has {node.attrs['in_features']} values",
-        )
-    return x.with_shape(node.output, (*x.shape[:-1], tensors["tables"].shape[2]))
+    return infer_linear(node, inputs, tensors["tables"].shape[2])
 
 
 def _cost(node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]) -> Cost:
     books, _, outputs = tensors["tables"].shape
     made = math.prod(inner(output))  # rows times outputs
     # of one code: products with every centroid, or one comparison per level
-    steps = math.prod(
-        (tensors["splits"] if "splits" in tensors else tensors["centroids"]).shape[1:]
-    )
+    tree = "splits" in tensors
+    steps = math.prod(tensors["splits" if tree else "centroids"].shape[1:])
+    encode_ops = made // outputs * books * steps
     return Cost(
         lookups=made * books,
-        encode_ops=made // outputs * books * steps,
+        encode_ops=encode_ops,
+        comparisons=encode_ops if tree else 0,
+        quantised=math.prod(inner(inputs[0])),
+        scaled=made,
         dense_macs=made * row_length(node),
         table_bytes=tensors["tables"].nbytes,
     )
@@ -234,14 +195,7 @@ def _cost(node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[s
 SPECS: Final = (
     OpSpec(
         "pq_conv2d",
-        attrs={
-            "in_channels": Attr(int, low=1, high=_MAX_FEATURES),
-            "kernel": Attr(tuple, low=1, high=MAX_EXTENT, length=2),
-            "stride": Attr(tuple, default=(1, 1), low=1, high=MAX_EXTENT, length=2),
-            "padding": Attr(tuple, default=(0, 0), low=0, high=MAX_EXTENT, length=2),
-            "dilation": Attr(tuple, default=(1, 1), low=1, high=MAX_EXTENT, length=2),
-            **_QUANTISER,
-        },
+        attrs={**conv_attrs(_MAX_FEATURES), **_QUANTISER},
         tensors=_TENSORS,
         check=_check,
         infer=_infer_conv,
@@ -250,7 +204,7 @@ SPECS: Final = (
     ),
     OpSpec(
         "pq_linear",
-        attrs={"in_features": Attr(int, low=1, high=_MAX_FEATURES), **_QUANTISER},
+        attrs={**linear_attrs(_MAX_FEATURES), **_QUANTISER},
         tensors=_TENSORS,
         check=_check,
         infer=_infer_linear,

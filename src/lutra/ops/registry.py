@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
@@ -41,11 +41,18 @@ REQUIRED: Final = Required()
 class Cost:
     """Work of one node for one sample, and the bytes that it reads.
 
+    What is neither here nor in the sums below: copies, clamps, comparisons of floats, and ``exp``.
+
     Attributes:
         lookups: Table entries read and added.
         encode_ops: Multiply-adds, or comparisons of trees, spent on finding codes.
+        comparisons: Those of them that are comparisons.
         macs: Multiply-adds of dense arithmetic that really run.
         int8_macs: Those of them that are of integers.
+        quantised: Floats rounded to a grid, a multiplication and an addition each.
+        scaled: Integer sums that become floats, a multiplication and an addition each.
+        float_adds: Other additions of floats.
+        float_muls: Other multiplications of floats.
         dense_macs: Multiply-adds that the same layer takes without tables.
         table_bytes: Bytes of the tables.
         weight_bytes: Bytes of all tensors that the graph holds for the node.
@@ -53,22 +60,44 @@ class Cost:
 
     lookups: int = 0
     encode_ops: int = 0
+    comparisons: int = 0
     macs: int = 0
     int8_macs: int = 0
+    quantised: int = 0
+    scaled: int = 0
+    float_adds: int = 0
+    float_muls: int = 0
     dense_macs: int = 0
     table_bytes: int = 0
     weight_bytes: int = 0
 
+    @property
+    def int_multiplications(self) -> int:
+        """Multiplications of integers that run."""
+        return self.int8_macs + self.encode_ops - self.comparisons
+
+    @property
+    def int_additions(self) -> int:
+        """Additions of integers that run."""
+        return self.lookups + self.int_multiplications
+
+    @property
+    def float_multiplications(self) -> int:
+        """Multiplications of floats that run."""
+        return self._float_steps + self.float_muls
+
+    @property
+    def float_additions(self) -> int:
+        """Additions of floats that run."""
+        return self._float_steps + self.float_adds
+
+    @property
+    def _float_steps(self) -> int:
+        return self.macs - self.int8_macs + self.quantised + self.scaled
+
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.lookups + other.lookups,
-            self.encode_ops + other.encode_ops,
-            self.macs + other.macs,
-            self.int8_macs + other.int8_macs,
-            self.dense_macs + other.dense_macs,
-            self.table_bytes + other.table_bytes,
-            self.weight_bytes + other.weight_bytes,
-        )
+        names = (entry.name for entry in fields(self))
+        return Cost(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -139,7 +168,7 @@ def no_check(node: Node, tensors: Mapping[str, Array]) -> None:
 def no_cost(
     node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]
 ) -> Cost:
-    """The cost of an operator that neither multiplies nor looks up."""
+    """The cost of an operator that neither computes nor looks up."""
     return Cost()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from lutra.errors import GraphError, InputError
 from lutra.graph import Graph, Node, fits
 from lutra.ops.registry import Array
-from lutra.reference import dense, elementwise, image, int8, pool, pq, shape
+from lutra.reference import dense, elementwise, image, int8, lookup, pool, pq, shape
 from lutra.text import shape_text
 
 __all__ = ["KERNELS", "run_node", "run_reference"]
@@ -26,6 +26,8 @@ Kernel: TypeAlias = Callable[[Node, Sequence[Array], Mapping[str, Array]], Array
 KERNELS: Final[dict[str, Kernel]] = {
     "pq_conv2d": pq.pq_conv2d,
     "pq_linear": pq.pq_linear,
+    "lookup_conv2d": lookup.lookup_conv2d,
+    "lookup_linear": lookup.lookup_linear,
     "int8_conv2d": int8.int8_conv2d,
     "int8_linear": int8.int8_linear,
     "conv2d": dense.conv2d,

@@ -8,7 +8,8 @@ from lutra.train.finetune import FinetuneReport, finetune
 from lutra.train.gate import SpeedGate
 from lutra.train.int8 import FrozenInt8, Int8Conv2d, Int8Linear
 from lutra.train.layers import FrozenPQ, PQConv2d, PQLinear
-from lutra.train.recipe import PQ, Int8, Keep, recipe_from_json, recipe_to_json
+from lutra.train.lookup import FrozenLookup, LookupConv2d, LookupLinear
+from lutra.train.recipe import PQ, Int8, Keep, Lookup, recipe_from_json, recipe_to_json
 from lutra.train.report import ConversionReport, LayerReport
 
 __all__ = [
@@ -16,12 +17,16 @@ __all__ = [
     "ConversionReport",
     "FinetuneReport",
     "FrozenInt8",
+    "FrozenLookup",
     "FrozenPQ",
     "Int8",
     "Int8Conv2d",
     "Int8Linear",
     "Keep",
     "LayerReport",
+    "Lookup",
+    "LookupConv2d",
+    "LookupLinear",
     "PQConv2d",
     "PQLinear",
     "SpeedGate",

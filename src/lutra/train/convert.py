@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lutra.errors import LutraError
-from lutra.train import collective, int8, portable
+from lutra.train import collective, int8, lookup, portable
 from lutra.train import tree as trees
 from lutra.train.calibrate import collect
 from lutra.train.gate import Decision, SpeedGate, attach, decide, record
@@ -21,9 +21,10 @@ from lutra.train.geometry import Geometry
 from lutra.train.int8 import Int8Conv2d, Int8Layer, Int8Linear
 from lutra.train.kmeans import kmeans
 from lutra.train.layers import PQConv2d, PQLinear, _PQLayer, quantize_tables
+from lutra.train.lookup import LookupConv2d, LookupLayer, LookupLinear
 from lutra.train.progress import Progress
 from lutra.train.quantized import QuantizedLayer
-from lutra.train.recipe import PQ, Int8, Keep, Recipe, fits, match
+from lutra.train.recipe import PQ, Int8, Keep, Lookup, Recipe, fits, match
 from lutra.train.report import ConversionReport, LayerReport
 
 _REPLACED = "the recipe names it"
@@ -45,9 +46,9 @@ def convert(
 
     Args:
         model: any module; it is not modified, and it need not be traceable.
-        recipe: glob patterns of module paths -> `PQ(...)`, `Int8()` or `Keep()`; the first match
-            wins, and what no pattern names is kept. Every pattern must name some layer. A layer
-            that the model holds in several places is replaced in all of them.
+        recipe: glob patterns of module paths -> `PQ(...)`, `Lookup(...)`, `Int8()` or `Keep()`; the
+            first match wins, and what no pattern names is kept. Every pattern must name some layer.
+            A layer that the model holds in several places is replaced in all of them.
         calibration_data: batches, run once in eval mode: tensors, tuples whose first entry is the
             input, or dicts of keyword arguments. A thousand samples are plenty. With
             torch.distributed, give every process a part of its own.
@@ -71,7 +72,7 @@ def convert(
     """
     names = _candidates(model)
     _check_recipe(recipe, names, model)
-    chosen: dict[nn.Module, PQ | Int8] = {}
+    chosen: dict[nn.Module, PQ | Int8 | Lookup] = {}
     geometries: dict[str, Geometry] = {}
     reports: dict[nn.Module, LayerReport] = {}
     for layer, aliases in names.items():
@@ -87,7 +88,9 @@ def convert(
         weight_bytes = 4 * layer.weight.numel()
         reports[layer] = LayerReport(aliases[0], kind, False, reason, weight_bytes=weight_bytes)
     if not chosen:
-        raise LutraError("the recipe replaces no layer; give a pattern PQ(...) or Int8()")
+        raise LutraError(
+            "the recipe replaces no layer; give a pattern PQ(...), Lookup(...) or Int8()"
+        )
     layers = {names[layer][0]: layer for layer in names if layer in chosen}
     show = progress if collective.rank() == 0 else False
     with Progress("calibrating", None, show) as bar:
@@ -102,7 +105,7 @@ def convert(
         with Progress("timing layers", len(layers), show) as bar:
             for i, (name, layer) in enumerate(layers.items()):
                 probe, note = _from_float(layer, name, chosen[layer]), "dense by the recipe"
-                if isinstance(probe, _PQLayer):
+                if isinstance(probe, _PQLayer | LookupLayer):
                     decision = decide(gate, name, probe, samples[name].input_shape)
                     decisions[name], note = decision, decision.summary
                     reports[layer] = replace(reports[layer], reason=decision.reason, gate=decision)
@@ -124,6 +127,8 @@ def convert(
             _fit_grid(new, sample)
             if isinstance(new, Int8Layer):
                 reports[layer] = _describe_int8(reports[layer], new, sample)
+            elif isinstance(new, LookupLayer):
+                reports[layer] = _describe_lookup(reports[layer], new, sample)
             else:
                 loss, used = _learn(new, sample, kmeans_steps, seed + i)
                 reports[layer] = _describe(reports[layer], new, loss, used)
@@ -151,9 +156,10 @@ def _check_recipe(
 ) -> None:
     paths = [name for aliases in names.values() for name in aliases]
     for pattern, method in recipe.items():
-        if not isinstance(method, PQ | Int8 | Keep):
+        if not isinstance(method, PQ | Int8 | Lookup | Keep):
             raise LutraError(
-                f"recipe: pattern {pattern!r} has {method!r}; give it PQ(...), Int8() or Keep()"
+                f"recipe: pattern {pattern!r} has {method!r}; give it PQ(...), "
+                "Lookup(...), Int8() or Keep()"
             )
         if not fits(pattern, *paths):
             known = ", ".join(f"'{path}'" for path in paths[:8]) or "none"
@@ -163,20 +169,20 @@ def _check_recipe(
             )
 
 
-def _from_float(layer: nn.Module, name: str, method: PQ | Int8) -> _PQLayer | Int8Layer:
+_LAYERS: dict[type, tuple[Any, Any]] = {
+    PQ: (PQConv2d, PQLinear),
+    Lookup: (LookupConv2d, LookupLinear),
+    Int8: (Int8Conv2d, Int8Linear),
+}
+
+
+def _from_float(
+    layer: nn.Module, name: str, method: PQ | Int8 | Lookup
+) -> _PQLayer | Int8Layer | LookupLayer:
     """The new layer of a dense one; they share their parameters, which may be tied."""
-    new: _PQLayer | Int8Layer
-    assert isinstance(layer, nn.Conv2d | nn.Linear)
+    new: _PQLayer | Int8Layer | LookupLayer
     try:
-        if isinstance(method, Int8):
-            if isinstance(layer, nn.Conv2d):
-                new = Int8Conv2d.from_float(layer, method)
-            else:
-                new = Int8Linear.from_float(layer, method)
-        elif isinstance(layer, nn.Conv2d):
-            new = PQConv2d.from_float(layer, method)
-        else:
-            new = PQLinear.from_float(layer, method)
+        new = _LAYERS[type(method)][isinstance(layer, nn.Linear)].from_float(layer, method)
     except LutraError as error:
         raise LutraError(f"layer '{name}': {error}") from None
     for parameter in ("weight", "bias"):
@@ -312,4 +318,19 @@ def _describe_int8(entry: LayerReport, layer: Int8Layer, rows: Tensor) -> LayerR
         error=collective.mean(int8.output_error(layer, rows)),
         method="int8",
         int8_bytes=layer.weight.numel(),
+    )
+
+
+def _describe_lookup(entry: LayerReport, layer: LookupLayer, rows: Tensor) -> LayerReport:
+    return replace(
+        entry,
+        replaced=True,
+        table_bytes=layer.method.levels * layer.method.weights,
+        index_bytes=layer.freeze().weight.numel(),
+        levels=layer.method.levels,
+        weights=layer.method.weights,
+        lookups_per_row=layer.weight.numel(),
+        multiplies_per_row=layer.weight.numel(),
+        error=collective.mean(lookup.output_error(layer, rows)),
+        method="lookup",
     )

@@ -24,7 +24,9 @@ from lutra.train import checkpoint, collective
 from lutra.train.accelerated import accelerator_for, unmarked, unwrapped
 from lutra.train.calibrate import model_inputs
 from lutra.train.distill import Distiller, FeatureMatch, Loss
+from lutra.train.lookup import LookupLayer
 from lutra.train.progress import Progress
+from lutra.train.response import Response
 from lutra.train.seeding import MODEL_STREAM, seed_everything, seeded_loader
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ def finetune(
     steps: int | None = None,
     lr: float = 1e-3,
     temperature_lr: float = 0.1,
+    table_lr: float | None = None,
     warmup: int = 0,
     weight_decay: float = 0.0,
     loss: Loss = F.cross_entropy,
@@ -79,7 +82,9 @@ def finetune(
             reseeded from `seed`, epoch and batch, so that a resumed run sees the same.
         epochs, steps: how long; give one of them.
         lr: learning rate of all parameters but temperatures. temperature_lr: of those (LUT-NN
-            takes 100 times lr).
+            takes 100 times lr). table_lr: of the tables and scales of lookup layers; None takes lr.
+            Where lr is small (1e-4), they need more.
+        weight_decay: of all parameters but the tables and scales of lookup layers.
         warmup: steps of linear warm-up.
         loss: of (outputs, targets).
         teacher: network to distil from, for classification: its softened outputs are the targets.
@@ -118,10 +123,11 @@ def finetune(
     if folder is not None:
         checkpoint.create_folder(folder)
     loader, sampler = seeded_loader(data, seed)
-    groups = _parameter_groups(model, lr, temperature_lr)
+    table_lr = lr if table_lr is None else table_lr
+    groups = _parameter_groups(model, lr, temperature_lr, table_lr, weight_decay)
     with accelerator_for(accelerator, mixed_precision) as accelerator, unmarked(model, teacher):
         seed_everything(seed)
-        optimizer = torch.optim.Adam(groups, weight_decay=weight_decay)
+        optimizer = torch.optim.Adam(groups)
         run_model, run_optimizer, run_loader = accelerator.prepare(model, optimizer, loader)
         per_epoch = len(run_loader)
         total = steps if steps is not None else math.ceil((epochs or 0) * per_epoch)
@@ -139,6 +145,7 @@ def finetune(
                 "steps": total,
                 "lr": lr,
                 "temperature_lr": temperature_lr,
+                "table_lr": table_lr,
                 "warmup": warmup,
                 "weight_decay": weight_decay,
                 "distillation": None if teacher is None else distillation,
@@ -177,6 +184,7 @@ def finetune(
                         seed, sampler.epoch, index + 1, accelerator.process_index, MODEL_STREAM
                     )
                     run_model.train()
+                    _anneal(model, run.step / total)
                     value = _step(
                         accelerator, run_model, run_optimizer, batch, distiller, clip_norm, run.step
                     )
@@ -184,6 +192,7 @@ def finetune(
                     run.step += 1
                     bar.update(run.step, f"loss {value:.3f}")
                     last = run.step == total
+                    _anneal(model, run.step / total)
                     evaluated = last or _due(run.step, evaluate_every)
                     saved = folder is not None and (last or _due(run.step, checkpoint_every))
                     if last and batch_norm_batches:
@@ -209,14 +218,34 @@ def _due(step: int, every: int | None) -> bool:
     return bool(every) and step % (every or 1) == 0
 
 
-def _parameter_groups(model: nn.Module, lr: float, temperature_lr: float) -> list[dict[str, Any]]:
+def _anneal(model: nn.Module, progress: float) -> None:
+    """Sets the temperature of every response table."""
+    for module in model.modules():
+        if isinstance(module, Response):
+            module.anneal(progress)
+
+
+def _parameter_groups(
+    model: nn.Module, lr: float, temperature_lr: float, table_lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    spared = {
+        parameter
+        for layer in model.modules()
+        if isinstance(layer, LookupLayer)
+        for parameter in layer.table_parameters()
+    }
     temperatures: list[nn.Parameter] = []
+    tables: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             hot = name.endswith("inverse_temperature_logit")
-            (temperatures if hot else others).append(parameter)
-    groups = [{"params": others, "lr": lr}, {"params": temperatures, "lr": temperature_lr}]
+            (temperatures if hot else tables if parameter in spared else others).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": others, "lr": lr, "weight_decay": weight_decay},
+        {"params": temperatures, "lr": temperature_lr, "weight_decay": weight_decay},
+        {"params": tables, "lr": table_lr, "weight_decay": 0.0},
+    ]
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise LutraError("finetune: no parameter of the model requires a gradient")

@@ -22,6 +22,8 @@ _LAYER_OPS = {
     "aten.linear.default": (1, 2),
     "lutra.pq_conv2d.default": (3, 4),
     "lutra.pq_linear.default": (3, 4),
+    "lutra.lookup_conv2d.default": (3, 4),
+    "lutra.lookup_linear.default": (3, 4),
     "lutra.int8_conv2d.default": (2, 3),
     "lutra.int8_linear.default": (2, 3),
 }

@@ -30,6 +30,7 @@ from lutra.session import Session
 from lutra.train import collective
 from lutra.train.geometry import Geometry
 from lutra.train.layers import FrozenPQ, _PQLayer
+from lutra.train.lookup import FrozenLookup, LookupLayer
 
 Against = Literal["best", "float32", "int8"]
 
@@ -148,7 +149,9 @@ class Decision:
         return f"{self.choice}: {ratio:.2f}x the speed of lookups"
 
 
-def decide(gate: SpeedGate, name: str, layer: _PQLayer, input_shape: tuple[int, ...]) -> Decision:
+def decide(
+    gate: SpeedGate, name: str, layer: _PQLayer | LookupLayer, input_shape: tuple[int, ...]
+) -> Decision:
     """Times a layer against its dense forms.
 
     Args:
@@ -187,7 +190,9 @@ def decide(gate: SpeedGate, name: str, layer: _PQLayer, input_shape: tuple[int, 
 
 
 @torch.no_grad()
-def candidates(name: str, layer: _PQLayer, shape: tuple[int, ...]) -> dict[str, Graph]:
+def candidates(
+    name: str, layer: _PQLayer | LookupLayer, shape: tuple[int, ...]
+) -> dict[str, Graph]:
     """The forms of a layer, each as a graph of one node: "lookup", "float32" and "int8", the last
     where int32 holds its sums.
 
@@ -269,10 +274,12 @@ def _agreed(gate: SpeedGate, graphs: Mapping[str, Graph]) -> dict[str, float]:
     return dict(zip(graphs, collective.broadcast(times).tolist(), strict=True))
 
 
-def _randomize(layer: _PQLayer) -> None:
+def _randomize(layer: _PQLayer | LookupLayer) -> None:
     """Random codebooks on a grid around zero: what is found must not be the same in all rows."""
     generator = torch.Generator().manual_seed(0)
     layer.set_activation_range(-1.0, 1.0)
+    if isinstance(layer, LookupLayer):
+        return  # its weights are the layer's own
     layer.centroids.copy_(2.0 * torch.rand(layer.centroids.shape, generator=generator) - 1.0)
     if layer.method.encoder == "tree":
         first = torch.arange(layer.books)[:, None] * layer.dim
@@ -282,14 +289,20 @@ def _randomize(layer: _PQLayer) -> None:
         layer.thresholds.copy_(thresholds * layer.grid().qmax)
 
 
-def _lookup_graph(name: str, frozen: FrozenPQ, shape: tuple[int, ...]) -> Graph:
-    op, geometry, grid = "pq_linear" if frozen.linear else "pq_conv2d", frozen.geometry, frozen.grid
+def _lookup_graph(name: str, frozen: FrozenPQ | FrozenLookup, shape: tuple[int, ...]) -> Graph:
+    geometry, grid = frozen.geometry, frozen.grid
     attrs: dict[str, AttrValue] = {
         "act_scale": grid.scale,
         "act_zero": grid.zero,
         "act_bits": grid.bits,
-        "encoder": frozen.encoder,
     }
+    if isinstance(frozen, FrozenPQ):
+        family = "pq"
+        attrs["encoder"] = frozen.encoder
+    else:
+        family = "lookup"
+        attrs["weight_bits"] = frozen.weight_bits
+    op = f"{family}_linear" if frozen.linear else f"{family}_conv2d"
     if frozen.linear:
         attrs["in_features"] = geometry.channels
     else:

@@ -62,7 +62,7 @@ class Geometry:
             return cls(layer.in_features)
         if layer.groups != 1 and not grouped:
             raise LutraError(
-                f"a convolution with groups={layer.groups} cannot be product-quantised; "
+                f"a convolution with groups={layer.groups} cannot be looked up; "
                 "keep it, or give it Int8()"
             )
         if layer.padding_mode != "zeros":

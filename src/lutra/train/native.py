@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -72,7 +73,49 @@ def make_layer(
     )
 
 
-_layers: dict[int, tuple[weakref.ref[Tensor], Watch, object, _engine.PqLayer]] = {}
+def make_lookup(
+    geometry: Geometry,
+    grid: Quantization,
+    index: Tensor,
+    table: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+) -> _engine.LookupLayer:
+    """Packs a layer of response tables: weight indices (M, D), table (N_f, N_w)."""
+    return _engine.LookupLayer(
+        choose_isa(),
+        weight=_array(index.contiguous()),
+        table=_array(table.contiguous()),
+        scale=_array(scale.contiguous()),
+        bias=_array(bias.contiguous()),
+        act_scale=grid.scale,
+        act_zero=grid.zero,
+        act_bits=grid.bits,
+        channels=geometry.channels,
+        kernel=geometry.kernel,
+        stride=geometry.stride,
+        padding=geometry.padding,
+        dilation=geometry.dilation,
+    )
+
+
+Layer: TypeAlias = "_engine.PqLayer | _engine.LookupLayer"
+_L = TypeVar("_L")
+_layers: dict[int, tuple[weakref.ref[Tensor], Watch, object, Any]] = {}
+
+
+def cached(tensors: Sequence[Tensor], settings: object, make: Callable[[], _L]) -> _L:
+    """`make()`, called once for as long as none of the tensors is replaced or written."""
+    key = id(tensors[0])
+    known = _layers.get(key)
+    if known is not None and known[1].unchanged(tensors) and known[2] == settings:
+        kept: _L = known[3]
+        return kept
+    layer = make()
+    if not any(t.is_inference() for t in tensors):
+        ref = weakref.ref(tensors[0], lambda _: _layers.pop(key, None))
+        _layers[key] = (ref, Watch(tensors), settings, layer)
+    return layer
 
 
 def cached_layer(
@@ -84,22 +127,17 @@ def cached_layer(
     bias: Tensor,
 ) -> _engine.PqLayer:
     """`make_layer`, packed once for as long as none of the tensors is replaced or written."""
-    tensors = (*encoder.tensors.values(), tables, scale, bias)
-    known = _layers.get(id(tables))
-    if known is not None and known[1].unchanged(tensors) and known[2] == (geometry, grid):
-        return known[3]
-    layer = make_layer(geometry, grid, encoder, tables, scale, bias)
-    if not any(t.is_inference() for t in tensors):
-        key = id(tables)
-        ref = weakref.ref(tables, lambda _: _layers.pop(key, None))
-        _layers[key] = (ref, Watch(tensors), (geometry, grid), layer)
-    return layer
+    tensors = (tables, *encoder.tensors.values(), scale, bias)
+    return cached(
+        tensors,
+        (geometry, grid),
+        lambda: make_layer(geometry, grid, encoder, tables, scale, bias),
+    )
 
 
-def run(
-    layer: _engine.PqLayer, geometry: Geometry, x: Tensor, outputs: int, codes: Tensor | None
-) -> Tensor:
-    """y (N, M, H', W') of x (N, C, H, W) float32; fills `codes` (B, N*H'*W') uint8 if given."""
+def run(layer: Layer, geometry: Geometry, x: Tensor, outputs: int, codes: Tensor | None) -> Tensor:
+    """y (N, M, H', W') of x (N, C, H, W) float32; fills `codes` if given, uint8: of codebooks
+    (B, N*H'*W'), or activation indices in the shape and layout of x."""
     height, width = geometry.out_size(x.shape[2], x.shape[3])
     y = empty_output(x, outputs, height, width)
     if y.numel():
@@ -137,3 +175,13 @@ def cluster_sums(
         _array(counts),
     )
     return sums, counts
+
+
+def lookup_gradient(
+    x: Tensor, indices: Tensor, gradient: Tensor, low: float, high: float, levels: int
+) -> tuple[Tensor, Tensor, float]:
+    """See `lookup_ops.input_gradient`."""
+    cells, counts, inside = _engine.lookup_gradient(
+        choose_isa(), pool(), _array(x), _array(indices), _array(gradient), low, high, levels
+    )
+    return torch.from_numpy(cells), torch.from_numpy(counts), inside

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lutra.errors import LutraError
 from lutra.train.geometry import Geometry, Quantization
-from lutra.train.recipe import PQ, Int8
+from lutra.train.recipe import PQ, Int8, Lookup
 from lutra.train.watch import Watch
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def check_input(x: Tensor, geometry: Geometry, linear: bool, family: str) -> Non
     """Refuses inputs that a layer does not take.
 
     Args:
-        family: "PQ" or "Int8": how the name of the layer begins.
+        family: "PQ", "Int8" or "Lookup": how the name of the layer begins.
 
     Raises:
         LutraError: wrong rank, channels or features, or an image smaller than the kernel.
@@ -65,7 +65,7 @@ class QuantizedLayer(nn.Module):
 
     family: ClassVar[str]  # how the names of its layers begin
     geometry: Geometry
-    method: PQ | Int8
+    method: PQ | Int8 | Lookup
     weight: nn.Parameter
     bias: nn.Parameter | None
     act_scale: Tensor
@@ -75,8 +75,23 @@ class QuantizedLayer(nn.Module):
         """Copies weight and bias, and registers the grid."""
         self.weight = nn.Parameter(weight.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        self.register_buffer("act_scale", torch.ones((), device=weight.device))
-        self.register_buffer("signed", torch.zeros((), dtype=torch.bool, device=weight.device))
+        self._hold_grid(weight.device)
+
+    def _hold_grid(self, device: torch.device) -> None:
+        """Registers what the grid is made of: `signed` and what `_step_source` returns."""
+        self.register_buffer("act_scale", torch.ones((), device=device))
+        self.register_buffer("signed", torch.zeros((), dtype=torch.bool, device=device))
+
+    def _step_source(self) -> Tensor:
+        """The tensor that holds the step of the grid, in some form."""
+        return self.act_scale
+
+    def _step(self) -> Tensor:
+        """The step of the grid."""
+        return self.act_scale
+
+    def _set_step(self, step: float) -> None:
+        self.act_scale.fill_(step)
 
     @property
     def outputs(self) -> int:
@@ -84,12 +99,12 @@ class QuantizedLayer(nn.Module):
 
     def grid(self) -> Quantization:
         """The activation grid; read from the device again only after it was written."""
-        source = (self.act_scale, self.signed)
+        source = (self._step_source(), self.signed)
         kept: tuple[Watch, Quantization] | None = self.__dict__.get("_grid")
         if kept is None or not kept[0].unchanged(source):
             bits = self.method.act_bits
             zero = 1 << (bits - 1) if bool(self.signed) else 0
-            kept = (Watch(source), Quantization(float(self.act_scale), zero, bits))
+            kept = (Watch(source), Quantization(float(self._step().detach()), zero, bits))
             self.__dict__["_grid"] = kept
         return kept[1]
 
@@ -100,7 +115,7 @@ class QuantizedLayer(nn.Module):
         reach = max(high, -low) if signed else high
         levels = (1 << (bits - 1)) - 1 if signed else (1 << bits) - 1
         self.signed.fill_(signed)
-        self.act_scale.fill_(max(reach, 1e-6) / max(levels, 1))
+        self._set_step(max(reach, 1e-6) / max(levels, 1))
 
     def _run(self, x: Tensor) -> Tensor:
         """y (N, M, H', W') of x (N, C, H, W), in float32, with gradients."""
@@ -137,6 +152,8 @@ class QuantizedLayer(nn.Module):
     def forget_frozen(self) -> None:
         """Forgets what `frozen` kept: not every write to a parameter can be noticed."""
         self.__dict__.pop("_frozen", None)
+        if self._step_source().requires_grad:
+            self.__dict__.pop("_grid", None)
 
     def train(self, mode: bool = True) -> Self:
         """As of every module; also forgets what was kept for eval mode."""

@@ -10,11 +10,16 @@ from typing import Any, Literal, get_args
 
 from lutra.errors import LutraError
 from lutra.ops.grid import MAX_ACT_BITS
+from lutra.ops.lookup import ACT_BITS, MAX_WEIGHTS, MIN_WEIGHTS, TABLE_MAX
 from lutra.ops.pq import CENTROID_COUNTS, MAX_SUBVECTOR
 
 Gradient = Literal["projected", "straight-through", "soft"]
 CentroidUpdate = Literal["average", "gradient"]
 EncoderName = Literal["nearest", "tree"]
+TableKind = Literal["learned", "linear", "free"]
+
+#: Activation indices that a lookup layer may have.
+LOOKUP_LEVELS = tuple(1 << bits for bits in ACT_BITS)
 
 
 @dataclass(frozen=True)
@@ -124,9 +129,90 @@ class Int8:
             )
 
 
-Method = PQ | Int8 | Keep
+@dataclass(frozen=True)
+class Lookup:
+    """Learned tables of activation index and weight index (Deep Lookup Network, arXiv 2509.13662).
+
+    Every product of an activation and a weight becomes a read from one small table per layer.
+
+    Args:
+        levels: activation indices N_f: 4, 8, 16, 32 or 64.
+        weights: weight indices N_w, odd, 3..33. (16, 15) is 4 bits, (8, 7) 3 bits, (4, 3) 2 bits.
+        table: "learned" is the outer product of a monotone table of activations and one of weights,
+            or a mean of `rank` such products; "free" learns every cell by itself; "linear" keeps
+            the products of a uniform quantisation.
+        rank: products whose mean is the learned table. 1 is a non-uniform quantisation of both
+            operands and trains at the cost of the dense layer; more are not.
+        entries: what the table's cell for the largest activation and weight becomes in int8.
+            Smaller entries are faster, larger ones finer. None: the largest multiple of
+            the exact products for which the kernels add up several entries at a time.
+        temperature: of the softmax behind the learned table, at the start and at the end of
+            fine-tuning; between them it changes geometrically.
+        rescale: whether the gradient of a cell is divided by the square root of how often it is
+            read, so that rare cells learn as fast as frequent ones (LLT, CVPR 2022).
+
+    Raises:
+        LutraError: a value is out of range.
+    """
+
+    levels: int = 16
+    weights: int = 15
+    table: TableKind = "learned"
+    rank: int = 1
+    entries: int | None = None
+    temperature: tuple[float, float] = (1.0, 1.0)
+    rescale: bool = True
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, what: str) -> None:
+            if not ok:
+                raise LutraError(f"Lookup: {what}")
+
+        for name in ("levels", "weights", "rank"):
+            value = getattr(self, name)
+            require(type(value) is int, f"{name}={value!r} is not an integer")
+        require(
+            self.levels in LOOKUP_LEVELS,
+            f"levels={self.levels} is not one of {list(LOOKUP_LEVELS)}",
+        )
+        require(
+            MIN_WEIGHTS <= self.weights <= MAX_WEIGHTS and self.weights % 2 == 1,
+            f"weights={self.weights} is not an odd number in {MIN_WEIGHTS}..{MAX_WEIGHTS}",
+        )
+        kinds = list(get_args(TableKind))
+        require(self.table in kinds, f"table={self.table!r} is not one of {kinds}")
+        require(1 <= self.rank <= 8, f"rank={self.rank} is not in 1..8")
+        require(
+            self.rank == 1 or self.table == "learned",
+            f"rank={self.rank} is of table='learned', not of table={self.table!r}",
+        )
+        require(
+            self.entries is None or (type(self.entries) is int and 1 <= self.entries <= TABLE_MAX),
+            f"entries={self.entries!r} is not an integer in 1..{TABLE_MAX}",
+        )
+        ends = self.temperature
+        require(
+            isinstance(ends, tuple | list)
+            and len(ends) == 2
+            and all(isinstance(t, int | float) and 0.0 < t <= 100.0 for t in ends),
+            f"temperature={ends!r} is not a pair of numbers in (0, 100]",
+        )
+        object.__setattr__(self, "temperature", (float(ends[0]), float(ends[1])))  # JSON has lists
+
+    @property
+    def act_bits(self) -> int:
+        """Bits of an activation index."""
+        return self.levels.bit_length() - 1
+
+
+Method = PQ | Int8 | Lookup | Keep
 Recipe = Mapping[str, Method]
-_METHODS: dict[str, type[PQ] | type[Int8] | type[Keep]] = {"pq": PQ, "int8": Int8, "keep": Keep}
+_METHODS: dict[str, type[PQ] | type[Int8] | type[Lookup] | type[Keep]] = {
+    "pq": PQ,
+    "int8": Int8,
+    "lookup": Lookup,
+    "keep": Keep,
+}
 
 
 def match(recipe: Recipe, *names: str) -> Method:

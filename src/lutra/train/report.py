@@ -13,10 +13,11 @@ from lutra.train.gate import Decision
 class LayerReport:
     """One layer. Byte and operation counts are of the exported layer; lookups per output row.
 
-    `method` is "pq" or "int8", or None where the layer was kept; an int8 layer stores `int8_bytes`
-    of weights, has no tables and looks nothing up. `error` is the mean squared output error
-    relative to the output's variance, on calibration rows with the integers of the engine, before
-    fine-tuning. `used` is the share of centroids that these rows chose.
+    `method` is "pq", "lookup" or "int8", or None where the layer was kept; an int8 layer stores
+    `int8_bytes` of weights, has no tables and looks nothing up; a lookup layer stores `index_bytes`
+    of weight indices and one table of `levels` x `weights` entries. `error` is the mean
+    squared output error relative to the output's variance, on calibration rows with the integers of
+    the engine, before fine-tuning. `used` is the share of centroids that these rows chose.
     `gate` has the times and the decision of the speed gate, where it was asked.
     """
 
@@ -36,6 +37,9 @@ class LayerReport:
     used: float | None = None
     method: str | None = None
     int8_bytes: int = 0
+    index_bytes: int = 0
+    levels: int | None = None
+    weights: int | None = None
     gate: Decision | None = None
 
 
@@ -81,6 +85,13 @@ class ConversionReport:
                      f"{layer.error:.5f}", "")
                 )  # fmt: skip
                 continue
+            if layer.method == "lookup":
+                method = f"lookup {layer.levels}x{layer.weights}"
+                rows.append(
+                    (layer.name, layer.kind, method, "", "", f"{layer.table_bytes}",
+                     f"{layer.weight_bytes}", "1/1", f"{layer.error:.4f}", "")
+                )  # fmt: skip
+                continue
             method = "pq" if layer.encoder == "nearest" else f"pq, {layer.encoder}"
             ratio = f"{layer.lookups_per_row}/{layer.multiplies_per_row}"
             rows.append(
@@ -94,12 +105,19 @@ class ConversionReport:
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
-        lookups = [layer for layer in self.replaced if layer.method != "int8"]
+        lookups = [layer for layer in self.replaced if layer.method == "pq"]
         lines.append(
             f"{len(self.replaced)} of {len(self.layers)} layers replaced; tables "
             f"{sum(r.table_bytes for r in lookups)} bytes for "
             f"{sum(r.weight_bytes for r in lookups)} bytes of float32 weights"
         )
+        responses = [layer for layer in self.replaced if layer.method == "lookup"]
+        if responses:
+            lines[-1] += (
+                f", response tables {sum(r.table_bytes for r in responses)} bytes and indices "
+                f"{sum(r.index_bytes for r in responses)} bytes for "
+                f"{sum(r.weight_bytes for r in responses)}"
+            )
         integer = [layer for layer in self.replaced if layer.method == "int8"]
         if integer:
             lines[-1] += (

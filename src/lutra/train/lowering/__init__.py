@@ -16,6 +16,7 @@ from lutra.train.lowering import (  # noqa: F401  (they register)
     elementwise,
     image,
     int8,
+    lookup,
     pool,
     pq,
     shape,

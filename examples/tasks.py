@@ -1,0 +1,83 @@
+"""What the examples of the three tasks share: methods, arguments, results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lutra.train import Lookup
+
+#: Levels of activations and of weights for a number of bits.
+TABLES = {4: (16, 15), 3: (8, 7), 2: (4, 3)}
+
+
+def lookup_method(bits: int, rank: int = 1) -> Lookup:
+    """The lookup layer of so many bits: tables of 16x15, 8x7 or 4x3."""
+    levels, weights = TABLES[bits]
+    return Lookup(levels=levels, weights=weights, rank=rank)
+
+
+def add_data(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds --data, by default what LUTRA_DATA says."""
+    default = os.environ.get("LUTRA_DATA")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=None if default is None else Path(default),
+        help=f"{what}; the default is the environment variable LUTRA_DATA",
+    )
+
+
+def add_training(parser: argparse.ArgumentParser, output: str) -> None:
+    """Adds what every training has: output, checkpoints, bits, threads, seed."""
+    parser.add_argument("--output", type=Path, default=Path(output))
+    parser.add_argument("--checkpoints", type=Path, help="folder; enables stop and resume")
+    parser.add_argument("--bits", type=int, default=4, choices=sorted(TABLES), help="default: 4")
+    parser.add_argument("--rank", type=int, default=1, help="of the learned table; default: 1")
+    parser.add_argument("--clip-norm", type=float, help="largest gradient norm; default: any")
+    parser.add_argument("--mixed-precision", default="no", choices=("no", "bf16", "fp16"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def stage(folder: Path | None, name: str) -> Path | None:
+    """The checkpoint folder of one stage of a run."""
+    return None if folder is None else folder / name
+
+
+class Log:
+    """Prints one line per evaluation: stage, metric, time. Give it to `finetune`."""
+
+    def __init__(self, name: str, measure: Callable[[nn.Module], float], unit: str) -> None:
+        self.name, self.measure, self.unit = name, measure, unit
+        self.start = time.perf_counter()
+
+    def __call__(self, model: nn.Module) -> float:
+        value = self.measure(model)
+        minutes = (time.perf_counter() - self.start) / 60
+        print(
+            f"{self.name}: validation {value:.2f} {self.unit}, {minutes:.1f} min in this process",
+            flush=True,
+        )
+        return value
+
+
+def as_batch(batch: Any) -> tuple[Tensor, Tensor]:
+    """The collate function of data sets that fetch whole batches."""
+    inputs, targets = batch
+    return inputs, targets
+
+
+def finish(output: Path, result: dict[str, Any]) -> None:
+    """Prints the results as JSON and keeps them beside the file."""
+    text = json.dumps({**result, "bytes": output.stat().st_size}, indent=2)
+    output.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    print(text, flush=True)

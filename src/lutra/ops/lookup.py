@@ -1,0 +1,255 @@
+"""Lookup layers of a table of two axes: every product is read from it, and the reads are added.
+
+An activation has an index of ``2**act_bits`` (its grid, see ``lutra.ops.grid``), a weight one of
+``J``, and one table for the layer says what the two are worth together::
+
+    x_q[d] = clamp(round_half_even(x[d] / float32(act_scale)) + act_zero, 0, 2**act_bits - 1)
+    sum[m] = sum_d table[x_q[d], weight[m, d]]                 int32
+    y[m]   = float32(sum[m]) * scale[m] + bias[m]              two roundings
+
+(``float32(sum)`` rounds to nearest even where a sum goes beyond ``2**24``.) A convolution takes its
+rows in the order (channel, kernel row, kernel column) and pads ``x_q`` with ``act_zero``: the row
+of the table for the real zero holds zeros only, so that padding adds nothing.
+
+The weight indices are packed: ``weight_bits`` bits each, entry ``d`` of a row at bit
+``d * weight_bits % 8`` of byte ``d * weight_bits // 8``. What is left of the last byte is 0.
+
+The operation is that of "Deep Lookup Network" (arXiv 2509.13662).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from lutra.ops.grid import QUANTISER, check_quantiser
+from lutra.ops.registry import (
+    Array,
+    Attr,
+    Cost,
+    OpSpec,
+    TensorRole,
+    inner,
+    integer,
+    node_error,
+)
+from lutra.ops.rows import conv_attrs, infer_conv, infer_linear, linear_attrs, row_length
+
+if TYPE_CHECKING:
+    from lutra.graph import Node, Value
+
+__all__ = [
+    "ACT_BITS",
+    "MAX_DEPTH",
+    "MAX_WEIGHTS",
+    "TABLE_MAX",
+    "WEIGHT_BITS",
+    "bits_for",
+    "pack_weights",
+    "unpack_weights",
+]
+
+#: Bits of an activation index: tables of 4, 8, 16, 32 or 64 rows.
+ACT_BITS: Final = (2, 3, 4, 5, 6)
+#: Columns of a table: odd, so that there is one in the middle for the weight 0.
+MIN_WEIGHTS: Final = 3
+MAX_WEIGHTS: Final = 33
+#: Bits of a packed weight index.
+WEIGHT_BITS: Final = (2, 4, 8)
+#: Table entries are in -TABLE_MAX..TABLE_MAX.
+TABLE_MAX: Final = 127
+#: A sum of so many table entries is exact in int32.
+MAX_DEPTH: Final = (2**31 - 1) // TABLE_MAX
+
+_QUANTISER: Final = {
+    **QUANTISER,
+    "act_bits": Attr(int, low=ACT_BITS[0], high=ACT_BITS[-1]),
+    "weight_bits": Attr(int, low=WEIGHT_BITS[0], high=WEIGHT_BITS[-1]),
+}
+_TENSORS: Final = {
+    "weight": TensorRole("uint8", 2),
+    "table": TensorRole("int8", 2),
+    "scale": TensorRole("float32", 1),
+    "bias": TensorRole("float32", 1),
+}
+
+
+def bits_for(weights: int) -> int:
+    """The bits that a packed index takes: the fewest of ``WEIGHT_BITS``.
+
+    Args:
+        weights: How many values the index has, at most 256.
+    """
+    return next(bits for bits in WEIGHT_BITS if weights <= 2**bits)
+
+
+def pack_weights(index: Array, bits: int) -> Array:
+    """Packs weight indices as files hold them.
+
+    Args:
+        index: uint8 (M, D), below ``2**bits``.
+        bits: 2, 4 or 8.
+
+    Returns:
+        uint8 (M, ceil(D * bits / 8)), the first index in the lowest bits.
+    """
+    share = 8 // bits  # indices of one byte
+    padded = np.zeros((index.shape[0], -(-index.shape[1] // share), share), np.uint8)
+    padded.reshape(index.shape[0], -1)[:, : index.shape[1]] = index
+    packed: Array = np.bitwise_or.reduce(padded << _shifts(bits), axis=2)
+    return packed
+
+
+def unpack_weights(packed: Array, bits: int, depth: int) -> Array:
+    """The inverse of ``pack_weights``.
+
+    Args:
+        packed: uint8 (M, ceil(depth * bits / 8))
+        bits: 2, 4 or 8.
+        depth: D, indices of one row.
+
+    Returns:
+        uint8 (M, D), C-contiguous.
+    """
+    index = (packed[:, :, None] >> _shifts(bits)) & np.uint8(2**bits - 1)
+    return np.ascontiguousarray(index.reshape(packed.shape[0], -1)[:, :depth])
+
+
+def _shifts(bits: int) -> Array:
+    return np.arange(0, 8, bits, dtype=np.uint8)
+
+
+def _check(node: Node, tensors: Mapping[str, Array]) -> None:
+    _check_grid(node)
+    _check_table(node, tensors["table"])
+    packed = tensors["weight"]
+    outputs = packed.shape[0]
+    for role in ("scale", "bias"):
+        if tensors[role].shape != (outputs,):
+            raise node_error(
+                node,
+                f"has {role} of shape {tensors[role].shape}",
+                f"the weight of shape {packed.shape} needs ({outputs},)",
+            )
+    _check_weight(node, packed, tensors["table"].shape[1])
+
+
+def _check_grid(node: Node) -> None:
+    qmax = check_quantiser(node)
+    middle = (qmax + 1) // 2
+    if integer(node, "act_zero") not in (0, middle):
+        raise node_error(
+            node,
+            f"has act_zero={node.attrs['act_zero']} with act_bits={node.attrs['act_bits']}",
+            f"it must be 0, or {middle} for activations of both signs",
+        )
+
+
+def _check_table(node: Node, table: Array) -> None:
+    rows, columns = table.shape
+    levels = 2 ** integer(node, "act_bits")
+    if rows != levels:
+        raise node_error(
+            node,
+            f"has a table of shape {table.shape} with act_bits={node.attrs['act_bits']}",
+            f"it needs {levels} rows, one for each activation index",
+        )
+    if columns % 2 == 0 or not MIN_WEIGHTS <= columns <= MAX_WEIGHTS:
+        raise node_error(
+            node,
+            f"has a table of shape {table.shape}",
+            f"it needs an odd number of columns in {MIN_WEIGHTS}..{MAX_WEIGHTS}",
+        )
+    if int(table.min()) < -TABLE_MAX:
+        raise node_error(
+            node,
+            f"has a table entry of {int(table.min())}",
+            f"entries must be in {-TABLE_MAX}..{TABLE_MAX}",
+        )
+    zero = integer(node, "act_zero")
+    if table[zero].any():
+        raise node_error(
+            node,
+            f"has entries other than 0 in row {zero} of its table, the row of the activation 0.0",
+            "set them to 0, or padding would not be exact",
+        )
+
+
+def _check_weight(node: Node, packed: Array, weights: int) -> None:
+    bits, depth = integer(node, "weight_bits"), row_length(node)
+    if bits != bits_for(weights):
+        raise node_error(
+            node,
+            f"has weight_bits={bits} for a table of {weights} columns",
+            f"it must be {bits_for(weights)}",
+        )
+    if depth > MAX_DEPTH:
+        raise node_error(
+            node,
+            f"adds up {depth} table entries for each output, more than int32 holds for certain",
+            f"use at most {MAX_DEPTH}, or the float32 operator",
+        )
+    size = -(-depth * bits // 8)
+    if packed.shape[1] != size:
+        raise node_error(
+            node,
+            f"has a weight of shape {packed.shape}",
+            f"rows of {depth} indices of {bits} bits need ({packed.shape[0]}, {size})",
+        )
+    used = depth * bits - 8 * (size - 1)  # bits of the last byte
+    if int(packed[:, -1].max()) >> used:
+        raise node_error(
+            node,
+            f"has bits other than 0 behind the last of {depth} weight indices",
+            f"set the highest {8 - used} bits of the last byte of every row to 0",
+        )
+    top = int(unpack_weights(packed, bits, depth).max())
+    if top >= weights:
+        raise node_error(
+            node,
+            f"has a weight index of {top}",
+            f"the table has {weights} columns, so it must be in 0..{weights - 1}",
+        )
+
+
+def _infer_conv(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    return infer_conv(node, inputs, tensors["weight"].shape[0])
+
+
+def _infer_linear(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    return infer_linear(node, inputs, tensors["weight"].shape[0])
+
+
+def _cost(node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]) -> Cost:
+    made = math.prod(inner(output))
+    reads = made * row_length(node)
+    return Cost(
+        lookups=reads,
+        quantised=math.prod(inner(inputs[0])),
+        scaled=made,
+        dense_macs=reads,
+        table_bytes=tensors["table"].nbytes,
+    )
+
+
+SPECS: Final = (
+    OpSpec(
+        "lookup_conv2d",
+        attrs={**conv_attrs(MAX_DEPTH), **_QUANTISER},
+        tensors=_TENSORS,
+        check=_check,
+        infer=_infer_conv,
+        cost=_cost,
+    ),
+    OpSpec(
+        "lookup_linear",
+        attrs={**linear_attrs(MAX_DEPTH), **_QUANTISER},
+        tensors=_TENSORS,
+        check=_check,
+        infer=_infer_linear,
+        cost=_cost,
+    ),
+)
