@@ -347,7 +347,8 @@ def test_wrong_recipes_are_refused(net: Net, images: Tensor) -> None:
     refused("pattern 'haed' matches no", net, {"haed": Keep(), "*": PQ()}, data)
     refused("replaces no layer", net, {"*": Keep()}, data)
     refused("replaces no layer", net, {}, data)
-    refused(r"'fc' has 'pq'; give it PQ\(...\), Int8\(\) or Keep\(\)", net, {"fc": "pq"}, data)
+    known = r"PQ\(...\), Lookup\(...\), Int8\(\) or Keep\(\)"
+    refused(rf"'fc' has 'pq'; give it {known}", net, {"fc": "pq"}, data)
     refused("'fc' has <class", net, {"fc": PQ}, data)
     refused("its layers are: none", nn.ReLU(), {"*": PQ()}, data)
 

@@ -515,7 +515,7 @@ def test_all_unsupported_operators_are_listed(tmp_path: Path) -> None:
         (lambda m, x: x.flatten(0, 1), "batch"),
         (lambda m, x: torch.cat([x, x], 0), "batch"),
         (lambda m, x: x.softmax(0), "batch"),
-        (lambda m, x: x @ x.flatten(2), "product of two activations"),
+        (lambda m, x: x[:, :, :8] @ x[:, :, :8], "product of two activations"),
         (lambda m, x: x * x.amax((2, 3), keepdim=True), "equal shapes"),
         (lambda m, x: x + x.mean((2, 3), keepdim=True), "equal shapes"),
         (lambda m, x: x + torch.ones(8), "channel to channel"),
