@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -218,8 +219,9 @@ def test_super_resolution_from_training_to_engine(
     not (SET5 / "set5_hr.npy.xz").exists(),
     reason="needs Set5: set LUTRA_TEST_DATA to the folder that holds sr/",
 )
-@pytest.mark.parametrize(("scale", "decibels"), [(2, 33.65), (3, 30.39), (4, 28.42)])
-def test_bicubic_set5(scale: int, decibels: float) -> None:
-    pairs = sr.load_set5(SET5, scale, enlarge=True)
-    found = [sr.psnr(x, y, scale) for x, y in pairs]
-    assert sum(found) / 5 == pytest.approx(decibels, abs=0.02)
+def test_bicubic_set5(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sr, "undo_median", functools.cache(sr.undo_median))  # large ones are slow
+    for scale, decibels in ((2, 33.65), (3, 30.39), (4, 28.42)):
+        pairs = sr.load_set5(SET5, scale, enlarge=True)
+        found = [sr.psnr(x, y, scale) for x, y in pairs]
+        assert sum(found) / 5 == pytest.approx(decibels, abs=0.02)
