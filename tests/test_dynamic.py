@@ -55,6 +55,7 @@ def convolutions() -> Graph:
     tree = tree_tensors(b.rng, 72, 12, bits=6)
     attrs = {"in_channels": 8, "kernel": (3, 3), "encoder": "tree", "stride": (2, 2)}
     z = b.add("pq_conv2d", z, tensors=tree, **attrs, **grid)
+    z = b.lookup_conv2d(z, 12, 12, padding=(1, 1))
     z = b.add("pixel_shuffle", b.affine(z, 12), factor=2)
     z = b.add("max_pool2d", z, kernel=(3, 3), stride=(2, 1), padding=(1, 1))
     z = b.add("avg_pool2d", z, kernel=(2, 2), stride=(1, 1), padding=(1, 1))

@@ -61,7 +61,10 @@ def test_clamp(low: float, high: float) -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), LIMITS)
-@pytest.mark.parametrize("op", ["pq_conv2d", "int8_conv2d", "conv2d", "pq_linear", "linear"])
+@pytest.mark.parametrize(
+    "op",
+    ["pq_conv2d", "int8_conv2d", "lookup_conv2d", "conv2d", "pq_linear", "lookup_linear", "linear"],
+)
 @pytest.mark.parametrize("residual", [False, True])
 def test_clamps_are_fused_with_any_limits(op: str, low: float, high: float, residual: bool) -> None:
     shape = (None, 20) if op.endswith("linear") else (None, 20, 5, 7)
@@ -288,7 +291,7 @@ def test_bad_upsampling(attrs: dict[str, Any], message: str) -> None:
 # ---- convolutions over points -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", ["pq_conv2d", "int8_conv2d", "conv2d"])
+@pytest.mark.parametrize("op", ["pq_conv2d", "int8_conv2d", "lookup_conv2d", "conv2d"])
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("points", [1, 5, 64, 129])
