@@ -9,6 +9,7 @@ if find_spec("torch") is None:
     collect_ignore += [
         "test_convert.py",
         "test_export.py",
+        "test_export_dynamic.py",
         "test_export_lookup.py",
         "test_export_operators.py",
         "test_export_pq.py",
