@@ -6,9 +6,9 @@
 DATA is a folder with t91_*, set5_* (packed), or with the folders T91 and Set5 of images. VDSR takes
 the enlarged image and may learn several scales at once; ESPCN enlarges by one scale itself, with a
 pixel shuffle at its end; its float network is trained first, because the public one ends in a tanh,
-which is dropped here, and because it adds to the bilinear image here (`--skip`). The float network is trained for as long as the lookup form, so that the
-comparison is fair. The run can be stopped at any time: the same command goes on from the last
-checkpoint.
+which is dropped here, and because it adds to the bilinear image here (`--skip`). The float network
+is trained for as long as the lookup form, so that the comparison is fair. The run can be stopped at
+any time: the same command goes on from the last checkpoint.
 
 The first layer stays in float32 by default: it sees the image, and on a grid of 7 bits it costs
 VDSR 0.09 dB of validation. It does one product in a thousand of the network.
@@ -250,7 +250,8 @@ def main() -> None:
         "seed": options.seed,
         "training": {
             "net": options.net, "skip": options.skip if options.net == "espcn" else "input",
-            "float_steps": float_steps, "steps": run.steps, "batch": options.batch, "lr": options.lr, "table_lr": options.table_lr,
+            "float_steps": float_steps, "steps": run.steps, "batch": options.batch,
+            "lr": options.lr, "table_lr": options.table_lr,
             "patch": size, "loss": options.loss, "feature_weight": options.feature_weight,
             "mixed_precision": options.mixed_precision,
         },
