@@ -6,9 +6,9 @@
 DATA is a folder with t91_*, set5_* (packed), or with the folders T91 and Set5 of images. VDSR takes
 the enlarged image and may learn several scales at once; ESPCN enlarges by one scale itself, with a
 pixel shuffle at its end; its float network is trained first, because the public one ends in a tanh,
-which is dropped here. The float network is trained for as long as the lookup form, so that the
-comparison is fair. The run can be stopped at any time: the same command goes on from the last
-checkpoint.
+which is dropped here, and because it adds to the bilinear image here (`--skip`). The float network
+is trained for as long as the lookup form, so that the comparison is fair. The run can be stopped at
+any time: the same command goes on from the last checkpoint.
 
 The first layer stays in float32 by default: it sees the image, and on a grid of 7 bits it costs
 VDSR 0.09 dB of validation. It does one product in a thousand of the network.
@@ -71,21 +71,28 @@ class VDSR(nn.Module):
 
 
 class ESPCN(nn.Module):
-    """Three convolutions at low resolution, then a pixel shuffle (Shi et al. 2016); no tanh."""
+    """Three convolutions at low resolution, then a pixel shuffle (Shi et al. 2016); no tanh.
+
+    With `skip` they add what the bilinear image lacks, so that activations of few bits need not
+    carry the image itself.
+    """
 
     enlarge = False
 
-    def __init__(self, scale: int) -> None:
+    def __init__(self, scale: int, skip: bool = True) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.skip = scale, skip
         self.first = nn.Conv2d(1, 64, 5, padding=2)
         self.body = nn.ModuleList([nn.Conv2d(64, 32, 3, padding=1)])
         self.last = nn.Conv2d(32, scale * scale, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.first(x))
-        x = F.relu(self.body[0](x))
-        return F.pixel_shuffle(self.last(x), self.scale)
+        y = F.relu(self.first(x))
+        y = F.relu(self.body[0](y))
+        y = F.pixel_shuffle(self.last(y), self.scale)
+        if self.skip:
+            y = y + F.interpolate(x, scale_factor=float(self.scale), mode="bilinear")
+        return y
 
     def load(self, path: Path) -> None:
         """The public weights, height, width, inputs, outputs: x2/f1, x2/b1, ..."""
@@ -94,6 +101,9 @@ class ESPCN(nn.Module):
                 kernel, bias = (f"x{self.scale}/{kind}{i}" for kind in "fb")
                 _copy(path, kernel, arrays[kernel].transpose(3, 2, 0, 1), layer.weight)
                 _copy(path, bias, arrays[bias], layer.bias)
+        if self.skip:  # the public last layer makes the image, not what is to be added
+            nn.init.zeros_(self.last.weight)
+            nn.init.zeros_(self.last.bias)
 
 
 @torch.no_grad()
@@ -157,6 +167,10 @@ def main() -> None:
         "--feature-weight", type=float, default=0.0,
         help="of the difference to the float network's inner outputs; default: 0",
     )  # fmt: skip
+    parser.add_argument(
+        "--skip", choices=("bilinear", "none"), default="bilinear",
+        help="what ESPCN adds to; default: the bilinear image",
+    )  # fmt: skip
     parser.add_argument("--skip-float", action="store_true", help="no longer training of it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -166,7 +180,9 @@ def main() -> None:
         raise SystemExit("--scale: ESPCN learns one scale")
 
     torch.manual_seed(options.seed)
-    dense: VDSR | ESPCN = VDSR() if options.net == "vdsr" else ESPCN(options.scale[0])
+    dense: VDSR | ESPCN = (
+        VDSR() if options.net == "vdsr" else ESPCN(options.scale[0], options.skip == "bilinear")
+    )
     dense.load(options.weights)
     dense = dense.eval().to(memory_format=torch.channels_last)
     images = sr.load_t91(options.data)
@@ -233,8 +249,9 @@ def main() -> None:
         "recipe": recipe_to_json(recipe),
         "seed": options.seed,
         "training": {
-            "net": options.net, "float_steps": float_steps, "steps": run.steps,
-            "batch": options.batch, "lr": options.lr, "table_lr": options.table_lr,
+            "net": options.net, "skip": options.skip if options.net == "espcn" else "input",
+            "float_steps": float_steps, "steps": run.steps, "batch": options.batch,
+            "lr": options.lr, "table_lr": options.table_lr,
             "patch": size, "loss": options.loss, "feature_weight": options.feature_weight,
             "mixed_precision": options.mixed_precision,
         },
