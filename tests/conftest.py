@@ -7,6 +7,7 @@ from importlib.util import find_spec
 collect_ignore = []
 if find_spec("torch") is None:
     collect_ignore += [
+        "test_sharing.py",
         "test_convert.py",
         "test_export.py",
         "test_export_dynamic.py",

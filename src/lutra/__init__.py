@@ -80,6 +80,7 @@ _TRAIN: Final = (
     "finetune",
     "recipe_from_json",
     "recipe_to_json",
+    "reconstruction_loss",
 )
 
 try:

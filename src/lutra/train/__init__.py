@@ -10,6 +10,7 @@ from lutra.train.int8 import FrozenInt8, Int8Conv2d, Int8Linear
 from lutra.train.layers import FrozenPQ, PQConv2d, PQLinear
 from lutra.train.lookup import FrozenLookup, LookupConv2d, LookupLinear
 from lutra.train.recipe import PQ, Int8, Keep, Lookup, recipe_from_json, recipe_to_json
+from lutra.train.reconstruction import reconstruction_loss
 from lutra.train.report import ConversionReport, LayerReport
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "finetune",
     "recipe_from_json",
     "recipe_to_json",
+    "reconstruction_loss",
 ]

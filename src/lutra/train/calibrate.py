@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -21,7 +22,8 @@ class Reservoir:
 
     Every row draws a random key; the rows with the smallest keys stay. Memory is `capacity` rows.
     `input_shape` is that of the layer's first input, for one sample of the model: (1, C, H, W), or
-    (n, ..., D) for a linear layer that sees n rows of each sample along its first axis.
+    (n, ..., D) for a linear layer that sees n rows of each sample along its first axis. `sources`
+    has a number for the tensor of every call: layers with the same numbers read the same tensors.
     """
 
     def __init__(self, geometry: Geometry, capacity: int, generator: torch.Generator) -> None:
@@ -30,6 +32,7 @@ class Reservoir:
         self.keys = torch.empty(0)
         self.seen = 0
         self.input_shape: tuple[int, ...] = ()
+        self.sources: list[int] = []
 
     def add(self, x: Tensor) -> None:
         """Takes the rows of x (N, C, H, W)."""
@@ -121,6 +124,22 @@ def _sample_shape(x: Tensor, samples: int) -> tuple[int, ...]:
     return (1 if rest else max(1, whole), *x.shape[1:])
 
 
+class _Sources:
+    """Numbers tensors: the same object has the same number for as long as it lives."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._next = 0
+
+    def __call__(self, x: Tensor) -> int:
+        known = self._known.get(id(x))  # an address, which another tensor may have had
+        if known is None or known[0]() is not x:
+            known = (weakref.ref(x), self._next)
+            self._known[id(x)] = known
+            self._next += 1
+        return known[1]
+
+
 @torch.no_grad()
 def collect(
     model: nn.Module,
@@ -153,6 +172,7 @@ def collect(
             f"{len(layers)} layers; allow at least {least * _FLOAT_BYTES * depth} bytes"
         )
     reservoirs: dict[str, Reservoir] = {}
+    source_of = _Sources()
     handles = []
     samples = 1  # in the batch that runs
     for i, (name, layer) in enumerate(layers.items()):
@@ -165,6 +185,7 @@ def collect(
             x = args[0] if args else kwargs["input"]
             if not reservoirs[name].input_shape:
                 reservoirs[name].input_shape = _sample_shape(x, samples)
+            reservoirs[name].sources.append(source_of(x))
             reservoirs[name].add(_images(layer, name, x))
 
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lutra.errors import LutraError
 from lutra.train import collective, int8, lookup, portable
 from lutra.train import tree as trees
-from lutra.train.calibrate import collect
+from lutra.train.calibrate import Reservoir, collect
 from lutra.train.gate import Decision, SpeedGate, attach, decide, record
 from lutra.train.geometry import Geometry
 from lutra.train.int8 import Int8Conv2d, Int8Layer, Int8Linear
@@ -41,6 +41,7 @@ def convert(
     seed: int = 0,
     progress: bool | None = None,
     speed_gate: bool | SpeedGate = False,
+    share_encoders: bool = True,
 ) -> tuple[nn.Module, ConversionReport]:
     """Replaces layers by lookups, or by int8 arithmetic, and calibrates them.
 
@@ -62,6 +63,9 @@ def convert(
             The others stay dense, in float32 or int8, whichever is faster. Times and decisions are
             in the report, and go into the metadata of a file that is exported from the converted
             model.
+        share_encoders: let PQ layers that read the same tensor in the same way (q, k and v of an
+            attention) share one set of codebooks, so that the engine makes the codes once. They
+            then hold the same parameters.
 
     Returns:
         The converted copy, ready for fine-tuning, and a report with one entry per convolution and
@@ -110,8 +114,10 @@ def convert(
                     decisions[name], note = decision, decision.summary
                     reports[layer] = replace(reports[layer], reason=decision.reason, gate=decision)
                 bar.update(i + 1, f"{name} {note}")
+    leaders = _siblings(chosen, geometries, samples, names, decisions) if share_encoders else {}
     converted = copy.deepcopy(model)
     replacements: dict[nn.Module, nn.Module] = {}
+    learned: dict[str, _PQLayer] = {}
     with Progress("learning codebooks", len(layers), show) as bar:
         for i, (name, layer) in enumerate(layers.items()):
             method, gated = chosen[layer], decisions.get(name)
@@ -129,7 +135,11 @@ def convert(
                 reports[layer] = _describe_int8(reports[layer], new, sample)
             elif isinstance(new, LookupLayer):
                 reports[layer] = _describe_lookup(reports[layer], new, sample)
+            elif name in leaders and leaders[name] in learned:
+                new.share(learned[leaders[name]])
+                reports[layer] = _describe(reports[layer], new, *_settle(new, sample))
             else:
+                learned[name] = new
                 loss, used = _learn(new, sample, kmeans_steps, seed + i)
                 reports[layer] = _describe(reports[layer], new, loss, used)
             replacements[old] = new
@@ -139,6 +149,29 @@ def convert(
     if entry is not None:
         attach(converted, entry)
     return converted, ConversionReport(tuple(reports.values()), seed, entry)
+
+
+def _siblings(
+    chosen: Mapping[nn.Module, PQ | Int8 | Lookup],
+    geometries: Mapping[str, Geometry],
+    samples: Mapping[str, Reservoir],
+    names: Mapping[Any, list[str]],
+    decisions: Mapping[str, Decision],
+) -> dict[str, str]:
+    """For each layer the first one with the same codebooks: it reads the same tensors in the same
+    way, and has the same settings. Trees suit the weights of their layer, so they stay alone."""
+    first: dict[Any, str] = {}
+    leaders: dict[str, str] = {}
+    for layer, method in chosen.items():
+        name = names[layer][0]
+        gated = decisions.get(name)
+        if not isinstance(method, PQ) or method.encoder != "nearest":
+            continue
+        if gated is not None and gated.choice in ("float32", "int8"):
+            continue
+        key = (method, geometries[name], tuple(samples[name].sources), samples[name].input_shape)
+        leaders[name] = first.setdefault(key, name)
+    return leaders
 
 
 def _candidates(model: nn.Module) -> dict[nn.Conv2d | nn.Linear, list[str]]:
@@ -242,6 +275,12 @@ def _learn(layer: _PQLayer, rows: Tensor, steps: int, seed: int) -> tuple[float,
     else:
         centroids, _ = kmeans(sub, layer.method.k, steps=steps, seed=seed)
         layer.centroids.copy_(centroids)
+    return _settle(layer, rows)
+
+
+@torch.no_grad()
+def _settle(layer: _PQLayer, rows: Tensor) -> tuple[float, float]:
+    """What `_learn` returns, of a layer whose codebooks are there; fits the tables of a tree."""
     error, codes = _output_error(layer, rows)
     counts = torch.zeros((layer.books, layer.method.k), device=codes.device)
     counts.scatter_add_(1, codes.long(), torch.ones(codes.shape, device=codes.device))

@@ -26,6 +26,7 @@ from lutra.train.calibrate import model_inputs
 from lutra.train.distill import Distiller, FeatureMatch, Loss
 from lutra.train.lookup import LookupLayer
 from lutra.train.progress import Progress
+from lutra.train.reconstruction import reconstruction_loss
 from lutra.train.response import Response
 from lutra.train.seeding import MODEL_STREAM, seed_everything, seeded_loader
 
@@ -272,6 +273,9 @@ def _step(
     args, kwargs = model_inputs(batch, accelerator.device)
     targets = batch[1].to(accelerator.device)
     value = distiller.loss(model(*args, **kwargs).float(), targets, args, kwargs)
+    reconstruction = reconstruction_loss(model)
+    if reconstruction is not None:
+        value = value + reconstruction
     result = collective.mean(float(value.detach()))
     if not math.isfinite(result):
         raise LutraError(

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from lutra.errors import LutraError
 from lutra.ops.pq import MAX_SUBVECTOR
-from lutra.train import collective, ops, portable
+from lutra.train import collective, ops, portable, reconstruction
 from lutra.train import tree as trees
 from lutra.train.encoder import Encoder, Nearest, Tree
 from lutra.train.geometry import Geometry, Quantization
@@ -85,6 +85,22 @@ class StraightThroughLookup(torch.autograd.Function):
         return grad_x, grad_tables, None, None
 
 
+class TableSum(torch.autograd.Function):
+    """The sums y of table rows that some codes chose, as a function of the tables."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, tables: Tensor, codes: Tensor) -> Tensor:
+        ctx.centroids = tables.shape[1]
+        ctx.save_for_backward(codes)
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
+        (codes,) = ctx.saved_tensors
+        return None, ops.table_gradient(codes, gradient, ctx.centroids), None
+
+
 class _PQLayer(QuantizedLayer):
     """What `PQConv2d` and `PQLinear` share. Build them with `from_float`.
 
@@ -140,11 +156,24 @@ class _PQLayer(QuantizedLayer):
                 start = torch.zeros((self.books, method.k, self.dim), device=weight.device)
             self.register_buffer("projection", start)
             self.register_buffer("projection_age", torch.zeros((), dtype=torch.int64))
+        self.follows = False  # the codebooks are another layer's, which moves them
         if method.gradient == "soft":
             # 1 / t = softplus(logit) + 1, as in LUT-NN's code
             inverse = 1.0 / method.temperature
             logit = math.log(math.expm1(inverse - 1.0)) if inverse - 1.0 < 30 else inverse - 1.0
             self.inverse_temperature_logit = nn.Parameter(torch.tensor(logit, device=weight.device))
+
+    def share(self, leader: _PQLayer) -> None:
+        """Takes the codebooks and the grid of a layer that reads the same input (nearest only).
+
+        Both then hold the same parameter; what moves it beside the optimiser is the leader.
+        """
+        self.centroids = leader.centroids
+        self.act_scale.copy_(leader.act_scale)
+        self.signed.copy_(leader.signed)
+        if self.method.centroids == "average":
+            self.cluster_counts.copy_(leader.cluster_counts)
+        self.follows = True
 
     def weight_blocks(self) -> Tensor:
         """Weights by codebook: (B, V, M), zero where the last sub-vector is short."""
@@ -210,8 +239,10 @@ class _PQLayer(QuantizedLayer):
                 rounded = int8_tables.float() * scale
             tables = _rounded(tables, rounded)
             call = (geometry, grid, encoder, int8_tables, scale, codes)
-            averaged = self.training and self.method.centroids == "average"
-            if self.method.gradient == "soft":
+            averaged = self.training and self.method.centroids == "average" and not self.follows
+            if self.method.gradient == "dense":
+                y = self._dense_gradient(x, tables, call)
+            elif self.method.gradient == "soft":
                 inverse = F.softplus(self.inverse_temperature_logit.float()) + 1.0
                 centroids = self.centroids.float()
                 if averaged:  # they move below, before the backward pass
@@ -224,8 +255,26 @@ class _PQLayer(QuantizedLayer):
                 y = StraightThroughLookup.apply(x, tables, weight, (*call, dtype))  # type: ignore[no-untyped-call]
             if averaged:
                 self._follow_clusters(x.detach(), codes[0])
-            y = cast(Tensor, y)
+            self._reconstruct(x, y, tables, codes[0])
             return y if self.bias is None else y + self.bias.float().view(1, -1, 1, 1)
+
+    def _dense_gradient(self, x: Tensor, tables: Tensor, call: tuple[Any, ...]) -> Tensor:
+        """Sum of table rows, with the gradients of the dense layer for x and the weights."""
+        geometry, grid, encoder, int8_tables, scale, keep = call
+        with torch.no_grad():
+            y, codes = ops.forward(x, geometry, grid, encoder, int8_tables, scale)
+        keep.append(codes)
+        return _rounded(reconstruction.dense_product(x, self.weight, geometry), y)
+
+    def _reconstruct(self, x: Tensor, y: Tensor, tables: Tensor, codes: Tensor) -> None:
+        """Keeps the loss of y (without bias) against the dense product."""
+        share = self.method.reconstruction
+        if share == 0.0 or not self.training or not torch.is_grad_enabled():
+            return
+        if self.method.gradient == "dense":  # y does not lead to the tables
+            y = TableSum.apply(y.detach(), tables, codes)  # type: ignore[no-untyped-call]
+        dense = reconstruction.dense_product(x, self.weight, self.geometry)
+        reconstruction.keep(self, share * reconstruction.two_sided(y, dense))
 
     @torch.no_grad()
     def _gradient_weight(self, tables: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: Weights and tables of int8 are symmetric: -INT8_MAX..INT8_MAX.
 INT8_MAX = 127
+#: What layers keep and can make again: it is neither copied nor pickled.
+_DERIVED = ("_frozen", "_grid", "_reconstruction")
 
 
 def check_input(x: Tensor, geometry: Geometry, linear: bool, family: str) -> None:
@@ -162,4 +164,4 @@ class QuantizedLayer(nn.Module):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_frozen", "_grid")}
+        return {k: v for k, v in self.__dict__.items() if k not in _DERIVED}

@@ -13,7 +13,7 @@ from lutra.ops.grid import MAX_ACT_BITS
 from lutra.ops.lookup import ACT_BITS, MAX_WEIGHTS, MIN_WEIGHTS, TABLE_MAX
 from lutra.ops.pq import CENTROID_COUNTS, MAX_SUBVECTOR
 
-Gradient = Literal["projected", "straight-through", "soft"]
+Gradient = Literal["projected", "straight-through", "dense", "soft"]
 CentroidUpdate = Literal["average", "gradient"]
 EncoderName = Literal["nearest", "tree"]
 TableKind = Literal["learned", "linear", "free"]
@@ -40,8 +40,12 @@ class PQ:
         act_bits: bits of the activation grid, 1..7.
         gradient: of the input. "straight-through" is the dense layer's; "projected" is that of
             the best linear model of the quantiser (see `lutra.train.projection`); both with the
-            exact gradient of the tables. "soft" is LUT-NN's softmax over distances with a learned
-            temperature.
+            exact gradient of the tables. "dense" passes the gradients of the dense layer to input
+            and weights and none to the codebooks, which `reconstruction` trains (eLUT-NN, ASPLOS
+            2024). "soft" is LUT-NN's softmax over distances with a learned temperature.
+        reconstruction: weight of the mean squared difference between the layer and its dense
+            product in the loss (see `lutra.train.reconstruction_loss`); eLUT-NN takes 1e-3 for
+            BERT. 0 leaves it out.
         centroids: "average" lets centroids follow the mean of their cluster (exponential moving
             average); "gradient" trains them by backpropagation.
         decay: of that moving average, per step.
@@ -62,6 +66,7 @@ class PQ:
     decay: float = 0.99
     temperature: float = 0.065
     encoder: EncoderName = "nearest"
+    reconstruction: float = 0.0
 
     def __post_init__(self) -> None:
         def require(ok: bool, what: str) -> None:
@@ -72,7 +77,7 @@ class PQ:
             value = getattr(self, name)
             optional = name == "v" and value is None
             require(optional or type(value) is int, f"{name}={value!r} is not an integer")
-        for name in ("decay", "temperature"):
+        for name in ("decay", "temperature", "reconstruction"):
             value = getattr(self, name)
             require(isinstance(value, int | float), f"{name}={value!r} is not a number")
         require(
@@ -100,6 +105,15 @@ class PQ:
             self.encoder == "nearest" or self.gradient != "soft",
             "gradient='soft' is of distances, which encoder='tree' does not compute; "
             "choose 'projected' or 'straight-through'",
+        )
+        require(
+            0.0 <= self.reconstruction < float("inf"),
+            f"reconstruction={self.reconstruction} is not a weight; give 0 or more",
+        )
+        require(
+            self.gradient != "dense" or self.reconstruction > 0.0 or self.centroids == "average",
+            "gradient='dense' trains no codebooks; set reconstruction (eLUT-NN takes 1e-3), or "
+            "centroids='average'",
         )
         require(0.0 <= self.decay < 1.0, f"decay={self.decay} is not in [0, 1)")
         require(0.0 < self.temperature < 1.0, f"temperature={self.temperature} is not in (0, 1)")
