@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from lutra.errors import LutraError
 
@@ -37,6 +37,10 @@ class Geometry:
     def depth(self) -> int:
         """Length D of a row: channels * kernel height * kernel width."""
         return self.channels * self.taps
+
+    def is_linear(self, x: Tensor) -> bool:
+        """Whether x (N, C, H, W) are rows of a linear layer: images and kernel of one pixel."""
+        return self.kernel == x.shape[2:] == (1, 1) and self.padding == (0, 0) and self.groups == 1
 
     def out_size(self, height: int, width: int) -> Pair:
         """Height and width of the output for an input of this height and width."""

@@ -76,11 +76,15 @@ class StraightThroughLookup(torch.autograd.Function):
             grad_tables = ops.table_gradient(codes, gradient, ctx.centroids)
         if need_x:
             geometry, grid, dtype = ctx.geometry, ctx.grid, ctx.dtype
-            grad_x = torch.ops.aten.convolution_backward(
-                gradient.to(dtype), x.to(dtype), weight.to(dtype), None,
-                geometry.stride, geometry.padding, geometry.dilation,
-                False, [0, 0], 1, [True, False, False],
-            )[0].to(x.dtype)  # fmt: skip
+            if geometry.is_linear(x):  # several times as fast as the convolution
+                rows = gradient.flatten(1).to(dtype) @ weight.flatten(1).to(dtype)
+                grad_x = rows.to(x.dtype).view(x.shape)
+            else:
+                grad_x = torch.ops.aten.convolution_backward(
+                    gradient.to(dtype), x.to(dtype), weight.to(dtype), None,
+                    geometry.stride, geometry.padding, geometry.dilation,
+                    False, [0, 0], 1, [True, False, False],
+                )[0].to(x.dtype)  # fmt: skip
             grad_x = clip_gradient(grad_x, x, grid)
         return grad_x, grad_tables, None, None
 

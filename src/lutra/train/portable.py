@@ -34,8 +34,11 @@ def unfold(x: Tensor, geometry: Geometry, dim: int, padding: float) -> Tensor:
     ph, pw = geometry.padding
     if ph or pw:
         x = F.pad(x, (pw, pw, ph, ph), value=padding)
-    patches = F.unfold(x, geometry.kernel, geometry.dilation, 0, geometry.stride)
-    rows = patches.transpose(0, 1).reshape(geometry.depth, -1)
+    if geometry.kernel == (1, 1) and geometry.stride == (1, 1):
+        rows = x.transpose(0, 1).reshape(geometry.depth, -1)
+    else:
+        patches = F.unfold(x, geometry.kernel, geometry.dilation, 0, geometry.stride)
+        rows = patches.transpose(0, 1).reshape(geometry.depth, -1)
     missing = -geometry.depth % dim
     return F.pad(rows, (0, 0, 0, missing)).view(-1, dim, rows.shape[1])
 

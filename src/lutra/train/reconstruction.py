@@ -16,8 +16,8 @@ from lutra.train.geometry import Geometry
 def dense_product(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """What the dense layer makes of x (N, C, H, W), bias apart: (N, M, H', W')."""
     weight = weight.float()
-    if x.shape[2:] == (1, 1) and geometry.kernel == (1, 1):  # rows of a linear layer
-        return F.linear(x[:, :, 0, 0], weight.reshape(len(weight), -1))[:, :, None, None]
+    if geometry.is_linear(x):
+        return F.linear(x.flatten(1), weight.flatten(1))[:, :, None, None]
     weight = weight.reshape(-1, geometry.channels, *geometry.kernel)
     return F.conv2d(x, weight, None, geometry.stride, geometry.padding, geometry.dilation)
 
