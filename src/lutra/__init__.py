@@ -30,6 +30,7 @@ from lutra.graph import Graph, Node, Value
 from lutra.profile import Profile, StepProfile
 from lutra.reference import run_reference
 from lutra.session import Session
+from lutra.stream import Stream
 
 if TYPE_CHECKING:
     from lutra.train import *  # noqa: F403
@@ -45,6 +46,7 @@ __all__ = [
     "Profile",
     "Session",
     "StepProfile",
+    "Stream",
     "UnsupportedCpuError",
     "UnsupportedModelError",
     "Value",

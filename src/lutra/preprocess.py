@@ -56,12 +56,12 @@ class ImagePreprocess:
 
     def __post_init__(self) -> None:
         if self.layout != "NCHW":
-            raise InputError(f"preprocess: layout is {_shown(self.layout)}; it must be 'NCHW'")
+            raise InputError(f"preprocess: layout is {shown(self.layout)}; it must be 'NCHW'")
         for name in ("range", "mean", "std"):
             object.__setattr__(self, name, _floats(name, getattr(self, name)))
         if len(self.range) != 2 or not self.range[0] < self.range[1]:
             raise InputError(
-                f"preprocess: range is {_shown(list(self.range))}; it must be two numbers, the "
+                f"preprocess: range is {shown(list(self.range))}; it must be two numbers, the "
                 "lower first"
             )
         if len(self.mean) != len(self.std) or not 1 <= len(self.mean) <= _MAX_CHANNELS:
@@ -71,12 +71,12 @@ class ImagePreprocess:
             )
         if min(self.std) <= 0:
             raise InputError(
-                f"preprocess: std is {_shown(list(self.std))}; every entry must be above 0"
+                f"preprocess: std is {shown(list(self.std))}; every entry must be above 0"
             )
         if not np.isfinite(self._levels()).all():
             raise InputError(
-                f"preprocess: range {_shown(list(self.range))}, mean {_shown(list(self.mean))} and "
-                f"std {_shown(list(self.std))} overflow float32; use smaller numbers"
+                f"preprocess: range {shown(list(self.range))}, mean {shown(list(self.mean))} and "
+                f"std {shown(list(self.std))} overflow float32; use smaller numbers"
             )
 
     @classmethod
@@ -100,9 +100,7 @@ class ImagePreprocess:
                 f"preprocess has the fields {found}; it must have {', '.join(sorted(_FIELDS))}"
             )
         if entry["kind"] != "image":
-            raise FormatError(
-                f"preprocess is of the kind {_shown(entry['kind'])}; this lutra knows 'image' only"
-            )
+            raise FormatError(f"preprocess is of the kind {shown(entry['kind'])}, not 'image'")
         try:
             return cls(entry["layout"], entry["range"], entry["mean"], entry["std"])
         except InputError as error:
@@ -207,11 +205,11 @@ def _floats(name: str, value: object) -> tuple[float, ...]:
         for entry in value  # type: ignore[attr-defined]
     ):
         raise InputError(
-            f"preprocess: {name} is {_shown(value)}; it must be a list of finite numbers"
+            f"preprocess: {name} is {shown(value)}; it must be a list of finite numbers"
         )
     return tuple(float(entry) for entry in value)  # type: ignore[attr-defined]
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

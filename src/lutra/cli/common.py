@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from lutra.audio import KIND, AudioPreprocess
 from lutra.errors import GraphError, InputError, LutraError
 from lutra.files import write_whole
 from lutra.format import load_graph
 from lutra.graph import Graph
 from lutra.ops.registry import Array
+from lutra.preprocess import KEY, ImagePreprocess
 from lutra.session import Session
 
 _NPY_MAGIC = b"\x93NUMPY"
@@ -159,6 +161,18 @@ def new_session(graph: Graph, threads: int | None = None, isa: str | None = None
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def preprocess_of(graph: Graph) -> ImagePreprocess | AudioPreprocess | None:
+    """What the metadata of a model say about its inputs, None for nothing.
+
+    Raises:
+        FormatError: If they say something that makes no sense.
+    """
+    entry = graph.metadata.get(KEY)
+    if isinstance(entry, Mapping) and entry.get("kind") == KIND:
+        return AudioPreprocess.from_dict(entry)
+    return ImagePreprocess.from_metadata(graph.metadata)
 
 
 # Arrays in

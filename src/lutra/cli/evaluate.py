@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from lutra.audio import AudioPreprocess
+from lutra.cli import sound
 from lutra.cli.common import (
     UserError,
     above_zero,
@@ -18,6 +20,7 @@ from lutra.cli.common import (
     need_finite,
     open_model,
     plain,
+    preprocess_of,
     print_json,
     read_array,
     read_arrays,
@@ -26,12 +29,14 @@ from lutra.cli.metrics import Metric, Psnr, Top1, classes_of, need_images
 from lutra.errors import InputError
 from lutra.graph import Graph
 from lutra.ops.registry import Array
-from lutra.preprocess import ImagePreprocess
 from lutra.session import Session
 
 _EPILOG = """\
 classifiers, also of point clouds (float32 inputs):
   lutra eval FILE --images X.npy --labels Y.npy
+classifiers of sound, X with waveforms (N, samples), or a folder with a folder for each class:
+  lutra eval FILE --inputs X.npy --labels Y.npy
+  lutra eval FILE --wav FOLDER
 images from images, of several sizes (an array for each, the same names in both archives):
   lutra eval FILE --metric psnr --images X.npz --targets Y.npz --border 2
 """
@@ -52,19 +57,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images",
         "--inputs",
         dest="inputs",
-        required=True,
         metavar="X",
-        help=".npy: uint8 (N, H, W, C), or float32 as the model takes it; .npz: an array without "
-        "the axis N for each sample, of any size",
+        help=".npy: uint8 (N, H, W, C), int16 (N, samples), or float32 as the model takes it; "
+        ".npz: an array without the axis N for each sample, of any size",
     )
     parser.add_argument(
         "--labels",
         "--targets",
         dest="targets",
-        required=True,
         metavar="Y",
         help="top1: .npy, whole numbers (N,); psnr: .npy or .npz with images, uint8 (H, W, C) or "
         "float32 (C, H, W)",
+    )
+    parser.add_argument(
+        "--wav", metavar="FOLDER", help="WAV files FOLDER/CLASS/*.wav instead of --images, --labels"
     )
     parser.add_argument(
         "--border", type=at_least(0), metavar="S", help="psnr: leave out S pixels at every side"
@@ -83,9 +89,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    if args.wav is not None and (args.inputs or args.targets or args.metric != "top1"):
+        raise UserError("--wav stands for --images and --labels of top1; leave those out")
+    if args.wav is None and not (args.inputs and args.targets):
+        raise UserError("eval needs --images X and --labels Y, or --wav FOLDER")
     graph, session = open_model(args.file, args.threads, args.isa)
     inputs, metric = (_images if args.metric == "psnr" else _labelled)(args, graph)
-    report = evaluate(graph, session, inputs, metric, batch=args.batch, name=args.inputs)
+    name = args.wav or args.inputs
+    report = evaluate(graph, session, inputs, metric, batch=args.batch, name=name)
     if args.json:
         print_json({"file": args.file, **report})
     else:
@@ -110,8 +121,8 @@ def evaluate(
     Args:
         graph: The model.
         session: A session for it.
-        inputs: uint8 (N, H, W, C), or float32 as the model takes it; or a list of samples of any
-            size, each with N = 1.
+        inputs: float32 as the model takes it, or what its front end prepares: uint8 (N, H, W, C),
+            int16 (N, samples); or a list of samples of any size, each with N = 1.
         metric: What to measure.
         batch: Samples per run; a batch that the model fixes wins, and a list is run one by one.
         name: What to call the inputs in errors.
@@ -125,12 +136,12 @@ def evaluate(
         FormatError: If the metadata of the model are not sound.
     """
     value = graph.inputs[0]
-    preprocess = ImagePreprocess.from_metadata(graph.metadata)
+    preprocess = preprocess_of(graph)
     fixed = value.shape[0]
     batch = fixed or (1 if isinstance(inputs, list) else min(batch, len(inputs)))
     spent, known = 0.0, None
     for part in _parts(inputs, batch):
-        _check(part, name, ready_only=preprocess is None)
+        _check(part, name, preprocess)
         ready = part if preprocess is None else preprocess.apply(part, (None, *value.shape[1:]))
         if fixed and len(ready) < fixed:  # the last samples again, to fill it up
             ready = np.resize(ready, (fixed, *ready.shape[1:]))
@@ -162,9 +173,12 @@ def _parts(inputs: Array | Sequence[Array], batch: int) -> Iterator[Array]:
         yield from inputs
 
 
-def _check(part: Array, name: str, *, ready_only: bool) -> None:
-    """Raises InputError unless these are uint8 images or float32 inputs."""
-    if part.dtype == np.uint8 and ready_only:
+def _check(part: Array, name: str, preprocess: object) -> None:
+    """Raises InputError unless these are inputs that the model or its front end takes."""
+    if isinstance(preprocess, AudioPreprocess):  # which says itself what it takes
+        need_finite(name, part)
+        return
+    if part.dtype == np.uint8 and preprocess is None:
         raise InputError(
             f"{name!r} holds uint8 images, but the model does not say how to prepare them; give "
             "float32 inputs, or export the model with metadata={'preprocess': ...}"
@@ -213,6 +227,9 @@ def _labelled(args: argparse.Namespace, graph: Graph) -> tuple[Array | list[Arra
         if given:
             raise UserError(f"{flag} is for --metric psnr; leave it out, or give --metric psnr")
     classes = classes_of(graph)
+    if args.wav is not None:
+        clips, labels = sound.read_folder(args.wav, graph, args.limit)
+        return clips, Top1(labels, classes, args.wav)
     inputs, _ = _read(args.inputs, None)
     labels = read_array(args.targets)
     metric = Top1(labels[: args.limit], classes, args.targets)

@@ -1,4 +1,4 @@
-"""``lutra run``: a model on .npy files."""
+"""``lutra run``: a model on .npy files, or on sound."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lutra.audio import AudioPreprocess
+from lutra.cli import sound
 from lutra.cli.common import (
     UserError,
     add_engine,
@@ -17,13 +19,13 @@ from lutra.cli.common import (
     npy_bytes,
     npz_bytes,
     open_model,
+    preprocess_of,
     read_array,
     write_file,
 )
 from lutra.errors import InputError
 from lutra.graph import Graph, Value
 from lutra.ops.registry import Array
-from lutra.preprocess import ImagePreprocess
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-i",
         "--input",
         action="append",
-        required=True,
         metavar="[NAME=]FILE",
         help="a .npy file; with NAME= for each input where the model has several",
     )
@@ -41,16 +42,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         action="append",
-        required=True,
         metavar="[NAME=]FILE",
         help="where to write an output: .npy, or one .npz for all outputs",
     )
+    sound.add_arguments(parser)
     add_engine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    sound.check_arguments(args)
+    if args.wav is None:
+        for flag, given in (("--input", args.input), ("--output", args.output)):
+            if not given:
+                raise UserError(f"run needs {flag} FILE, or --wav FILE for a model of sound")
     graph, session = open_model(args.file, args.threads, args.isa)
+    if args.wav is not None:
+        return sound.run(args, graph, session)
     sources = assign(args.input, [value.name for value in graph.inputs], "input")
     targets, archive = _targets(args.output, graph)
     for path in [archive] if archive else targets.values():
@@ -69,8 +77,8 @@ def read_input(path: str, value: Value, graph: Graph) -> Array:
     """One input of a model from a .npy file.
 
     Args:
-        path: The file: float32 as the model takes it, or uint8 (N, H, W, C) images where the
-            metadata of the model say how to prepare them.
+        path: The file: float32 as the model takes it, or what the metadata of the model say how to
+            prepare: uint8 images (N, H, W, C), int16 waveforms (N, samples), 8-bit features.
         value: The input.
         graph: The model.
 
@@ -81,14 +89,17 @@ def read_input(path: str, value: Value, graph: Graph) -> Array:
         InputError: If the array does not fit.
     """
     array = read_array(path)
-    if array.dtype == np.uint8:
-        preprocess = ImagePreprocess.from_metadata(graph.metadata)
-        if preprocess is None:
+    if array.dtype in (np.uint8, np.int8, np.int16):
+        preprocess = preprocess_of(graph)
+        if preprocess is None and array.dtype == np.uint8:
             raise InputError(
                 f"{path!r} holds uint8 values, but the model does not say how to prepare images; "
                 f"give float32 as the input {value.name!r} takes it"
             )
-        return preprocess.apply(array, value.shape)
+        if preprocess is not None and (
+            array.dtype == np.uint8 or isinstance(preprocess, AudioPreprocess)
+        ):
+            return preprocess.apply(array, value.shape)
     if array.dtype != np.float32:
         raise InputError(
             f"{path!r} holds {array.dtype} values but the input {value.name!r} takes float32; "
