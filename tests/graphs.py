@@ -103,9 +103,11 @@ def tree_tensors(
 class Builder:
     """Puts a graph together: each call of ``add`` appends a node and returns its output name."""
 
-    def __init__(self, *inputs: tuple[str, Shape], seed: int = 0) -> None:
+    def __init__(self, *inputs: tuple[str, Shape] | tuple[str, Shape, str], seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)
-        self.inputs = tuple(Value(name, "float32", shape) for name, shape in inputs)
+        self.inputs = tuple(
+            Value(name, rest[0] if rest else "float32", shape) for name, shape, *rest in inputs
+        )
         self.nodes: list[Node] = []
         self.tensors: dict[str, Array] = {}
 

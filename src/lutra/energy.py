@@ -35,6 +35,8 @@ __all__ = ["REGISTER_BYTES", "SOURCES", "Energy", "EnergyTable", "estimate"]
 REGISTER_BYTES: Final = 64 * 33
 _PORT_BYTES: Final = 8  # an SRAM read of Horowitz's table
 _KB: Final = 1024
+_PIECE_BYTES: Final = 8  # a slope and an intercept, float32
+_LAYERS: Final = ("conv2d", "linear", "int8_conv2d", "int8_linear")
 
 #: Where the figures come from.
 SOURCES: Final = {
@@ -161,11 +163,12 @@ def _energy(node: Node, cost: Cost, values: Mapping[str, Value], prices: EnergyT
         + cost.float_multiplications * prices.fp32_mul
         + cost.float_additions * prices.fp32_add
     )
-    in_sram = cost.lookups * prices.sram_byte(cost.table_bytes)
+    read = cost.lookups + _PIECE_BYTES * cost.pieces
+    in_sram = read * prices.sram_byte(cost.table_bytes)
     small = cost.table_bytes <= REGISTER_BYTES
-    in_registers = cost.lookups * prices.register_read if small else in_sram
+    in_registers = read * prices.register_read if small else in_sram
     fp32 = int8 = own
-    if cost.lookups or "weight" in node.tensors:  # a convolution or linear layer
+    if cost.lookups or node.op in _LAYERS:
         ends = math.prod(inner(values[node.inputs[0]])) + math.prod(inner(values[node.output]))
         fp32 = cost.dense_macs * step
         int8 = cost.dense_macs * (prices.int8_mul + prices.int32_add) + ends * step

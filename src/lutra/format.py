@@ -3,7 +3,7 @@
 The metadata of the file are strings::
 
     format    "lutra"
-    version   "1"
+    version   "1", or "2" where the graph has something that version 1 lacks
     graph     JSON: inputs, outputs, nodes
     metadata  JSON: the metadata of the graph
     sha256    hex digest of version, graph, metadata and every tensor, see _digest
@@ -30,14 +30,23 @@ from safetensors.numpy import save
 from lutra.errors import FormatError, GraphError
 from lutra.files import write_whole
 from lutra.graph import RESERVED_PREFIX, Graph, Node, Shape, Value, make_node
+from lutra.ops import OPS
+from lutra.ops.elementwise import PAIRS
 from lutra.ops.registry import Array, AttrValue
 
-__all__ = ["VERSION", "graph_from_bytes", "graph_to_bytes", "load_graph", "save_graph"]
+__all__ = [
+    "VERSION",
+    "file_version",
+    "graph_from_bytes",
+    "graph_to_bytes",
+    "load_graph",
+    "save_graph",
+]
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
-#: The format version that this code writes, and the newest that it reads.
-VERSION: Final = 1
+#: The newest format version, which this code reads and writes; see ``file_version``.
+VERSION: Final = 2
 _KEYS: Final = frozenset({"format", "version", "graph", "metadata", "sha256"})
 _DTYPES: Final = {"F32": "<f4", "I32": "<i4", "I8": "|i1", "U8": "|u1"}
 _MAX_HEADER: Final = 100_000_000  # the limit of safetensors itself
@@ -96,6 +105,28 @@ def load_graph(source: PathLike | bytes | bytearray | memoryview) -> Graph:
     return graph_from_bytes(data, name)
 
 
+def file_version(graph: Graph) -> int:
+    """The oldest format version that can hold a graph, which is the one that is written.
+
+    A reader of version 1 can so read whatever it understands, and says of everything else that it
+    is newer. Version 2 has int32 inputs, the operators of sequences and functions, tables of
+    functions, and sums and products of values whose shapes differ.
+
+    Args:
+        graph: A valid graph.
+    """
+    if any(value.dtype != "float32" for value in graph.inputs):
+        return 2
+    values, version = graph.values, 1
+    for node in graph.nodes:
+        spec = OPS[node.op]
+        roles = (spec.tensors[role].since for role in node.tensors if role in spec.tensors)
+        version = max(version, spec.since, *roles, 1)
+        if node.op in PAIRS and len({values[name].shape for name in node.inputs}) > 1:
+            version = max(version, 2)
+    return version
+
+
 def graph_to_bytes(graph: Graph) -> bytes:
     """The content of the .lutra file of a graph; the same bytes for the same graph.
 
@@ -111,7 +142,7 @@ def graph_to_bytes(graph: Graph) -> bytes:
                 arrays[f"{RESERVED_PREFIX}{kind}.{index}"] = np.ascontiguousarray(array)
     texts = {
         "format": "lutra",
-        "version": str(VERSION),
+        "version": str(file_version(graph)),
         "graph": _graph_text(graph),
         "metadata": _json_text(dict(graph.metadata)),
     }

@@ -46,6 +46,8 @@ Golden: TypeAlias = tuple[tuple[Array, ...], tuple[Array, ...]]
 #: Names of tensors that begin like this belong to the golden data of the file.
 RESERVED_PREFIX: Final = "golden."
 TENSOR_DTYPES: Final = ("float32", "int32", "int8", "uint8")
+#: Values are float32; inputs may be int32, token ids and masks.
+VALUE_DTYPES: Final = ("float32", "int32")
 _MAX_RANK: Final = 8
 _MAX_ELEMENTS: Final = 2**31 - 1  # of one sample; the engine counts in 32 bits
 _MAX_NAME: Final = 512
@@ -61,7 +63,10 @@ def sized(shape: Shape, batch: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Value:
-    """An array that flows through the graph: its name, dtype and shape."""
+    """An array that flows through the graph: its name, dtype and shape.
+
+    The dtype is "float32", or "int32" for inputs that are token ids or masks.
+    """
 
     name: str
     dtype: str
@@ -196,6 +201,10 @@ class Graph:
             GraphError: If a shape does not fit its input, or an operator cannot work on the sizes
                 that come to it, with the node, the value and its shape.
         """
+        return self._infer_run(self.values, sizes)
+
+    def _infer_run(self, known: Mapping[str, Value], sizes: Sizes) -> dict[str, Value]:
+        """The same with the values of the graph, which may be dynamic."""
         values: dict[str, Value] = {}
         batch: int | None = None
         for value in self.inputs:
@@ -216,7 +225,9 @@ class Graph:
             values[value.name] = value.with_shape(value.name, shape)
         for node in self.nodes:
             inputs = [values[name] for name in node.inputs]
-            made = OPS[node.op].infer(node, inputs, self.node_tensors(node))
+            spec = OPS[node.op]
+            spec.check_sizes(node, [known[name] for name in node.inputs], inputs)
+            made = spec.infer(node, inputs, self.node_tensors(node))
             if math.prod(size for size in made.shape[1:] if size is not None) > _MAX_ELEMENTS:
                 raise GraphError(
                     f"node {node.name!r} ({node.op}) makes the value {made.name!r} of shape "
@@ -375,8 +386,10 @@ class Graph:
                     "no earlier node makes; order the nodes so that values exist before their use"
                 )
         tensors = self.node_tensors(node)
+        inputs = [values[name] for name in node.inputs]
         spec.check_node(node, tensors)
-        value = spec.infer(node, [values[name] for name in node.inputs], tensors)
+        spec.check_inputs(node, inputs)
+        value = spec.infer(node, inputs, tensors)
         _check_value(value)
         return value
 
@@ -425,7 +438,7 @@ class Graph:
                 )
             for name, array in zip(names, arrays, strict=True):
                 where = f"golden {kind} {name!r}"
-                _check_array(where, array, ("float32",))
+                _check_array(where, array, (values[name].dtype,))
                 want = shapes[name]
                 if want[0] is None and array.ndim:
                     batch = array.shape[0] if batch is None else batch
@@ -437,7 +450,9 @@ class Graph:
             if kind == "input" and self.is_dynamic:
                 given = {name: x.shape for name, x in zip(names, arrays, strict=True)}
                 try:
-                    shapes = {name: value.shape for name, value in self.infer(given).items()}
+                    shapes = {
+                        name: value.shape for name, value in self._infer_run(values, given).items()
+                    }
                 except GraphError as error:
                     raise GraphError(f"the golden inputs do not fit: {error}") from error
 
@@ -457,8 +472,10 @@ def _check_new_name(kind: str, name: str, taken: Iterable[str]) -> None:
 
 def _check_value(value: Value) -> None:
     where = f"value {value.name!r}"
-    if value.dtype != "float32":
-        raise GraphError(f"{where} has dtype {value.dtype!r}; only float32 values are supported")
+    if value.dtype not in VALUE_DTYPES:
+        raise GraphError(
+            f"{where} has dtype {value.dtype!r}; values are float32, inputs also int32"
+        )
     if not 1 <= len(value.shape) <= _MAX_RANK:
         raise GraphError(f"{where} has {len(value.shape)} axes; values have 1 to {_MAX_RANK} axes")
     if any(size is not None and (type(size) is not int or size < 1) for size in value.shape):

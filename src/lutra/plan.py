@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from lutra import _engine
 from lutra.errors import EngineError
-from lutra.graph import Graph, Node
+from lutra.graph import Graph, Node, Value
 from lutra.ops.elementwise import CLAMPS, limits
 from lutra.steps import STEPS, Job
 
@@ -81,7 +81,7 @@ def build_plan(graph: Graph, isa: str, threads: int) -> _engine.Plan:
         plan = _engine.Plan(isa, threads)
     except (ValueError, RuntimeError) as error:
         raise EngineError(f"cannot start {threads} threads of {isa}: {error}") from error
-    ids = {value.name: plan.input() for value in graph.inputs}
+    ids = {value.name: _input(plan, value) for value in graph.inputs}
     for fused in fuse(graph):
         node = fused.node
         job = Job(
@@ -108,13 +108,18 @@ def build_plan(graph: Graph, isa: str, threads: int) -> _engine.Plan:
     return plan
 
 
+def _input(plan: Any, value: Value) -> int:
+    number: int = plan.input() if value.dtype == "float32" else plan.input(value.dtype)
+    return number
+
+
 def fuse(graph: Graph) -> list[FusedNode]:
     """Decides which nodes share a step.
 
-    An operator of ``FUSING`` takes over an ``add`` that alone reads its output, and after it a
-    clamp that alone reads the sum. If the other operand does not exist by then, the operator waits
-    for it and runs where the ``add`` stands. Outputs of the graph are read from outside and never
-    disappear.
+    An operator of ``FUSING`` takes over an ``add`` of a value of the same shape that alone reads
+    its output, and after it a clamp that alone reads the sum. If the other operand does not exist
+    by then, the operator waits for it and runs where the ``add`` stands. Outputs of the graph are
+    read from outside and never disappear.
 
     Args:
         graph: A valid graph.
@@ -154,6 +159,8 @@ def fuse(graph: Graph) -> list[FusedNode]:
             continue
         step = FusedNode(node, node.output)
         add = only_reader(step.output, ("add",)) if node.op in FUSING else None
+        if add is not None and len({graph.values[name].shape for name in add.inputs}) > 1:
+            add = None  # the step adds values of its own shape
         if add is not None and add.name not in waiting and add.name not in taken:
             (other,) = (name for name in add.inputs if name != step.output)
             step = replace(step, output=add.output, residual=other)

@@ -12,6 +12,7 @@ import numpy as np
 from lutra import _engine
 from lutra.errors import InputError
 from lutra.graph import Graph, Sizes
+from lutra.inputs import id_ranges, random_ints
 from lutra.ops.registry import Array
 from lutra.text import counted, shape_text, table
 
@@ -103,7 +104,7 @@ class Profile:
 def random_inputs(
     graph: Graph, batch: int, rng: np.random.Generator, sizes: Sizes | None = None
 ) -> dict[str, Array]:
-    """Normal inputs by name.
+    """Random inputs by name: normal floats, and of integers ids that exist, or masks.
 
     Args:
         graph: What they are for.
@@ -122,8 +123,11 @@ def random_inputs(
             f"the model takes inputs of any size ({shapes}) and holds no golden data, so there is "
             "no size to choose; give the shapes"
         )
+    ranges = id_ranges(graph)
     return {
-        value.name: rng.standard_normal(tuple(sizes[value.name]), np.float32)
+        value.name: random_ints(value, ranges, tuple(sizes[value.name]), rng)
+        if value.dtype == "int32"
+        else rng.standard_normal(tuple(sizes[value.name]), np.float32)
         for value in graph.inputs
     }
 

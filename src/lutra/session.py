@@ -16,6 +16,7 @@ from lutra.cpu import choose_isa, choose_threads, usable_memory
 from lutra.errors import EngineError, GraphError, InputError
 from lutra.format import load_graph
 from lutra.graph import Graph, Sizes, Value, sized
+from lutra.inputs import check_ids, dtype_complaint, id_ranges, int32_array
 from lutra.ops.registry import Array
 from lutra.plan import build_plan
 from lutra.profile import Profile, input_pool, measure
@@ -92,6 +93,7 @@ class Session:
             self._name = "bytes" if isinstance(model, bytes) else Path(model).name
             self._graph = load_graph(model)
         self._outputs = [self._graph.values[name] for name in self._graph.outputs]
+        self._ids = id_ranges(self._graph)
         self._plan = build_plan(self._graph, self._isa, self._threads)
         self._can_split = all(value.shape[0] is None for value in self._graph.inputs)
         self._limit = usable_memory() if max_memory is None else max_memory
@@ -131,7 +133,8 @@ class Session:
 
         Args:
             output_names: The outputs to return, in this order; None for all.
-            feeds: A float32 array for every input, by name.
+            feeds: An array for every input, by name: float32, or for inputs of dtype int32 (token
+                ids, masks) int32, int64 or bool.
 
         Returns:
             New float32 arrays.
@@ -158,7 +161,7 @@ class Session:
         """Runs a model of one input and one output.
 
         Args:
-            x: The input, float32.
+            x: The input, as ``run`` takes it.
 
         Returns:
             The output, float32.
@@ -368,7 +371,7 @@ class Session:
         return results
 
     def _checked(self, feeds: Mapping[str, Array]) -> list[Array]:
-        """The inputs in order, as aligned C-contiguous float32."""
+        """The inputs in order, as aligned C-contiguous float32 or int32."""
         names = [value.name for value in self._graph.inputs]
         if not isinstance(feeds, Mapping):
             raise InputError(
@@ -389,26 +392,29 @@ class Session:
             _check_input(value, array, batch)
             if value.shape[0] is None:
                 batch = array.shape[0]
+            if value.dtype == "int32":
+                array = int32_array(f"Session.run: input {value.name!r}", array)
+                if value.name in self._ids:
+                    node, rows = self._ids[value.name]
+                    check_ids(f"Session.run: input {value.name!r}", node, array, rows)
             plain = np.require(array, requirements=("C", "A"))
-            if self._check_finite and not _engine.all_finite(plain):
+            if value.dtype == "float32" and self._check_finite and not _engine.all_finite(plain):
                 raise _not_finite(value.name, array)
             arrays.append(plain)
         return arrays
 
 
 def _check_input(value: Value, array: object, batch: int | None) -> None:
-    """Raises InputError unless it is a float32 array of the right shape."""
+    """Raises InputError unless it is an array of the right dtype and shape."""
     where = f"Session.run: input {value.name!r}"
     if not isinstance(array, np.ndarray):
         raise InputError(
             f"{where} is a {type(array).__name__}; give a numpy array, "
-            "such as np.asarray(x, dtype=np.float32)"
+            f"such as np.asarray(x, dtype=np.{value.dtype})"
         )
-    if array.dtype != np.float32:
-        raise InputError(
-            f"{where} has dtype {array.dtype}; the model takes float32: "
-            "convert it with .astype(np.float32)"
-        )
+    complaint = dtype_complaint(value, array.dtype)
+    if complaint is not None:
+        raise InputError(f"{where} {complaint}")
     takes = f"the model takes {shape_text(value.shape)}"
     if array.ndim != len(value.shape):
         raise InputError(

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias, TypedDict
 
 from lutra import _engine
+from lutra.errors import EngineError
 from lutra.graph import Node, Value
 from lutra.ops.elementwise import limits
+from lutra.ops.functions import FUNCTIONS, function_name
 from lutra.ops.lookup import unpack_weights
 from lutra.ops.registry import Array, flag, integer, ints, number, pair, text
 from lutra.ops.rows import row_length
@@ -198,14 +200,111 @@ def _clamp(plan: _engine.Plan, job: Job) -> int:
     return plan.clamp(job.ids[0], *limits(job.node))
 
 
-def _add(plan: _engine.Plan, job: Job) -> int:
-    a, b = job.ids
-    return plan.add(a, b)
+def _native(plan: _engine.Plan, name: str) -> Callable[..., int]:
+    """A method of the engine that this build may lack.
+
+    Raises:
+        EngineError: If it does.
+    """
+    method: Callable[..., int] | None = getattr(plan, name, None)
+    if method is None:
+        raise EngineError(
+            f"this build of the engine has no {name!r}; rebuild lutra, or run the reference"
+        )
+    return method
 
 
-def _mul(plan: _engine.Plan, job: Job) -> int:
+def _pair(plan: _engine.Plan, job: Job) -> int:
     a, b = job.ids
-    return plan.mul(a, b)
+    # two sizes of one value and its equal: the graph sees to it that they are the same in a run
+    if job.inputs[0].shape == job.inputs[1].shape and job.node.op in ("add", "mul"):
+        return plan.add(a, b) if job.node.op == "add" else plan.mul(a, b)
+    return _native(plan, "pair")(job.node.op, a, b)
+
+
+def _cast(plan: _engine.Plan, job: Job) -> int:
+    return _native(plan, "cast")(job.ids[0])
+
+
+def _affine_scalar(plan: _engine.Plan, job: Job) -> int:
+    scale, bias = number(job.node, "scale"), number(job.node, "bias")
+    return _native(plan, "affine_scalar")(job.ids[0], scale, bias)
+
+
+def _matmul(plan: _engine.Plan, job: Job) -> int:
+    a, b = job.ids
+    flags = (flag(job.node, name) for name in ("transpose_a", "transpose_b"))
+    return _native(plan, "matmul")(a, b, *flags)
+
+
+def _function(plan: _engine.Plan, job: Job) -> int:
+    return _native(plan, "function")(job.ids[0], function_name(job.node))
+
+
+def _piecewise(plan: _engine.Plan, job: Job) -> int:
+    roles = ("breakpoint", "slope", "intercept")
+    return _native(plan, "piecewise")(job.ids[0], *(job.tensors[role] for role in roles))
+
+
+def _table(job: Job, name: str) -> tuple[Array, Array] | None:
+    """The table of a function whose range is reduced; None where it is computed."""
+    if f"{name}_slope" not in job.tensors:
+        return None
+    return job.tensors[f"{name}_slope"], job.tensors[f"{name}_intercept"]
+
+
+def _layer_norm(plan: _engine.Plan, job: Job) -> int:
+    weight, bias = job.tensors["weight"], job.tensors["bias"]
+    eps, rsqrt = number(job.node, "eps"), _table(job, "rsqrt")
+    return _native(plan, "layer_norm")(job.ids[0], weight, bias, eps, rsqrt=rsqrt)
+
+
+def _rms_norm(plan: _engine.Plan, job: Job) -> int:
+    weight, eps = job.tensors["weight"], number(job.node, "eps")
+    return _native(plan, "rms_norm")(job.ids[0], weight, eps, rsqrt=_table(job, "rsqrt"))
+
+
+def _l2_norm(plan: _engine.Plan, job: Job) -> int:
+    axes, keepdims = ints(job.node, "axes"), flag(job.node, "keepdims")
+    return _native(plan, "l2_norm")(job.ids[0], axes, keepdims)
+
+
+def _embedding(plan: _engine.Plan, job: Job) -> int:
+    weight, scale = job.tensors["weight"], job.tensors.get("scale")
+    return _native(plan, "embedding")(job.ids[0], weight, scale=scale)
+
+
+def _position_embedding(plan: _engine.Plan, job: Job) -> int:
+    return _native(plan, "position_embedding")(job.ids[0], job.tensors["weight"])
+
+
+def _masked_mean(plan: _engine.Plan, job: Job) -> int:
+    value, mask = job.ids
+    return _native(plan, "masked_mean")(value, mask)
+
+
+def _gather(plan: _engine.Plan, job: Job) -> int:
+    index, axis = job.tensors["index"], integer(job.node, "axis")
+    return _native(plan, "gather")(job.ids[0], index, axis)
+
+
+def _attention(plan: _engine.Plan, job: Job) -> int:
+    return _native(plan, "attention")(
+        *job.ids,
+        heads=integer(job.node, "heads"),
+        scale=number(job.node, "scale"),
+        causal=flag(job.node, "causal"),
+        exp=_table(job, "exp"),
+        reciprocal=_table(job, "reciprocal"),
+    )
+
+
+def _transpose(plan: _engine.Plan, job: Job) -> int:
+    return _native(plan, "transpose")(job.ids[0], ints(job.node, "axes"))
+
+
+def _expand(plan: _engine.Plan, job: Job) -> int:
+    return _native(plan, "expand")(job.ids[0], ints(job.node, "shape"))
 
 
 def _affine(plan: _engine.Plan, job: Job) -> int:
@@ -213,7 +312,11 @@ def _affine(plan: _engine.Plan, job: Job) -> int:
 
 
 def _softmax(plan: _engine.Plan, job: Job) -> int:
-    return plan.softmax(job.ids[0], integer(job.node, "axis"))
+    axis, exp = integer(job.node, "axis"), _table(job, "exp")
+    if exp is None:
+        return plan.softmax(job.ids[0], axis)
+    method: Callable[..., int] = plan.softmax
+    return method(job.ids[0], axis, exp=exp, reciprocal=_table(job, "reciprocal"))
 
 
 def _mean(plan: _engine.Plan, job: Job) -> int:
@@ -307,8 +410,23 @@ STEPS: Final[dict[str, StepFn]] = {
     "relu": _clamp,
     "relu6": _clamp,
     "clamp": _clamp,
-    "add": _add,
-    "mul": _mul,
+    "add": _pair,
+    "sub": _pair,
+    "mul": _pair,
+    "div": _pair,
+    "cast": _cast,
+    "affine_scalar": _affine_scalar,
+    "matmul": _matmul,
+    **dict.fromkeys(FUNCTIONS, _function),
+    "piecewise": _piecewise,
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "l2_norm": _l2_norm,
+    "embedding": _embedding,
+    "position_embedding": _position_embedding,
+    "masked_mean": _masked_mean,
+    "gather": _gather,
+    "attention": _attention,
     "affine": _affine,
     "softmax": _softmax,
     "max_pool2d": _max_pool2d,
@@ -324,4 +442,6 @@ STEPS: Final[dict[str, StepFn]] = {
     "pad": _pad,
     "slice": _slice,
     "concat": _concat,
+    "transpose": _transpose,
+    "expand": _expand,
 }

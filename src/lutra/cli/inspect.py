@@ -19,7 +19,7 @@ from lutra.cli.common import (
 )
 from lutra.energy import SOURCES, Energy, EnergyTable, estimate
 from lutra.errors import LutraError
-from lutra.format import VERSION, load_graph
+from lutra.format import file_version, load_graph
 from lutra.graph import Graph, Node, Sizes
 from lutra.ops.registry import Cost
 from lutra.text import counted, shape_text, table
@@ -120,7 +120,7 @@ def describe(
         )
     golden = graph.golden or ((), ())
     return {
-        "format_version": VERSION,
+        "format_version": file_version(graph),
         "inputs": [{"name": v.name, "dtype": v.dtype, "shape": v.shape} for v in graph.inputs],
         "outputs": [{"name": n, "shape": graph.values[n].shape} for n in graph.outputs],
         "layers": layers,

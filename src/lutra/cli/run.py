@@ -25,6 +25,7 @@ from lutra.cli.common import (
 )
 from lutra.errors import InputError
 from lutra.graph import Graph, Value
+from lutra.inputs import dtype_complaint
 from lutra.ops.registry import Array
 
 
@@ -77,18 +78,24 @@ def read_input(path: str, value: Value, graph: Graph) -> Array:
     """One input of a model from a .npy file.
 
     Args:
-        path: The file: float32 as the model takes it, or what the metadata of the model say how to
-            prepare: uint8 images (N, H, W, C), int16 waveforms (N, samples), 8-bit features.
+        path: The file: float32 or integers as the model takes them, or what the metadata of the
+            model say how to prepare: uint8 images (N, H, W, C), int16 waveforms (N, samples), 8-bit
+            features.
         value: The input.
         graph: The model.
 
     Returns:
-        float32, contiguous.
+        Contiguous, of a dtype that ``Session.run`` takes.
 
     Raises:
         InputError: If the array does not fit.
     """
     array = read_array(path)
+    if value.dtype == "int32":
+        complaint = dtype_complaint(value, array.dtype)
+        if complaint is not None:
+            raise InputError(f"{path!r} {complaint}")
+        return np.ascontiguousarray(array)
     if array.dtype in (np.uint8, np.int8, np.int16):
         preprocess = preprocess_of(graph)
         if preprocess is None and array.dtype == np.uint8:

@@ -5,7 +5,20 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from lutra.errors import GraphError
-from lutra.ops import dense, elementwise, image, int8, lookup, pool, pq, shape
+from lutra.ops import (
+    dense,
+    elementwise,
+    functions,
+    image,
+    int8,
+    lookup,
+    matmul,
+    norm,
+    pool,
+    pq,
+    sequence,
+    shape,
+)
 from lutra.ops.registry import REQUIRED, Attr, Cost, OpSpec, TensorRole
 
 __all__ = ["OPS", "REQUIRED", "Attr", "Cost", "OpSpec", "TensorRole", "op_spec"]
@@ -13,7 +26,20 @@ __all__ = ["OPS", "REQUIRED", "Attr", "Cost", "OpSpec", "TensorRole", "op_spec"]
 #: Every operator by name.
 OPS: dict[str, OpSpec] = {
     spec.name: spec
-    for family in (pq, lookup, int8, dense, elementwise, pool, image, shape)
+    for family in (
+        pq,
+        lookup,
+        int8,
+        dense,
+        matmul,
+        elementwise,
+        functions,
+        norm,
+        sequence,
+        pool,
+        image,
+        shape,
+    )
     for spec in family.SPECS
 }
 

@@ -1,13 +1,29 @@
-"""Operators that treat every element alike, and softmax."""
+"""Operators that treat every element alike, and softmax.
+
+``add``, ``sub``, ``mul`` and ``div`` take two values with the same number of axes, and repeat the
+one of size 1 along an axis behind the batch. Sizes that are known at run time only are equal: what
+is to be repeated has a size of 1 in the graph. ``affine_scalar`` is ``x * scale + bias`` with two
+numbers, a multiply and then an add; ``cast`` makes floats of the integers of an input.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from lutra.errors import GraphError
+from lutra.ops.functions import (
+    check_tables,
+    function_cost,
+    has_tables,
+    infer_same,
+    table_bytes,
+    table_roles,
+)
 from lutra.ops.registry import (
     Array,
     Attr,
@@ -22,14 +38,18 @@ from lutra.ops.registry import (
     node_error,
     number,
 )
+from lutra.text import shape_text
 
 if TYPE_CHECKING:
-    from lutra.graph import Node, Value
+    from lutra.graph import Node, Shape, Value
 
 #: A limit of ``clamp`` that limits nothing: JSON has no infinity.
 NO_LIMIT: Final = float(np.finfo(np.float32).max)
 #: The operators that only limit values.
 CLAMPS: Final = ("relu", "relu6", "clamp")
+#: The operators that put two values together element by element.
+PAIRS: Final = ("add", "sub", "mul", "div")
+_DOES: Final = {"add": "adds", "sub": "subtracts", "mul": "multiplies", "div": "divides"}
 
 
 def limits(node: Node) -> tuple[float, float]:
@@ -54,20 +74,75 @@ def _check_clamp(node: Node, tensors: Mapping[str, Array]) -> None:
         )
 
 
-def _infer_same(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
-    return inputs[0].with_shape(node.output, inputs[0].shape)
+def broadcast(a: Shape, b: Shape) -> Shape | None:
+    """The shape of two shapes of one rank where sizes of 1 are repeated; None if they do not fit.
+
+    The batch, axis 0, must be the same; behind it a size that is known at run time only fits every
+    other.
+    """
+    if len(a) != len(b) or a[0] != b[0]:
+        return None
+    sizes: list[int | None] = [a[0]]
+    for size, other in zip(a[1:], b[1:], strict=True):
+        if size == 1 or other == 1:
+            sizes.append(other if size == 1 else size)
+        elif size == other or None in (size, other):
+            sizes.append(other if size is None else size)
+        else:
+            return None
+    return tuple(sizes)
 
 
-def _infer_both(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+def check_dynamic(
+    node: Node, inputs: Sequence[Value], sized: Sequence[Value], last: int | None = None
+) -> None:
+    """Checks that nothing is repeated in a run that the graph does not say is repeated.
+
+    Args:
+        node: It puts two values together by ``broadcast``.
+        inputs: The two values of the graph, whose sizes may be dynamic.
+        sized: The same in one run.
+        last: The axis before which they are put together; None for all.
+
+    Raises:
+        GraphError: If a size and another differ, and neither is 1 in the graph.
+    """
+    pairs = [list(zip(*(v.shape[:last] for v in pair), strict=False)) for pair in (inputs, sized)]
+    for known, run in zip(*pairs, strict=True):
+        if 1 not in known and len(set(run)) > 1:
+            raise _differ(node, sized)
+
+
+def _differ(node: Node, inputs: Sequence[Value]) -> GraphError:
     a, b = inputs
-    if a.shape != b.shape:
-        what = "adds" if node.op == "add" else "multiplies"
+    return node_error(
+        node,
+        f"{_DOES.get(node.op, 'multiplies')} {a.name!r} of shape {shape_text(a.shape)} and "
+        f"{b.name!r} of shape {shape_text(b.shape)}",
+        "the shapes must be the same, or 1 where they differ",
+    )
+
+
+def _infer_pair(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    a, b = inputs
+    shape = broadcast(a.shape, b.shape)
+    if shape is None:
+        raise _differ(node, inputs)
+    return a.with_shape(node.output, shape)
+
+
+def _infer_cast(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    return dataclasses.replace(inputs[0], name=node.output, dtype="float32")
+
+
+def _check_affine_scalar(node: Node, tensors: Mapping[str, Array]) -> None:
+    scale, bias = number(node, "scale"), number(node, "bias")
+    if max(abs(scale), abs(bias)) > NO_LIMIT:
         raise node_error(
             node,
-            f"{what} {a.name!r} of shape {a.shape} and {b.name!r} of shape {b.shape}",
-            "the shapes must be the same",
+            f"has scale={scale!r} and bias={bias!r}",
+            f"both must be float32 numbers, in {-NO_LIMIT!r}..{NO_LIMIT!r}",
         )
-    return a.with_shape(node.output, a.shape)
 
 
 def _check_affine(node: Node, tensors: Mapping[str, Array]) -> None:
@@ -97,6 +172,10 @@ def _infer_softmax(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Ar
     return x.with_shape(node.output, x.shape)
 
 
+def _check_softmax(node: Node, tensors: Mapping[str, Array]) -> None:
+    check_tables(node, tensors, "exp", "reciprocal")
+
+
 def _cost_affine(
     node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]
 ) -> Cost:
@@ -116,17 +195,65 @@ def _cost_mul(
     return Cost(float_muls=math.prod(inner(output)))
 
 
+def _cost_div(
+    node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]
+) -> Cost:
+    return function_cost(math.prod(inner(output)), "reciprocal")
+
+
+def _cost_affine_scalar(
+    node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]
+) -> Cost:
+    values = math.prod(inner(output))
+    return Cost(float_adds=values, float_muls=values)
+
+
+def _cost_softmax(
+    node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]
+) -> Cost:
+    values = math.prod(inner(output))
+    size = inner(output)[integer(node, "axis") - 1]
+    cost = Cost(float_adds=2 * values, float_muls=values)  # distances, sums; quotients
+    if has_tables(tensors):
+        return cost + Cost(pieces=values + values // size, table_bytes=table_bytes(tensors))
+    return cost + function_cost(values, "exp") + function_cost(values // size, "reciprocal")
+
+
 SPECS: Final = (
-    OpSpec("relu", infer=_infer_same),
-    OpSpec("relu6", infer=_infer_same),
+    OpSpec("relu", infer=infer_same),
+    OpSpec("relu6", infer=infer_same),
     OpSpec(
         "clamp",
         attrs={"low": Attr(float, default=-NO_LIMIT), "high": Attr(float, default=NO_LIMIT)},
         check=_check_clamp,
-        infer=_infer_same,
+        infer=infer_same,
     ),
-    OpSpec("add", infer=_infer_both, cost=_cost_add, min_inputs=2, max_inputs=2),
-    OpSpec("mul", infer=_infer_both, cost=_cost_mul, min_inputs=2, max_inputs=2),
+    *(
+        OpSpec(
+            name,
+            infer=_infer_pair,
+            cost=cost,
+            min_inputs=2,
+            max_inputs=2,
+            check_sizes=check_dynamic,
+            since=since,
+        )
+        for name, cost, since in (
+            ("add", _cost_add, 1),
+            ("sub", _cost_add, 2),
+            ("mul", _cost_mul, 1),
+            ("div", _cost_div, 2),
+        )
+    ),
+    OpSpec("cast", infer=_infer_cast, dtypes=("int32",), since=2),
+    OpSpec(
+        "affine_scalar",
+        attrs={"scale": Attr(float, default=1.0), "bias": Attr(float, default=0.0)},
+        check=_check_affine_scalar,
+        infer=infer_same,
+        cost=_cost_affine_scalar,
+        since=2,
+    ),
     OpSpec(
         "affine",
         tensors={"scale": TensorRole("float32", 1), "bias": TensorRole("float32", 1)},
@@ -134,5 +261,12 @@ SPECS: Final = (
         infer=_infer_affine,
         cost=_cost_affine,
     ),
-    OpSpec("softmax", attrs={"axis": Attr(int, low=1, high=7)}, infer=_infer_softmax),
+    OpSpec(
+        "softmax",
+        attrs={"axis": Attr(int, low=1, high=7)},
+        tensors=table_roles("exp", "reciprocal"),
+        check=_check_softmax,
+        infer=_infer_softmax,
+        cost=_cost_softmax,
+    ),
 )

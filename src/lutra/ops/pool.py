@@ -87,7 +87,8 @@ def _infer_adaptive(node: Node, inputs: Sequence[Value], tensors: Mapping[str, A
     return x.with_shape(node.output, (*x.shape[:2], *pair(node, "output_size")))
 
 
-def _infer_reduced(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+def infer_reduced(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    """The output of an operator that leaves one value of the axes that it names."""
     (x,) = inputs
     axes = ints(node, "axes")
     rank = len(x.shape)
@@ -124,7 +125,8 @@ _WINDOW: Final = {
     "ceil_mode": Attr(bool, default=False),
 }
 _OUTPUT_SIZE: Final = {"output_size": Attr(tuple, low=1, high=MAX_EXTENT, length=2)}
-_REDUCED: Final = {
+#: The attributes of an operator that leaves one value of some axes.
+REDUCED: Final = {
     "axes": Attr(tuple, low=1, high=7),
     "keepdims": Attr(bool, default=False),
 }
@@ -148,6 +150,6 @@ SPECS: Final = (
     ),
     OpSpec("adaptive_avg_pool2d", attrs=_OUTPUT_SIZE, infer=_infer_adaptive, cost=_cost_mean),
     OpSpec("adaptive_max_pool2d", attrs=_OUTPUT_SIZE, infer=_infer_adaptive),
-    OpSpec("mean", attrs=_REDUCED, infer=_infer_reduced, cost=_cost_mean),
-    OpSpec("max", attrs=_REDUCED, infer=_infer_reduced),
+    OpSpec("mean", attrs=REDUCED, infer=infer_reduced, cost=_cost_mean),
+    OpSpec("max", attrs=REDUCED, infer=infer_reduced),
 )

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-import numpy as np
 from numpy.typing import NDArray
 
 from lutra.errors import GraphError
@@ -41,10 +40,14 @@ REQUIRED: Final = Required()
 class Cost:
     """Work of one node for one sample, and the bytes that it reads.
 
-    What is neither here nor in the sums below: copies, clamps, comparisons of floats, and ``exp``.
+    What is neither here nor in the sums below: copies, clamps and comparisons of floats.
 
     Attributes:
         lookups: Table entries read and added.
+        pieces: Values of functions that are read from a table: a slope, an intercept, and a
+            multiply-add each.
+        functions: Values of functions that are computed: exp, erf, tanh, roots and quotients. What
+            they take in multiplications and additions is in ``float_muls`` and ``float_adds``.
         encode_ops: Multiply-adds, or comparisons of trees, spent on finding codes.
         comparisons: Those of them that are comparisons.
         macs: Multiply-adds of dense arithmetic that really run.
@@ -59,6 +62,8 @@ class Cost:
     """
 
     lookups: int = 0
+    pieces: int = 0
+    functions: int = 0
     encode_ops: int = 0
     comparisons: int = 0
     macs: int = 0
@@ -70,6 +75,11 @@ class Cost:
     dense_macs: int = 0
     table_bytes: int = 0
     weight_bytes: int = 0
+
+    @property
+    def table_reads(self) -> int:
+        """Entries of tables that are read."""
+        return self.lookups + 2 * self.pieces
 
     @property
     def int_multiplications(self) -> int:
@@ -93,7 +103,7 @@ class Cost:
 
     @property
     def _float_steps(self) -> int:
-        return self.macs - self.int8_macs + self.quantised + self.scaled
+        return self.macs - self.int8_macs + self.quantised + self.scaled + self.pieces
 
     def __add__(self, other: Cost) -> Cost:
         names = (entry.name for entry in fields(self))
@@ -148,21 +158,39 @@ class Attr:
 
 @dataclass(frozen=True)
 class TensorRole:
-    """One tensor of an operator: its dtype and number of axes."""
+    """One tensor of an operator.
+
+    Attributes:
+        dtype: Its dtype, or several with ``|`` between them.
+        ndim: Number of its axes.
+        required: Whether a node must have it.
+        since: The version of the file format that it came with.
+    """
 
     dtype: str
     ndim: int
     required: bool = True
+    since: int = 1
+
+    @property
+    def dtypes(self) -> list[str]:
+        """The dtypes that it may have."""
+        return self.dtype.split("|")
 
 
 CheckFn: TypeAlias = "Callable[[Node, Mapping[str, Array]], None]"
 InferFn: TypeAlias = "Callable[[Node, Sequence[Value], Mapping[str, Array]], Value]"
 ExpandFn: TypeAlias = "Callable[[Node, Mapping[str, Array]], Mapping[str, Array]]"
+SizesFn: TypeAlias = "Callable[[Node, Sequence[Value], Sequence[Value]], None]"
 CostFn: TypeAlias = "Callable[[Node, Sequence[Value], Value, Mapping[str, Array]], Cost]"
 
 
 def no_check(node: Node, tensors: Mapping[str, Array]) -> None:
     """The check of an operator whose attributes and tensors do not depend on each other."""
+
+
+def no_check_sizes(node: Node, inputs: Sequence[Value], sized: Sequence[Value]) -> None:
+    """The check of an operator whose ``infer`` finds all that can be wrong with sizes."""
 
 
 def no_cost(
@@ -188,6 +216,10 @@ class OpSpec:
             None where both are the same.
         min_inputs: Smallest number of inputs.
         max_inputs: Largest number of inputs; None for any.
+        check_sizes: ``check_sizes(node, inputs, sized)`` raises GraphError where the inputs of one
+            run, ``sized``, are not what ``inputs``, which may be dynamic, promised.
+        dtypes: The dtype of each input; those that are not named are float32. The output always is.
+        since: The version of the file format that the operator came with.
     """
 
     name: str
@@ -199,6 +231,9 @@ class OpSpec:
     expand: ExpandFn | None = None
     min_inputs: int = 1
     max_inputs: int | None = 1
+    check_sizes: SizesFn = no_check_sizes
+    dtypes: tuple[str, ...] = ()
+    since: int = 1
 
     def complete(self, attrs: Mapping[str, AttrValue]) -> dict[str, AttrValue]:
         """Adds the default of every attribute that is not given."""
@@ -236,10 +271,28 @@ class OpSpec:
         count = len(node.inputs)
         if count < self.min_inputs or (self.max_inputs is not None and count > self.max_inputs):
             least = "at least " if self.max_inputs is None else ""
-            raise node_error(node, f"has {count} inputs", f"give it {least}{self.min_inputs}")
+            most = "" if self.max_inputs in (None, self.min_inputs) else f" to {self.max_inputs}"
+            raise node_error(node, f"has {count} inputs", f"give it {least}{self.min_inputs}{most}")
         self._check_attrs(node)
         self._check_tensors(node, tensors)
         self.check(node, tensors)
+
+    def check_inputs(self, node: Node, inputs: Sequence[Value]) -> None:
+        """Checks the dtypes of the inputs of a node, whose number is right.
+
+        Raises:
+            GraphError: If an input has another dtype than the operator reads there.
+        """
+        for index, value in enumerate(inputs):
+            wanted = self.dtypes[index] if index < len(self.dtypes) else "float32"
+            if value.dtype != wanted:
+                fix = "'cast' makes floats of it" if wanted == "float32" else "only inputs of the "
+                fix += "" if wanted == "float32" else "graph have it"
+                raise node_error(
+                    node,
+                    f"reads {value.name!r} of dtype {value.dtype} as its input {index}",
+                    f"it must be {wanted}: {fix}",
+                )
 
     def _check_attrs(self, node: Node) -> None:
         for name in node.attrs:
@@ -266,11 +319,13 @@ class OpSpec:
                     raise node_error(node, f"lacks the tensor {role!r}", "add it")
                 continue
             array = tensors[role]
-            if array.dtype != np.dtype(rule.dtype) or array.ndim != rule.ndim or array.size == 0:
+            known_dtype = array.dtype.name in rule.dtypes
+            if not known_dtype or array.ndim != rule.ndim or array.size == 0:
                 raise node_error(
                     node,
                     f"has {role} of dtype {array.dtype} and shape {array.shape}",
-                    f"it must be {rule.dtype} with {rule.ndim} axes, none of them empty",
+                    f"it must be {' or '.join(rule.dtypes)} with {rule.ndim} axes, none of them "
+                    "empty",
                 )
 
 

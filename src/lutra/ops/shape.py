@@ -132,6 +132,35 @@ def _infer_concat(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Arr
     return first.with_shape(node.output, (*first.shape[:axis], total, *first.shape[axis + 1 :]))
 
 
+def _infer_transpose(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    (x,) = inputs
+    axes = ints(node, "axes")
+    if axes[:1] != (0,) or sorted(axes) != list(range(len(x.shape))):
+        raise node_error(
+            node,
+            f"has axes={axes} for the input {x.name!r} of shape {x.shape}",
+            f"name each of its {len(x.shape)} axes once, and 0, the batch, first",
+        )
+    return x.with_shape(node.output, tuple(x.shape[axis] for axis in axes))
+
+
+def _infer_expand(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    (x,) = inputs
+    shape = ints(node, "shape")
+    known = x.shape[1:]
+    fits = len(shape) == len(known) and all(
+        want in (0, size) or size in (1, None) for want, size in zip(shape, known, strict=True)
+    )
+    if not fits:
+        raise node_error(
+            node,
+            f"has shape={shape} for the input {x.name!r} of shape {shape_text(x.shape)}",
+            f"give {len(known)} sizes, 0 for those that stay; only a size of 1 can change",
+        )
+    sizes = (size if want == 0 else want for want, size in zip(shape, known, strict=True))
+    return x.with_shape(node.output, (x.shape[0], *sizes))
+
+
 SPECS: Final = (
     OpSpec(
         "flatten", attrs={"start_axis": Attr(int, default=1, low=1, high=7)}, infer=_infer_flatten
@@ -162,5 +191,17 @@ SPECS: Final = (
         attrs={"axis": Attr(int, low=1, high=7)},
         infer=_infer_concat,
         max_inputs=None,
+    ),
+    OpSpec(
+        "transpose",
+        attrs={"axes": Attr(tuple, low=0, high=7)},
+        infer=_infer_transpose,
+        since=2,
+    ),
+    OpSpec(
+        "expand",
+        attrs={"shape": Attr(tuple, low=0, high=_MAX_SIZE)},
+        infer=_infer_expand,
+        since=2,
     ),
 )

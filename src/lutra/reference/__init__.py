@@ -13,8 +13,23 @@ import numpy as np
 
 from lutra.errors import GraphError, InputError
 from lutra.graph import Graph, Node, fits
+from lutra.inputs import dtype_complaint, int32_array
+from lutra.ops.functions import FUNCTIONS
 from lutra.ops.registry import Array
-from lutra.reference import dense, elementwise, image, int8, lookup, pool, pq, shape
+from lutra.reference import (
+    dense,
+    elementwise,
+    functions,
+    image,
+    int8,
+    lookup,
+    matmul,
+    norm,
+    pool,
+    pq,
+    sequence,
+    shape,
+)
 from lutra.text import shape_text
 
 __all__ = ["KERNELS", "run_node", "run_reference"]
@@ -32,11 +47,26 @@ KERNELS: Final[dict[str, Kernel]] = {
     "int8_linear": int8.int8_linear,
     "conv2d": dense.conv2d,
     "linear": dense.linear,
+    "matmul": matmul.matmul,
+    **dict.fromkeys(FUNCTIONS, functions.function),
+    "piecewise": functions.piecewise,
+    "layer_norm": norm.layer_norm,
+    "rms_norm": norm.rms_norm,
+    "l2_norm": norm.l2_norm,
+    "embedding": sequence.embedding,
+    "position_embedding": sequence.position_embedding,
+    "masked_mean": sequence.masked_mean,
+    "attention": sequence.attention,
+    "gather": sequence.gather,
     "relu": elementwise.clamp,
     "relu6": elementwise.clamp,
     "clamp": elementwise.clamp,
-    "add": elementwise.add,
-    "mul": elementwise.mul,
+    "add": elementwise.pair,
+    "sub": elementwise.pair,
+    "mul": elementwise.pair,
+    "div": elementwise.pair,
+    "cast": elementwise.cast,
+    "affine_scalar": elementwise.affine_scalar,
     "affine": elementwise.affine,
     "softmax": elementwise.softmax,
     "max_pool2d": pool.max_pool2d,
@@ -52,6 +82,8 @@ KERNELS: Final[dict[str, Kernel]] = {
     "pad": shape.pad,
     "slice": shape.slice_,
     "concat": shape.concat,
+    "transpose": shape.transpose,
+    "expand": shape.expand,
 }
 
 
@@ -65,16 +97,18 @@ def run_reference(
 
     Args:
         graph: The graph.
-        inputs: float32 arrays by input name, or in the order of the graph's inputs. NaN and
-            infinity are allowed: grids quantise NaN to 0 and clamp infinity.
+        inputs: Arrays by input name, or in the order of the graph's inputs: float32, or for inputs
+            of dtype int32 int32, int64 or bool. NaN and infinity are allowed: grids quantise NaN to
+            0 and clamp infinity.
         intermediates: Whether to return every value instead of the outputs only.
 
     Returns:
-        float32 arrays by value name.
+        float32 arrays by value name; inputs of dtype int32 stay int32.
 
     Raises:
         GraphError: If the graph is not valid.
-        InputError: If an input is missing, unknown, or of the wrong dtype or shape.
+        InputError: If an input is missing, unknown, or of the wrong dtype or shape, or if it holds
+            an id that an embedding has no row for.
     """
     expected = graph.values
     values = _named(graph, inputs)
@@ -91,7 +125,7 @@ def run_node(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) 
 
     Args:
         node: The node.
-        inputs: Its float32 inputs.
+        inputs: Its inputs, float32 or int32.
         tensors: Its tensors by role.
 
     Returns:
@@ -117,11 +151,14 @@ def _named(graph: Graph, inputs: Mapping[str, Array] | Sequence[Array]) -> dict[
     for value in graph.inputs:
         array = inputs[value.name]
         want = value.shape
-        if not isinstance(array, np.ndarray) or array.dtype != np.float32:
-            kind = getattr(array, "dtype", type(array).__name__)
-            raise InputError(
-                f"run_reference: input {value.name!r} is {kind}; give a float32 numpy array"
-            )
+        where = f"run_reference: input {value.name!r}"
+        if not isinstance(array, np.ndarray):
+            raise InputError(f"{where} is a {type(array).__name__}; give a {value.dtype} array")
+        complaint = dtype_complaint(value, array.dtype)
+        if complaint is not None:
+            raise InputError(f"{where} {complaint}")
+        if value.dtype == "int32":
+            array = int32_array(where, array)
         if want[0] is None and array.ndim:
             batch = array.shape[0] if batch is None else batch
             want = (batch, *want[1:])

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 import numpy as np
 
 from lutra.graph import Node
 from lutra.ops.elementwise import limits
-from lutra.ops.registry import Array, integer
+from lutra.ops.registry import Array, integer, number
+from lutra.reference.functions import exp_table, reciprocal_table
+
+_PAIRS: Final[dict[str, Callable[[Array, Array], Array]]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+}
 
 
 def clamp(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
@@ -19,15 +28,23 @@ def clamp(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> 
     return np.where(result < high, result, high)
 
 
-def add(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
-    """a + b, of the same shape."""
-    result: Array = inputs[0] + inputs[1]
+def pair(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
+    """a + b, a - b, a * b or a / b; sizes of 1 are repeated."""
+    with np.errstate(all="ignore"):
+        result: Array = _PAIRS[node.op](*inputs)
     return result
 
 
-def mul(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
-    """a * b, of the same shape."""
-    result: Array = inputs[0] * inputs[1]
+def cast(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
+    """int32 to float32."""
+    return inputs[0].astype(np.float32)
+
+
+def affine_scalar(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
+    """x * scale + bias with two numbers: a multiply, then an add."""
+    scale, bias = np.float32(number(node, "scale")), np.float32(number(node, "bias"))
+    with np.errstate(all="ignore"):
+        result: Array = inputs[0] * scale + bias
     return result
 
 
@@ -40,8 +57,15 @@ def affine(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) ->
 
 
 def softmax(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
-    """exp(x - max) / sum(exp(x - max)) along an axis."""
+    """exp(x - max) / sum(exp(x - max)) along an axis; exp and the reciprocal may be tables."""
     axis = integer(node, "axis")
-    powers = np.exp(inputs[0] - inputs[0].max(axis=axis, keepdims=True))
+    distances = inputs[0] - inputs[0].max(axis=axis, keepdims=True)
+    if "exp_slope" in tensors:
+        powers = exp_table(distances, tensors["exp_slope"], tensors["exp_intercept"])
+        sums = powers.sum(axis=axis, keepdims=True, dtype=np.float64).astype(np.float32)
+        slope, intercept = tensors["reciprocal_slope"], tensors["reciprocal_intercept"]
+        table: Array = powers * reciprocal_table(sums, slope, intercept)
+        return table
+    powers = np.exp(distances)
     result: Array = powers / powers.sum(axis=axis, keepdims=True)
     return result

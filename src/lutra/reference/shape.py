@@ -41,6 +41,18 @@ def slice_(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) ->
     return result
 
 
+def transpose(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
+    """Puts the axes into another order."""
+    return inputs[0].transpose(ints(node, "axes"))
+
+
+def expand(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
+    """Repeats axes of size 1."""
+    (x,) = inputs
+    sizes = (want or size for want, size in zip(ints(node, "shape"), x.shape[1:], strict=True))
+    return np.broadcast_to(x, (x.shape[0], *sizes))
+
+
 def concat(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
     """Joins arrays along one axis."""
     return np.concatenate(list(inputs), axis=integer(node, "axis"))

@@ -1,0 +1,173 @@
+"""Functions of single values, exact and from tables: see ``lutra.ops.functions``.
+
+Exact functions are computed in float64 and rounded once, so they are right to the last bit or
+nearly so; tables give the bits that the engine gives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import numpy as np
+
+from lutra.graph import Node
+from lutra.ops.functions import function_name
+from lutra.ops.registry import Array
+
+__all__ = ["EXACT", "exp_table", "fma", "function", "pieces", "piecewise", "reciprocal_table"]
+
+_LOG2_E: Final = np.float32(1.4426950408889634)
+#: Below this exp is 0, and beyond the other it stays what it is there.
+EXP_LOW: Final = np.float32(-87.0)
+EXP_HIGH: Final = np.float32(88.0)
+
+
+def _erf(x: Array) -> Array:
+    return np.array([math.erf(value) for value in x.ravel()]).reshape(x.shape)
+
+
+def _sigmoid(x: Array) -> Array:
+    result: Array = 1 / (1 + np.exp(-x))
+    return result
+
+
+def _gelu(x: Array) -> Array:
+    return _limit(x, 0.5 * x * (1 + _erf(x * math.sqrt(0.5))))
+
+
+def _gelu_tanh(x: Array) -> Array:
+    inside = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    return _limit(x, 0.5 * x * (1 + np.tanh(inside)))
+
+
+def _silu(x: Array) -> Array:
+    return _limit(x, x * _sigmoid(x))
+
+
+def _limit(x: Array, y: Array) -> Array:
+    """What tends to 0 on the left, there too where floats make NaN of infinity times 0."""
+    return np.where(np.isneginf(x), 0.0, y)
+
+
+#: The exact functions, float64 to float64, by the names of the engine.
+EXACT: Final[dict[str, Callable[[Array], Array]]] = {
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": _silu,
+    "tanh": np.tanh,
+    "sigmoid": _sigmoid,
+    "exp": np.exp,
+    "erf": _erf,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "reciprocal": lambda x: 1 / x,
+}
+
+
+def function(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
+    """One of the exact functions, element by element."""
+    with np.errstate(all="ignore"):
+        made = EXACT[function_name(node)](inputs[0].astype(np.float64))
+        result: Array = made.astype(np.float32)
+    return result
+
+
+def piecewise(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
+    """A table of lines between breakpoints."""
+    (x,) = inputs
+    index = np.searchsorted(tensors["breakpoint"], x, side="right")
+    index[np.isnan(x)] = 0
+    return pieces(index, x, tensors["slope"], tensors["intercept"])
+
+
+def pieces(index: Array, x: Array, slope: Array, intercept: Array) -> Array:
+    """``fma(slope[i], x, intercept[i])``, and the intercept where the slope is 0.
+
+    Args:
+        index: Entries of the table, an integer for each value.
+        x: float32.
+        slope: float32 (E)
+        intercept: float32 (E)
+    """
+    made = fma(slope[index], x, intercept[index])
+    result: Array = np.where(slope[index] == 0, intercept[index], made)
+    return result
+
+
+def fma(a: Array, b: Array, c: Array) -> Array:
+    """``a * b + c`` of float32, rounded once, as the instruction does it."""
+    with np.errstate(all="ignore"):
+        product = a.astype(np.float64) * b  # exact
+        total = np.atleast_1d(product + c)
+        # What the float64 sum lost (Knuth's TwoSum). Rounding to odd, the last bit says that
+        # something was lost, makes the second rounding, to float32, that of the exact sum.
+        part = total - product
+        lost = (product - (total - part)) + (c - part)
+        bits = total.view(np.int64)
+        even = np.isfinite(lost) & (lost != 0) & (bits & 1 == 0)
+        away = np.where((lost > 0) == (total > 0), 1, -1)
+        odd = np.where(even, bits + away, bits).view(np.float64)
+        result: Array = odd.astype(np.float32).reshape(np.shape(product))
+    return result
+
+
+def exp_table(x: Array, slope: Array, intercept: Array) -> Array:
+    """exp of float32 values by a table of 2^f on [0, 1).
+
+    Below -87, and for -infinity, it is 0; beyond 88 it is what it is at 88, so that nothing
+    overflows; NaN stays NaN.
+    """
+    with np.errstate(all="ignore"):
+        t = np.minimum(x, EXP_HIGH) * _LOG2_E
+        n = np.maximum(np.floor(t), np.float32(-126))
+        f = t - n
+        index = np.clip(np.nan_to_num(f * len(slope)), 0, len(slope) - 1).astype(np.int64)
+        made = pieces(index, f, slope, intercept) * np.exp2(n)
+        result: Array = np.where(x < EXP_LOW, np.float32(0), made).astype(np.float32)
+    return np.where(np.isnan(x), x, result)
+
+
+def reciprocal_table(x: Array, slope: Array, intercept: Array) -> Array:
+    """1/x of positive float32 values by a table of 1/m on [1, 2).
+
+    Zero and what is denormal is treated as if its exponent were -127, which gives a large finite
+    number; infinity gives 0; NaN stays NaN.
+    """
+    exponent, mantissa, significand = _parts(x)
+    with np.errstate(all="ignore"):
+        made = pieces(_top_bits(mantissa, len(slope)), significand, slope, intercept)
+        result: Array = np.where(
+            np.isposinf(x), np.float32(0), np.ldexp(made, -exponent).astype(np.float32)
+        )
+    return np.where(np.isnan(x), x, result)
+
+
+def rsqrt_table(x: Array, slope: Array, intercept: Array) -> Array:
+    """1/sqrt(x) of positive float32 values by a table of 1/sqrt(m) on [1, 4).
+
+    Zero, what is denormal, infinity and NaN are treated as by ``reciprocal_table``.
+    """
+    exponent, mantissa, significand = _parts(x)
+    odd = exponent & 1
+    half = len(slope) // 2
+    with np.errstate(all="ignore"):
+        m = np.ldexp(significand, odd)
+        made = pieces(odd * half + _top_bits(mantissa, half), m, slope, intercept)
+        scaled = np.ldexp(made, -((exponent - odd) // 2)).astype(np.float32)
+        result: Array = np.where(np.isposinf(x), np.float32(0), scaled)
+    return np.where(np.isnan(x), x, result)
+
+
+def _parts(x: Array) -> tuple[Array, Array, Array]:
+    """Exponents, int32; mantissas, int32 of 23 bits; and significands in [1, 2), float32."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.int32).reshape(np.shape(x))
+    mantissa = bits & 0x7FFFFF
+    significand = (mantissa | 0x3F800000).view(np.float32)
+    return (bits >> 23 & 0xFF) - 127, mantissa, significand
+
+
+def _top_bits(mantissa: Array, entries: int) -> Array:
+    result: Array = mantissa >> (23 - (entries.bit_length() - 1))
+    return result

@@ -1,0 +1,94 @@
+"""Graphs of the operators on sequences and functions, and tables of functions, by hand."""
+
+from __future__ import annotations
+
+from math import erf
+from typing import Any
+
+import numpy as np
+from graphs import Array, Builder
+
+from lutra.graph import Graph
+
+F = np.float32
+_EXACT: dict[str, Any] = {
+    "exp": np.exp2,  # on [0, 1)
+    "reciprocal": lambda m: 1 / m,  # on [1, 2)
+    "rsqrt": lambda m: 1 / np.sqrt(m),  # on [1, 4)
+}
+
+
+def reduced_table(name: str, entries: int = 16) -> dict[str, Array]:
+    """A table of exp, reciprocal or rsqrt: chords between the ends of equal pieces.
+
+    Returns:
+        ``<name>_slope`` and ``<name>_intercept``, float32 (entries,)
+    """
+    if name == "rsqrt":
+        halves = [np.linspace(low, 2 * low, entries // 2 + 1) for low in (1.0, 2.0)]
+        ends = np.concatenate([halves[0][:-1], halves[1]])
+    else:
+        low = 0.0 if name == "exp" else 1.0
+        ends = np.linspace(low, low + 1, entries + 1)
+    values = _EXACT[name](ends)
+    slope = np.diff(values) / np.diff(ends)
+    intercept = values[:-1] - slope * ends[:-1]
+    return {f"{name}_slope": slope.astype(F), f"{name}_intercept": intercept.astype(F)}
+
+
+def gelu_table(entries: int = 16, span: float = 4.0) -> dict[str, Array]:
+    """A table of GELU with its asymptotes.
+
+    Returns:
+        breakpoint, float32 (entries - 1,), and slope and intercept, float32 (entries,)
+    """
+    points = np.linspace(-span, span, entries - 1)
+    values = np.array([0.5 * x * (1 + erf(x / 2**0.5)) for x in points])
+    values[0], values[-1] = 0, points[-1]
+    slope = np.concatenate([[0], np.diff(values) / np.diff(points), [1]])
+    intercept = np.concatenate([[0], values[:-1] - slope[1:-1] * points[:-1], [0]])
+    return {
+        "breakpoint": points.astype(F),
+        "slope": slope.astype(F),
+        "intercept": intercept.astype(F),
+    }
+
+
+def norm_tensors(rng: np.random.Generator, size: int, *, bias: bool = True) -> dict[str, Array]:
+    """weight and perhaps bias, float32 (size,)"""
+    tensors = {"weight": rng.uniform(0.5, 1.5, size).astype(F)}
+    return {**tensors, "bias": rng.normal(size=size).astype(F)} if bias else tensors
+
+
+def every_sequence_op_graph(seed: int = 0) -> Graph:
+    """Ids and a mask (N, ?) and floats (N, 4, 6) to (N, 12): operators that other graphs lack."""
+    ids, mask = ((name, (None, None), "int32") for name in ("ids", "mask"))
+    b = Builder(ids, mask, ("x", (None, 4, 6)), seed=seed)
+    rng = b.rng
+    words = b.add("embedding", "ids", tensors={
+        "weight": rng.integers(-127, 128, (40, 12)).astype(np.int8),
+        "scale": rng.uniform(0.005, 0.01, 40).astype(F),
+    })  # fmt: skip
+    h = b.add("position_embedding", words, tensors={"weight": rng.normal(size=(64, 12)).astype(F)})
+    h = b.add("layer_norm", h, tensors=norm_tensors(rng, 12), eps=1e-12)
+    q, k, v = (b.pq_linear(h, 12, 12) for _ in range(3))
+    a = b.add("attention", q, k, v, "mask", heads=3, scale=0.5)
+    h = b.add("add", b.pq_linear(a, 12, 12), h)
+    h = b.add("rms_norm", h, tensors=norm_tensors(rng, 12, bias=False), eps=1e-6)
+    f = b.add("gelu", b.pq_linear(h, 12, 16))
+    f = b.add("piecewise", f, tensors=gelu_table())
+    h = b.add("add", b.int8_linear(f, 16, 12), h)
+    scores = b.add("matmul", h, h, transpose_b=True)  # (N, T, T)
+    scores = b.add("softmax", b.add("silu", scores), axis=2)
+    h = b.add("sub", b.add("matmul", scores, h), b.add("tanh", h))
+    h = b.add("transpose", b.add("transpose", h, axes=(0, 2, 1)), axes=(0, 2, 1))
+    seen = b.add("reshape", b.add("cast", "mask"), shape=(-1, 1))
+    h = b.add("mul", h, b.add("expand", seen, shape=(0, 12)))
+    pooled = b.add("masked_mean", h, "mask")  # (N, 12)
+    length = b.add("clamp", b.add("l2_norm", pooled, axes=(1,), keepdims=True), low=1e-6)
+    pooled = b.add("div", pooled, length)
+    y = b.add("gather", "x", tensors={"index": np.array([3, 0, 1], np.int32)}, axis=1)
+    y = b.add("affine_scalar", b.add("sigmoid", y), scale=0.5, bias=1.0)
+    y = b.add("rsqrt", b.add("sqrt", b.add("reciprocal", b.add("exp", b.add("erf", y)))))
+    y = b.add("mean", y, axes=(1,))  # (N, 6)
+    return b.graph(b.add("add", pooled, b.add("concat", y, y, axis=1)))
