@@ -72,7 +72,7 @@ class _Writer:
             if layer.lookup:
                 parts = self.method.node(layer, was, self.rng)
             else:
-                parts = self._multiplied(layer, was)
+                parts = multiplied(layer, was, self.dense, self.rng)
             self._node(parts.op, layer.name, layer.x, attrs=parts.attrs, tensors=parts.tensors)
         elif isinstance(layer, Relu):
             now = Range(was.rms, False)
@@ -106,25 +106,6 @@ class _Writer:
         self.tensors.update({roles[role]: array for role, array in (tensors or {}).items()})
         self.nodes.append(make_node(op, name, inputs, name, attrs, roles))
 
-    def _multiplied(self, layer: Conv | Linear, was: Range) -> Parts:
-        """A layer that stays multiplied: the one place that decides how."""
-        shape: tuple[int, ...] = (layer.outputs, layer.inputs)
-        op, attrs = "linear", {}
-        if isinstance(layer, Conv):
-            shape += (layer.kernel, layer.kernel)
-            op, attrs = "conv2d", window(layer)
-        size = np.float32(was.rms**-1 * np.prod(shape[1:]) ** -0.5)
-        tensors = {
-            "weight": self.rng.standard_normal(shape, np.float32) * size,
-            "bias": np.zeros(layer.outputs, np.float32),
-        }
-        if self.dense == "int8":
-            grid = was.grid(INT8_ACT_BITS)
-            op, attrs = f"int8_{op}", attrs | grid
-            tensors["weight"], unit = to_int8(tensors["weight"], tuple(range(1, len(shape))))
-            tensors["scale"] = (unit * grid["act_scale"]).astype(np.float32)
-        return Parts(op, attrs, tensors)
-
     def _shrink(self, layer: Shrink) -> None:
         x = layer.x
         for axis, name in ((2, "rows"), (3, "columns")):
@@ -133,3 +114,30 @@ class _Writer:
             x = f"{layer.name}.{name}"
         pads = (0, 0, layer.added, layer.added, 0, 0, 0, 0)
         self._node("pad", layer.name, x, attrs={"pads": pads})
+
+
+def multiplied(layer: Conv | Linear, was: Range, dense: str, rng: np.random.Generator) -> Parts:
+    """A layer that stays multiplied; its outputs have a variance of about 1.
+
+    Args:
+        layer: The layer.
+        was: What it reads.
+        dense: "float32" or "int8".
+        rng: What makes its tensors.
+    """
+    shape: tuple[int, ...] = (layer.outputs, layer.inputs)
+    op, attrs = "linear", {}
+    if isinstance(layer, Conv):
+        shape += (layer.kernel, layer.kernel)
+        op, attrs = "conv2d", window(layer)
+    size = np.float32(was.rms**-1 * np.prod(shape[1:]) ** -0.5)
+    tensors = {
+        "weight": rng.standard_normal(shape, np.float32) * size,
+        "bias": np.zeros(layer.outputs, np.float32),
+    }
+    if dense == "int8":
+        grid = was.grid(INT8_ACT_BITS)
+        op, attrs = f"int8_{op}", attrs | grid
+        tensors["weight"], unit = to_int8(tensors["weight"], tuple(range(1, len(shape))))
+        tensors["scale"] = (unit * grid["act_scale"]).astype(np.float32)
+    return Parts(op, attrs, tensors)

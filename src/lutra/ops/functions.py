@@ -4,7 +4,7 @@ A table of ``E`` entries cuts the axis at ``E - 1`` breakpoints ``d``::
 
     i = number of breakpoints <= x                      NaN: 0
     y = fma(slope[i], x, intercept[i])                  one rounding
-    y = intercept[i] where slope[i] is 0                so that infinity gives the limit, not NaN
+    y = intercept[i] where slope[i] is 0                so infinity gives the limit; NaN stays NaN
 
 The first and the last entry reach to infinity: they are the asymptotes of the function.
 

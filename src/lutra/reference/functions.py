@@ -83,7 +83,7 @@ def piecewise(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array])
 
 
 def pieces(index: Array, x: Array, slope: Array, intercept: Array) -> Array:
-    """``fma(slope[i], x, intercept[i])``, and the intercept where the slope is 0.
+    """``fma(slope[i], x, intercept[i])``, and the intercept where the slope is 0; NaN stays NaN.
 
     Args:
         index: Entries of the table, an integer for each value.
@@ -92,7 +92,7 @@ def pieces(index: Array, x: Array, slope: Array, intercept: Array) -> Array:
         intercept: float32 (E)
     """
     made = fma(slope[index], x, intercept[index])
-    result: Array = np.where(slope[index] == 0, intercept[index], made)
+    result: Array = np.where((slope[index] == 0) & ~np.isnan(x), intercept[index], made)
     return result
 
 
@@ -119,53 +119,51 @@ def exp_table(x: Array, slope: Array, intercept: Array) -> Array:
     Below -87, and for -infinity, it is 0; beyond 88 it is what it is at 88, so that nothing
     overflows; NaN stays NaN.
     """
-    with np.errstate(all="ignore"):
-        t = np.minimum(x, EXP_HIGH) * _LOG2_E
-        n = np.maximum(np.floor(t), np.float32(-126))
-        f = t - n
-        index = np.clip(np.nan_to_num(f * len(slope)), 0, len(slope) - 1).astype(np.int64)
-        made = pieces(index, f, slope, intercept) * np.exp2(n)
-        result: Array = np.where(x < EXP_LOW, np.float32(0), made).astype(np.float32)
-    return np.where(np.isnan(x), x, result)
+    inside = np.where(np.isnan(x), np.float32(0), x).clip(EXP_LOW, EXP_HIGH)
+    t = inside * _LOG2_E
+    n = np.floor(t)
+    f = t - n  # may round to 1
+    index = np.minimum((f * len(slope)).astype(np.int64), len(slope) - 1)
+    made = np.ldexp(pieces(index, f, slope, intercept), n.astype(np.int32))
+    made = np.where(x < EXP_LOW, np.float32(0), made)
+    return np.where(np.isnan(x), x, made)
 
 
 def reciprocal_table(x: Array, slope: Array, intercept: Array) -> Array:
-    """1/x of positive float32 values by a table of 1/m on [1, 2).
+    """1/x of float32 values by a table of 1/m on [1, 2).
 
-    Zero and what is denormal is treated as if its exponent were -127, which gives a large finite
-    number; infinity gives 0; NaN stays NaN.
+    Zero and what is denormal is taken as if its exponent were -127 and its significand had the
+    leading 1, which gives a large finite number; from 2^127 on, and for infinity, it is 0; the sign
+    is that of x; NaN stays NaN.
     """
-    exponent, mantissa, significand = _parts(x)
-    with np.errstate(all="ignore"):
-        made = pieces(_top_bits(mantissa, len(slope)), significand, slope, intercept)
-        result: Array = np.where(
-            np.isposinf(x), np.float32(0), np.ldexp(made, -exponent).astype(np.float32)
-        )
-    return np.where(np.isnan(x), x, result)
+    bits, exponent, mantissa, significand = _parts(x)
+    made = pieces(_top_bits(mantissa, len(slope)), significand, slope, intercept)
+    made = np.where(exponent < 127, np.ldexp(made, -exponent), np.float32(0))
+    return np.where(np.isnan(x), x, np.where(bits < 0, -made, made))
 
 
 def rsqrt_table(x: Array, slope: Array, intercept: Array) -> Array:
-    """1/sqrt(x) of positive float32 values by a table of 1/sqrt(m) on [1, 4).
+    """1/sqrt(x) of float32 values by a table of 1/sqrt(m) on [1, 4).
 
-    Zero, what is denormal, infinity and NaN are treated as by ``reciprocal_table``.
+    Zero and what is denormal is taken as by ``reciprocal_table``; infinity is taken as the largest
+    float32; NaN and what is below zero give NaN.
     """
-    exponent, mantissa, significand = _parts(x)
-    odd = exponent & 1
-    half = len(slope) // 2
-    with np.errstate(all="ignore"):
-        m = np.ldexp(significand, odd)
-        made = pieces(odd * half + _top_bits(mantissa, half), m, slope, intercept)
-        scaled = np.ldexp(made, -((exponent - odd) // 2)).astype(np.float32)
-        result: Array = np.where(np.isposinf(x), np.float32(0), scaled)
-    return np.where(np.isnan(x), x, result)
+    with np.errstate(invalid="ignore"):
+        inside = np.where(x > 0, np.minimum(x, np.finfo(np.float32).max), np.float32(0))
+    _, exponent, mantissa, significand = _parts(inside)
+    odd, half = exponent & 1, len(slope) // 2
+    m = np.ldexp(significand, odd)
+    made = pieces(odd * half + _top_bits(mantissa, half), m, slope, intercept)
+    made = np.ldexp(made, -(exponent >> 1))
+    return np.where(x >= 0, made, np.float32(np.nan))
 
 
-def _parts(x: Array) -> tuple[Array, Array, Array]:
-    """Exponents, int32; mantissas, int32 of 23 bits; and significands in [1, 2), float32."""
+def _parts(x: Array) -> tuple[Array, Array, Array, Array]:
+    """Bits and exponents, int32; mantissas, int32 of 23 bits; and significands in [1, 2)."""
     bits = np.ascontiguousarray(x, np.float32).view(np.int32).reshape(np.shape(x))
     mantissa = bits & 0x7FFFFF
     significand = (mantissa | 0x3F800000).view(np.float32)
-    return (bits >> 23 & 0xFF) - 127, mantissa, significand
+    return bits, (bits >> 23 & 0xFF) - 127, mantissa, significand
 
 
 def _top_bits(mantissa: Array, entries: int) -> Array:
