@@ -82,7 +82,7 @@ def main() -> None:
     report = finetune(
         dense,
         DataLoader(
-            Batches(train, labels, options.batch_size, options.dense_epochs, options.seed),
+            Batches(train, labels, 64, options.dense_epochs, options.seed),
             batch_size=1, shuffle=True, collate_fn=first,
         ),
         epochs=1, lr=options.dense_lr, warmup=100, clip_norm=1.0,

@@ -8,6 +8,7 @@ collect_ignore = []
 if find_spec("torch") is None:
     collect_ignore += [
         "test_sharing.py",
+        "test_int8_embedding.py",
         "test_convert.py",
         "test_export.py",
         "test_export_dynamic.py",

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from lutra.errors import LutraError
 from lutra.train import collective, int8, lookup, portable
 from lutra.train import tree as trees
 from lutra.train.calibrate import Reservoir, collect
+from lutra.train.embedding import Int8Embedding
 from lutra.train.gate import Decision, SpeedGate, attach, decide, record
 from lutra.train.geometry import Geometry
 from lutra.train.int8 import Int8Conv2d, Int8Layer, Int8Linear
@@ -24,10 +25,11 @@ from lutra.train.layers import PQConv2d, PQLinear, _PQLayer, quantize_tables
 from lutra.train.lookup import LookupConv2d, LookupLayer, LookupLinear
 from lutra.train.progress import Progress
 from lutra.train.quantized import QuantizedLayer
-from lutra.train.recipe import PQ, Int8, Keep, Lookup, Recipe, fits, match
+from lutra.train.recipe import PQ, Int8, Keep, Lookup, Method, Recipe, fits, match
 from lutra.train.report import ConversionReport, LayerReport
 
 _REPLACED = "the recipe names it"
+_Dense = nn.Conv2d | nn.Linear | nn.Embedding
 
 
 def convert(
@@ -48,7 +50,8 @@ def convert(
     Args:
         model: any module; it is not modified, and it need not be traceable.
         recipe: glob patterns of module paths -> `PQ(...)`, `Lookup(...)`, `Int8()` or `Keep()`; the
-            first match wins, and what no pattern names is kept. Every pattern must name some layer.
+            first match wins, and what no pattern names is kept. An embedding becomes int8 where
+            `Int8()` names it and stays as it is elsewhere. Every pattern must name some layer.
             A layer that the model holds in several places is replaced in all of them.
         calibration_data: batches, run once in eval mode: tensors, tuples whose first entry is the
             input, or dicts of keyword arguments. A thousand samples are plenty. With
@@ -68,8 +71,8 @@ def convert(
             then hold the same parameters.
 
     Returns:
-        The converted copy, ready for fine-tuning, and a report with one entry per convolution and
-        linear layer.
+        The converted copy, ready for fine-tuning, and a report with one entry per convolution,
+        linear layer and embedding.
 
     Raises:
         LutraError: a pattern matches nothing, a layer cannot be replaced, or the data is unusable.
@@ -79,8 +82,14 @@ def convert(
     chosen: dict[nn.Module, PQ | Int8 | Lookup] = {}
     geometries: dict[str, Geometry] = {}
     reports: dict[nn.Module, LayerReport] = {}
+    embeddings: dict[_Dense, nn.Module] = {}
     for layer, aliases in names.items():
         method = match(recipe, *aliases)
+        if isinstance(layer, nn.Embedding):
+            if isinstance(method, Int8):
+                embeddings[layer] = Int8Embedding.from_float(layer)
+            reports[layer] = _describe_embedding(layer, aliases[0], method, embeddings.get(layer))
+            continue
         if not isinstance(method, Keep):
             try:
                 geometries[aliases[0]] = Geometry.of(layer, grouped=isinstance(method, Int8))
@@ -91,18 +100,20 @@ def convert(
         kind = "conv2d" if isinstance(layer, nn.Conv2d) else "linear"
         weight_bytes = 4 * layer.weight.numel()
         reports[layer] = LayerReport(aliases[0], kind, False, reason, weight_bytes=weight_bytes)
-    if not chosen:
+    if not chosen and not embeddings:
         raise LutraError(
             "the recipe replaces no layer; give a pattern PQ(...), Lookup(...) or Int8()"
         )
     layers = {names[layer][0]: layer for layer in names if layer in chosen}
     show = progress if collective.rank() == 0 else False
-    with Progress("calibrating", None, show) as bar:
-        samples = collect(
-            model, layers, geometries, calibration_data,
-            rows=rows, memory_bytes=memory_bytes, seed=seed + collective.rank(),
-            progress=bar.update,
-        )  # fmt: skip
+    samples: dict[str, Reservoir] = {}
+    if layers:
+        with Progress("calibrating", None, show) as bar:
+            samples = collect(
+                model, layers, geometries, calibration_data,
+                rows=rows, memory_bytes=memory_bytes, seed=seed + collective.rank(),
+                progress=bar.update,
+            )  # fmt: skip
     gate = SpeedGate() if speed_gate is True else speed_gate or None
     decisions: dict[str, Decision] = {}
     if gate is not None:
@@ -116,7 +127,9 @@ def convert(
                 bar.update(i + 1, f"{name} {note}")
     leaders = _siblings(chosen, geometries, samples, names, decisions) if share_encoders else {}
     converted = copy.deepcopy(model)
-    replacements: dict[nn.Module, nn.Module] = {}
+    replacements: dict[nn.Module, nn.Module] = {
+        converted.get_submodule(names[layer][0]): new for layer, new in embeddings.items()
+    }
     learned: dict[str, _PQLayer] = {}
     with Progress("learning codebooks", len(layers), show) as bar:
         for i, (name, layer) in enumerate(layers.items()):
@@ -174,19 +187,17 @@ def _siblings(
     return leaders
 
 
-def _candidates(model: nn.Module) -> dict[nn.Conv2d | nn.Linear, list[str]]:
+def _candidates(model: nn.Module) -> dict[_Dense, list[str]]:
     """The layers that could be replaced, and the paths under which the model holds each."""
-    names: dict[nn.Conv2d | nn.Linear, list[str]] = {}
+    names: dict[_Dense, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         # Subclasses may compute something else.
-        if isinstance(module, nn.Conv2d | nn.Linear) and type(module) in (nn.Conv2d, nn.Linear):
+        if isinstance(module, _Dense) and type(module) in get_args(_Dense):
             names.setdefault(module, []).append(name)
     return names
 
 
-def _check_recipe(
-    recipe: Recipe, names: Mapping[nn.Conv2d | nn.Linear, list[str]], model: nn.Module
-) -> None:
+def _check_recipe(recipe: Recipe, names: Mapping[_Dense, list[str]], model: nn.Module) -> None:
     paths = [name for aliases in names.values() for name in aliases]
     for pattern, method in recipe.items():
         if not isinstance(method, PQ | Int8 | Lookup | Keep):
@@ -197,7 +208,7 @@ def _check_recipe(
         if not fits(pattern, *paths):
             known = ", ".join(f"'{path}'" for path in paths[:8]) or "none"
             raise LutraError(
-                f"recipe: pattern {pattern!r} matches no convolution or linear layer of "
+                f"recipe: pattern {pattern!r} matches no convolution, linear layer or embedding of "
                 f"{type(model).__name__}; its layers are: {known}{', ...' * (len(paths) > 8)}"
             )
 
@@ -347,6 +358,20 @@ def _describe(entry: LayerReport, layer: _PQLayer, error: float, used: float) ->
         used=used,
         method="pq",
     )
+
+
+def _describe_embedding(
+    layer: nn.Embedding, name: str, method: Method, new: nn.Module | None
+) -> LayerReport:
+    reason = method.reason if isinstance(method, Keep) else "embeddings take Int8() only"
+    size = 4 * layer.weight.numel()
+    entry = LayerReport(name, "embedding", False, reason, weight_bytes=size)
+    if not isinstance(new, Int8Embedding):
+        return entry
+    return replace(
+        entry, replaced=True, reason=_REPLACED, method="int8",
+        error=new.error, int8_bytes=new.weight.numel(),
+    )  # fmt: skip
 
 
 def _describe_int8(entry: LayerReport, layer: Int8Layer, rows: Tensor) -> LayerReport:

@@ -1,0 +1,58 @@
+"""Embeddings whose rows are int8, with a scale for each row."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lutra.train.quantized import INT8_MAX
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@torch.library.custom_op("lutra::int8_embedding", mutates_args=())
+def int8_embedding(ids: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Rows weight[id] * scale[id], (..., D) float32, of ids (...) int64 or int32: weight (R, D)
+    int8, scale (R) float32."""
+    return weight[ids].float() * scale[ids][..., None]
+
+
+@int8_embedding.register_fake
+def _(ids: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return scale.new_empty((*ids.shape, weight.shape[1]))
+
+
+class Int8Embedding(nn.Module):
+    """An embedding in a quarter of the bytes. It does not train; its rows are rounded once."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+
+    @classmethod
+    @torch.no_grad()
+    def from_float(cls, layer: nn.Embedding) -> Int8Embedding:
+        """Rounds the rows; one scale per row."""
+        rows = layer.weight.float()
+        scale = (rows.abs().amax(1) / INT8_MAX).clamp_min(_TINY)
+        steps = (rows / scale[:, None]).round().clamp(-INT8_MAX, INT8_MAX)
+        return cls(steps.to(torch.int8), scale)
+
+    @property
+    def error(self) -> float:
+        """Mean squared rounding error relative to the variance of the entries, expected."""
+        variance = (self.weight.float() * self.scale[:, None]).var().clamp_min(1e-30)
+        return float((self.scale.square().mean() / 12.0) / variance)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(..., D) of ids (...)."""
+        return cast(Tensor, int8_embedding(ids, self.weight, self.scale))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
