@@ -48,6 +48,8 @@ RESERVED_PREFIX: Final = "golden."
 TENSOR_DTYPES: Final = ("float32", "int32", "int8", "uint8")
 #: Values are float32; inputs may be int32, token ids and masks.
 VALUE_DTYPES: Final = ("float32", "int32")
+#: The tensors of lookup layers that make codes.
+_ENCODERS: Final = ("centroids", "splits", "thresholds")
 _MAX_RANK: Final = 8
 _MAX_ELEMENTS: Final = 2**31 - 1  # of one sample; the engine counts in 32 bits
 _MAX_NAME: Final = 512
@@ -289,6 +291,8 @@ class Graph:
     def cost(self, sizes: Sizes | None = None) -> dict[str, Cost]:
         """Work and bytes of every node for one sample, by node name.
 
+        Of layers that make the same codes of the same value, the first has the work of that.
+
         Args:
             sizes: Shapes of the inputs by name; by default ``nominal_sizes``.
 
@@ -320,10 +324,16 @@ class Graph:
 
     def _cost(self, values: Mapping[str, Value]) -> dict[str, Cost]:
         result: dict[str, Cost] = {}
+        encoders: list[tuple[Node, dict[str, Array]]] = []
         for node in self.nodes:
             arrays = self.node_tensors(node)
             inputs = [values[name] for name in node.inputs]
             cost = OPS[node.op].cost(node, inputs, values[node.output], arrays)
+            if cost.encode_ops:
+                if any(_same_codes(node, arrays, *other) for other in encoders):
+                    cost = replace(cost, encode_ops=0, comparisons=0, quantised=0)
+                else:
+                    encoders.append((node, arrays))
             size = sum(self.tensors[tensor].nbytes for tensor in node.tensors.values())
             result[node.name] = replace(cost, weight_bytes=size)
         return result
@@ -365,7 +375,8 @@ class Graph:
                 for column, (text, width) in enumerate(zip(row, widths, strict=True))
             ]
             lines.append("  ".join(cells).rstrip())
-        heads = ", ".join(f"{v.name} {shape_text(v.shape)}" for v in self.inputs)
+        dtypes = {v.name: "" if v.dtype == "float32" else f"{v.dtype} " for v in self.inputs}
+        heads = ", ".join(f"{v.name} {dtypes[v.name]}{shape_text(v.shape)}" for v in self.inputs)
         tails = ", ".join(f"{n} {shape_text(self.values[n].shape)}" for n in self.outputs)
         if self.is_dynamic and sizes is not None:
             lines.append(f"work for {', '.join(f'{n} {shape_text(s)}' for n, s in sizes.items())}")
@@ -455,6 +466,18 @@ class Graph:
                     }
                 except GraphError as error:
                     raise GraphError(f"the golden inputs do not fit: {error}") from error
+
+
+def _same_codes(
+    node: Node, tensors: Mapping[str, Array], other: Node, others: Mapping[str, Array]
+) -> bool:
+    """Whether two lookup layers make the same codes: what they read and encode with is equal."""
+    if (node.op, node.inputs, node.attrs) != (other.op, other.inputs, other.attrs):
+        return False
+    pairs = [(tensors.get(role), others.get(role)) for role in _ENCODERS]
+    return all(
+        a is b or (a is not None and b is not None and np.array_equal(a, b)) for a, b in pairs
+    )
 
 
 def _check_name(kind: str, name: object) -> None:

@@ -100,7 +100,8 @@ def add_shape(parser: argparse.ArgumentParser, what: str) -> None:
         default=[],
         metavar="[NAME=]N,...",
         help=f"shape of an input, such as 1,3,224,224, {what}; needed only where the model takes "
-        "any size (default: the size of its golden data)",
+        "any size (default: the size of its golden data); other inputs of the same dtype have the "
+        "same, if nothing is said of them",
     )
 
 
@@ -125,6 +126,11 @@ def read_sizes(words: Sequence[str], graph: Graph) -> dict[str, tuple[int, ...]]
                 f"--shape {word!r} is no shape; give whole numbers with commas between them, the "
                 f"batch first, as NAME=N,... for each of {', '.join(names)}"
             ) from None
+    named = {value.name: value for value in graph.inputs}
+    for value in graph.inputs:
+        like = [n for n in given if (named[n].dtype, named[n].shape) == (value.dtype, value.shape)]
+        if value.name not in given and like:
+            given[value.name] = given[like[0]]
     try:
         graph.infer(given)
     except GraphError as error:

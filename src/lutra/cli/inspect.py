@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -21,7 +22,7 @@ from lutra.energy import SOURCES, Energy, EnergyTable, estimate
 from lutra.errors import LutraError
 from lutra.format import file_version, load_graph
 from lutra.graph import Graph, Node, Sizes
-from lutra.ops.registry import Cost
+from lutra.ops.registry import Array, Cost
 from lutra.text import counted, shape_text, table
 
 _MAX_SHOWN: Final = 200
@@ -101,7 +102,8 @@ def describe(
     for node in graph.nodes:
         cost, arrays = costs[node.name], graph.node_tensors(node)
         centroids = arrays.get("centroids")
-        codes = arrays["tables"].shape[1] if "tables" in arrays else None
+        tables = arrays.get("tables")
+        codes = _function_entries(arrays) if tables is None else tables.shape[1]
         table = list(arrays["table"].shape) if "table" in arrays else None
         layers.append(
             {
@@ -112,7 +114,7 @@ def describe(
                 "v": None if centroids is None else centroids.shape[2],
                 "k": codes,
                 "table": table,
-                "tables": _form(node) if cost.table_bytes else None,
+                "tables": _form(node, arrays) if cost.table_bytes else None,
                 "bytes": cost.weight_bytes,
                 **_work(cost, sizes),
                 "energy_pj": None if energy is None else asdict(energy[node.name]),
@@ -148,12 +150,14 @@ def _work(cost: Cost, sizes: Sizes | None) -> dict[str, Any]:
     """The numbers that depend on the sizes of the inputs; None where those are not known."""
     work = {
         "lookups": cost.lookups,
+        "functions": cost.functions,
+        "table_functions": cost.pieces,
         "encode_ops": cost.encode_ops,
         "multiplications": cost.macs,
         "int8_multiplications": cost.int8_macs,
         "dense_multiplications": cost.dense_macs,
         "operations": {
-            "table_reads": cost.lookups,
+            "table_reads": cost.table_reads,
             "int_additions": cost.int_additions,
             "int_multiplications": cost.int_multiplications,
             "int_comparisons": cost.comparisons,
@@ -164,9 +168,17 @@ def _work(cost: Cost, sizes: Sizes | None) -> dict[str, Any]:
     return work if sizes is not None else dict.fromkeys(work)
 
 
-def _form(node: Node) -> str:
-    """How a file holds the tables of a node."""
+def _form(node: Node, arrays: Mapping[str, Array]) -> str:
+    """How a file holds the tables of a node: those of products, or of a function."""
+    if _function_entries(arrays) is not None:
+        return "function"
     return "factors" if "factor" in node.tensors else "stored"
+
+
+def _function_entries(arrays: Mapping[str, Array]) -> int | None:
+    """Entries of the function tables of a node; None where it has none."""
+    slopes = [array for role, array in arrays.items() if role.endswith("slope")]
+    return slopes[0].shape[0] if slopes else None
 
 
 def _text(report: dict[str, Any], graph: Graph, by_layer: bool) -> str:
@@ -174,7 +186,9 @@ def _text(report: dict[str, Any], graph: Graph, by_layer: bool) -> str:
     factors = sum(layer["tables"] == "factors" for layer in report["layers"])
     built = f" ({counted(factors, 'layer')} built from int8 weights)" if factors else ""
     ends = {
-        kind: ", ".join(f"{plain(v['name'])} {shape_text(tuple(v['shape']))}" for v in report[kind])
+        kind: ", ".join(
+            f"{plain(v['name'])} {_dtype(v)}{shape_text(tuple(v['shape']))}" for v in report[kind]
+        )
         for kind in ("inputs", "outputs")
     }
     head = pairs(
@@ -202,6 +216,12 @@ def _text(report: dict[str, Any], graph: Graph, by_layer: bool) -> str:
     return "\n".join(parts)
 
 
+def _dtype(value: dict[str, Any]) -> str:
+    """The dtype of an input, where it is not that of almost all."""
+    dtype = value.get("dtype", "float32")
+    return "" if dtype == "float32" else f"{dtype} "
+
+
 def _work_text(report: dict[str, Any], graph: Graph, by_layer: bool) -> dict[str, str]:
     """The work of one sample, and of which size where a model takes any."""
     totals = report["totals"]
@@ -214,6 +234,7 @@ def _work_text(report: dict[str, Any], graph: Graph, by_layer: bool) -> dict[str
     work = {
         "multiplications": f"{left:,} left{share}, {totals['encode_ops']:,} to find codes",
         "lookups": f"{totals['lookups']:,}",
+        **_functions_text(totals),
         "energy": _energy_line(totals["energy_pj"], by_layer),
     }
     if not graph.is_dynamic:
@@ -222,6 +243,14 @@ def _work_text(report: dict[str, Any], graph: Graph, by_layer: bool) -> dict[str
         f"{plain(name)} {shape_text((1, *shape[1:]))}" for name, shape in report["work_for"].items()
     )
     return {"work": f"for each sample of {', '.join(inputs)}; --shape gives others", **work}
+
+
+def _functions_text(totals: dict[str, Any]) -> dict[str, str]:
+    """How many values of functions are computed and how many come from tables, if there are any."""
+    computed, read = totals["functions"], totals["table_functions"]
+    if not computed + read:
+        return {}
+    return {"functions": f"{computed:,} values computed, {read:,} read from tables"}
 
 
 def _layers(report: dict[str, Any]) -> str:
