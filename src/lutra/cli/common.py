@@ -22,6 +22,7 @@ from lutra.graph import Graph
 from lutra.ops.registry import Array
 from lutra.preprocess import KEY, ImagePreprocess
 from lutra.session import Session
+from lutra.tokens import takes_text
 
 _NPY_MAGIC = b"\x93NUMPY"
 _ZIP_MAGIC = b"PK"
@@ -174,7 +175,10 @@ def preprocess_of(graph: Graph) -> ImagePreprocess | AudioPreprocess | None:
 
     Raises:
         FormatError: If they say something that makes no sense.
+        UserError: If the model takes text.
     """
+    if takes_text(graph.metadata):
+        raise UserError("the model takes text, not arrays of numbers; give --text")
     entry = graph.metadata.get(KEY)
     if isinstance(entry, Mapping) and entry.get("kind") == KIND:
         return AudioPreprocess.from_dict(entry)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lutra.audio import AudioPreprocess
-from lutra.cli import sound
+from lutra.cli import sound, texts
 from lutra.cli.common import (
     UserError,
     above_zero,
@@ -37,6 +37,8 @@ classifiers, also of point clouds (float32 inputs):
 classifiers of sound, X with waveforms (N, samples), or a folder with a folder for each class:
   lutra eval FILE --inputs X.npy --labels Y.npy
   lutra eval FILE --wav FOLDER
+classifiers of text, X with a label, a tab and a text on each line:
+  lutra eval FILE --text X.tsv
 images from images, of several sizes (an array for each, the same names in both archives):
   lutra eval FILE --metric psnr --images X.npz --targets Y.npz --border 2
 """
@@ -73,6 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--wav", metavar="FOLDER", help="WAV files FOLDER/CLASS/*.wav instead of --images, --labels"
     )
     parser.add_argument(
+        "--text",
+        metavar="X.tsv",
+        help="labels and texts instead of --images, --labels; also .tsv.gz and .tsv.xz, - is "
+        "standard input",
+    )
+    parser.add_argument(
         "--border", type=at_least(0), metavar="S", help="psnr: leave out S pixels at every side"
     )
     parser.add_argument(
@@ -89,10 +97,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    if args.text is not None:
+        if args.inputs or args.targets or args.wav or args.metric != "top1":
+            raise UserError("--text stands for --images and --labels of top1; leave those out")
+        _no_image_flags(args)
+        return texts.evaluate(args)
     if args.wav is not None and (args.inputs or args.targets or args.metric != "top1"):
         raise UserError("--wav stands for --images and --labels of top1; leave those out")
     if args.wav is None and not (args.inputs and args.targets):
-        raise UserError("eval needs --images X and --labels Y, or --wav FOLDER")
+        raise UserError("eval needs --images X and --labels Y, --wav FOLDER or --text X.tsv")
     graph, session = open_model(args.file, args.threads, args.isa)
     inputs, metric = (_images if args.metric == "psnr" else _labelled)(args, graph)
     name = args.wav or args.inputs
@@ -217,8 +230,7 @@ def _as_batches(inputs: Array | list[Array], graph: Graph) -> Array | list[Array
     return batches
 
 
-def _labelled(args: argparse.Namespace, graph: Graph) -> tuple[Array | list[Array], Metric]:
-    """Inputs and labels of the same, positive number."""
+def _no_image_flags(args: argparse.Namespace) -> None:
     for flag, given in (
         ("--border", args.border is not None),
         ("--luminance", args.luminance),
@@ -226,6 +238,11 @@ def _labelled(args: argparse.Namespace, graph: Graph) -> tuple[Array | list[Arra
     ):
         if given:
             raise UserError(f"{flag} is for --metric psnr; leave it out, or give --metric psnr")
+
+
+def _labelled(args: argparse.Namespace, graph: Graph) -> tuple[Array | list[Array], Metric]:
+    """Inputs and labels of the same, positive number."""
+    _no_image_flags(args)
     classes = classes_of(graph)
     if args.wav is not None:
         clips, labels = sound.read_folder(args.wav, graph, args.limit)

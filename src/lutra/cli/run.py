@@ -1,4 +1,4 @@
-"""``lutra run``: a model on .npy files, or on sound."""
+"""``lutra run``: a model on .npy files, on sound or on text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lutra.audio import AudioPreprocess
-from lutra.cli import sound
+from lutra.cli import sound, texts
 from lutra.cli.common import (
     UserError,
     add_engine,
@@ -47,16 +47,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where to write an output: .npy, or one .npz for all outputs",
     )
     sound.add_arguments(parser)
+    texts.add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="with --wav or --text: print JSON")
     add_engine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     sound.check_arguments(args)
+    texts.check_arguments(args)
+    if args.text or args.texts:
+        return texts.run(args)
     if args.wav is None:
         for flag, given in (("--input", args.input), ("--output", args.output)):
             if not given:
-                raise UserError(f"run needs {flag} FILE, or --wav FILE for a model of sound")
+                raise UserError(
+                    f"run needs {flag} FILE, or --wav FILE for a model of sound, or --text TEXT "
+                    "for a model of text"
+                )
+        if args.json:
+            raise UserError("--json is for --wav and --text; give one of them, or leave it out")
     graph, session = open_model(args.file, args.threads, args.isa)
     if args.wav is not None:
         return sound.run(args, graph, session)

@@ -56,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --stream: answers whose probabilities are averaged (default: 1)",
     )
-    parser.add_argument("--json", action="store_true", help="with --wav: print JSON")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -66,7 +65,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         UserError: If there are some.
     """
     if args.wav is None:
-        for name in ("stream", "json", *_STREAM_FLAGS):
+        for name in ("stream", *_STREAM_FLAGS):
             if getattr(args, name):
                 raise UserError(f"--{name} is for --wav; give --wav FILE, or leave it out")
         return
@@ -94,7 +93,7 @@ def run(args: argparse.Namespace, graph: Graph, session: Session) -> int:
             {"seconds": a.seconds, "label": a.label, "probability": float(a.probabilities.max())}
             for a in answers
         ]
-        lines = [f"{a.seconds:8.2f} s  {_ranked(graph, a.probabilities, 1)}" for a in answers]
+        lines = [f"{a.seconds:8.2f} s  {ranked(graph, a.probabilities, 1)}" for a in answers]
     else:
         clips = read_clips(args.wav, preprocess)
         scores = _scores(session, preprocess.apply(clips, (None, *graph.inputs[0].shape[1:])))
@@ -109,7 +108,7 @@ def run(args: argparse.Namespace, graph: Graph, session: Session) -> int:
             for path, row in zip(args.wav, shares, strict=True)
         ]
         lines = [
-            f"{plain(path)}: {_ranked(graph, row, _SHOWN)}"
+            f"{plain(path)}: {ranked(graph, row)}"
             for path, row in zip(args.wav, shares, strict=True)
         ]
     if target is not None:
@@ -225,7 +224,7 @@ def _stream(args: argparse.Namespace, session: Session) -> list[Answer]:
     return answers
 
 
-def _ranked(graph: Graph, row: Array, count: int) -> str:
-    """The classes with the largest probabilities."""
+def ranked(graph: Graph, row: Array, count: int = _SHOWN) -> str:
+    """The classes with the largest probabilities (classes,), for people."""
     best = np.argsort(-row, kind="stable")[:count]
     return ", ".join(f"{plain(label_of(graph, int(i)))} {100 * row[i]:.1f} %" for i in best)

@@ -1,0 +1,396 @@
+"""Text in, vectors or classes out: ``SentenceEncoder``, in the manner of sentence-transformers.
+
+The file of the model carries its tokenizer (see ``lutra.tokens``), which the package ``tokenizers``
+runs: ``pip install "lutra[text]"``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, overload
+
+import numpy as np
+
+from lutra.errors import FormatError, InputError
+from lutra.graph import Graph
+from lutra.ops.registry import Array
+from lutra.preprocess import shown
+from lutra.session import Session
+from lutra.stream import has_softmax, probabilities
+from lutra.text import shape_text
+from lutra.tokens import TextPreprocess, takes_text, text_preprocess
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["SentenceEncoder", "TextPreprocess", "takes_text", "text_preprocess"]
+
+#: Texts that are in the hands of the tokenizer at once.
+_CHUNK: Final = 4096
+
+Texts: TypeAlias = str | Iterable[str]
+
+
+class SentenceEncoder:
+    """Vectors or classes of texts, by a model whose file carries its tokenizer.
+
+    May be used by several threads at the same time.
+
+    Example:
+        >>> encoder = SentenceEncoder("minilm.lutra", threads=2)
+        >>> vectors = encoder.encode(["A cat sat on the mat.", "It rained."])
+        >>> vectors.shape
+        (2, 384)
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | bytes | Graph | Session,
+        *,
+        threads: int | None = None,
+        isa: str | None = None,
+        max_memory: int | None = None,
+    ) -> None:
+        """Loads a model and its tokenizer.
+
+        Args:
+            model: A .lutra file, its bytes, a graph, or a session, which then is as it is.
+            threads: See ``Session``; the tokenizer uses those that it likes (the environment
+                variable TOKENIZERS_PARALLELISM=false keeps it to one).
+            isa: See ``Session``.
+            max_memory: See ``Session``.
+
+        Raises:
+            FormatError: If the file cannot be read, is not sound, takes no text, or does not fit
+                its tokenizer.
+            LutraError: If the package ``tokenizers`` is not installed.
+        """
+        if not isinstance(model, Session):
+            model = Session(model, threads=threads, isa=isa, max_memory=max_memory)
+        self._session = model
+        graph = self._session.graph
+        pre = TextPreprocess.from_metadata(graph.metadata)
+        if pre is None:
+            raise FormatError(
+                "SentenceEncoder: the model carries no tokenizer; export it with "
+                "metadata={'preprocess': lutra.sentences.text_preprocess(tokenizer)}"
+            )
+        self._pre = pre
+        self._tokenizer = pre.load()
+        self._batch, self._length = _check_model(graph, pre, self._tokenizer)
+        (output,) = (graph.values[name] for name in graph.outputs)
+        self._size = int(output.shape[1] or 0)
+        self._classes = _classes(graph.metadata, self._size)
+
+    @property
+    def session(self) -> Session:
+        """What runs the model."""
+        return self._session
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of a text, those that the tokenizer adds included."""
+        return self._pre.max_length
+
+    @property
+    def dimension(self) -> int:
+        """Values of a vector; scores of a classifier."""
+        return self._size
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The names of the classes; None where the file names none."""
+        return self._classes
+
+    def encode(
+        self,
+        sentences: Texts,
+        batch_size: int = 32,
+        *,
+        normalize_embeddings: bool = False,
+        truncate: bool = True,
+    ) -> Array:
+        """What the model makes of texts: their vectors, or the scores of a classifier.
+
+        Texts of about the same length run together, filled up to the longest of their batch.
+
+        Args:
+            sentences: Texts, or one text. An empty one is fine.
+            batch_size: Texts that run at once.
+            normalize_embeddings: Whether to bring every vector to length 1.
+            truncate: Whether to cut texts of more than ``max_length`` tokens, as
+                sentence-transformers does; otherwise they are an error.
+
+        Returns:
+            float32 (n, D) in the order of the texts, or (D,) for one text.
+
+        Raises:
+            InputError: If something is not text, or is too long and may not be cut.
+        """
+        single = isinstance(sentences, str)
+        vectors = self._run(_as_list(sentences), batch_size, truncate)
+        if normalize_embeddings:
+            lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+            vectors /= np.maximum(lengths, np.float32(1e-12))
+        return vectors[0] if single else vectors
+
+    def predict_proba(
+        self, sentences: Texts, batch_size: int = 32, *, truncate: bool = True
+    ) -> Array:
+        """Probabilities of the classes.
+
+        Args:
+            sentences: Texts, or one text.
+            batch_size: Texts that run at once.
+            truncate: See ``encode``.
+
+        Returns:
+            float32 (n, classes), or (classes,) for one text: the softmax of the model's scores.
+
+        Raises:
+            InputError: See ``encode``.
+        """
+        return self.shares(self.encode(sentences, batch_size, truncate=truncate))
+
+    def shares(self, scores: Array) -> Array:
+        """The probabilities of scores that ``encode`` gave, float32 of the same shape."""
+        if not len(scores) or has_softmax(self._session.graph):
+            return scores
+        return probabilities(scores).astype(np.float32)
+
+    @overload
+    def predict(  # type: ignore[overload-overlap]  # a str is an Iterable[str] too
+        self, sentences: str, batch_size: int = ..., *, truncate: bool = ...
+    ) -> str | int: ...
+
+    @overload
+    def predict(
+        self, sentences: Iterable[str], batch_size: int = ..., *, truncate: bool = ...
+    ) -> list[str] | list[int]: ...
+
+    def predict(
+        self, sentences: Texts, batch_size: int = 32, *, truncate: bool = True
+    ) -> list[str] | list[int] | str | int:
+        """The class of every text.
+
+        Args:
+            sentences: Texts, or one text.
+            batch_size: Texts that run at once.
+            truncate: See ``encode``.
+
+        Returns:
+            The names of the classes, or their numbers where the file has no names; one for one
+            text, else a list.
+
+        Raises:
+            InputError: See ``encode``.
+        """
+        single = isinstance(sentences, str)
+        scores = self._run(_as_list(sentences), batch_size, truncate)
+        best: list[Any] = scores.argmax(axis=1).tolist()
+        if self._classes is not None:
+            best = [self._classes[index] for index in best]
+        answer: list[str] | list[int] | str | int = best[0] if single else best
+        return answer
+
+    @staticmethod
+    def similarity(a: Array, b: Array) -> Array:
+        """Cosine similarities of two sets of vectors.
+
+        Args:
+            a: (n, D) or (D,).
+            b: (m, D) or (D,).
+
+        Returns:
+            float32 (n, m); a vector of zeros has the similarity 0 to everything.
+        """
+        first, second = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
+        if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
+            raise InputError(
+                f"similarity: the vectors have shapes {np.shape(a)} and {np.shape(b)}; give "
+                "(n, D) and (m, D)"
+            )
+        units = [
+            x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (first, second)
+        ]
+        result: Array = (units[0] @ units[1].T).astype(np.float32)
+        return result
+
+    def tokenize(self, sentences: Texts, *, truncate: bool = True) -> list[Array]:
+        """Token ids of texts, as the model gets them but not filled up.
+
+        Args:
+            sentences: Texts, or one text.
+            truncate: See ``encode``.
+
+        Returns:
+            int32 (tokens,) of every text.
+
+        Raises:
+            InputError: See ``encode``.
+        """
+        texts = _as_list(sentences)
+        rows: list[Array] = []
+        for first in range(0, len(texts), _CHUNK):
+            chunk = texts[first : first + _CHUNK]
+            for index, encoding in enumerate(self._encodings(chunk, first), first):
+                if encoding.overflowing and not truncate:
+                    whole = self._pre.load(truncate=False)
+                    raise InputError(
+                        f"sentences[{index}] has {len(whole.encode(texts[index]).ids)} tokens and "
+                        f"the model takes {self.max_length}; shorten it, or let it be cut with "
+                        "truncate=True"
+                    )
+                rows.append(np.array(encoding.ids, np.int32))
+        return rows
+
+    def _encodings(self, texts: list[str], first: int) -> list[Any]:
+        """What the tokenizer says about texts, of which the first has this number."""
+        try:
+            return list(self._tokenizer.encode_batch(texts))
+        except Exception as error:
+            # Text that is not Unicode (lone surrogates); find out which one it is.
+            for index, text in enumerate(texts, first):
+                try:
+                    text.encode()
+                except UnicodeEncodeError as reason:
+                    raise InputError(
+                        f"sentences[{index}] is not valid Unicode ({reason}); read it with the "
+                        "right encoding"
+                    ) from error
+            raise
+
+    def _run(self, texts: list[str], batch_size: int, truncate: bool) -> Array:
+        """What the model makes of texts, (n, D)."""
+        if type(batch_size) is not int or batch_size < 1:
+            raise InputError(f"batch_size is {batch_size!r}; it must be a whole number above 0")
+        rows = self.tokenize(texts, truncate=truncate)
+        result = np.empty((len(rows), self._size), np.float32)
+        # The longest first: what does not fit in memory fails at once.
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+        for chosen in self._batches(order, rows, self._batch or batch_size):
+            (made,) = self._session.run(None, self._feeds([rows[index] for index in chosen]))
+            result[chosen] = made[: len(chosen)]
+        return result
+
+    def _batches(
+        self, order: Sequence[int], rows: Sequence[Array], size: int
+    ) -> Iterator[list[int]]:
+        """The texts that run together, at most so many."""
+        batch: list[int] = []
+        # A model without a mask reads padding as text, unless it was made for one length.
+        same = "mask" not in self._pre.inputs and self._length is None
+        for index in order:
+            if len(batch) == size or (same and batch and len(rows[batch[0]]) != len(rows[index])):
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
+            yield batch
+
+    def _feeds(self, rows: Sequence[Array]) -> dict[str, Array]:
+        """The inputs of one run."""
+        # A tokenizer that adds nothing makes no token of an empty text; the mask is then all 0.
+        length = self._length or max(1, *map(len, rows))
+        count = self._batch or len(rows)
+        ids = np.full((count, length), self._pre.pad_id, np.int32)
+        mask = np.zeros((count, length), np.int32)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = row
+            mask[index, : len(row)] = 1
+        given = {"ids": ids, "mask": mask, "types": np.zeros_like(ids)}
+        return {name: given[role] for role, name in self._pre.inputs.items()}
+
+
+def _check_model(
+    graph: Graph, pre: TextPreprocess, tokenizer: Tokenizer
+) -> tuple[int | None, int | None]:
+    """Batch and tokens of the inputs, None where they are open.
+
+    Raises:
+        FormatError: If the model has other inputs or outputs, or fewer rows than tokens.
+    """
+    names = {value.name for value in graph.inputs}
+    if names != set(pre.inputs.values()):
+        raise FormatError(
+            f"SentenceEncoder: the model has the inputs {', '.join(sorted(names))}, but preprocess "
+            f"describes {', '.join(sorted(pre.inputs.values()))}; export it with "
+            "text_preprocess(..., inputs={'ids': ..., 'mask': ...})"
+        )
+    for value in graph.inputs:
+        if value.dtype != "int32" or len(value.shape) != 2:
+            raise FormatError(
+                f"SentenceEncoder: the input {value.name!r} is {value.dtype} "
+                f"{shape_text(value.shape)}; token ids and masks are int32 (N, T)"
+            )
+    shapes = [graph.values[name].shape for name in graph.outputs]
+    if len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][1] is None:
+        raise FormatError(
+            f"SentenceEncoder: the model has the outputs {', '.join(map(shape_text, shapes))}; it "
+            "must have one of a vector or scores for each text, (N, D)"
+        )
+    batch, length = graph.inputs[0].shape
+    if length is not None and pre.max_length > length:
+        raise FormatError(
+            f"SentenceEncoder: preprocess allows {pre.max_length} tokens, but the model takes "
+            f"{length}; export it with max_length={length}"
+        )
+    _check_rows(graph, pre, tokenizer)
+    return batch, length
+
+
+def _check_rows(graph: Graph, pre: TextPreprocess, tokenizer: Tokenizer) -> None:
+    """Raises FormatError where a table of vectors has no row for a token or a position."""
+    for node in graph.nodes:
+        if node.op not in ("embedding", "position_embedding"):
+            continue
+        rows = graph.node_tensors(node)["weight"].shape[0]
+        if node.op == "position_embedding" and pre.max_length > rows:
+            raise FormatError(
+                f"SentenceEncoder: preprocess allows {pre.max_length} tokens, but {node.name!r} "
+                f"has {rows} positions; export it with max_length={rows}"
+            )
+        known = tokenizer.get_vocab_size(True)
+        if node.op == "embedding" and node.inputs[0] == pre.inputs["ids"] and known > rows:
+            raise FormatError(
+                f"SentenceEncoder: the tokenizer knows {known} tokens, but {node.name!r} has "
+                f"{rows} rows; export the model with its own tokenizer"
+            )
+
+
+def _classes(metadata: Mapping[str, Any], count: int) -> tuple[str, ...] | None:
+    """The names of the classes in the metadata."""
+    names = metadata.get("classes")
+    if names is None:
+        return None
+    if (
+        not isinstance(names, Sequence)
+        or isinstance(names, str)
+        or len(names) != count
+        or not all(isinstance(name, str) for name in names)
+    ):
+        raise FormatError(
+            f"SentenceEncoder: the metadata name the classes {shown(names)}, but the model has "
+            f"{count} scores; export it with a name for each"
+        )
+    return tuple(names)
+
+
+def _as_list(sentences: Texts) -> list[str]:
+    """The texts, every one of which is text."""
+    if isinstance(sentences, str):
+        return [sentences]
+    if isinstance(sentences, (bytes, Mapping)) or not isinstance(sentences, Iterable):
+        raise InputError(
+            f"the sentences are a {type(sentences).__name__}; give a str or a list of str"
+        )
+    texts = list(sentences)
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(
+                f"sentences[{index}] is a {type(text).__name__} ({shown(text)}); every text must "
+                "be a str"
+            )
+    # numpy has its own str
+    return [str(text) for text in texts]
