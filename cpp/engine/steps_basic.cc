@@ -217,6 +217,26 @@ class MeanStep : public FloatStep {
   bool keepdims_;
 };
 
+// A step that only moves values, on quantised ones.
+template <class Move>
+class ByteMoveStep : public Step {
+ public:
+  explicit ByteMoveStep(const Move& step) : step_(step) {}
+  Shape infer(const Shapes& in) const override { return step_.infer(in); }
+  std::string method(const Shapes&) const override { return "uint8"; }
+  void run(const StepRun& r) const override {
+    step_.move(r.shapes[0], r.bytes, r.out_shape, r.q[0].data);
+  }
+
+ private:
+  Move step_;
+};
+
+template <class Move>
+StepPtr byte_move(const Move& step) {
+  return std::make_unique<ByteMoveStep<Move>>(step);
+}
+
 class ReshapeStep : public FloatStep {
  public:
   explicit ReshapeStep(std::vector<int64_t> shape) : shape_(std::move(shape)) {
@@ -234,7 +254,7 @@ class ReshapeStep : public FloatStep {
            ThreadPool&) const override {
     move(shapes[0], in[0], y, out);
   }
-  StepPtr on_bytes() const override;
+  StepPtr on_bytes() const override { return byte_move(*this); }
 
   template <class T>
   static void move(const Shape& x, const T* in, const Shape& y, T* out) {
@@ -291,21 +311,6 @@ class ReshapeStep : public FloatStep {
   std::vector<int64_t> shape_;
 };
 
-class ByteReshapeStep : public Step {
- public:
-  explicit ByteReshapeStep(const ReshapeStep& step) : step_(step) {}
-  Shape infer(const Shapes& in) const override { return step_.infer(in); }
-  std::string method(const Shapes&) const override { return "uint8"; }
-  void run(const StepRun& r) const override {
-    ReshapeStep::move(r.shapes[0], r.bytes, r.out_shape, r.q[0].data);
-  }
-
- private:
-  ReshapeStep step_;
-};
-
-StepPtr ReshapeStep::on_bytes() const { return std::make_unique<ByteReshapeStep>(*this); }
-
 class PadStep : public FloatStep {
  public:
   PadStep(std::vector<int64_t> before, std::vector<int64_t> after, float value)
@@ -347,8 +352,14 @@ class SliceStep : public FloatStep {
   }
   void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t*,
            ThreadPool&) const override {
-    Dims from = storage_strides(shapes[0]);
-    const float* source = in[0] + start_ * from[axis_];
+    move(shapes[0], in[0], y, out);
+  }
+  StepPtr on_bytes() const override { return byte_move(*this); }
+
+  template <class T>
+  void move(const Shape& x, const T* in, const Shape& y, T* out) const {
+    Dims from = storage_strides(x);
+    const T* const source = in + start_ * from[axis_];
     from[axis_] *= step_;
     copy_strided(y, source, from, out, storage_strides(y));
   }

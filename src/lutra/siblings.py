@@ -18,8 +18,10 @@ from lutra.ops.registry import Array
 if TYPE_CHECKING:
     from lutra.plan import FusedNode
 
-__all__ = ["Siblings", "find_siblings"]
+__all__ = ["SHARED_LABEL", "Siblings", "find_siblings"]
 
+#: Between the names of the nodes in the label of a step.
+SHARED_LABEL: Final = " + "
 #: Layers that encode, and the axis of their output that holds what they make.
 OUTPUT_AXES: Final = {"pq_conv2d": 1, "pq_linear": -1}
 _ENCODER: Final = ("centroids", "splits", "thresholds")
@@ -41,12 +43,12 @@ class Siblings:
     @property
     def label(self) -> str:
         """What the step is called in profiles."""
-        return " + ".join(member.node.name for member in self.members)
+        return SHARED_LABEL.join(member.node.name for member in self.members)
 
     @property
     def axis(self) -> int:
         """The axis of the step's output that the members share; negative counts from the end."""
-        return OUTPUT_AXES[self.members[0].node.op]
+        return OUTPUT_AXES.get(self.members[0].node.op, 1)
 
     def tensors(self, graph: Graph) -> dict[str, Array]:
         """The tensors of the step by role, C-contiguous: the members' tables side by side."""

@@ -35,6 +35,8 @@ class Job:
         tensors: Its tensors by role, C-contiguous.
         residual: Number of the value to add, or -1.
         clamp: The limits to clamp to, or None.
+        planes: Of each input, its first plane in the value ``ids`` names: 0 but for operators of
+            ``lutra.plan.READS_PLANES``.
     """
 
     node: Node
@@ -44,6 +46,7 @@ class Job:
     tensors: Mapping[str, Array]
     residual: int = -1
     clamp: tuple[float, float] | None = None
+    planes: tuple[int, ...] = ()
 
 
 #: ``step(plan, job)`` adds the step of a node and returns the number of its output.
