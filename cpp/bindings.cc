@@ -3,8 +3,8 @@
 
 #include <bit>
 
-#include "engine/plan.h"
 #include "engine/steps_basic.h"
+#include "engine/steps_broadcast.h"
 #include "engine/steps_conv.h"
 #include "engine/steps_image.h"
 #include "engine/steps_reduce.h"
@@ -46,14 +46,22 @@ bool all_finite(const FloatArray& a) {
   return bad == 0;
 }
 
-void shapes_of(const std::vector<FloatArray>& inputs, Shapes& shapes,
+// float32, or int32 where the plan has such an input
+using InputArray = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+
+void shapes_of(const Plan& plan, const std::vector<InputArray>& inputs, Shapes& shapes,
                std::vector<const float*>& data) {
+  require(inputs.size() == static_cast<size_t>(plan.input_count()), "wrong number of inputs");
   for (const auto& a : inputs) {
+    const bool integers = plan.is_integer_input(static_cast<int>(data.size()));
+    require(
+        a.dtype() == (integers ? nb::dtype<int32_t>() : nb::dtype<float>()),
+        "input " + std::to_string(data.size()) + " must be " + (integers ? "int32" : "float32"));
     require(a.ndim() <= kMaxRank, "arrays of more than 6 axes are not supported");
     Shape s;
     for (size_t i = 0; i < a.ndim(); ++i) s[s.rank++] = static_cast<int64_t>(a.shape(i));
     shapes.push_back(s);
-    data.push_back(a.data());
+    data.push_back(static_cast<const float*>(a.data()));
   }
 }
 
@@ -72,10 +80,10 @@ using Described = std::vector<std::tuple<std::string, std::string, size_t>>;
 
 // What the steps are, and seconds of every run and step.
 std::pair<Described, std::vector<std::vector<double>>> profile_plan(
-    Plan& plan, const std::vector<FloatArray>& inputs, int runs) {
+    Plan& plan, const std::vector<InputArray>& inputs, int runs) {
   Shapes shapes;
   std::vector<const float*> data;
-  shapes_of(inputs, shapes, data);
+  shapes_of(plan, inputs, shapes, data);
   std::unique_ptr<Plan::Context> context = plan.acquire(shapes);
   const std::vector<Plan::StepInfo> steps = plan.describe(*context);
   std::vector<std::vector<float>> memory;
@@ -98,10 +106,10 @@ std::pair<Described, std::vector<std::vector<double>>> profile_plan(
   return {described, seconds};
 }
 
-nb::list run_plan(Plan& plan, const std::vector<FloatArray>& inputs) {
+nb::list run_plan(Plan& plan, const std::vector<InputArray>& inputs) {
   Shapes shapes;
   std::vector<const float*> data;
-  shapes_of(inputs, shapes, data);
+  shapes_of(plan, inputs, shapes, data);
   std::unique_ptr<Plan::Context> context;
   {
     nb::gil_scoped_release release;
@@ -156,8 +164,8 @@ NB_MODULE(_engine, m) {
       .def_prop_ro("threads", &ThreadPool::threads);
   bind_layers(m);
 
-  nb::class_<Plan>(m, "Plan")
-      .def(
+  nb::class_<Plan> plan(m, "Plan");
+  plan.def(
           "__init__",
           [](Plan* self, const std::string& isa, int threads) {
             require(threads >= 1, "threads must be at least 1");
@@ -166,7 +174,14 @@ NB_MODULE(_engine, m) {
           "isa"_a, "threads"_a)
       .def_prop_ro("isa", [](const Plan& p) { return std::string(p.kernels().name); })
       .def_prop_ro("threads", &Plan::threads)
-      .def("input", &Plan::add_input)
+      .def(
+          "input",
+          [](Plan& p, const std::string& dtype) {
+            require(dtype == "float32" || dtype == "int32",
+                    "an input is float32 or int32, not " + dtype);
+            return p.add_input(dtype == "int32");
+          },
+          "dtype"_a = "float32")
       .def("label", &Plan::set_label, "name"_a)
       .def(
           "pq_conv2d",
@@ -310,9 +325,17 @@ NB_MODULE(_engine, m) {
           },
           "x"_a, "low"_a, "high"_a)
       .def(
-          "add", [](Plan& p, int a, int b) { return p.add_step(add_step(), {a, b}); }, "a"_a, "b"_a)
+          "add",
+          [](Plan& p, int a, int b) {
+            return p.add_step(pair_step(p.kernels(), Arithmetic::kAdd, false), {a, b});
+          },
+          "a"_a, "b"_a)
       .def(
-          "mul", [](Plan& p, int a, int b) { return p.add_step(mul_step(), {a, b}); }, "a"_a, "b"_a)
+          "mul",
+          [](Plan& p, int a, int b) {
+            return p.add_step(pair_step(p.kernels(), Arithmetic::kMul, false), {a, b});
+          },
+          "a"_a, "b"_a)
       .def(
           "affine",
           [](Plan& p, int x, Array<float, 1> scale, Array<float, 1> bias) {
@@ -415,6 +438,7 @@ NB_MODULE(_engine, m) {
           "input_shapes"_a)
       .def("profile", &profile_plan, "inputs"_a, "runs"_a)
       .def("run", &run_plan, "inputs"_a);
+  bind_sequence(plan);
 }
 
 }  // namespace lutra

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "engine/lookup_layer.h"
+#include "engine/plan.h"
 #include "engine/pq_layer.h"
 
 namespace lutra {
@@ -52,5 +53,8 @@ LookupLayer lookup_layer(const Kernels& kernels, const ConvGeometry& g,
 
 // Layers on their own and what else training needs, for PyTorch's operators.
 void bind_layers(nb::module_& m);
+
+// Steps of plans beside those of images.
+void bind_sequence(nb::class_<Plan>& plan);
 
 }  // namespace lutra

@@ -61,7 +61,7 @@ LookupLayer lookup_layer(const Kernels& kernels, const ConvGeometry& g,
                          const Array<float, 1>& scale, const Array<float, 1>& bias,
                          const Quantization& grid) {
   const auto text = [](size_t a, size_t b) {
-    return "(" + std::to_string(a) + ", " + std::to_string(b) + ")";
+    return std::string("(") + std::to_string(a) + ", " + std::to_string(b) + ")";
   };
   require(static_cast<int64_t>(weight.shape(1)) == g.depth(),
           "lookup layer: weight indices of the shape " + text(weight.shape(0), weight.shape(1)) +

@@ -22,6 +22,7 @@ def stub_text() -> str:
     text: str = generator.get()
     # mypy wants to know what is in a list, and nobody wants to read the layout of every array.
     text = re.sub(r"Annotated\[(NDArray\[numpy\.\w+\]), dict\([^[\]]*\)\]", r"\1", text)
+    text = re.sub(r"Annotated\[NDArray, dict\([^[\]]*\)\]", "NDArray[numpy.generic]", text)
     text = text.replace("-> list:", "-> list[NDArray[numpy.float32]]:")
     text = text.replace("from typing import Annotated\n", "")
     text = re.sub(r"\n{3,}", "\n\n", text)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <limits>
+#include <stdexcept>
 
 #include "steps_conv.h"
 
@@ -62,9 +63,9 @@ size_t stored_bytes(const Shape& s, bool quantized) {
 
 }  // namespace
 
-int Plan::add_input() {
+int Plan::add_input(bool integers) {
   require(steps_.empty(), "inputs come before steps");
-  values_.emplace_back();
+  values_.push_back({.integers = integers});
   return inputs_++;
 }
 
@@ -74,13 +75,20 @@ int Plan::add_step(StepPtr step, std::vector<int> inputs) {
     require(i >= 0 && i < id, "value " + std::to_string(id) + " is made from value " +
                                   std::to_string(i) + ", which does not exist yet");
   }
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const bool integers = values_[static_cast<size_t>(inputs[i])].integers;
+    require(integers == step->reads_integers(i),
+            "input " + std::to_string(i) + " is " + (integers ? "int32" : "float32") +
+                ", and the step reads " + (integers ? "float32" : "int32"));
+  }
   values_.emplace_back();
   steps_.push_back({std::move(step), std::move(inputs), id, {}, label_});
   return id;
 }
 
 int Plan::quantized(int value, const Quantization& grid) {
-  require(value >= 0 && value < static_cast<int>(values_.size()) && !is_quantized(value),
+  require(value >= 0 && value < static_cast<int>(values_.size()) && !is_quantized(value) &&
+              !values_[static_cast<size_t>(value)].integers,
           "value " + std::to_string(value) + " cannot be quantised");
   for (size_t i = 0; i < values_.size(); ++i) {
     if (values_[i].source == value && values_[i].grid == grid) return static_cast<int>(i);
@@ -93,6 +101,8 @@ void Plan::finish(std::vector<int> outputs) {
   for (int o : outputs) {
     require(o >= 0 && o < static_cast<int>(values_.size()) && !is_quantized(o),
             "output value " + std::to_string(o) + " does not exist");
+    require(!values_[static_cast<size_t>(o)].integers,
+            "output value " + std::to_string(o) + " is an input of int32");
   }
   outputs_ = std::move(outputs);
   std::vector<bool> read(values_.size(), false);
@@ -165,6 +175,14 @@ Shapes Plan::input_shapes(const Entry& e, const Context& c) const {
   return shapes;
 }
 
+Shape Plan::infer(const Entry& e, const Shapes& inputs) const {
+  try {
+    return e.step->infer(inputs);
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(e.label + ": " + error.what());
+  }
+}
+
 void Plan::lay_out(Context& c, const Shapes& input_shapes) const {
   require(input_shapes.size() == static_cast<size_t>(inputs_), "wrong number of inputs");
   std::vector<int> last_use(values_.size(), -1);
@@ -197,7 +215,7 @@ void Plan::lay_out(Context& c, const Shapes& input_shapes) const {
   for (size_t s = 0; s < steps_.size(); ++s) {
     const Entry& e = steps_[s];
     const Shapes in = this->input_shapes(e, c);
-    const Shape shape = e.step->infer(in);
+    const Shape shape = infer(e, in);
     std::vector<int> outputs = e.quantized;
     if (e.out >= 0) outputs.push_back(e.out);
     for (int id : outputs) {
@@ -322,7 +340,11 @@ void Plan::execute(Context& c, const std::vector<const float*>& inputs,
       r.q[i].grid = grids_[static_cast<size_t>(e.quantized[i])];
       r.q[i].data = memory(c, e.quantized[i]);
     }
-    e.step->run(r);
+    try {
+      e.step->run(r);
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument(e.label + ": " + error.what());
+    }
     if (seconds) lap(seconds++);
   }
   for (size_t o = 0; o < outputs_.size(); ++o) {

@@ -16,8 +16,9 @@ class Plan {
  public:
   Plan(const Kernels& kernels, int threads) : kernels_(kernels), pool_(threads) {}
 
-  // Building. A value is a number. Throws std::invalid_argument.
-  int add_input();
+  // Building. A value is a number. Throws std::invalid_argument. Inputs are float32 or int32; what
+  // steps make is float32.
+  int add_input(bool integers = false);
   int add_step(StepPtr step, std::vector<int> inputs);
   // The value on a grid, for steps that read integers. Who makes it, is decided in the end.
   int quantized(int value, const Quantization& grid);
@@ -30,6 +31,7 @@ class Plan {
   const Kernels& kernels() const { return kernels_; }
   int threads() const { return pool_.threads(); }
   int input_count() const { return inputs_; }
+  bool is_integer_input(int input) const { return values_[static_cast<size_t>(input)].integers; }
   // Shared with the arrays that live in it.
   const std::shared_ptr<OutputPool>& output_pool() const { return output_pool_; }
 
@@ -63,8 +65,9 @@ class Plan {
   // Bytes of memory that a context for these shapes takes. Allocates none of them.
   size_t arena_bytes(const Shapes& input_shapes) const;
 
-  // inputs and outputs are C-contiguous arrays in logical order. If `seconds` is not null it gets
-  // the time of: copying the inputs, each step, copying the outputs.
+  // inputs and outputs are C-contiguous arrays in logical order; int32 inputs are given as if they
+  // were floats. Throws std::invalid_argument with the label of the step that cannot run. If
+  // `seconds` is not null it gets the time of: copying the inputs, each step, copying the outputs.
   void execute(Context& context, const std::vector<const float*>& inputs,
                const std::vector<float*>& outputs, double* seconds = nullptr);
 
@@ -80,6 +83,7 @@ class Plan {
   struct Value {
     int source = -1;
     Quantization grid;
+    bool integers = false;  // int32: an input
   };
   struct Entry {
     StepPtr step;
@@ -91,6 +95,7 @@ class Plan {
   };
   bool is_quantized(int value) const { return values_[static_cast<size_t>(value)].source >= 0; }
   void resolve_quantized(std::vector<bool>& read);
+  Shape infer(const Entry& e, const Shapes& inputs) const;
   void lay_out(Context& context, const Shapes& input_shapes) const;
   Shapes input_shapes(const Entry& e, const Context& context) const;
   uint8_t* memory(Context& context, int id) const;

@@ -2,7 +2,8 @@
 //
 // A value of shape (N, C, ...) is stored channel first: (C, N, ...). The pixels of the whole batch
 // are then consecutive in a channel's plane, so that the rows of a tile never stop at the end of an
-// image, and a convolution writes its outputs plane by plane.
+// image, and a convolution writes its outputs plane by plane. The channels of a sequence (N, T, D)
+// are its features: it is stored (D, N, T), and the tokens of the whole batch are the rows.
 #pragma once
 
 #include <array>
@@ -25,17 +26,25 @@ struct Shape {
   int64_t& operator[](int axis) { return dims[axis]; }
   bool operator==(const Shape&) const = default;
   int64_t batch() const { return rank > 0 ? dims[0] : 1; }
-  int64_t channels() const { return rank > 1 ? dims[1] : 1; }
   int64_t inner() const;  // product of the axes after the second
   int64_t size() const;
   std::string text() const;  // "(2, 3, 32, 32)"
 };
 
+// The axis whose entries are planes, for a rank of at least 2.
+inline int plane_axis(int rank) { return rank == 3 ? 2 : 1; }
+// The logical axis that comes k-th in memory, the longest steps first.
+inline int storage_axis(int rank, int k) {
+  if (rank < 2) return k;
+  if (k == 0) return plane_axis(rank);
+  return k <= plane_axis(rank) ? k - 1 : k;
+}
 Dims storage_strides(const Shape& shape);    // of the engine's order, in elements, by logical axis
 Dims row_major_strides(const Shape& shape);  // of a C-contiguous array
 
-// Copies shape.size() elements between two strided arrays.
-void copy_strided(const Shape& shape, const float* from, const Dims& from_strides, float* to,
+// Copies shape.size() elements between two strided arrays of float or uint8_t.
+template <class T>
+void copy_strided(const Shape& shape, const T* from, const Dims& from_strides, T* to,
                   const Dims& to_strides);
 
 }  // namespace lutra

@@ -15,7 +15,8 @@ class Step;
 using StepPtr = std::unique_ptr<Step>;
 using Shapes = std::vector<Shape>;
 
-// Inputs and outputs of one run of a step, all in storage order (shape.h).
+// Inputs and outputs of one run of a step, all in storage order (shape.h). An input of integers is
+// int32 in the place of the floats: integers_of() below.
 struct StepRun {
   const Shapes& shapes;                     // of the inputs
   const std::vector<const float*>& inputs;  // null where an input is quantised
@@ -37,6 +38,9 @@ class Step {
 
   // Shape of the output. Throws std::invalid_argument if the inputs do not fit.
   virtual Shape infer(const Shapes& inputs) const = 0;
+
+  // Whether it reads an input as int32, not as float32.
+  virtual bool reads_integers(size_t) const { return false; }
 
   // Bytes of scratch memory that run() may use.
   virtual size_t workspace(const Shapes& inputs, int threads) const;
@@ -73,6 +77,11 @@ class FloatStep : public Step {
                    const Shape& out_shape, float* out, uint8_t* workspace,
                    ThreadPool& pool) const = 0;
 };
+
+// The int32 values of an input for which reads_integers() holds.
+inline const int32_t* integers_of(const float* input) {
+  return reinterpret_cast<const int32_t*>(input);
+}
 
 // Throws std::invalid_argument(what) unless ok.
 void require(bool ok, const std::string& what);

@@ -46,33 +46,6 @@ class ClampStep : public FloatStep {
   float low_, high_;
 };
 
-// f(a, b) of every pair of elements.
-template <class F>
-class PairStep : public FloatStep {
- public:
-  PairStep(const char* name, F f) : name_(name), f_(f) {}
-  Shape infer(const Shapes& in) const override {
-    require(in[0] == in[1], std::string(name_) + ": the shapes " + in[0].text() + " and " +
-                                in[1].text() + " differ");
-    return in[0];
-  }
-  void run(const Shapes& shapes, const Inputs& in, const Shape&, float* out, uint8_t*,
-           ThreadPool& pool) const override {
-    in_blocks(shapes[0].size(), pool, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) out[i] = f_(in[0][i], in[1][i]);
-    });
-  }
-
- private:
-  const char* name_;
-  F f_;
-};
-
-template <class F>
-StepPtr pair_step(const char* name, F f) {
-  return std::make_unique<PairStep<F>>(name, f);
-}
-
 class AffineStep : public FloatStep {
  public:
   AffineStep(std::vector<float> scale, std::vector<float> bias)
@@ -84,14 +57,22 @@ class AffineStep : public FloatStep {
   }
   void run(const Shapes& shapes, const Inputs& in, const Shape&, float* out, uint8_t*,
            ThreadPool& pool) const override {
-    const int64_t plane = shapes[0].batch() * shapes[0].inner();
-    pool.run(scale_.size(), static_cast<double>(shapes[0].size()) / kPerMicrosecond,
-             [&](size_t c, int) {
-               const float s = scale_[c], b = bias_[c];
-               const float* x = in[0] + static_cast<int64_t>(c) * plane;
-               float* y = out + static_cast<int64_t>(c) * plane;
-               for (int64_t i = 0; i < plane; ++i) y[i] = x[i] * s + b;
-             });
+    const int64_t channels = shapes[0][1], step = storage_strides(shapes[0])[1];
+    const double time = static_cast<double>(shapes[0].size()) / kPerMicrosecond;
+    if (step == 1) {  // not the planes: the channels of one row after the other
+      pool.run(static_cast<size_t>(shapes[0].size() / channels), time, [&](size_t row, int) {
+        const float* const x = in[0] + static_cast<int64_t>(row) * channels;
+        float* const y = out + static_cast<int64_t>(row) * channels;
+        for (int64_t c = 0; c < channels; ++c) y[c] = x[c] * scale_[c] + bias_[c];
+      });
+      return;
+    }
+    pool.run(scale_.size(), time, [&](size_t c, int) {
+      const float s = scale_[c], b = bias_[c];
+      const float* x = in[0] + static_cast<int64_t>(c) * step;
+      float* y = out + static_cast<int64_t>(c) * step;
+      for (int64_t i = 0; i < step; ++i) y[i] = x[i] * s + b;
+    });
   }
 
  private:
@@ -181,12 +162,12 @@ class MeanStep : public FloatStep {
     for (int i = 0; i < s.rank; ++i) {
       if (reduced_[i]) count *= static_cast<float>(s[i]);
     }
-    // Reduced axes that are consecutive in memory are added as one line, in the same order.
-    int first = s.rank;
-    while (first > 2 && reduced_[first - 1]) --first;
+    // Reduced axes that are consecutive in memory are added as one line.
     int64_t line = 1;
-    for (int i = first; i < s.rank; ++i) line *= s[i];
-    for (int i = first; i < s.rank; ++i) kept[i] = true;
+    for (int k = s.rank - 1, axis; k > 1 && reduced_[axis = storage_axis(s.rank, k)]; --k) {
+      line *= s[axis];
+      kept[axis] = true;
+    }
     visit(s, reduced_, [&](const Dims& index) {
       const float* x = in[0] + offset(index, from, s.rank);
       double sum = 0.0;
@@ -236,6 +217,26 @@ class MeanStep : public FloatStep {
   bool keepdims_;
 };
 
+// A step that only moves values, on quantised ones.
+template <class Move>
+class ByteMoveStep : public Step {
+ public:
+  explicit ByteMoveStep(const Move& step) : step_(step) {}
+  Shape infer(const Shapes& in) const override { return step_.infer(in); }
+  std::string method(const Shapes&) const override { return "uint8"; }
+  void run(const StepRun& r) const override {
+    step_.move(r.shapes[0], r.bytes, r.out_shape, r.q[0].data);
+  }
+
+ private:
+  Move step_;
+};
+
+template <class Move>
+StepPtr byte_move(const Move& step) {
+  return std::make_unique<ByteMoveStep<Move>>(step);
+}
+
 class ReshapeStep : public FloatStep {
  public:
   explicit ReshapeStep(std::vector<int64_t> shape) : shape_(std::move(shape)) {
@@ -253,10 +254,11 @@ class ReshapeStep : public FloatStep {
            ThreadPool&) const override {
     move(shapes[0], in[0], y, out);
   }
-  StepPtr on_bytes() const override;
+  StepPtr on_bytes() const override { return byte_move(*this); }
 
   template <class T>
   static void move(const Shape& x, const T* in, const Shape& y, T* out) {
+    if (plane_axis(x.rank) != 1 || plane_axis(y.rank) != 1) return move_axes(x, in, y, out);
     const int64_t n = x.batch(), each = x.size() / std::max<int64_t>(n, 1);
     const int64_t from = x.inner(), to = y.inner();
     if (from == to || n == 1) {
@@ -271,23 +273,43 @@ class ReshapeStep : public FloatStep {
   }
 
  private:
-  std::vector<int64_t> shape_;
-};
-
-class ByteReshapeStep : public Step {
- public:
-  explicit ByteReshapeStep(const ReshapeStep& step) : step_(step) {}
-  Shape infer(const Shapes& in) const override { return step_.infer(in); }
-  std::string method(const Shapes&) const override { return "uint8"; }
-  void run(const StepRun& r) const override {
-    ReshapeStep::move(r.shapes[0], r.bytes, r.out_shape, r.q[0].data);
+  // For any storage order: as a copy of axes that both shapes are made of where there are such
+  // axes, as (12, 32) and (384) have, else element by element.
+  template <class T>
+  static void move_axes(const Shape& x, const T* in, const Shape& y, T* out) {
+    const Dims from = storage_strides(x), to = storage_strides(y);
+    Shape shared;
+    Dims fs{}, ts{};
+    Shape left_x = x, left_y = y;  // what is not yet in `shared`
+    int i = x.rank - 1, o = y.rank - 1;
+    while (shared.rank < kMaxRank) {
+      while (i >= 0 && left_x[i] == 1) --i;
+      while (o >= 0 && left_y[o] == 1) --o;
+      if (i < 0 || o < 0) break;
+      const int64_t size = std::min(left_x[i], left_y[o]);
+      if (left_x[i] % size != 0 || left_y[o] % size != 0) break;
+      shared[shared.rank] = size;  // the last axis comes first
+      fs[shared.rank] = x[i] / left_x[i] * from[i];
+      ts[shared.rank++] = y[o] / left_y[o] * to[o];
+      left_x[i] /= size;
+      left_y[o] /= size;
+    }
+    if (x.size() > 0 && i < 0 && o < 0) {
+      std::reverse(shared.dims.begin(), shared.dims.begin() + shared.rank);
+      std::reverse(fs.begin(), fs.begin() + shared.rank);
+      std::reverse(ts.begin(), ts.begin() + shared.rank);
+      return copy_strided(shared, in, fs, out, ts);
+    }
+    auto place = [](const Shape& s, const Dims& strides, int64_t index) {
+      int64_t at = 0;
+      for (int a = s.rank - 1; a >= 0; index /= s[a--]) at += index % s[a] * strides[a];
+      return at;
+    };
+    for (int64_t e = 0; e < x.size(); ++e) out[place(y, to, e)] = in[place(x, from, e)];
   }
 
- private:
-  ReshapeStep step_;
+  std::vector<int64_t> shape_;
 };
-
-StepPtr ReshapeStep::on_bytes() const { return std::make_unique<ByteReshapeStep>(*this); }
 
 class PadStep : public FloatStep {
  public:
@@ -330,8 +352,14 @@ class SliceStep : public FloatStep {
   }
   void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t*,
            ThreadPool&) const override {
-    Dims from = storage_strides(shapes[0]);
-    const float* source = in[0] + start_ * from[axis_];
+    move(shapes[0], in[0], y, out);
+  }
+  StepPtr on_bytes() const override { return byte_move(*this); }
+
+  template <class T>
+  void move(const Shape& x, const T* in, const Shape& y, T* out) const {
+    Dims from = storage_strides(x);
+    const T* const source = in + start_ * from[axis_];
     from[axis_] *= step_;
     copy_strided(y, source, from, out, storage_strides(y));
   }
@@ -372,12 +400,6 @@ class ConcatStep : public FloatStep {
 }  // namespace
 
 StepPtr clamp_step(float low, float high) { return std::make_unique<ClampStep>(low, high); }
-StepPtr add_step() {
-  return pair_step("add", [](float a, float b) { return a + b; });
-}
-StepPtr mul_step() {
-  return pair_step("mul", [](float a, float b) { return a * b; });
-}
 StepPtr affine_step(std::vector<float> scale, std::vector<float> bias) {
   return std::make_unique<AffineStep>(std::move(scale), std::move(bias));
 }

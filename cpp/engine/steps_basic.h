@@ -7,8 +7,6 @@
 namespace lutra {
 
 StepPtr clamp_step(float low, float high);
-StepPtr add_step();
-StepPtr mul_step();
 StepPtr affine_step(std::vector<float> scale, std::vector<float> bias);
 StepPtr softmax_step(int axis);
 StepPtr mean_step(std::vector<int> axes, bool keepdims);

@@ -24,7 +24,7 @@ View<T> stored_image(const Shape& s, T* data) {
 }
 
 // The view of a stored value (N, ..., D) as rows of D: images of one pixel. Channel-first order
-// makes planes of (N, D) and leaves the last of more axes where it is.
+// makes planes of (N, D) and (N, T, D), and leaves the last of more axes where it is.
 template <class T>
 View<T> stored_rows(const Shape& s, T* data) {
   const Dims strides = storage_strides(s);
@@ -34,7 +34,7 @@ View<T> stored_rows(const Shape& s, T* data) {
           .c = features,
           .h = 1,
           .w = 1,
-          .sn = s.rank == 2 ? 1 : features,
+          .sn = plane_axis(s.rank) == s.rank - 1 ? 1 : features,
           .sc = strides[s.rank - 1],
           .sh = 1,
           .sw = 1};
@@ -199,18 +199,55 @@ int64_t LinearStep::padded() const {
   return (outputs_ + kLinearOutputs - 1) / kLinearOutputs * kLinearOutputs;
 }
 
-size_t LinearStep::workspace(const Shapes&, int threads) const {
-  return static_cast<size_t>(padded()) * sizeof(float) * static_cast<size_t>(threads);
+const std::vector<float>& LinearStep::tile_weight() const {
+  std::call_once(packed_->once, [this] {
+    const int64_t blocks = (outputs_ + kGemmOutputs - 1) / kGemmOutputs;
+    packed_->weight.reserve(static_cast<size_t>(blocks * features_ * kGemmOutputs));
+    for (int64_t first = 0; first < outputs_; first += kGemmOutputs) {
+      const float* const block = weight_.data() +
+                                 first / kLinearOutputs * features_ * kLinearOutputs +
+                                 first % kLinearOutputs;
+      for (int64_t d = 0; d < features_; ++d) {
+        for (int64_t m = 0; m < kGemmOutputs; ++m) {
+          packed_->weight.push_back(block[d * kLinearOutputs + m]);
+        }
+      }
+    }
+  });
+  return packed_->weight;
+}
+
+// What a worker needs: the sums of a row and its bytes, or a patch and the scratch of its outputs.
+size_t LinearStep::worker_floats(const Shapes& inputs) const {
+  if (by_row(inputs[0])) return static_cast<size_t>(padded() + padded() / 4);
+  const int64_t patch = features_ * kernels_.row_tile + static_cast<int64_t>(kSlack);
+  return static_cast<size_t>(patch) +
+         (direct(inputs) ? 0 : TileOutput::scratch_bytes(outputs_, kernels_.row_tile) / 4);
+}
+
+size_t LinearStep::workspace(const Shapes& inputs, int threads) const {
+  if (!by_row(inputs[0])) tile_weight();  // packed when a plan is prepared, not when it runs
+  return worker_floats(inputs) * sizeof(float) * static_cast<size_t>(threads);
 }
 
 void LinearStep::run(const StepRun& r) const {
+  if (by_row(r.shapes[0])) {
+    run_rows(r);
+  } else {
+    run_tiles(r);
+  }
+}
+
+void LinearStep::run_rows(const StepRun& r) const {
   const auto x = view(r.shapes[0], r.inputs[0]);
   const auto y = view(r.out_shape, r.out);
   const double work = static_cast<double>(x.n * features_) * static_cast<double>(outputs_);
+  const size_t stride = worker_floats(r.shapes);
   r.pool.run(static_cast<size_t>(x.n), work / kMultipliedPerMicrosecond,
              [&](size_t index, int worker) {
                const int64_t row = static_cast<int64_t>(index);
-               float* const sums = reinterpret_cast<float*>(r.workspace) + worker * padded();
+               float* const sums =
+                   reinterpret_cast<float*>(r.workspace) + static_cast<size_t>(worker) * stride;
                kernels_.linear(x.data + row * x.sn, static_cast<size_t>(x.sc),
                                static_cast<size_t>(features_), weight_.data(), bias_.data(),
                                static_cast<int32_t>(outputs_), sums);
@@ -221,8 +258,41 @@ void LinearStep::run(const StepRun& r) const {
                    v = v > clamp_.low ? v : clamp_.low;
                    v = v < clamp_.high ? v : clamp_.high;
                  }
-                 y.data[at] = v;
+                 sums[m] = v;
+                 if (y.data) y.data[at] = v;
                }
+               uint8_t* const bytes = reinterpret_cast<uint8_t*>(sums + padded());
+               for (int i = 0; i < r.quantized; ++i) {
+                 kernels_.quantize(sums, static_cast<size_t>(outputs_), r.q[i].grid, bytes);
+                 uint8_t* const to = r.q[i].data + row * y.sn;
+                 for (int64_t m = 0; m < outputs_; ++m) to[m * y.sc] = bytes[m];
+               }
+             });
+}
+
+void LinearStep::run_tiles(const StepRun& r) const {
+  const auto x = view(r.shapes[0], r.inputs[0]);
+  const int64_t tile = kernels_.row_tile;
+  const double work = static_cast<double>(x.n * features_) * static_cast<double>(outputs_);
+  const size_t stride = worker_floats(r.shapes);
+  const LayerOutput out = output(r);
+  const TileOutput target(out, kernels_, nullptr, nullptr, bias_.data());
+  r.pool.run(static_cast<size_t>((x.n + tile - 1) / tile), work / kMultipliedPerMicrosecond,
+             [&](size_t index, int worker) {
+               float* const patch =
+                   reinterpret_cast<float*>(r.workspace) + static_cast<size_t>(worker) * stride;
+               uint8_t* const scratch = reinterpret_cast<uint8_t*>(patch + features_ * tile +
+                                                                   static_cast<int64_t>(kSlack));
+               const int64_t first = static_cast<int64_t>(index) * tile;
+               const int64_t count = std::min(tile, x.n - first);
+               const Shape block{features_, count};
+               copy_strided(block, x.data + first * x.sn, {x.sc, x.sn}, patch, {tile, 1});
+               for (int64_t d = 0; d < features_; ++d) {  // lanes of no row
+                 std::fill(patch + d * tile + count, patch + (d + 1) * tile, 0.0f);
+               }
+               kernels_.gemm(patch, static_cast<size_t>(features_), tile_weight().data(),
+                             static_cast<int32_t>(outputs_), target.begin(first, count, scratch));
+               target.end(first, count, scratch, 0, outputs_);
              });
 }
 

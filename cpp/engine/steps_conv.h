@@ -1,6 +1,10 @@
 // Convolution and linear steps, looked up and dense, each with its fused epilogue.
 #pragma once
 
+#include <memory>
+#include <mutex>
+#include <vector>
+
 #include "int8_layer.h"
 #include "lookup_layer.h"
 #include "pq_layer.h"
@@ -80,6 +84,7 @@ class ConvStep : public LayerStep {
   size_t group_weights_;              // packed floats per group
 };
 
+// Few rows are multiplied one by one, many as the tiles of a convolution: the bits are the same.
 class LinearStep : public LayerStep {
  public:
   // weight (outputs, features), bias (outputs)
@@ -87,15 +92,27 @@ class LinearStep : public LayerStep {
              const float* bias, bool residual, Clamp clamp);
   size_t workspace(const Shapes& inputs, int threads) const override;
   void run(const StepRun& r) const override;
-  int max_quantized() const override { return 0; }
   std::string method(const Shapes&) const override { return "float32"; }
   size_t parameter_bytes() const override { return weight_.size() * sizeof(float); }
 
  private:
+  bool by_row(const Shape& x) const { return rows(x) <= kFewRows; }
+  const std::vector<float>& tile_weight() const;
+  size_t worker_floats(const Shapes& inputs) const;
+  void run_rows(const StepRun& r) const;
+  void run_tiles(const StepRun& r) const;
   int64_t padded() const;
+
+  static constexpr int64_t kFewRows = 8;
+
   const Kernels& kernels_;
   int64_t features_;
-  std::vector<float> weight_, bias_;
+  std::vector<float> weight_, bias_;  // weight: packed for single rows
+  struct Packed {
+    std::once_flag once;
+    std::vector<float> weight;  // for tiles, made when a plan is first prepared for many rows
+  };
+  std::unique_ptr<Packed> packed_ = std::make_unique<Packed>();
 };
 
 // From floats to a grid, for a value whose maker cannot do it.

@@ -36,12 +36,14 @@ struct Axis {
   bool reduced;
 };
 
-class MaxStep : public FloatStep {
+// What makes one value of all along some axes.
+class ReduceStep : public FloatStep {
  public:
-  MaxStep(const std::vector<int>& axes, bool keepdims)
+  ReduceStep(const char* name, const std::vector<int>& axes, bool keepdims)
       : reduced_(kMaxRank, false), keepdims_(keepdims) {
     for (int a : axes) {
-      require(a >= 1 && a < kMaxRank, "max: axis " + std::to_string(a) + " is not 1..5");
+      require(a >= 1 && a < kMaxRank,
+              std::string(name) + ": axis " + std::to_string(a) + " is not 1..5");
       reduced_[static_cast<size_t>(a)] = true;
     }
   }
@@ -58,39 +60,7 @@ class MaxStep : public FloatStep {
     return y;
   }
 
-  StepPtr on_bytes() const override;
-  void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t*,
-           ThreadPool& pool) const override {
-    reduce<float>(shapes[0], in[0], y, out, -INFINITY, pool);
-  }
-
-  template <class T>
-  void reduce(const Shape& x, const T* in, const Shape& y, T* out, T lowest,
-              ThreadPool& pool) const {
-    const std::vector<Axis> axes = merged(x, y);
-    std::fill(out, out + y.size(), lowest);
-    // Work items are parts of the first axis that is kept, so that each writes its own results.
-    const auto kept =
-        std::find_if(axes.begin(), axes.end(), [](const Axis& a) { return !a.reduced; });
-    const int64_t size = kept == axes.end() ? 1 : kept->size;
-    const int64_t block = std::max<int64_t>(1, kBlock * size / std::max<int64_t>(x.size(), 1));
-    pool.run(static_cast<size_t>((size + block - 1) / block),
-             static_cast<double>(x.size()) / kPerMicrosecond, [&](size_t item, int) {
-               std::vector<Axis> mine = axes;
-               const int64_t first = static_cast<int64_t>(item) * block;
-               const T* from = in;
-               T* to = out;
-               if (kept != axes.end()) {
-                 mine[static_cast<size_t>(kept - axes.begin())].size =
-                     std::min(block, size - first);
-                 from += first * kept->from;
-                 to += first * kept->to;
-               }
-               visit(mine, 0, from, to);
-             });
-  }
-
- private:
+ protected:
   bool reduced(int axis) const { return reduced_[static_cast<size_t>(axis)]; }
 
   // The axes in the order of memory, the longest steps first.
@@ -103,7 +73,7 @@ class MaxStep : public FloatStep {
     }
     std::vector<Axis> axes;
     for (int k = 0; k < x.rank; ++k) {
-      const int i = k < 2 && x.rank > 1 ? 1 - k : k;  // channels come before the batch
+      const int i = storage_axis(x.rank, k);
       if (x[i] == 1) continue;
       const Axis axis{x[i], from[i], target[i], reduced(i)};
       if (!axes.empty() && axes.back().reduced == axis.reduced &&
@@ -117,6 +87,51 @@ class MaxStep : public FloatStep {
     return axes;
   }
 
+  // Work items are parts of the first axis that is kept, so that each writes its own results:
+  // work(axes of the part, where it begins in the input, and in the output).
+  template <class F>
+  static void in_parts(const std::vector<Axis>& axes, int64_t elements, ThreadPool& pool,
+                       const F& work) {
+    const auto kept =
+        std::find_if(axes.begin(), axes.end(), [](const Axis& a) { return !a.reduced; });
+    const int64_t size = kept == axes.end() ? 1 : kept->size;
+    const int64_t block = std::max<int64_t>(1, kBlock * size / std::max<int64_t>(elements, 1));
+    pool.run(static_cast<size_t>((size + block - 1) / block),
+             static_cast<double>(elements) / kPerMicrosecond, [&](size_t item, int) {
+               std::vector<Axis> mine = axes;
+               const int64_t first = static_cast<int64_t>(item) * block;
+               if (kept == axes.end()) return work(mine, 0, 0);
+               mine[static_cast<size_t>(kept - axes.begin())].size = std::min(block, size - first);
+               work(mine, first * kept->from, first * kept->to);
+             });
+  }
+
+ private:
+  std::vector<bool> reduced_;
+  bool keepdims_;
+};
+
+class MaxStep : public ReduceStep {
+ public:
+  MaxStep(const std::vector<int>& axes, bool keepdims) : ReduceStep("max", axes, keepdims) {}
+
+  StepPtr on_bytes() const override;
+  void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t*,
+           ThreadPool& pool) const override {
+    reduce<float>(shapes[0], in[0], y, out, -INFINITY, pool);
+  }
+
+  template <class T>
+  void reduce(const Shape& x, const T* in, const Shape& y, T* out, T lowest,
+              ThreadPool& pool) const {
+    const std::vector<Axis> axes = merged(x, y);
+    std::fill(out, out + y.size(), lowest);
+    in_parts(axes, x.size(), pool, [&](const std::vector<Axis>& mine, int64_t from, int64_t to) {
+      visit(mine, 0, in + from, out + to);
+    });
+  }
+
+ private:
   template <class T>
   static void visit(const std::vector<Axis>& axes, size_t level, const T* in, T* out) {
     if (level == axes.size()) {
@@ -134,9 +149,6 @@ class MaxStep : public FloatStep {
       for (int64_t i = 0; i < a.size; ++i) out[i * a.to] = larger(in[i], out[i * a.to]);
     }
   }
-
-  std::vector<bool> reduced_;
-  bool keepdims_;
 };
 
 // The greatest of integers on a grid, which keeps their order; 0 is below all of them.
@@ -155,10 +167,44 @@ class ByteMaxStep : public Step {
 
 StepPtr MaxStep::on_bytes() const { return std::make_unique<ByteMaxStep>(*this); }
 
+// The squares are added in float64, in the order of memory.
+class L2NormStep : public ReduceStep {
+ public:
+  L2NormStep(const std::vector<int>& axes, bool keepdims) : ReduceStep("l2_norm", axes, keepdims) {}
+
+  size_t workspace(const Shapes& in, int) const override {
+    return static_cast<size_t>(infer(in).size()) * sizeof(double);
+  }
+  void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t* workspace,
+           ThreadPool& pool) const override {
+    double* const sums = reinterpret_cast<double*>(workspace);
+    std::fill(sums, sums + y.size(), 0.0);
+    in_parts(merged(shapes[0], y), shapes[0].size(), pool,
+             [&](const std::vector<Axis>& mine, int64_t from, int64_t to) {
+               add(mine, 0, in[0] + from, sums + to);
+             });
+    for (int64_t i = 0; i < y.size(); ++i) out[i] = static_cast<float>(std::sqrt(sums[i]));
+  }
+
+ private:
+  static void add(const std::vector<Axis>& axes, size_t level, const float* x, double* sum) {
+    if (level == axes.size()) {
+      *sum += static_cast<double>(*x) * static_cast<double>(*x);
+      return;
+    }
+    const Axis& a = axes[level];
+    for (int64_t i = 0; i < a.size; ++i) add(axes, level + 1, x + i * a.from, sum + i * a.to);
+  }
+};
+
 }  // namespace
 
 StepPtr max_step(const std::vector<int>& axes, bool keepdims) {
   return std::make_unique<MaxStep>(axes, keepdims);
+}
+
+StepPtr l2_norm_step(const std::vector<int>& axes, bool keepdims) {
+  return std::make_unique<L2NormStep>(axes, keepdims);
 }
 
 }  // namespace lutra

@@ -1,27 +1,30 @@
 """From a graph to the steps of the native engine.
 
 A convolution or linear layer takes the ``add`` and the ``relu`` behind it into its own step, where
-nobody else reads what is between them; every other node becomes one step. ``lutra.steps`` has the
+nobody else reads what is between them. Lookup layers that make the same codes of the same value
+share a step (``lutra.siblings``). Every other node becomes one step. ``lutra.steps`` has the
 function that adds the step of each operator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
-
-import numpy as np
+from typing import Final
 
 from lutra import _engine
 from lutra.errors import EngineError
 from lutra.graph import Graph, Node, Value
 from lutra.ops.elementwise import CLAMPS, limits
+from lutra.siblings import find_siblings
 from lutra.steps import STEPS, Job
 
 __all__ = ["FusedNode", "build_plan", "fuse"]
 
 _MAX_RANK: Final = 6  # of the engine's arrays
+
+#: The operators whose step can read planes of a larger value where they are.
+READS_PLANES: Final = frozenset({"attention"})
 
 #: The operators whose step can add another value and clamp while it writes.
 FUSING: Final = frozenset(
@@ -81,36 +84,77 @@ def build_plan(graph: Graph, isa: str, threads: int) -> _engine.Plan:
         plan = _engine.Plan(isa, threads)
     except (ValueError, RuntimeError) as error:
         raise EngineError(f"cannot start {threads} threads of {isa}: {error}") from error
-    ids = {value.name: _input(plan, value) for value in graph.inputs}
-    for fused in fuse(graph):
+    numbers = {value.name: plan.input(value.dtype) for value in graph.inputs}
+    places = _Places(plan, values, numbers)
+    for step in find_siblings(graph, fuse(graph)):
+        fused = step.members[0]
         node = fused.node
+        read = places.planes if node.op in READS_PLANES else places.value
+        found = [read(name) for name in node.inputs]
+        residual = -1 if fused.residual is None else places.value(fused.residual)[0]
         job = Job(
             node,
-            tuple(ids[name] for name in node.inputs),
+            tuple(number for number, _ in found),
             tuple(values[name] for name in node.inputs),
             values[node.output],
-            {role: np.ascontiguousarray(t) for role, t in graph.node_tensors(node).items()},
-            -1 if fused.residual is None else ids[fused.residual],
+            step.tensors(graph),
+            residual,
             fused.clamp,
+            tuple(plane for _, plane in found),
         )
-        step = STEPS.get(node.op)
-        if step is None:
+        add_step = STEPS.get(node.op)
+        if add_step is None:
             raise EngineError(
                 f"node {node.name!r} ({node.op}) is not an operator of the engine; run it in the "
                 "reference"
             )
-        plan.label(node.name)
+        plan.label(step.label)
         try:
-            ids[fused.output] = step(plan, job)
+            number = add_step(plan, job)
         except ValueError as error:
             raise EngineError(f"node {node.name!r} ({node.op}): {error}") from error
-    plan.finish([ids[name] for name in graph.outputs])
+        for member, start in zip(step.members, step.starts, strict=True):
+            places.put(member, number, start if len(step.members) > 1 else None, step.axis)
+    plan.finish([places.value(name)[0] for name in graph.outputs])
     return plan
 
 
-def _input(plan: Any, value: Value) -> int:
-    number: int = plan.input() if value.dtype == "float32" else plan.input(value.dtype)
-    return number
+class _Places:
+    """Where the values of a graph are in a plan: a value of the plan, or planes of one."""
+
+    def __init__(
+        self, plan: _engine.Plan, values: Mapping[str, Value], numbers: dict[str, int]
+    ) -> None:
+        self._plan = plan
+        self._values = values
+        self._numbers = numbers
+        self._shared: dict[str, tuple[int, int, int, str]] = {}
+
+    def put(self, made: FusedNode, number: int, start: int | None, axis: int) -> None:
+        """A step has made the value ``number``, or, with ``start``, planes of it from there."""
+        if start is None:
+            self._numbers[made.output] = number
+        else:
+            self._shared[made.output] = number, start, axis, made.node.name
+
+    def planes(self, name: str) -> tuple[int, int]:
+        """The value of the plan that holds a value, and its first plane there."""
+        if name in self._numbers or name not in self._shared:
+            return self._numbers[name], 0
+        number, start, _, _ = self._shared[name]
+        return number, start
+
+    def value(self, name: str) -> tuple[int, int]:
+        """The same, with a value of its own for what is part of another: it is copied out."""
+        if name not in self._numbers:
+            number, start, axis, label = self._shared[name]
+            shape = self._values[name].shape
+            axis %= len(shape)
+            size = shape[axis]
+            assert size is not None  # outputs of a layer
+            self._plan.label(f"{label}, copied")
+            self._numbers[name] = self._plan.slice(number, axis, start, start + size, 1)
+        return self._numbers[name], 0
 
 
 def fuse(graph: Graph) -> list[FusedNode]:

@@ -14,6 +14,7 @@ from lutra.errors import InputError
 from lutra.graph import Graph, Sizes
 from lutra.inputs import id_ranges, random_ints
 from lutra.ops.registry import Array
+from lutra.siblings import SHARED_LABEL
 from lutra.text import counted, shape_text, table
 
 __all__ = ["Profile", "StepProfile"]
@@ -228,10 +229,11 @@ def _step(
 ) -> StepProfile:
     name, method, size = entry
     quantizes = method == _QUANTIZE
-    work = 0 if quantizes else macs.get(name, 0)
+    nodes = name.split(SHARED_LABEL)  # siblings share a step
+    work = 0 if quantizes else sum(macs.get(node, 0) for node in nodes)
     return StepProfile(
         name=name,
-        op=_QUANTIZE if quantizes else ops.get(name, ""),
+        op=_QUANTIZE if quantizes else ops.get(nodes[0], ""),
         method=method,
         isa=isa,
         milliseconds=1e3 * seconds,

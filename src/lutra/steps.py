@@ -35,6 +35,8 @@ class Job:
         tensors: Its tensors by role, C-contiguous.
         residual: Number of the value to add, or -1.
         clamp: The limits to clamp to, or None.
+        planes: Of each input, its first plane in the value that ``ids`` names: 0 but for those of
+            ``lutra.plan.READS_PLANES``.
     """
 
     node: Node
@@ -44,6 +46,7 @@ class Job:
     tensors: Mapping[str, Array]
     residual: int = -1
     clamp: tuple[float, float] | None = None
+    planes: tuple[int, ...] = ()
 
 
 #: ``step(plan, job)`` adds the step of a node and returns the number of its output.
@@ -219,22 +222,21 @@ def _pair(plan: _engine.Plan, job: Job) -> int:
     # two sizes of one value and its equal: the graph sees to it that they are the same in a run
     if job.inputs[0].shape == job.inputs[1].shape and job.node.op in ("add", "mul"):
         return plan.add(a, b) if job.node.op == "add" else plan.mul(a, b)
-    return _native(plan, "pair")(job.node.op, a, b)
+    return plan.pair(job.node.op, a, b)
 
 
 def _cast(plan: _engine.Plan, job: Job) -> int:
-    return _native(plan, "cast")(job.ids[0])
+    return plan.cast(job.ids[0])
 
 
 def _affine_scalar(plan: _engine.Plan, job: Job) -> int:
     scale, bias = number(job.node, "scale"), number(job.node, "bias")
-    return _native(plan, "affine_scalar")(job.ids[0], scale, bias)
+    return plan.affine_scalar(job.ids[0], scale, bias)
 
 
 def _matmul(plan: _engine.Plan, job: Job) -> int:
     a, b = job.ids
-    flags = (flag(job.node, name) for name in ("transpose_a", "transpose_b"))
-    return _native(plan, "matmul")(a, b, *flags)
+    return plan.matmul(a, b, flag(job.node, "transpose_a"), flag(job.node, "transpose_b"))
 
 
 def _function(plan: _engine.Plan, job: Job) -> int:
@@ -266,31 +268,33 @@ def _rms_norm(plan: _engine.Plan, job: Job) -> int:
 
 def _l2_norm(plan: _engine.Plan, job: Job) -> int:
     axes, keepdims = ints(job.node, "axes"), flag(job.node, "keepdims")
-    return _native(plan, "l2_norm")(job.ids[0], axes, keepdims)
+    return plan.l2_norm(job.ids[0], axes, keepdims)
 
 
 def _embedding(plan: _engine.Plan, job: Job) -> int:
     weight, scale = job.tensors["weight"], job.tensors.get("scale")
-    return _native(plan, "embedding")(job.ids[0], weight, scale=scale)
+    return plan.embedding(job.ids[0], weight, scale=scale)
 
 
 def _position_embedding(plan: _engine.Plan, job: Job) -> int:
-    return _native(plan, "position_embedding")(job.ids[0], job.tensors["weight"])
+    return plan.position_embedding(job.ids[0], job.tensors["weight"])
 
 
 def _masked_mean(plan: _engine.Plan, job: Job) -> int:
     value, mask = job.ids
-    return _native(plan, "masked_mean")(value, mask)
+    return plan.masked_mean(value, mask)
 
 
 def _gather(plan: _engine.Plan, job: Job) -> int:
     index, axis = job.tensors["index"], integer(job.node, "axis")
-    return _native(plan, "gather")(job.ids[0], index, axis)
+    return plan.gather(job.ids[0], index, axis)
 
 
 def _attention(plan: _engine.Plan, job: Job) -> int:
     return _native(plan, "attention")(
         *job.ids,
+        offsets=job.planes[:3],
+        widths=job.inputs[0].shape[-1],
         heads=integer(job.node, "heads"),
         scale=number(job.node, "scale"),
         causal=flag(job.node, "causal"),
@@ -300,11 +304,11 @@ def _attention(plan: _engine.Plan, job: Job) -> int:
 
 
 def _transpose(plan: _engine.Plan, job: Job) -> int:
-    return _native(plan, "transpose")(job.ids[0], ints(job.node, "axes"))
+    return plan.transpose(job.ids[0], ints(job.node, "axes"))
 
 
 def _expand(plan: _engine.Plan, job: Job) -> int:
-    return _native(plan, "expand")(job.ids[0], ints(job.node, "shape"))
+    return plan.expand(job.ids[0], ints(job.node, "shape"))
 
 
 def _affine(plan: _engine.Plan, job: Job) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -18,6 +19,14 @@ KEEP = 2
 _NAME = re.compile(r"step-(\d{9})")
 _TEMPORARY = "incomplete-"
 _RUN = "run.json"
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Not accelerate's warning that shared tensors are saved once: layers may share codebooks."""
+    return "Removed shared tensor" not in record.getMessage()
+
+
+logging.getLogger("accelerate.utils.other").addFilter(_worth_saying)
 
 
 @dataclass
