@@ -29,6 +29,7 @@ from lutra.format import load_graph, save_graph
 from lutra.graph import Graph, Node, Value
 from lutra.profile import Profile, StepProfile
 from lutra.reference import run_reference
+from lutra.sentences import SentenceEncoder
 from lutra.session import Session
 from lutra.stream import Stream
 
@@ -44,6 +45,7 @@ __all__ = [
     "LutraError",
     "Node",
     "Profile",
+    "SentenceEncoder",
     "Session",
     "StepProfile",
     "Stream",

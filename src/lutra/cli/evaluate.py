@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     if args.wav is not None and (args.inputs or args.targets or args.metric != "top1"):
         raise UserError("--wav stands for --images and --labels of top1; leave those out")
     if args.wav is None and not (args.inputs and args.targets):
-        raise UserError("eval needs --images X and --labels Y, --wav FOLDER or --text X.tsv")
+        raise UserError("eval needs --images X and --labels Y, or --wav FOLDER, or --text X.tsv")
     graph, session = open_model(args.file, args.threads, args.isa)
     inputs, metric = (_images if args.metric == "psnr" else _labelled)(args, graph)
     name = args.wav or args.inputs
