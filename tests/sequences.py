@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from graphs import Array, Builder
 
-from lutra.graph import Graph
+from lutra import Session, run_reference, runnable_isas
+from lutra.graph import Graph, Shape
 
 F = np.float32
 _EXACT: dict[str, Any] = {
@@ -92,3 +93,47 @@ def every_sequence_op_graph(seed: int = 0) -> Graph:
     y = b.add("rsqrt", b.add("sqrt", b.add("reciprocal", b.add("exp", b.add("erf", y)))))
     y = b.add("mean", y, axes=(1,))  # (N, 6)
     return b.graph(b.add("add", pooled, b.add("concat", y, y, axis=1)))
+
+
+def check(graph: Graph, *inputs: Array, tolerance: float = 2e-6, finite: bool = True) -> Array:
+    """The reference's output, after comparing the engine with it.
+
+    All instruction sets and numbers of threads must give the same bits, as far from the reference
+    as rounding of sums explains.
+
+    Args:
+        graph: A graph of one output.
+        inputs: In the order of its inputs.
+        tolerance: The largest difference, as a share of the largest value.
+        finite: Whether floats of the inputs are.
+    """
+    (want,) = run_reference(graph, inputs).values()
+    assert want.dtype == F
+    feeds = {value.name: x for value, x in zip(graph.inputs, inputs, strict=True)}
+    first: Array | None = None
+    for isa in runnable_isas():
+        for threads in (1, 3):
+            session = Session(graph, isa=isa, threads=threads, check_finite=finite)
+            (got,) = session.run(None, feeds)
+            if first is None:
+                first = got
+            np.testing.assert_array_equal(got.view(np.int32), first.view(np.int32), isa)
+    assert first is not None
+    assert first.shape == want.shape
+    np.testing.assert_array_equal(np.isnan(first), np.isnan(want))
+    known = np.abs(want[np.isfinite(want)])
+    scale = float(known.max()) if known.size else 1.0
+    np.testing.assert_allclose(first, want, rtol=0, atol=tolerance * max(scale, 1e-6))
+    return want
+
+
+def single(
+    op: str,
+    *inputs: tuple[str, Shape] | tuple[str, Shape, str],
+    tensors: dict[str, Array] | None = None,
+    **attrs: Any,
+) -> Graph:
+    """A graph of one node."""
+    b = Builder(*inputs)
+    b.add(op, *(name for name, *_ in inputs), name="node", tensors=tensors, **attrs)
+    return b.graph()
