@@ -15,35 +15,41 @@ import numpy as np
 
 import lutra
 from benchmarks.graphs import lutra_graph
-from benchmarks.lookups import Method
+from benchmarks.lookups import Method, Pq
 from benchmarks.machine import interleaved, spread
 from benchmarks.memory import peak_memory
 from benchmarks.networks import Network
+from benchmarks.networks_text import Sentences, TabledPq, encoder_graph
 from benchmarks.peers import (
     NOT_CAPPED,
     PEERS,
     Array,
+    Feeds,
     Opened,
     open_model,
+    peer_files,
     random_input,
     reason,
     write_models,
 )
 from benchmarks.table import fastest
 from lutra.format import save_graph
+from lutra.graph import Graph
 
 POOL: Final = 17  # different inputs that take turns; prime, so that everybody meets them all
 WARMUP: Final = 3  # rounds that do not count
 LEAD_IN: Final = 4  # runs of a turn that do not count: the caches are the others' when it begins
 COUNTED: Final = 8  # runs of a turn that do
 METHOD: Final = (
-    "All contestants of a case run in one process, a float32 array in and a float32 array out, in "
+    "All contestants of a case run in one process, arrays in and a float32 array out, in "
     "turns whose order rotates; a turn is four runs that do not count and one that does. With more "
     "than one thread a turn begins when no thread of the one before it spins any more. "
-    f"Inputs are {POOL} arrays of normal values that take turns. Times are medians; ms has the "
-    "fastest and slowest run and the interquartile range of each contestant. Models of the peers "
-    "have a fixed input shape; int8 is ONNX Runtime's static QDQ quantisation (uint8 activations, "
-    "int8 weights, per channel), run by ONNX Runtime and by OpenVINO. Batch norms are folded for "
+    f"Inputs are {POOL} arrays of normal values, or of token ids without padding, that take turns. "
+    "Times are medians; ms has the fastest and slowest run and the interquartile range of each "
+    "contestant. Models of the peers have a fixed input shape; int8 is ONNX Runtime's static QDQ "
+    "quantisation (uint8 activations, int8 weights, per channel), run by ONNX Runtime and by "
+    "OpenVINO; of sentence encoders OpenVINO runs that, and ONNX Runtime its dynamic quantisation "
+    "of the operators that it has for them. Batch norms are folded for "
     "everybody. lutra runs random codebooks, or tables of exact products with random weights, in "
     "sessions as users get them (inputs are checked)."
 )
@@ -53,9 +59,28 @@ METHOD: Final = (
 class Case:
     """A network at a batch size, and the families and sizes of lookup layers to run it with."""
 
-    network: Network
+    network: Network | Sentences
     batch: int
     methods: tuple[Method, ...]
+
+    def graph(self, method: Method, dense: str = "float32") -> Graph:
+        """The lutra graph with lookup layers of this method."""
+        if isinstance(self.network, Network):
+            return lutra_graph(self.network, method, dense)
+        if not isinstance(method, Pq):
+            raise ValueError(
+                f"sentence encoders are measured with product quantisation, not {method}"
+            )
+        entries = method.entries if isinstance(method, TabledPq) else 0
+        return encoder_graph(self.network.encoder, method, dense=dense, entries=entries)
+
+    def macs(self, graph: Graph) -> int:
+        """Multiply-adds of one run of the dense network."""
+        if isinstance(self.network, Network):
+            return graph.total_cost().dense_macs * self.batch
+        shape = (self.batch, self.network.tokens)
+        costs = graph.cost(dict.fromkeys(("ids", "mask"), (1, *shape[1:])))
+        return sum(cost.dense_macs for cost in costs.values()) * self.batch
 
 
 @dataclass(frozen=True)
@@ -139,12 +164,12 @@ def _open(case: Case, setting: Setting, folder: Path) -> _Sitting:
         sitting.methods[name] = method
         sitting.paths[name] = folder / f"{name.replace(' ', '_')}.lutra"
         with sitting.attempt(name):
-            graph = lutra_graph(case.network, method, setting.dense)
-            sitting.macs = graph.total_cost().dense_macs * case.batch
+            graph = case.graph(method, setting.dense)
+            sitting.macs = case.macs(graph)
             save_graph(graph, sitting.paths[name])
     unwritten = write_models(case.network, case.batch, folder)
-    for name, file in PEERS.items():
-        if not (setting.capped and name in NOT_CAPPED):
+    for name, file in peer_files(case.network).items():
+        if name in PEERS and not (setting.capped and name in NOT_CAPPED):
             sitting.paths[name] = folder / file
             if file in unwritten:
                 sitting.failed[name] = unwritten[file]
@@ -155,7 +180,7 @@ def _open(case: Case, setting: Setting, folder: Path) -> _Sitting:
     return sitting
 
 
-def _check(sitting: _Sitting, pool: Sequence[Array]) -> None:
+def _check(sitting: _Sitting, pool: Sequence[Feeds]) -> None:
     """Runs everybody on every input: finite, of one shape, and equal where both are fp32."""
     outputs: dict[str, list[Array]] = {}
     for name, opened in list(sitting.opened.items()):
@@ -179,18 +204,18 @@ def _compare(y: Array, known: Array, exact: bool) -> None:
         raise ValueError(f"its output differs by {error:.1e} from another fp32 runtime's")
 
 
-def _turn(opened: Opened, inputs: Iterator[Array]) -> Callable[[], object]:
+def _turn(opened: Opened, inputs: Iterator[Feeds]) -> Callable[[], object]:
     run = opened.run
     return lambda: run(next(inputs))
 
 
-def _memory(sitting: _Sitting, setting: Setting, sample: Array) -> dict[str, int]:
+def _memory(sitting: _Sitting, setting: Setting, sample: Feeds) -> dict[str, int]:
     """Bytes by contestant."""
     memory: dict[str, int] = {}
     for name in list(sitting.opened):
         path = sitting.paths[name]
-        file = path.with_name("sample.npy")
-        np.save(file, sample)
+        file = path.with_name("sample.npz")
+        np.savez(file, **sample)  # type: ignore[arg-type]
         with sitting.attempt(name):
             memory[name] = peak_memory(name, path, file, setting.threads, setting.isa)
     return memory

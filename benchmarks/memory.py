@@ -1,6 +1,6 @@
 """Resident memory that a model takes, counted in a fresh process.
 
-    python -m benchmarks.memory NAME FILE INPUT.npy THREADS ISA
+    python -m benchmarks.memory NAME FILE INPUTS.npz THREADS ISA
 
 What the runtime itself takes after its import does not count: only what loading the model and three
 runs add, at their peak.
@@ -46,13 +46,14 @@ def status(field: str) -> int:
 
 def main() -> None:
     name, path, sample, threads, isa = sys.argv[1:]
-    x = np.load(sample)
+    with np.load(sample) as archive:
+        feeds = dict(archive)
     load_runtime(name)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of the imports
     before = status("VmRSS")
     opened = open_model(name, Path(path), int(threads), isa)
     for _ in range(3):
-        opened.run(x)
+        opened.run(feeds)
     print(status("VmHWM") - before)
 
 

@@ -41,6 +41,37 @@ class Encoder:
 MINILM: Final = Encoder()
 
 
+@dataclass(frozen=True)
+class Sentences:
+    """An encoder and the number of tokens that all its inputs have."""
+
+    tokens: int
+    encoder: Encoder = MINILM
+
+    @property
+    def name(self) -> str:
+        """What the case is called in records."""
+        return f"{self.encoder.name} {self.tokens} tokens"
+
+
+@dataclass(frozen=True)
+class TabledPq(Pq):
+    """Product quantisation of the linear layers, and tables of functions for all between them.
+
+    Attributes:
+        entries: Of the tables of GELU, softmax and layer norm: 8, 16 or 32.
+    """
+
+    v: int = 16
+    entries: int = 16
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, tables of functions"
+
+    def columns(self) -> dict[str, Any]:
+        return {**super().columns(), "function_entries": self.entries}
+
+
 def encoder_graph(
     encoder: Encoder = MINILM,
     method: Pq | None = None,

@@ -1,6 +1,6 @@
 """The runtimes beside lutra: their models, made by their own tools, and how they are called.
 
-Every runtime gets a model of one fixed input shape, a float32 array in and a float32 array out,
+Every runtime gets a model of one fixed input shape, arrays in and a float32 array out,
 and is called in the fastest ordinary way that its Python interface has. Nothing is imported before
 it is needed, so that `benchmarks.memory` can count one runtime alone.
 """
@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from benchmarks.networks import Network
+from benchmarks.networks import Network
+from benchmarks.networks_text import Sentences
 
 Array = NDArray[Any]
-Run: TypeAlias = Callable[[Array], Array]
+Feeds: TypeAlias = Mapping[str, Array]
+Run: TypeAlias = Callable[[Feeds], Array]
 
 #: The file that each peer reads; the last word of a name is its precision.
 PEERS: Final = {
@@ -32,6 +33,11 @@ PEERS: Final = {
     "openvino bf16": "fp32.onnx",
     "openvino int8": "int8.onnx",
     "torch fp32": "dense.pt",
+}
+#: What is another file for sentence encoders: the fastest form that we know of for each.
+_ENCODER_FILES: Final = {
+    "onnxruntime fp32": "fused.onnx",
+    "onnxruntime int8": "fused_int8.onnx",
 }
 #: Variables that keep oneDNN (OpenVINO, PyTorch) and the rest of PyTorch at AVX2.
 AVX2_CAP: Final = {
@@ -61,7 +67,12 @@ class Opened:
     kernels: tuple[str, ...] = ()
 
 
-def write_models(network: Network, batch: int, folder: Path) -> dict[str, str]:
+def peer_files(network: Network | Sentences) -> dict[str, str]:
+    """The file that each peer reads."""
+    return PEERS | (_ENCODER_FILES if isinstance(network, Sentences) else {})
+
+
+def write_models(network: Network | Sentences, batch: int, folder: Path) -> dict[str, str]:
     """Writes the files of all peers.
 
     Args:
@@ -73,7 +84,11 @@ def write_models(network: Network, batch: int, folder: Path) -> dict[str, str]:
         Why a file could not be made, by its name.
     """
     failed = {}
-    for name, write in (("dense.pt", _write_dense), ("fp32.onnx", _export), ("int8.onnx", _int8)):
+    writers: dict[str, Callable[[Any, int, Path], None]]
+    writers = {"dense.pt": _write_dense, "fp32.onnx": _export, "int8.onnx": _int8}
+    if isinstance(network, Sentences):
+        writers |= {"fused.onnx": _fused, "fused_int8.onnx": _dynamic_int8}
+    for name, write in writers.items():
         try:
             with _quiet():
                 write(network, batch, folder)
@@ -92,7 +107,8 @@ def load_runtime(name: str) -> None:
 
         openvino.Core().get_property("CPU", "FULL_DEVICE_NAME")
     elif runtime == "torch":
-        import benchmarks.dense  # noqa: F401
+        import benchmarks.dense
+        import benchmarks.dense_encoder  # noqa: F401
     else:
         import lutra  # noqa: F401
 
@@ -115,7 +131,8 @@ def open_model(name: str, path: Path, threads: int, isa: str) -> Opened:
         return _open_torch(path, threads)
     import lutra
 
-    return Opened(lutra.Session(path, threads=threads, isa=isa))
+    session = lutra.Session(path, threads=threads, isa=isa)
+    return Opened(lambda feeds: session.run(None, feeds)[0])
 
 
 def reason(error: Exception) -> str:
@@ -124,10 +141,14 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(lines)[:300]}"
 
 
-def random_input(network: Network, batch: int, seed: int) -> Array:
-    """Normal values."""
+def random_input(network: Network | Sentences, batch: int, seed: int) -> dict[str, Array]:
+    """The inputs of one run by name: normal values, or token ids without padding."""
     rng = np.random.default_rng(seed)
-    return rng.standard_normal((batch, *network.shape), np.float32)
+    if isinstance(network, Sentences):
+        shape = (batch, network.tokens)
+        ids = rng.integers(0, network.encoder.vocabulary, shape, np.int64)
+        return {"ids": ids, "mask": np.ones(shape, np.int64)}
+    return {"x": rng.standard_normal((batch, *network.shape), np.float32)}
 
 
 @contextmanager
@@ -142,32 +163,69 @@ def _quiet() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
-def _write_dense(network: Network, batch: int, folder: Path) -> None:
+def _write_dense(network: Network | Sentences, batch: int, folder: Path) -> None:
     import torch
 
+    torch.save(_module(network), folder / "dense.pt")
+
+
+def _module(network: Network | Sentences) -> Any:
+    """The PyTorch module."""
+    if isinstance(network, Sentences):
+        from benchmarks.dense_encoder import DenseEncoder
+
+        return DenseEncoder(network.encoder).eval()
     from benchmarks.dense import Dense
 
-    torch.save(Dense(network).eval(), folder / "dense.pt")
+    return Dense(network).eval()
 
 
-def _export(network: Network, batch: int, folder: Path) -> None:
+def _export(network: Network | Sentences, batch: int, folder: Path) -> None:
+    path = folder / "fp32.onnx"
+    if isinstance(network, Sentences):
+        from benchmarks.encoder_onnx import write_plain
+
+        write_plain(network, batch, path)
+        return
     import torch
 
-    from benchmarks.dense import Dense
-
-    example = torch.from_numpy(random_input(network, batch, 0))
+    example = torch.from_numpy(random_input(network, batch, 0)["x"])
     torch.onnx.export(
-        Dense(network).eval(),
+        _module(network),
         (example,),
-        str(folder / "fp32.onnx"),
+        str(path),
         input_names=["x"],
         output_names=["y"],
         dynamo=False,
     )
 
 
-def _int8(network: Network, batch: int, folder: Path) -> None:
-    """ONNX Runtime's static quantisation, as its guide has it for x86: uint8 with int8 weights."""
+def _fused(network: Sentences, batch: int, folder: Path) -> None:
+    from benchmarks.encoder_onnx import write_fused
+
+    write_fused(network, batch, folder / "fused.onnx")
+
+
+def _dynamic_int8(network: Sentences, batch: int, folder: Path) -> None:
+    """ONNX Runtime's dynamic quantisation, as its guide has it for transformers."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(
+        str(folder / "fused.onnx"),
+        str(folder / "fused_int8.onnx"),
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        op_types_to_quantize=["MatMul", "Attention"],
+        extra_options={"DefaultTensorType": 1},  # float32, of values behind its own operators
+    )
+
+
+def _int8(network: Network | Sentences, batch: int, folder: Path) -> None:
+    """ONNX Runtime's static quantisation, as its guide has it for x86: uint8 with int8 weights.
+
+    Of encoders the linear layers, whose patterns its own optimisation would hide from OpenVINO:
+    attention, sums and embeddings in int8 as well made OpenVINO slower by a third.
+    """
     from onnxruntime.quantization import (
         CalibrationDataReader,
         QuantFormat,
@@ -182,10 +240,16 @@ def _int8(network: Network, batch: int, folder: Path) -> None:
 
         def get_next(self) -> dict[str, Array] | None:
             seed = next(self.seeds, None)
-            return None if seed is None else {"x": random_input(network, batch, 1000 + seed)}
+            return None if seed is None else random_input(network, batch, 1000 + seed)
 
     prepared = folder / "prepared.onnx"
-    quant_pre_process(str(folder / "fp32.onnx"), str(prepared), skip_symbolic_shape=True)
+    encodes = isinstance(network, Sentences)
+    quant_pre_process(
+        str(folder / "fp32.onnx"),
+        str(prepared),
+        skip_symbolic_shape=True,
+        skip_optimization=encodes,
+    )
     quantize_static(
         str(prepared),
         str(folder / "int8.onnx"),
@@ -194,6 +258,8 @@ def _int8(network: Network, batch: int, folder: Path) -> None:
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
+        op_types_to_quantize=["MatMul"] if encodes else None,
+        extra_options={"MatMulConstBOnly": True} if encodes else None,
     )
 
 
@@ -206,7 +272,7 @@ def _open_onnxruntime(path: Path, threads: int) -> Opened:
     session = onnxruntime.InferenceSession(
         str(path), options, providers=["CPUExecutionProvider"]
     )  # IOBinding was no faster
-    return Opened(lambda x: session.run(None, {"x": x})[0])
+    return Opened(lambda feeds: session.run(None, feeds)[0])
 
 
 def _open_openvino(path: Path, threads: int, precision: str) -> Opened:
@@ -226,8 +292,11 @@ def _open_openvino(path: Path, threads: int, precision: str) -> Opened:
     )
     request = compiled.create_infer_request()
 
-    def run(x: Array) -> Array:  # shares the memory of input and output
-        request.set_input_tensor(openvino.Tensor(x, shared_memory=True))
+    names = [port.get_any_name() for port in compiled.inputs]
+
+    def run(feeds: Feeds) -> Array:  # shares the memory of inputs and output
+        for index, name in enumerate(names):
+            request.set_input_tensor(index, openvino.Tensor(feeds[name], shared_memory=True))
         request.infer()
         result: Array = request.get_output_tensor().data
         return result
@@ -249,12 +318,13 @@ def _open_torch(path: Path, threads: int) -> Opened:
     torch.set_num_threads(threads)
     module = torch.load(path, weights_only=False).to(memory_format=torch.channels_last)
 
-    def run(x: Array) -> Array:
+    def run(feeds: Feeds) -> Array:
         with torch.inference_mode():
-            tensor = torch.from_numpy(x)
-            if tensor.ndim == 4:
-                tensor = tensor.contiguous(memory_format=torch.channels_last)
-            result: Array = module(tensor).numpy()
+            tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
+            for name, tensor in tensors.items():
+                if tensor.ndim == 4:
+                    tensors[name] = tensor.contiguous(memory_format=torch.channels_last)
+            result: Array = module(**tensors).numpy()
             return result
 
     return Opened(run)
