@@ -64,7 +64,10 @@ Floats scale(Floats a, Floats n) { return _mm512_scalef_ps(a, n); }
 struct Split {
   Floats whole, fraction;
 };
-Split split(Floats t) { return {t, _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF)}; }  // scale() floors
+Split split(Floats t) {  // not vreduceps, which rounds the fraction downwards
+  const Floats whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  return {whole, _mm512_sub_ps(t, whole)};
+}
 Ints floor_ints(Floats t) {
   return _mm512_cvt_roundps_epi32(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 }

@@ -1,6 +1,6 @@
 // Functions of one variable, and tables of them, on the lanes of an instruction set. Included by
-// avx2.cc, avx512.cc and scalar.cc after their ..._lanes.h, in the anonymous namespace of each: what
-// the operations do is said in scalar_lanes.h, and here they are put together only once.
+// avx2.cc, avx512.cc and scalar.cc after their ..._lanes.h, in the anonymous namespace of each:
+// what the operations do is said in scalar_lanes.h, and here they are put together only once.
 //
 // The polynomials are least maximum fits (relative error, unless said otherwise) in float64,
 // rounded to float32. NaN gives NaN, because minimum() and maximum() return their second operand.
@@ -126,7 +126,8 @@ struct Exp {
 struct Erf {  // 1 - 2 Phi(-a sqrt 2), and a polynomial where that would lose bits
   LUTRA_INLINE Floats operator()(Floats x) const {
     const Floats a = minimum(splat(7.0f), magnitude(x)), u = mul(a, a);
-    Floats p = fmadd(splat(-8.01020069e-4f), u, splat(5.18832868e-3f));
+    Floats p = fmadd(splat(7.85388256e-5f), u, splat(-8.01020069e-4f));
+    p = fmadd(p, u, splat(5.18832868e-3f));
     p = fmadd(p, u, splat(-2.68538129e-2f));
     p = fmadd(p, u, splat(1.12835854e-1f));
     p = fmadd(p, u, splat(-3.76126260e-1f));
