@@ -106,7 +106,7 @@ def test_functions_keep_shapes_and_tails(isa: str) -> None:
 
 def test_unknown_names_and_bad_tables_are_errors() -> None:
     x, line = np.zeros(3, np.float32), np.zeros(8, np.float32)
-    with pytest.raises(ValueError, match="no function 'cosh'.*gelu, gelu_tanh, silu"):
+    with pytest.raises(ValueError, match=r"no function 'cosh'.*gelu, gelu_tanh, silu"):
         _engine.function("scalar", "cosh", x)
     with pytest.raises(ValueError, match="8 entries need 7 breakpoints, not 8"):
         _engine.piecewise("scalar", x, line, line, line)

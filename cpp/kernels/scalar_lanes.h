@@ -59,7 +59,7 @@ Mask less(Floats a, Floats b) { return a < b; }
 Mask at_least(Floats a, Floats b) { return a >= b; }
 Mask unordered(Floats a) { return std::isnan(a); }
 Floats choose(Mask m, Floats a, Floats b) { return m ? a : b; }
-Ints with_bit(Ints a, Mask m, int32_t bit) { return m ? a | bit : a; }
+// with_bit(a, m, bit): a | bit where m, else a. Only piecewise.h needs it.
 
 // To an integer, for numbers and not for NaN, whose result does not matter.
 Ints integer(Floats t) { return std::isnan(t) ? 0 : static_cast<int32_t>(t); }
