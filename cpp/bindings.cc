@@ -163,6 +163,7 @@ NB_MODULE(_engine, m) {
       .def(nb::init<int>(), "threads"_a)
       .def_prop_ro("threads", &ThreadPool::threads);
   bind_layers(m);
+  bind_functions(m);
 
   nb::class_<Plan> plan(m, "Plan");
   plan.def(

@@ -16,6 +16,7 @@ if find_spec("torch") is None:
         "test_export_operators.py",
         "test_export_pq.py",
         "test_finetune.py",
+        "test_function_layers.py",
         "test_gate.py",
         "test_gradients.py",
         "test_int8_layers.py",

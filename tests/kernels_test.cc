@@ -3,6 +3,7 @@
 // -v prints every case before it runs.
 #include "kernel_cases.h"
 #include "kernels/dispatch.h"
+#include "kernels_functions_test.h"
 #include "kernels_lookup_test.h"
 
 namespace lutra {
@@ -660,6 +661,9 @@ void test_kernels(const Kernels& k) {
   test_long_responses(k);
   test_response_grad(k);
   test_floats(k);
+  test_function(k);
+  test_piecewise(k);
+  test_segments(k);
   test_table_grad(k);
   test_epilogues(k);
 }

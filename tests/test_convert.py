@@ -118,7 +118,7 @@ def test_recipes_survive_json() -> None:
     [
         (
             {"method": "tree"},
-            r"'\*' has the method 'tree'; choose one of \['int8', 'keep', 'lookup', 'pq'\]",
+            r"'\*' has the method 'tree'; choose one of \['function', 'int8', 'keep', 'lookup', 'pq'\]",
         ),
         ({"k": 16}, "has the method None"),
         ({"method": ["pq"]}, r"has the method \['pq'\]"),
@@ -347,7 +347,7 @@ def test_wrong_recipes_are_refused(net: Net, images: Tensor) -> None:
     refused("pattern 'haed' matches no", net, {"haed": Keep(), "*": PQ()}, data)
     refused("replaces no layer", net, {"*": Keep()}, data)
     refused("replaces no layer", net, {}, data)
-    known = r"PQ\(...\), Lookup\(...\), Int8\(\) or Keep\(\)"
+    known = r"PQ\(...\), Lookup\(...\), Int8\(\), Function\(...\) or Keep\(\)"
     refused(rf"'fc' has 'pq'; give it {known}", net, {"fc": "pq"}, data)
     refused("'fc' has <class", net, {"fc": PQ}, data)
     refused("its layers are: none", nn.ReLU(), {"*": PQ()}, data)

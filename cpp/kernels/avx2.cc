@@ -8,9 +8,13 @@
 #include "avx2_common.h"
 #include "avx2_dense.h"
 #include "avx2_encode.h"
+#include "avx2_lanes.h"
 #include "avx2_lookup.h"
 #include "avx2_respond.h"
 #include "avx2_training.h"
+// After the lanes that they are written in:
+#include "functions.h"
+#include "piecewise.h"
 
 namespace lutra {
 namespace {
@@ -75,6 +79,11 @@ constinit const Kernels kAvx2 = {.name = "avx2",
                                  .respond_row = respond_row,
                                  .gemm = gemm,
                                  .linear = linear,
+                                 .function = function,
+                                 .piecewise = piecewise,
+                                 .table_exp = table_exp,
+                                 .table_reciprocal = table_reciprocal,
+                                 .table_rsqrt = table_rsqrt,
                                  .table_grad = table_grad,
                                  .response_grad = response_grad};
 

@@ -4,9 +4,13 @@
 // codes of a row share its dword, vpermb moves or reads 64 bytes, vpdpbusd adds the four. A tile
 // has one to four blocks and costs accordingly.
 #include "avx512_dense.h"
+#include "avx512_lanes.h"
 #include "avx512_lookup.h"
 #include "avx512_respond.h"
 #include "avx512_training.h"
+// After the lanes that they are written in:
+#include "functions.h"
+#include "piecewise.h"
 
 namespace lutra {
 namespace {
@@ -56,6 +60,11 @@ constinit const Kernels kAvx512 = {.name = "avx512",
                                    .respond_row = respond_row,
                                    .gemm = gemm,
                                    .linear = linear,
+                                   .function = function,
+                                   .piecewise = piecewise,
+                                   .table_exp = table_exp,
+                                   .table_reciprocal = table_reciprocal,
+                                   .table_rsqrt = table_rsqrt,
                                    .table_grad = table_grad,
                                    .response_grad = response_grad};
 

@@ -108,6 +108,48 @@ struct Epilogue {
   } q[kMaxQuantized];
 };
 
+// Functions of one variable, good to a few units in the last place (gelu, and erf where it is not
+// small: to 1e-7), for every float: NaN gives NaN, infinities the limit.
+enum class Function : int32_t {
+  kGelu,      // x Phi(x)
+  kGeluTanh,  // 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
+  kSilu,
+  kTanh,
+  kSigmoid,
+  kExp,
+  kErf,
+  kSqrt,
+  kRsqrt,
+  kReciprocal,
+};
+
+// A piecewise-linear function of 8, 16 or 32 entries:
+//   i = how many breakpoints are <= x (0 for NaN);  y = fma(slope[i], x, intercept[i])
+// where the slope of an outer entry is 0, an infinite x on its side counts as the largest float.
+struct Piecewise {
+  int32_t entries;
+  const float* breakpoint;  // (entries - 1) ascending
+  const float* slope;       // (entries)
+  const float* intercept;   // (entries)
+};
+
+// A table of 8, 16 or 32 = E lines that the bits of a float index, after a reduction of the range;
+// without entries: the function itself.
+//   exp:        t = x log2(e), n = floor(t), i = floor(t E) mod E
+//               y = fma(slope[i], t - n, intercept[i]) 2^n;  x < -87 gives 0; x > 88 counts as 88
+//   reciprocal: x = m 2^n, 1 <= m < 2, i = the first log2(E) bits of m's fraction
+//               y = fma(slope[i], m, intercept[i]) 2^-n, with the sign of x; +-inf gives +-0, zeros
+//               and denormal numbers about +-2^127
+//   rsqrt:      x = m 4^n, 1 <= m < 4, i = (m >= 2) E / 2 + the first log2(E) - 1 bits of the
+//               mantissa;  y = fma(slope[i], m, intercept[i]) 2^-n; zeros and denormal numbers give
+//               about 2^64, +inf counts as the largest float, numbers below 0 give NaN
+// NaN gives NaN.
+struct Segments {
+  int32_t entries;
+  const float* slope;
+  const float* intercept;
+};
+
 struct Kernels {
   const char* name;
   uint32_t needs;       // Feature bits
@@ -196,6 +238,13 @@ struct Kernels {
   //   weights: (ceil(outputs / 64), depth, 64), zero padded; y: padded to a multiple of 64
   void (*linear)(const float* x, size_t x_stride, size_t depth, const float* weights,
                  const float* bias, int32_t outputs, float* y);
+
+  // --- functions, from floats to floats; y may be x ---------------------------------------------
+  void (*function)(Function, const float* x, size_t n, float* y);
+  void (*piecewise)(const Piecewise&, const float* x, size_t n, float* y);
+  void (*table_exp)(const Segments&, const float* x, size_t n, float* y);
+  void (*table_reciprocal)(const Segments&, const float* x, size_t n, float* y);
+  void (*table_rsqrt)(const Segments&, const float* x, size_t n, float* y);
 
   // --- training ---------------------------------------------------------------------------------
   // grad[b][codes[b][r]][m] += rows[r][m] for r in order: the exact gradient of tables.

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from lutra.functions.fit import fit
 from lutra.functions.histogram import Histogram
-from lutra.functions.piecewise import ENTRIES, Errors, Piecewise, from_relu_net, to_relu_net
+from lutra.functions.piecewise import Errors, Piecewise, from_relu_net, to_relu_net
 from lutra.functions.reduced import Reduced, fit_exp, fit_reciprocal, fit_rsqrt
 from lutra.functions.scalar import KNOWN, Scalar, scalar
+from lutra.ops.functions import ENTRIES
 
 __all__ = [
     "ENTRIES",

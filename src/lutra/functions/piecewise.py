@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lutra.errors import InputError
 from lutra.functions.scalar import Doubles, Scalar
+from lutra.ops.functions import ENTRIES
+from lutra.reference.functions import pieces
 
 Floats: TypeAlias = NDArray[np.float32]
-
-#: Entries that a table may have.
-ENTRIES: Final = (8, 16, 32)
 
 
 def check_entries(entries: object) -> int:
@@ -116,9 +115,8 @@ class Piecewise:
     def __call__(self, x: Any) -> Floats:
         """The table's values, float32, of anything array-like."""
         x = np.asarray(x, np.float32)
-        i = self.index(x)
-        slope = self.slope[i]
-        return fused(slope, x, self.intercept[i])
+        result: Floats = pieces(self.index(x), x, self.slope, self.intercept)
+        return result
 
     def derivative(self, x: Any) -> Floats:
         """The slope of each x's entry."""
@@ -148,15 +146,6 @@ class Piecewise:
         edges = self.breakpoint
         beside = (np.nextafter(edges, np.float32(side)) for side in (-np.inf, np.inf))
         return np.concatenate([inner, powers, -powers, edges, *beside])
-
-
-def fused(slope: Floats, x: Floats, intercept: Floats) -> Floats:
-    """slope * x + intercept, rounded once; the intercept where the slope is 0."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        # A product of two float32 is exact in float64.
-        line = slope.astype(np.float64) * x + intercept
-        result: Floats = np.where((slope == 0) & ~np.isnan(x), intercept, line).astype(np.float32)
-    return result
 
 
 def from_relu_net(m: Any, n: Any, b: Any, *, name: str = "relu_net") -> Piecewise:

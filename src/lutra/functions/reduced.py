@@ -13,18 +13,19 @@ from itertools import pairwise
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lutra.errors import InputError
 from lutra.functions.lines import level
-from lutra.functions.piecewise import Floats, check_entries, fused
+from lutra.functions.piecewise import Floats, check_entries
+from lutra.reference.functions import exp_table, reciprocal_table, rsqrt_table
 
 Kind: TypeAlias = Literal["exp", "reciprocal", "rsqrt"]
 
-_LOG2_E: Final = np.float32(1.44269504)
-#: Below it exp is 0, above the other one infinite.
-EXP_LOW: Final = np.float32(-87.0)
-EXP_HIGH: Final = np.float32(88.0)
+_LAWS: Final[dict[str, Callable[..., Any]]] = {
+    "exp": exp_table,
+    "reciprocal": reciprocal_table,
+    "rsqrt": rsqrt_table,
+}
 _POINTS: Final = 513  # of a segment; its error is a parabola, which they find to 1e-5 of itself
 
 
@@ -32,7 +33,8 @@ _POINTS: Final = 513  # of a segment; its error is a parabola, which they find t
 class Reduced:
     """A table of lines y = slope[i] * m + intercept[i] for a reduced argument m.
 
-    * "exp": x = ln(2) * (n + f), f in [0, 1): entry floor(f * E), times 2^n; 0 below -87.
+    * "exp": x = ln(2) * (n + f), f in [0, 1): entry floor(f * E), times 2^n; 0 below -87, and
+      beyond 88 what it is there.
     * "reciprocal": x = m * 2^n, m in [1, 2): entry of the leading bits of m, times 2^-n.
     * "rsqrt": x = m * 4^n, m in [1, 4): half of the entries for [1, 2) and half for [2, 4), times
       2^-n.
@@ -79,42 +81,12 @@ class Reduced:
         return {f"{self.kind}_slope": self.slope, f"{self.kind}_intercept": self.intercept}
 
     def __call__(self, x: Any) -> Floats:
-        """The table's values, float32, of anything array-like.
-
-        "reciprocal" and "rsqrt" take positive numbers; of others they give NaN. Zero and
-        subnormal numbers count as the smallest normal one.
-        """
-        x = np.asarray(x, np.float32)
+        """The table's values, float32, of anything array-like; `lutra.reference.functions` says
+        what becomes of zero, infinity, NaN and numbers that the function is not for."""
         with np.errstate(all="ignore"):
-            return self._exp(x) if self.kind == "exp" else self._power(x)
-
-    def _line(self, i: NDArray[Any], m: Floats) -> Floats:
-        return fused(self.slope[i], m, self.intercept[i])
-
-    def _exp(self, x: Floats) -> Floats:
-        t = np.where(np.isnan(x), 0, x.clip(EXP_LOW, EXP_HIGH)) * _LOG2_E
-        n = np.maximum(np.floor(t), -126)
-        f = (t - n).astype(np.float32)
-        i = np.minimum((f * self.entries).astype(np.intp), self.entries - 1)
-        y = np.ldexp(self._line(i, f), n.astype(np.int32))
-        y = np.where(x < EXP_LOW, 0, np.where(x > EXP_HIGH, np.inf, y))
-        return np.where(np.isnan(x), np.nan, y).astype(np.float32)
-
-    def _power(self, x: Floats) -> Floats:
-        tiny = np.finfo(np.float32).tiny
-        size = np.where(np.isfinite(x), np.maximum(np.abs(x), tiny), 1).astype(np.float32)
-        m, n = np.frexp(size)
-        m, n = m * np.float32(2), n - 1  # [1, 2)
-        half = self.kind == "rsqrt"
-        steps = self.entries // 2 if half else self.entries
-        i = ((m - 1) * steps).astype(np.intp)
-        if half:
-            odd = n & 1
-            m = np.where(odd == 1, m * np.float32(2), m)
-            i, n = i + odd * steps, n >> 1
-        y = np.ldexp(self._line(i, m.astype(np.float32)), -n)
-        y = np.where(np.isposinf(x), 0, y)
-        return np.where(np.isnan(x) | (x < 0), np.nan, y).astype(np.float32)
+            made = _LAWS[self.kind](np.asarray(x, np.float32), self.slope, self.intercept)
+        result: Floats = np.asarray(made, np.float32)
+        return result
 
 
 def _fit(kind: Kind, entries: int) -> Reduced:

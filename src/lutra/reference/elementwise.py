@@ -59,7 +59,8 @@ def affine(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) ->
 def softmax(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
     """exp(x - max) / sum(exp(x - max)) along an axis; exp and the reciprocal may be tables."""
     axis = integer(node, "axis")
-    distances = inputs[0] - inputs[0].max(axis=axis, keepdims=True)
+    with np.errstate(all="ignore"):
+        distances = inputs[0] - inputs[0].max(axis=axis, keepdims=True)
     if "exp_slope" in tensors:
         powers = exp_table(distances, tensors["exp_slope"], tensors["exp_intercept"])
         sums = powers.sum(axis=axis, keepdims=True, dtype=np.float64).astype(np.float32)

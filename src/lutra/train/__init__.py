@@ -5,13 +5,21 @@ from __future__ import annotations
 from lutra.train.convert import convert
 from lutra.train.export import export
 from lutra.train.finetune import FinetuneReport, finetune
+from lutra.train.function import (
+    TableAttention,
+    TableFunction,
+    TableLayerNorm,
+    TableRMSNorm,
+    TableSoftmax,
+)
 from lutra.train.gate import SpeedGate
 from lutra.train.int8 import FrozenInt8, Int8Conv2d, Int8Linear
 from lutra.train.layers import FrozenPQ, PQConv2d, PQLinear
 from lutra.train.lookup import FrozenLookup, LookupConv2d, LookupLinear
-from lutra.train.recipe import PQ, Int8, Keep, Lookup, recipe_from_json, recipe_to_json
+from lutra.train.recipe import PQ, Function, Int8, Keep, Lookup, recipe_from_json, recipe_to_json
 from lutra.train.reconstruction import reconstruction_loss
-from lutra.train.report import ConversionReport, LayerReport
+from lutra.train.relu_net import fit_relu_net
+from lutra.train.report import ConversionReport, FunctionReport, LayerReport
 
 __all__ = [
     "PQ",
@@ -20,6 +28,8 @@ __all__ = [
     "FrozenInt8",
     "FrozenLookup",
     "FrozenPQ",
+    "Function",
+    "FunctionReport",
     "Int8",
     "Int8Conv2d",
     "Int8Linear",
@@ -31,9 +41,15 @@ __all__ = [
     "PQConv2d",
     "PQLinear",
     "SpeedGate",
+    "TableAttention",
+    "TableFunction",
+    "TableLayerNorm",
+    "TableRMSNorm",
+    "TableSoftmax",
     "convert",
     "export",
     "finetune",
+    "fit_relu_net",
     "recipe_from_json",
     "recipe_to_json",
     "reconstruction_loss",

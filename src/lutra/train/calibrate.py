@@ -152,7 +152,7 @@ def collect(
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Reservoir]:
-    """Runs the data through the model in eval mode and samples the inputs of `layers`.
+    """Runs the data through the model in eval mode and samples the inputs of `layers`, if any.
 
     Args:
         rows: at most this many rows per layer.
@@ -163,7 +163,7 @@ def collect(
     """
     if rows < 1:
         raise LutraError(f"calibration: rows={rows} leaves no samples; allow some thousand")
-    depth = sum(g.depth for g in geometries.values())
+    depth = max(1, sum(g.depth for g in geometries.values()))
     least = min(rows, _LEAST_ROWS)
     capacity = min(rows, memory_bytes // (_FLOAT_BYTES * depth))
     if capacity < least:

@@ -17,6 +17,7 @@ from lutra.train import collective, int8, lookup, portable
 from lutra.train import tree as trees
 from lutra.train.calibrate import Reservoir, collect
 from lutra.train.embedding import Int8Embedding
+from lutra.train.function_swap import FunctionSwap
 from lutra.train.gate import Decision, SpeedGate, attach, decide, record
 from lutra.train.geometry import Geometry
 from lutra.train.int8 import Int8Conv2d, Int8Layer, Int8Linear
@@ -25,7 +26,7 @@ from lutra.train.layers import PQConv2d, PQLinear, _PQLayer, quantize_tables
 from lutra.train.lookup import LookupConv2d, LookupLayer, LookupLinear
 from lutra.train.progress import Progress
 from lutra.train.quantized import QuantizedLayer
-from lutra.train.recipe import PQ, Int8, Keep, Lookup, Method, Recipe, fits, match
+from lutra.train.recipe import PQ, Function, Int8, Keep, Lookup, Method, Recipe, fits, match
 from lutra.train.report import ConversionReport, LayerReport
 
 _REPLACED = "the recipe names it"
@@ -79,18 +80,20 @@ def convert(
     """
     names = _candidates(model)
     _check_recipe(recipe, names, model)
+    layer_recipe = {p: m for p, m in recipe.items() if not isinstance(m, Function)}
+    functions = FunctionSwap(model, recipe)
     chosen: dict[nn.Module, PQ | Int8 | Lookup] = {}
     geometries: dict[str, Geometry] = {}
     reports: dict[nn.Module, LayerReport] = {}
     embeddings: dict[_Dense, nn.Module] = {}
     for layer, aliases in names.items():
-        method = match(recipe, *aliases)
+        method = match(layer_recipe, *aliases)
         if isinstance(layer, nn.Embedding):
             if isinstance(method, Int8):
                 embeddings[layer] = Int8Embedding.from_float(layer)
             reports[layer] = _describe_embedding(layer, aliases[0], method, embeddings.get(layer))
             continue
-        if not isinstance(method, Keep):
+        if not isinstance(method, Keep | Function):
             try:
                 geometries[aliases[0]] = Geometry.of(layer, grouped=isinstance(method, Int8))
             except LutraError as error:
@@ -100,15 +103,16 @@ def convert(
         kind = "conv2d" if isinstance(layer, nn.Conv2d) else "linear"
         weight_bytes = 4 * layer.weight.numel()
         reports[layer] = LayerReport(aliases[0], kind, False, reason, weight_bytes=weight_bytes)
-    if not chosen and not embeddings:
+    if not chosen and not embeddings and not functions.wanted:
         raise LutraError(
-            "the recipe replaces no layer; give a pattern PQ(...), Lookup(...) or Int8()"
+            "the recipe replaces no layer; give a pattern PQ(...), Lookup(...), Int8() or "
+            "Function(...)"
         )
     layers = {names[layer][0]: layer for layer in names if layer in chosen}
     show = progress if collective.rank() == 0 else False
     samples: dict[str, Reservoir] = {}
-    if layers:
-        with Progress("calibrating", None, show) as bar:
+    if layers or functions.wanted:
+        with Progress("calibrating", None, show) as bar, functions.watching():
             samples = collect(
                 model, layers, geometries, calibration_data,
                 rows=rows, memory_bytes=memory_bytes, seed=seed + collective.rank(),
@@ -157,11 +161,11 @@ def convert(
                 reports[layer] = _describe(reports[layer], new, loss, used)
             replacements[old] = new
             bar.update(i + 1, f"{name} {time.perf_counter() - start:.1f} s")
-    converted = _replace(converted, replacements)
+    converted, swapped = functions.apply(_replace(converted, replacements))
     entry = None if gate is None else record(gate, decisions)
     if entry is not None:
         attach(converted, entry)
-    return converted, ConversionReport(tuple(reports.values()), seed, entry)
+    return converted, ConversionReport(tuple(reports.values()), seed, entry, swapped)
 
 
 def _siblings(
@@ -199,11 +203,19 @@ def _candidates(model: nn.Module) -> dict[_Dense, list[str]]:
 
 def _check_recipe(recipe: Recipe, names: Mapping[_Dense, list[str]], model: nn.Module) -> None:
     paths = [name for aliases in names.values() for name in aliases]
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
     for pattern, method in recipe.items():
-        if not isinstance(method, PQ | Int8 | Lookup | Keep):
+        if not isinstance(method, PQ | Int8 | Lookup | Function | Keep):
             raise LutraError(
                 f"recipe: pattern {pattern!r} has {method!r}; give it PQ(...), "
-                "Lookup(...), Int8() or Keep()"
+                "Lookup(...), Int8(), Function(...) or Keep()"
+            )
+        if isinstance(method, Function | Keep) and fits(pattern, *modules):
+            continue
+        if isinstance(method, Function):
+            raise LutraError(
+                f"recipe: pattern {pattern!r} matches no module of {type(model).__name__}; the "
+                "model itself has the path '', and what it holds that of its attributes"
             )
         if not fits(pattern, *paths):
             known = ", ".join(f"'{path}'" for path in paths[:8]) or "none"

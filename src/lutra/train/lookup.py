@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from lutra.errors import LutraError
 from lutra.ops.lookup import MAX_DEPTH, TABLE_MAX, bits_for
 from lutra.train import lookup_ops
+from lutra.train.function_calls import exact_functions
 from lutra.train.geometry import Geometry, Quantization
 from lutra.train.quantized import QuantizedLayer, check_input
 from lutra.train.recipe import Lookup
@@ -314,6 +315,7 @@ class LookupConv2d(LookupLayer):
         """
         return cls(layer.weight, layer.bias, Geometry.of(layer), method)
 
+    @exact_functions()
     def forward(self, x: Tensor) -> Tensor:
         """y (N, M, H', W') of x (N, C, H, W)."""
         return self._forward_images(x)
@@ -331,6 +333,7 @@ class LookupLinear(LookupLayer):
         """
         return cls(layer.weight, layer.bias, Geometry.of(layer), method)
 
+    @exact_functions()
     def forward(self, x: Tensor) -> Tensor:
         """y (..., M) of x (..., D)."""
         return self._forward_rows(x)

@@ -185,3 +185,10 @@ def lookup_gradient(
         choose_isa(), pool(), _array(x), _array(indices), _array(gradient), low, high, levels
     )
     return torch.from_numpy(cells), torch.from_numpy(counts), inside
+
+
+def function(kernel: str, x: Tensor, tables: Sequence[Tensor]) -> Tensor:
+    """A kernel of function tables on float32 of any shape: "piecewise", "table_exp", ..."""
+    run: Callable[..., Array] = getattr(_engine, kernel)
+    arrays = (_array(t.contiguous()) for t in (x, *tables))
+    return torch.from_numpy(run(choose_isa(), *arrays))

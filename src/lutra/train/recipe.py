@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from lutra.errors import LutraError
+from lutra.ops.functions import ENTRIES
 from lutra.ops.grid import MAX_ACT_BITS
 from lutra.ops.lookup import ACT_BITS, MAX_WEIGHTS, MIN_WEIGHTS, TABLE_MAX
 from lutra.ops.pq import CENTROID_COUNTS, MAX_SUBVECTOR
@@ -219,14 +220,78 @@ class Lookup:
         return self.levels.bit_length() - 1
 
 
-Method = PQ | Int8 | Lookup | Keep
+#: How the tables of functions may be fitted.
+FUNCTION_METHODS = ("minimax", "dp", "uniform", "exponential", "relu_net")
+#: The functions that are swapped unless a recipe names others.
+FUNCTIONS = (
+    "gelu", "gelu_tanh", "quick_gelu", "silu", "mish", "softplus", "elu", "sigmoid", "tanh", "erf",
+    "softmax", "attention", "layer_norm", "rms_norm",
+)  # fmt: skip
+#: Functions without asymptotes: a table of them is for the range of the calibration data only.
+RANGED_FUNCTIONS = ("exp", "sqrt", "rsqrt", "reciprocal")
+
+
+@dataclass(frozen=True)
+class Function:
+    """Tables of straight lines for functions: activations, softmax and norms (NN-LUT, DAC 2022).
+
+    A pattern with it names any module: one that is a function (`nn.GELU`), or one whose forward
+    calls functions (`F.gelu`, `torch.softmax`, `F.scaled_dot_product_attention`, ...); what it
+    holds follows it unless another pattern names that. Patterns of layers and of functions do not
+    see each other: `{"*": PQ(), "**": Function()}` does both to a whole model.
+
+    Args:
+        entries: lines of a table: 8, 16 or 32.
+        method: "minimax", "dp", "uniform" or "exponential" of `lutra.functions.fit`, or
+            "relu_net", NN-LUT's trained network.
+        calibrate: fit to the inputs in the calibration data, each place by itself, and not for all
+            inputs alike. Far from these inputs the error is larger, but bounded.
+        functions: what is swapped. "exp", "sqrt", "rsqrt" and "reciprocal" can be named too where
+            calibration gives them a range; beyond it they are constant.
+
+    Raises:
+        LutraError: a value is unknown.
+    """
+
+    entries: int = 16
+    method: Literal["minimax", "dp", "uniform", "exponential", "relu_net"] = "minimax"
+    calibrate: bool = True
+    functions: tuple[str, ...] = FUNCTIONS
+
+    def __post_init__(self) -> None:
+        if type(self.entries) is not int or self.entries not in ENTRIES:
+            raise LutraError(f"Function: entries={self.entries!r} is not one of {list(ENTRIES)}")
+        if self.method not in FUNCTION_METHODS:
+            raise LutraError(
+                f"Function: method={self.method!r} is not one of {list(FUNCTION_METHODS)}"
+            )
+        if type(self.calibrate) is not bool:
+            raise LutraError(f"Function: calibrate={self.calibrate!r} is not True or False")
+        given: Any = self.functions
+        names = (given,) if isinstance(given, str) else tuple(given)
+        known = (*FUNCTIONS, *RANGED_FUNCTIONS)
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            raise LutraError(f"Function: functions={list(names)} must be some of {list(known)}")
+        ranged = [name for name in names if name in RANGED_FUNCTIONS]
+        if ranged and not self.calibrate:
+            raise LutraError(
+                f"Function: the range of {', '.join(ranged)} comes from calibration data; set "
+                "calibrate=True"
+            )
+        object.__setattr__(self, "functions", names)  # JSON has lists
+
+
+Method = PQ | Int8 | Lookup | Function | Keep
 Recipe = Mapping[str, Method]
-_METHODS: dict[str, type[PQ] | type[Int8] | type[Lookup] | type[Keep]] = {
+_METHODS: dict[str, type[Method]] = {
     "pq": PQ,
     "int8": Int8,
     "lookup": Lookup,
+    "function": Function,
     "keep": Keep,
 }
+_FIT = "fit"  # what JSON calls the method of a `Function`: "method" says which class it is
 
 
 def match(recipe: Recipe, *names: str) -> Method:
@@ -250,10 +315,13 @@ def fits(pattern: str, *names: str) -> bool:
 def recipe_to_json(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """A recipe as plain JSON values, in the order of its patterns."""
     names = {cls: name for name, cls in _METHODS.items()}
-    return {
-        pattern: {"method": names[type(method)], **dataclasses.asdict(method)}
-        for pattern, method in recipe.items()
-    }
+    result = {}
+    for pattern, method in recipe.items():
+        settings = dataclasses.asdict(method)
+        if isinstance(method, Function):
+            settings[_FIT] = settings.pop("method")
+        result[pattern] = {"method": names[type(method)], **settings}
+    return result
 
 
 def recipe_from_json(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Method]:
@@ -272,6 +340,8 @@ def recipe_from_json(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Method]
                 f"recipe: pattern {pattern!r} has the method {method!r}; "
                 f"choose one of {sorted(_METHODS)}"
             )
+        if cls is Function and _FIT in settings:
+            settings["method"] = settings.pop(_FIT)
         try:
             recipe[pattern] = cls(**settings)
         except TypeError as error:

@@ -44,15 +44,43 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class FunctionReport:
+    """A function that is read from a table: in which module, fitted how.
+
+    `low` and `high` are the range of its inputs in the calibration data, where they were looked
+    at; `error` is the largest absolute error, over all floats where the function has asymptotes.
+    Softmax, attention and norms have tables for floats of every size, and none of the three.
+    """
+
+    name: str
+    function: str
+    entries: int
+    method: str
+    low: float | None = None
+    high: float | None = None
+    error: float | None = None
+
+    def __str__(self) -> str:
+        seen = "" if self.low is None else f", inputs {self.low:.3g}..{self.high:.3g}"
+        error = "" if self.error is None else f", error up to {self.error:.2g}"
+        return (
+            f"{self.name or 'the model'}: {self.function}, table of {self.entries}, "
+            f"{self.method}{seen}{error}"
+        )
+
+
+@dataclass(frozen=True)
 class ConversionReport:
     """All layers that could have been replaced. `print` it for a table.
 
     `speed_gate` is what the gate did, as it stands in the metadata of an exported file.
+    `functions` has an entry for each function table.
     """
 
     layers: tuple[LayerReport, ...] = field(default_factory=tuple)
     seed: int = 0
     speed_gate: dict[str, Any] | None = None
+    functions: tuple[FunctionReport, ...] = ()
 
     def __getitem__(self, name: str) -> LayerReport:
         for layer in self.layers:
@@ -124,6 +152,7 @@ class ConversionReport:
                 f", int8 weights {sum(r.int8_bytes for r in integer)} bytes for "
                 f"{sum(r.weight_bytes for r in integer)}"
             )
+        lines += [str(function) for function in self.functions]
         return "\n".join(lines)
 
     def _gate_cells(self) -> list[tuple[str, ...]]:
