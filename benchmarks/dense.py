@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from benchmarks.networks import (
     Add,
+    Border,
     Conv,
     GlobalAverage,
     GlobalMax,
@@ -31,7 +32,12 @@ class Dense(nn.Module):
             module: nn.Conv2d | nn.Linear
             if isinstance(layer, Conv):
                 module = nn.Conv2d(
-                    layer.inputs, layer.outputs, layer.kernel, layer.stride, layer.padding
+                    layer.inputs,
+                    layer.outputs,
+                    layer.kernels,
+                    layer.stride,
+                    layer.padding,
+                    groups=layer.groups,
                 )
             elif isinstance(layer, Linear):
                 module = nn.Linear(layer.inputs, layer.outputs)
@@ -77,4 +83,6 @@ def _apply(layer: Layer, values: dict[str, Tensor]) -> Tensor:
     if isinstance(layer, GlobalMax):
         return F.adaptive_max_pool2d(x, 1).flatten(1)
     assert not isinstance(layer, Conv | Linear)
+    if isinstance(layer, Border):
+        return F.pad(x, (*layer.columns, *layer.rows))
     return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, layer.added, layer.added))

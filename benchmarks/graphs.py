@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks.lookups import CLIP, Array, Method, Parts, Range, to_int8, window
 from benchmarks.networks import (
     Add,
+    Border,
     Conv,
     GlobalAverage,
     GlobalMax,
@@ -90,6 +91,10 @@ class _Writer:
             if isinstance(layer, GlobalMax):
                 op, now = "max", Range(CLIP * was.rms, False)  # of hundreds of normal values
             self._node(op, layer.name, layer.x, attrs={"axes": (2, 3), "keepdims": False})
+        elif isinstance(layer, Border):
+            (top, bottom), (left, right) = layer.rows, layer.columns
+            pads = (0, 0, 0, 0, top, bottom, left, right)
+            self._node("pad", layer.name, layer.x, attrs={"pads": pads})
         else:
             self._shrink(layer)
         self.ranges[layer.name] = now
@@ -126,10 +131,10 @@ def multiplied(layer: Conv | Linear, was: Range, dense: str, rng: np.random.Gene
         rng: What makes its tensors.
     """
     shape: tuple[int, ...] = (layer.outputs, layer.inputs)
-    op, attrs = "linear", {}
+    op, attrs = "linear", dict[str, Any]()
     if isinstance(layer, Conv):
-        shape += (layer.kernel, layer.kernel)
-        op, attrs = "conv2d", window(layer)
+        shape = (layer.outputs, layer.inputs // layer.groups, *layer.kernels)
+        op, attrs = "conv2d", {**window(layer), "groups": layer.groups}
     size = np.float32(was.rms**-1 * np.prod(shape[1:]) ** -0.5)
     tensors = {
         "weight": rng.standard_normal(shape, np.float32) * size,

@@ -6,6 +6,7 @@ Nothing is trained: tensors are random, but of the sizes, ranges and distributio
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
@@ -230,7 +231,7 @@ def encoders(v: int = 9, k: int = 16) -> tuple[Pq, Pq]:
 
 def row_length(layer: Conv | Linear) -> int:
     """The inputs that one output is computed from."""
-    return layer.inputs * (layer.kernel**2 if isinstance(layer, Conv) else 1)
+    return layer.inputs * (math.prod(layer.kernels) if isinstance(layer, Conv) else 1)
 
 
 def row_attrs(layer: Conv | Linear) -> dict[str, Any]:
@@ -240,7 +241,7 @@ def row_attrs(layer: Conv | Linear) -> dict[str, Any]:
     return {
         **window(layer),
         "in_channels": layer.inputs,
-        "kernel": (layer.kernel, layer.kernel),
+        "kernel": layer.kernels,
     }
 
 
@@ -248,7 +249,7 @@ def window(layer: Conv) -> dict[str, tuple[int, int]]:
     """Stride and padding."""
     return {
         "stride": (layer.stride, layer.stride),
-        "padding": (layer.padding, layer.padding),
+        "padding": layer.padding,
     }
 
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.models [--json FILE] [--threads N] [--isa avx2] [--case TEXT] ...
 
-The first convolution and the last layer are dense. All others are lookups: product quantisation
-with V = 9, 1x1 convolutions V = 4, K = 16, and response tables of 4 bits (16x15) and 2 bits (4x3).
+The first convolution, depthwise ones and the last layer are dense. All others are lookups: product
+quantisation with V = 9, 1x1 convolutions V = 4, K = 16, and response tables of 4 bits (16x15) and 2
+bits (4x3).
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from typing import Final
 from benchmarks.command import run_command
 from benchmarks.lookups import Response, encoders
 from benchmarks.measure import Case
-from benchmarks.networks import pointnet, resnet18, resnet20, vdsr, vgg11
+from benchmarks.networks import dscnn, keyword_resnet, pointnet, resnet18, resnet20, vdsr, vgg11
 
 _NETWORKS: Final = (
     *((network, (1, 8)) for network in (resnet20(), resnet18(32), vgg11(), resnet18(224))),
     (vdsr(128), (1,)),
     (pointnet(512), (1, 8)),
+    (dscnn(), (1,)),
+    (keyword_resnet(), (1,)),
 )
 
 CASES: Final = tuple(

@@ -13,19 +13,29 @@ from typing import TypeAlias
 
 @dataclass(frozen=True)
 class Conv:
-    """A square convolution; `lookup` is False where lutra keeps it dense too."""
+    """A convolution; `lookup` is False where lutra keeps it dense too.
+
+    A square one keeps the size of the image at a stride of 1; one of rows x columns has no padding.
+    """
 
     name: str
     x: str
     inputs: int
     outputs: int
-    kernel: int = 3
+    kernel: int | tuple[int, int] = 3
     stride: int = 1
     lookup: bool = True
+    groups: int = 1
 
     @property
-    def padding(self) -> int:
-        return self.kernel // 2
+    def kernels(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return (self.kernel, self.kernel) if isinstance(self.kernel, int) else self.kernel
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Rows above and below, columns left and right."""
+        return (self.kernel // 2,) * 2 if isinstance(self.kernel, int) else (0, 0)
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,19 @@ class Shrink:
     added: int
 
 
-Layer: TypeAlias = Conv | Linear | Relu | Add | MaxPool | GlobalAverage | GlobalMax | Shrink
+@dataclass(frozen=True)
+class Border:
+    """Rows of zeros above and below, columns of zeros left and right."""
+
+    name: str
+    x: str
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+
+Layer: TypeAlias = (
+    Conv | Linear | Relu | Add | MaxPool | GlobalAverage | GlobalMax | Shrink | Border
+)
 
 
 @dataclass(frozen=True)
@@ -230,3 +252,27 @@ def pointnet(points: int) -> Network:
         inputs = outputs
     w.add(Linear("classifier", x, inputs, 10, lookup=False))
     return Network(f"PointNet {points} points", (3, points, 1), tuple(w.layers))
+
+
+def dscnn() -> Network:
+    """The DS-CNN of MLPerf Tiny for keywords (Zhang et al. 2017): MFCCs, depthwise, pointwise."""
+    w = _Writer()
+    x = w.add(Border("border", "x", (4, 5), (1, 1)))
+    x = w.relu(w.add(Conv("stem", x, 1, 64, (10, 4), 2, lookup=False)))
+    for i in range(1, 5):
+        x = w.relu(w.add(Conv(f"depthwise{i}", x, 64, 64, lookup=False, groups=64)))
+        x = w.relu(w.add(Conv(f"pointwise{i}", x, 64, 64, 1)))
+    w.head(x, 64, 12)
+    return Network("DS-CNN keywords", (1, 49, 10), tuple(w.layers))
+
+
+def keyword_resnet() -> Network:
+    """A ResNet-8 for keywords, on log-mel features, 1x1 shortcuts."""
+    w = _Writer()
+    x = w.relu(w.add(Conv("stem", "x", 1, 32, 5, 2, lookup=False)))
+    inputs = 32
+    for i, outputs in enumerate((32, 48, 64), start=1):
+        x = w.block(f"block{i}", x, inputs, outputs, None)
+        inputs = outputs
+    w.head(x, inputs, 12)
+    return Network("ResNet-8 keywords", (1, 49, 40), tuple(w.layers))

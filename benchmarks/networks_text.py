@@ -29,7 +29,7 @@ _NORMED: Final = Range(1.0, True)
 class Encoder:
     """The sizes of a sentence encoder; those of MiniLM-L6 where nothing is said."""
 
-    name: str = "minilm-l6"
+    name: str = "MiniLM-L6"
     layers: int = 6
     hidden: int = 384
     heads: int = 12

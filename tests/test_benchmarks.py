@@ -18,12 +18,22 @@ import pytest
 import lutra
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import command, layers, models
+from benchmarks import command, layers, models, sentences
 from benchmarks.graphs import lutra_graph
 from benchmarks.lookups import FAMILIES, Method, Pq, Range, Response, encoders
 from benchmarks.machine import interleaved, spread
 from benchmarks.measure import Case, Setting, measure
-from benchmarks.networks import Network, convolutions, linears, pointnet, resnet20, vdsr
+from benchmarks.networks import (
+    Network,
+    convolutions,
+    dscnn,
+    keyword_resnet,
+    linears,
+    pointnet,
+    resnet20,
+    vdsr,
+)
+from benchmarks.networks_text import Encoder, Sentences, TabledPq, encoder_graph
 from benchmarks.peers import AVX2_CAP, NOT_CAPPED, PEERS
 from benchmarks.table import markdown
 from lutra.graph import Graph
@@ -42,7 +52,10 @@ MACS = {
     "PointNet 512 points": 512 * (192 + 2 * 64 * 64 + 64 * 128 + 128 * 512) + 165_120,
     "3 x conv 3x3 64@56": 3 * 64 * 64 * 9 * 56 * 56,
     "2 x linear 1x4096x4096": 2 * 4096 * 4096,
+    "DS-CNN keywords": 125 * (64 * 40 + 4 * (64 * 9 + 64 * 64)) + 64 * 12,
 }
+#: A sentence encoder of all the parts of MiniLM.
+TINY = Sentences(8, Encoder("tiny", 2, 32, 2, 64, vocabulary=50, positions=16))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -53,6 +66,32 @@ def test_graphs_are_valid(name: str) -> None:
         graph.validate()
         assert graph.total_cost().lookups > 0
         assert graph.total_cost().dense_macs == MACS.get(name, graph.total_cost().dense_macs)
+
+
+@pytest.mark.parametrize("case", sentences.CASES, ids=lambda case: f"{case.network.tokens}")
+def test_encoders_are_valid(case: Case) -> None:
+    tokens, blocks = case.batch * case.network.tokens, 6
+    linear = 4 * 384 * 384 + 2 * 384 * 1536
+    attention = 2 * case.network.tokens * 384
+    graph = case.graph(case.methods[0])
+    graph.validate()
+    assert case.macs(graph) == tokens * blocks * (linear + attention)
+
+
+def test_sizes_of_encoders() -> None:
+    sizes = [(case.network.tokens, case.batch) for case in sentences.CASES]
+    assert sizes == [(32, 1), (32, 16), (128, 1), (128, 16)]
+    assert {(m.encoder, m.v) for m in sentences.CASES[0].methods} > {
+        ("nearest", v) for v in (4, 16, 32)
+    }
+    graph = Case(TINY, 1, ()).graph(TabledPq(v=8))
+    ops = [node.op for node in graph.nodes]
+    assert ops.count("piecewise") == ops.count("attention") == 2
+    assert ops.count("pq_linear") == 12
+    assert "gelu" not in ops
+    assert "exp_slope" in graph.nodes[ops.index("attention")].tensors
+    with pytest.raises(ValueError, match="product quantisation, not table 16x15"):
+        Case(TINY, 1, ()).graph(Response())
 
 
 def test_every_case_has_every_family() -> None:
@@ -73,7 +112,9 @@ def test_dense_layers_in_int8(method: Method) -> None:
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize(
-    "network", [resnet20(), vdsr(12), pointnet(64)], ids=lambda network: str(network.name)
+    "network",
+    [resnet20(), vdsr(12), pointnet(64), dscnn(), keyword_resnet()],
+    ids=lambda network: str(network.name),
 )
 def test_activations_keep_their_size(network: Network, method: Method) -> None:
     graph = lutra_graph(network, method)
@@ -129,6 +170,85 @@ def test_pytorch_has_the_same_shapes(name: str) -> None:
     assert y.shape[1:] == graph.values[graph.outputs[0]].shape[1:]
 
 
+def run_peers_of_encoders(folder: str) -> list[Any]:
+    """Outputs of the peers of the tiny encoder, and of lutra's reference, by name."""
+    from benchmarks.peers import open_model, peer_files, random_input, write_models
+
+    feeds = random_input(TINY, 3, 0)
+    feeds["mask"][1, 5:] = feeds["mask"][2, 1:] = 0
+    failed = write_models(TINY, 3, Path(folder))
+    assert not failed, failed
+    outputs = {}
+    for name, file in peer_files(TINY).items():
+        if name != "openvino bf16":  # not every CPU has it
+            opened = open_model(name, Path(folder) / file, 1, "scalar")
+            outputs[name] = np.array(opened.run(feeds)).tolist()
+    graph = encoder_graph(TINY.encoder)
+    ints = {name: array.astype(np.int32) for name, array in feeds.items()}
+    known = lutra.run_reference(graph, ints)[graph.outputs[0]]
+    return [outputs, known.tolist()]
+
+
+def need_peers() -> None:
+    for package in ("torch", "onnx", "onnxruntime", "openvino"):
+        if find_spec(package) is None:
+            pytest.skip(f"needs {package}: pip install 'lutra[bench]'")
+
+
+def in_a_process(code: str) -> Any:
+    """What a call of a function of this module returns.
+
+    In a process of its own: where OpenVINO has run, a process with torch crashes when its forked
+    data loaders end, and other tests have such.
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", f"import json, test_benchmarks as t\nprint(json.dumps(t.{code}))"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def test_peers_compute_the_encoder(tmp_path: Path) -> None:
+    need_peers()
+    outputs, known = in_a_process(f"run_peers_of_encoders({str(tmp_path)!r})")
+    assert np.shape(known) == (3, 32)
+    for name, output in outputs.items():
+        if name.endswith("fp32"):
+            np.testing.assert_allclose(output, known, atol=1e-5, err_msg=name)
+        else:
+            cosines = (np.array(output) * known).sum(axis=1)
+            assert (cosines > 0.98).all(), name
+            assert np.abs(np.subtract(output, known)).max() > 1e-5  # it is quantised
+
+
+def measure_encoder() -> tuple[list[dict[str, Any]], dict[str, str]]:
+    case = Case(TINY, 2, (Pq(v=16), TabledPq(v=8)))
+    return measure(case, Setting(runs=2, memory=True))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_whole_way_of_encoders() -> None:
+    need_peers()
+    records, broken = in_a_process("measure_encoder()")
+    assert not broken
+    assert [record["lookups"] for record in records] == [
+        "nearest V=16 K=16",
+        "nearest V=8 K=16, tables of functions",
+    ]
+    assert records[1]["function_entries"] == 16
+    for record in records:
+        assert record["case"] == "tiny 8 tokens"
+        assert set(record["peers_ms"]) | set(record["peers_failed"]) == set(PEERS)
+        assert set(record["peers_failed"]) <= {"openvino bf16"}
+        assert record["macs"] == 2 * 8 * 2 * (4 * 32 * 32 + 2 * 32 * 64 + 2 * 8 * 32)
+        assert set(record["peak_memory"]) == set(record["ms"]) == {"lutra", *record["peers_ms"]}
+    assert "| tiny 8 tokens | 2 | nearest V=16 K=16 |" in markdown(records)
+
+
 def measure_peers() -> tuple[list[dict[str, Any]], dict[str, str]]:
     case = Case(convolutions(8, 6), 2, (Pq(), Pq(k=32), Response(8, 7)))
     return measure(case, Setting(runs=2, memory=True))
@@ -136,25 +256,8 @@ def measure_peers() -> tuple[list[dict[str, Any]], dict[str, str]]:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_whole_way() -> None:
-    for package in ("torch", "onnx", "onnxruntime", "openvino"):
-        if find_spec(package) is None:
-            pytest.skip(f"needs {package}: pip install 'lutra[bench]'")
-    # In a process of its own: where OpenVINO has run, a process with torch crashes when its
-    # forked data loaders end, and other tests have such.
-    code = (
-        "import json, test_benchmarks\n"
-        "records, broken = test_benchmarks.measure_peers()\n"
-        "print(json.dumps([records, broken]))"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr
-    records, broken = json.loads(process.stdout.splitlines()[-1])
+    need_peers()
+    records, broken = in_a_process("measure_peers()")
     assert not broken
     assert [record["method"] for record in records] == ["pq", "pq", "lookup"]
     assert [(record["encoder"], record["v"], record["k"]) for record in records[:2]] == [
