@@ -78,6 +78,8 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.layers --isa avx2 --json benchmarks/results/layers_avx2.json
 	$(BIN)/python -m benchmarks.models --memory --json benchmarks/results/models.json
 	$(BIN)/python -m benchmarks.models --isa avx2 --json benchmarks/results/models_avx2.json
+	$(BIN)/python -m benchmarks.sentences --memory --json benchmarks/results/sentences.json
+	$(BIN)/python -m benchmarks.sentences --isa avx2 --json benchmarks/results/sentences_avx2.json
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache $(VENV)

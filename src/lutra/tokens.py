@@ -195,7 +195,7 @@ def text_preprocess(
     Example:
         >>> tokenizer = AutoTokenizer.from_pretrained("sentence-transformers/all-MiniLM-L6-v2")
         >>> metadata = {"preprocess": text_preprocess(tokenizer, max_length=256)}
-        >>> export(model, (ids, mask), "minilm.lutra", metadata=metadata, dynamic_axes=(0, 1))
+        >>> export(model, "minilm.lutra", (ids, mask), metadata=metadata, dynamic_axes=(0, 1))
     """
     text = _tokenizer_text(tokenizer)
     try:
