@@ -107,7 +107,7 @@ def _operand(ctx: Lowering, x: Any) -> Any:
 
 
 def _is_one(x: Any) -> bool:
-    return not isinstance(x, Tensor) or x.numel() == 1 and float(x) == 1.0
+    return not isinstance(x, Tensor) or (x.numel() == 1 and float(x) == 1.0)
 
 
 def _positions(ctx: Lowering, x: Any, what: Any, factor: Number) -> Ref | View | None:
@@ -189,9 +189,14 @@ def _affine(ctx: Lowering, x: Ref | View, scale: Any, bias: Any) -> Ref | View:
         )
     flat = views.emit_reshape(ctx, ref, (None, math.prod(sizes)), "flat")
     made = _channels(
-        ctx, flat, *(c.reshape(c.shape[-len(sizes) :]).expand(sizes).reshape(1, -1)
-                     if c.ndim > len(sizes) else c.expand(sizes).reshape(1, -1)
-                     for c in (scale, bias))
+        ctx,
+        flat,
+        *(
+            c.reshape(c.shape[-len(sizes) :]).expand(sizes).reshape(1, -1)
+            if c.ndim > len(sizes)
+            else c.expand(sizes).reshape(1, -1)
+            for c in (scale, bias)
+        ),
     )
     return views.emit_reshape(ctx, made, ref.shape, "shaped")
 

@@ -47,7 +47,9 @@ def _attention(
     q, k, v = (views.view_of(ctx, activation(ctx, x)) for x in (query, key, value))
     sizes = [views.sizes_of(ctx, x) for x in (q, k, v)]
     width, heads = sizes[0][-1], _heads(q)
-    if not all(_heads(x) == heads and size[-1] == width for x, size in zip((q, k, v), sizes)):
+    if not all(
+        _heads(x) == heads and size[-1] == width for x, size in zip((q, k, v), sizes, strict=True)
+    ):
         raise UnsupportedUse(
             "its queries, keys and values have different numbers of heads or widths; repeat them "
             "to the same"
@@ -103,9 +105,7 @@ def _tokens(ctx: Lowering, x: View) -> Ref:
     """(N, T, heads * width) of an operand."""
     batch, *heads = _leading(x)
     features = views.joined([*heads, *x.axes[-1]])
-    return ctx.realise(
-        views.simplest(ctx, View(x.base, ((batch,), x.axes[-2], features), x.node))
-    )
+    return ctx.realise(views.simplest(ctx, View(x.base, ((batch,), x.axes[-2], features), x.node)))
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,7 @@ class Mask:
     causal: bool
 
 
-def find_mask(
-    sources: Sources, mask: Any, query: Sizes, keys: Any, heads: int
-) -> Mask:
+def find_mask(sources: Sources, mask: Any, query: Sizes, keys: Any, heads: int) -> Mask:
     """Find out what a mask does, by computing it for random inputs.
 
     Args:
@@ -171,9 +169,7 @@ class _Trial:
         count = size_at(keys, sizes)
         self._shape = (math.prod(leading) // heads, heads, positions, count)
         given = (
-            mask
-            if isinstance(mask, Tensor)
-            else sources.evaluate(mask.node, sizes, self._inputs)
+            mask if isinstance(mask, Tensor) else sources.evaluate(mask.node, sizes, self._inputs)
         )
         try:
             self._allowed = (

@@ -6,7 +6,6 @@ import builtins
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lutra.ops.elementwise import NO_LIMIT

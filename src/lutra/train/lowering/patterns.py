@@ -112,6 +112,8 @@ class _Scores:
 
     def _before(self, node: fx.Node, target: str) -> fx.Node | None:
         """What the scores were before one step; None for a step that is none of attention."""
+        first: Any
+        others: list[Any]
         first, *others = node.args
         other = others[0] if others else None
         if target in ("aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar"):
@@ -156,17 +158,17 @@ def _masks(number: Any) -> bool:
     return isinstance(number, (int, float)) and number <= _MASKED
 
 
-# ---- the mean of the tokens that count ------------------------------------------------------------
+# ---- the mean of the tokens that count ----------------------------------------------------------
 
 
 def _combine_mean(graph: fx.Graph, sources: Sources, quotient: fx.Node) -> None:
     """(x * mask).sum(1) / mask.sum(1)"""
-    total, below = _through(quotient.args[0], sources), quotient.args[1]
+    total, below = _through(quotient.args[0]), quotient.args[1]
     if total is None or str(total.target) != "aten.sum.dim_IntList":
         return
     keeps = len(total.args) > 2 and bool(total.args[2])
-    product = _through(total.args[0])
-    if list(total.args[1]) not in ([1], [-2]) or keeps or product is None:
+    product, axes = _through(total.args[0]), total.args[1]
+    if axes not in ([1], [-2]) or keeps or product is None:
         return
     if _value(product).ndim != 3 or not isinstance(below, fx.Node):
         return
@@ -189,15 +191,15 @@ def _weighted(
 ) -> tuple[fx.Node | None, Deferred | None, Callable[[Tensor], Tensor]]:
     """The activation of a product with a mask, the mask, and what it should be."""
     target = str(product.target)
+    args: Any = product.args
     if target == "aten.mul.Tensor":
-        for x, mask in (product.args, product.args[::-1]):
+        for x, mask in (args, args[::-1]):
             if isinstance(x, fx.Node) and isinstance(mask, fx.Node) and sources.is_activation(x):
                 return x, sources.deferred(mask), _tokens
-    if target == "aten.masked_fill.Scalar" and product.args[2] == 0:
-        return product.args[0], sources.deferred(product.args[1]), _padding
-    if target in ("aten.where.self", "aten.where.ScalarOther"):
-        if _number(sources, product.args[2]) == 0:
-            return product.args[1], sources.deferred(product.args[0]), _tokens
+    if target == "aten.masked_fill.Scalar" and args[2] == 0:
+        return args[0], sources.deferred(args[1]), _padding
+    if target in ("aten.where.self", "aten.where.ScalarOther") and _number(sources, args[2]) == 0:
+        return args[1], sources.deferred(args[0]), _tokens
     return None, None, _tokens
 
 
@@ -215,10 +217,10 @@ def _count(mask: Tensor) -> Tensor:
     return torch.where(count == 0, torch.nan, count)
 
 
-# ---- helpers --------------------------------------------------------------------------------------
+# ---- helpers ------------------------------------------------------------------------------------
 
 
-def _through(node: Any, sources: Sources | None = None) -> fx.Node | None:
+def _through(node: Any) -> fx.Node | None:
     """The node behind those that change nothing."""
     while isinstance(node, fx.Node) and node.op == "call_function":
         target = str(node.target)
@@ -226,7 +228,7 @@ def _through(node: Any, sources: Sources | None = None) -> fx.Node | None:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             old, new = _value(source), _value(node)
-            if old.shape != new.shape or not (old.is_floating_point() == new.is_floating_point()):
+            if old.shape != new.shape or old.is_floating_point() != new.is_floating_point():
                 return node
             node = source
         elif target == "aten.dropout.default" and not node.args[2]:

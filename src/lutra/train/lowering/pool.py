@@ -98,8 +98,8 @@ def _sum(ctx: Lowering, self: Ref, dim: list[int] | None, keepdim: bool) -> Ref:
     sizes = [self.shape[axis] for axis in axes]
     if not all(isinstance(size, int) for size in sizes):
         raise UnsupportedUse(
-            f"it adds up axes {list(axes)} of {text(self)}, whose sizes are known at run time only; "
-            "use a mean, or lutra.train.masked_mean for the tokens that a mask keeps"
+            f"it adds up axes {list(axes)} of {text(self)}, whose sizes are known at run time "
+            "only; use a mean, or lutra.train.masked_mean for the tokens that a mask keeps"
         )
     mean = ctx.emit("mean", self, attrs={"axes": axes, "keepdims": keepdim}, suffix="mean")
     attrs = {"scale": float(math.prod(sizes)), "bias": 0.0}

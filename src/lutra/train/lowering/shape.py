@@ -64,7 +64,10 @@ def _movedim(ctx: Lowering, self: Any, source: int, destination: int) -> Ref | V
 
 
 @lowers(
-    "aten.t.default", "aten.mT.default", "aten.adjoint.default", "aten.numpy_T.default",
+    "aten.t.default",
+    "aten.mT.default",
+    "aten.adjoint.default",
+    "aten.numpy_T.default",
     takes=("self",),
 )
 def _swap_last(ctx: Lowering, self: Any) -> Ref | View:
@@ -124,29 +127,25 @@ def _constant_pad(ctx: Lowering, self: Ref, pad: list[int], value: Number) -> Re
 def _slice(
     ctx: Lowering, self: Any, dim: int, start: int | None, end: int | None, step: int
 ) -> Ref | View:
-    self = activation(ctx, self)
-    if isinstance(self, View):
-        axis = dim % self.rank
-        size = views.sizes_of(ctx, self)[axis]
-        if (start or 0) == 0 and step == 1 and (end is None or end >= _OPEN_END):
-            return self
-        if isinstance(size, int) and step == 1:
-            first, stop, _ = slice(start, end).indices(size)
-            cut = _cut_base(ctx, self, axis, first, stop)
-            if cut is not None:
-                return cut
-        self = ctx.realise(self)
-    axis = dim % self.rank
-    size = self.shape[axis]
+    x = activation(ctx, self)
+    axis = dim % x.rank
+    size = views.sizes_of(ctx, x)[axis]
     whole = (start or 0) == 0 and step == 1 and (end is None or end >= _OPEN_END)
     if not isinstance(size, int) and whole:
-        return self
+        return x
+    if isinstance(x, View) and isinstance(size, int) and step == 1:
+        first, stop, _ = slice(start, end).indices(size)
+        cut = _cut_base(ctx, x, axis, first, stop)
+        if cut is not None:
+            return cut
+    x = ctx.realise(x)
+    size = x.shape[axis]
     if size is None:
         raise UnsupportedUse("it cuts the batch (axis 0); slice other axes only")
     if is_dynamic(size):
-        return _dynamic_slice(ctx, self, axis, start or 0, end, step)
+        return _dynamic_slice(ctx, x, axis, start or 0, end, step)
     first, stop, step = slice(start, end, step).indices(size)
-    return _cut(ctx, self, axis, first, max(first, stop), step)
+    return _cut(ctx, x, axis, first, max(first, stop), step)
 
 
 def _dynamic_slice(ctx: Lowering, x: Ref, axis: int, start: int, end: int | None, step: int) -> Ref:
@@ -241,9 +240,7 @@ def _cat(ctx: Lowering, tensors: list[Any], dim: int) -> Ref:
     return ctx.emit("concat", tensors, attrs={"axis": axis})
 
 
-def _cut_base(
-    ctx: Lowering, x: View, axis: int, start: int, stop: int
-) -> Ref | View | None:
+def _cut_base(ctx: Lowering, x: View, axis: int, start: int, stop: int) -> Ref | View | None:
     """A slice of a view that is a slice of its base too; None where it is not."""
     if len(x.axes[axis]) != 1 or stop <= start:
         return None
@@ -256,9 +253,7 @@ def _cut_base(
     with ctx.making(shape):
         base = _cut(ctx, x.base, atom.axis, first, last, 1, suffix="slice")
     made = (Atom(atom.axis, atom.inner, stop - start),) if stop - start > 1 else ()
-    return views.simplest(
-        ctx, View(base, (*x.axes[:axis], made, *x.axes[axis + 1 :]), ctx.node)
-    )
+    return views.simplest(ctx, View(base, (*x.axes[:axis], made, *x.axes[axis + 1 :]), ctx.node))
 
 
 def _cut(

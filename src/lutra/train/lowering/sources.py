@@ -21,6 +21,8 @@ from lutra.train.lowering.values import UnsupportedUse
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+#: What makes activations of integer inputs.
+_EMBEDS = ("aten.embedding.default",)
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,12 @@ class Sources:
     ) -> Any:
         value = node.meta.get("val")
         if isinstance(value, SYMBOLIC) or not _leaves(value):
-            return _number(value, sizes)
+            number = _number(value, sizes)
+            return int(number) if isinstance(value, torch.SymInt) else number
         if isinstance(value, (int, float, bool)):
             return value
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: results[n])
+        given: Any = fx.map_arg((node.args, node.kwargs), lambda n: results[n])
+        args, kwargs = given
         if node.target is operator.getitem:
             return args[0][args[1]]
         assert callable(node.target)
@@ -178,7 +182,8 @@ class Sources:
         found: dict[Any, None] = {}
         for node in self.inputs:
             value = node.meta.get("val")
-            for size in value.shape if isinstance(value, Tensor) else ():
+            shape: Any = value.shape if isinstance(value, Tensor) else ()
+            for size in shape:
                 if isinstance(size, torch.SymInt):
                     symbols = sorted(size.node.expr.free_symbols, key=str)
                     found.update(dict.fromkeys(symbols))
@@ -188,10 +193,12 @@ class Sources:
         if isinstance(node.meta.get("val"), SYMBOLIC):
             return _Source(sizes=True)
         sources = [self._sources.get(each, _Source()) for each in node.all_input_nodes]
+        inputs: frozenset[fx.Node] = frozenset().union(*(source.inputs for source in sources))
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        embeds = bool(inputs) and str(node.target) in _EMBEDS
         return _Source(
-            activation=random or any(source.activation for source in sources),
-            inputs=frozenset().union(*(source.inputs for source in sources)),
+            activation=random or embeds or any(source.activation for source in sources),
+            inputs=inputs,
             sizes=any(source.sizes for source in sources),
         )
 
@@ -207,17 +214,15 @@ def constant_of(program: ExportedProgram, target: str) -> Tensor:
 
 def size_at(size: Any, sizes: Mapping[Any, int]) -> int:
     """The number that a size of torch's, or its expression, is at some sizes of the inputs."""
-    if isinstance(size, torch.SymInt):
-        size = size.node.expr
-    return int(size.subs(sizes)) if hasattr(size, "subs") else int(size)
+    return int(_number(size, sizes))
 
 
 def _number(value: Any, sizes: Mapping[Any, int]) -> Any:
+    expression = value.node.expr if isinstance(value, SYMBOLIC) else value
+    number = expression.subs(sizes) if hasattr(expression, "subs") else expression
     if isinstance(value, torch.SymBool):
-        return bool(value.node.expr.subs(sizes))
-    if isinstance(value, torch.SymFloat):
-        return float(value.node.expr.subs(sizes))
-    return size_at(value, sizes) if isinstance(value, torch.SymInt) else value
+        return bool(number)
+    return float(number) if isinstance(value, torch.SymFloat) else number
 
 
 def _leaves(value: Any) -> list[Any]:

@@ -128,9 +128,7 @@ def realise(ctx: Lowering, view: View) -> Ref:
     x = plain if isinstance(plain, Ref) else _in_order(ctx, plain)
     if x.shape == shape:
         return x
-    changed = [
-        size if _repeats(axis) else 0 for size, axis in zip(shape, view.axes, strict=True)
-    ]
+    changed = [size if _repeats(axis) else 0 for size, axis in zip(shape, view.axes, strict=True)]
     return ctx.emit("expand", x, shape, attrs={"shape": changed[1:]})
 
 
