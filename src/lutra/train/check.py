@@ -291,7 +291,7 @@ def _first_difference(
         amount = difference(got, want)
         if amount > tolerance:
             return node, amount
-        values[node.output] = want
+        values[node.output] = want.astype(got.dtype, copy=False)
     return None
 
 

@@ -139,6 +139,7 @@ class Lowering(Emitter):
         self._results: dict[fx.Node, Any] = {}
         self._integers: dict[fx.Node, Ref] = {}
         self._realised: dict[View, Ref] = {}
+        self._shown: dict[View, fx.Node] = {}  # views that are results of torch nodes
         self._forced: dict[fx.Node, Any] = {}
 
     # ---- what lowerings use -------------------------------------------------------------------
@@ -169,7 +170,8 @@ class Lowering(Emitter):
                 except UnsupportedUse as reason:
                     self._fail(str(x.node.target), str(reason))
                     raise _Reported from reason
-                self._origins.setdefault(made.name, x.node.name)
+                if x in self._shown:
+                    self._origins.setdefault(made.name, self._shown[x].name)
             self._realised[x] = made
         return self._realised[x]
 
@@ -183,8 +185,7 @@ class Lowering(Emitter):
         if node not in self._forced:
             with self.at(node):
                 made = lower(node)
-            if isinstance(made, Ref):
-                self._origins.setdefault(made.name, node.name)
+            self._note(made, node)
             self._forced[node] = made
         return self._forced[node]
 
@@ -324,9 +325,15 @@ class Lowering(Emitter):
         except UnsupportedUse as reason:
             del self._nodes[before:]
             return self._fail(target, str(reason))
+        self._note(result, node)
+        return result
+
+    def _note(self, result: Any, node: fx.Node) -> None:
+        """Remember that a value, or a view, is the result of a torch node."""
         if isinstance(result, Ref):
             self._origins.setdefault(result.name, node.name)
-        return result
+        elif isinstance(result, View):
+            self._shown.setdefault(result, node)
 
     def _apply(self, entry: _Entry, arguments: dict[str, Any]) -> Any:
         if not entry.takes_sizes:
@@ -390,8 +397,7 @@ class Lowering(Emitter):
                 f"result {node.args[1]} (indices or statistics) is used, but lutra has only the "
                 "first one; do without it",
             )
-        if isinstance(item, Ref):
-            self._origins.setdefault(item.name, node.name)
+        self._note(item, node)
         return item
 
     def _output(self, argument: Any, name: str) -> Ref | None:

@@ -51,7 +51,7 @@ def table(ctx: Lowering, x: Deferred, axis: int) -> Tensor | None:
     if not symbol.is_Symbol or symbol == ctx.batch:
         return None
     low, high = ctx.sources.range_of(symbol)
-    longest = LONGEST if high is None else high
+    longest = _longest(ctx, x, axis, symbol, low, LONGEST if high is None else high)
     whole = _rows(ctx, x, axis, {symbol: longest})
     for length in {low, min(low + 1, longest), (low + longest) // 2}:
         part = _rows(ctx, x, axis, {symbol: length})
@@ -61,6 +61,27 @@ def table(ctx: Lowering, x: Deferred, axis: int) -> Tensor | None:
                 "shorter inputs the first ones of longer inputs"
             )
     return whole
+
+
+def _longest(ctx: Lowering, x: Deferred, axis: int, symbol: Any, low: int, high: int) -> int:
+    """The largest size, up to a limit, for which there are numbers: tables may end before it."""
+    if _has_rows(ctx, x, axis, {symbol: high}):
+        return high
+    while low < high - 1:
+        middle = (low + high) // 2
+        if _has_rows(ctx, x, axis, {symbol: middle}):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _has_rows(ctx: Lowering, x: Deferred, axis: int, given: dict[Any, int]) -> bool:
+    try:
+        _rows(ctx, x, axis, given)
+    except UnsupportedUse:
+        return False
+    return True
 
 
 def _rows(ctx: Lowering, x: Deferred, axis: int, given: dict[Any, int]) -> Tensor:

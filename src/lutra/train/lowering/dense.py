@@ -19,6 +19,7 @@ from lutra.train.lowering.arguments import (
 )
 from lutra.train.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, View, lowers
 from lutra.train.lowering.points import as_image
+from lutra.train.lowering.values import Atom
 
 
 @lowers("aten.conv2d.default")
@@ -221,16 +222,25 @@ def _emit_product(ctx: Lowering, a: Ref | View, b: Ref | View) -> Ref:
     turned = {}
     operands = []
     for name, x in (("transpose_a", a), ("transpose_b", b)):
+        turned[name] = isinstance(x, View) and _is_turned(x)
         order = (*range(x.rank - 2), x.rank - 1, x.rank - 2)
-        other = views.permuted(ctx, x, order) if isinstance(x, View) else x
-        turned[name] = isinstance(x, View) and isinstance(other, Ref)
-        operands.append(other if isinstance(other, Ref) and turned[name] else ctx.realise(x))
+        operands.append(ctx.realise(views.permuted(ctx, x, order) if turned[name] else x))
     first, second = (
         (*x.shape[:-2], x.shape[-1], x.shape[-2]) if flag else x.shape
         for x, flag in zip(operands, turned.values(), strict=True)
     )
     lead = tuple(y if x == 1 else x for x, y in zip(first[:-2], second[:-2], strict=True))
     return ctx.emit("matmul", operands, (*lead, first[-2], second[-1]), attrs=turned)
+
+
+def _is_turned(x: View) -> bool:
+    """Whether neighbours in memory lie along the last axis but one."""
+    last, before = x.axes[-1], x.axes[-2]
+    return bool(last) and bool(before) and _place(before[-1]) > _place(last[-1])
+
+
+def _place(atom: Atom) -> tuple[int, int]:
+    return atom.axis, -atom.inner
 
 
 def _bias(bias: Tensor | None, size: int) -> Tensor:
