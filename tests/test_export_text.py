@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sequences import same_as_torch
+from test_export_transformer import WithMask
 from torch import Tensor, nn
 
 from lutra import PQ
@@ -174,6 +175,9 @@ def test_lookup_layers(tmp_path: Path) -> None:
 
 
 def test_inputs_of_other_types() -> None:
-    model = Encoder(bert())
+    model = WithMask(lambda m, x, mask: x * mask.unsqueeze(-1))
+    mask = torch.ones(2, 5, dtype=torch.int16)
     with pytest.raises(UnsupportedModelError, match="int32, int64 and bool"):
-        export(model, "never", tuple(x.to(torch.int16) for x in sentences(2, 5)))
+        export(model, "never", (torch.randn(2, 5, 3), mask))
+    with pytest.raises(InputError, match="int32"):
+        export(Encoder(bert()), "never", (sentences(2, 5)[0], torch.full((2, 5), 2**40)))

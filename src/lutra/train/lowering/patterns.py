@@ -104,6 +104,7 @@ class _Scores:
             node = _through(node)
         if self.query is None:
             return False
+        self.query = self._unscaled(self.query)
         if self._drop is not None:
             with self._graph.inserting_before(self._product):
                 self.mask = self._graph.call_function(_aten.logical_not.default, (self._drop,))
@@ -136,6 +137,19 @@ class _Scores:
             kept = number is not None and _masks(number) and self._take(first)
             return other if kept and isinstance(other, fx.Node) else None
         return None
+
+    def _unscaled(self, node: Any) -> Any:
+        """What queries were before they were multiplied with numbers."""
+        while isinstance(node, fx.Node) and ".mul." in str(node.target):
+            first, second = node.args[:2]
+            if not self._sources.is_activation(first):
+                first, second = second, first
+            number = _number(self._sources, second)
+            if number is None:
+                break
+            self.scale *= number
+            node = first
+        return node
 
     def _take(self, mask: Any, drops: bool = False) -> bool:
         """Whether something is a mask, and the only one."""

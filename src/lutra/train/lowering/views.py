@@ -184,7 +184,9 @@ def on_each(ctx: Lowering, xs: Sequence[Ref | View], make: Callable[..., Ref]) -
     """
     if all(is_sample(ctx, x) for x in xs):
         return make(*(x if isinstance(x, Ref) else ctx.realise(x) for x in xs))
-    views = [_canonical(ctx, view_of(ctx, x)) for x in xs]
+    views = [view_of(ctx, x) for x in xs]
+    if any(view.axes != views[0].axes for view in views) or _repeats_any(views[0]):
+        views = [_canonical(ctx, view) for view in views]
     if any(view.axes != views[0].axes for view in views):
         raise UnsupportedUse(
             "its operands hold their samples in different orders; keep the batch in axis 0"
@@ -273,6 +275,10 @@ def joined(axis: Sequence[Atom]) -> tuple[Atom, ...]:
 
 def _repeats(axis: Sequence[Atom]) -> bool:
     return any(atom.axis == REPEATED for atom in axis)
+
+
+def _repeats_any(view: View) -> bool:
+    return any(_repeats(axis) for axis in view.axes)
 
 
 def _mixes(axis: Sequence[Atom]) -> bool:
