@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sequences import same_as_torch
 from test_export_transformer import WithMask
 from torch import Tensor, nn
+from torch_sequences import same_as_torch
 
 from lutra import PQ
 from lutra.errors import InputError, UnsupportedModelError

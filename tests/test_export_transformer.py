@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from sequences import lowered, same_as_torch
 from torch import Tensor, nn
+from torch_sequences import lowered, same_as_torch
 
 from lutra.errors import InputError, UnsupportedModelError
 from lutra.train import masked_mean
