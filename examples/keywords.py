@@ -9,12 +9,12 @@ DATA is a folder with speechcmd_*.npy.xz, speechcmd_*_meta.npz and, for the DS-C
 kws01_mfcc_int8.npz. The run can be stopped at any time: the same command goes on from the last
 checkpoint.
 
-`--net dscnn` is the public network of MLPerf Tiny: its first and its pointwise convolutions become
-lookups (product quantisation), the depthwise ones and the classifier int8. It sees MFCCs. The dense
-network is the teacher; the training inputs are MFCCs made from log-mel features of the training
-clips, and the true ones of those of the public test inputs whose recordings are training clips. So
-only the 173 public inputs whose recordings are test clips are a test; the accuracy on all 900 is
-printed beside it.
+`--net dscnn` is the public network of MLPerf Tiny: its pointwise convolutions become lookups
+(product quantisation), the others and the classifier int8. It sees MFCCs. The dense network is the
+teacher; the training inputs are MFCCs made from log-mel features of the training clips, and the
+true ones of those of the public test inputs whose recordings are training clips. So only the 173
+public inputs whose recordings are test clips are a test; the accuracy on all 900 is printed beside
+it.
 
 `--net resnet` is a ResNet-8 on log-mel features, trained here from scratch, then converted and
 fine-tuned with itself as the teacher.
@@ -343,7 +343,7 @@ def main() -> None:
     parser.add_argument("--v", type=int, default=4, help="dscnn: values of a sub-vector")
     parser.add_argument("--k", type=int, default=16, help="centroids of a codebook")
     parser.add_argument("--act-bits", type=int, default=6)
-    parser.add_argument("--first", choices=("pq", "int8"), default="pq", help="dscnn: layer 1")
+    parser.add_argument("--first", choices=("int8", "pq"), default="int8", help="dscnn: layer 1")
     parser.add_argument(
         "--factors", action="store_true", help="weights in the file, tables when it is loaded"
     )
