@@ -12,14 +12,22 @@ from lutra.train.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, l
 
 @lowers("aten.embedding.default", takes=("indices",))
 def _embedding(ctx: Lowering, weight: Tensor, indices: Any) -> Ref:
-    table = need_constant(weight, "the table")
+    return _rows(ctx, indices, {"weight": need_constant(weight, "the table")})
+
+
+@lowers("lutra.int8_embedding.default", takes=("ids",))
+def _int8_embedding(ctx: Lowering, ids: Any, weight: Tensor, scale: Tensor) -> Ref:
+    return _rows(ctx, ids, {"weight": weight, "scale": scale})
+
+
+def _rows(ctx: Lowering, indices: Any, tensors: dict[str, Tensor]) -> Ref:
     ids = _integers(ctx, indices)
     if ids is None:
         raise UnsupportedUse(
             "its indices are computed from an input; give them as an input of int64, or let them "
             "depend on sizes only, such as positions that count from 0"
         )
-    return ctx.emit("embedding", ids, (*ids.shape, table.shape[1]), tensors={"weight": table})
+    return ctx.emit("embedding", ids, (*ids.shape, tensors["weight"].shape[1]), tensors=tensors)
 
 
 @lowers("lutra.masked_mean.default", takes=("mask",))

@@ -22,7 +22,7 @@ from lutra.train.lowering.values import UnsupportedUse
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 #: What makes activations of integer inputs.
-_EMBEDS = ("aten.embedding.default",)
+_EMBEDS = ("aten.embedding.default", "lutra.int8_embedding.default")
 
 
 @dataclass(frozen=True)
