@@ -142,7 +142,7 @@ class _Scores:
         """What queries were before they were multiplied with numbers."""
         while isinstance(node, fx.Node) and ".mul." in str(node.target):
             first, second = node.args[:2]
-            if not self._sources.is_activation(first):
+            if not isinstance(first, fx.Node) or not self._sources.is_activation(first):
                 first, second = second, first
             number = _number(self._sources, second)
             if number is None:
