@@ -118,7 +118,7 @@ def test_recipes_survive_json() -> None:
     [
         (
             {"method": "tree"},
-            r"'\*' has the method 'tree'; choose one of \['function', 'int8', 'keep', 'lookup', ",
+            r"'\*' has the method 'tree'; choose one of \['function', 'int8', 'keep', 'lookup', 'pq'\]",
         ),
         ({"k": 16}, "has the method None"),
         ({"method": ["pq"]}, r"has the method \['pq'\]"),

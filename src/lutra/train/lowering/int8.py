@@ -40,7 +40,7 @@ def _int8_conv2d(
     )
 
 
-@lowers("lutra.int8_linear.default", works="last")
+@lowers("lutra.int8_linear.default")
 def _int8_linear(
     ctx: Lowering,
     x: Ref,
