@@ -526,6 +526,10 @@ def test_one_plan_runs_every_length() -> None:
 # ---- functions in the steps of layers -----------------------------------------------------------
 
 FUNCTIONS: dict[str, Callable[[_engine.Plan, int], int]] = {
+    "gelu": lambda p, x: p.function(x, "gelu"),
+    "piecewise": lambda p, x: p.piecewise(
+        x, np.linspace(-3, 3, 15).astype(F), normal(16), normal(16, seed=1)
+    ),
     "affine_scalar": lambda p, x: p.affine_scalar(x, -2.0, 0.5),
 }
 
@@ -589,7 +593,7 @@ def test_convolutions_take_functions_over(op: str, batch: int) -> None:
     b = Builder(("x", (None, 6, 9, 7)), seed=1)
     groups = {"groups": 3} if op == "int8_conv2d" else {}
     y = getattr(b, op)("x", 6, 21, padding=(1, 1), **groups)
-    z = b.add("affine_scalar", y, scale=-2.0, bias=0.5)
+    z = b.add("gelu", y)
     feeds = {"x": normal(batch, 6, 9, 7)}
     want = None
     for isa in ISAS:
