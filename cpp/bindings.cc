@@ -440,6 +440,7 @@ NB_MODULE(_engine, m) {
       .def("profile", &profile_plan, "inputs"_a, "runs"_a)
       .def("run", &run_plan, "inputs"_a);
   bind_sequence(plan);
+  bind_function_steps(plan);
 }
 
 }  // namespace lutra

@@ -56,6 +56,7 @@ void bind_layers(nb::module_& m);
 
 // Steps of plans beside those of images.
 void bind_sequence(nb::class_<Plan>& plan);
+void bind_function_steps(nb::class_<Plan>& plan);
 
 // Functions of one variable and their tables.
 void bind_functions(nb::module_& m);

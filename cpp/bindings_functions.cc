@@ -1,5 +1,6 @@
 // Python bindings of functions: kernels on arrays, and steps of plans.
 #include "bindings.h"
+#include "engine/steps_functions.h"
 #include "kernels/dispatch.h"
 
 namespace lutra {
@@ -110,6 +111,23 @@ void bind_functions(nb::module_& m) {
         "intercept"_a);
   m.def("table_rsqrt", &by_segments<&Kernels::table_rsqrt>, "isa"_a, "x"_a, "slope"_a,
         "intercept"_a);
+}
+
+void bind_function_steps(nb::class_<Plan>& plan) {
+  plan.def(
+          "function",
+          [](Plan& p, int value, const std::string& name) {
+            return p.add_step(function_step(p.kernels(), function_named(name)), {value});
+          },
+          "value"_a, "name"_a)
+      .def(
+          "piecewise",
+          [](Plan& p, int value, const Array<float, 1>& breakpoint, const Array<float, 1>& slope,
+             const Array<float, 1>& intercept) {
+            return p.add_step(piecewise_step(p.kernels(), pieces(breakpoint, slope, intercept)),
+                              {value});
+          },
+          "value"_a, "breakpoint"_a, "slope"_a, "intercept"_a);
 }
 
 }  // namespace lutra

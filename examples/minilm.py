@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lutra.train import PQ, Keep
+from lutra.sentences import text_preprocess
+from lutra.train import PQ, Int8, Keep, convert, export
 from lutra.train.recipe import Recipe
 
 #: The outputs of both halves of every block: what a lookup network is drawn to in training.
@@ -74,7 +75,10 @@ class Classifier(nn.Module):
 
 
 def pq_recipe(v: int, **settings: Any) -> Recipe:
-    """All six linear layers of every block by product quantisation; q, k, v share codes."""
+    """All six linear layers of every block by product quantisation; q, k, v share codes.
+
+    The word embeddings become int8 in the end, see `export_text`.
+    """
     return {
         "bert.encoder.layer.*": PQ(v=v, k=16, **settings),
         "*": Keep("one row a sentence"),
@@ -102,6 +106,24 @@ def padded(tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         ids[row, : len(sentence)] = torch.tensor(sentence)
         mask[row, : len(sentence)] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def export_text(
+    model: nn.Module,
+    path: Path,
+    tokenizer: Any,
+    example: dict[str, Tensor],
+    *,
+    longest: int,
+    metadata: dict[str, Any],
+) -> None:
+    """Writes a model with its tokenizer and int8 word embeddings, for texts of any length."""
+    model, _ = convert(model, {"bert.embeddings.word_embeddings": Int8()}, [])
+    pre = text_preprocess(tokenizer, max_length=longest)
+    inputs = (example["input_ids"][:4], example["attention_mask"][:4])
+    export(
+        model.eval(), path, inputs, dynamic_axes=(0, 1), metadata={**metadata, "preprocess": pre}
+    )
 
 
 class Batches(Dataset[Batch]):

@@ -17,24 +17,28 @@ from __future__ import annotations
 import argparse
 import copy
 import re
+import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from minilm import (
     FEATURES,
     Batches,
     Classifier,
     accuracy,
+    export_text,
     first,
     load_bert,
     pq_recipe,
     read_tsv,
     tokenize,
 )
-from tasks import Log, add_data, stage
+from tasks import Log, add_data, finish, stage
 from torch.utils.data import DataLoader
 
-from lutra.train import convert, finetune
+from lutra.sentences import SentenceEncoder
+from lutra.train import convert, finetune, recipe_to_json
 
 
 def plain(text: str) -> str:
@@ -51,11 +55,11 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, required=True, help="folder; stop and resume")
     parser.add_argument("--v", type=int, default=16, help="values per sub-vector; default: 16")
     parser.add_argument("--gradient", default="projected")
+    parser.add_argument("--reconstruction", type=float, default=0.0, help="eLUT-NN: 1e-3")
     parser.add_argument("--epochs", type=int, default=3, help="of the lookup form; default: 3")
     parser.add_argument("--dense-epochs", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--centroid-lr", type=float)
     parser.add_argument("--dense-lr", type=float, default=3e-5)
     parser.add_argument("--feature-weight", type=float, default=1.0)
     parser.add_argument("--distillation-temperature", type=float, default=2.0)
@@ -99,9 +103,8 @@ def main() -> None:
     for module in dense.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    lookups, converted = convert(
-        dense, pq_recipe(options.v, gradient=options.gradient), picked, seed=options.seed
-    )
+    recipe = pq_recipe(options.v, gradient=options.gradient, reconstruction=options.reconstruction)
+    lookups, converted = convert(dense, recipe, picked, seed=options.seed)
     print(converted, flush=True)
     print("after conversion", accuracy(lookups, dev), flush=True)
     report = finetune(
@@ -118,7 +121,37 @@ def main() -> None:
         checkpoint_dir=stage(options.checkpoints, options.name or f"v{options.v}"),
         checkpoint_every=200, seed=options.seed,
     )  # fmt: skip
-    print(report.history[-1], flush=True)
+    test_labels, test_texts = sets["test"]
+    tokens = tokenize(tokenizer, test_texts)
+    export_text(
+        lookups, options.output, tokenizer, dev[0][0], longest=128,
+        metadata={
+            "classes": ["negative", "positive"],
+            "recipe": recipe_to_json(recipe),
+            "seed": options.seed,
+            "training": {"steps": report.steps, "seconds": report.seconds},
+        },
+    )  # fmt: skip
+    encoder = SentenceEncoder(options.output, threads=options.threads)
+    test = Batches(tokens, test_labels, 32)
+    start = time.perf_counter()
+    dense_accuracy = accuracy(teacher, test)
+    dense_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    found = encoder.encode(test_texts).argmax(1)
+    seconds = time.perf_counter() - start
+    finish(
+        options.output,
+        {
+            "v": options.v,
+            "sentences": len(test_labels),
+            "dense_top1": round(dense_accuracy, 2),
+            "top1": round(100.0 * float((found == np.array(test_labels)).mean()), 2),
+            "dev_top1": [round(entry["metric"], 2) for entry in report.history],
+            "dense_sentences_per_second": round(len(test_labels) / dense_seconds, 1),
+            "sentences_per_second": round(len(test_labels) / seconds, 1),
+        },
+    )
 
 
 if __name__ == "__main__":

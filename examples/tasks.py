@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,17 @@ def add_data(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
-def add_training(parser: argparse.ArgumentParser, output: str) -> None:
-    """Adds what every training has: output, checkpoints, bits, threads, seed."""
+def add_training(parser: argparse.ArgumentParser, output: str, *, tables: bool = True) -> None:
+    """Adds what every training has: output, checkpoints, bits, threads, seed.
+
+    Without `tables` there are no options for the tables of `lookup_method`.
+    """
     parser.add_argument("--output", type=Path, default=Path(output))
     parser.add_argument("--checkpoints", type=Path, help="folder; enables stop and resume")
-    parser.add_argument("--bits", type=int, default=4, choices=sorted(TABLES), help="default: 4")
-    parser.add_argument("--rank", type=int, default=1, help="of the learned table; default: 1")
+    if tables:
+        bits = sorted(TABLES)
+        parser.add_argument("--bits", type=int, default=4, choices=bits, help="default: 4")
+        parser.add_argument("--rank", type=int, default=1, help="of the learned table; default: 1")
     parser.add_argument("--clip-norm", type=float, help="largest gradient norm; default: any")
     parser.add_argument("--mixed-precision", default="no", choices=("no", "bf16", "fp16"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -74,6 +80,18 @@ def as_batch(batch: Any) -> tuple[Tensor, Tensor]:
     """The collate function of data sets that fetch whole batches."""
     inputs, targets = batch
     return inputs, targets
+
+
+def milliseconds(runs: Sequence[Callable[[], object]], rounds: int = 200) -> list[float]:
+    """Median milliseconds of calls that take turns, after a tenth of the rounds to warm up."""
+    times: list[list[float]] = [[] for _ in runs]
+    for turn in range(rounds + rounds // 10):
+        for run, found in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            if turn >= rounds // 10:
+                found.append(1000 * (time.perf_counter() - start))
+    return [statistics.median(found) for found in times]
 
 
 def finish(output: Path, result: dict[str, Any]) -> None:

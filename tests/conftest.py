@@ -15,6 +15,8 @@ if find_spec("torch") is None:
         "test_export_lookup.py",
         "test_export_operators.py",
         "test_export_pq.py",
+        "test_export_text.py",
+        "test_export_transformer.py",
         "test_finetune.py",
         "test_function_layers.py",
         "test_gate.py",

@@ -208,7 +208,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "reshape_same": (lambda: Fn(lambda m, x: F.relu(x.reshape(x.shape))), ["relu"]),
     "squeeze_unsqueeze": (
         lambda: Fn(lambda m, x: x.mean(2, keepdim=True).squeeze(2).unsqueeze(1)),
-        ["mean", "flatten", "reshape"],
+        ["mean", "reshape"],
     ),
     "bn1d": (
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(216, 5), nn.BatchNorm1d(5), nn.ReLU()),

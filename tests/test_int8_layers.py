@@ -104,6 +104,8 @@ def check_bits(layer: Any, x: Tensor) -> None:
         ((3, 5, 5), {"stride": 2, "padding": 2, "bias": False}),
         ((6, 6, 3), {"groups": 6, "padding": 1}),
         ((6, 12, (3, 1)), {"groups": 3, "dilation": (2, 1), "padding": (2, 0)}),
+        ((8, 16, 3), {"groups": 8, "stride": 2, "padding": 1}),
+        ((6, 6, 5), {"groups": 6, "dilation": 2, "padding": "same", "bias": False}),
         ((4, 7, 1), {"stride": (1, 2)}),
         ((130, 4, 3), {"padding": "same"}),  # 1170 products: float32 adds them in two parts
     ],
@@ -127,6 +129,21 @@ def test_long_sums_are_exact(features: int) -> None:
         layer.weight[1, ::3] = -0.5
         layer.weight[2] = torch.linspace(-1, 1, features)
     check_bits(layer, torch.full((2, features), 9.0))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_depthwise_has_the_same_bits_either_way(
+    last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = make_conv(24, 24, 3, groups=24, padding=1).eval(), noise(5, 24, 9, 7)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        plain = layer(x)
+        monkeypatch.setattr(module, "_plain_conv", lambda *_: False)
+        products = layer(x)
+    assert torch.equal(plain, products)
+    assert plain.stride() == products.stride()
 
 
 def test_memory_is_bounded_without_changing_bits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from graphs import Array, int8_tensors, lookup_tensors, pq_tensors
+from graphs import Array, Builder, int8_tensors, lookup_tensors, pq_tensors
 
-from lutra import _engine, runnable_isas
+from lutra import Session, _engine, runnable_isas
 
 F = np.float32
 ISAS = runnable_isas()
@@ -521,3 +521,102 @@ def test_one_plan_runs_every_length() -> None:
             cut = np.ascontiguousarray(ids[n : n + 1, : length // 2 + 1])
             want = plan("scalar", 1, ["int32", "int32"], steps).run([cut, np.ones_like(cut)])[0]
             np.testing.assert_array_equal(got[n : n + 1], want)
+
+
+# ---- functions in the steps of layers -----------------------------------------------------------
+
+FUNCTIONS: dict[str, Callable[[_engine.Plan, int], int]] = {
+    "gelu": lambda p, x: p.function(x, "gelu"),
+    "piecewise": lambda p, x: p.piecewise(
+        x, np.linspace(-3, 3, 15).astype(F), normal(16), normal(16, seed=1)
+    ),
+    "affine_scalar": lambda p, x: p.affine_scalar(x, -2.0, 0.5),
+}
+
+
+def steps_of(made: _engine.Plan, arrays: list[Array]) -> list[str]:
+    return [label for label, _, _ in made.profile(arrays, 1)[0]]
+
+
+@pytest.mark.parametrize("kind", ["pq", "int8", "lookup"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("shape", [(2,), (1, 1), (1, 16), (2, 70), (5, 64), (2, 3, 5)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_layers_take_functions_over(
+    kind: str, name: str, shape: tuple[int, ...], residual: bool
+) -> None:
+    features, outputs = 20, 37
+    tensors = _tensors(kind, features, outputs)
+    after = [int8_tensors(np.random.default_rng(i), (9, outputs)) for i in range(3)]
+    x, r = normal(*shape, features), normal(*shape, outputs, seed=1)
+    inputs = [x, r] if residual else [x]
+
+    def layer(p: _engine.Plan, v: list[int]) -> int:
+        p.label("layer")
+        more: dict[str, Any] = {"residual": v[1]} if residual else {}
+        y = _layer(p, kind, v[0], tensors, clamp=(-0.9, 1.1), **more)
+        p.label("function")
+        return y
+
+    def apart(p: _engine.Plan, v: list[int]) -> list[int]:
+        y = layer(p, v)
+        return [FUNCTIONS[name](p, y), y]
+
+    def floats(p: _engine.Plan, v: list[int]) -> int:
+        return FUNCTIONS[name](p, layer(p, v))
+
+    def grids(count: int, and_floats: bool) -> Steps:
+        def steps(p: _engine.Plan, v: list[int]) -> list[int]:
+            y = floats(p, v)
+            made = [int8(p, y, after[i], 0.02 * (i + 1)) for i in range(count)]
+            return [*made, y] if and_floats else made
+
+        return steps
+
+    want = run(apart, *inputs)
+    np.testing.assert_array_equal(run(floats, *inputs), want)
+    dtypes = ["float32"] * len(inputs)
+    assert steps_of(plan("scalar", 1, dtypes, floats), inputs)[-1] == "layer + function"
+    assert steps_of(plan("scalar", 1, dtypes, apart), inputs)[-2:] == ["layer", "function"]
+    read = [run(lambda p, v, i=i: int8(p, v[0], after[i], 0.02 * (i + 1)), want) for i in range(3)]
+    for count, and_floats in ((1, False), (2, True), (3, False)):
+        for isa in ISAS:
+            for threads in (1, 3):
+                got = plan(isa, threads, dtypes, grids(count, and_floats)).run(inputs)
+                for a, b in zip(got, [*read[:count], want], strict=False):
+                    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("op", ["pq_conv2d", "int8_conv2d", "lookup_conv2d"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_convolutions_take_functions_over(op: str, batch: int) -> None:
+    b = Builder(("x", (None, 6, 9, 7)), seed=1)
+    groups = {"groups": 3} if op == "int8_conv2d" else {}
+    y = getattr(b, op)("x", 6, 21, padding=(1, 1), **groups)
+    z = b.add("gelu", y)
+    feeds = {"x": normal(batch, 6, 9, 7)}
+    want = None
+    for isa in ISAS:
+        for threads in (1, 3):
+            apart = Session(b.graph(z, y), isa=isa, threads=threads).run(None, feeds)[0]
+            fused = Session(b.graph(z), isa=isa, threads=threads).run(None, feeds)[0]
+            want = apart if want is None else want
+            np.testing.assert_array_equal(apart, want)
+            np.testing.assert_array_equal(fused, want)
+
+
+def test_only_the_first_function_is_taken_over() -> None:
+    tensors = _tensors("pq", 20, 12)
+
+    def steps(p: _engine.Plan, v: list[int]) -> int:
+        p.label("layer")
+        y = _layer(p, "pq", v[0], tensors)
+        p.label("one")
+        y = p.affine_scalar(y, 2.0, 0.0)
+        p.label("two")
+        return p.affine_scalar(y, 1.0, -1.0)
+
+    x = normal(2, 7, 20)
+    want = run(lambda p, v: _layer(p, "pq", v[0], tensors), x) * F(2) - F(1)
+    np.testing.assert_array_equal(run(steps, x), want)
+    assert steps_of(plan("scalar", 1, ["float32"], steps), [x]) == ["input", "layer + one", "two"]

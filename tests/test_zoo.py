@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from examples_support import DATA, ROOT
 
 import lutra
+from lutra.audio import AudioPreprocess
 from lutra.cli import main
 
 FILES = sorted((ROOT / "zoo").glob("*.lutra"))
@@ -89,6 +91,55 @@ def test_modelnet10_accuracy_is_as_stated(
     tests = points.load_modelnet10(DATA / "points")[1]
     x, y = points.fixed(tests, entries["training"]["points"], entries["seed"])
     assert top1(capsys, file, tmp_path, x, y) == stated(file.name, "engine accuracy")
+
+
+def speech_commands(front: AudioPreprocess) -> tuple[Any, Any, Any]:
+    """Features and labels to test with, and for each the row of the test clips."""
+    folder = DATA / "speech"
+    if front.coefficients:
+        with np.load(folder / "kws01_mfcc_int8.npz") as kws:
+            test = kws["speechcmd_split"] == 1
+            return kws["x"][test], kws["y"][test], kws["speechcmd_row"][test]
+    with lzma.open(folder / "speechcmd_test_logmel.npy.xz") as file:
+        x = np.load(file)
+    with np.load(folder / "speechcmd_test_meta.npz") as meta:
+        return x, meta["label"], np.arange(len(x))
+
+
+@needs("speech/kws01_mfcc_int8.npz")
+@files("speech_commands")
+def test_speech_commands_accuracy_is_as_stated(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    front = AudioPreprocess.from_metadata(lutra.load_graph(file).metadata)
+    assert front is not None
+    x, y, _ = speech_commands(front)
+    assert top1(capsys, file, tmp_path, x, y) == stated(file.name, "engine accuracy")
+
+
+@needs("speech/kws01_mfcc_int8.npz")
+@files("speech_commands")
+def test_sound_gives_the_answers_of_the_features(file: Path) -> None:
+    session = lutra.Session(file, threads=1)
+    front = AudioPreprocess.from_metadata(session.graph.metadata)
+    assert front is not None
+    x, _, row = speech_commands(front)
+    with lzma.open(DATA / "speech" / "speechcmd_test_pcm.npy.xz") as packed:
+        planes = np.load(packed)
+    zigzag = (planes[0].astype(np.int32) << 8) | planes[1]
+    clips = np.cumsum((zigzag >> 1) ^ -(zigzag & 1)).astype(np.int16).reshape(-1, 16000)
+    known = np.load(DATA / "speech" / "speechcmd_test_pcm_rows.npz")["row"]
+    pairs = [(i, int(np.flatnonzero(row == r)[0])) for i, r in enumerate(known) if r in row]
+    assert len(pairs) > 20
+    heard = session(front.apply(clips[[i for i, _ in pairs]]))
+    stored = session(front.apply(x[[j for _, j in pairs]]))
+    assert (heard.argmax(1) == stored.argmax(1)).mean() > 0.96  # MFCCs may differ by a level
+    if not front.coefficients:
+        np.testing.assert_array_equal(heard, stored)
+    for i, _ in pairs[:5]:
+        answer = lutra.Stream(session)(clips[i])
+        assert answer is not None
+        np.testing.assert_array_equal(answer.scores, session(front.apply(clips[i : i + 1]))[0])
 
 
 @needs("sr/set5_hr.npy.xz")

@@ -55,7 +55,7 @@ struct GatheredLayer::Sizes {
     planes = align64(source.bytes());
     gathered = align64(l.gathered_bytes());
     shared = split ? static_cast<size_t>(tiles) * gathered : 0;
-    const size_t scratch = direct ? 0 : TileOutput::scratch_bytes(l.outputs_, l.kernels_.row_tile);
+    const size_t scratch = TileOutput::scratch_bytes(l.outputs_, l.kernels_.row_tile, direct);
     const size_t row =
         align64(static_cast<size_t>(l.depth())) + align64(kRowOutputs * (2 * sizeof(float) + 1));
     worker = std::max({align64(kMaxRowTile * sizeof(int32_t)) + (split ? 0 : gathered) + scratch,
@@ -121,8 +121,10 @@ void GatheredLayer::run_tiles(const PatchSource& source, const Sizes& s, const T
       const int64_t first = static_cast<int64_t>(i) * tile;
       for (int64_t g = 0; g < groups_; ++g, p.planes += channels * p.plane) {
         gather(p, gathered);
-        multiply(g, gathered, 0, per_group, output.begin(first, p.rows, scratch, g * per_group));
-        output.end(first, p.rows, scratch, g * per_group, per_group);
+        output.make(first, p.rows, scratch, g * per_group, 0, per_group,
+                    [&](int64_t from, int64_t to, const Epilogue& e) {
+                      multiply(g, gathered, from, to, e);
+                    });
       }
     });
     return;
@@ -135,18 +137,19 @@ void GatheredLayer::run_tiles(const PatchSource& source, const Sizes& s, const T
   const int64_t wanted = (outputs_ + 2 * pool.threads() - 1) / (2 * pool.threads());
   const int64_t step = round_up(wanted, std::max<int64_t>(16, kernels_.output_tile));
   const int64_t parts = (outputs_ + step - 1) / step;
-  pool.run(static_cast<size_t>(s.tiles * parts), work / kWorkPerMicrosecond,
-           [&](size_t i, int worker) {
-             uint8_t* const scratch = workers + static_cast<size_t>(worker) * s.worker +
-                                      align64(kMaxRowTile * sizeof(int32_t));
-             const int64_t index = static_cast<int64_t>(i) / parts;
-             const int64_t m = static_cast<int64_t>(i) % parts * step;
-             const int64_t end = std::min(outputs_, m + step);
-             const int64_t first = index * tile, count = std::min(tile, rows - first);
-             multiply(0, shared + static_cast<size_t>(index) * s.gathered, m, end,
-                      output.begin(first, count, scratch));
-             output.end(first, count, scratch, m, end - m);
-           });
+  pool.run(
+      static_cast<size_t>(s.tiles * parts), work / kWorkPerMicrosecond, [&](size_t i, int worker) {
+        uint8_t* const scratch = workers + static_cast<size_t>(worker) * s.worker +
+                                 align64(kMaxRowTile * sizeof(int32_t));
+        const int64_t index = static_cast<int64_t>(i) / parts;
+        const int64_t m = static_cast<int64_t>(i) % parts * step;
+        const int64_t end = std::min(outputs_, m + step);
+        const int64_t first = index * tile, count = std::min(tile, rows - first);
+        output.make(first, count, scratch, 0, m, end,
+                    [&](int64_t from, int64_t to, const Epilogue& e) {
+                      multiply(0, shared + static_cast<size_t>(index) * s.gathered, from, to, e);
+                    });
+      });
 }
 
 void GatheredLayer::run_rows(const PatchSource& source, const TileOutput& output, uint8_t* workers,

@@ -136,7 +136,7 @@ struct PqLayer::Sizes {
     codes = align64(k.code_bytes(s));
     const size_t row_codes = layer.by_row(rows) ? align64(static_cast<size_t>(s.books) * rows) : 0;
     const size_t sums = std::max(row_codes, align64(kRowOutputs * (2 * sizeof(float) + 1)));
-    tile = direct ? 0 : TileOutput::scratch_bytes(s.outputs, k.row_tile);
+    tile = TileOutput::scratch_bytes(s.outputs, k.row_tile, direct);
     const size_t own_codes = split ? 0 : static_cast<size_t>(group) * codes;
     worker = std::max(
         {align64(kMaxRowTile * sizeof(int32_t)) + own_codes + tile, source.scratch_bytes(), sums});
@@ -201,9 +201,11 @@ void PqLayer::run_tiles(const Call& call, const PatchSource& source, const Sizes
   auto lookup = [&](int64_t index, int32_t first, int32_t last, const Memory& m,
                     const uint8_t* codes) {
     const int64_t row = index * tile, count = std::min(tile, rows - row);
-    const Epilogue e = output.begin(row, count, m.scratch);
-    kernels_.lookup(shape_, packed, codes, first, last, e);
-    output.end(row, count, m.scratch, first, last - first);
+    output.make(row, count, m.scratch, 0, first, last,
+                [&](int64_t from, int64_t to, const Epilogue& e) {
+                  kernels_.lookup(shape_, packed, codes, static_cast<int32_t>(from),
+                                  static_cast<int32_t>(to), e);
+                });
   };
   const double compare =
       shape_.encoder == Encoder::kTree ? 8.0 : static_cast<double>(shape_.centroids) * shape_.dim;
@@ -229,8 +231,12 @@ void PqLayer::run_tiles(const Call& call, const PatchSource& source, const Sizes
       for (int32_t first = 0; first < shape_.outputs; first += kGroupOutputs) {
         const int32_t last = std::min<int32_t>(shape_.outputs, first + kGroupOutputs);
         for (int64_t t = begin; t < end; ++t) {
-          kernels_.lookup(shape_, packed, m.codes + static_cast<size_t>(t - begin) * s.codes, first,
-                          last, e[t - begin]);
+          const uint8_t* const codes = m.codes + static_cast<size_t>(t - begin) * s.codes;
+          if (output.plain()) {
+            kernels_.lookup(shape_, packed, codes, first, last, e[t - begin]);
+          } else {
+            lookup(t, first, last, m, codes);
+          }
         }
       }
     });

@@ -54,40 +54,83 @@ Dims storage_strides(const Shape& shape) {
 
 namespace {
 
-// to[j * to_step + i] = from[i * from_step + j] for i < rows, j < columns, in blocks that stay in
-// the cache.
+#ifdef __SSE2__
+constexpr int64_t kTile = 16;  // floats of a cache line
+
+// A tile of 16 x 16. Both sides are touched a line at a time: where steps are powers of two, the
+// lines of many rows do not fit in the cache together.
+inline void transpose_tile(const float* from, int64_t from_step, float* to, int64_t to_step) {
+  alignas(64) float turned[kTile * kTile];
+  for (int64_t i = 0; i < kTile; i += 4) {
+    const float* const x = from + i * from_step;
+    for (int64_t j = 0; j < kTile; j += 4) {
+      __m128 r0 = _mm_loadu_ps(x + j), r1 = _mm_loadu_ps(x + from_step + j),
+             r2 = _mm_loadu_ps(x + 2 * from_step + j), r3 = _mm_loadu_ps(x + 3 * from_step + j);
+      _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
+      float* const y = turned + j * kTile + i;
+      _mm_store_ps(y, r0);
+      _mm_store_ps(y + kTile, r1);
+      _mm_store_ps(y + 2 * kTile, r2);
+      _mm_store_ps(y + 3 * kTile, r3);
+    }
+  }
+  for (int64_t j = 0; j < kTile; ++j) {
+    std::memcpy(to + j * to_step, turned + j * kTile, kTile * sizeof(float));
+  }
+}
+#endif
+
+// to[j * to_step + i] = from[i * from_step + j] for i < rows, j < columns
+template <class T>
+void transpose_block(const T* from, int64_t from_step, T* to, int64_t to_step, int64_t rows,
+                     int64_t columns) {
+  int64_t i = 0;
+#ifdef __SSE2__
+  if constexpr (sizeof(T) == sizeof(float)) {
+    for (; i + 4 <= rows; i += 4) {
+      const float* const x = from + i * from_step;
+      int64_t j = 0;
+      for (; j + 4 <= columns; j += 4) {
+        __m128 r0 = _mm_loadu_ps(x + j), r1 = _mm_loadu_ps(x + from_step + j),
+               r2 = _mm_loadu_ps(x + 2 * from_step + j), r3 = _mm_loadu_ps(x + 3 * from_step + j);
+        _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
+        float* const y = to + j * to_step + i;
+        _mm_storeu_ps(y, r0);
+        _mm_storeu_ps(y + to_step, r1);
+        _mm_storeu_ps(y + 2 * to_step, r2);
+        _mm_storeu_ps(y + 3 * to_step, r3);
+      }
+      for (; j < columns; ++j) {
+        for (int64_t k = 0; k < 4; ++k) to[j * to_step + i + k] = x[k * from_step + j];
+      }
+    }
+  }
+#endif
+  for (; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) to[j * to_step + i] = from[i * from_step + j];
+  }
+}
+
+// The same, in blocks that stay in the cache.
 template <class T>
 void transpose(const T* from, int64_t from_step, T* to, int64_t to_step, int64_t rows,
                int64_t columns) {
-  constexpr int64_t kBlock = 32;
-  for (int64_t i0 = 0; i0 < rows; i0 += kBlock) {
-    const int64_t i1 = std::min(rows, i0 + kBlock);
-    for (int64_t j0 = 0; j0 < columns; j0 += kBlock) {
-      const int64_t j1 = std::min(columns, j0 + kBlock);
-      int64_t i = i0;
+  constexpr int64_t kBlock = 16;
+  for (int64_t i = 0; i < rows; i += kBlock) {
+    const int64_t height = std::min(kBlock, rows - i);
+    for (int64_t j = 0; j < columns; j += kBlock) {
+      const int64_t width = std::min(kBlock, columns - j);
+      const T* const x = from + i * from_step + j;
+      T* const y = to + j * to_step + i;
 #ifdef __SSE2__
-      for (; sizeof(T) == sizeof(float) && i + 4 <= i1; i += 4) {
-        const T* const x = from + i * from_step;
-        int64_t j = j0;
-        for (; j + 4 <= j1; j += 4) {
-          const float* const f = reinterpret_cast<const float*>(x) + j;
-          __m128 r0 = _mm_loadu_ps(f), r1 = _mm_loadu_ps(f + from_step),
-                 r2 = _mm_loadu_ps(f + 2 * from_step), r3 = _mm_loadu_ps(f + 3 * from_step);
-          _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
-          float* const y = reinterpret_cast<float*>(to) + j * to_step + i;
-          _mm_storeu_ps(y, r0);
-          _mm_storeu_ps(y + to_step, r1);
-          _mm_storeu_ps(y + 2 * to_step, r2);
-          _mm_storeu_ps(y + 3 * to_step, r3);
-        }
-        for (; j < j1; ++j) {
-          for (int64_t k = 0; k < 4; ++k) to[j * to_step + i + k] = x[k * from_step + j];
+      if constexpr (sizeof(T) == sizeof(float)) {
+        if (height == kTile && width == kTile) {
+          transpose_tile(x, from_step, y, to_step);
+          continue;
         }
       }
 #endif
-      for (; i < i1; ++i) {
-        for (int64_t j = j0; j < j1; ++j) to[j * to_step + i] = from[i * from_step + j];
-      }
+      transpose_block(x, from_step, y, to_step, height, width);
     }
   }
 }

@@ -11,6 +11,15 @@
 
 namespace lutra {
 
+// A function of one variable, of many values at once.
+class Elementwise {
+ public:
+  virtual ~Elementwise() = default;
+  // y[i] = f(x[i]) for i < n; y may be x. The result does not depend on n or i.
+  virtual void apply(const float* x, size_t n, float* y) const = 0;
+};
+using ElementwisePtr = std::shared_ptr<const Elementwise>;
+
 class Step;
 using StepPtr = std::unique_ptr<Step>;
 using Shapes = std::vector<Shape>;
@@ -58,6 +67,11 @@ class Step {
   // The same operation on quantised values, if quantising before it gives the same integers as
   // quantising after it; else null.
   virtual StepPtr on_bytes() const { return nullptr; }
+
+  // What it does, if that is a function of each value of its only input; else null.
+  virtual ElementwisePtr elementwise() const { return nullptr; }
+  // Takes over such a function of its output, before the first run; false if it cannot.
+  virtual bool absorb(const ElementwisePtr&) { return false; }
 
   // Which kernel does the work, for profiles.
   virtual std::string method(const Shapes& inputs) const = 0;

@@ -2,53 +2,12 @@
 
 #include <algorithm>
 
-#include "memory.h"
+#include "block_step.h"
 
 namespace lutra {
 namespace {
 
 using Inputs = std::vector<const float*>;
-
-constexpr double kPerMicrosecond = 2e3;  // elements, a rough guess for one core
-constexpr int64_t kBlock = 2048;         // elements made and then quantised, in the nearest cache
-
-// What element-wise steps share: blocks of the output are made in the order of memory, in place or,
-// where nobody reads the floats, in scratch, and quantised from there.
-class BlockStep : public Step {
- public:
-  explicit BlockStep(const Kernels& kernels) : kernels_(kernels) {}
-  int max_quantized() const override { return kMaxQuantized; }
-  std::string method(const Shapes&) const override { return "float32"; }
-  size_t workspace(const Shapes&, int threads) const override {
-    return static_cast<size_t>(threads) * kBlock * sizeof(float);
-  }
-
- protected:
-  template <class F>  // void(int64_t first, int64_t count, float* to)
-  void in_blocks(const StepRun& r, const F& make) const {
-    const int64_t size = r.out_shape.size();
-    // Several blocks make a work item: taking one costs about as much as a block.
-    constexpr int64_t kItem = 4 * kBlock;
-    r.pool.run(static_cast<size_t>((size + kItem - 1) / kItem),
-               static_cast<double>(size) / kPerMicrosecond, [&](size_t item, int worker) {
-                 const int64_t begin = static_cast<int64_t>(item) * kItem;
-                 const int64_t end = std::min(size, begin + kItem);
-                 float* const scratch =
-                     reinterpret_cast<float*>(r.workspace) + static_cast<int64_t>(worker) * kBlock;
-                 for (int64_t first = begin; first < end; first += kBlock) {
-                   const int64_t count = std::min(kBlock, end - first);
-                   float* const to = r.out ? r.out + first : scratch;
-                   make(first, count, to);
-                   for (int i = 0; i < r.quantized; ++i) {
-                     kernels_.quantize(to, static_cast<size_t>(count), r.q[i].grid,
-                                       r.q[i].data + first);
-                   }
-                 }
-               });
-  }
-
-  const Kernels& kernels_;
-};
 
 // An axis of the output, or several that are one in both inputs. Strides are 0 where an input is
 // repeated.
@@ -139,16 +98,11 @@ StepPtr make_pair_step(const Kernels& kernels, const char* name, bool broadcast,
   return std::make_unique<PairStep<F>>(kernels, name, broadcast, f);
 }
 
-class AffineScalarStep : public BlockStep {
+class AffineScalar : public Elementwise {
  public:
-  AffineScalarStep(const Kernels& kernels, float scale, float bias)
-      : BlockStep(kernels), scale_(scale), bias_(bias) {}
-  Shape infer(const Shapes& in) const override { return in[0]; }
-  void run(const StepRun& r) const override {
-    in_blocks(r, [&](int64_t first, int64_t count, float* to) {
-      const float* const x = r.inputs[0] + first;
-      for (int64_t i = 0; i < count; ++i) to[i] = x[i] * scale_ + bias_;
-    });
+  AffineScalar(float scale, float bias) : scale_(scale), bias_(bias) {}
+  void apply(const float* x, size_t n, float* y) const override {
+    for (size_t i = 0; i < n; ++i) y[i] = x[i] * scale_ + bias_;
   }
 
  private:
@@ -249,7 +203,7 @@ StepPtr pair_step(const Kernels& kernels, Arithmetic operation, bool broadcast) 
 }
 
 StepPtr affine_scalar_step(const Kernels& kernels, float scale, float bias) {
-  return std::make_unique<AffineScalarStep>(kernels, scale, bias);
+  return elementwise_step(kernels, std::make_shared<AffineScalar>(scale, bias));
 }
 StepPtr cast_step() { return std::make_unique<CastStep>(); }
 StepPtr transpose_step(std::vector<int> axes) {

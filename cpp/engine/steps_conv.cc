@@ -73,6 +73,7 @@ LayerOutput LayerStep::output(const StepRun& r) const {
   o.view = view(r.out_shape, r.out);
   o.residual = residual_ ? r.inputs[1] : nullptr;
   o.clamp = clamp_;
+  o.function = function_.get();
   o.fold = &fold_;
   o.quantized = r.quantized;
   for (int i = 0; i < r.quantized; ++i) {
@@ -222,7 +223,7 @@ size_t LinearStep::worker_floats(const Shapes& inputs) const {
   if (by_row(inputs[0])) return static_cast<size_t>(padded() + padded() / 4);
   const int64_t patch = features_ * kernels_.row_tile + static_cast<int64_t>(kSlack);
   return static_cast<size_t>(patch) +
-         (direct(inputs) ? 0 : TileOutput::scratch_bytes(outputs_, kernels_.row_tile) / 4);
+         TileOutput::scratch_bytes(outputs_, kernels_.row_tile, direct(inputs)) / sizeof(float);
 }
 
 size_t LinearStep::workspace(const Shapes& inputs, int threads) const {

@@ -34,7 +34,7 @@ class LayerStep : public Step {
   }
   LayerOutput output(const StepRun& r) const;
   bool can_fold(const std::vector<Quantization>& grids, bool floats) const {
-    return grids.size() == 1 && !floats && !residual_;
+    return grids.size() == 1 && !floats && !residual_ && !function_;
   }
   int64_t rows(const Shape& x) const;
 
@@ -42,6 +42,7 @@ class LayerStep : public Step {
   int64_t outputs_;
   bool linear_, residual_;
   Clamp clamp_;
+  ElementwisePtr function_;  // of what the rest makes
   Fold fold_;
 };
 
@@ -55,6 +56,11 @@ class QuantizedStep : public LayerStep {
   size_t workspace(const Shapes& inputs, int threads) const override;
   void run(const StepRun& r) const override;
   void set_outputs(const std::vector<Quantization>& grids, bool floats) override;
+  bool absorb(const ElementwisePtr& function) override {
+    if (function_) return false;
+    function_ = function;
+    return true;
+  }
   std::string method(const Shapes& inputs) const override { return layer_.method(rows(inputs[0])); }
   size_t parameter_bytes() const override { return layer_.parameter_bytes(); }
 

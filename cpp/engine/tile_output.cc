@@ -1,20 +1,38 @@
 #include "tile_output.h"
 
-#include "memory.h"
+#include <cstring>
 
 namespace lutra {
+namespace {
+
+// The rows of a tile to the planes of some outputs. Whole tiles are copied with a constant size,
+// which becomes a few instructions.
+template <class T>
+void copy_rows(T* to, int64_t step, const T* from, int64_t tile, int64_t outputs, int64_t rows) {
+  if (rows == kMaxRowTile) {
+    for (int64_t m = 0; m < outputs; ++m) {
+      std::memcpy(to + m * step, from + m * tile, kMaxRowTile * sizeof(T));
+    }
+  } else {
+    for (int64_t m = 0; m < outputs; ++m) {
+      std::memcpy(to + m * step, from + m * tile, static_cast<size_t>(rows) * sizeof(T));
+    }
+  }
+}
+
+}  // namespace
 
 TileOutput::TileOutput(const LayerOutput& output, const Kernels& kernels, const int32_t* offset,
                        const float* scale, const float* bias)
     : o_(output), kernels_(kernels), offset_(offset), scale_(scale), bias_(bias) {
   const ImageView& v = output.view;
   whole_ = direct(v);
-  by_image_ = v.sw == 1 && v.sh == v.w && output.quantized == 0;
+  by_image_ = v.sw == 1 && v.sh == v.w && output.quantized == 0 && !output.function;
 }
 
-size_t TileOutput::scratch_bytes(int64_t outputs, int32_t row_tile) {
-  return align64(static_cast<size_t>(outputs) * static_cast<size_t>(row_tile) *
-                 (sizeof(float) + 1));
+size_t TileOutput::scratch_bytes(int64_t outputs, int32_t row_tile, bool direct) {
+  return align64(static_cast<size_t>(direct ? kBlockOutputs : outputs) *
+                 static_cast<size_t>(row_tile) * (sizeof(float) + 1));
 }
 
 bool TileOutput::consecutive(int64_t first, int64_t count) const {
@@ -59,6 +77,44 @@ Epilogue TileOutput::begin(int64_t first, int64_t count, uint8_t* scratch, int64
   return e;
 }
 
+// The kernel adds and clamps; its floats go to the scratch, output after output.
+Epilogue TileOutput::begin_block(int64_t first, int64_t count, uint8_t* scratch, int64_t base,
+                                 int64_t from) const {
+  const int64_t at = place(first) + base * o_.view.sc;
+  return {.offset = offset_ ? offset_ + base : nullptr,
+          .scale = scale_ ? scale_ + base : nullptr,
+          .bias = bias_ + base,
+          .residual = o_.residual ? o_.residual + at : nullptr,
+          .out = reinterpret_cast<float*>(scratch) - from * kernels_.row_tile,
+          .residual_stride = static_cast<size_t>(o_.view.sc),
+          .out_stride = static_cast<size_t>(kernels_.row_tile),
+          .rows = static_cast<int32_t>(count),
+          .clamp = o_.clamp.on,
+          .low = o_.clamp.low,
+          .high = o_.clamp.high};
+}
+
+void TileOutput::end_block(int64_t first, int64_t count, uint8_t* scratch, int64_t base,
+                           int64_t outputs) const {
+  const int64_t tile = kernels_.row_tile, step = o_.view.sc;
+  float* const y = reinterpret_cast<float*>(scratch);
+  uint8_t* const bytes = scratch + kBlockOutputs * tile * static_cast<int64_t>(sizeof(float));
+  // Whole tiles are one line; of others only the rows that there are.
+  const int64_t lines = count == tile ? 1 : outputs;
+  const size_t length = static_cast<size_t>(count == tile ? outputs * tile : count);
+  const int64_t at = place(first) + base * step;
+  for (int64_t i = 0; i < lines; ++i) o_.function->apply(y + i * tile, length, y + i * tile);
+  if (o_.view.data) {
+    copy_rows(o_.view.data + at, step, y, tile, outputs, count);
+  }
+  for (int q = 0; q < o_.quantized; ++q) {
+    for (int64_t i = 0; i < lines; ++i) {
+      kernels_.quantize(y + i * tile, length, o_.q[q].grid, bytes + i * tile);
+    }
+    copy_rows(o_.q[q].data + at, step, bytes, tile, outputs, count);
+  }
+}
+
 // What the kernels' epilogue does after the bias: NaN and -0 become `low`.
 float TileOutput::finish(float y, int64_t at) const {
   if (o_.residual) y += o_.residual[at];
@@ -76,13 +132,20 @@ void TileOutput::end(int64_t first, int64_t count, uint8_t* scratch, int64_t bas
   const int64_t tile = kernels_.row_tile;
   float* const floats = reinterpret_cast<float*>(scratch) + base * tile;
   constexpr int64_t kBlock = 16;  // outputs at a time, so that their lines stay in the cache
+  if (o_.function) {
+    for (int64_t m = 0; m < outputs; ++m) {
+      float* const y = floats + m * tile;
+      for (int64_t r = 0; r < count; ++r) y[r] = finish(y[r], place(first + r) + (base + m) * v.sc);
+      o_.function->apply(y, static_cast<size_t>(count), y);
+    }
+  }
   for (int64_t block = 0; block < outputs; block += kBlock) {
     const int64_t some = std::min(outputs, block + kBlock) - block;
     for (int64_t r = 0; r < count; ++r) {
       const int64_t at = place(first + r) + (base + block) * v.sc;
       float* const from = floats + block * tile + r;
       for (int64_t m = 0; m < some; ++m) {
-        const float y = finish(from[m * tile], at + m * v.sc);
+        const float y = o_.function ? from[m * tile] : finish(from[m * tile], at + m * v.sc);
         if (v.data) v.data[at + m * v.sc] = y;
         from[m * tile] = y;
       }
@@ -114,6 +177,7 @@ void TileOutput::row(int64_t row, const int32_t* sums, int64_t base, int64_t out
   if (o_.residual || o_.clamp.on) {
     for (int64_t m = 0; m < outputs; ++m) y[m] = finish(y[m], start + m * v.sc);
   }
+  if (o_.function) o_.function->apply(y, static_cast<size_t>(outputs), y);
   if (v.data) {
     for (int64_t m = 0; m < outputs; ++m) v.data[start + m * v.sc] = y[m];
   }

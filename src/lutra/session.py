@@ -26,6 +26,10 @@ __all__ = ["Session"]
 
 #: Larger batches run in pieces, so that the memory of a session stays within bounds.
 _ARENA_LIMIT: Final = 2**29
+#: Batches of sequences run in pieces whose values, of each thread, stay in or near the second-level
+#: cache: their layers are so wide that larger ones wait for memory. Images share tiles of rows
+#: instead, the more of them the better.
+_SEQUENCE_ARENA: Final = 2**22
 #: So many sizes of samples are remembered.
 _KNOWN_SIZES: Final = 64
 _Shapes: TypeAlias = Sequence[tuple[int, ...]]
@@ -320,6 +324,8 @@ class Session:
         # Two samples tell what one takes: of a single one, inputs and outputs are not copied.
         need = self._arena_bytes(batches)
         most = _ARENA_LIMIT if self._limit is None else min(_ARENA_LIMIT, self._limit)
+        if any(node.op == "attention" for node in self._graph.nodes):
+            most = min(most, _SEQUENCE_ARENA * self._threads)
         piece = max(1, 2 * most // max(1, need)) if self._can_split else shapes[0][0]
         if self._can_split:
             need = self._arena_bytes([(1, *shape[1:]) for shape in shapes])

@@ -1,4 +1,4 @@
-"""``lutra convert``: a PyTorch model to a file, with the same method for every layer."""
+"""``lutra convert``: a PyTorch model to a file, or function tables into one."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ from lutra.cli.common import (
     read_archive,
 )
 from lutra.errors import InputError, LutraError
+from lutra.format import load_graph, save_graph
+from lutra.functions import swap_functions
+from lutra.ops.functions import ENTRIES
 from lutra.ops.pq import CENTROID_COUNTS, ENCODERS
 from lutra.ops.registry import Array
 from lutra.text import counted
@@ -36,10 +39,14 @@ _EXAMPLES: Final = 8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.add_argument(
-        "model", metavar="MODULE:FUNCTION", help="builds the model: pkg.mod:build or file.py:build"
+        "model",
+        metavar="MODULE:FUNCTION|FILE.lutra",
+        help="builds the model: pkg.mod:build or file.py:build; or a file, for --functions",
     )
     parser.add_argument(
-        "--data", required=True, metavar="D.npz", help="holds x, float32 calibration inputs"
+        "--data",
+        metavar="D.npz",
+        help="holds x, float32 calibration inputs; of a file, its inputs by name (optional)",
     )
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the .lutra file")
     parser.add_argument("--method", choices=["pq"], default="pq", help="default: pq")
@@ -77,11 +84,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="AXIS,...",
         help="axes of the input that may have any size in the file besides the batch, such as 2,3",
     )
+    parser.add_argument(
+        "--functions",
+        type=int,
+        choices=ENTRIES,
+        metavar="E",
+        help="read activations, softmaxes and norms from tables of 8, 16 or 32 lines",
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, help="default: 0")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    if args.model.endswith(".lutra"):
+        return _swap(args)
+    if args.data is None:
+        raise UserError("convert needs calibration inputs; give --data D.npz with an array x")
     torch, train = _training()
     check_writable(args.output)
     x = _calibration(args.data)
@@ -89,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
     if "*" in recipe:
         raise UserError("--keep '*' leaves no layer to convert; name the layers to leave")
     recipe["*"] = train.PQ(v=args.v, k=args.k, encoder=args.encoder)
+    if args.functions is not None:
+        recipe["**"] = train.Function(entries=args.functions)
     torch.manual_seed(args.seed)
     model = _build(args.model)
     if not isinstance(model, torch.nn.Module):
@@ -109,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
                 "k": args.k,
                 "encoder": args.encoder,
                 "keep": list(args.keep),
+                "functions": args.functions,
             },
             "seed": args.seed,
             "report": details,
@@ -134,6 +155,37 @@ def run(args: argparse.Namespace) -> int:
         print(_factors_text(graph.metadata["tables"]))
     if any(layer.method == "pq" for layer in report.replaced):
         print("the codebooks are not fine-tuned: accuracy is better after lutra.train.finetune")
+    return 0
+
+
+def _swap(args: argparse.Namespace) -> int:
+    """Function tables into a file that is there already."""
+    if args.functions is None:
+        raise UserError(f"{args.model!r} is converted already; say what to do: --functions 16")
+    check_writable(args.output)
+    graph = load_graph(args.model)
+    feeds = None
+    if args.data is not None:
+        arrays = {value.name: read_archive(args.data, value.name) for value in graph.inputs}
+        for value in graph.inputs:
+            need_finite(args.data, arrays[value.name])
+        sizes = {name: len(array) for name, array in arrays.items()}
+        if len(set(sizes.values())) > 1:
+            raise InputError(f"{args.data!r} holds arrays of different length: {sizes}")
+        samples = next(iter(sizes.values()))
+        feeds = [
+            {name: array[i : i + _BATCH] for name, array in arrays.items()}
+            for i in range(0, samples, _BATCH)
+        ]
+    swapped = swap_functions(graph, args.functions, feeds=feeds)
+    save_graph(swapped, args.output)
+    entry = swapped.metadata["functions"]
+    print(f"{counted(len(entry['nodes']), 'node')} with tables of {args.functions} lines:")
+    for name, function in entry["nodes"].items():
+        print(f"  {plain(name)}: {function}")
+    for name, moved in entry.get("largest_output_difference", {}).items():
+        print(f"golden output {plain(name)} moved by up to {moved:.2g} of its largest value")
+    print(f"wrote {plain(args.output)}, {bytes_text(os.path.getsize(args.output))}")
     return 0
 
 

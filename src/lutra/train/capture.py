@@ -21,11 +21,11 @@ ExampleInput = Tensor | Sequence[Tensor]
 
 
 def example_tensors(example_input: ExampleInput) -> tuple[Tensor, ...]:
-    """Check an example input and return it as a tuple of float32 tensors on the CPU.
+    """Check an example input and return it as a tuple of tensors on the CPU.
 
     Args:
         example_input: One tensor, or one per positional argument of the model's `forward`. Axis 0
-            of each is the batch. Other floating types are converted to float32.
+            of each is the batch. Floating types become float32; integers and bool stay.
 
     Raises:
         InputError: No tensors, a tensor without a batch, or batches of different size.
@@ -138,7 +138,7 @@ def capture(
         if failure is not None:
             raise fixed from failure
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), _plain_attention(), torch.no_grad():
             program = torch.export.export(model, example, dynamic_shapes=dynamic, strict=False)
             # An empty table decomposes nothing; it only turns in-place operators into pure ones.
             functional: ExportedProgram = program.run_decompositions({})
@@ -229,6 +229,17 @@ def _dynamic_shapes(model: nn.Module, axes: Sequence[tuple[int, ...]]) -> dict[s
     dims = [{0: batch, **dict.fromkeys(mine, Dim.DYNAMIC)} for mine in axes]
     # *args collects the rest in one tuple, as forward does
     return inspect.signature(model.forward).bind(*dims).arguments
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Have torch.nn's attention and encoder layers compute with the operators that others use."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager

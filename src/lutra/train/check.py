@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree
 
-from lutra.errors import LutraError, UnsupportedModelError
+from lutra.errors import InputError, LutraError, UnsupportedModelError
 from lutra.graph import Graph, Node
 from lutra.ops.registry import Array
 from lutra.reference import run_reference
@@ -57,10 +57,7 @@ def check_graph(
     nothing is wrong. Every node is then compared alone, on the inputs that torch gave it; if all
     agree, the difference is reported as a warning.
     """
-    feeds = {
-        value.name: tensor.numpy()
-        for value, tensor in zip(lowered.graph.inputs, example, strict=True)
-    }
+    feeds = feeds_of(lowered.graph, example)
     for name, array in zip(lowered.graph.outputs, expected, strict=True):
         if not np.isfinite(array).all():
             raise LutraError(
@@ -138,10 +135,7 @@ def check_other_size(
             f"export: {type(model).__name__} fails on inputs of shapes {shapes} ({reason}); "
             f"{advice}."
         ) from error
-    feeds = {
-        value.name: tensor.numpy()
-        for value, tensor in zip(lowered.graph.inputs, example, strict=True)
-    }
+    feeds = feeds_of(lowered.graph, example)
     got = _run_session(lowered.graph, feeds)
     traced = _traced(program, example)
     for name, want, other in zip(lowered.graph.outputs, expected, traced, strict=True):
@@ -156,12 +150,71 @@ def check_other_size(
     )
 
 
-def doubled(example: Sequence[Tensor], axes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
-    """One sample of an example, twice as long on some axes of each tensor."""
-    return tuple(
-        tensor[:1].repeat([2 if axis in mine else 1 for axis in range(tensor.ndim)])
-        for tensor, mine in zip(example, axes, strict=True)
-    )
+def feeds_of(graph: Graph, example: Sequence[Tensor]) -> dict[str, Array]:
+    """Inputs of a torch model as those of its graph, by name; integers become int32."""
+    return {
+        value.name: array_of(tensor) for value, tensor in zip(graph.inputs, example, strict=True)
+    }
+
+
+def array_of(tensor: Tensor) -> Array:
+    """An input as an array of its own: float32, or int32 for integers and bool.
+
+    Raises:
+        InputError: Integers that int32 does not hold.
+    """
+    array = tensor.detach().contiguous().numpy()
+    if array.dtype.kind == "f":
+        return array.copy()
+    if array.size and array.dtype.kind in "iu":
+        low, high = int(array.min()), int(array.max())
+        if low < -(2**31) or high >= 2**31:
+            raise InputError(
+                f"export: example_input holds integers in {low}..{high}; lutra computes with int32."
+            )
+    return array.astype(np.int32)
+
+
+def other_size(
+    program: ExportedProgram, example: Sequence[Tensor], axes: Sequence[tuple[int, ...]]
+) -> tuple[Tensor, ...]:
+    """One sample of an example, of another size on some axes of each tensor.
+
+    Args:
+        program: What was traced.
+        example: Inputs.
+        axes: Those that may have any size.
+
+    Returns:
+        Tensors that are twice as long there, or as long as the program allows; of half the size
+        where it allows no more.
+    """
+    limits = dict(program.range_constraints)
+    names = {
+        spec.arg.name
+        for spec in program.graph_signature.input_specs
+        if spec.kind == InputKind.USER_INPUT
+    }
+    places = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
+    result = []
+    for tensor, mine, place in zip(example, axes, places, strict=True):
+        made = tensor[:1]
+        for axis in mine:
+            old = tensor.shape[axis]
+            new = _another(old, limits, place.meta["val"].shape[axis])
+            made = made.repeat_interleave(2, axis) if new > old else made
+            made = made.narrow(axis, 0, new)
+        result.append(made.contiguous())
+    return tuple(result)
+
+
+def _another(size: int, limits: Mapping[Any, Any], symbol: Any) -> int:
+    """Twice a size, or what is allowed instead."""
+    allowed = limits.get(symbol.node.expr) if isinstance(symbol, torch.SymInt) else None
+    if allowed is None:
+        return 2 * size
+    most = int(allowed.upper) if allowed.upper.is_Integer else 2 * size
+    return min(2 * size, most) if most > size else max(int(allowed.lower), size // 2)
 
 
 def outputs_of(model: nn.Module, example: Sequence[Tensor]) -> list[Array]:
@@ -221,6 +274,8 @@ def _first_difference(
 ) -> tuple[Node, float] | None:
     graph = lowered.graph
     values = {value.name: recorded[lowered.origins[value.name]] for value in graph.inputs}
+    for value in graph.inputs:
+        values[value.name] = values[value.name].astype(value.dtype, copy=False)
     for node in graph.nodes:
         single = Graph(
             inputs=tuple(graph.values[name] for name in dict.fromkeys(node.inputs)),
@@ -236,7 +291,7 @@ def _first_difference(
         amount = difference(got, want)
         if amount > tolerance:
             return node, amount
-        values[node.output] = want
+        values[node.output] = want.astype(got.dtype, copy=False)
     return None
 
 

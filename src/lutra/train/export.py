@@ -30,7 +30,8 @@ from lutra.train.check import (
     check_graph,
     check_other_size,
     difference,
-    doubled,
+    feeds_of,
+    other_size,
     outputs_of,
 )
 from lutra.train.factors import factors_of, weights_of, with_factors
@@ -66,7 +67,8 @@ def export(
         model: The trained model; lookup layers may be mixed with ordinary ones.
         path: The file to write.
         example_input: A tensor, or one per positional argument of `forward`; axis 0 is the batch,
-            which may have any size in the file. Up to 8 samples are used for the check.
+            which may have any size in the file. Up to 8 samples are used for the check. Tensors of
+            integers or bool (token ids, masks of attention) become int32 inputs.
         metadata: Stored in the file: anything JSON can hold.
         input_names: One per input; by default the argument names of `forward`.
         output_names: One per output; by default the keys of a returned dict, else `output`, or
@@ -74,7 +76,7 @@ def export(
         dynamic_axes: The axes that may have any size in the file, of all inputs or by input name:
             `(0, 2, 3)` for images of any height and width. Axis 0 is always among them. The
             example must have at least 2 entries on each; the file is then checked on an example of
-            twice the size too.
+            twice the size too. Tables of positions are as long as the model allows, or 2048.
         golden: Store the samples with the engine's outputs, so that `lutra verify` can check
             anywhere that the file still gives them.
         tolerance: The largest difference from torch allowed, as a share of the largest output.
@@ -117,16 +119,18 @@ def export(
     wanted = outputs_of(folded, example)
     check_graph(lowered, program, example, wanted, tolerance=tolerance)
     if any(axes):
-        check_other_size(lowered, program, folded, doubled(example, axes), tolerance=tolerance)
-    inputs = tuple(tensor.contiguous().numpy().copy() for tensor in example)
-    feeds = {value.name: x for value, x in zip(graph.inputs, inputs, strict=True)}
+        other = other_size(program, example, axes)
+        check_other_size(lowered, program, folded, other, tolerance=tolerance)
+    feeds = feeds_of(graph, example)
     if tables == "factors":
         graph, entry = with_factors(graph, factors)
         check_engine(graph, feeds, tolerance=tolerance)
         moved = _moved(graph, feeds, wanted)
         graph = replace(graph, metadata={"tables": {**entry, **moved}, **graph.metadata})
     if golden:
-        graph = replace(graph, golden=(inputs, tuple(Session(graph).run(None, feeds))))
+        graph = replace(
+            graph, golden=(tuple(feeds.values()), tuple(Session(graph).run(None, feeds)))
+        )
     save_graph(graph, path)
     return graph
 

@@ -45,6 +45,13 @@ def integer_sums(x: Tensor, weight: Tensor, geometry: Geometry, grid: Quantizati
     height, width = g.out_size(x.shape[2], x.shape[3])
     if not x.numel():
         return native.empty_output(x, outputs, height, width)
+    largest = INT8_MAX * max(grid.zero, grid.qmax - grid.zero)
+    if _plain_conv(x, g, largest):
+        with torch.autocast(x.device.type, enabled=False):
+            steps = portable.quantize(x, grid) - grid.zero
+            return F.conv2d(
+                steps, weight.float(), None, g.stride, g.padding, g.dilation, g.groups
+            ).contiguous(memory_format=native.layout(x))
     matrices = weight.reshape(g.groups, outputs // g.groups, -1).float()
     images = max(1, portable.block_size(x) // max(1, g.depth * height * width))
     parts = []
@@ -52,9 +59,23 @@ def integer_sums(x: Tensor, weight: Tensor, geometry: Geometry, grid: Quantizati
         for part in torch.split(x, images):
             steps = portable.quantize(part, grid) - grid.zero
             rows = portable.unfold(steps, g, g.depth, 0.0).view(g.groups, g.depth // g.groups, -1)
-            sums = _products(matrices, rows, INT8_MAX * max(grid.zero, grid.qmax - grid.zero))
+            sums = _products(matrices, rows, largest)
             parts.append(sums.view(outputs, len(part), height, width).transpose(0, 1))
     return torch.cat(parts).contiguous(memory_format=native.layout(x))
+
+
+def _plain_conv(x: Tensor, geometry: Geometry, largest: int) -> bool:
+    """Whether PyTorch's own convolution adds up the same integers, and is faster.
+
+    On a CPU depthwise convolutions are computed directly, product by product, and all sums of a few
+    products are exact in float32. Others may go through transforms that are not.
+    """
+    depthwise = geometry.groups == geometry.channels > 1
+    return (
+        depthwise
+        and x.device.type == "cpu"
+        and geometry.kernel[0] * geometry.kernel[1] * largest < _EXACT
+    )
 
 
 def _products(matrices: Tensor, rows: Tensor, largest: int) -> Tensor:

@@ -12,16 +12,22 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from lutra.train.lowering import (  # noqa: F401  (they register)
+    arithmetic,
+    attention,
     dense,
     elementwise,
+    functions,
     image,
     int8,
     lookup,
+    norm,
     pool,
     pq,
+    sequence,
     shape,
 )
 from lutra.train.lowering.core import Lowered, Lowering, Ref, UnsupportedUse, lowers
+from lutra.train.lowering.patterns import combine
 from lutra.train.lowering.points import without_detours
 
 __all__ = ["Lowered", "Lowering", "Ref", "UnsupportedUse", "lower", "lowers"]
@@ -36,7 +42,8 @@ def lower(
     """Turn a captured program into a graph.
 
     Args:
-        program: From `capture.capture`: functional, axis 0 of every input dynamic.
+        program: From `capture.capture`: functional, axis 0 of every input dynamic. Attention and
+            masked means become one operator each in it.
         input_names: One per input.
         output_names: One per output; by default the keys of a returned dict, else `output` or
             `output_0`, `output_1`, ...
@@ -48,4 +55,5 @@ def lower(
     Raises:
         UnsupportedModelError: Operators that lutra cannot run, all of them in one message.
     """
+    combine(program)
     return Lowering(program).run(input_names, output_names, metadata or {}, without_detours)

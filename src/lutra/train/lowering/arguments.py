@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from lutra.text import shape_text
-from lutra.train.lowering.core import Ref, UnsupportedUse, is_dynamic
+from lutra.train.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, View, is_dynamic
+from lutra.train.lowering.deferred import computed
 
 Number = int | float
-PRODUCT = "a product of two activations has no lutra op; keep this part in torch"
 
 
 def pair(value: Any) -> tuple[int, int]:
@@ -32,8 +32,16 @@ def single(value: Any) -> int:
 
 
 def need_activation(x: Any) -> None:
-    if not isinstance(x, Ref):
+    if not isinstance(x, (Ref, View)):
         raise UnsupportedUse("its input is a constant and its weight an activation; swap them")
+
+
+def activation(ctx: Lowering, x: Any) -> Ref | View:
+    """Return an argument that is an activation, or becomes one by being computed from integers."""
+    x = computed(ctx, x) if isinstance(x, Deferred) else x
+    if not isinstance(x, (Ref, View)):
+        raise UnsupportedUse("it works on what is the same for every input; make that a buffer")
+    return x
 
 
 def need_constant(tensor: Any, what: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Convolutions and matrix products with constant weights."""
+"""Convolutions and matrix products."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lutra.train.lowering import views
 from lutra.train.lowering.arguments import (
-    PRODUCT,
     Number,
+    activation,
     need_activation,
     need_constant,
     need_rank,
     pair,
     single,
 )
-from lutra.train.lowering.core import Lowering, Ref, UnsupportedUse, lowers
+from lutra.train.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, View, lowers
 from lutra.train.lowering.points import as_image
+from lutra.train.lowering.values import Atom
 
 
 @lowers("aten.conv2d.default")
@@ -148,39 +150,97 @@ def _convolution(
     return _conv2d(ctx, input, weight, bias, stride, padding, dilation, groups)
 
 
-@lowers("aten.linear.default")
+@lowers("aten.linear.default", works="last")
 def _linear(ctx: Lowering, input: Ref, weight: Tensor, bias: Tensor | None) -> Ref:
     need_activation(input)
     weight = need_constant(weight, "the weight")
     if bias is not None:
         need_constant(bias, "the bias")
     tensors = {"weight": weight, "bias": _bias(bias, weight.shape[0])}
-    return ctx.emit("linear", input, tensors=tensors)
+    shape = (*input.shape[:-1], weight.shape[0])
+    return ctx.emit("linear", input, shape, tensors=tensors)
 
 
-@lowers("aten.addmm.default")
+@lowers("aten.addmm.default", takes=("mat1",))
 def _addmm(
-    ctx: Lowering, self: Tensor, mat1: Ref, mat2: Tensor, beta: Number, alpha: Number
-) -> Ref:
+    ctx: Lowering, self: Tensor, mat1: Any, mat2: Tensor, beta: Number, alpha: Number
+) -> Ref | View:
     bias, weight = need_constant(self, "the bias"), need_constant(mat2, "the weight")
     need_activation(mat1)
     weight = weight.t() if alpha == 1 else weight.t() * alpha
-    bias = (bias if beta == 1 else bias * beta).reshape(-1)
-    return _linear(ctx, mat1, weight, bias.expand(weight.shape[0]))
+    bias = (bias if beta == 1 else bias * beta).reshape(-1).expand(weight.shape[0])
+    return views.on_last(ctx, mat1, lambda x: _linear(ctx, x, weight, bias))
 
 
-@lowers("aten.mm.default")
-def _mm(ctx: Lowering, self: Ref, mat2: Tensor) -> Ref:
+@lowers("aten.mm.default", "aten.bmm.default", takes=("self", "mat2"))
+def _mm(ctx: Lowering, self: Any, mat2: Any) -> Ref | View:
     return _matmul(ctx, self, mat2)
 
 
-@lowers("aten.matmul.default")
-def _matmul(ctx: Lowering, self: Ref, other: Tensor) -> Ref:
-    if not isinstance(self, Ref) or not isinstance(other, Tensor):
-        raise UnsupportedUse(PRODUCT)
-    if other.ndim != 2:
-        raise UnsupportedUse(f"the second factor has shape {tuple(other.shape)}; make it 2-D")
-    return _linear(ctx, self, other.t(), None)
+@lowers("aten.matmul.default", takes=("self", "other"))
+def _matmul(ctx: Lowering, self: Any, other: Any) -> Ref | View:
+    a = activation(ctx, self) if isinstance(self, Deferred) else self
+    b = activation(ctx, other) if isinstance(other, Deferred) else other
+    if isinstance(b, Tensor):
+        need_activation(a)
+        if b.ndim != 2:
+            raise UnsupportedUse(f"the second factor has shape {tuple(b.shape)}; make it 2-D")
+        return views.on_last(ctx, a, lambda x: _linear(ctx, x, b.t(), None))
+    if isinstance(a, Tensor):
+        if a.ndim != 2:
+            raise UnsupportedUse(f"the first factor has shape {tuple(a.shape)}; make it 2-D")
+        last = (*range(b.rank - 2), b.rank - 1, b.rank - 2)
+        turned = views.permuted(ctx, b, last)
+        made = views.on_last(ctx, turned, lambda x: _linear(ctx, x, a, None))
+        return views.permuted(ctx, made, last)
+    return _product(ctx, views.view_of(ctx, a), views.view_of(ctx, b))
+
+
+def _product(ctx: Lowering, a: View, b: View) -> Ref | View:
+    """The product of two activations (N, ..., M, K) and (N, ..., K, P)."""
+    leading = [[atom for axis in x.axes[:-2] for atom in axis] for x in (a, b)]
+    sizes = [[atom.size for atom in atoms] for atoms in leading]
+    if a.rank != b.rank or a.rank < 3 or any(not s or s[0] != ctx.batch for s in sizes):
+        raise UnsupportedUse(
+            "it multiplies activations whose axis 0 is not the batch in both; keep samples apart"
+        )
+    if sizes[0] != sizes[1]:  # sizes of 1 are repeated
+        apart = [ctx.realise(views.simplest(ctx, x)) for x in (a, b)]
+        return _emit_product(ctx, *apart)
+    apart_views = [
+        views.simplest(ctx, View(x.base, (*((atom,) for atom in atoms), *x.axes[-2:]), x.node))
+        for x, atoms in zip((a, b), leading, strict=True)
+    ]
+    made = _emit_product(ctx, *apart_views)
+    result = views.reshaped(ctx, made, ctx.result_sizes)
+    if result is None:
+        raise UnsupportedUse("it multiplies activations in an order of axes that lutra has not")
+    return result
+
+
+def _emit_product(ctx: Lowering, a: Ref | View, b: Ref | View) -> Ref:
+    turned = {}
+    operands = []
+    for name, x in (("transpose_a", a), ("transpose_b", b)):
+        turned[name] = isinstance(x, View) and _is_turned(x)
+        order = (*range(x.rank - 2), x.rank - 1, x.rank - 2)
+        operands.append(ctx.realise(views.permuted(ctx, x, order) if turned[name] else x))
+    first, second = (
+        (*x.shape[:-2], x.shape[-1], x.shape[-2]) if flag else x.shape
+        for x, flag in zip(operands, turned.values(), strict=True)
+    )
+    lead = tuple(y if x == 1 else x for x, y in zip(first[:-2], second[:-2], strict=True))
+    return ctx.emit("matmul", operands, (*lead, first[-2], second[-1]), attrs=turned)
+
+
+def _is_turned(x: View) -> bool:
+    """Whether neighbours in memory lie along the last axis but one."""
+    last, before = x.axes[-1], x.axes[-2]
+    return bool(last) and bool(before) and _place(before[-1]) > _place(last[-1])
+
+
+def _place(atom: Atom) -> tuple[int, int]:
+    return atom.axis, -atom.inner
 
 
 def _bias(bias: Tensor | None, size: int) -> Tensor:

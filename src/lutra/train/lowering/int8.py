@@ -40,7 +40,7 @@ def _int8_conv2d(
     )
 
 
-@lowers("lutra.int8_linear.default")
+@lowers("lutra.int8_linear.default", works="last")
 def _int8_linear(
     ctx: Lowering,
     x: Ref,

@@ -53,7 +53,7 @@ def _lookup_conv2d(
     )
 
 
-@lowers("lutra.lookup_linear.default")
+@lowers("lutra.lookup_linear.default", works="last")
 def _lookup_linear(
     ctx: Lowering,
     x: Ref,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from lutra.train.lowering.arguments import need_rank, pair, single
+from lutra.train.lowering.arguments import need_rank, pair, single, text
 from lutra.train.lowering.core import Lowering, Ref, UnsupportedUse, lowers
 from lutra.train.lowering.points import as_image
 
@@ -89,6 +90,20 @@ def _adaptive_max_pool2d(ctx: Lowering, self: Ref, output_size: Any) -> tuple[Re
 def _mean(ctx: Lowering, self: Ref, dim: list[int] | None, keepdim: bool) -> Ref:
     axes = _axes(self, dim, "averages")
     return ctx.emit("mean", self, attrs={"axes": axes, "keepdims": keepdim})
+
+
+@lowers("aten.sum.dim_IntList")
+def _sum(ctx: Lowering, self: Ref, dim: list[int] | None, keepdim: bool) -> Ref:
+    axes = _axes(self, dim, "adds up")
+    sizes = [self.shape[axis] for axis in axes]
+    if not all(isinstance(size, int) for size in sizes):
+        raise UnsupportedUse(
+            f"it adds up axes {list(axes)} of {text(self)}, whose sizes are known at run time "
+            "only; use a mean, or lutra.train.masked_mean for the tokens that a mask keeps"
+        )
+    mean = ctx.emit("mean", self, attrs={"axes": axes, "keepdims": keepdim}, suffix="mean")
+    attrs = {"scale": float(math.prod(sizes)), "bias": 0.0}
+    return ctx.emit("affine_scalar", mean, attrs=attrs)
 
 
 @lowers("aten.amax.default")

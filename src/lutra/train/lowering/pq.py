@@ -60,7 +60,7 @@ def _pq_conv2d(
     )
 
 
-@lowers("lutra.pq_linear.default")
+@lowers("lutra.pq_linear.default", works="last")
 def _pq_linear(
     ctx: Lowering,
     x: Ref,

@@ -1,12 +1,17 @@
-"""Reshapes, pads, slices and concatenation."""
+"""Reshapes, transposes, pads, slices, gathering and concatenation."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lutra.ops.shape import REST, TO_THE_END
-from lutra.train.lowering.arguments import Number, text
-from lutra.train.lowering.core import Lowering, Ref, UnsupportedUse, is_dynamic, lowers
+import torch
+from torch import Tensor
+
+from lutra.ops.shape import TO_THE_END
+from lutra.train.lowering import views
+from lutra.train.lowering.arguments import Number, activation, need_constant, text
+from lutra.train.lowering.core import Lowering, Ref, UnsupportedUse, View, is_dynamic, lowers
+from lutra.train.lowering.values import Atom
 
 _OPEN_END = 2**31  # torch writes the open end of a slice as the largest int64
 
@@ -21,23 +26,78 @@ _OPEN_END = 2**31  # torch writes the open end of a slice as the largest int64
     "aten.squeeze.dim",
     "aten.squeeze.dims",
     "aten.unsqueeze.default",
+    takes=("self",),
 )
-def _reshape(ctx: Lowering, self: Ref) -> Ref:
+def _reshape(ctx: Lowering, self: Any) -> Ref | View:
     # The shape that torch worked out says it all, whatever mixture of -1 and x.size(0) asked for
-    # it; that its axis 0 is the batch was checked before.
-    shape = ctx.result_shape
-    if shape == self.shape:
-        return self
-    axis = len(shape) - 1
-    if 1 <= axis < self.rank and shape[:-1] == self.shape[:axis]:
-        return ctx.emit("flatten", self, attrs={"start_axis": axis})
-    if sum(is_dynamic(size) for size in shape) > 1:
-        raise UnsupportedUse(
-            f"it changes {text(self)} into several axes whose sizes are known at run time only; "
-            "take all but one out of dynamic_axes"
-        )
-    sizes = [REST if is_dynamic(size) else size for size in shape[1:]]
-    return ctx.emit("reshape", self, attrs={"shape": sizes})
+    # it.
+    x = activation(ctx, self)
+    view = views.reshaped(ctx, x, ctx.result_sizes)
+    return views.emit_reshape(ctx, ctx.realise(x), ctx.result_shape) if view is None else view
+
+
+@lowers("aten.transpose.int", "aten.swapaxes.default", takes=("self",))
+def _transpose(ctx: Lowering, self: Any, dim0: int, dim1: int) -> Ref | View:
+    x = activation(ctx, self)
+    order = list(range(x.rank))
+    order[dim0 % x.rank], order[dim1 % x.rank] = dim1 % x.rank, dim0 % x.rank
+    return views.permuted(ctx, x, order)
+
+
+@lowers("aten.swapdims.default", takes=("self",))
+def _swapdims(ctx: Lowering, self: Any, dim0: int, dim1: int) -> Ref | View:
+    return _transpose(ctx, self, dim0, dim1)
+
+
+@lowers("aten.permute.default", takes=("self",))
+def _permute(ctx: Lowering, self: Any, dims: list[int]) -> Ref | View:
+    x = activation(ctx, self)
+    return views.permuted(ctx, x, [dim % x.rank for dim in dims])
+
+
+@lowers("aten.movedim.int", takes=("self",))
+def _movedim(ctx: Lowering, self: Any, source: int, destination: int) -> Ref | View:
+    x = activation(ctx, self)
+    order = [axis for axis in range(x.rank) if axis != source % x.rank]
+    order.insert(destination % x.rank, source % x.rank)
+    return views.permuted(ctx, x, order)
+
+
+@lowers(
+    "aten.t.default",
+    "aten.mT.default",
+    "aten.adjoint.default",
+    "aten.numpy_T.default",
+    takes=("self",),
+)
+def _swap_last(ctx: Lowering, self: Any) -> Ref | View:
+    return _transpose(ctx, self, -2, -1)
+
+
+@lowers("aten.expand.default", "aten.expand_as.default", takes=("self",))
+def _expand(ctx: Lowering, self: Any) -> Ref | View:
+    return views.expanded(ctx, activation(ctx, self), ctx.result_sizes)
+
+
+@lowers("aten.index_select.default")
+def _index_select(ctx: Lowering, self: Ref, dim: int, index: Any) -> Ref:
+    axis = dim % self.rank
+    index = need_constant(index, "the index")
+    size = self.shape[axis]
+    if axis == 0:
+        raise UnsupportedUse("it picks samples of the batch; index other axes only")
+    if not isinstance(size, int) and int(index.min()) < 0:
+        raise UnsupportedUse("it counts from an end that is known at run time only")
+    index = torch.where(index < 0, index + size, index) if isinstance(size, int) else index
+    return ctx.emit("gather", self, attrs={"axis": axis}, tensors={"index": index.int()})
+
+
+@lowers("aten.index.Tensor")
+def _index(ctx: Lowering, self: Ref, indices: list[Any]) -> Ref:
+    given = [axis for axis, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or not isinstance(indices[given[0]], Tensor) or indices[given[0]].ndim != 1:
+        raise UnsupportedUse("it picks by several tensors, or by one that is not a constant row")
+    return _index_select(ctx, self, given[0], indices[given[0]])
 
 
 @lowers("aten.pad.default")
@@ -63,21 +123,29 @@ def _constant_pad(ctx: Lowering, self: Ref, pad: list[int], value: Number) -> Re
     return ctx.emit("pad", self, attrs={"pads": pads, "value": float(value)})
 
 
-@lowers("aten.slice.Tensor")
+@lowers("aten.slice.Tensor", takes=("self",))
 def _slice(
-    ctx: Lowering, self: Ref, dim: int, start: int | None, end: int | None, step: int
-) -> Ref:
-    axis = dim % self.rank
-    size = self.shape[axis]
+    ctx: Lowering, self: Any, dim: int, start: int | None, end: int | None, step: int
+) -> Ref | View:
+    x = activation(ctx, self)
+    axis = dim % x.rank
+    size = views.sizes_of(ctx, x)[axis]
     whole = (start or 0) == 0 and step == 1 and (end is None or end >= _OPEN_END)
     if not isinstance(size, int) and whole:
-        return self
+        return x
+    if isinstance(x, View) and isinstance(size, int) and step == 1:
+        first, stop, _ = slice(start, end).indices(size)
+        cut = _cut_base(ctx, x, axis, first, stop)
+        if cut is not None:
+            return cut
+    x = ctx.realise(x)
+    size = x.shape[axis]
     if size is None:
         raise UnsupportedUse("it cuts the batch (axis 0); slice other axes only")
     if is_dynamic(size):
-        return _dynamic_slice(ctx, self, axis, start or 0, end, step)
+        return _dynamic_slice(ctx, x, axis, start or 0, end, step)
     first, stop, step = slice(start, end, step).indices(size)
-    return _cut(ctx, self, axis, first, max(first, stop), step)
+    return _cut(ctx, x, axis, first, max(first, stop), step)
 
 
 def _dynamic_slice(ctx: Lowering, x: Ref, axis: int, start: int, end: int | None, step: int) -> Ref:
@@ -94,22 +162,49 @@ def _dynamic_slice(ctx: Lowering, x: Ref, axis: int, start: int, end: int | None
     return ctx.emit("slice", x, attrs=attrs)
 
 
-@lowers("aten.select.int")
-def _select(ctx: Lowering, self: Ref, dim: int, index: int) -> Ref:
-    axis = dim % self.rank
-    size = self.shape[axis]
+@lowers("aten.select.int", takes=("self",))
+def _select(ctx: Lowering, self: Any, dim: int, index: int) -> Ref | View:
+    x = activation(ctx, self)
+    axis = dim % x.rank
+    if isinstance(x, View):
+        size = views.sizes_of(ctx, x)[axis]
+        if isinstance(size, int):
+            row = _cut_base(ctx, x, axis, index % size, index % size + 1)
+            if row is not None:
+                view = views.view_of(ctx, row)
+                axes = (*view.axes[:axis], *view.axes[axis + 1 :])
+                return views.simplest(ctx, View(view.base, axes, ctx.node))
+        x = ctx.realise(x)
+    size = x.shape[axis]
     if size is None:
         raise UnsupportedUse("it picks one sample of the batch; index other axes only")
     if is_dynamic(size):
         if index < 0:
             raise UnsupportedUse(
-                f"it counts from the end of axis {axis} of {text(self)}, which is known at run "
+                f"it counts from the end of axis {axis} of {text(x)}, which is known at run "
                 "time only; count from the beginning"
             )
     else:
         index %= size
-    row = _cut(ctx, self, axis, index, index + 1, 1, suffix="slice")
-    return _reshape(ctx, row)
+    row = _cut(ctx, x, axis, index, index + 1, 1, suffix="slice")
+    return views.emit_reshape(ctx, row, ctx.result_shape)
+
+
+@lowers("aten.unbind.int", takes=("self",))
+def _unbind(ctx: Lowering, self: Any, dim: int) -> tuple[Ref | View, ...]:
+    x = activation(ctx, self)
+    size = views.sizes_of(ctx, x)[dim % x.rank]
+    if not isinstance(size, int):
+        raise UnsupportedUse("it takes apart an axis whose size is known at run time only")
+    return tuple(_select(ctx, x, dim, index) for index in range(size))
+
+
+@lowers("aten.chunk.default")
+def _chunk(ctx: Lowering, self: Ref, chunks: int, dim: int) -> tuple[Ref, ...]:
+    size = self.shape[dim % self.rank]
+    if not isinstance(size, int):
+        raise UnsupportedUse("it splits the batch, or an axis known at run time only; split others")
+    return _split(ctx, self, -(-size // chunks), dim)
 
 
 @lowers("aten.split.Tensor")
@@ -143,6 +238,22 @@ def _cat(ctx: Lowering, tensors: list[Any], dim: int) -> Ref:
     if axis == 0:
         raise UnsupportedUse("it joins along the batch (axis 0); join along another axis")
     return ctx.emit("concat", tensors, attrs={"axis": axis})
+
+
+def _cut_base(ctx: Lowering, x: View, axis: int, start: int, stop: int) -> Ref | View | None:
+    """A slice of a view that is a slice of its base too; None where it is not."""
+    if len(x.axes[axis]) != 1 or stop <= start:
+        return None
+    (atom,) = x.axes[axis]
+    size = x.base.shape[atom.axis] if atom.axis > 0 else None
+    if not isinstance(size, int) or atom.inner * atom.size != size:
+        return None
+    first, last = start * atom.inner, stop * atom.inner
+    shape = (*x.base.shape[: atom.axis], last - first, *x.base.shape[atom.axis + 1 :])
+    with ctx.making(shape):
+        base = _cut(ctx, x.base, atom.axis, first, last, 1, suffix="slice")
+    made = (Atom(atom.axis, atom.inner, stop - start),) if stop - start > 1 else ()
+    return views.simplest(ctx, View(base, (*x.axes[:axis], made, *x.axes[axis + 1 :]), ctx.node))
 
 
 def _cut(

@@ -1,0 +1,216 @@
+"""Attention, whatever the order of axes its operands are brought into, and its masks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lutra.train.lowering import views
+from lutra.train.lowering.arguments import activation
+from lutra.train.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, View, lowers
+from lutra.train.lowering.sources import Sources, size_at
+from lutra.train.lowering.values import Sizes
+
+#: A score that gets this added has no weight left.
+_MASKED = -1e4
+#: Shift of the sizes, batch and numbers below which the integer inputs lie, of each trial.
+_TRIALS = ((0, 2, 2), (1, 3, 2), (4, 1, 2), (2, 4, 2))
+_TRIAL_OF_IDS = (1, 3, 7)
+
+_MASK_ADVICE = (
+    "give it a mask of keys, which is an input of int64 or bool of shape (N, S) that is not 0 "
+    "where a key may be attended to, a causal mask, or both"
+)
+
+
+@lowers(
+    "aten.scaled_dot_product_attention.default",
+    takes=("query", "key", "value", "attn_mask"),
+)
+def _attention(
+    ctx: Lowering,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Ref | View:
+    if dropout_p:
+        raise UnsupportedUse("its dropout is on in eval mode too; pass 0 unless self.training")
+    q, k, v = (views.view_of(ctx, activation(ctx, x)) for x in (query, key, value))
+    sizes = [views.sizes_of(ctx, x) for x in (q, k, v)]
+    width, heads = sizes[0][-1], _heads(q)
+    if not all(
+        _heads(x) == heads and size[-1] == width for x, size in zip((q, k, v), sizes, strict=True)
+    ):
+        raise UnsupportedUse(
+            "its queries, keys and values have different numbers of heads or widths; repeat them "
+            "to the same"
+        )
+    if not isinstance(width, int) or not isinstance(heads, int):
+        raise UnsupportedUse("its heads or their width are known at run time only")
+    mask, causal = None, is_causal
+    if attn_mask is not None:
+        found = find_mask(ctx.sources, attn_mask, sizes[0], sizes[1][-2], heads)
+        mask, causal = found.keys, found.causal or is_causal
+    if causal and sizes[0][-2] != sizes[1][-2]:
+        raise UnsupportedUse("it is causal, with other positions of queries than of keys")
+    inputs = [_tokens(ctx, x) for x in (q, k, v)]
+    if mask is not None:
+        keys = ctx.integer_input(mask)
+        assert keys is not None
+        inputs.append(keys)
+    made = ctx.emit(
+        "attention",
+        inputs,
+        inputs[0].shape,
+        attrs={
+            "heads": heads,
+            "scale": 1 / math.sqrt(width) if scale is None else float(scale),
+            "causal": bool(causal),
+        },
+    )
+    apart = views.reshaped(ctx, made, (ctx.batch, sizes[0][-2], heads, width))
+    assert apart is not None
+    ordered = views.permuted(ctx, apart, (0, 2, 1, 3))
+    result = views.reshaped(ctx, ordered, ctx.result_sizes)
+    if result is None:
+        raise UnsupportedUse("its result has heads and positions in an order that lutra has not")
+    return result
+
+
+def _heads(x: View) -> Any:
+    result: Any = 1
+    for atom in _leading(x)[1:]:
+        result = result * atom.size
+    return result
+
+
+def _leading(x: View) -> list[Any]:
+    """The atoms before positions and features: the batch, then those of the heads."""
+    atoms = [atom for axis in x.axes[:-2] for atom in axis]
+    if not atoms or atoms[0].axis != 0:
+        raise UnsupportedUse("its operands must be (N, T, D), or (N, heads, T, D)")
+    return atoms
+
+
+def _tokens(ctx: Lowering, x: View) -> Ref:
+    """(N, T, heads * width) of an operand."""
+    batch, *heads = _leading(x)
+    features = views.joined([*heads, *x.axes[-1]])
+    return ctx.realise(views.simplest(ctx, View(x.base, ((batch,), x.axes[-2], features), x.node)))
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What an attention mask comes to.
+
+    Attributes:
+        keys: The integer input that is not 0 for keys that may be attended to; None where all may.
+        causal: Whether later positions are masked too.
+    """
+
+    keys: fx.Node | None
+    causal: bool
+
+
+def find_mask(sources: Sources, mask: Any, query: Sizes, keys: Any, heads: int) -> Mask:
+    """Find out what a mask does, by computing it for random inputs.
+
+    Args:
+        sources: Of the program.
+        mask: A constant, or what is deferred: of bool, true for keys that may be attended to, or
+            numbers that are added to the scores.
+        query: Sizes of the queries (..., T, D).
+        keys: The number S of keys.
+        heads: Their heads.
+
+    Raises:
+        UnsupportedUse: It is more than a mask of keys and of later positions.
+    """
+    if not isinstance(mask, (Deferred, Tensor)):
+        raise UnsupportedUse(f"its mask is computed from activations; {_MASK_ADVICE}")
+    inputs = sorted(mask.inputs, key=str) if isinstance(mask, Deferred) else []
+    trials = [_Trial(sources, mask, query, keys, heads, *trial) for trial in _TRIALS]
+    if any("embedding" in str(user.target) for node in inputs for user in node.users):
+        trials.append(_Trial(sources, mask, query, keys, heads, *_TRIAL_OF_IDS))
+    for causal in (False, True):
+        for source in (None, *inputs):
+            if all(trial.fits(source, causal) for trial in trials):
+                return Mask(source, causal)
+    raise UnsupportedUse(f"its mask follows no rule that lutra knows; {_MASK_ADVICE}")
+
+
+class _Trial:
+    """A mask for one set of random inputs: whether (N, heads, T, S) may be attended to."""
+
+    def __init__(
+        self,
+        sources: Sources,
+        mask: Deferred | Tensor,
+        query: Sizes,
+        keys: Any,
+        heads: int,
+        shift: int,
+        batch: int,
+        high: int,
+    ) -> None:
+        sizes = sources.sizes(shift=shift, first=batch)
+        generator = torch.Generator().manual_seed(shift)
+        self._inputs = sources.random(sizes, high, generator)
+        *leading, positions, _ = (size_at(size, sizes) for size in query)
+        count = size_at(keys, sizes)
+        self._shape = (math.prod(leading) // heads, heads, positions, count)
+        given = (
+            mask if isinstance(mask, Tensor) else sources.evaluate(mask.node, sizes, self._inputs)
+        )
+        try:
+            self._allowed = (
+                _allowed(given).expand((*leading, positions, count)).reshape(self._shape)
+            )
+        except RuntimeError as error:
+            raise UnsupportedUse(
+                f"its mask of shape {tuple(given.shape)} does not fit scores of shape "
+                f"{(*leading, positions, count)}; {_MASK_ADVICE}"
+            ) from error
+
+    def fits(self, source: fx.Node | None, causal: bool) -> bool:
+        batch, _, positions, keys = self._shape
+        want = torch.ones(self._shape, dtype=torch.bool)
+        if source is not None:
+            given = self._inputs[source]
+            if given.shape != (batch, keys):
+                return False
+            want = want & (given != 0)[:, None, None, :]
+        if causal:
+            want = want & torch.ones(positions, keys, dtype=torch.bool).tril()
+        open_rows = want.any(-1, keepdim=True)  # some libraries open rows without a key
+        return bool(((self._allowed == want) | ~open_rows).all())
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return mask
+    masked = mask <= _MASKED
+    if not (masked | (mask == 0)).all():
+        raise UnsupportedUse(
+            "its mask adds other numbers to the scores than 0 and large negative ones, such as "
+            f"biases of relative positions; {_MASK_ADVICE}"
+        )
+    return ~masked
+
+
+def is_mask(values: Tensor) -> bool:
+    """Whether a constant added to scores is nothing but a mask."""
+    try:
+        _allowed(values)
+    except UnsupportedUse:
+        return False
+    return True

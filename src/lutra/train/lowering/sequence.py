@@ -1,0 +1,66 @@
+"""Embeddings and pooling of sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lutra.train.lowering.arguments import need_constant
+from lutra.train.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, lowers
+
+
+@lowers("aten.embedding.default", takes=("indices",))
+def _embedding(ctx: Lowering, weight: Tensor, indices: Any) -> Ref:
+    return _rows(ctx, indices, {"weight": need_constant(weight, "the table")})
+
+
+@lowers("lutra.int8_embedding.default", takes=("ids",))
+def _int8_embedding(ctx: Lowering, ids: Any, weight: Tensor, scale: Tensor) -> Ref:
+    return _rows(ctx, ids, {"weight": weight, "scale": scale})
+
+
+def _rows(ctx: Lowering, indices: Any, tensors: dict[str, Tensor]) -> Ref:
+    ids = _integers(ctx, indices)
+    if ids is None:
+        raise UnsupportedUse(
+            "its indices are computed from an input; give them as an input of int64, or let them "
+            "depend on sizes only, such as positions that count from 0"
+        )
+    return ctx.emit("embedding", ids, (*ids.shape, tensors["weight"].shape[1]), tensors=tensors)
+
+
+@lowers("lutra.masked_mean.default", takes=("mask",))
+def _masked_mean(ctx: Lowering, x: Ref, mask: Any) -> Ref:
+    integers = _integers(ctx, mask)
+    if integers is None:
+        raise UnsupportedUse("its mask must be an input of int64, int32 or bool as it is")
+    return ctx.emit("masked_mean", (x, integers))
+
+
+def _integers(ctx: Lowering, x: Any) -> Ref | None:
+    """The input of integers that something is, casts between integers aside."""
+    if not isinstance(x, Deferred):
+        return None
+    node = x.node
+    while node.op == "call_function" and str(node.target) in _CASTS:
+        value = node.meta["val"]
+        if value.is_floating_point() or value.is_complex() or not node.all_input_nodes:
+            return None
+        source = node.all_input_nodes[0].meta["val"]
+        if value.dtype.itemsize < source.dtype.itemsize and value.dtype.itemsize < 4:
+            return None  # such as a cast to bool, which changes numbers
+        node = node.all_input_nodes[0]
+    return ctx.integer_input(node)
+
+
+_CASTS = (
+    "aten._to_copy.default",
+    "aten.to.dtype",
+    "aten.to.dtype_layout",
+    "aten.clone.default",
+    "aten.contiguous.default",
+    "aten.detach.default",
+    "aten.alias.default",
+    "aten.lift_fresh_copy.default",
+)
