@@ -37,6 +37,7 @@ def run_command(module: str, purpose: str, cases: Sequence[Case]) -> None:
         runs=options.runs,
         dense=options.dense,
         memory=options.memory,
+        profile=options.profile,
     )
     if setting.capped and not AVX2_CAP.items() <= os.environ.items():
         # The libraries read these variables when they are loaded, so begin again with them.
@@ -88,6 +89,7 @@ def _options(purpose: str, cases: Sequence[Case]) -> argparse.Namespace:
     parser.add_argument("--dense", choices=["float32", "int8"], default="float32",
                         help="what lutra's dense layers are (default: float32)")  # fmt: skip
     parser.add_argument("--memory", action="store_true", help="peak memory too, after the timing")
+    parser.add_argument("--profile", action="store_true", help="where the time of lutra goes too")
     parser.add_argument("--markdown", action="store_true", help="print a table at the end")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the records go")
     options = parser.parse_args()
@@ -121,6 +123,14 @@ def _chosen(cases: Sequence[Case], options: argparse.Namespace) -> list[Case]:
     return chosen
 
 
+def _print_profile(profile: dict[str, Any]) -> None:
+    """Where the time of one way of looking up goes."""
+    total = profile["total_ms"]
+    for what, step in profile["steps"].items():
+        share = step["ms"] / total
+        print(f"    {step['steps']:3d} x {what:44s} {step['ms']:8.4f} ms {share:6.1%}")
+
+
 def _print(record: dict[str, Any]) -> None:
     """A few lines about one record."""
     ms, title = record["lutra_ms"], record["lookups"]
@@ -131,3 +141,5 @@ def _print(record: dict[str, Any]) -> None:
             print(f"    {name:22s} {peer_ms:9.3f} ms {peer_ms / ms:7.2f} x")
         elif name in record["peers_failed"]:
             print(f"    {name:22s} failed: {record['peers_failed'][name]}")
+    if "profile" in record:
+        _print_profile(record["profile"])

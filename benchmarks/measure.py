@@ -92,6 +92,7 @@ class Setting:
     runs: int = 50
     dense: str = "float32"
     memory: bool = False
+    profile: bool = False
 
     @property
     def capped(self) -> bool:
@@ -148,8 +149,9 @@ def measure(case: Case, setting: Setting) -> tuple[list[dict[str, Any]], dict[st
         )
         spreads = {name: spread(seconds) for name, seconds in times.items()}
         memory = _memory(sitting, setting, pool[0]) if setting.memory else {}
+        profiles = _profiles(sitting, setting, pool[0]) if setting.profile else {}
         records = [
-            _record(case, setting, sitting, name, spreads, memory)
+            {**_record(case, setting, sitting, name, spreads, memory), **profiles.get(name, {})}
             for name in sitting.methods
             if name in spreads
         ]
@@ -219,6 +221,24 @@ def _memory(sitting: _Sitting, setting: Setting, sample: Feeds) -> dict[str, int
         with sitting.attempt(name):
             memory[name] = peak_memory(name, path, file, setting.threads, setting.isa)
     return memory
+
+
+def _profiles(
+    sitting: _Sitting, setting: Setting, sample: Feeds
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Where the time of lutra goes: steps of one operator and method together, by contestant."""
+    profiles = {}
+    for name in sitting.methods:
+        if name in sitting.opened:
+            made = sitting.opened[name].session.profile(dict(sample), runs=max(20, setting.runs))
+            groups: dict[str, list[float]] = {}
+            for step in made.steps:
+                groups.setdefault(f"{step.op}, {step.method}", []).append(step.milliseconds)
+            steps = {what: {"steps": len(ms), "ms": sum(ms)} for what, ms in groups.items()}
+            steps = dict(sorted(steps.items(), key=lambda item: -item[1]["ms"]))
+            ends = {"input_ms": made.input_ms, "output_ms": made.output_ms}
+            profiles[name] = {"profile": {"total_ms": made.total_ms, **ends, "steps": steps}}
+    return profiles
 
 
 def _record(

@@ -61,10 +61,12 @@ class Opened:
     Attributes:
         run: From an input to the output.
         kernels: What OpenVINO runs for the layers with weights, by the name it gives; else empty.
+        session: The session of lutra.
     """
 
     run: Run
     kernels: tuple[str, ...] = ()
+    session: Any = None
 
 
 def peer_files(network: Network | Sentences) -> dict[str, str]:
@@ -132,7 +134,7 @@ def open_model(name: str, path: Path, threads: int, isa: str) -> Opened:
     import lutra
 
     session = lutra.Session(path, threads=threads, isa=isa)
-    return Opened(lambda feeds: session.run(None, feeds)[0])
+    return Opened(lambda feeds: session.run(None, feeds)[0], session=session)
 
 
 def reason(error: Exception) -> str:

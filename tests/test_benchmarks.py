@@ -343,11 +343,17 @@ def test_command(
     tiny: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "new" / "out.json"
-    tiny("--case", "tin", "--runs", "1", "--markdown", "--json", str(file))
+    tiny("--case", "tin", "--runs", "1", "--markdown", "--profile", "--json", str(file))
     text = capsys.readouterr().out
+    assert "2 x pq_linear, nearest" in text
     assert "| tiny | 2 | nearest V=4 K=16 |" in text
     assert "| tiny | 2 | table 4x3 |" in text
-    assert len(json.loads(file.read_text())["records"]) == 4
+    records = json.loads(file.read_text())["records"]
+    assert len(records) == 4
+    for record in records:
+        steps = record["profile"]["steps"].values()
+        assert sum(step["steps"] for step in steps) >= 2  # ReLU is fused
+        assert record["profile"]["total_ms"] > 0
     with pytest.raises(SystemExit, match="there are tiny"):
         tiny("--case", "nothing")
 
