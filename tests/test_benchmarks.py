@@ -230,6 +230,7 @@ def measure_encoder() -> tuple[list[dict[str, Any]], dict[str, str]]:
     return measure(case, Setting(runs=2, memory=True))
 
 
+@pytest.mark.skipif(not hasattr(lutra._engine.Plan, "attention"), reason="an engine without it")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_whole_way_of_encoders() -> None:
     need_peers()
