@@ -347,9 +347,6 @@ NB_MODULE(_engine, m) {
           },
           "x"_a, "scale"_a, "bias"_a)
       .def(
-          "softmax", [](Plan& p, int x, int axis) { return p.add_step(softmax_step(axis), {x}); },
-          "x"_a, "axis"_a)
-      .def(
           "mean",
           [](Plan& p, int x, std::vector<int> axes, bool keepdims) {
             return p.add_step(mean_step(std::move(axes), keepdims), {x});

@@ -1,6 +1,7 @@
 // Python bindings of functions: kernels on arrays, and steps of plans.
 #include "bindings.h"
 #include "engine/steps_functions.h"
+#include "engine/steps_norm.h"
 #include "kernels/dispatch.h"
 
 namespace lutra {
@@ -10,6 +11,7 @@ using namespace nb::literals;
 namespace {
 
 using AnyFloats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+using Lines = std::optional<std::pair<Array<float, 1>, Array<float, 1>>>;  // slope, intercept
 using NewFloats = nb::ndarray<nb::numpy, float>;
 
 Function function_named(const std::string& name) {
@@ -83,6 +85,33 @@ NewFloats by_segments(const std::string& isa, const AnyFloats& x, const Array<fl
       x, [&](const float* from, size_t n, float* to) { (kernels.*kKernel)(table, from, n, to); });
 }
 
+std::vector<float> vector_of(const Array<float, 1>& a) { return {a.data(), a.data() + a.shape(0)}; }
+
+LineTable line_table(const char* what, const Lines& lines) {
+  if (!lines) return {};
+  checked_entries(what, lines->first.shape(0), lines->second.shape(0));
+  return {vector_of(lines->first), vector_of(lines->second)};
+}
+
+int attention(Plan& p, int q, int k, int v, int mask, int64_t heads, float scale, bool causal,
+              std::tuple<int64_t, int64_t, int64_t> offsets, std::optional<int64_t> width,
+              const Lines& exp, const Lines& reciprocal) {
+  require(exp.has_value() == reciprocal.has_value(),
+          "attention: exp and reciprocal are both tables, or neither is");
+  std::vector<int> inputs{q, k, v};
+  if (mask >= 0) inputs.push_back(mask);
+  return p.add_step(
+      attention_step(p.kernels(),
+                     {.heads = heads,
+                      .scale = scale,
+                      .causal = causal,
+                      .offset = {std::get<0>(offsets), std::get<1>(offsets), std::get<2>(offsets)},
+                      .width = width.value_or(-1),
+                      .exp = line_table("attention", exp),
+                      .reciprocal = line_table("attention", reciprocal)}),
+      std::move(inputs));
+}
+
 }  // namespace
 
 void bind_functions(nb::module_& m) {
@@ -127,7 +156,40 @@ void bind_function_steps(nb::class_<Plan>& plan) {
             return p.add_step(piecewise_step(p.kernels(), pieces(breakpoint, slope, intercept)),
                               {value});
           },
-          "value"_a, "breakpoint"_a, "slope"_a, "intercept"_a);
+          "value"_a, "breakpoint"_a, "slope"_a, "intercept"_a)
+      .def(
+          "layer_norm",
+          [](Plan& p, int value, const Array<float, 1>& weight, const Array<float, 1>& bias,
+             float eps, const Lines& rsqrt) {
+            require(weight.shape(0) == bias.shape(0),
+                    "layer_norm: weight and bias differ in length");
+            return p.add_step(norm_step(p.kernels(), true, vector_of(weight), vector_of(bias), eps,
+                                        line_table("layer_norm", rsqrt)),
+                              {value});
+          },
+          "value"_a, "weight"_a, "bias"_a, "eps"_a, "rsqrt"_a.none() = nb::none())
+      .def(
+          "rms_norm",
+          [](Plan& p, int value, const Array<float, 1>& weight, float eps, const Lines& rsqrt) {
+            return p.add_step(norm_step(p.kernels(), false, vector_of(weight), {}, eps,
+                                        line_table("rms_norm", rsqrt)),
+                              {value});
+          },
+          "value"_a, "weight"_a, "eps"_a, "rsqrt"_a.none() = nb::none())
+      .def(
+          "softmax",
+          [](Plan& p, int x, int axis, const Lines& exp, const Lines& reciprocal) {
+            require(exp.has_value() == reciprocal.has_value(),
+                    "softmax: exp and reciprocal are both tables, or neither is");
+            return p.add_step(softmax_step(p.kernels(), axis, line_table("softmax", exp),
+                                           line_table("softmax", reciprocal)),
+                              {x});
+          },
+          "x"_a, "axis"_a, "exp"_a.none() = nb::none(), "reciprocal"_a.none() = nb::none())
+      .def("attention", &attention, "q"_a, "k"_a, "v"_a, "mask"_a = -1, nb::kw_only(), "heads"_a,
+           "scale"_a, "causal"_a, "offsets"_a = nb::make_tuple(0, 0, 0),
+           "widths"_a.none() = nb::none(), "exp"_a.none() = nb::none(),
+           "reciprocal"_a.none() = nb::none());
 }
 
 }  // namespace lutra

@@ -109,5 +109,159 @@ void test_segments(const Kernels& k) {
   }
 }
 
+// --- rows across planes --------------------------------------------------------------------------
+
+// A table of 2^f, of 1 / m, of 1 / sqrt(m) or of nothing: what it is of does not matter here.
+Segments any_segments(const RandomLines& lines) {
+  Segments s = lines.segments();
+  if (coin()) s = {.entries = 0, .slope = nullptr, .intercept = nullptr};
+  return s;
+}
+
+void fill_special(Guarded<float>& v, float size, bool special) {
+  fill_floats(v, size);
+  if (special) v[random_bits() % v.size()] = any_of({kNan, kInf, -kInf, 1e-45f, 3e38f});
+}
+
+// What a kernel writes: floats and bytes of `planes` planes.
+struct PlaneResults {
+  Canvas<float> out;
+  Canvas<uint8_t> q[kMaxQuantized];
+  PlaneResults(size_t planes, size_t stride, size_t width, size_t shift)
+      : out(planes, stride, width, shift),
+        q{{planes, stride, width, shift}, {planes, stride + 5, width, 2 * shift}} {}
+  PlaneOutput output(bool floats, int quantized, const Grid* grids) {
+    PlaneOutput to{.out = floats ? out.data() : nullptr,
+                   .stride = out_stride,
+                   .quantized = quantized,
+                   .q = {}};
+    for (int i = 0; i < quantized; ++i) {
+      to.q[i] = {.grid = grids[i], .out = q[i].data(), .stride = out_stride + (i == 0 ? 0 : 5)};
+    }
+    return to;
+  }
+  size_t out_stride = 0;
+};
+
+// run(kernels, output) with floats, bytes or both.
+template <class Run>
+void test_planes(const Kernels& k, size_t planes, size_t width, const Run& run) {
+  const size_t stride = width + any_of<size_t>({0, 0, 1, 9});
+  const size_t shift = static_cast<size_t>(pick(0, 5));
+  const Grid grids[kMaxQuantized] = {random_grid(), random_grid()};
+  const int quantized = pick(0, kMaxQuantized);
+  const bool floats = quantized == 0 || coin();
+  PlaneResults mine(planes, stride, width, shift), want(planes, stride, width, shift);
+  mine.out_stride = want.out_stride = stride;
+  run(k, mine.output(floats, quantized, grids));
+  run(kScalar, want.output(floats, quantized, grids));
+  mine.out.expect(want.out, "floats");
+  mine.q[0].expect(want.q[0], "q[0]");
+  mine.q[1].expect(want.q[1], "q[1]");
+}
+
+void test_norm(const Kernels& k, size_t width, size_t rows, bool special) {
+  begin("norm of %zu features, %zu rows, special %d", width, rows, special);
+  const size_t stride = rows + any_of<size_t>({0, 0, 3, 50});
+  Guarded<float> x((width - 1) * stride + rows, coin()), weight(width), bias(width);
+  fill_special(x, 5.0f, special);
+  fill_floats(weight, 2.0f);
+  fill_floats(bias, 1.0f);
+  if (!special && pick(0, 3) == 0) {  // no variance
+    for (size_t i = 0; i < x.size(); ++i) x[i] = 1.5f;
+  }
+  const RandomLines lines(any_of<size_t>({8, 16, 32}));
+  const Norm n{.width = static_cast<int32_t>(width),
+               .center = coin(),
+               .eps = any_of({0.0f, 1e-12f, 1e-5f}),
+               .weight = weight.data(),
+               .bias = coin() ? bias.data() : nullptr,
+               .rsqrt = any_segments(lines)};
+  test_planes(k, width, rows, [&](const Kernels& by, const PlaneOutput& to) {
+    by.norm(n, x.data(), stride, rows, to);
+  });
+}
+
+void test_softmax(const Kernels& k, size_t count, size_t rows, bool special) {
+  begin("softmax of %zu, %zu rows, special %d", count, rows, special);
+  const size_t stride = rows + any_of<size_t>({0, 0, 3, 50});
+  Guarded<float> x((count - 1) * stride + rows, coin());
+  fill_special(x, any_of({1.0f, 20.0f, 200.0f}), special);
+  const RandomLines exp(any_of<size_t>({8, 16, 32})), reciprocal(any_of<size_t>({8, 16, 32}));
+  const Softmax s{.count = static_cast<int32_t>(count),
+                  .exp = any_segments(exp),
+                  .reciprocal = any_segments(reciprocal)};
+  const size_t shift = static_cast<size_t>(pick(0, 5));
+  Canvas<float> mine(count, stride, rows, shift), want(count, stride, rows, shift);
+  k.softmax(s, x.data(), stride, rows, mine.data());
+  kScalar.softmax(s, x.data(), stride, rows, want.data());
+  mine.expect(want, "softmax");
+}
+
+void test_attention(const Kernels& k, int width, int keys, int queries, int masked, bool causal,
+                    bool special) {
+  begin("attention of %d features, %d keys, %d queries, mask %d, causal %d, special %d", width,
+        keys, queries, masked, causal, special);
+  const size_t d = static_cast<size_t>(width), s = static_cast<size_t>(keys);
+  const size_t t = static_cast<size_t>(queries);
+  const size_t q_stride = t + any_of<size_t>({0, 0, 3}), k_stride = s + any_of<size_t>({0, 0, 5});
+  Guarded<float> q((d - 1) * q_stride + t, coin()), key((d - 1) * k_stride + s, coin()),
+      value((d - 1) * k_stride + s, coin());
+  fill_special(q, 2.0f, special);
+  fill_special(key, 2.0f, special);
+  fill_special(value, 2.0f, special && !causal);
+  Guarded<int32_t> mask(s, coin());
+  const int length = pick(0, keys);
+  for (size_t j = 0; j < s; ++j) {  // none, the first ones, any
+    mask[j] = masked == 1 ? 0 : masked == 2 ? static_cast<int>(j) < length : any_of({0, 1, -7});
+  }
+  const RandomLines exp(any_of<size_t>({8, 16, 32})), reciprocal(any_of<size_t>({8, 16, 32}));
+  const Attention a{.width = width,
+                    .keys = keys,
+                    .causal = causal,
+                    .scale = any_of({0.125f, 0.3f, 1.0f}),
+                    .q = q.data(),
+                    .k = key.data(),
+                    .v = value.data(),
+                    .q_stride = q_stride,
+                    .k_stride = k_stride,
+                    .v_stride = k_stride,
+                    .mask = masked ? mask.data() : nullptr,
+                    .exp = any_segments(exp),
+                    .reciprocal = any_segments(reciprocal)};
+  const int cut = pick(0, queries);  // two calls make the queries
+  test_planes(k, d, t, [&](const Kernels& by, const PlaneOutput& to) {
+    Canvas<uint8_t> scratch(by.attention_bytes(width, keys));
+    by.attention(a, cut, queries, to, scratch.data());
+    by.attention(a, 0, cut, to, scratch.data());
+    check(scratch.intact(), "wrote outside its scratch");
+  });
+}
+
+void test_rows_across_planes(const Kernels& k) {
+  for (size_t rows = 1; rows <= 70; ++rows) {
+    test_norm(k, static_cast<size_t>(1 + rows % 9), rows, rows % 3 == 0);
+    test_softmax(k, static_cast<size_t>(1 + rows % 9), rows, rows % 3 == 0);
+    const int n = static_cast<int>(rows);
+    test_attention(k, 1 + n % 11, 1 + n * 7 % 40, n, n % 4, n % 3 == 0, n % 5 == 0);
+  }
+  for (size_t rows : {1, 17, 130}) {
+    for (size_t width : {1, 2, 3, 4, 5, 64, 385}) {
+      test_norm(k, width, rows, false);
+      test_softmax(k, width, rows, false);
+    }
+  }
+  for (int width : {1, 3, 8, 16, 29, 64}) {
+    for (int keys : {1, 2, 7, 33, 70, 129}) {
+      for (int masked = 0; masked < 4; ++masked) {
+        for (bool causal : {false, true}) {
+          test_attention(k, width, keys, causal ? keys : pick(1, 50), masked, causal, false);
+        }
+      }
+    }
+  }
+  test_attention(k, 32, 513, 40, 0, false, false);
+}
+
 }  // namespace
 }  // namespace lutra

@@ -664,6 +664,7 @@ void test_kernels(const Kernels& k) {
   test_function(k);
   test_piecewise(k);
   test_segments(k);
+  test_rows_across_planes(k);
   test_table_grad(k);
   test_epilogues(k);
 }

@@ -228,3 +228,267 @@ def test_table_rsqrt(isa: str, count: int) -> None:
     assert np.isfinite(y[3:5]).all()
     assert (y[3:5] > 1e19).all()
     assert 0 <= y[5] < 1e-19
+
+
+# --- steps of plans -------------------------------------------------------------------------------
+
+
+def run_plan(isa: str, build: Callable[[_engine.Plan, list[int]], int], *x: Array) -> Array:
+    """The output of one step; the inputs are float32 or int32."""
+    plan = _engine.Plan(isa, 1)
+    made = build(plan, [plan.input(str(a.dtype)) for a in x])
+    plan.finish([made])
+    result: Array = plan.run([np.ascontiguousarray(a) for a in x])[0]
+    return result
+
+
+def check_isas(
+    build: Callable[[_engine.Plan, list[int]], int], *x: Array, threads: int = 3
+) -> Array:
+    """The scalar output; that of all others, and of several threads, has the same bits."""
+    wanted = run_plan("scalar", build, *x)
+    for isa in ISAS:
+        assert same_bits(run_plan(isa, build, *x), wanted), isa
+        plan = _engine.Plan(isa, threads)
+        made = build(plan, [plan.input(str(a.dtype)) for a in x])
+        plan.finish([made])
+        assert same_bits(plan.run([np.ascontiguousarray(a) for a in x])[0], wanted), isa
+    return wanted
+
+
+def normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_steps(name: str) -> None:
+    x = normal(3, 700, 5) ** 2 + np.float32(0.1)
+    y = check_isas(lambda plan, ids: plan.function(ids[0], name), x)
+    assert same_bits(y, _engine.function("scalar", name, x))
+
+
+@entries
+def test_piecewise_steps(count: int) -> None:
+    table = piecewise_table(count)
+    x = normal(2, 9, 300)
+    y = check_isas(lambda plan, ids: plan.piecewise(ids[0], *table), x)
+    assert same_bits(y, _engine.piecewise("scalar", x, *table))
+
+
+NORM_SHAPES = [
+    (1, 5),
+    (70, 33),
+    (1, 1, 8),
+    (2, 67, 12),
+    (1, 128, 384),
+    (2, 3, 5, 16),
+    (1, 2, 1, 70, 9),
+]
+
+
+@pytest.mark.parametrize("shape", NORM_SHAPES)
+def test_norms(shape: tuple[int, ...]) -> None:
+    x = normal(*shape) * 3 + 1
+    weight, bias = normal(2, shape[-1], seed=1)
+    eps = 1e-5
+    y = check_isas(lambda plan, ids: plan.layer_norm(ids[0], weight, bias, eps), x)
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean(-1, keepdims=True)
+    wanted = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * weight + bias
+    np.testing.assert_allclose(y, wanted, rtol=2e-6, atol=3e-6)
+    y = check_isas(lambda plan, ids: plan.rms_norm(ids[0], weight, eps), x)
+    wanted = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + eps) * weight
+    np.testing.assert_allclose(y, wanted, rtol=2e-6, atol=3e-6)
+
+
+def test_norm_without_variance() -> None:
+    x = np.full((2, 40, 24), 3.25, np.float32)
+    weight, bias = normal(2, 24)
+    y = check_isas(lambda plan, ids: plan.layer_norm(ids[0], weight, bias, 1e-5), x)
+    np.testing.assert_array_equal(y, np.broadcast_to(bias, x.shape))
+
+
+@entries
+def test_norm_by_table(count: int) -> None:
+    x, table = normal(2, 50, 40), rsqrt_lines(count)
+    weight, bias = normal(2, 40, seed=1)
+    y = check_isas(lambda plan, ids: plan.layer_norm(ids[0], weight, bias, 1e-5, rsqrt=table), x)
+    exact = run_plan("scalar", lambda plan, ids: plan.layer_norm(ids[0], weight, bias, 1e-5), x)
+    assert 0 < np.abs(y - exact).max() <= 4 * chord_error(count) * np.abs(exact - bias).max()
+
+
+def test_norm_errors() -> None:
+    with pytest.raises(ValueError, match=r"layer_norm over 4 features got \(2, 3, 5\)"):
+        run_plan(
+            "scalar",
+            lambda plan, ids: plan.layer_norm(ids[0], *normal(2, 4), 1e-5),
+            normal(2, 3, 5),
+        )
+
+
+SOFTMAX_CASES = [
+    ((1, 10), 1), ((40, 10), 1), ((2, 3, 70), 2), ((2, 70, 3), 1), ((2, 4, 5, 67), 3),
+    ((2, 9, 5, 7), 1), ((2, 9, 5, 7), 2), ((3, 2, 6, 3), 2), ((1, 2, 3, 4, 130), 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "axis"), SOFTMAX_CASES)
+def test_softmax(shape: tuple[int, ...], axis: int) -> None:
+    x = normal(*shape) * 8
+    y = check_isas(lambda plan, ids: plan.softmax(ids[0], axis), x)
+    wide = np.exp(x.astype(np.float64) - x.max(axis, keepdims=True))
+    np.testing.assert_allclose(y, wide / wide.sum(axis, keepdims=True), rtol=9e-6, atol=1e-37)
+    tables = {"exp": exp_lines(32), "reciprocal": reciprocal_lines(32)}
+    table = check_isas(lambda plan, ids: plan.softmax(ids[0], axis, **tables), x)
+    np.testing.assert_allclose(table, y, rtol=3 * chord_error(32), atol=1e-37)
+
+
+@each_isa
+def test_softmax_of_infinities(isa: str) -> None:
+    x = np.array([[0, -np.inf, 1], [-np.inf, -np.inf, -np.inf], [np.nan, 0, 0]], np.float32)
+    y = run_plan(isa, lambda plan, ids: plan.softmax(ids[0], 1), x)
+    np.testing.assert_allclose(y[0], [0.26894143, 0, 0.7310586], rtol=1e-6)
+    assert np.isnan(y[1:]).all()
+
+
+def attention(
+    q: Array, k: Array, v: Array, heads: int, scale: float, mask: Array | None, causal: bool
+) -> Array:
+    """In float64, head by head."""
+    samples, queries, width = q.shape
+    d = width // heads
+    out = np.zeros(q.shape)
+    for n in range(samples):
+        for h in range(heads):
+            part = slice(h * d, (h + 1) * d)
+            scores = q[n, :, part].astype(np.float64) @ k[n, :, part].astype(np.float64).T * scale
+            seen = np.ones(scores.shape, bool)
+            if mask is not None:
+                seen &= mask[n] != 0
+            if causal:
+                seen &= np.arange(k.shape[1]) <= np.arange(queries)[:, None]
+            for i in range(queries):
+                if seen[i].any():
+                    s = scores[i, seen[i]]
+                    p = np.exp(s - s.max())
+                    out[n, i, part] = p @ v[n, seen[i], part] / p.sum()
+    return out
+
+
+ATTENTION_CASES = [  # samples, queries, keys, heads, features of a head
+    (1, 1, 1, 1, 1), (2, 1, 9, 3, 8), (1, 33, 33, 2, 32), (2, 67, 20, 1, 12), (3, 16, 64, 4, 7),
+    (1, 40, 512, 2, 64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", ["no", "prefix", "any", "none"])
+def test_attention(case: tuple[int, ...], causal: bool, masked: str) -> None:
+    samples, queries, keys, heads, d = case
+    q, k, v = (normal(samples, n, heads * d, seed=i) for i, n in enumerate((queries, keys, keys)))
+    rng = np.random.default_rng(5)
+    mask = None
+    if masked == "prefix":
+        lengths = rng.integers(1, keys + 1, (samples, 1))
+        mask = (np.arange(keys) < lengths).astype(np.int32)
+    elif masked != "no":
+        mask = rng.integers(0, 3 if masked == "any" else 1, (samples, keys)).astype(np.int32)
+    scale = d**-0.5
+    inputs = [q, k, v] if mask is None else [q, k, v, mask]
+    settings = {"heads": heads, "scale": scale, "causal": causal}
+    y = check_isas(lambda plan, ids: plan.attention(*ids, **settings), *inputs)
+    wanted = attention(q, k, v, heads, scale, mask, causal)
+    np.testing.assert_allclose(y, wanted, atol=3e-6)
+    assert (y[wanted == 0] == 0).all()
+
+
+def test_hidden_keys_do_nothing() -> None:
+    q, k, v = (normal(2, 20, 16, seed=i) for i in range(3))
+    mask = np.ones((2, 20), np.int32)
+    mask[:, 5] = mask[1, 17:] = 0
+    settings = {"heads": 2, "scale": 0.3, "causal": False}
+    y = check_isas(lambda plan, ids: plan.attention(*ids, **settings), q, k, v, mask)
+    k[:, 5] = v[:, 5] = np.nan
+    k[1, 17:] = v[1, 17:] = np.inf
+    again = check_isas(lambda plan, ids: plan.attention(*ids, **settings), q, k, v, mask)
+    assert same_bits(y, again)
+
+
+def test_attention_reads_planes_of_a_wider_value() -> None:
+    qkv = normal(2, 37, 3 * 24)
+    settings = {"heads": 3, "scale": 0.4, "causal": True}
+    y = check_isas(
+        lambda plan, ids: plan.attention(
+            ids[0], ids[0], ids[0], offsets=(24, 48, 0), widths=24, **settings
+        ),
+        qkv,
+    )
+    parts = [np.ascontiguousarray(qkv[:, :, i : i + 24]) for i in (24, 48, 0)]
+    alone = run_plan("scalar", lambda plan, ids: plan.attention(*ids, **settings), *parts)
+    assert same_bits(y, alone)
+
+
+@entries
+def test_attention_by_table(count: int) -> None:
+    q, k, v = (normal(2, 40, 32, seed=i) for i in range(3))
+    tables = {"exp": exp_lines(count), "reciprocal": reciprocal_lines(count)}
+    settings = {"heads": 4, "scale": 0.35, "causal": True}
+    y = check_isas(lambda plan, ids: plan.attention(*ids, **settings, **tables), q, k, v)
+    exact = run_plan("scalar", lambda plan, ids: plan.attention(*ids, **settings), q, k, v)
+    assert 0 < np.abs(y - exact).max() <= 3 * chord_error(count) * np.abs(v).max()
+
+
+def test_attention_errors() -> None:
+    def message(*shapes: tuple[int, ...], heads: int = 2) -> str:
+        with pytest.raises(ValueError, match="attention got q") as error:
+            run_plan(
+                "scalar",
+                lambda plan, ids: plan.attention(*ids, heads=heads, scale=1.0, causal=False),
+                *(np.zeros(s, np.int32 if len(s) == 2 else np.float32) for s in shapes),
+            )
+        return str(error.value)
+
+    x = (1, 4, 8)
+    assert "8 features are not a multiple of 3 heads" in message(x, x, x, heads=3)
+    assert "tokens of k and v, differ" in message(x, x, (1, 5, 8))
+    assert "do not exist" in message(x, x, (1, 4, 6))
+    assert "a mask (1, 5), which is not (N, tokens of k)" in message(x, x, x, (1, 5))
+
+
+def test_steps_write_bytes_for_lookup_layers() -> None:
+    """A quantised reader gets the same bytes from these steps as from its own quantiser."""
+    weight = np.random.default_rng(0).integers(-127, 128, (6, 24)).astype(np.int8)
+    ones, zeros = np.ones(6, np.float32), np.zeros(6, np.float32)
+    x = normal(2, 70, 24)
+    scale, bias = normal(2, 24, seed=3)
+    makers: dict[str, Callable[[_engine.Plan, int], int]] = {
+        "function": lambda plan, a: plan.function(a, "gelu"),
+        "piecewise": lambda plan, a: plan.piecewise(a, *piecewise_table(16)),
+        "layer_norm": lambda plan, a: plan.layer_norm(a, scale, bias, 1e-5),
+        "rms_norm": lambda plan, a: plan.rms_norm(a, scale, 1e-5),
+        "attention": lambda plan, a: plan.attention(a, a, a, heads=2, scale=0.3, causal=False),
+    }
+    grids = ((0.05, 64, 7), (0.3, 8, 4))
+    for name, make in makers.items():
+        for isa in ISAS:
+            for floats in (False, True):
+                plan = _engine.Plan(isa, 1)
+                value = make(plan, plan.input())
+                outputs = [plan.int8_linear(value, weight, ones, zeros, *grid) for grid in grids]
+                plan.finish([*outputs, value] if floats else outputs)
+                labels = plan.profile([x], 1)[0]
+                assert len(labels) == 3, (name, labels)  # nobody quantises in between
+                made = plan.run([x])
+                alone = run_plan(isa, lambda plan, ids, make=make: make(plan, ids[0]), x)
+                if floats:
+                    assert same_bits(made[2], alone)
+                for y, grid in zip(made, grids, strict=False):
+                    wanted = run_plan(
+                        isa,
+                        lambda plan, ids, grid=grid: plan.int8_linear(
+                            ids[0], weight, ones, zeros, *grid
+                        ),
+                        alone,
+                    )
+                    assert same_bits(y, wanted), (name, isa)

@@ -101,35 +101,6 @@ int64_t offset(const Dims& index, const Dims& strides, int rank) {
   return o;
 }
 
-class SoftmaxStep : public FloatStep {
- public:
-  explicit SoftmaxStep(int axis) : axis_(axis) {}
-  Shape infer(const Shapes& in) const override {
-    require(axis_ > 0 && axis_ < in[0].rank, "softmax: no axis " + std::to_string(axis_));
-    return in[0];
-  }
-  void run(const Shapes& shapes, const Inputs& in, const Shape&, float* out, uint8_t*,
-           ThreadPool&) const override {
-    const Shape& s = shapes[0];
-    const Dims strides = storage_strides(s);
-    const int64_t n = s[axis_], step = strides[axis_];
-    std::vector<bool> skip(kMaxRank, false);
-    skip[axis_] = true;
-    visit(s, skip, [&](const Dims& index) {
-      const int64_t at = offset(index, strides, s.rank);
-      const float* x = in[0] + at;
-      float* y = out + at;
-      float top = x[0], sum = 0.0f;
-      for (int64_t i = 1; i < n; ++i) top = std::max(top, x[i * step]);
-      for (int64_t i = 0; i < n; ++i) sum += y[i * step] = std::exp(x[i * step] - top);
-      for (int64_t i = 0; i < n; ++i) y[i * step] = y[i * step] / sum;
-    });
-  }
-
- private:
-  int axis_;
-};
-
 class MeanStep : public FloatStep {
  public:
   MeanStep(std::vector<int> axes, bool keepdims) : reduced_(kMaxRank, false), keepdims_(keepdims) {
@@ -403,7 +374,6 @@ StepPtr clamp_step(float low, float high) { return std::make_unique<ClampStep>(l
 StepPtr affine_step(std::vector<float> scale, std::vector<float> bias) {
   return std::make_unique<AffineStep>(std::move(scale), std::move(bias));
 }
-StepPtr softmax_step(int axis) { return std::make_unique<SoftmaxStep>(axis); }
 StepPtr mean_step(std::vector<int> axes, bool keepdims) {
   return std::make_unique<MeanStep>(std::move(axes), keepdims);
 }

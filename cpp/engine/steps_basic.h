@@ -8,7 +8,6 @@ namespace lutra {
 
 StepPtr clamp_step(float low, float high);
 StepPtr affine_step(std::vector<float> scale, std::vector<float> bias);
-StepPtr softmax_step(int axis);
 StepPtr mean_step(std::vector<int> axes, bool keepdims);
 // Without the batch axis; one size may be -1, what the others leave.
 StepPtr reshape_step(std::vector<int64_t> shape);

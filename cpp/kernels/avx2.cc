@@ -13,8 +13,10 @@
 #include "avx2_respond.h"
 #include "avx2_training.h"
 // After the lanes that they are written in:
+#include "attention.h"
 #include "functions.h"
 #include "piecewise.h"
+#include "planes.h"
 
 namespace lutra {
 namespace {
@@ -84,6 +86,10 @@ constinit const Kernels kAvx2 = {.name = "avx2",
                                  .table_exp = table_exp,
                                  .table_reciprocal = table_reciprocal,
                                  .table_rsqrt = table_rsqrt,
+                                 .norm = norm,
+                                 .softmax = softmax,
+                                 .attention_bytes = attention_bytes,
+                                 .attention = attention,
                                  .table_grad = table_grad,
                                  .response_grad = response_grad};
 

@@ -9,8 +9,10 @@
 #include "avx512_respond.h"
 #include "avx512_training.h"
 // After the lanes that they are written in:
+#include "attention.h"
 #include "functions.h"
 #include "piecewise.h"
+#include "planes.h"
 
 namespace lutra {
 namespace {
@@ -65,6 +67,10 @@ constinit const Kernels kAvx512 = {.name = "avx512",
                                    .table_exp = table_exp,
                                    .table_reciprocal = table_reciprocal,
                                    .table_rsqrt = table_rsqrt,
+                                   .norm = norm,
+                                   .softmax = softmax,
+                                   .attention_bytes = attention_bytes,
+                                   .attention = attention,
                                    .table_grad = table_grad,
                                    .response_grad = response_grad};
 

@@ -150,6 +150,58 @@ struct Segments {
   const float* intercept;
 };
 
+// Results that are planes: value r of plane m goes to out[m * stride + r], if out, and onto grids.
+struct PlaneOutput {
+  float* out;
+  size_t stride;
+  int32_t quantized;
+  struct {
+    Grid grid;
+    uint8_t* out;
+    size_t stride;
+  } q[kMaxQuantized];
+};
+
+// Normalises rows of `width` features, each of which is a plane. "Sum" is
+//   (s0 + s1) + (s2 + s3),  sk = the sum of entries k, k + 4, k + 8, ... in order
+// mean = sum of x[d] / width, or 0 without `center`;  c[d] = x[d] - mean
+// power = (sum of c[d] c[d], contracted) / width + eps;  r = 1 / sqrt(power), or of the table
+// y[d] = fma(c[d] r, weight[d], bias[d]), where no bias is a bias of 0
+struct Norm {
+  int32_t width;
+  bool center;
+  float eps;
+  const float* weight;
+  const float* bias;
+  Segments rsqrt;
+};
+
+// For each row: top = max x[j], p[j] = exp(x[j] - top), 0 below -87; s = the sum of p[j] in order;
+// y[j] = p[j] (1 / s). The exponential and the reciprocal may be tables.
+struct Softmax {
+  int32_t count;
+  Segments exp, reciprocal;
+};
+
+// Attention of one head in one sample. Planes of q, k and v are features; the key j may be attended
+// by the query i if mask[j] != 0 (or there is no mask) and, when causal, j <= i. Over these j, in
+// order:
+//   x[j] = fma chain over d of (q[d][i] scale) k[d][j];  p[j], s as in Softmax
+//   y[d][i] = (fma chain over j of p[j] v[d][j]) (1 / s);  0 where s <= 0, as without any such j
+// A key that some queries of a call may attend and others may not must have finite v.
+struct Attention {
+  int32_t width;  // d
+  int32_t keys;
+  bool causal;
+  float scale;
+  const float* q;  // at the first token of the sample, as k and v
+  const float* k;
+  const float* v;
+  size_t q_stride, k_stride, v_stride;  // from one plane to the next
+  const int32_t* mask;                  // (keys), or null
+  Segments exp, reciprocal;
+};
+
 struct Kernels {
   const char* name;
   uint32_t needs;       // Feature bits
@@ -245,6 +297,15 @@ struct Kernels {
   void (*table_exp)(const Segments&, const float* x, size_t n, float* y);
   void (*table_reciprocal)(const Segments&, const float* x, size_t n, float* y);
   void (*table_rsqrt)(const Segments&, const float* x, size_t n, float* y);
+
+  // --- rows that lie across planes: `stride` floats from one plane to the next
+  // --------------------
+  void (*norm)(const Norm&, const float* x, size_t stride, size_t rows, const PlaneOutput&);
+  void (*softmax)(const Softmax&, const float* x, size_t stride, size_t rows, float* y);
+  // Queries first..last-1; plane m of the output is feature m, its value r query r.
+  size_t (*attention_bytes)(int32_t width, int32_t keys);  // of scratch, 64-byte aligned
+  void (*attention)(const Attention&, int32_t first, int32_t last, const PlaneOutput&,
+                    uint8_t* scratch);
 
   // --- training ---------------------------------------------------------------------------------
   // grad[b][codes[b][r]][m] += rows[r][m] for r in order: the exact gradient of tables.

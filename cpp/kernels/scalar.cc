@@ -5,6 +5,7 @@
 #include "scalar_lanes.h"
 // After the lanes that they are written in:
 #include "functions.h"
+#include "scalar_planes.h"
 
 namespace lutra {
 namespace {
@@ -273,18 +274,6 @@ void linear(const float* x, size_t x_stride, size_t depth, const float* weights,
   }
 }
 
-void piecewise(const Piecewise& p, const float* x, size_t n, float* y) {
-  const int32_t last = p.entries - 1;
-  for (size_t i = 0; i < n; ++i) {
-    int32_t e = 0;
-    for (int32_t b = 0; b < last; ++b) e += x[i] >= p.breakpoint[b] ? 1 : 0;
-    float v = x[i];
-    if (p.slope[0] == 0.0f && v < -kLargest) v = -kLargest;
-    if (p.slope[last] == 0.0f && v > kLargest) v = kLargest;
-    y[i] = std::fmaf(p.slope[e], v, p.intercept[e]);
-  }
-}
-
 void table_grad(const uint8_t* codes, size_t code_stride, int32_t books, int32_t centroids,
                 const float* rows, int32_t count, int32_t outputs, float* grad) {
   for (int32_t r = 0; r < count; ++r) {
@@ -348,6 +337,10 @@ constinit const Kernels kScalar = {.name = "scalar",
                                    .table_exp = table_exp,
                                    .table_reciprocal = table_reciprocal,
                                    .table_rsqrt = table_rsqrt,
+                                   .norm = norm,
+                                   .softmax = softmax,
+                                   .attention_bytes = attention_bytes,
+                                   .attention = attention,
                                    .table_grad = table_grad,
                                    .response_grad = response_grad};
 
