@@ -151,3 +151,66 @@ def test_a_part_is_copied_once() -> None:
     check(graph)
     rows = Session(graph, threads=1).profile(random_inputs(graph), runs=1, warmup=0).steps
     assert len([step for step in rows if step.name.endswith(", copied")]) == 2
+
+
+def attention_graph(*, shared: bool = True, reader: bool = False) -> Graph:
+    """(N, T, 24) to itself: attention of three layers; ``reader`` also takes the keys away."""
+    b = Builder(("x", (None, None, 24)), seed=3)
+    if shared:
+        q, k, v = linears(b, "x", 24, (24, 24, 24))
+    else:
+        q, k, v = (b.pq_linear("x", 24, 24) for _ in range(3))
+    a = b.add("attention", q, k, v, heads=3, scale=0.35)
+    return b.graph(b.add("relu", k), a) if reader else b.graph(a)
+
+
+def run_on(graph: Graph, x: Array, isa: str, threads: int) -> list[Array]:
+    return Session(graph, isa=isa, threads=threads).run(None, {"x": x})
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 512), (2, 7), (5, 64), (3, 33)])
+@pytest.mark.parametrize("reader", [False, True])
+def test_attention_reads_its_part_in_place(batch: int, length: int, reader: bool) -> None:
+    graph = attention_graph(reader=reader)
+    x = np.random.default_rng(0).normal(size=(batch, length, 24)).astype(F)
+    want = list(run_reference(graph, {"x": x}).values())
+    first = run_on(graph, x, "scalar", 1)
+    for got, y in zip(first, want, strict=True):
+        np.testing.assert_allclose(got, y, rtol=0, atol=2e-6 * max(1.0, float(np.abs(y).max())))
+    for isa in runnable_isas():
+        for threads in (1, 3):
+            for got, y in zip(run_on(graph, x, isa, threads), first, strict=True):
+                np.testing.assert_array_equal(got, y)
+
+
+def test_attention_needs_no_copies() -> None:
+    x = np.ones((2, 7, 24), F)
+    for reader in (False, True):
+        session = Session(attention_graph(reader=reader), threads=1)
+        names = [step.name for step in session.profile({"x": x}, runs=1, warmup=0).steps]
+        copies = ["pq_linear_1, copied"] if reader else []
+        shared = "pq_linear_0 + pq_linear_1 + pq_linear_2"
+        assert names == ["input", shared, "attention_3"] + [*copies, "relu_4"] * reader
+
+
+def test_batches_of_sequences_run_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = attention_graph(shared=False)
+    x = np.random.default_rng(0).normal(size=(37, 20, 24)).astype(F)
+    want = Session(graph, threads=1).run(None, {"x": x})[0]
+    monkeypatch.setattr("lutra.session._SEQUENCE_ARENA", 2**16)
+    session = Session(graph, threads=1)
+    sizes: list[int] = []
+    plan = session._plan
+
+    class Watched:
+        def run(self, arrays: list[Array]) -> list[Array]:
+            sizes.append(len(arrays[0]))
+            return plan.run(arrays)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(plan, name)
+
+    session._plan = Watched()
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0], want)
+    assert sum(sizes) == 37
+    assert 1 < len(sizes) < 37
