@@ -5,7 +5,8 @@
 
 DATA is a folder with sst2_*.tsv.xz. Two trainings: the dense network, and its lookup form with
 the dense one as teacher. The run can be stopped at any time: the same command goes on from the last
-checkpoint; `--dense-only` ends after the first training, which all --v share.
+checkpoint; `--dense-only` ends after the first training, which all --v share, and writes
+the dense network.
 
 Training sentences are those of `sst2_phrases_train` (phrases and sentences, as in GLUE; those that
 are also in the other two files are left out), every choice is made on `sst2_dev`, and `sst2_test`
@@ -35,10 +36,12 @@ from minilm import (
     tokenize,
 )
 from tasks import Log, add_data, finish, stage
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lutra.sentences import SentenceEncoder
-from lutra.train import convert, finetune, recipe_to_json
+from lutra.train import FinetuneReport, convert, finetune, recipe_to_json
+from lutra.train.recipe import Recipe
 
 
 def plain(text: str) -> str:
@@ -94,14 +97,50 @@ def main() -> None:
         checkpoint_dir=stage(options.checkpoints, "dense"), checkpoint_every=400, seed=options.seed,
     )  # fmt: skip
     print(report.history[-1], flush=True)
+
+    def export_and_measure(
+        model: nn.Module, teacher: nn.Module, recipe: Recipe, report: FinetuneReport
+    ) -> None:
+        """Writes the file and prints what the engine makes of the test sentences."""
+        labels, texts = sets["test"]
+        export_text(
+            model, options.output, tokenizer, dev[0][0], longest=128,
+            metadata={
+                "classes": ["negative", "positive"],
+                "recipe": recipe_to_json(recipe),
+                "seed": options.seed,
+                "training": {"steps": report.steps, "seconds": report.seconds},
+            },
+        )  # fmt: skip
+        encoder = SentenceEncoder(options.output, threads=options.threads)
+        test = Batches(tokenize(tokenizer, texts), labels, 32)
+        start = time.perf_counter()
+        dense_accuracy = accuracy(teacher, test)
+        dense_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        found = encoder.encode(texts).argmax(1)
+        seconds = time.perf_counter() - start
+        finish(
+            options.output,
+            {
+                "sentences": len(labels),
+                "dense_top1": round(dense_accuracy, 2),
+                "top1": round(100.0 * float((found == np.array(labels)).mean()), 2),
+                "dev_top1": [round(entry["metric"], 2) for entry in report.history],
+                "dense_sentences_per_second": round(len(labels) / dense_seconds, 1),
+                "sentences_per_second": round(len(labels) / seconds, 1),
+            },
+        )
+
     if options.dense_only:
+        export_and_measure(dense, dense, {}, report)
         return
     teacher = copy.deepcopy(dense).eval()
     calibration = Batches(train[:20000], labels[:20000], 64, 1, 1)
     picked = [calibration[i] for i in range(0, len(calibration), max(1, len(calibration) // 32))]
     dense.dropout.p = 0.0
     for module in dense.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, nn.Dropout):
             module.p = 0.0
     recipe = pq_recipe(options.v, gradient=options.gradient, reconstruction=options.reconstruction)
     lookups, converted = convert(dense, recipe, picked, seed=options.seed)
@@ -121,37 +160,7 @@ def main() -> None:
         checkpoint_dir=stage(options.checkpoints, options.name or f"v{options.v}"),
         checkpoint_every=200, seed=options.seed,
     )  # fmt: skip
-    test_labels, test_texts = sets["test"]
-    tokens = tokenize(tokenizer, test_texts)
-    export_text(
-        lookups, options.output, tokenizer, dev[0][0], longest=128,
-        metadata={
-            "classes": ["negative", "positive"],
-            "recipe": recipe_to_json(recipe),
-            "seed": options.seed,
-            "training": {"steps": report.steps, "seconds": report.seconds},
-        },
-    )  # fmt: skip
-    encoder = SentenceEncoder(options.output, threads=options.threads)
-    test = Batches(tokens, test_labels, 32)
-    start = time.perf_counter()
-    dense_accuracy = accuracy(teacher, test)
-    dense_seconds = time.perf_counter() - start
-    start = time.perf_counter()
-    found = encoder.encode(test_texts).argmax(1)
-    seconds = time.perf_counter() - start
-    finish(
-        options.output,
-        {
-            "v": options.v,
-            "sentences": len(test_labels),
-            "dense_top1": round(dense_accuracy, 2),
-            "top1": round(100.0 * float((found == np.array(test_labels)).mean()), 2),
-            "dev_top1": [round(entry["metric"], 2) for entry in report.history],
-            "dense_sentences_per_second": round(len(test_labels) / dense_seconds, 1),
-            "sentences_per_second": round(len(test_labels) / seconds, 1),
-        },
-    )
+    export_and_measure(lookups, teacher, recipe, report)
 
 
 if __name__ == "__main__":
