@@ -35,6 +35,7 @@ from minilm import (
     read_tsv,
     tokenize,
 )
+from safetensors.torch import load_model
 from tasks import Log, add_data, finish, stage
 from torch import nn
 from torch.utils.data import DataLoader
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--feature-weight", type=float, default=1.0)
     parser.add_argument("--distillation-temperature", type=float, default=2.0)
     parser.add_argument("--steps", type=int, help="stop the lookup training after so many")
+    parser.add_argument("--start", type=Path, help="checkpoint of another run to start from")
     parser.add_argument("--name", help="of the run's checkpoints; default: v<V>")
     parser.add_argument("--dense-only", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -146,6 +148,9 @@ def main() -> None:
     lookups, converted = convert(dense, recipe, picked, seed=options.seed)
     print(converted, flush=True)
     print("after conversion", accuracy(lookups, dev), flush=True)
+    if options.start is not None:
+        load_model(lookups, options.start / "model.safetensors")
+        print("start", accuracy(lookups, dev), flush=True)
     report = finetune(
         lookups,
         DataLoader(
@@ -156,9 +161,9 @@ def main() -> None:
         lr=options.lr, warmup=100, clip_norm=1.0, teacher=teacher, distillation=1.0,
         distillation_temperature=options.distillation_temperature,
         feature_layers=FEATURES, feature_weight=options.feature_weight,
-        evaluate=Log(f"V={options.v}", lambda model: accuracy(model, dev), "%"), evaluate_every=200,
+        evaluate=Log(f"V={options.v}", lambda model: accuracy(model, dev), "%"), evaluate_every=100,
         checkpoint_dir=stage(options.checkpoints, options.name or f"v{options.v}"),
-        checkpoint_every=200, seed=options.seed,
+        checkpoint_every=100, seed=options.seed,
     )  # fmt: skip
     export_and_measure(lookups, teacher, recipe, report)
 
