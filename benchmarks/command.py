@@ -80,6 +80,7 @@ def _options(purpose: str, cases: Sequence[Case]) -> argparse.Namespace:
     parser.add_argument("--isa", choices=["avx2"], help="keep everybody at AVX2")
     parser.add_argument("--runs", type=int, default=50, help="that count (default: 50)")
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases with it in the name")
+    parser.add_argument("--batch", type=int, metavar="N", help="only cases of this batch")
     parser.add_argument("--method", choices=[family.family for family in FAMILIES],
                         action="append", help="of lookups (default: all)")  # fmt: skip
     for family in FAMILIES:
@@ -106,6 +107,12 @@ def _chosen(cases: Sequence[Case], options: argparse.Namespace) -> list[Case]:
     if not named:
         names = sorted({case.network.name for case in cases})
         raise SystemExit(f"no case has {options.case!r} in its name; there are {', '.join(names)}")
+    batches = sorted({case.batch for case in named})
+    named = [case for case in named if options.batch in (None, case.batch)]
+    if not named:
+        raise SystemExit(
+            f"these cases have no batch of {options.batch}; there are {', '.join(map(str, batches))}"
+        )
 
     def wanted(method: Method) -> bool:
         families, choices = options.method, getattr(options, method.option)

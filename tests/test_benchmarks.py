@@ -230,7 +230,6 @@ def measure_encoder() -> tuple[list[dict[str, Any]], dict[str, str]]:
     return measure(case, Setting(runs=2, memory=True))
 
 
-@pytest.mark.skipif(not hasattr(lutra._engine.Plan, "attention"), reason="an engine without it")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_whole_way_of_encoders() -> None:
     need_peers()
@@ -357,6 +356,8 @@ def test_command(
         assert record["profile"]["total_ms"] > 0
     with pytest.raises(SystemExit, match="there are tiny"):
         tiny("--case", "nothing")
+    with pytest.raises(SystemExit, match="no batch of 3; there are 2"):
+        tiny("--batch", "3")
 
 
 @pytest.mark.parametrize(
@@ -397,7 +398,8 @@ def test_nothing_to_measure_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_records_of_the_past_are_read() -> None:
-    files = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("[lm]*.json"))
+    folder = Path(__file__).parents[1] / "benchmarks" / "results"
+    files = [f for kind in ("layers", "models", "sentences") for f in folder.glob(f"{kind}*.json")]
     records = [record for file in files for record in json.loads(file.read_text())["records"]]
     assert records
     assert len(markdown(records).splitlines()) == 2 + len(records)

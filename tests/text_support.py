@@ -52,14 +52,15 @@ def encoder_graph(
     positions: int = 16,
     outputs: int | None = None,
 ) -> Graph:
-    """The mean of the vectors of words and positions; scores where `outputs` says so."""
+    """One block of attention between embeddings and a mean; scores where `outputs` says so."""
     b = Builder(*((name, shape, "int32") for name in names))
     rng, ids, mask = b.rng, *names
     weight = rng.normal(size=(rows, 8)).astype(np.float32)
     x = b.add("embedding", ids, tensors={"weight": weight})
     weight = rng.normal(size=(positions, 8)).astype(np.float32)
     x = b.add("position_embedding", x, tensors={"weight": weight})
-    x = b.add("masked_mean", x, mask)
+    a = b.add("attention", x, x, x, mask, heads=2, scale=0.5)
+    x = b.add("masked_mean", b.add("add", a, x), mask)
     if outputs is not None:
         x = b.linear(x, 8, outputs)
     return b.graph(x, metadata=metadata)
