@@ -15,7 +15,7 @@ from test_export_transformer import WithMask
 from torch import Tensor, nn
 from torch_sequences import same_as_torch
 
-from lutra import PQ
+from lutra import PQ, _engine
 from lutra.errors import InputError, UnsupportedModelError
 from lutra.format import load_graph
 from lutra.graph import Graph
@@ -24,6 +24,10 @@ from lutra.train import check, convert, export
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(_engine.Plan, "layer_norm"), reason="an engine without steps of transformers"
+)
 
 WIDTH, LONGEST, WORDS = 32, 40, 100
 BLOCK = ["linear"] * 3 + ["attention", "linear", "add", "layer_norm"]
