@@ -15,7 +15,7 @@ from test_export_transformer import WithMask
 from torch import Tensor, nn
 from torch_sequences import same_as_torch
 
-from lutra import PQ, Function, _engine
+from lutra import PQ, Function
 from lutra.errors import InputError, UnsupportedModelError
 from lutra.format import load_graph
 from lutra.graph import Graph
@@ -24,10 +24,6 @@ from lutra.train import check, convert, export
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
-
-pytestmark = pytest.mark.skipif(
-    not hasattr(_engine.Plan, "layer_norm"), reason="an engine without steps of transformers"
-)
 
 WIDTH, LONGEST, WORDS = 32, 40, 100
 BLOCK = ["linear"] * 3 + ["attention", "linear", "add", "layer_norm"]

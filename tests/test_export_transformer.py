@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_sequences import lowered, same_as_torch
 
-from lutra import _engine
 from lutra.errors import InputError, UnsupportedModelError
 from lutra.train import (
     TableAttention,
@@ -24,10 +23,6 @@ from lutra.train import (
 )
 
 N, T, D = 2, 5, 8
-
-pytestmark = pytest.mark.skipif(
-    not hasattr(_engine.Plan, "layer_norm"), reason="an engine without steps of transformers"
-)
 
 
 class Call(nn.Module):
