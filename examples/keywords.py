@@ -186,7 +186,8 @@ def resnet_task(options: argparse.Namespace) -> Task:
     used, valid = data.split(everything, 0.1, options.seed)
     print(f"{len(used)} clips to train with, {len(valid)} held out, {len(tests)} to test")
     torch.manual_seed(options.seed)
-    pq = PQ(k=options.k, act_bits=options.act_bits)
+    pq = PQ(v=options.v or 3, k=options.k, act_bits=options.act_bits)
+    one = PQ(v=4, k=options.k, act_bits=options.act_bits)
     return Task(
         dense=ResNet(tuple(options.widths)),
         train=data.Augmented(used),
@@ -195,7 +196,7 @@ def resnet_task(options: argparse.Namespace) -> Task:
         tests={"test": Part(data.LOG_MEL.values(tests.x), tests.y)},
         front=data.LOG_MEL,
         classes=data.CLASSES,
-        recipe={"conv1": Int8(), "linear": Int8(), "*": pq},
+        recipe={"conv1": Int8(), "linear": Int8(), "*.shortcut.*": one, "*": pq},
         features=[f"blocks.{i}" for i in range(len(options.widths))],
         notes={"train_clips": len(used)},
     )
@@ -224,7 +225,7 @@ def dscnn_task(options: argparse.Namespace) -> Task:
     )
     dense = DSCNN(data.MFCC.std)
     load_public(dense, options.weights)
-    pq = PQ(v=options.v, k=options.k, act_bits=options.act_bits)
+    pq = PQ(v=options.v or 2, k=options.k, act_bits=options.act_bits)
     return Task(
         dense=dense,
         train=data.AugmentedMfcc(used, mapping, kws, rows),
@@ -333,7 +334,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--distillation", type=float, default=0.9, help="weight of the teacher")
     parser.add_argument("--feature-weight", type=float, default=1.0)
-    parser.add_argument("--v", type=int, default=2, help="dscnn: values of a sub-vector")
+    parser.add_argument("--v", type=int, help="values of a sub-vector; default: dscnn 2, resnet 3")
     parser.add_argument("--k", type=int, default=16, help="centroids of a codebook")
     parser.add_argument("--act-bits", type=int, default=7)
     parser.add_argument("--first", choices=sorted(FIRST), default="keep", help="dscnn: layer 1")
