@@ -63,7 +63,7 @@ def embed(model: nn.Module, tokens: list[list[int]], size: int = 64) -> Tensor:
     model.eval()
     device = next(model.parameters()).device
     batches = Batches(tokens, range(len(tokens)), size)
-    vectors = torch.zeros((len(tokens), 384))
+    vectors = torch.zeros((len(tokens), model.bert.config.hidden_size))
     for index in range(len(batches)):
         inputs, rows = batches[index]
         found = model(**{name: tensor.to(device) for name, tensor in inputs.items()})

@@ -1,7 +1,7 @@
 """Keyword spotting: sound in, one of twelve words out, the network by table lookup.
 
     python examples/keywords.py --net dscnn --data DATA --weights mlperf_dscnn_kws_fp32.npz \
-        --output zoo/dscnn_speech_commands.lutra --checkpoints runs/dscnn
+        --output zoo/dscnn_speech_commands.lutra --checkpoints runs/dscnn --factors
     python examples/keywords.py --net resnet --data DATA \
         --output zoo/resnet_speech_commands.lutra --checkpoints runs/resnet
 
@@ -10,11 +10,11 @@ kws01_mfcc_int8.npz. The run can be stopped at any time: the same command goes o
 checkpoint.
 
 `--net dscnn` is the public network of MLPerf Tiny: its pointwise convolutions become lookups
-(product quantisation), the others and the classifier int8. It sees MFCCs. The dense network is the
-teacher; the training inputs are MFCCs made from log-mel features of the training clips, and the
-true ones of those of the public test inputs whose recordings are training clips. So only the 173
-public inputs whose recordings are test clips are a test; the accuracy on all 900 is printed beside
-it.
+(product quantisation), the depthwise ones and the classifier int8; the first layer, which sees the
+MFCCs, stays as it is. The dense network is the teacher; the training inputs are MFCCs made from
+log-mel features of the training clips, and the true ones of those of the public test inputs whose
+recordings are training clips. So only the 173 public inputs whose recordings are test clips are a
+test; the accuracy on all 900 is printed beside it.
 
 `--net resnet` is a ResNet-8 on log-mel features, trained here from scratch, then converted and
 fine-tuned with itself as the teacher.
@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import lutra
 from lutra.audio import AudioPreprocess
-from lutra.train import PQ, Int8, convert, export, finetune, recipe_to_json
+from lutra.train import PQ, Int8, Keep, convert, export, finetune, recipe_to_json
 from lutra.train.recipe import Recipe
 
 # Networks
@@ -98,35 +98,29 @@ class Separable(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
-        self.bn1 = nn.BatchNorm2d(channels, eps=1e-3)
         self.pointwise = nn.Conv2d(channels, channels, 1)
-        self.bn2 = nn.BatchNorm2d(channels, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.depthwise(x)))
-        return F.relu(self.bn2(self.pointwise(x)))
+        return F.relu(self.pointwise(F.relu(self.depthwise(x))))
 
 
 class DSCNN(nn.Module):
-    """The DS-CNN of MLPerf Tiny (Zhang et al. 2017) on MFCCs (N, 1, 49, 10).
+    """The DS-CNN of MLPerf Tiny (Zhang et al. 2017) on MFCCs over `std`, (N, 1, 49, 10).
 
-    Inputs are MFCCs less `mean`, over `std`: the borders are padded with what a zero is there.
-    TensorFlow pads 49x10 pixels under a kernel of 10x4 and a stride of 2 by 4 rows above, 5 below.
+    Its batch norms are folded into the convolutions: their statistics, which are not those of the
+    clips at hand, stay. TensorFlow pads 49x10 pixels under a kernel of 10x4 and a stride of 2 by 4
+    rows above and 5 below.
     """
 
-    def __init__(
-        self, mean: float = 0.0, std: float = 1.0, channels: int = 64, classes: int = 12
-    ) -> None:
+    def __init__(self, std: float = 1.0, channels: int = 64, classes: int = 12) -> None:
         super().__init__()
-        self.mean, self.std = mean, std
+        self.std = std
         self.conv1 = nn.Conv2d(1, channels, (10, 4), 2)
-        self.bn1 = nn.BatchNorm2d(channels, eps=1e-3)
         self.blocks = nn.ModuleList(Separable(channels) for _ in range(4))
         self.linear = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (1, 1, 4, 5), value=-self.mean / self.std)
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.conv1(F.pad(x, (1, 1, 4, 5))))
         for block in self.blocks:
             x = block(x)
         return self.linear(x.mean((2, 3)))
@@ -137,29 +131,24 @@ def load_public(model: DSCNN, path: Path) -> None:
     with np.load(path, allow_pickle=False) as arrays:
         weights = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
-    def norm(layer: nn.BatchNorm2d, number: int) -> None:
-        for name, source in (
-            ("weight", "gamma"), ("bias", "beta"),
-            ("running_mean", "moving_mean"), ("running_var", "moving_variance"),
-        ):  # fmt: skip
-            getattr(layer, name).data.copy_(weights[f"l{number:02}.{source}"])
-
-    def conv(layer: nn.Conv2d, number: int, kernel: str, order: tuple[int, ...]) -> None:
-        layer.weight.data.copy_(weights[f"l{number:02}.{kernel}"].permute(order))
+    def load(layer: nn.Conv2d, number: int, kernel: str, order: tuple[int, ...]) -> None:
+        """A convolution and the batch norm behind it."""
+        norm = {
+            name: weights[f"l{number + 1:02}.{name}"]
+            for name in ("gamma", "beta", "moving_mean", "moving_variance")
+        }
+        scale = norm["gamma"] / (norm["moving_variance"] + 1e-3).sqrt()
+        weight = weights[f"l{number:02}.{kernel}"].permute(order)
+        layer.weight.data.copy_(weight * scale[:, None, None, None])
         assert layer.bias is not None
-        layer.bias.data.copy_(weights[f"l{number:02}.bias"])
+        bias = weights[f"l{number:02}.bias"] - norm["moving_mean"]
+        layer.bias.data.copy_(bias * scale + norm["beta"])
 
-    conv(model.conv1, 0, "kernel", (3, 2, 0, 1))
-    assert model.conv1.bias is not None
-    model.conv1.bias.data += model.mean * model.conv1.weight.data.sum((1, 2, 3))
+    load(model.conv1, 0, "kernel", (3, 2, 0, 1))
     model.conv1.weight.data *= model.std
-    norm(model.bn1, 1)
     for i, block in enumerate(model.blocks):
-        first = 4 * i + 2
-        conv(block.depthwise, first, "depthwise_kernel", (2, 3, 0, 1))
-        norm(block.bn1, first + 1)
-        conv(block.pointwise, first + 2, "kernel", (3, 2, 0, 1))
-        norm(block.bn2, first + 3)
+        load(block.depthwise, 4 * i + 2, "depthwise_kernel", (2, 3, 0, 1))
+        load(block.pointwise, 4 * i + 4, "kernel", (3, 2, 0, 1))
     model.linear.weight.data.copy_(weights["l18.kernel"].t())
     model.linear.bias.data.copy_(weights["l18.bias"])
 
@@ -197,7 +186,8 @@ def resnet_task(options: argparse.Namespace) -> Task:
     used, valid = data.split(everything, 0.1, options.seed)
     print(f"{len(used)} clips to train with, {len(valid)} held out, {len(tests)} to test")
     torch.manual_seed(options.seed)
-    pq = PQ(k=options.k, act_bits=options.act_bits)
+    pq = PQ(v=options.v or 3, k=options.k, act_bits=options.act_bits)
+    one = PQ(v=4, k=options.k, act_bits=options.act_bits)
     return Task(
         dense=ResNet(tuple(options.widths)),
         train=data.Augmented(used),
@@ -206,7 +196,7 @@ def resnet_task(options: argparse.Namespace) -> Task:
         tests={"test": Part(data.LOG_MEL.values(tests.x), tests.y)},
         front=data.LOG_MEL,
         classes=data.CLASSES,
-        recipe={"conv1": Int8(), "linear": Int8(), "*": pq},
+        recipe={"conv1": Int8(), "linear": Int8(), "*.shortcut.*": one, "*": pq},
         features=[f"blocks.{i}" for i in range(len(options.widths))],
         notes={"train_clips": len(used)},
     )
@@ -233,9 +223,9 @@ def dscnn_task(options: argparse.Namespace) -> Task:
         f"{len(rows)} public inputs and {len(used)} clips to train with, {len(kept)} and "
         f"{len(valid)} held out, {len(tests)} public inputs to test"
     )
-    dense = DSCNN(data.MFCC.mean, data.MFCC.std)
+    dense = DSCNN(data.MFCC.std)
     load_public(dense, options.weights)
-    pq = PQ(v=options.v, k=options.k, act_bits=options.act_bits)
+    pq = PQ(v=options.v or 2, k=options.k, act_bits=options.act_bits)
     return Task(
         dense=dense,
         train=data.AugmentedMfcc(used, mapping, kws, rows),
@@ -250,7 +240,7 @@ def dscnn_task(options: argparse.Namespace) -> Task:
         front=data.MFCC,
         classes=kws.classes,
         recipe={
-            "conv1": PQ(v=options.v, k=options.k, act_bits=7) if options.first == "pq" else Int8(),
+            "conv1": FIRST[options.first],
             "linear": Int8(),
             "blocks.*.depthwise": Int8(),
             "blocks.*.pointwise": pq,
@@ -259,6 +249,10 @@ def dscnn_task(options: argparse.Namespace) -> Task:
         notes={"train_inputs": len(rows), "train_clips": len(used)},
     )
 
+
+#: What becomes of the first layer of the DS-CNN. Its inputs are coefficients of very different
+#: sizes under one grid.
+FIRST = {"keep": Keep(), "int8": Int8(), "pq": PQ(v=4, k=16, act_bits=7)}
 
 TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
     "resnet": resnet_task,
@@ -340,10 +334,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--distillation", type=float, default=0.9, help="weight of the teacher")
     parser.add_argument("--feature-weight", type=float, default=1.0)
-    parser.add_argument("--v", type=int, default=4, help="dscnn: values of a sub-vector")
+    parser.add_argument("--v", type=int, help="values of a sub-vector; default: dscnn 2, resnet 3")
     parser.add_argument("--k", type=int, default=16, help="centroids of a codebook")
-    parser.add_argument("--act-bits", type=int, default=6)
-    parser.add_argument("--first", choices=("int8", "pq"), default="int8", help="dscnn: layer 1")
+    parser.add_argument("--act-bits", type=int, default=7)
+    parser.add_argument("--first", choices=sorted(FIRST), default="keep", help="dscnn: layer 1")
     parser.add_argument(
         "--factors", action="store_true", help="weights in the file, tables when it is loaded"
     )

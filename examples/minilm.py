@@ -67,7 +67,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.bert = bert
         self.dropout = nn.Dropout(0.1)
-        self.classifier = nn.Linear(384, classes)
+        self.classifier = nn.Linear(bert.config.hidden_size, classes)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state

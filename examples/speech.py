@@ -27,11 +27,10 @@ SILENCE = 0
 #: Log-mel features: 40 bands of energy, normalised to about what the training clips have.
 LOG_MEL = AudioPreprocess(levels=Levels(0.1, 138.0), mean=-6.5, std=3.0)
 #: What MLPerf Tiny takes: 10 coefficients of magnitudes of the clip over its peak. The values lie
-#: in -123..26; the mean makes them positive, because signed grids are only half as fine, and the
-#: standard deviation makes them small, so that one learning rate suits all layers.
+#: in -123..26; the standard deviation makes them small, so that one learning rate suits all layers.
 MFCC = AudioPreprocess(
     spectrum="magnitude", frequencies=(20, 4000), triangles="mel", gain="peak", coefficients=10,
-    levels=Levels(0.5847029, 83, -128, 127, "truncate"), mean=-97.0, std=25.0,
+    levels=Levels(0.5847029, 83, -128, 127, "truncate"), std=25.0,
 )  # fmt: skip
 
 
@@ -153,6 +152,7 @@ class Augmented(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         clips: the clips.
         inputs: makes the network's inputs of log-mel values (N, frames, bands).
         mixup: the largest weight of another clip.
+        noisy: share of the clips that noise is added to.
         masks: SpecAugment bars of each axis.
     """
 
@@ -162,9 +162,10 @@ class Augmented(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         inputs: Callable[[Tensor], Tensor] = lambda values: normalized(values, LOG_MEL),
         *,
         mixup: float = 0.3,
+        noisy: float = 0.7,
         masks: int = 2,
     ) -> None:
-        self.inputs, self.mixup, self.masks = inputs, mixup, masks
+        self.inputs, self.mixup, self.noisy, self.masks = inputs, mixup, noisy, masks
         self.values = torch.from_numpy(level_values(clips.x, LOG_MEL))
         self.labels = torch.from_numpy(clips.y)
         self.noise = self.values[self.labels == SILENCE]
@@ -192,7 +193,7 @@ class Augmented(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
             noise = self.noise[torch.randint(len(self.noise), (count,))]
             noise = warp(noise, uniform(0.8, 1.2), uniform(-20, 20), 1)
             noise = noise - noise.mean((1, 2), keepdim=True) + x.mean((1, 2), keepdim=True)
-            level = torch.where(torch.rand(count) < 0.7, uniform(-4, 1), torch.tensor(-20.0))
+            level = torch.where(torch.rand(count) < self.noisy, uniform(-4, 1), torch.tensor(-20.0))
             x = torch.logaddexp(x, noise + level[:, None, None])
         target = torch.nn.functional.one_hot(y, self.classes).float()
         if self.mixup:
@@ -291,7 +292,7 @@ class AugmentedMfcc(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     def __init__(
         self, clips: Clips, mapping: MfccMap, kws: Kws01, rows: np.ndarray, repeat: int = 2
     ) -> None:
-        self.made = Augmented(clips, mapping, mixup=0.0, masks=1)
+        self.made = Augmented(clips, mapping, mixup=0.0, noisy=0.3, masks=0)
         self.values = torch.from_numpy(level_values(kws.x[rows], MFCC))
         self.labels = torch.from_numpy(kws.y[rows])
         self.numbers = torch.from_numpy(kws.numbers)

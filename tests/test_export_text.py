@@ -15,7 +15,7 @@ from test_export_transformer import WithMask
 from torch import Tensor, nn
 from torch_sequences import same_as_torch
 
-from lutra import PQ
+from lutra import PQ, Function
 from lutra.errors import InputError, UnsupportedModelError
 from lutra.format import load_graph
 from lutra.graph import Graph
@@ -172,6 +172,22 @@ def test_lookup_layers(tmp_path: Path) -> None:
     wanted = check.outputs_of(lookup.eval(), (ids, mask))[0]
     for got in results:  # rounding may move a code; directions hardly change
         assert (got * wanted).sum(1).min() > 0.999
+
+
+def test_function_tables(tmp_path: Path) -> None:
+    model = Encoder(bert())
+    names = ("input_ids", "attention_mask")
+    batches = [dict(zip(names, sentences(8, 12, seed=n), strict=True)) for n in range(2)]
+    tables, _ = convert(model, {"*": PQ(v=4, k=16), "**": Function()}, batches)
+    graph = exported(tables, tmp_path / "model.lutra", *sentences(3, 7))
+    assert operators(graph).count("piecewise") == 2
+    for node in graph.nodes:
+        if node.op in ("attention", "layer_norm"):
+            assert any(role.endswith("slope") for role in node.tensors), node.name
+    ids, mask = sentences(3, 15)
+    wanted = check.outputs_of(tables.eval(), (ids, mask))[0]
+    got = Session(graph).run(None, check.feeds_of(graph, (ids, mask)))[0]
+    assert (got * wanted).sum(1).min() > 0.999
 
 
 def test_inputs_of_other_types() -> None:

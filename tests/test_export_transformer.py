@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch_sequences import lowered, same_as_torch
 
 from lutra.errors import InputError, UnsupportedModelError
-from lutra.train import masked_mean
+from lutra.train import (
+    TableAttention,
+    TableFunction,
+    TableLayerNorm,
+    TableRMSNorm,
+    TableSoftmax,
+    masked_mean,
+)
 
 N, T, D = 2, 5, 8
 
@@ -335,6 +342,36 @@ def test_vision_transformer() -> None:
     assert "attention" in ops
     assert "softmax" not in ops
     same_as_torch(graph, model, torch.randn(3, 3, 8, 8))
+
+
+TABLES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "function": (lambda: TableFunction.fit("gelu"), ["piecewise"]),
+    "softmax": (lambda: TableSoftmax(), ["softmax"]),
+    "softmax_tokens": (lambda: TableSoftmax(1), ["softmax"]),
+    "layer_norm": (lambda: TableLayerNorm(D), ["layer_norm"]),
+    "rms_norm": (lambda: TableRMSNorm(D), ["rms_norm"]),
+    "attention": (
+        lambda: Call(lambda m, x: joined(m.f(heads(x), heads(x), heads(x))), f=TableAttention()),
+        ["attention"],
+    ),
+    "attention_by_hand": (
+        lambda: Call(
+            lambda m, x: joined(m.f(heads(x) @ heads(x).transpose(2, 3) / 2) @ heads(x)),
+            f=TableSoftmax(),
+        ),
+        ["attention"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_function_tables(name: str) -> None:
+    make, ops = TABLES[name]
+    model = make()
+    graph = lowered(model, torch.randn(N, T, D), axes=(0, 1))
+    assert [node.op for node in graph.nodes] == ops
+    assert any(role.endswith("slope") for role in graph.nodes[0].tensors)
+    same_as_torch(graph, model, torch.randn(1, 7, D))
 
 
 def pooled(x: Tensor, mask: Tensor, way: str) -> Tensor:

@@ -14,7 +14,7 @@ from graphs import random_inputs
 
 import lutra.session
 from lutra import InputError, Profile, Session, runnable_isas, save_graph
-from lutra.profile import input_pool, summarise
+from lutra.profile import _short, input_pool, summarise
 
 pytest_plugins = ["cli_support"]
 
@@ -142,3 +142,9 @@ def test_bench_profile_keeps_the_terminal_safe(capture: Any, folder: Path) -> No
     assert code == 0
     assert out.isascii()
     assert "st\\xe9m" in out
+
+
+def test_nodes_of_one_step_are_shown_without_their_common_path() -> None:
+    short = _short("block.0.self.query + block.0.self.key + block.0.gelu + head")
+    assert short == "block.0.self.query + key + gelu + head"
+    assert _short("a.b") == "a.b"

@@ -35,6 +35,11 @@ def run(steps: Steps, *inputs: Array, threads: Sequence[int] = (1, 3)) -> Array:
     return results[0][0]
 
 
+def steps_of(made: _engine.Plan, arrays: list[Array]) -> list[str]:
+    """What the steps are called."""
+    return [label for label, _, _ in made.profile(arrays, 1)[0]]
+
+
 def close(got: Array, want: Array) -> None:
     """Equal to float32 rounding of sums, relative to the largest value."""
     assert got.dtype == F
@@ -139,6 +144,24 @@ def test_position_embedding(batch: int, length: int) -> None:
     x, weight = normal(batch, length, 12), normal(512, 12, seed=1)
     got = run(lambda p, v: p.position_embedding(v[0], weight), x)
     np.testing.assert_array_equal(got, x + weight[:length])
+
+
+@pytest.mark.parametrize(("batch", "length"), SEQUENCES)
+def test_embeddings_take_positions_over(batch: int, length: int) -> None:
+    weight, positions = normal(50, 12), normal(512, 12, seed=1)
+    ids = np.random.default_rng(1).integers(0, 50, (batch, length), dtype=np.int32)
+
+    def steps(p: _engine.Plan, v: list[int]) -> int:
+        p.label("words")
+        x = p.embedding(v[0], weight)
+        p.label("positions")
+        return p.position_embedding(x, positions)
+
+    np.testing.assert_array_equal(run(steps, ids), weight[ids] + positions[:length])
+    made = plan("scalar", 1, ["int32"], steps)
+    assert steps_of(made, [ids]) == ["words + positions"]
+    with pytest.raises(ValueError, match=r"words \+ positions: sequences of 513 .* is 512"):
+        made.run([np.zeros((1, 513), np.int32)])
 
 
 def test_a_sequence_longer_than_the_positions() -> None:
@@ -532,10 +555,6 @@ FUNCTIONS: dict[str, Callable[[_engine.Plan, int], int]] = {
     ),
     "affine_scalar": lambda p, x: p.affine_scalar(x, -2.0, 0.5),
 }
-
-
-def steps_of(made: _engine.Plan, arrays: list[Array]) -> list[str]:
-    return [label for label, _, _ in made.profile(arrays, 1)[0]]
 
 
 @pytest.mark.parametrize("kind", ["pq", "int8", "lookup"])

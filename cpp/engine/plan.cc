@@ -105,7 +105,7 @@ void Plan::finish(std::vector<int> outputs) {
             "output value " + std::to_string(o) + " is an input of int32");
   }
   outputs_ = std::move(outputs);
-  fuse_functions();
+  fuse();
   std::vector<bool> read(values_.size(), false);
   for (int o : outputs_) read[static_cast<size_t>(o)] = true;
   for (const Entry& e : steps_) {
@@ -115,7 +115,7 @@ void Plan::finish(std::vector<int> outputs) {
   for (const Value& v : values_) grids_.push_back(v.source >= 0 ? make_grid(v.grid) : Grid{});
 }
 
-void Plan::fuse_functions() {
+void Plan::fuse() {
   std::vector<int> readers(values_.size(), 0);
   std::vector<size_t> maker(values_.size(), steps_.size());
   for (const int o : outputs_) ++readers[static_cast<size_t>(o)];
@@ -127,11 +127,10 @@ void Plan::fuse_functions() {
     for (const int i : steps_[s].inputs) ++readers[static_cast<size_t>(i)];
   }
   for (Entry& e : steps_) {
-    const ElementwisePtr function = e.step->elementwise();
     const size_t from = static_cast<size_t>(e.inputs[0]);
-    if (!function || readers[from] != 1 || maker[from] == steps_.size()) continue;
+    if (e.inputs.size() != 1 || readers[from] != 1 || maker[from] == steps_.size()) continue;
     Entry& before = steps_[maker[from]];
-    if (!before.step->absorb(function)) continue;
+    if (!before.step->absorb(*e.step)) continue;
     before.out = e.out;
     before.label += " + " + e.label;
     maker[static_cast<size_t>(e.out)] = maker[from];

@@ -24,8 +24,8 @@ class Plan {
   int quantized(int value, const Quantization& grid);
   // What steps added from now on are called in profiles.
   void set_label(std::string label) { label_ = std::move(label); }
-  // Ends building: a step takes over the function that alone reads its output, if it can; then it
-  // is decided which values are stored as floats, on a grid, or both, and who quantises: the step
+  // Ends building: a step takes over the step that alone reads its output, if it can; then it is
+  // decided which values are stored as floats, on a grid, or both, and who quantises: the step
   // that makes the value wherever it can.
   void finish(std::vector<int> outputs);
 
@@ -95,7 +95,7 @@ class Plan {
     int made() const { return out >= 0 ? out : quantized[0]; }  // a value of the output's shape
   };
   bool is_quantized(int value) const { return values_[static_cast<size_t>(value)].source >= 0; }
-  void fuse_functions();
+  void fuse();
   void resolve_quantized(std::vector<bool>& read);
   Shape infer(const Entry& e, const Shapes& inputs) const;
   void lay_out(Context& context, const Shapes& input_shapes) const;

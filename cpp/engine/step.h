@@ -70,8 +70,8 @@ class Step {
 
   // What it does, if that is a function of each value of its only input; else null.
   virtual ElementwisePtr elementwise() const { return nullptr; }
-  // Takes over such a function of its output, before the first run; false if it cannot.
-  virtual bool absorb(const ElementwisePtr&) { return false; }
+  // Takes over the step that alone reads its output, before the first run; false if it cannot.
+  virtual bool absorb(const Step&) { return false; }
 
   // Which kernel does the work, for profiles.
   virtual std::string method(const Shapes& inputs) const = 0;

@@ -56,10 +56,9 @@ class QuantizedStep : public LayerStep {
   size_t workspace(const Shapes& inputs, int threads) const override;
   void run(const StepRun& r) const override;
   void set_outputs(const std::vector<Quantization>& grids, bool floats) override;
-  bool absorb(const ElementwisePtr& function) override {
-    if (function_) return false;
-    function_ = function;
-    return true;
+  bool absorb(const Step& next) override {
+    if (!function_) return (function_ = next.elementwise()) != nullptr;
+    return false;
   }
   std::string method(const Shapes& inputs) const override { return layer_.method(rows(inputs[0])); }
   size_t parameter_bytes() const override { return layer_.parameter_bytes(); }

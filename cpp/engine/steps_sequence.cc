@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <optional>
 
 #include "memory.h"
 
@@ -13,6 +14,57 @@ using Inputs = std::vector<const float*>;
 
 constexpr double kCopiedPerMicrosecond = 2e3;  // elements, a rough guess for one core
 constexpr int64_t kTokens = 16;                // looked up together: a line of every plane
+
+struct Positions {
+  int64_t length, features;
+
+  void check(const Shape& x) const {
+    require(x.rank == 3 && x[2] == features,
+            "a position embedding of " + std::to_string(features) + " features got the shape " +
+                x.text() + "; it takes (N, T, " + std::to_string(features) + ")");
+    require(x[1] <= length, "sequences of " + std::to_string(x[1]) +
+                                " are too long; the longest that its table has positions for is " +
+                                std::to_string(length));
+  }
+};
+
+class PositionStep : public FloatStep {
+ public:
+  PositionStep(int64_t length, int64_t features, const float* weight)
+      : positions_{length, features}, planes_(static_cast<size_t>(length * features)) {
+    require(length >= 1 && features >= 1, "a position embedding needs at least one row");
+    copy_strided(Shape{features, length}, weight, {1, features}, planes_.data(), {length, 1});
+  }
+  Shape infer(const Shapes& in) const override {
+    positions_.check(in[0]);
+    return in[0];
+  }
+  size_t parameter_bytes() const override { return planes_.size() * sizeof(float); }
+  const Positions& positions() const { return positions_; }
+  // The table as it was given, (length, features).
+  std::vector<float> rows() const {
+    const auto [length, features] = positions_;
+    std::vector<float> rows(planes_.size());
+    copy_strided(Shape{length, features}, planes_.data(), {1, length}, rows.data(), {features, 1});
+    return rows;
+  }
+  void run(const Shapes& shapes, const Inputs& in, const Shape&, float* out, uint8_t*,
+           ThreadPool& pool) const override {
+    const int64_t batch = shapes[0][0], length = shapes[0][1];
+    pool.run(static_cast<size_t>(positions_.features),
+             static_cast<double>(shapes[0].size()) / kCopiedPerMicrosecond, [&](size_t d, int) {
+               const float* const w = planes_.data() + static_cast<int64_t>(d) * positions_.length;
+               for (int64_t n = 0; n < batch; ++n) {
+                 const int64_t at = (static_cast<int64_t>(d) * batch + n) * length;
+                 for (int64_t t = 0; t < length; ++t) out[at + t] = in[0][at + t] + w[t];
+               }
+             });
+  }
+
+ private:
+  Positions positions_;
+  std::vector<float> planes_;  // (features, length)
+};
 
 // The id of every token in the order of the rows of the output: row-major for values of up to three
 // axes, in the order of memory for more.
@@ -34,14 +86,23 @@ class EmbeddingStep : public FloatStep {
     Shape y = in[0];
     require(y.rank < kMaxRank, "an embedding of ids " + y.text() + " has more than 6 axes");
     y[y.rank++] = features_;
+    if (positions_) positions_->check(y);
     return y;
+  }
+  // Adds positions while the rows are at hand.
+  bool absorb(const Step& next) override {
+    const auto* const step = dynamic_cast<const PositionStep*>(&next);
+    if (!step || positions_) return false;
+    positions_ = step->positions();
+    position_rows_ = step->rows();
+    return true;
   }
   size_t workspace(const Shapes& in, int threads) const override {
     return ids_bytes(in[0].size()) + static_cast<size_t>(threads) * block_bytes();
   }
   std::string method(const Shapes&) const override { return bytes_.empty() ? "float32" : "int8"; }
   size_t parameter_bytes() const override {
-    return (weight_.size() + scale_.size()) * sizeof(float) + bytes_.size();
+    return (weight_.size() + scale_.size() + position_rows_.size()) * sizeof(float) + bytes_.size();
   }
 
   void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t* workspace,
@@ -79,7 +140,11 @@ class EmbeddingStep : public FloatStep {
                }
                float* const block =
                    reinterpret_cast<float*>(blocks + static_cast<size_t>(worker) * block_bytes());
-               for (int64_t t = 0; t < some; ++t) read(id[first + t], block + t * features_);
+               for (int64_t t = 0; t < some; ++t) {
+                 float* const row = block + t * features_;
+                 read(id[first + t], row);
+                 if (positions_) add_position((first + t) % ids[1], row);
+               }
                copy_strided(Shape{features_, some}, block, {1, features_}, out + first, {count, 1});
              });
   }
@@ -102,47 +167,17 @@ class EmbeddingStep : public FloatStep {
     const float scale = scale_[static_cast<size_t>(id)];
     for (int64_t d = 0; d < features_; ++d) to[d] = static_cast<float>(row[d]) * scale;
   }
+  void add_position(int64_t position, float* to) const {
+    const float* const row = position_rows_.data() + position * features_;
+    for (int64_t d = 0; d < features_; ++d) to[d] = to[d] + row[d];
+  }
 
   int64_t rows_, features_;
   std::vector<float> weight_;  // or
   std::vector<int8_t> bytes_;
   std::vector<float> scale_;
-};
-
-class PositionStep : public FloatStep {
- public:
-  PositionStep(int64_t length, int64_t features, const float* weight)
-      : length_(length), features_(features), planes_(static_cast<size_t>(length * features)) {
-    require(length >= 1 && features >= 1, "a position embedding needs at least one row");
-    copy_strided(Shape{features, length}, weight, {1, features}, planes_.data(), {length, 1});
-  }
-  Shape infer(const Shapes& in) const override {
-    const Shape& x = in[0];
-    require(x.rank == 3 && x[2] == features_,
-            "a position embedding of " + std::to_string(features_) + " features got the shape " +
-                x.text() + "; it takes (N, T, " + std::to_string(features_) + ")");
-    require(x[1] <= length_, "sequences of " + std::to_string(x[1]) +
-                                 " are too long; the longest that its table has positions for is " +
-                                 std::to_string(length_));
-    return x;
-  }
-  size_t parameter_bytes() const override { return planes_.size() * sizeof(float); }
-  void run(const Shapes& shapes, const Inputs& in, const Shape&, float* out, uint8_t*,
-           ThreadPool& pool) const override {
-    const int64_t batch = shapes[0][0], length = shapes[0][1];
-    pool.run(static_cast<size_t>(features_),
-             static_cast<double>(shapes[0].size()) / kCopiedPerMicrosecond, [&](size_t d, int) {
-               const float* const w = planes_.data() + static_cast<int64_t>(d) * length_;
-               for (int64_t n = 0; n < batch; ++n) {
-                 const int64_t at = (static_cast<int64_t>(d) * batch + n) * length;
-                 for (int64_t t = 0; t < length; ++t) out[at + t] = in[0][at + t] + w[t];
-               }
-             });
-  }
-
- private:
-  int64_t length_, features_;
-  std::vector<float> planes_;  // (features, length)
+  std::optional<Positions> positions_;
+  std::vector<float> position_rows_;  // (length, features)
 };
 
 class MaskedMeanStep : public FloatStep {

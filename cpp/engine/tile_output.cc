@@ -8,14 +8,15 @@ namespace {
 // The rows of a tile to the planes of some outputs. Whole tiles are copied with a constant size,
 // which becomes a few instructions.
 template <class T>
-void copy_rows(T* to, int64_t step, const T* from, int64_t tile, int64_t outputs, int64_t rows) {
+void copy_rows(T* to, int64_t step, const T* from, int64_t from_step, int64_t outputs,
+               int64_t rows) {
   if (rows == kMaxRowTile) {
     for (int64_t m = 0; m < outputs; ++m) {
-      std::memcpy(to + m * step, from + m * tile, kMaxRowTile * sizeof(T));
+      std::memcpy(to + m * step, from + m * from_step, kMaxRowTile * sizeof(T));
     }
   } else {
     for (int64_t m = 0; m < outputs; ++m) {
-      std::memcpy(to + m * step, from + m * tile, static_cast<size_t>(rows) * sizeof(T));
+      std::memcpy(to + m * step, from + m * from_step, static_cast<size_t>(rows) * sizeof(T));
     }
   }
 }
@@ -85,9 +86,9 @@ Epilogue TileOutput::begin_block(int64_t first, int64_t count, uint8_t* scratch,
           .scale = scale_ ? scale_ + base : nullptr,
           .bias = bias_ + base,
           .residual = o_.residual ? o_.residual + at : nullptr,
-          .out = reinterpret_cast<float*>(scratch) - from * kernels_.row_tile,
+          .out = reinterpret_cast<float*>(scratch) - from * block_step(count),
           .residual_stride = static_cast<size_t>(o_.view.sc),
-          .out_stride = static_cast<size_t>(kernels_.row_tile),
+          .out_stride = static_cast<size_t>(block_step(count)),
           .rows = static_cast<int32_t>(count),
           .clamp = o_.clamp.on,
           .low = o_.clamp.low,
@@ -96,22 +97,20 @@ Epilogue TileOutput::begin_block(int64_t first, int64_t count, uint8_t* scratch,
 
 void TileOutput::end_block(int64_t first, int64_t count, uint8_t* scratch, int64_t base,
                            int64_t outputs) const {
-  const int64_t tile = kernels_.row_tile, step = o_.view.sc;
+  const int64_t from = block_step(count), step = o_.view.sc;
   float* const y = reinterpret_cast<float*>(scratch);
-  uint8_t* const bytes = scratch + kBlockOutputs * tile * static_cast<int64_t>(sizeof(float));
-  // Whole tiles are one line; of others only the rows that there are.
-  const int64_t lines = count == tile ? 1 : outputs;
-  const size_t length = static_cast<size_t>(count == tile ? outputs * tile : count);
+  uint8_t* const bytes = scratch + kBlockOutputs * from * static_cast<int64_t>(sizeof(float));
+  // One line, or, where there are gaps between the outputs, one of each.
+  const int64_t lines = count == from ? 1 : outputs;
+  const size_t length = static_cast<size_t>(count == from ? outputs * count : count);
   const int64_t at = place(first) + base * step;
-  for (int64_t i = 0; i < lines; ++i) o_.function->apply(y + i * tile, length, y + i * tile);
-  if (o_.view.data) {
-    copy_rows(o_.view.data + at, step, y, tile, outputs, count);
-  }
+  for (int64_t i = 0; i < lines; ++i) o_.function->apply(y + i * from, length, y + i * from);
+  if (o_.view.data) copy_rows(o_.view.data + at, step, y, from, outputs, count);
   for (int q = 0; q < o_.quantized; ++q) {
     for (int64_t i = 0; i < lines; ++i) {
-      kernels_.quantize(y + i * tile, length, o_.q[q].grid, bytes + i * tile);
+      kernels_.quantize(y + i * from, length, o_.q[q].grid, bytes + i * from);
     }
-    copy_rows(o_.q[q].data + at, step, bytes, tile, outputs, count);
+    copy_rows(o_.q[q].data + at, step, bytes, from, outputs, count);
   }
 }
 

@@ -66,6 +66,8 @@ class TileOutput {
   // Outputs that stay in the nearest cache between the kernel, the function and their places.
   static constexpr int64_t kBlockOutputs = 16;
 
+  // Between the outputs of a block.
+  static int64_t block_step(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock * kRowBlock; }
   bool in_blocks() const { return o_.function && whole_; }
   Epilogue begin_block(int64_t first, int64_t count, uint8_t* scratch, int64_t base,
                        int64_t from) const;

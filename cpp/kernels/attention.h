@@ -17,7 +17,7 @@ namespace {
 
 constexpr int32_t kQueryVectors = 2;
 constexpr int32_t kQueries = kQueryVectors * kLanes;
-constexpr int32_t kKeyTile = kLanes == 16 ? 8 : 4;
+constexpr int32_t kKeyTile = kLanes == 16 ? 8 : 6;
 
 // From one feature to the next in the copies: an odd number of cache lines, which puts features
 // into different sets of the cache.

@@ -117,8 +117,11 @@ void store_bytes(uint8_t* to, size_t stride, __m512i v, int32_t rows, int32_t co
 
 // Outputs m .. m + count - 1, at most kBatch<kBlocks>; the rows of the last block are masked.
 template <int kBlocks>
-void finish_batch(__m512* y, const Epilogue& e, int32_t m, int32_t count) {
+void finish_batch(const __m512* sums, const Epilogue& e, int32_t m, int32_t count) {
   constexpr int32_t kVectors = kBatch<kBlocks> * kBlocks;
+  __m512 y[kVectors];  // a copy, which stays in registers
+#pragma GCC unroll 4
+  for (int32_t i = 0; i < kVectors; ++i) y[i] = sums[i];
   const __mmask16 last = lane_mask(e.rows - 16 * (kBlocks - 1));
   const auto output = [&](int32_t i) {  // those missing repeat the last one
     return kBatch<kBlocks> == 1 || i / kBlocks < count ? m + i / kBlocks : m + count - 1;

@@ -89,7 +89,7 @@ class Profile:
             gmacs = "-" if step.dense_gmacs is None else f"{step.dense_gmacs:.1f}"
             gbytes = "-" if step.gbytes is None else f"{step.gbytes:.1f}"
             rows.append(
-                (step.name, step.op, step.method, f"{step.milliseconds:.4f}",
+                (_short(step.name), step.op, step.method, f"{step.milliseconds:.4f}",
                  f"{step.share:.1%}", gmacs, f"{step.bytes:,}", gbytes)
             )  # fmt: skip
         rows.append(self._copy("copy of the outputs", self.output_ms))
@@ -100,6 +100,20 @@ class Profile:
     def _copy(self, name: str, milliseconds: float) -> tuple[str, ...]:
         share = milliseconds / self.total_ms if self.total_ms else 0.0
         return (name, "", "", f"{milliseconds:.4f}", f"{share:.1%}", "", "", "")
+
+
+def _short(name: str) -> str:
+    """The names of a step's nodes; of all but the first only what follows their common path."""
+    first, *others = name.split(SHARED_LABEL)
+    path = first.split(".")
+    shown = [first]
+    for other in others:
+        parts = other.split(".")
+        same = 0
+        while same < min(len(path), len(parts)) - 1 and path[same] == parts[same]:
+            same += 1
+        shown.append(".".join(parts[same:]))
+    return SHARED_LABEL.join(shown)
 
 
 def random_inputs(

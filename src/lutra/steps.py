@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias, TypedDict
 
 from lutra import _engine
-from lutra.errors import EngineError
 from lutra.graph import Node, Value
 from lutra.ops.elementwise import limits
 from lutra.ops.functions import FUNCTIONS, function_name
@@ -203,20 +202,6 @@ def _clamp(plan: _engine.Plan, job: Job) -> int:
     return plan.clamp(job.ids[0], *limits(job.node))
 
 
-def _native(plan: _engine.Plan, name: str) -> Callable[..., int]:
-    """A method of the engine that this build may lack.
-
-    Raises:
-        EngineError: If it does.
-    """
-    method: Callable[..., int] | None = getattr(plan, name, None)
-    if method is None:
-        raise EngineError(
-            f"this build of the engine has no {name!r}; rebuild lutra, or run the reference"
-        )
-    return method
-
-
 def _pair(plan: _engine.Plan, job: Job) -> int:
     a, b = job.ids
     # two sizes of one value and its equal: the graph sees to it that they are the same in a run
@@ -240,12 +225,12 @@ def _matmul(plan: _engine.Plan, job: Job) -> int:
 
 
 def _function(plan: _engine.Plan, job: Job) -> int:
-    return _native(plan, "function")(job.ids[0], function_name(job.node))
+    return plan.function(job.ids[0], function_name(job.node))
 
 
 def _piecewise(plan: _engine.Plan, job: Job) -> int:
-    roles = ("breakpoint", "slope", "intercept")
-    return _native(plan, "piecewise")(job.ids[0], *(job.tensors[role] for role in roles))
+    points, slope, intercept = (job.tensors[role] for role in ("breakpoint", "slope", "intercept"))
+    return plan.piecewise(job.ids[0], points, slope, intercept)
 
 
 def _table(job: Job, name: str) -> tuple[Array, Array] | None:
@@ -258,12 +243,12 @@ def _table(job: Job, name: str) -> tuple[Array, Array] | None:
 def _layer_norm(plan: _engine.Plan, job: Job) -> int:
     weight, bias = job.tensors["weight"], job.tensors["bias"]
     eps, rsqrt = number(job.node, "eps"), _table(job, "rsqrt")
-    return _native(plan, "layer_norm")(job.ids[0], weight, bias, eps, rsqrt=rsqrt)
+    return plan.layer_norm(job.ids[0], weight, bias, eps, rsqrt=rsqrt)
 
 
 def _rms_norm(plan: _engine.Plan, job: Job) -> int:
     weight, eps = job.tensors["weight"], number(job.node, "eps")
-    return _native(plan, "rms_norm")(job.ids[0], weight, eps, rsqrt=_table(job, "rsqrt"))
+    return plan.rms_norm(job.ids[0], weight, eps, rsqrt=_table(job, "rsqrt"))
 
 
 def _l2_norm(plan: _engine.Plan, job: Job) -> int:
@@ -291,9 +276,10 @@ def _gather(plan: _engine.Plan, job: Job) -> int:
 
 
 def _attention(plan: _engine.Plan, job: Job) -> int:
-    return _native(plan, "attention")(
+    first, second, third, *_ = job.planes
+    return plan.attention(
         *job.ids,
-        offsets=job.planes[:3],
+        offsets=(first, second, third),
         widths=job.inputs[0].shape[-1],
         heads=integer(job.node, "heads"),
         scale=number(job.node, "scale"),
@@ -316,11 +302,8 @@ def _affine(plan: _engine.Plan, job: Job) -> int:
 
 
 def _softmax(plan: _engine.Plan, job: Job) -> int:
-    axis, exp = integer(job.node, "axis"), _table(job, "exp")
-    if exp is None:
-        return plan.softmax(job.ids[0], axis)
-    method: Callable[..., int] = plan.softmax
-    return method(job.ids[0], axis, exp=exp, reciprocal=_table(job, "reciprocal"))
+    axis, exp, reciprocal = integer(job.node, "axis"), _table(job, "exp"), _table(job, "reciprocal")
+    return plan.softmax(job.ids[0], axis, exp=exp, reciprocal=reciprocal)
 
 
 def _mean(plan: _engine.Plan, job: Job) -> int:

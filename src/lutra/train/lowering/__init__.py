@@ -25,6 +25,7 @@ from lutra.train.lowering import (  # noqa: F401  (they register)
     pq,
     sequence,
     shape,
+    tables,
 )
 from lutra.train.lowering.core import Lowered, Lowering, Ref, UnsupportedUse, lowers
 from lutra.train.lowering.patterns import combine

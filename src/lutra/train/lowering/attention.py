@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,43 @@ def _attention(
 ) -> Ref | View:
     if dropout_p:
         raise UnsupportedUse("its dropout is on in eval mode too; pass 0 unless self.training")
+    return _attend(ctx, query, key, value, attn_mask, is_causal, scale, None)
+
+
+@lowers("lutra.table_attention.default", takes=("query", "key", "value", "attn_mask"))
+def _table_attention(
+    ctx: Lowering,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    exp_slope: Tensor,
+    exp_intercept: Tensor,
+    reciprocal_slope: Tensor,
+    reciprocal_intercept: Tensor,
+    is_causal: bool,
+    scale: float,
+) -> Ref | View:
+    tables = {
+        "exp_slope": exp_slope,
+        "exp_intercept": exp_intercept,
+        "reciprocal_slope": reciprocal_slope,
+        "reciprocal_intercept": reciprocal_intercept,
+    }
+    return _attend(ctx, query, key, value, attn_mask, is_causal, scale, tables)
+
+
+def _attend(
+    ctx: Lowering,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    is_causal: bool,
+    scale: float | None,
+    tables: Mapping[str, Tensor] | None,
+) -> Ref | View:
+    """Emit one node for attention; its tables, if any, take the place of exp and 1/x."""
     q, k, v = (views.view_of(ctx, activation(ctx, x)) for x in (query, key, value))
     sizes = [views.sizes_of(ctx, x) for x in (q, k, v)]
     width, heads = sizes[0][-1], _heads(q)
@@ -76,6 +114,7 @@ def _attention(
             "scale": 1 / math.sqrt(width) if scale is None else float(scale),
             "causal": bool(causal),
         },
+        tensors=tables,
     )
     apart = views.reshaped(ctx, made, (ctx.batch, sizes[0][-2], heads, width))
     assert apart is not None

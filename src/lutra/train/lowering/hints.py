@@ -9,22 +9,19 @@ _BATCH_STATISTICS = (
 
 _TABLE = [
     (
-        "gelu silu hardswish sigmoid tanh leaky_relu elu mish softplus hardsigmoid prelu celu selu",
-        "use ReLU or ReLU6 and fine-tune",
+        "hardswish leaky_relu elu mish softplus hardsigmoid prelu celu selu",
+        "use ReLU, GELU or SiLU and fine-tune",
     ),
     (
-        "layer_norm native_layer_norm group_norm native_group_norm instance_norm rms_norm",
-        "use batch norm, which export folds into the layer before it",
+        "group_norm native_group_norm instance_norm",
+        "use batch norm, which export folds into the layer before it, or layer norm",
     ),
     (
-        "bmm baddbmm einsum scaled_dot_product_attention",
-        "products of two activations have no lutra op; keep this part in torch",
+        "baddbmm einsum",
+        "write the product as torch.matmul, or attention as F.scaled_dot_product_attention",
     ),
     ("gru lstm rnn_tanh rnn_relu", "recurrent layers have no lutra op; use convolutions over time"),
-    (
-        "permute transpose movedim t swapaxes channel_shuffle",
-        "lutra keeps the order of axes; use flatten or reshape where the order does not change",
-    ),
+    ("channel_shuffle", "use reshape and transpose"),
     (
         "conv3d max_pool3d avg_pool3d",
         "only the 1-D and 2-D forms exist",
@@ -41,8 +38,11 @@ _TABLE = [
     ("_native_batch_norm_legit _native_batch_norm_legit_functional", _BATCH_STATISTICS),
     ("native_dropout bernoulli rand rand_like randn_like", "remove what is random in eval mode"),
     ("log_softmax _log_softmax", "export the logits, or use softmax"),
-    ("embedding", "lutra reads float32 only; look embeddings up before the model"),
-    ("index", "use slices such as x[:, a:b] in place of index tensors"),
+    (
+        "where masked_fill",
+        "choose by a mask that is an input of integers, or multiply with one",
+    ),
+    ("cumsum", "compute it outside the model and give it as an input"),
     ("argmax topk sort", "return the scores and do this in NumPy"),
 ]
 

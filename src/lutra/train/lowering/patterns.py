@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from lutra.train import pooling  # noqa: F401  (its operator)
+from lutra.train import function_ops, pooling  # noqa: F401  (their operators)
 from lutra.train.lowering.attention import is_mask
 from lutra.train.lowering.deferred import looks_like
 from lutra.train.lowering.sources import Deferred, Sources
@@ -21,6 +21,7 @@ from lutra.train.lowering.sources import Deferred, Sources
 _aten = torch.ops.aten
 _PRODUCTS = ("aten.matmul.default", "aten.bmm.default")
 _SOFTMAX = ("aten.softmax.int", "aten._softmax.default")
+_TABLE_SOFTMAX = "lutra.table_softmax.default"
 _NOTHING = (
     "aten.clone.default",
     "aten.contiguous.default",
@@ -55,10 +56,11 @@ def combine(program: ExportedProgram) -> None:
 def _combine_attention(graph: fx.Graph, sources: Sources, product: fx.Node) -> None:
     """softmax(q @ k^T * scale + mask) @ v"""
     weights = _through(product.args[0])
-    if weights is None or str(weights.target) not in _SOFTMAX:
+    if weights is None or str(weights.target) not in (*_SOFTMAX, _TABLE_SOFTMAX):
         return
+    with_tables = str(weights.target) == _TABLE_SOFTMAX
     value, rank = product.args[1], _value(weights).ndim
-    if weights.args[1] not in (-1, rank - 1) or _value(value).ndim != rank:
+    if weights.args[5 if with_tables else 1] not in (-1, rank - 1) or _value(value).ndim != rank:
         return
     found = _Scores(graph, sources, product)
     if not found.read(_through(weights.args[0])):
@@ -66,11 +68,18 @@ def _combine_attention(graph: fx.Graph, sources: Sources, product: fx.Node) -> N
     with graph.inserting_before(product):
         key = graph.call_function(_aten.transpose.int, (found.key, -2, -1))
         key.meta = {**_place(product), "val": _value(found.key).transpose(-2, -1)}
-        made = graph.call_function(
-            _aten.scaled_dot_product_attention.default,
-            (found.query, key, value, found.mask, 0.0, False),
-            {"scale": found.scale},
-        )
+        operands = (found.query, key, value, found.mask)
+        if with_tables:
+            made = graph.call_function(
+                torch.ops.lutra.table_attention.default,
+                (*operands, *weights.args[1:5], False, found.scale),
+            )
+        else:
+            made = graph.call_function(
+                _aten.scaled_dot_product_attention.default,
+                (*operands, 0.0, False),
+                {"scale": found.scale},
+            )
     made.meta = dict(product.meta)
     product.replace_all_uses_with(made)
 
