@@ -78,7 +78,7 @@ def _options(purpose: str, cases: Sequence[Case]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=purpose)
     parser.add_argument("--threads", type=int, default=1, help="of everybody (default: 1)")
     parser.add_argument("--isa", choices=["avx2"], help="keep everybody at AVX2")
-    parser.add_argument("--runs", type=int, default=50, help="that count (default: 50)")
+    parser.add_argument("--runs", type=int, default=50, help="turns that count (default: 50)")
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases with it in the name")
     parser.add_argument("--batch", type=int, metavar="N", help="only cases of this batch")
     parser.add_argument("--method", choices=[family.family for family in FAMILIES],
@@ -111,7 +111,8 @@ def _chosen(cases: Sequence[Case], options: argparse.Namespace) -> list[Case]:
     named = [case for case in named if options.batch in (None, case.batch)]
     if not named:
         raise SystemExit(
-            f"these cases have no batch of {options.batch}; there are {', '.join(map(str, batches))}"
+            f"these cases have no batch of {options.batch}; there are "
+            f"{', '.join(map(str, batches))}"
         )
 
     def wanted(method: Method) -> bool:

@@ -42,8 +42,8 @@ LEAD_IN: Final = 4  # runs of a turn that do not count: the caches are the other
 COUNTED: Final = 8  # runs of a turn that do
 METHOD: Final = (
     "All contestants of a case run in one process, arrays in and a float32 array out, in "
-    "turns whose order rotates; a turn is four runs that do not count and one that does. With more "
-    "than one thread a turn begins when no thread of the one before it spins any more. "
+    f"turns whose order rotates; a turn is {LEAD_IN} runs that do not count and {COUNTED} that do. "
+    "With more than one thread a turn begins when no thread of the one before it spins any more. "
     f"Inputs are {POOL} arrays of normal values, or of token ids without padding, that take turns. "
     "Times are medians; ms has the fastest and slowest run and the interquartile range of each "
     "contestant. Models of the peers have a fixed input shape; int8 is ONNX Runtime's static QDQ "
