@@ -22,6 +22,10 @@ from lutra.functions.scalar import Doubles
 RANGES = {
     "gelu": (-5.0, 5.0),
     "gelu_tanh": (-5.0, 5.0),
+    "silu": (-8.0, 8.0),
+    "sigmoid": (-8.0, 8.0),
+    "tanh": (-4.0, 4.0),
+    "erf": (-3.0, 3.0),
     "exp": (-256.0, 0.0),
     "reciprocal": (1.0, 1024.0),
     "rsqrt": (0.1, 1024.0),
