@@ -2,12 +2,12 @@
 
     python -m benchmarks.function_lm stories260K.bin [--samples 32] [--length 192]
 
-The model is one of llama2.c (RMS norm, SiLU, rotary attention) of 260 thousand parameters. It writes
-stories, and every variant is measured on the same ones: exact functions, tables of this library,
-and NN-LUT's networks as published, which go on along their last line outside of the range that they
-were trained on. "logits" is how far the logits are from those with exact functions, as a share of their
-length; "gates x 10" the same of a model whose gates (the inputs of SiLU) are ten times as large,
-with the tables and networks that were fitted before.
+The model is one of llama2.c (RMS norm, SiLU, rotary attention) of 260 thousand parameters. It
+writes stories, and every variant is measured on the same ones: exact functions, tables of this
+library, and NN-LUT's networks as published, which go on along their last line outside of the range
+that they were trained on. "logits" is how far the logits are from those with exact functions, as a
+share of their length; "gates x 10" the same of a model whose gates (the inputs of SiLU) are ten
+times as large, with the tables and networks that were fitted before.
 """
 
 from __future__ import annotations
@@ -94,9 +94,7 @@ class Llama(nn.Module):
         for block, state in zip(self.blocks, states, strict=True):
             block.load_state_dict(state)
         self.norm = nn.Parameter(take(dim))
-        angles = torch.outer(
-            torch.arange(length), 10000.0 ** (-torch.arange(0, width, 2) / width)
-        )
+        angles = torch.outer(torch.arange(length), 10000.0 ** (-torch.arange(0, width, 2) / width))
         self.register_buffer("turn", torch.polar(torch.ones_like(angles), angles))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -143,7 +141,7 @@ def wide(model: nn.Module) -> nn.Module:
 
 
 class Bare(nn.Module):
-    """Softmax and RMS norm as NN-LUT makes them: a network for each function, no range reduction."""
+    """Softmax and RMS norm as NN-LUT makes them: networks, and no range reduction."""
 
     def __init__(self, kind: str, entries: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Function tables in MiniLM without retraining: accuracy on SST-2, and sentence vectors.
 
-    python -m benchmarks.function_text DATA [--train 2000] [--method minimax]
+    python -m benchmarks.function_text DATA [--train 2000] [--entries 16]
 
 DATA holds sst2_train.tsv.xz, sst2_dev.tsv.xz and sst2_test.tsv.xz. The encoder is frozen; a linear
 classifier is fitted once, to exact sentence vectors of the training part. Then every GELU, softmax
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--train", type=int, default=2000, help="sentences for the classifier")
     parser.add_argument("--method", default="minimax")
+    parser.add_argument("--entries", type=int, action="append", help="default: 16")
     args = parser.parse_args()
     bert, tokenizer = load_bert()
     model = Sentences(bert).eval()
@@ -74,7 +75,7 @@ def main() -> None:
     print("|---|---|---|---|")
     print(f"| exact | {100 * float((base == truth).float().mean()):.2f} | | |", flush=True)
     sample = [padded(train[i : i + _BATCH]) for i in range(0, 128, _BATCH)]
-    for entries in (8, 16, 32):
+    for entries in args.entries or [16]:
         for calibrate in (False, True):
             recipe = {"*": Function(entries=entries, method=args.method, calibrate=calibrate)}
             swapped, _ = convert(model, recipe, sample)

@@ -347,6 +347,35 @@ def test_methods_of_a_recipe(model: Model) -> None:
         assert (swapped(DATA[0]) - want).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_hugging_face(attention: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+        vocab_size=50, attn_implementation=attention,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    bert = transformers.BertModel(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "input_ids": torch.randint(0, 50, (3, 9), generator=generator),
+        "attention_mask": (torch.arange(9) < torch.tensor([[9], [4], [1]])).long(),
+    }
+    swapped, report = convert(bert, {"*": Function()}, [batch])
+    layer = "encoder.layer.0"
+    assert {(entry.name, entry.function) for entry in report.functions} == {
+        ("embeddings.LayerNorm", "layer_norm"),
+        (f"{layer}.attention.self", {"sdpa": "attention", "eager": "softmax"}[attention]),
+        (f"{layer}.attention.output.LayerNorm", "layer_norm"),
+        (f"{layer}.intermediate.intermediate_act_fn", "gelu"),
+        (f"{layer}.output.LayerNorm", "layer_norm"),
+        ("pooler.activation", "tanh"),
+    }
+    got, want = (model(**batch).last_hidden_state for model in (swapped, bert))
+    assert 0 < (got - want).abs().max() < 0.01
+    assert isinstance(swapped, transformers.BertModel)
+
+
 def test_module_alone() -> None:
     swapped, report = convert(nn.GELU(), {"*": Function()}, [floats(10, 4)])
     assert isinstance(swapped, TableFunction)
