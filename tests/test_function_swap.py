@@ -99,16 +99,16 @@ def test_calibrated() -> None:
     graph = b.graph(b.add("gelu", b.add("affine_scalar", first, scale=4.0, bias=-2.0)))
     rng = np.random.default_rng(0)
     batches = [{"x": rng.normal(size=(500, 8)).astype(np.float32)} for _ in range(3)]
-    swapped = swap_functions(graph, feeds=batches)
+    swapped = swap_functions(graph, method="dp", feeds=batches)
     seen = Histogram()
     for batch in batches:
         seen.add(batch["x"])
-    table = fit("gelu", histogram=seen)
+    table = fit("gelu", method="dp", histogram=seen)
     for role, array in table.tensors.items():
         assert np.array_equal(swapped.node_tensors(swapped.nodes[0])[role], array)
     second = swapped.node_tensors(swapped.nodes[2])
     assert not np.array_equal(second["breakpoint"], table.breakpoint)
-    plain = swap_functions(graph)
+    plain = swap_functions(graph, method="dp")
     exact = Session(graph)(batches[0]["x"])
     error = [np.square(Session(g)(batches[0]["x"]) - exact).mean() for g in (swapped, plain)]
     assert error[0] < error[1]
