@@ -90,6 +90,7 @@ _TRAIN: Final = (
     "export",
     "finetune",
     "fit_relu_net",
+    "masked_mean",
     "recipe_from_json",
     "recipe_to_json",
     "reconstruction_loss",
