@@ -102,6 +102,36 @@ LUTRA_INLINE void score_tile(const float* q, const float* k, size_t stride, int3
   }
 }
 
+// Scores become powers; adds them up, key by key.
+template <int kVectors, class Exp>
+LUTRA_INLINE void powers_of_scores(float* p, int32_t keys, const Exp& exp, const Floats* top,
+                                   Floats* sum) {
+  constexpr int kKeys = kSideBySide / kVectors;
+  const auto place = [&](int32_t i) { return p + i / kVectors * kQueries + i % kVectors * kLanes; };
+  int32_t j = 0;
+  for (; j + kKeys <= keys; j += kKeys, p += kKeys * kQueries) {
+    Many<Floats, kSideBySide> x;
+#pragma GCC unroll 4
+    for (int32_t i = 0; i < kSideBySide; ++i) {
+      x.v[i] = sub(load_floats(place(i)), top[i % kVectors]);
+    }
+    x = exp(x);
+#pragma GCC unroll 4
+    for (int32_t i = 0; i < kSideBySide; ++i) {
+      store_floats(place(i), x.v[i]);
+      sum[i % kVectors] = add(sum[i % kVectors], x.v[i]);
+    }
+  }
+  for (; j < keys; ++j, p += kQueries) {
+#pragma GCC unroll 2
+    for (int32_t v = 0; v < kVectors; ++v) {
+      const Floats x = exp(Floats(sub(load_floats(place(v)), top[v])));
+      store_floats(place(v), x);
+      sum[v] = add(sum[v], x);
+    }
+  }
+}
+
 // Results of kFeatures features from v, before the division.
 template <int kFeatures, int kVectors>
 LUTRA_INLINE void value_tile(const float* p, const float* value, size_t stride, int32_t keys,
@@ -207,15 +237,7 @@ void attention_tile(const Attention& a, const Exp& exp, const AttentionScratch& 
   for (int32_t v = 0; v < kVectors; ++v) {  // no key at all: any number will do
     top[v] = choose(less(top[v], splat(-kLargest)), splat(0.0f), top[v]);
   }
-  for (int32_t j = 0; j < keys; ++j) {
-#pragma GCC unroll 2
-    for (int32_t v = 0; v < kVectors; ++v) {
-      float* const x = s.p + j * kQueries + v * kLanes;
-      const Floats p = exp(sub(load_floats(x), top[v]));
-      store_floats(x, p);
-      sum[v] = add(sum[v], p);
-    }
-  }
+  powers_of_scores<kVectors>(s.p, keys, exp, top, sum);
   float factors[kQueries];
 #pragma GCC unroll 2
   for (int32_t v = 0; v < kVectors; ++v) store_floats(factors + v * kLanes, sum[v]);

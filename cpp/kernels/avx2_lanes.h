@@ -58,6 +58,7 @@ LUTRA_INLINE Mask less(Floats a, Floats b) { return {_mm256_cmp_ps(a, b, _CMP_LT
 LUTRA_INLINE Mask at_least(Floats a, Floats b) { return {_mm256_cmp_ps(a, b, _CMP_GE_OQ)}; }
 LUTRA_INLINE Mask unordered(Floats a) { return {_mm256_cmp_ps(a, a, _CMP_UNORD_Q)}; }
 LUTRA_INLINE Floats choose(Mask m, Floats a, Floats b) { return _mm256_blendv_ps(b, a, m.m); }
+LUTRA_INLINE Floats zero_where(Mask m, Floats a) { return _mm256_andnot_ps(m.m, a); }
 LUTRA_INLINE Ints with_bit(Ints a, Mask m, int32_t bit) {
   return either(a, both(bits(m.m), splat(bit)));
 }
@@ -69,13 +70,7 @@ LUTRA_INLINE Floats scale_gradual(Floats a, Floats n) {
 }
 LUTRA_INLINE Floats scale(Floats a, Floats n) { return mul(a, power(_mm256_cvtps_epi32(n))); }
 
-struct Split {
-  Floats whole, fraction;
-};
-LUTRA_INLINE Split split(Floats t) {
-  const Floats whole = _mm256_floor_ps(t);
-  return {whole, sub(t, whole)};
-}
+LUTRA_INLINE Floats floor_of(Floats a) { return _mm256_floor_ps(a); }
 LUTRA_INLINE Ints floor_ints(Floats t) { return _mm256_cvtps_epi32(_mm256_floor_ps(t)); }
 
 // A register for every 8 entries; bits 3 and 4 of an index choose between them.
@@ -85,22 +80,34 @@ struct Table {
   LUTRA_INLINE explicit Table(const float* v) {
     LUTRA_UNROLL for (int32_t i = 0; i < kEntries / 8; ++i) part[i] = _mm256_loadu_ps(v + 8 * i);
   }
-  LUTRA_INLINE Floats at(Ints i) const {
-    if constexpr (kEntries == 8) return _mm256_permutevar8x32_ps(part[0], i);
-    if constexpr (kEntries == 16) return pair(0, i, floats(shift_left<28>(i)));
-    if constexpr (kEntries == 32) {
-      const Floats fourth = floats(shift_left<28>(i)), fifth = floats(shift_left<27>(i));
-      return _mm256_blendv_ps(pair(0, i, fourth), pair(2, i, fourth), fifth);
-    }
-  }
-
- private:
-  LUTRA_INLINE Floats pair(int32_t first, Ints i, Floats second) const {
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(part[first], i),
-                            _mm256_permutevar8x32_ps(part[(first + 1) % (kEntries / 8)], i),
-                            second);
-  }
 };
+LUTRA_INLINE Floats either_half(Floats low, Floats high, Ints i, Mask second) {
+  return choose(second, _mm256_permutevar8x32_ps(high, i), _mm256_permutevar8x32_ps(low, i));
+}
+// The sign is the mask, which is all that choose() looks at.
+template <int kBit>
+LUTRA_INLINE Mask has_bit(Ints i) {
+  return {floats(shift_left<31 - kBit>(i))};
+}
+// `last`: the highest bit of the index, which is not in i.
+template <int kEntries>
+LUTRA_INLINE Floats at_last(const Table<kEntries>& t, Ints i, Mask last) {
+  if constexpr (kEntries == 8) {
+    return _mm256_permutevar8x32_ps(t.part[0], with_bit(i, last, 4));
+  } else if constexpr (kEntries == 16) {
+    return either_half(t.part[0], t.part[1], i, last);
+  } else {
+    const Mask fourth = has_bit<3>(i);
+    return choose(last, either_half(t.part[2], t.part[3], i, fourth),
+                  either_half(t.part[0], t.part[1], i, fourth));
+  }
+}
+template <int kEntries>
+LUTRA_INLINE Floats at(const Table<kEntries>& t, Ints i) {
+  if constexpr (kEntries == 8) return _mm256_permutevar8x32_ps(t.part[0], i);
+  if constexpr (kEntries == 16) return at_last(t, i, has_bit<3>(i));
+  if constexpr (kEntries == 32) return at_last(t, i, has_bit<4>(i));
+}
 
 }  // namespace
 }  // namespace lutra

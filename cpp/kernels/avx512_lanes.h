@@ -53,6 +53,7 @@ Mask less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 Mask at_least(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 Mask unordered(Floats a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
 Floats choose(Mask m, Floats a, Floats b) { return _mm512_mask_blend_ps(m, b, a); }
+Floats zero_where(Mask m, Floats a) { return _mm512_maskz_mov_ps(static_cast<Mask>(~m), a); }
 Ints with_bit(Ints a, Mask m, int32_t bit) {
   return _mm512_mask_or_epi32(a, m, a, _mm512_set1_epi32(bit));
 }
@@ -61,12 +62,8 @@ Ints with_bit(Ints a, Mask m, int32_t bit) {
 Floats scale_gradual(Floats a, Floats n) { return _mm512_scalef_ps(a, n); }
 Floats scale(Floats a, Floats n) { return _mm512_scalef_ps(a, n); }
 
-struct Split {
-  Floats whole, fraction;
-};
-Split split(Floats t) {  // not vreduceps, which rounds the fraction downwards
-  const Floats whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  return {whole, _mm512_sub_ps(t, whole)};
+Floats floor_of(Floats a) {
+  return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 }
 Ints floor_ints(Floats t) {
   return _mm512_cvt_roundps_epi32(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -79,10 +76,16 @@ struct Table {
   explicit Table(const float* v)
       : low(kEntries == 8 ? _mm512_broadcast_f32x8(_mm256_loadu_ps(v)) : _mm512_loadu_ps(v)),
         high(kEntries == 32 ? _mm512_loadu_ps(v + 16) : low) {}
-  Floats at(Ints i) const {
-    return kEntries == 32 ? _mm512_permutex2var_ps(low, i, high) : _mm512_permutexvar_ps(i, low);
-  }
 };
+template <int kEntries>
+Floats at(const Table<kEntries>& t, Ints i) {
+  return kEntries == 32 ? _mm512_permutex2var_ps(t.low, i, t.high)
+                        : _mm512_permutexvar_ps(i, t.low);
+}
+template <int kEntries>
+Floats at_last(const Table<kEntries>& t, Ints i, Mask last) {
+  return at(t, with_bit(i, last, kEntries / 2));
+}
 
 }  // namespace
 }  // namespace lutra

@@ -12,8 +12,13 @@
 #define LUTRA_INLINE [[gnu::always_inline]] inline
 #endif
 
+#include "many.h"
+
 namespace lutra {
 namespace {
+
+// Registers that each() and other loops do side by side.
+constexpr int kSideBySide = kLanes == 16 ? 4 : 2;
 
 // Added to a float below 2^22, it rounds that to an integer.
 constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
@@ -21,38 +26,40 @@ constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;  // 16 bits, and the rest
 constexpr float kLargest = 3.40282347e38f;
 
-struct Power {
-  Floats mantissa, exponent;
-};
-
-// e^x = mantissa 2^exponent for |x| < 2^20; 1 ulp.
-LUTRA_INLINE Power power_of_e(Floats x) {
-  const Floats n = sub(fmadd(x, splat(kLog2E), splat(kMagic)), splat(kMagic));
-  const Floats r = fnmadd(n, splat(kLn2Low), fnmadd(n, splat(kLn2High), x));
-  Floats p = fmadd(splat(0.00138145395f), r, splat(0.00836874545f));
+// e^x = y 2^n for |x| < 2^20; 1 ulp. Gives y.
+template <class X>
+LUTRA_INLINE X power_of_e(const X& x, X& n) {
+  n = sub(fmadd(x, splat(kLog2E), splat(kMagic)), splat(kMagic));
+  const X r = fnmadd(n, splat(kLn2Low), fnmadd(n, splat(kLn2High), x));
+  X p = fmadd(splat(0.00138145395f), r, splat(0.00836874545f));
   p = fmadd(p, r, splat(0.0416683890f));
   p = fmadd(p, r, splat(0.166665211f));
   p = fmadd(p, r, splat(0.499999940f));
   p = fmadd(p, r, splat(1.0f));
-  return {fmadd(p, r, splat(1.0f)), n};
+  return fmadd(p, r, splat(1.0f));
 }
 
-LUTRA_INLINE Floats exp_of(Floats x) {
-  const Floats inside = minimum(splat(89.0f), maximum(splat(-104.0f), x));
-  const Power y = power_of_e(inside);
-  return scale_gradual(y.mantissa, y.exponent);
+template <class X>
+LUTRA_INLINE X exp_of(const X& x) {
+  const X inside = minimum(splat(89.0f), maximum(splat(-104.0f), x));
+  X n;
+  const X y = power_of_e(inside, n);
+  return scale_gradual(y, n);
 }
 
 // e^x of a score less the largest: x <= 0; below -87 it is 0.
-LUTRA_INLINE Floats exp_of_score(Floats x) {
-  const Power y = power_of_e(maximum(splat(-87.0f), x));
-  return choose(less(x, splat(-87.0f)), splat(0.0f), scale(y.mantissa, y.exponent));
+template <class X>
+LUTRA_INLINE X exp_of_score(const X& x) {
+  X n;
+  const X y = power_of_e(X(maximum(splat(-87.0f), x)), n);
+  return zero_where(less(x, splat(-87.0f)), scale(y, n));
 }
 
 // Phi(-a), the normal distribution's tail, for 0 <= a <= 10: 2 to the power of a polynomial, whose
 // error may grow as Phi falls: that of a Phi(-a) is below 6e-8.
-LUTRA_INLINE Floats tail_of(Floats a) {
-  Floats p = fmadd(splat(9.38277793e-8f), a, splat(-2.65379617e-6f));
+template <class X>
+LUTRA_INLINE X tail_of(const X& a) {
+  X p = fmadd(splat(9.38277793e-8f), a, splat(-2.65379617e-6f));
   p = fmadd(p, a, splat(2.81953762e-5f));
   p = fmadd(p, a, splat(-1.16214440e-4f));
   p = fmadd(p, a, splat(-3.30698240e-4f));
@@ -61,8 +68,8 @@ LUTRA_INLINE Floats tail_of(Floats a) {
   p = fmadd(p, a, splat(-4.59137797e-1f));
   p = fmadd(p, a, splat(-1.15111411f));
   p = fmadd(p, a, splat(-0.999999821f));
-  const Floats n = sub(add(p, splat(kMagic)), splat(kMagic)), r = sub(p, n);
-  Floats y = fmadd(splat(1.53533620e-4f), r, splat(0.00133988739f));
+  const X n = sub(add(p, splat(kMagic)), splat(kMagic)), r = sub(p, n);
+  X y = fmadd(splat(1.53533620e-4f), r, splat(0.00133988739f));
   y = fmadd(y, r, splat(0.00961843692f));
   y = fmadd(y, r, splat(0.0555033237f));
   y = fmadd(y, r, splat(0.240226477f));
@@ -70,49 +77,63 @@ LUTRA_INLINE Floats tail_of(Floats a) {
   return scale(fmadd(y, r, splat(1.0f)), n);
 }
 
-LUTRA_INLINE Floats magnitude(Floats x) { return floats(both(bits(x), splat(0x7fffffff))); }
-LUTRA_INLINE Floats with_sign(Floats positive, Floats x) {
+template <class X>
+LUTRA_INLINE X magnitude(const X& x) {
+  return floats(both(bits(x), splat(0x7fffffff)));
+}
+template <class X>
+LUTRA_INLINE X with_sign(const X& positive, const X& x) {
   return floats(either(bits(positive), both(bits(x), splat(INT32_MIN))));
 }
 
 struct Gelu {  // x Phi(x) = max(x, 0) - |x| Phi(-|x|)
-  LUTRA_INLINE Floats operator()(Floats x) const {
-    const Floats a = minimum(splat(10.0f), magnitude(x));
+  template <class X>
+  LUTRA_INLINE X operator()(const X& x) const {
+    const X a = minimum(splat(10.0f), magnitude(x));
     return fnmadd(a, tail_of(a), maximum(splat(0.0f), x));
   }
 };
 
 // x / (1 + e^-t). The clamp keeps -inf from being divided by infinity.
-LUTRA_INLINE Floats gated(Floats x, Floats t) {
-  const Floats e = exp_of(sub(splat(0.0f), t));
+template <class N, class X>
+LUTRA_INLINE X gated(const N& x, const X& t) {
+  const X e = exp_of(sub(splat(0.0f), t));
   return div(maximum(splat(-kLargest), x), add(e, splat(1.0f)));
 }
 
 struct GeluTanh {  // 0.5 x (1 + tanh u) = x / (1 + e^-2u)
-  LUTRA_INLINE Floats operator()(Floats x) const {
-    const Floats inside = maximum(splat(-kLargest), x);
-    const Floats cubic = fmadd(mul(inside, inside), splat(0.0713548163f), splat(1.59576912f));
+  template <class X>
+  LUTRA_INLINE X operator()(const X& x) const {
+    const X inside = maximum(splat(-kLargest), x);
+    const X cubic = fmadd(mul(inside, inside), splat(0.0713548163f), splat(1.59576912f));
     return gated(inside, mul(inside, cubic));
   }
 };
 
 struct Silu {
-  LUTRA_INLINE Floats operator()(Floats x) const { return gated(x, x); }
+  template <class X>
+  LUTRA_INLINE X operator()(const X& x) const {
+    return gated(x, x);
+  }
 };
 
 struct Sigmoid {
-  LUTRA_INLINE Floats operator()(Floats x) const { return gated(splat(1.0f), x); }
+  template <class X>
+  LUTRA_INLINE X operator()(const X& x) const {
+    return gated(splat(1.0f), x);
+  }
 };
 
 struct Tanh {  // a quotient of polynomials up to 9, where it has become 1
-  LUTRA_INLINE Floats operator()(Floats x) const {
-    const Floats a = minimum(splat(9.0f), magnitude(x)), u = mul(a, a);
-    Floats p = fmadd(splat(1.82089222e-11f), u, splat(-1.27622168e-8f));
+  template <class X>
+  LUTRA_INLINE X operator()(const X& x) const {
+    const X a = minimum(splat(9.0f), magnitude(x)), u = mul(a, a);
+    X p = fmadd(splat(1.82089222e-11f), u, splat(-1.27622168e-8f));
     p = fmadd(p, u, splat(9.26128996e-6f));
     p = fmadd(p, u, splat(2.92008836e-3f));
     p = fmadd(p, u, splat(1.29186019e-1f));
     p = fmadd(p, u, splat(0.99999994f));
-    Floats q = fmadd(splat(2.28007193e-4f), u, splat(2.37604100e-2f));
+    X q = fmadd(splat(2.28007193e-4f), u, splat(2.37604100e-2f));
     q = fmadd(q, u, splat(4.62518841e-1f));
     q = fmadd(q, u, splat(1.0f));
     return with_sign(minimum(splat(1.0f), div(mul(a, p), q)), x);
@@ -120,39 +141,62 @@ struct Tanh {  // a quotient of polynomials up to 9, where it has become 1
 };
 
 struct Exp {
-  LUTRA_INLINE Floats operator()(Floats x) const { return exp_of(x); }
+  template <class X>
+  LUTRA_INLINE X operator()(const X& x) const {
+    return exp_of(x);
+  }
 };
 
 struct Erf {  // 1 - 2 Phi(-a sqrt 2), and a polynomial where that would lose bits
-  LUTRA_INLINE Floats operator()(Floats x) const {
-    const Floats a = minimum(splat(7.0f), magnitude(x)), u = mul(a, a);
-    Floats p = fmadd(splat(7.85388256e-5f), u, splat(-8.01020069e-4f));
+  template <class X>
+  LUTRA_INLINE X operator()(const X& x) const {
+    const X a = minimum(splat(7.0f), magnitude(x)), u = mul(a, a);
+    X p = fmadd(splat(7.85388256e-5f), u, splat(-8.01020069e-4f));
     p = fmadd(p, u, splat(5.18832868e-3f));
     p = fmadd(p, u, splat(-2.68538129e-2f));
     p = fmadd(p, u, splat(1.12835854e-1f));
     p = fmadd(p, u, splat(-3.76126260e-1f));
     p = mul(a, fmadd(p, u, splat(1.12837923f)));
-    const Floats far = fnmadd(splat(2.0f), tail_of(mul(a, splat(1.41421356f))), splat(1.0f));
+    const X far = fnmadd(splat(2.0f), tail_of(mul(a, splat(1.41421356f))), splat(1.0f));
     return with_sign(choose(at_least(a, splat(0.9f)), far, p), x);
   }
 };
 
 struct Sqrt {
-  LUTRA_INLINE Floats operator()(Floats x) const { return root(x); }
+  template <class X>
+  LUTRA_INLINE X operator()(const X& x) const {
+    return root(x);
+  }
 };
 
 struct Rsqrt {
-  LUTRA_INLINE Floats operator()(Floats x) const { return div(splat(1.0f), root(x)); }
+  template <class X>
+  LUTRA_INLINE X operator()(const X& x) const {
+    return div(splat(1.0f), root(x));
+  }
 };
 
 struct Reciprocal {
-  LUTRA_INLINE Floats operator()(Floats x) const { return div(splat(1.0f), x); }
+  template <class X>
+  LUTRA_INLINE X operator()(const X& x) const {
+    return div(splat(1.0f), x);
+  }
 };
 
 // y[i] = f(x[i])
 template <class F>
 void each(const float* x, size_t n, float* y, const F& f) {
   size_t i = 0;
+  if constexpr (kLanes > 1) {
+    for (; i + kSideBySide * kLanes <= n; i += kSideBySide * kLanes) {
+      Many<Floats, kSideBySide> v;
+#pragma GCC unroll 4
+      for (int k = 0; k < kSideBySide; ++k) v.v[k] = load_floats(x + i + k * kLanes);
+      v = f(v);
+#pragma GCC unroll 4
+      for (int k = 0; k < kSideBySide; ++k) store_floats(y + i + k * kLanes, v.v[k]);
+    }
+  }
   for (; i + kLanes <= n; i += kLanes) store_floats(y + i, f(load_floats(x + i)));
   const int32_t left = static_cast<int32_t>(n - i);
   if (left > 0) store_floats(y + i, f(load_floats(x + i, left)), left);
@@ -187,16 +231,19 @@ void function(Function f, const float* x, size_t n, float* y) {
 
 constexpr int32_t log2_entries(int32_t entries) { return entries == 8 ? 3 : entries == 16 ? 4 : 5; }
 
-template <int kEntries>
+template <int kEntries, bool kScore = false>  // kScore: x <= 0
 struct TableExp {
   Table<kEntries> slope, intercept;
   explicit TableExp(const Segments& s) : slope(s.slope), intercept(s.intercept) {}
-  LUTRA_INLINE Floats operator()(Floats x) const {
-    const Floats inside = minimum(splat(88.0f), maximum(splat(-87.0f), x));
-    const Split t = split(mul(inside, splat(kLog2E)));
-    const Ints i = floor_ints(mul(inside, splat(kLog2E * kEntries)));
-    const Floats y = fmadd(slope.at(i), t.fraction, intercept.at(i));
-    return choose(less(x, splat(-87.0f)), splat(0.0f), scale(y, t.whole));
+  template <class X>
+  LUTRA_INLINE X operator()(const X& x) const {
+    const X above = maximum(splat(-87.0f), x);
+    X inside = above;
+    if constexpr (!kScore) inside = minimum(splat(88.0f), above);
+    const X t = mul(inside, splat(kLog2E)), whole = floor_of(t);
+    const auto i = floor_ints(mul(inside, splat(kLog2E * kEntries)));
+    const X y = fmadd(at(slope, i), sub(t, whole), at(intercept, i));
+    return zero_where(less(x, splat(-87.0f)), scale(y, whole));
   }
 };
 
@@ -204,13 +251,14 @@ template <int kEntries>
 struct TableReciprocal {
   Table<kEntries> slope, intercept;
   explicit TableReciprocal(const Segments& s) : slope(s.slope), intercept(s.intercept) {}
-  LUTRA_INLINE Floats operator()(Floats x) const {
-    const Ints b = bits(x);
-    const Ints i = shift_right<23 - log2_entries(kEntries)>(b);
-    const Ints m = either(both(b, splat(0x007fffff)), splat(0x3f800000));
-    const Ints exponent = lesser(both(b, splat(0x7f800000)), splat(0x7f000000));
-    const Ints factor = either(sub(splat(0x7f000000), exponent), both(b, splat(INT32_MIN)));
-    const Floats y = fmadd(slope.at(i), floats(m), intercept.at(i));
+  template <class X>
+  LUTRA_INLINE X operator()(const X& x) const {
+    const auto b = bits(x);
+    const auto i = shift_right<23 - log2_entries(kEntries)>(b);
+    const auto m = either(both(b, splat(0x007fffff)), splat(0x3f800000));
+    const auto exponent = lesser(both(b, splat(0x7f800000)), splat(0x7f000000));
+    const auto factor = either(sub(splat(0x7f000000), exponent), both(b, splat(INT32_MIN)));
+    const X y = fmadd(at(slope, i), floats(m), at(intercept, i));
     return choose(unordered(x), x, mul(y, floats(factor)));
   }
 };
@@ -235,13 +283,14 @@ template <int kEntries>
 struct TableRsqrt {
   Table<kEntries> slope, intercept;
   explicit TableRsqrt(const SwappedHalves<kEntries>& s) : slope(s.slope), intercept(s.intercept) {}
-  LUTRA_INLINE Floats operator()(Floats x) const {
-    const Ints b = lesser(bits(x), splat(0x7f7fffff));
-    const Ints i = shift_right<24 - log2_entries(kEntries)>(b);
-    const Ints m = either(both(b, splat(0x00ffffff)), splat(0x40000000));
-    const Ints half = both(shift_right<1>(add(b, splat(0x00800000))), splat(0x3f800000));
-    const Floats y = fmadd(slope.at(i), floats(m), intercept.at(i));
-    const Floats all = mul(y, floats(sub(splat(0x5f800000), half)));
+  template <class X>
+  LUTRA_INLINE X operator()(const X& x) const {
+    const auto b = lesser(bits(x), splat(0x7f7fffff));
+    const auto i = shift_right<24 - log2_entries(kEntries)>(b);
+    const auto m = either(both(b, splat(0x00ffffff)), splat(0x40000000));
+    const auto half = both(shift_right<1>(add(b, splat(0x00800000))), splat(0x3f800000));
+    const X y = fmadd(at(slope, i), floats(m), at(intercept, i));
+    const X all = mul(y, floats(sub(splat(0x5f800000), half)));
     return choose(at_least(x, splat(0.0f)), all, splat(__builtin_nanf("")));
   }
 };

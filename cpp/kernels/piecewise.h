@@ -60,14 +60,21 @@ struct Pieces {
         low(splat(s.low)),
         high(splat(s.high)) {}
 
-  LUTRA_INLINE Floats operator()(Floats x) const {
-    Ints i = with_bit(splat(0), at_least(x, first), 1);
-    i = with_bit(i, at_least(x, second.at(i)), 2);
-    i = with_bit(i, at_least(x, third.at(i)), 4);
-    if constexpr (kEntries > 8) i = with_bit(i, at_least(x, fourth.at(i)), 8);
-    if constexpr (kEntries > 16) i = with_bit(i, at_least(x, fifth.at(i)), 16);
-    const Floats inside = minimum(high, maximum(low, x));
-    return fmadd(slope.at(i), inside, intercept.at(i));
+  template <class X>
+  LUTRA_INLINE X operator()(const X& x) const {
+    const X inside = minimum(high, maximum(low, x));
+    auto i = with_bit(splat(0), at_least(x, first), 1);
+    i = with_bit(i, at_least(x, at(second, i)), 2);
+    auto last = at_least(x, at(third, i));
+    if constexpr (kEntries > 8) {
+      i = with_bit(i, last, 4);
+      last = at_least(x, at(fourth, i));
+    }
+    if constexpr (kEntries > 16) {
+      i = with_bit(i, last, 8);
+      last = at_least(x, at(fifth, i));
+    }
+    return fmadd(at_last(slope, i, last), inside, at_last(intercept, i, last));
   }
 };
 

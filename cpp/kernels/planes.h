@@ -140,16 +140,19 @@ void norm(const Norm& n, const float* x, size_t stride, size_t rows, const Plane
 }
 
 struct ExpOfScore {
-  LUTRA_INLINE Floats operator()(Floats x) const { return exp_of_score(x); }
+  template <class X>
+  LUTRA_INLINE X operator()(const X& x) const {
+    return exp_of_score(x);
+  }
 };
 
 // body(f), f being the exponential of a score.
 template <class Body>
 LUTRA_INLINE void with_exp(const Segments& table, const Body& body) {
   if (table.entries == 0) return body(ExpOfScore());
-  if (table.entries == 8) return body(TableExp<8>(table));
-  if (table.entries == 16) return body(TableExp<16>(table));
-  body(TableExp<32>(table));
+  if (table.entries == 8) return body(TableExp<8, true>(table));
+  if (table.entries == 16) return body(TableExp<16, true>(table));
+  body(TableExp<32, true>(table));
 }
 
 // 1 / x of `count` values in place.
@@ -174,11 +177,25 @@ void softmax_tile(const Softmax& s, const Exp& exp, const float* x, size_t strid
     }
   }
   for (int32_t j = 0; j < s.count; ++j) {
+    if constexpr (kVectors == kSideBySide) {
+      Many<Floats, kVectors> p;
 #pragma GCC unroll 4
-    for (int32_t v = 0; v < kVectors; ++v) {
-      const Floats p = exp(sub(rows.load(x + j * stride, v), top[v]));
-      rows.store(y + j * stride, v, p);
-      sum[v] = add(sum[v], p);
+      for (int32_t v = 0; v < kVectors; ++v) {
+        p.v[v] = sub(rows.load(x + j * stride, v), top[v]);
+      }
+      p = exp(p);
+#pragma GCC unroll 4
+      for (int32_t v = 0; v < kVectors; ++v) {
+        rows.store(y + j * stride, v, p.v[v]);
+        sum[v] = add(sum[v], p.v[v]);
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int32_t v = 0; v < kVectors; ++v) {
+        const Floats p = exp(Floats(sub(rows.load(x + j * stride, v), top[v])));
+        rows.store(y + j * stride, v, p);
+        sum[v] = add(sum[v], p);
+      }
     }
   }
   float factor[kTileRows];

@@ -59,6 +59,7 @@ Mask less(Floats a, Floats b) { return a < b; }
 Mask at_least(Floats a, Floats b) { return a >= b; }
 Mask unordered(Floats a) { return std::isnan(a); }
 Floats choose(Mask m, Floats a, Floats b) { return m ? a : b; }
+Floats zero_where(Mask m, Floats a) { return m ? 0.0f : a; }
 // with_bit(a, m, bit): a | bit where m, else a. Only piecewise.h needs it.
 
 // To an integer, for numbers and not for NaN, whose result does not matter.
@@ -73,14 +74,7 @@ Floats scale_gradual(Floats a, Floats n) {
   return a * floats(shift_left<23>(half + 127)) * floats(shift_left<23>(all - half + 127));
 }
 
-// t = whole + fraction; whole is the largest integer that is no larger. Only scale() reads it.
-struct Split {
-  Floats whole, fraction;
-};
-Split split(Floats t) {
-  const float whole = std::floor(t);
-  return {whole, t - whole};
-}
+Floats floor_of(Floats a) { return std::floor(a); }
 Ints floor_ints(Floats t) { return integer(std::floor(t)); }
 
 // 8, 16 or 32 entries, read at an index modulo their number.
@@ -88,8 +82,12 @@ template <int kEntries>
 struct Table {
   const float* entries;
   explicit Table(const float* v) : entries(v) {}
-  Floats at(Ints i) const { return entries[i & (kEntries - 1)]; }
 };
+template <int kEntries>
+Floats at(const Table<kEntries>& t, Ints i) {
+  return t.entries[i & (kEntries - 1)];
+}
+// at_last(t, i, m): at(t, i), the highest bit of the index being m. Only piecewise.h needs it.
 
 }  // namespace
 }  // namespace lutra
