@@ -122,8 +122,8 @@ def exp_table(x: Array, slope: Array, intercept: Array) -> Array:
     inside = np.where(np.isnan(x), np.float32(0), x).clip(EXP_LOW, EXP_HIGH)
     t = inside * _LOG2_E
     n = np.floor(t)
-    f = t - n  # may round to 1
-    index = np.minimum((f * len(slope)).astype(np.int64), len(slope) - 1)
+    f = t - n  # may round to the next entry, or to 1, which t itself does not
+    index = np.floor(t * len(slope)).astype(np.int64) % len(slope)
     made = np.ldexp(pieces(index, f, slope, intercept), n.astype(np.int32))
     made = np.where(x < EXP_LOW, np.float32(0), made)
     return np.where(np.isnan(x), x, made)
