@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -271,6 +272,32 @@ def test_swapped_model_is_an_ordinary_one(model: Model) -> None:
     loss = swapped(DATA[0]).square().mean()
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in swapped.parameters() if p.requires_grad)
+
+
+def test_export(model: Model, tmp_path: Path) -> None:
+    """The engine computes what PyTorch does, each table a part of its node."""
+    swapped, report = convert(model, {"*": Function()}, DATA)
+    graph = lutra.export(swapped, tmp_path / "model.lutra", DATA[0])
+    tables = [
+        node
+        for node in graph.nodes
+        if any(role.endswith("slope") for role in graph.node_tensors(node))
+    ]
+    assert len(tables) == len(report.functions)
+    assert {node.op for node in tables} == {
+        "piecewise", "attention", "layer_norm", "rms_norm",
+    }  # fmt: skip
+    got = lutra.Session(graph)(DATA[1].numpy())
+    np.testing.assert_allclose(got, swapped(DATA[1]).detach().numpy(), atol=1e-5)
+
+
+def test_a_call_that_cannot_be_swapped() -> None:
+    """The softmax inside of torch's own attention stays exact, and all else is swapped."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, activation="gelu", batch_first=True).eval()
+    x = floats(3, 5, 16)
+    swapped, report = convert(layer, {"*": Function()}, [x])
+    assert {entry.function for entry in report.functions} == {"gelu", "layer_norm"}
+    assert (swapped(x) - layer(x)).abs().max() < 0.01
 
 
 def test_patterns(model: Model) -> None:

@@ -253,12 +253,13 @@ class TableNorm(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
         """x (..., D) with weight (D); of a layer norm bias (D) too; and eps."""
-        weight = x.new_ones(x.shape[-1]) if weight is None else weight
+        size, dtype, device = x.shape[-1], x.dtype, x.device
+        weight = torch.ones(size, dtype=dtype, device=device) if weight is None else weight
         tables = self.rsqrt_slope, self.rsqrt_intercept
         y: Tensor
         if self.centred:
             bias, eps = rest
-            bias = x.new_zeros(x.shape[-1]) if bias is None else bias
+            bias = torch.zeros(size, dtype=dtype, device=device) if bias is None else bias
             y = ops.table_layer_norm(x, weight, bias, *tables, float(eps))
         else:
             (eps,) = rest
