@@ -41,6 +41,7 @@ _MAX_SAMPLES: Final = 1 << 24
 _MAX_FFT: Final = 1 << 16
 _MAX_BANDS: Final = 1024
 _MAX_FEATURES: Final = 1 << 24
+_FEW: Final = 1 << 13  # numbers that are added up faster in one call than in many
 _PIECE: Final = 1 << 21  # numbers at once, which bounds the memory
 _MEL: Final = 1127.0  # mel(f) = 1127 ln(1 + f / 700), HTK's
 _CHOICES: Final = {
@@ -534,6 +535,8 @@ def _pieces(rows: int, size: int) -> Iterator[slice]:
 
 def _ordered_sum(terms: Array) -> Array:
     """Sums over the axis before the last, one after the other, whatever the shape."""
+    if terms.size <= _FEW:  # one call for a frame of a stream; it adds in order by definition
+        return np.asarray(np.add.accumulate(terms, axis=-2)[..., -1, :])
     total: Array = terms[..., 0, :].copy()
     for index in range(1, terms.shape[-2]):
         total += terms[..., index, :]

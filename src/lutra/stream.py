@@ -174,8 +174,9 @@ class Stream:
         pre = self._preprocess
         first = end - pre.samples - self._start
         window = self._sound[first : first + pre.samples]
-        views = np.lib.stride_tricks.sliding_window_view(window, pre.frame)[:: pre.hop]
-        self._energies[self._known :] = pre.energies(views[self._known : pre.frames])
+        for row in range(self._known, pre.frames):
+            at = row * pre.hop
+            self._energies[row] = pre.energies(window[at : at + pre.frame])
         gain = pre.gains(window)
         # Frames that the last window had too need no second logarithm, unless the gain changed.
         begin = self._finished if gain == self._gain else 0
