@@ -80,9 +80,15 @@ void test_piecewise(const Kernels& k) {
       const RandomLines lines(entries);
       Guarded<float> breakpoint(entries - 1, coin());
       for (size_t i = 0; i < breakpoint.size(); ++i) {
-        breakpoint[i] = n % 4 == 0 ? static_cast<float>(pick(-5, 5)) : uniform(6.0f);
+        const float even = static_cast<float>(i) * 12.0f / static_cast<float>(entries) - 6.0f;
+        breakpoint[i] = n % 4 == 0   ? static_cast<float>(pick(-5, 5))  // some of them equal
+                        : n % 4 == 1 ? uniform(6.0f)
+                        : n % 4 == 2 ? even
+                                     : even + uniform(0.1f);
       }
       std::sort(breakpoint.data(), breakpoint.data() + breakpoint.size());
+      if (n == 69) breakpoint[0] = -kInf;
+      if (n == 70) breakpoint[entries - 2] = kInf;
       const Piecewise p{.entries = static_cast<int32_t>(entries),
                         .breakpoint = breakpoint.data(),
                         .slope = lines.slope.data(),

@@ -33,6 +33,12 @@ void quantize(const float* x, size_t n, const Grid& grid, uint8_t* q) {
   }
 }
 
+void piecewise(const Piecewise& p, const float* x, size_t n, float* y) {
+  if (p.entries == 8) return piecewise_by_levels<8>(p, x, n, y);
+  if (p.entries == 16) return piecewise_by_levels<16>(p, x, n, y);
+  piecewise_by_levels<32>(p, x, n, y);
+}
+
 void table_grad(const uint8_t* codes, size_t code_stride, int32_t books, int32_t centroids,
                 const float* rows, int32_t count, int32_t outputs, float* grad) {
   for (int32_t r = 0; r < count; ++r) {

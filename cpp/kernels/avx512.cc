@@ -10,8 +10,8 @@
 #include "avx512_training.h"
 // After the lanes that they are written in:
 #include "attention.h"
+#include "avx512_cells.h"
 #include "functions.h"
-#include "piecewise.h"
 #include "planes.h"
 
 namespace lutra {

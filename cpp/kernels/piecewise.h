@@ -12,13 +12,19 @@
 namespace lutra {
 namespace {
 
+// Where the first or the last line is level x may be any number, but not infinite.
+float lowest(const Piecewise& p) { return p.slope[0] == 0.0f ? -kLargest : -__builtin_inff(); }
+float highest(const Piecewise& p) {
+  return p.slope[p.entries - 1] == 0.0f ? kLargest : __builtin_inff();
+}
+
 template <int kEntries>
 struct Levels {
   static constexpr int32_t kCount = log2_entries(kEntries);
   static constexpr int32_t kWidth = 16;  // pivots of a level, repeated
   float pivot[kCount][kWidth];
   float slope[kEntries], intercept[kEntries];
-  float low, high;  // where a line is level x may be any number, but not infinite
+  float low, high;  // see lowest() and highest()
 
   explicit Levels(const Piecewise& p) {
     for (int32_t l = 0; l < kCount; ++l) {
@@ -30,8 +36,8 @@ struct Levels {
       slope[i] = p.slope[entry(i, kCount)];
       intercept[i] = p.intercept[entry(i, kCount)];
     }
-    low = p.slope[0] == 0.0f ? -kLargest : -__builtin_inff();
-    high = p.slope[kEntries - 1] == 0.0f ? kLargest : __builtin_inff();
+    low = lowest(p);
+    high = highest(p);
   }
 
   // The first entry that the lowest `levels` bits leave.
@@ -79,14 +85,9 @@ struct Pieces {
 };
 
 template <int kEntries>
-void piecewise(const Piecewise& p, const float* x, size_t n, float* y) {
+void piecewise_by_levels(const Piecewise& p, const float* x, size_t n, float* y) {
   const Levels<kEntries> levels(p);
   each(x, n, y, Pieces<kEntries>(levels));
-}
-void piecewise(const Piecewise& p, const float* x, size_t n, float* y) {
-  if (p.entries == 8) return piecewise<8>(p, x, n, y);
-  if (p.entries == 16) return piecewise<16>(p, x, n, y);
-  piecewise<32>(p, x, n, y);
 }
 
 }  // namespace
