@@ -72,7 +72,9 @@ class Case:
                 f"sentence encoders are measured with product quantisation, not {method}"
             )
         entries = method.entries if isinstance(method, TabledPq) else 0
-        return encoder_graph(self.network.encoder, method, dense=dense, entries=entries)
+        # The rows of the words in int8, as the examples export them.
+        encoder = self.network.encoder
+        return encoder_graph(encoder, method, dense=dense, entries=entries, words="int8")
 
     def macs(self, graph: Graph) -> int:
         """Multiply-adds of one run of the dense network."""

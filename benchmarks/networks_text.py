@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.graphs import multiplied
-from benchmarks.lookups import Array, Parts, Pq, Range
+from benchmarks.lookups import Array, Parts, Pq, Range, to_int8
 from benchmarks.networks import Linear
 from lutra.functions import fit, fit_exp, fit_reciprocal, fit_rsqrt
 from lutra.graph import Graph, Node, Value, make_node
@@ -79,6 +79,7 @@ def encoder_graph(
     dense: str = "float32",
     entries: int = 0,
     shared: bool = True,
+    words: str = "float32",
     seed: int = 0,
 ) -> Graph:
     """A sentence encoder with random tensors; batch and number of tokens are open.
@@ -89,9 +90,11 @@ def encoder_graph(
         dense: What they are then: "float32" or "int8".
         entries: Of the tables of GELU, softmax and norms: 8, 16 or 32; 0 computes them exactly.
         shared: Whether the queries, keys and values of a block have the same centroids.
+        words: What the rows of the word embedding are: "float32" or "int8".
         seed: Of all tensors.
     """
     writer = _Writer(encoder, method, dense, entries, shared, seed)
+    writer.words = words
     return writer.graph()
 
 
@@ -106,6 +109,7 @@ class _Writer:
         self.dense = dense
         self.entries = entries
         self.shared = shared
+        self.words = "float32"
         self.rng = np.random.default_rng(seed)
         self.nodes: list[Node] = []
         self.tensors: dict[str, Array] = {}
@@ -123,7 +127,11 @@ class _Writer:
         e = self.encoder
         words = self.rng.standard_normal((e.vocabulary, e.hidden), np.float32)
         places = self.rng.standard_normal((e.positions, e.hidden), np.float32)
-        x = self.node("embedding", "words", "ids", tensors={"weight": words})
+        table = {"weight": words}
+        if self.words == "int8":
+            rows, units = to_int8(words, (1,))
+            table = {"weight": rows, "scale": units.astype(np.float32)}
+        x = self.node("embedding", "words", "ids", tensors=table)
         x = self.node("position_embedding", "positions", x, tensors={"weight": places})
         x = self.norm("embeddings.norm", x)
         for index in range(e.layers):
