@@ -1,4 +1,4 @@
-// The operations that functions.h, norms.h and attention.h are written in, for AVX2. Private to
+// The operations that functions.h, planes.h and attention.h are written in, for AVX2. Private to
 // avx2.cc. scalar_lanes.h says what each of them does.
 #pragma once
 

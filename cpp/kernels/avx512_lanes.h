@@ -1,4 +1,4 @@
-// The operations that functions.h, norms.h and attention.h are written in, for AVX-512. Private to
+// The operations that functions.h, planes.h and attention.h are written in, for AVX-512. Private to
 // avx512.cc. scalar_lanes.h says what each of them does.
 #pragma once
 
