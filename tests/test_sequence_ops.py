@@ -12,7 +12,7 @@ from sequences import check, every_sequence_op_graph, norm_tensors, reduced_tabl
 
 from lutra import GraphError, InputError, Session, run_reference
 from lutra.graph import Graph, Shape
-from lutra.ops.registry import Cost
+from lutra.ops.spec import Cost
 
 F = np.float32
 TOKENS = (None, None)

@@ -26,7 +26,7 @@ import numpy as np
 
 from lutra.errors import FormatError, InputError
 from lutra.graph import Shape
-from lutra.ops.registry import Array
+from lutra.ops.spec import Array
 from lutra.preprocess import KEY, shown
 
 __all__ = ["AudioPreprocess", "Levels", "read_wav"]

@@ -29,7 +29,7 @@ from typing import Final
 
 from lutra.errors import InputError
 from lutra.graph import Graph, Node, Sizes, Value
-from lutra.ops.registry import Cost, inner
+from lutra.ops.spec import Cost, inner
 
 __all__ = ["REGISTER_BYTES", "SOURCES", "Energy", "EnergyTable", "estimate"]
 

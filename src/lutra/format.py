@@ -27,12 +27,12 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
+from lutra.atomic import write_whole
 from lutra.errors import FormatError, GraphError
-from lutra.files import write_whole
 from lutra.graph import RESERVED_PREFIX, Graph, Node, Shape, Value, make_node
 from lutra.ops import OPS
 from lutra.ops.elementwise import PAIRS
-from lutra.ops.registry import Array, AttrValue
+from lutra.ops.spec import Array, AttrValue
 
 __all__ = [
     "VERSION",

@@ -16,9 +16,9 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 
 from lutra.errors import GraphError
+from lutra.formatting import shape_text
 from lutra.ops import OPS, op_spec
-from lutra.ops.registry import Array, AttrValue, Cost
-from lutra.text import shape_text
+from lutra.ops.spec import Array, AttrValue, Cost
 
 __all__ = [
     "AttrValue",

@@ -13,7 +13,7 @@ import numpy as np
 
 from lutra.errors import InputError
 from lutra.graph import Graph, Value
-from lutra.ops.registry import Array
+from lutra.ops.spec import Array
 
 __all__ = ["IdRange", "check_ids", "dtype_complaint", "id_ranges", "int32_array", "random_ints"]
 

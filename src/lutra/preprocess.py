@@ -19,7 +19,7 @@ import numpy as np
 
 from lutra.errors import FormatError, InputError
 from lutra.graph import Shape
-from lutra.ops.registry import Array
+from lutra.ops.spec import Array
 
 __all__ = ["ImagePreprocess"]
 

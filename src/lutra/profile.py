@@ -11,11 +11,11 @@ import numpy as np
 
 from lutra import _engine
 from lutra.errors import InputError
+from lutra.formatting import counted, shape_text, table
 from lutra.graph import Graph, Sizes
 from lutra.inputs import id_ranges, random_ints
-from lutra.ops.registry import Array
+from lutra.ops.spec import Array
 from lutra.siblings import SHARED_LABEL
-from lutra.text import counted, shape_text, table
 
 __all__ = ["Profile", "StepProfile"]
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, overload
 import numpy as np
 
 from lutra.errors import FormatError, InputError
+from lutra.formatting import shape_text
 from lutra.graph import Graph
-from lutra.ops.registry import Array
+from lutra.ops.spec import Array
 from lutra.preprocess import shown
 from lutra.session import Session
 from lutra.stream import has_softmax, probabilities
-from lutra.text import shape_text
 from lutra.tokens import TextPreprocess, takes_text, text_preprocess
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from lutra.graph import Graph
-from lutra.ops.registry import Array
+from lutra.ops.spec import Array
 
 if TYPE_CHECKING:
     from lutra.plan import FusedNode

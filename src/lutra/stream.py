@@ -11,7 +11,7 @@ import numpy as np
 from lutra.audio import AudioPreprocess
 from lutra.errors import InputError
 from lutra.graph import Graph
-from lutra.ops.registry import Array
+from lutra.ops.spec import Array
 from lutra.preprocess import KEY
 from lutra.session import Session
 

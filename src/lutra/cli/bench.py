@@ -27,9 +27,9 @@ from lutra.cli.common import (
 )
 from lutra.cpu import cpu_info
 from lutra.format import load_graph
+from lutra.formatting import table
 from lutra.graph import Graph, Sizes
 from lutra.profile import Profile, input_pool
-from lutra.text import table
 
 _DEFAULT_SECONDS: Final = 2.0
 _LEAST_RUNS: Final = 5

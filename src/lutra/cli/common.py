@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from lutra.atomic import write_whole
 from lutra.audio import KIND, AudioPreprocess
 from lutra.errors import GraphError, InputError, LutraError
-from lutra.files import write_whole
 from lutra.format import load_graph
 from lutra.graph import Graph
-from lutra.ops.registry import Array
+from lutra.ops.spec import Array
 from lutra.preprocess import KEY, ImagePreprocess
 from lutra.session import Session
 from lutra.tokens import takes_text

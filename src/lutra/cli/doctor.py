@@ -17,7 +17,7 @@ from lutra.cpu import cpu_info
 from lutra.errors import LutraError
 from lutra.graph import Graph, Node, Value, make_node
 from lutra.ops.lookup import pack_weights
-from lutra.ops.registry import Array, AttrValue
+from lutra.ops.spec import Array, AttrValue
 from lutra.reference import run_reference
 
 _PACKAGES: Final = ("lutra", "numpy", "safetensors", "torch")

@@ -28,7 +28,7 @@ from lutra.cli.common import (
 from lutra.cli.metrics import Metric, Psnr, Top1, classes_of, need_images
 from lutra.errors import InputError
 from lutra.graph import Graph
-from lutra.ops.registry import Array
+from lutra.ops.spec import Array
 from lutra.session import Session
 
 _EPILOG = """\

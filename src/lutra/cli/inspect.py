@@ -21,9 +21,9 @@ from lutra.cli.common import (
 from lutra.energy import SOURCES, Energy, EnergyTable, estimate
 from lutra.errors import LutraError
 from lutra.format import file_version, load_graph
+from lutra.formatting import counted, shape_text, table
 from lutra.graph import Graph, Node, Sizes
-from lutra.ops.registry import Array, Cost
-from lutra.text import counted, shape_text, table
+from lutra.ops.spec import Array, Cost
 
 _MAX_SHOWN: Final = 200
 _PRICES: Final = asdict(EnergyTable())

@@ -13,9 +13,9 @@ import numpy as np
 
 from lutra.cli.common import UserError, need_finite
 from lutra.errors import InputError
+from lutra.formatting import shape_text
 from lutra.graph import Graph
-from lutra.ops.registry import Array
-from lutra.text import shape_text
+from lutra.ops.spec import Array
 
 #: What images without any difference count as, in dB.
 MAX_PSNR: Final = 100.0

@@ -26,7 +26,7 @@ from lutra.cli.common import (
 from lutra.errors import InputError
 from lutra.graph import Graph, Value
 from lutra.inputs import dtype_complaint
-from lutra.ops.registry import Array
+from lutra.ops.spec import Array
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

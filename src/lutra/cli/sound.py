@@ -22,7 +22,7 @@ from lutra.cli.common import (
 )
 from lutra.errors import InputError
 from lutra.graph import Graph
-from lutra.ops.registry import Array
+from lutra.ops.spec import Array
 from lutra.session import Session
 from lutra.stream import Answer, Stream, has_softmax, need_audio, probabilities
 

@@ -24,9 +24,9 @@ from lutra.cli.common import (
 from lutra.cli.metrics import Top1
 from lutra.cli.sound import ranked
 from lutra.errors import InputError
-from lutra.ops.registry import Array
+from lutra.formatting import table
+from lutra.ops.spec import Array
 from lutra.sentences import SentenceEncoder
-from lutra.text import table
 from lutra.tokens import takes_text
 
 _SHOWN: Final = 6  # values of a vector

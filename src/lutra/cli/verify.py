@@ -36,12 +36,12 @@ from lutra.cli.common import (
 )
 from lutra.cpu import runnable_isas
 from lutra.format import load_graph
+from lutra.formatting import table
 from lutra.graph import Graph, Node, Sizes
-from lutra.ops.registry import Array
+from lutra.ops.spec import Array
 from lutra.profile import random_inputs
 from lutra.reference import run_node, run_reference
 from lutra.session import Session
-from lutra.text import table
 
 _FAILED: Final = 1
 #: Largest difference allowed to dense operators, as a share of the largest value.

@@ -16,7 +16,7 @@ from lutra.functions.reduced import Reduced, fit_exp, fit_reciprocal, fit_rsqrt
 from lutra.functions.scalar import KNOWN
 from lutra.graph import Graph, Node
 from lutra.ops.functions import FUNCTIONS, function_name, has_tables
-from lutra.ops.registry import Array
+from lutra.ops.spec import Array
 from lutra.session import Session
 
 #: Operators that take tables of reduced range, and which.

@@ -19,7 +19,7 @@ from lutra.ops import (
     sequence,
     shape,
 )
-from lutra.ops.registry import REQUIRED, Attr, Cost, OpSpec, TensorRole
+from lutra.ops.spec import REQUIRED, Attr, Cost, OpSpec, TensorRole
 
 __all__ = ["OPS", "REQUIRED", "Attr", "Cost", "OpSpec", "TensorRole", "op_spec"]
 

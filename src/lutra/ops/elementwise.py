@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from lutra.errors import GraphError
+from lutra.formatting import shape_text
 from lutra.ops.functions import (
     check_tables,
     function_cost,
@@ -24,7 +25,7 @@ from lutra.ops.functions import (
     table_bytes,
     table_roles,
 )
-from lutra.ops.registry import (
+from lutra.ops.spec import (
     Array,
     Attr,
     Cost,
@@ -38,7 +39,6 @@ from lutra.ops.registry import (
     node_error,
     number,
 )
-from lutra.text import shape_text
 
 if TYPE_CHECKING:
     from lutra.graph import Node, Shape, Value

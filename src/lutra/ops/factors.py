@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from lutra.ops.registry import Array, integer, node_error
+from lutra.ops.spec import Array, integer, node_error
 
 if TYPE_CHECKING:
     from lutra.graph import Node

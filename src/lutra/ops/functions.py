@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from lutra.ops.registry import (
+from lutra.ops.spec import (
     Array,
     Attr,
     Cost,

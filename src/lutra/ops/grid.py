@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from lutra.ops.registry import Attr, integer, node_error, number
+from lutra.ops.spec import Attr, integer, node_error, number
 
 if TYPE_CHECKING:
     from lutra.graph import Node

@@ -20,7 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from lutra.ops.registry import (
+from lutra.ops.spec import (
     MAX_EXTENT,
     Array,
     Attr,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from lutra.ops.dense import CONVOLUTION, check_conv, infer_conv, infer_linear
 from lutra.ops.grid import QUANTISER, check_quantiser
-from lutra.ops.registry import Array, Cost, OpSpec, TensorRole, inner, node_error
+from lutra.ops.spec import Array, Cost, OpSpec, TensorRole, inner, node_error
 
 if TYPE_CHECKING:
     from lutra.graph import Node, Value

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from lutra.ops.grid import QUANTISER, check_quantiser
-from lutra.ops.registry import (
+from lutra.ops.rows import conv_attrs, infer_conv, infer_linear, linear_attrs, row_length
+from lutra.ops.spec import (
     Array,
     Attr,
     Cost,
@@ -36,7 +37,6 @@ from lutra.ops.registry import (
     integer,
     node_error,
 )
-from lutra.ops.rows import conv_attrs, infer_conv, infer_linear, linear_attrs, row_length
 
 if TYPE_CHECKING:
     from lutra.graph import Node, Value

@@ -9,9 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+from lutra.formatting import shape_text
 from lutra.ops.elementwise import broadcast, check_dynamic
-from lutra.ops.registry import Array, Attr, Cost, OpSpec, flag, inner, need_rank, node_error
-from lutra.text import shape_text
+from lutra.ops.spec import Array, Attr, Cost, OpSpec, flag, inner, need_rank, node_error
 
 if TYPE_CHECKING:
     from lutra.graph import Node, Shape, Value

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from lutra.ops.functions import check_tables, function_cost, has_tables, table_bytes, table_roles
 from lutra.ops.pool import REDUCED, infer_reduced
-from lutra.ops.registry import (
+from lutra.ops.spec import (
     Array,
     Attr,
     Cost,

@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Final
 
 from lutra.ops.factors import expand
 from lutra.ops.grid import QUANTISER, check_quantiser
-from lutra.ops.registry import Array, Attr, Cost, OpSpec, TensorRole, inner, node_error, text
 from lutra.ops.rows import conv_attrs, infer_conv, infer_linear, linear_attrs, row_length
+from lutra.ops.spec import Array, Attr, Cost, OpSpec, TensorRole, inner, node_error, text
 
 if TYPE_CHECKING:
     from lutra.graph import Node, Value

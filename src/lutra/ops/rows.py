@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lutra.ops.registry import (
+from lutra.ops.spec import (
     MAX_EXTENT,
     Attr,
     image_sizes,

@@ -21,8 +21,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+from lutra.formatting import shape_text
 from lutra.ops.functions import check_tables, function_cost, has_tables, table_bytes, table_roles
-from lutra.ops.registry import (
+from lutra.ops.spec import (
     Array,
     Attr,
     Cost,
@@ -35,7 +36,6 @@ from lutra.ops.registry import (
     need_size,
     node_error,
 )
-from lutra.text import shape_text
 
 if TYPE_CHECKING:
     from lutra.graph import Node, Value

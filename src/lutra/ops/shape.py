@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from lutra.ops.registry import (
+from lutra.formatting import shape_text
+from lutra.ops.spec import (
     MAX_EXTENT,
     Array,
     Attr,
@@ -20,7 +21,6 @@ from lutra.ops.registry import (
     need_axis,
     node_error,
 )
-from lutra.text import shape_text
 
 if TYPE_CHECKING:
     from lutra.graph import Node, Value

@@ -12,10 +12,11 @@ from typing import Final, TypeAlias
 import numpy as np
 
 from lutra.errors import GraphError, InputError
+from lutra.formatting import shape_text
 from lutra.graph import Graph, Node, fits
 from lutra.inputs import dtype_complaint, int32_array
 from lutra.ops.functions import FUNCTIONS
-from lutra.ops.registry import Array
+from lutra.ops.spec import Array
 from lutra.reference import (
     dense,
     elementwise,
@@ -30,7 +31,6 @@ from lutra.reference import (
     sequence,
     shape,
 )
-from lutra.text import shape_text
 
 __all__ = ["KERNELS", "run_node", "run_reference"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lutra.graph import Node
-from lutra.ops.registry import Array, integer, pair
+from lutra.ops.spec import Array, integer, pair
 from lutra.reference.windows import patches, windows
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from lutra.graph import Node
 from lutra.ops.functions import function_name
-from lutra.ops.registry import Array
+from lutra.ops.spec import Array
 
 __all__ = ["EXACT", "exp_table", "fma", "function", "pieces", "piecewise", "reciprocal_table"]
 

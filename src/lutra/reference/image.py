@@ -8,7 +8,7 @@ import numpy as np
 
 from lutra.graph import Node
 from lutra.ops.image import upsampled_size
-from lutra.ops.registry import Array, flag, integer, ints, number, text
+from lutra.ops.spec import Array, flag, integer, ints, number, text
 
 
 def pixel_shuffle(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lutra.graph import Node
-from lutra.ops.registry import Array, flag
+from lutra.ops.spec import Array, flag
 
 
 def matmul(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:

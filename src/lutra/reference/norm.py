@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lutra.graph import Node
-from lutra.ops.registry import Array, flag, ints, number
+from lutra.ops.spec import Array, flag, ints, number
 from lutra.reference.functions import rsqrt_table
 
 

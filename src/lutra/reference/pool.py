@@ -8,7 +8,7 @@ import numpy as np
 
 from lutra.graph import Node
 from lutra.ops.pool import pooled_size
-from lutra.ops.registry import Array, flag, ints, pair
+from lutra.ops.spec import Array, flag, ints, pair
 from lutra.reference.windows import windows
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from lutra.graph import Node
 from lutra.inputs import check_ids
-from lutra.ops.registry import Array, flag, integer, number
+from lutra.ops.spec import Array, flag, integer, number
 from lutra.reference.functions import exp_table, reciprocal_table
 
 

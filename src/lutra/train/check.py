@@ -16,7 +16,7 @@ from torch.utils import _pytree
 
 from lutra.errors import InputError, LutraError, UnsupportedModelError
 from lutra.graph import Graph, Node
-from lutra.ops.registry import Array
+from lutra.ops.spec import Array
 from lutra.reference import run_reference
 from lutra.session import Session
 from lutra.train.lowering import Lowered

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lutra.errors import LutraError
 from lutra.graph import Graph, Node
 from lutra.ops.factors import TABLE_MAX
-from lutra.ops.registry import Array
+from lutra.ops.spec import Array
 from lutra.train.layers import FrozenPQ, _PQLayer
 
 _TABLES: Final = "tables"

@@ -24,7 +24,7 @@ from lutra.errors import LutraError
 from lutra.graph import AttrValue, Graph, Value, make_node
 from lutra.ops import OPS
 from lutra.ops.int8 import MAX_DEPTH
-from lutra.ops.registry import Array
+from lutra.ops.spec import Array
 from lutra.profile import input_pool
 from lutra.session import Session
 from lutra.train import collective

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lutra.text import shape_text
+from lutra.formatting import shape_text
 from lutra.train.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, View, is_dynamic
 from lutra.train.lowering.deferred import computed
 

@@ -306,6 +306,6 @@ def _ratio(size: Any, part: Any) -> Any:
 
 
 def _text(shape: Sizes) -> str:
-    from lutra.text import shape_text
+    from lutra.formatting import shape_text
 
     return shape_text([size if isinstance(size, int) else None for size in shape])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from numpy.typing import NDArray
 
 from lutra.errors import GraphError
-from lutra.text import shape_text
+from lutra.formatting import shape_text
 
 if TYPE_CHECKING:  # graph.py imports this module, so the other direction is for types only
     from lutra.graph import Node, Value
