@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lutra
-from lutra.preprocess import ImagePreprocess
+from lutra.preprocess.image import ImagePreprocess
 from lutra.train import PQ, Lookup, convert, export, finetune, recipe_to_json
 from lutra.train.recipe import Recipe
 

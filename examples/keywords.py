@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import lutra
-from lutra.audio import AudioPreprocess
+from lutra.preprocess.audio import AudioPreprocess
 from lutra.train import PQ, Int8, Keep, convert, export, finetune, recipe_to_json
 from lutra.train.recipe import Recipe
 

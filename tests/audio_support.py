@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from graphs import Builder
 
-from lutra.audio import AudioPreprocess, Levels
 from lutra.graph import Graph
+from lutra.preprocess.audio import AudioPreprocess, Levels
 
 LOG_MEL = AudioPreprocess(levels=Levels(0.1, 138.0), mean=-6.5, std=3.0)
 MFCC = AudioPreprocess(

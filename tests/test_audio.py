@@ -14,8 +14,8 @@ import pytest
 from audio_support import LOG_MEL, MFCC, SMALL, sound, without_levels, write_wav
 from examples_support import DATA
 
-from lutra.audio import AudioPreprocess, Levels, read_wav
 from lutra.errors import FormatError, InputError
+from lutra.preprocess.audio import AudioPreprocess, Levels, read_wav
 
 SPEECH = DATA / "speech"
 needs_speech = pytest.mark.skipif(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lutra.errors import FormatError, InputError
-from lutra.preprocess import ImagePreprocess
+from lutra.preprocess.image import ImagePreprocess
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ENTRY = {"kind": "image", "layout": "NCHW", "range": [0, 1], "mean": [0.5], "std": [0.25]}

@@ -21,8 +21,8 @@ from audio_support import (
 from graphs import Builder
 
 import lutra
-from lutra.audio import AudioPreprocess
 from lutra.errors import FormatError, InputError
+from lutra.preprocess.audio import AudioPreprocess
 from lutra.stream import Answer, Stream, probabilities
 
 ODD = replace(SMALL, samples=777, hop=90)  # a window is no whole number of hops

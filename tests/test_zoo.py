@@ -13,8 +13,8 @@ import pytest
 from examples_support import DATA, ROOT
 
 import lutra
-from lutra.audio import AudioPreprocess
 from lutra.cli import main
+from lutra.preprocess.audio import AudioPreprocess
 
 FILES = sorted((ROOT / "zoo").glob("*.lutra"))
 

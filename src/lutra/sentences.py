@@ -1,6 +1,6 @@
 """Text in, vectors or classes out: ``SentenceEncoder``, in the manner of sentence-transformers.
 
-The file of the model carries its tokenizer (see ``lutra.tokens``), which the package ``tokenizers``
+The file of the model carries its tokenizer (see ``lutra.preprocess.text``), which the package ``tokenizers``
 runs: ``pip install "lutra[text]"``.
 """
 
@@ -16,10 +16,10 @@ from lutra.errors import FormatError, InputError
 from lutra.formatting import shape_text
 from lutra.graph import Graph
 from lutra.ops.spec import Array
-from lutra.preprocess import shown
+from lutra.preprocess.image import shown
+from lutra.preprocess.text import TextPreprocess, takes_text, text_preprocess
 from lutra.session import Session
 from lutra.stream import has_softmax, probabilities
-from lutra.tokens import TextPreprocess, takes_text, text_preprocess
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lutra.audio import AudioPreprocess
 from lutra.errors import InputError
 from lutra.graph import Graph
 from lutra.ops.spec import Array
-from lutra.preprocess import KEY
+from lutra.preprocess.audio import AudioPreprocess
+from lutra.preprocess.image import KEY
 from lutra.session import Session
 
 __all__ = ["Answer", "Stream", "probabilities"]

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from lutra.atomic import write_whole
-from lutra.audio import KIND, AudioPreprocess
 from lutra.errors import GraphError, InputError, LutraError
 from lutra.format import load_graph
 from lutra.graph import Graph
 from lutra.ops.spec import Array
-from lutra.preprocess import KEY, ImagePreprocess
+from lutra.preprocess.audio import KIND, AudioPreprocess
+from lutra.preprocess.image import KEY, ImagePreprocess
+from lutra.preprocess.text import takes_text
 from lutra.session import Session
-from lutra.tokens import takes_text
 
 _NPY_MAGIC = b"\x93NUMPY"
 _ZIP_MAGIC = b"PK"

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from lutra.audio import AudioPreprocess
 from lutra.cli import sound, texts
 from lutra.cli.common import (
     UserError,
@@ -29,6 +28,7 @@ from lutra.cli.metrics import Metric, Psnr, Top1, classes_of, need_images
 from lutra.errors import InputError
 from lutra.graph import Graph
 from lutra.ops.spec import Array
+from lutra.preprocess.audio import AudioPreprocess
 from lutra.session import Session
 
 _EPILOG = """\

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lutra.audio import AudioPreprocess
 from lutra.cli import sound, texts
 from lutra.cli.common import (
     UserError,
@@ -27,6 +26,7 @@ from lutra.errors import InputError
 from lutra.graph import Graph, Value
 from lutra.inputs import dtype_complaint
 from lutra.ops.spec import Array
+from lutra.preprocess.audio import AudioPreprocess
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from lutra.audio import AudioPreprocess, read_wav
 from lutra.cli.common import (
     UserError,
     at_least,
@@ -23,6 +22,7 @@ from lutra.cli.common import (
 from lutra.errors import InputError
 from lutra.graph import Graph
 from lutra.ops.spec import Array
+from lutra.preprocess.audio import AudioPreprocess, read_wav
 from lutra.session import Session
 from lutra.stream import Answer, Stream, has_softmax, need_audio, probabilities
 

@@ -26,8 +26,8 @@ from lutra.cli.sound import ranked
 from lutra.errors import InputError
 from lutra.formatting import table
 from lutra.ops.spec import Array
+from lutra.preprocess.text import takes_text
 from lutra.sentences import SentenceEncoder
-from lutra.tokens import takes_text
 
 _SHOWN: Final = 6  # values of a vector
 _WIDTH: Final = 60  # characters of a text

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lutra.errors import FormatError, InputError, LutraError
-from lutra.preprocess import KEY, shown
+from lutra.preprocess.image import KEY, shown
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -27,7 +27,7 @@ import numpy as np
 from lutra.errors import FormatError, InputError
 from lutra.graph import Shape
 from lutra.ops.spec import Array
-from lutra.preprocess import KEY, shown
+from lutra.preprocess.image import KEY, shown
 
 __all__ = ["AudioPreprocess", "Levels", "read_wav"]
 
