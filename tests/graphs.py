@@ -10,7 +10,7 @@ import numpy as np
 
 from lutra.graph import Graph, Node, Shape, Value, make_node
 from lutra.ops.lookup import bits_for, pack_weights
-from lutra.session import Session
+from lutra.runtime.session import Session
 
 Array = np.ndarray[Any, Any]
 

@@ -17,7 +17,7 @@ from layers import random_layer, same_bits
 
 import lutra
 from lutra import Session, UnsupportedCpuError, cpu_info, runnable_isas
-from lutra.cpu import cgroup_quota, choose_threads, usable_cores
+from lutra.runtime.cpu import cgroup_quota, choose_threads, usable_cores
 
 ROOT = Path(__file__).parents[1]
 ISAS = runnable_isas()

@@ -14,7 +14,7 @@ import pytest
 from graphs import Array, Builder, every_op_graph, int8_tensors, pq_tensors, tree_tensors
 from layers import same_bits
 
-import lutra.session
+import lutra.runtime.session
 from lutra import (
     EngineError,
     GraphError,
@@ -25,8 +25,8 @@ from lutra import (
     runnable_isas,
     save_graph,
 )
-from lutra.cpu import usable_memory
 from lutra.graph import Graph, Shape, Value
+from lutra.runtime.cpu import usable_memory
 
 ISAS = runnable_isas()
 F = np.float32
@@ -442,7 +442,7 @@ def test_tables_of_every_kind_on_tiny_images() -> None:
 
 
 def test_sizes_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lutra.session, "_KNOWN_SIZES", 3)
+    monkeypatch.setattr(lutra.runtime.session, "_KNOWN_SIZES", 3)
     session = Session(convolutions())
     for width in (4, 5, 6, 7, 4, 5, 8):
         x = normal(1, 3, 4, width)

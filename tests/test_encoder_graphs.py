@@ -14,7 +14,7 @@ from lutra import InputError, Session, run_reference, runnable_isas
 from lutra.cli.inspect import describe
 from lutra.cli.verify import verify
 from lutra.format import graph_from_bytes, graph_to_bytes
-from lutra.profile import random_inputs
+from lutra.runtime.profile import random_inputs
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.lookups import Pq

@@ -19,7 +19,7 @@ from lutra.errors import InputError, LutraError, UnsupportedModelError
 from lutra.format import load_graph
 from lutra.graph import Graph
 from lutra.reference import run_reference
-from lutra.session import Session
+from lutra.runtime.session import Session
 from lutra.train.export import export
 from lutra.train.fold import fold_batch_norm
 

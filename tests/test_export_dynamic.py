@@ -19,7 +19,7 @@ from lutra import PQ, Int8
 from lutra.errors import GraphError, InputError, LutraError, UnsupportedModelError
 from lutra.format import load_graph
 from lutra.graph import Graph
-from lutra.session import Session
+from lutra.runtime.session import Session
 from lutra.train import check, convert
 from lutra.train.export import export
 

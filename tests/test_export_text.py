@@ -19,7 +19,7 @@ from lutra import PQ, Function
 from lutra.errors import InputError, UnsupportedModelError
 from lutra.format import load_graph
 from lutra.graph import Graph
-from lutra.session import Session
+from lutra.runtime.session import Session
 from lutra.train import check, convert, export
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

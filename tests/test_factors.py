@@ -19,7 +19,7 @@ from lutra.format import graph_from_bytes, graph_to_bytes, save_graph
 from lutra.graph import Graph, Node
 from lutra.ops.factors import build_tables, expand
 from lutra.reference import run_reference
-from lutra.session import Session
+from lutra.runtime.session import Session
 
 pytest_plugins = ["cli_support"]
 

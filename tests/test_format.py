@@ -23,7 +23,7 @@ from lutra import format as lutra_format
 from lutra.errors import FormatError, GraphError
 from lutra.format import graph_from_bytes, graph_to_bytes, load_graph, save_graph
 from lutra.graph import Graph
-from lutra.session import Session
+from lutra.runtime.session import Session
 
 SMALL = graph_to_bytes(with_golden(tiny_graph(), batch=1))
 

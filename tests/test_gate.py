@@ -14,14 +14,14 @@ import torch
 from pq_cases import CASES, Case, make_conv, make_linear
 from torch import Tensor, nn
 
-from lutra.cpu import cpu_info
 from lutra.errors import LutraError
 from lutra.format import load_graph
 from lutra.graph import Graph
 from lutra.ops import OPS
 from lutra.ops.int8 import MAX_DEPTH
 from lutra.reference import run_reference
-from lutra.session import Session
+from lutra.runtime.cpu import cpu_info
+from lutra.runtime.session import Session
 from lutra.train import (
     PQ,
     Int8,

@@ -14,8 +14,8 @@ from layers import same_bits
 from lutra import GraphError, Session, load_graph, run_reference, runnable_isas, save_graph
 from lutra.graph import Graph
 from lutra.ops.int8 import MAX_DEPTH
-from lutra.plan import fuse
 from lutra.reference import windows
+from lutra.runtime.plan import fuse
 
 ISAS = runnable_isas()
 

@@ -18,7 +18,7 @@ from lutra import FormatError, GraphError, InputError, Session, load_graph, run_
 from lutra.format import file_version, graph_from_bytes, graph_to_bytes, save_graph
 from lutra.graph import Graph, Value
 from lutra.inputs import id_ranges
-from lutra.profile import input_pool, random_inputs
+from lutra.runtime.profile import input_pool, random_inputs
 
 pytest_plugins = ["cli_support"]
 

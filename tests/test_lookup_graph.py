@@ -15,9 +15,9 @@ from layers import same_bits
 from lutra import GraphError, Session, load_graph, run_reference, runnable_isas, save_graph
 from lutra.graph import Graph, Value
 from lutra.ops.lookup import MAX_DEPTH, bits_for, pack_weights, unpack_weights
-from lutra.plan import fuse
 from lutra.reference import lookup as reference
 from lutra.reference import windows
+from lutra.runtime.plan import fuse
 
 ISAS = runnable_isas()
 SIZES = [(bits, weights) for bits in range(2, 7) for weights in (3, 5, 15, 17, 33)]

@@ -13,7 +13,7 @@ from layers import same_bits
 from lutra import GraphError, InputError, Session, run_reference, runnable_isas
 from lutra.graph import Graph
 from lutra.ops.elementwise import NO_LIMIT
-from lutra.plan import fuse
+from lutra.runtime.plan import fuse
 
 ISAS = runnable_isas()
 F = np.float32

@@ -10,8 +10,8 @@ from graphs import Builder
 
 from lutra import EngineError, Session, run_reference
 from lutra.ops import OPS
-from lutra.plan import build_plan, fuse
-from lutra.steps import STEPS
+from lutra.runtime.plan import build_plan, fuse
+from lutra.runtime.steps import STEPS
 
 
 def steps(b: Builder, *outputs: str) -> list[tuple[str, str, str | None, bool]]:

@@ -12,9 +12,9 @@ import pytest
 from cli_support import image_graph, two_graph
 from graphs import random_inputs
 
-import lutra.session
+import lutra.runtime.session
 from lutra import InputError, Profile, Session, runnable_isas, save_graph
-from lutra.profile import _short, input_pool, summarise
+from lutra.runtime.profile import _short, input_pool, summarise
 
 pytest_plugins = ["cli_support"]
 
@@ -109,7 +109,7 @@ def test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         session.profile(x.astype(np.float64))
     with pytest.raises(InputError, match="has 2 inputs; give a dict"):
         Session(two_graph(), threads=1).profile(x)
-    monkeypatch.setattr(lutra.session, "_ARENA_LIMIT", 1)
+    monkeypatch.setattr(lutra.runtime.session, "_ARENA_LIMIT", 1)
     with pytest.raises(InputError, match="a batch of 4 runs in pieces of 1"):
         Session(image_graph(), threads=1).profile(x)
 

@@ -14,7 +14,7 @@ import pytest
 from graphs import Array, Builder, every_op_graph, random_inputs, tied_graph, tiny_graph
 from layers import same_bits
 
-import lutra.session
+import lutra.runtime.session
 from lutra import Graph, InputError, Session, Value, run_reference, runnable_isas, save_graph
 from lutra.format import graph_to_bytes
 
@@ -212,7 +212,7 @@ def test_large_batches_run_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     feeds = random_inputs(graph, 23)
     whole = Session(graph, threads=2)
     want = whole.run(None, feeds)
-    monkeypatch.setattr(lutra.session, "_ARENA_LIMIT", 5 * (whole.arena_bytes(2) // 2))
+    monkeypatch.setattr(lutra.runtime.session, "_ARENA_LIMIT", 5 * (whole.arena_bytes(2) // 2))
     session = Session(graph, threads=2)
     for got, y in zip(session.run(None, feeds), want, strict=True):
         assert same_bits(got, y)

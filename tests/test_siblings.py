@@ -10,8 +10,8 @@ from graphs import Array, Builder, pq_tensors, random_inputs, tree_tensors
 
 from lutra import Session, run_reference, runnable_isas
 from lutra.graph import Graph
-from lutra.plan import fuse
-from lutra.siblings import find_siblings
+from lutra.runtime.plan import fuse
+from lutra.runtime.shared_codes import find_siblings
 
 F = np.float32
 GRID = {"act_scale": 0.05, "act_zero": 64, "act_bits": 7}
@@ -197,7 +197,7 @@ def test_batches_of_sequences_run_in_pieces(monkeypatch: pytest.MonkeyPatch) -> 
     graph = attention_graph(shared=False)
     x = np.random.default_rng(0).normal(size=(37, 20, 24)).astype(F)
     want = Session(graph, threads=1).run(None, {"x": x})[0]
-    monkeypatch.setattr("lutra.session._SEQUENCE_ARENA", 2**16)
+    monkeypatch.setattr("lutra.runtime.session._SEQUENCE_ARENA", 2**16)
     session = Session(graph, threads=1)
     sizes: list[int] = []
     plan = session._plan

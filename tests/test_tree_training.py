@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lutra.errors import LutraError
 from lutra.format import load_graph
 from lutra.reference import run_reference
-from lutra.session import Session
+from lutra.runtime.session import Session
 from lutra.train import (
     PQ,
     PQConv2d,

@@ -15,7 +15,6 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final
 
-from lutra.cpu import cpu_info, runnable_isas
 from lutra.errors import (
     EngineError,
     FormatError,
@@ -27,10 +26,11 @@ from lutra.errors import (
 )
 from lutra.format import load_graph, save_graph
 from lutra.graph import Graph, Node, Value
-from lutra.profile import Profile, StepProfile
 from lutra.reference import run_reference
+from lutra.runtime.cpu import cpu_info, runnable_isas
+from lutra.runtime.profile import Profile, StepProfile
+from lutra.runtime.session import Session
 from lutra.sentences import SentenceEncoder
-from lutra.session import Session
 from lutra.stream import Stream
 
 if TYPE_CHECKING:

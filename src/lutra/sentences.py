@@ -18,7 +18,7 @@ from lutra.graph import Graph
 from lutra.ops.spec import Array
 from lutra.preprocess.image import shown
 from lutra.preprocess.text import TextPreprocess, takes_text, text_preprocess
-from lutra.session import Session
+from lutra.runtime.session import Session
 from lutra.stream import has_softmax, probabilities
 
 if TYPE_CHECKING:

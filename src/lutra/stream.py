@@ -13,7 +13,7 @@ from lutra.graph import Graph
 from lutra.ops.spec import Array
 from lutra.preprocess.audio import AudioPreprocess
 from lutra.preprocess.image import KEY
-from lutra.session import Session
+from lutra.runtime.session import Session
 
 __all__ = ["Answer", "Stream", "probabilities"]
 

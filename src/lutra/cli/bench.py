@@ -25,11 +25,11 @@ from lutra.cli.common import (
     with_batch,
     write_file,
 )
-from lutra.cpu import cpu_info
 from lutra.format import load_graph
 from lutra.formatting import table
 from lutra.graph import Graph, Sizes
-from lutra.profile import Profile, input_pool
+from lutra.runtime.cpu import cpu_info
+from lutra.runtime.profile import Profile, input_pool
 
 _DEFAULT_SECONDS: Final = 2.0
 _LEAST_RUNS: Final = 5
@@ -144,7 +144,7 @@ def measure(
         graph: The model.
         threads: Of the session.
         batch: Samples per run; a batch that the model fixes wins.
-        sizes: Shapes of the inputs by name, see ``lutra.profile.random_inputs``.
+        sizes: Shapes of the inputs by name, see ``lutra.runtime.profile.random_inputs``.
         isa: Kernels of the session.
         runs: Number of timed runs; None to run for ``limit``.
         limit: Seconds to run, at least 5 runs.

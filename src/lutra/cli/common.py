@@ -22,7 +22,7 @@ from lutra.ops.spec import Array
 from lutra.preprocess.audio import KIND, AudioPreprocess
 from lutra.preprocess.image import KEY, ImagePreprocess
 from lutra.preprocess.text import takes_text
-from lutra.session import Session
+from lutra.runtime.session import Session
 
 _NPY_MAGIC = b"\x93NUMPY"
 _ZIP_MAGIC = b"PK"

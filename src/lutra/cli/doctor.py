@@ -13,12 +13,12 @@ import numpy as np
 from numpy.random import Generator
 
 from lutra.cli.common import new_session, pairs, print_json
-from lutra.cpu import cpu_info
 from lutra.errors import LutraError
 from lutra.graph import Graph, Node, Value, make_node
 from lutra.ops.lookup import pack_weights
 from lutra.ops.spec import Array, AttrValue
 from lutra.reference import run_reference
+from lutra.runtime.cpu import cpu_info
 
 _PACKAGES: Final = ("lutra", "numpy", "safetensors", "torch")
 _FAILED: Final = 1

@@ -29,7 +29,7 @@ from lutra.errors import InputError
 from lutra.graph import Graph
 from lutra.ops.spec import Array
 from lutra.preprocess.audio import AudioPreprocess
-from lutra.session import Session
+from lutra.runtime.session import Session
 
 _EPILOG = """\
 classifiers, also of point clouds (float32 inputs):

@@ -23,7 +23,7 @@ from lutra.errors import InputError
 from lutra.graph import Graph
 from lutra.ops.spec import Array
 from lutra.preprocess.audio import AudioPreprocess, read_wav
-from lutra.session import Session
+from lutra.runtime.session import Session
 from lutra.stream import Answer, Stream, has_softmax, need_audio, probabilities
 
 _SHOWN: Final = 3  # classes of a file

@@ -34,14 +34,14 @@ from lutra.cli.common import (
     read_sizes,
     with_batch,
 )
-from lutra.cpu import runnable_isas
 from lutra.format import load_graph
 from lutra.formatting import table
 from lutra.graph import Graph, Node, Sizes
 from lutra.ops.spec import Array
-from lutra.profile import random_inputs
 from lutra.reference import run_node, run_reference
-from lutra.session import Session
+from lutra.runtime.cpu import runnable_isas
+from lutra.runtime.profile import random_inputs
+from lutra.runtime.session import Session
 
 _FAILED: Final = 1
 #: Largest difference allowed to dense operators, as a share of the largest value.
@@ -150,7 +150,7 @@ def verify(
         isas: Names of the kernels to check, each against the first.
         samples: Random samples besides the golden ones.
         seed: Of the random samples.
-        sizes: Shapes of the random inputs by name, see ``lutra.profile.random_inputs``.
+        sizes: Shapes of the random inputs by name, see ``lutra.runtime.profile.random_inputs``.
 
     Returns:
         One result for each of the kernels.

@@ -17,7 +17,7 @@ from lutra.functions.scalar import KNOWN
 from lutra.graph import Graph, Node
 from lutra.ops.functions import FUNCTIONS, function_name, has_tables
 from lutra.ops.spec import Array
-from lutra.session import Session
+from lutra.runtime.session import Session
 
 #: Operators that take tables of reduced range, and which.
 _COMPOSITE: Final = {

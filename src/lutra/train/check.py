@@ -18,7 +18,7 @@ from lutra.errors import InputError, LutraError, UnsupportedModelError
 from lutra.graph import Graph, Node
 from lutra.ops.spec import Array
 from lutra.reference import run_reference
-from lutra.session import Session
+from lutra.runtime.session import Session
 from lutra.train.lowering import Lowered
 
 #: Runs a graph on inputs by name and returns its outputs by name.

@@ -16,7 +16,7 @@ from torch import nn
 from lutra.errors import InputError
 from lutra.format import save_graph
 from lutra.graph import Graph
-from lutra.session import Session
+from lutra.runtime.session import Session
 from lutra.train.capture import (
     ExampleInput,
     argument_names,

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from lutra.cpu import MAX_THREADS, choose_isa, cpu_info
 from lutra.errors import LutraError
 from lutra.graph import AttrValue, Graph, Value, make_node
 from lutra.ops import OPS
 from lutra.ops.int8 import MAX_DEPTH
 from lutra.ops.spec import Array
-from lutra.profile import input_pool
-from lutra.session import Session
+from lutra.runtime.cpu import MAX_THREADS, choose_isa, cpu_info
+from lutra.runtime.profile import input_pool
+from lutra.runtime.session import Session
 from lutra.train import collective
 from lutra.train.geometry import Geometry
 from lutra.train.layers import FrozenPQ, _PQLayer

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lutra import _engine
-from lutra.cpu import choose_isa
+from lutra.runtime.cpu import choose_isa
 from lutra.train.encoder import Encoder
 from lutra.train.geometry import Geometry, Quantization
 from lutra.train.watch import Watch

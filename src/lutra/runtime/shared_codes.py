@@ -16,7 +16,7 @@ from lutra.graph import Graph
 from lutra.ops.spec import Array
 
 if TYPE_CHECKING:
-    from lutra.plan import FusedNode
+    from lutra.runtime.plan import FusedNode
 
 __all__ = ["SHARED_LABEL", "Siblings", "find_siblings"]
 

@@ -2,7 +2,7 @@
 
 A convolution or linear layer takes the ``add`` and the ``relu`` behind it into its own step, where
 nobody else reads what is between them. Lookup layers that make the same codes of the same value
-share a step (``lutra.siblings``). Every other node becomes one step. ``lutra.steps`` has the
+share a step (``lutra.runtime.shared_codes``). Every other node becomes one step. ``lutra.runtime.steps`` has the
 function that adds the step of each operator.
 """
 
@@ -16,8 +16,8 @@ from lutra import _engine
 from lutra.errors import EngineError
 from lutra.graph import Graph, Node, Value
 from lutra.ops.elementwise import CLAMPS, limits
-from lutra.siblings import find_siblings
-from lutra.steps import STEPS, Job
+from lutra.runtime.shared_codes import find_siblings
+from lutra.runtime.steps import STEPS, Job
 
 __all__ = ["FusedNode", "build_plan", "fuse"]
 

@@ -35,7 +35,7 @@ class Job:
         residual: Number of the value to add, or -1.
         clamp: The limits to clamp to, or None.
         planes: Of each input, its first plane in the value that ``ids`` names: 0 but for those of
-            ``lutra.plan.READS_PLANES``.
+            ``lutra.runtime.plan.READS_PLANES``.
     """
 
     node: Node
