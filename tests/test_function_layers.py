@@ -30,7 +30,7 @@ from lutra.train import (
     recipe_from_json,
     recipe_to_json,
 )
-from lutra.train import function_ops as ops
+from lutra.train.operators import functions as ops
 
 
 def floats(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:

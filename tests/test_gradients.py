@@ -16,9 +16,10 @@ from pq_cases import (
 )
 from torch import Tensor
 
-from lutra.train import native, ops, portable
 from lutra.train.encoder import Nearest
 from lutra.train.layers import quantize_tables
+from lutra.train.operators import native, portable
+from lutra.train.operators import pq as ops
 
 # Gradients
 

@@ -27,12 +27,12 @@ from lutra.train import (
     convert,
     export,
     finetune,
-    portable,
     recipe_from_json,
     recipe_to_json,
 )
 from lutra.train import int8 as module
 from lutra.train.export import freeze_lookup_layers
+from lutra.train.operators import portable
 
 
 def make_conv(*args: Any, signed: bool = False, bits: int = 7, **kwargs: Any) -> Int8Conv2d:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from lutra.errors import LutraError
 from lutra.train import kmeans as module
-from lutra.train import portable
 from lutra.train.calibrate import Reservoir, collect
 from lutra.train.geometry import Geometry
 from lutra.train.kmeans import assign, kmeans
+from lutra.train.operators import portable
 
 
 def clusters(books: int, k: int, each: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -27,10 +27,10 @@ from lutra.train import (
     export,
     finetune,
     lookup,
-    lookup_ops,
     recipe_from_json,
     recipe_to_json,
 )
+from lutra.train.operators import lookup as lookup_ops
 from lutra.train.response import activation_steps, weight_steps
 
 SIZES = [(4, 3), (8, 7), (16, 15), (32, 33), (64, 33), (16, 3), (4, 15)]

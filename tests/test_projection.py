@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lutra.train import PQ, PQConv2d, convert, portable
+from lutra.train import PQ, PQConv2d, convert
+from lutra.train.operators import portable
 from lutra.train.projection import REFRESH, regression
 
 

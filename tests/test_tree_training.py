@@ -19,21 +19,12 @@ from lutra.errors import LutraError
 from lutra.format import load_graph
 from lutra.reference import run_reference
 from lutra.runtime.session import Session
-from lutra.train import (
-    PQ,
-    PQConv2d,
-    convert,
-    export,
-    finetune,
-    native,
-    ops,
-    portable,
-    recipe_from_json,
-    recipe_to_json,
-)
+from lutra.train import PQ, PQConv2d, convert, export, finetune, recipe_from_json, recipe_to_json
 from lutra.train import tree as trees
 from lutra.train.encoder import Nearest, Tree
 from lutra.train.kmeans import kmeans
+from lutra.train.operators import native, portable
+from lutra.train.operators import pq as ops
 
 
 def generator(seed: int) -> torch.Generator:

@@ -16,7 +16,7 @@ from lutra.train.gate import SpeedGate
 from lutra.train.int8 import FrozenInt8, Int8Conv2d, Int8Linear
 from lutra.train.layers import FrozenPQ, PQConv2d, PQLinear
 from lutra.train.lookup import FrozenLookup, LookupConv2d, LookupLinear
-from lutra.train.pooling import masked_mean
+from lutra.train.operators.masked_mean import masked_mean
 from lutra.train.recipe import PQ, Function, Int8, Keep, Lookup, recipe_from_json, recipe_to_json
 from lutra.train.reconstruction import reconstruction_loss
 from lutra.train.relu_net import fit_relu_net

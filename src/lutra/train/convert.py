@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lutra.errors import LutraError
-from lutra.train import collective, int8, lookup, portable
+from lutra.train import collective, int8, lookup
 from lutra.train import tree as trees
 from lutra.train.calibrate import Reservoir, collect
 from lutra.train.embedding import Int8Embedding
@@ -24,6 +24,7 @@ from lutra.train.int8 import Int8Conv2d, Int8Layer, Int8Linear
 from lutra.train.kmeans import kmeans
 from lutra.train.layers import PQConv2d, PQLinear, _PQLayer, quantize_tables
 from lutra.train.lookup import LookupConv2d, LookupLayer, LookupLinear
+from lutra.train.operators import portable
 from lutra.train.progress import Progress
 from lutra.train.quantized import QuantizedLayer
 from lutra.train.recipe import PQ, Function, Int8, Keep, Lookup, Method, Recipe, fits, match

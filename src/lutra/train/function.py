@@ -1,7 +1,7 @@
 """Function tables as PyTorch modules.
 
 The tables are buffers: they move and are saved with the model. What they compute is one custom
-operator of `lutra.train.function_ops` each, which gives the gradient of the function too.
+operator of `lutra.train.operators.functions` each, which gives the gradient of the function too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lutra.errors import LutraError
 from lutra.functions import Piecewise, Reduced, fit, fit_exp, fit_reciprocal, fit_rsqrt
-from lutra.train import function_ops as ops
+from lutra.train.operators import functions as ops
 
 
 class TableFunction(nn.Module):

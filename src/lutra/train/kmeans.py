@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lutra.train import collective, portable
+from lutra.train import collective
+from lutra.train.operators import portable
 
 
 def assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:

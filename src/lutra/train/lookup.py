@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from lutra.errors import LutraError
 from lutra.ops.lookup import MAX_DEPTH, TABLE_MAX, bits_for
-from lutra.train import lookup_ops
 from lutra.train.function_calls import exact_functions
 from lutra.train.geometry import Geometry, Quantization
+from lutra.train.operators import lookup as lookup_ops
 from lutra.train.quantized import QuantizedLayer, check_input
 from lutra.train.recipe import Lookup
 from lutra.train.response import Response, default_entries, quantize_table

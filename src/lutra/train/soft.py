@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lutra.train import ops
 from lutra.train.geometry import Geometry
-from lutra.train.portable import block_size, unfold
+from lutra.train.operators import pq as ops
+from lutra.train.operators.portable import block_size, unfold
 
 _NEAR = 1e-12  # squared distance below which a sub-vector is at its centroid
 

@@ -1,4 +1,4 @@
-"""Lookup layers of a table of two axes: the custom operators of `lutra.train.lookup_ops`."""
+"""Lookup layers of a table of two axes: the custom operators of `lutra.train.operators.lookup`."""
 
 from __future__ import annotations
 

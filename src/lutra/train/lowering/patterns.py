@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from lutra.train import function_ops, pooling  # noqa: F401  (their operators)
 from lutra.train.lowering.attention import is_mask
 from lutra.train.lowering.deferred import looks_like
 from lutra.train.lowering.sources import Deferred, Sources
+from lutra.train.operators import functions as function_ops
+from lutra.train.operators import masked_mean as pooling  # noqa: F401  (their operators)
 
 _aten = torch.ops.aten
 _PRODUCTS = ("aten.matmul.default", "aten.bmm.default")

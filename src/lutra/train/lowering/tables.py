@@ -1,4 +1,4 @@
-"""Function tables: the custom operators of `lutra.train.function_ops`."""
+"""Function tables: the custom operators of `lutra.train.operators.functions`."""
 
 from __future__ import annotations
 

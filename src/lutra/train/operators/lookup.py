@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lutra.ops.lookup import pack_weights, unpack_weights
-from lutra.train import native, portable
 from lutra.train.geometry import Geometry, Quantization
+from lutra.train.operators import native, portable
 
 
 def unpack(weight: Tensor, bits: int, depth: int) -> Tensor:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lutra.train import native, portable
 from lutra.train.encoder import Encoder, encoder_of
 from lutra.train.geometry import Geometry, Quantization
+from lutra.train.operators import native, portable
 
 
 def _is_native(x: Tensor) -> bool:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lutra.train import native
+from lutra.train.operators import native
 
 _LOG2_E = 1.44269504
 _LOW, _HIGH = -87.0, 88.0  # as lutra.reference.functions
