@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lutra.train import PQ, convert, finetune
-from lutra.train.kmeans import kmeans
+from lutra.train.layers.pq_kmeans import kmeans
 
 GLOBAL_BATCH = 32
 STEPS = 5

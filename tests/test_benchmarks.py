@@ -132,8 +132,8 @@ def test_activations_keep_their_size(network: Network, method: Method) -> None:
 def test_tables_are_those_of_training(levels: int, weights: int, signed: bool) -> None:
     pytest.importorskip("torch", reason="needs PyTorch")
     from lutra.train import Lookup
-    from lutra.train.response import Response as Trained
-    from lutra.train.response import default_entries, quantize_table
+    from lutra.train.layers.lookup_table import Response as Trained
+    from lutra.train.layers.lookup_table import default_entries, quantize_table
 
     method, made = Lookup(levels, weights, table="linear"), Response(levels, weights)
     zero = Range(1.0, signed).grid(method.act_bits)["act_zero"]

@@ -17,7 +17,7 @@ from pq_cases import (
 from torch import Tensor
 
 from lutra.train.encoder import Nearest
-from lutra.train.layers import quantize_tables
+from lutra.train.layers.pq import quantize_tables
 from lutra.train.operators import native, portable
 from lutra.train.operators import pq as ops
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lutra.errors import LutraError
 from lutra.train import PQ, Int8, convert
-from lutra.train.embedding import Int8Embedding
+from lutra.train.layers.int8_embedding import Int8Embedding
 
 
 class Tagger(nn.Module):

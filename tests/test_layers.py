@@ -24,7 +24,7 @@ from torch import nn
 from lutra.errors import LutraError
 from lutra.train import PQ, PQConv2d, PQLinear
 from lutra.train.geometry import Geometry, Quantization
-from lutra.train.layers import FrozenPQ
+from lutra.train.layers.pq import FrozenPQ
 from lutra.train.operators import native
 from lutra.train.operators import pq as ops
 

@@ -26,12 +26,12 @@ from lutra.train import (
     convert,
     export,
     finetune,
-    lookup,
     recipe_from_json,
     recipe_to_json,
 )
+from lutra.train.layers.lookup_table import activation_steps, weight_steps
+from lutra.train.layers.pq import lookup
 from lutra.train.operators import lookup as lookup_ops
-from lutra.train.response import activation_steps, weight_steps
 
 SIZES = [(4, 3), (8, 7), (16, 15), (32, 33), (64, 33), (16, 3), (4, 15)]
 KINDS: list[dict[str, Any]] = [

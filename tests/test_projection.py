@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lutra.train import PQ, PQConv2d, convert
+from lutra.train.layers.pq_projection import REFRESH, regression
 from lutra.train.operators import portable
-from lutra.train.projection import REFRESH, regression
 
 
 def generator(seed: int) -> torch.Generator:

@@ -13,12 +13,12 @@ from lutra.train.function import (
     TableSoftmax,
 )
 from lutra.train.gate import SpeedGate
-from lutra.train.int8 import FrozenInt8, Int8Conv2d, Int8Linear
-from lutra.train.layers import FrozenPQ, PQConv2d, PQLinear
-from lutra.train.lookup import FrozenLookup, LookupConv2d, LookupLinear
+from lutra.train.layers.int8 import FrozenInt8, Int8Conv2d, Int8Linear
+from lutra.train.layers.lookup import FrozenLookup, LookupConv2d, LookupLinear
+from lutra.train.layers.pq import FrozenPQ, PQConv2d, PQLinear
+from lutra.train.layers.pq_reconstruction import reconstruction_loss
 from lutra.train.operators.masked_mean import masked_mean
 from lutra.train.recipe import PQ, Function, Int8, Keep, Lookup, recipe_from_json, recipe_to_json
-from lutra.train.reconstruction import reconstruction_loss
 from lutra.train.relu_net import fit_relu_net
 from lutra.train.report import ConversionReport, FunctionReport, LayerReport
 

@@ -13,20 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lutra.errors import LutraError
-from lutra.train import collective, int8, lookup
-from lutra.train import tree as trees
+from lutra.train import collective
 from lutra.train.calibrate import Reservoir, collect
-from lutra.train.embedding import Int8Embedding
 from lutra.train.function_swap import FunctionSwap
 from lutra.train.gate import Decision, SpeedGate, attach, decide, record
 from lutra.train.geometry import Geometry
-from lutra.train.int8 import Int8Conv2d, Int8Layer, Int8Linear
-from lutra.train.kmeans import kmeans
-from lutra.train.layers import PQConv2d, PQLinear, _PQLayer, quantize_tables
-from lutra.train.lookup import LookupConv2d, LookupLayer, LookupLinear
+from lutra.train.layers.base import QuantizedLayer
+from lutra.train.layers.int8 import Int8Conv2d, Int8Layer, Int8Linear
+from lutra.train.layers.int8_embedding import Int8Embedding
+from lutra.train.layers.lookup import LookupConv2d, LookupLayer, LookupLinear
+from lutra.train.layers.pq import PQConv2d, PQLinear, _PQLayer, int8, lookup, quantize_tables
+from lutra.train.layers.pq import pq_tree as trees
+from lutra.train.layers.pq_kmeans import kmeans
 from lutra.train.operators import portable
 from lutra.train.progress import Progress
-from lutra.train.quantized import QuantizedLayer
 from lutra.train.recipe import PQ, Function, Int8, Keep, Lookup, Method, Recipe, fits, match
 from lutra.train.report import ConversionReport, LayerReport
 

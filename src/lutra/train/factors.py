@@ -14,7 +14,7 @@ from lutra.errors import LutraError
 from lutra.graph import Graph, Node
 from lutra.ops.factors import TABLE_MAX
 from lutra.ops.spec import Array
-from lutra.train.layers import FrozenPQ, _PQLayer
+from lutra.train.layers.pq import FrozenPQ, _PQLayer
 
 _TABLES: Final = "tables"
 _MOST: Final = float(np.finfo(np.float32).max)

@@ -24,10 +24,10 @@ from lutra.train import checkpoint, collective
 from lutra.train.accelerated import accelerator_for, unmarked, unwrapped
 from lutra.train.calibrate import model_inputs
 from lutra.train.distill import Distiller, FeatureMatch, Loss
-from lutra.train.lookup import LookupLayer
+from lutra.train.layers.lookup import LookupLayer
+from lutra.train.layers.lookup_table import Response
+from lutra.train.layers.pq_reconstruction import reconstruction_loss
 from lutra.train.progress import Progress
-from lutra.train.reconstruction import reconstruction_loss
-from lutra.train.response import Response
 from lutra.train.seeding import MODEL_STREAM, seed_everything, seeded_loader
 
 if TYPE_CHECKING:

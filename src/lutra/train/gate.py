@@ -29,8 +29,8 @@ from lutra.runtime.profile import input_pool
 from lutra.runtime.session import Session
 from lutra.train import collective
 from lutra.train.geometry import Geometry
-from lutra.train.layers import FrozenPQ, _PQLayer
-from lutra.train.lookup import FrozenLookup, LookupLayer
+from lutra.train.layers.lookup import FrozenLookup, LookupLayer
+from lutra.train.layers.pq import FrozenPQ, _PQLayer
 
 Against = Literal["best", "float32", "int8"]
 

@@ -1,4 +1,4 @@
-"""Dense layers in int8: the custom operators of `lutra.train.int8`."""
+"""Dense layers in int8: the custom operators of `lutra.train.layers.int8`."""
 
 from __future__ import annotations
 

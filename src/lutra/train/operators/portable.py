@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lutra.train.encoder import Encoder, Tree
 from lutra.train.geometry import Geometry, Quantization
-from lutra.train.tree import descend
+from lutra.train.layers.pq_tree import descend
 
 BLOCK = 1 << 20  # elements of the largest temporary on the CPU: it should stay in the cache
 

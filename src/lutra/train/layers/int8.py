@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 from lutra.errors import LutraError
 from lutra.ops.int8 import MAX_DEPTH
 from lutra.train.geometry import Geometry, Quantization
+from lutra.train.layers.base import INT8_MAX, QuantizedLayer, check_input, clip_gradient
 from lutra.train.operators import native, portable
-from lutra.train.quantized import INT8_MAX, QuantizedLayer, check_input, clip_gradient
 from lutra.train.recipe import Int8
 
 _EXACT = 1 << 24  # up to here float32 holds every integer

@@ -17,16 +17,17 @@ from torch.autograd.function import once_differentiable
 
 from lutra.errors import LutraError
 from lutra.ops.pq import MAX_SUBVECTOR
-from lutra.train import collective, reconstruction
-from lutra.train import tree as trees
+from lutra.train import collective
 from lutra.train.encoder import Encoder, Nearest, Tree
 from lutra.train.geometry import Geometry, Quantization
+from lutra.train.layers.base import INT8_MAX, QuantizedLayer, check_input, clip_gradient
+from lutra.train.layers.pq import pq_reconstruction as reconstruction
+from lutra.train.layers.pq import pq_tree as trees
+from lutra.train.layers.pq_projection import REFRESH, SAMPLE_ROWS, regression
+from lutra.train.layers.pq_soft import SoftLookup
 from lutra.train.operators import portable
 from lutra.train.operators import pq as ops
-from lutra.train.projection import REFRESH, SAMPLE_ROWS, regression
-from lutra.train.quantized import INT8_MAX, QuantizedLayer, check_input, clip_gradient
 from lutra.train.recipe import PQ
-from lutra.train.soft import SoftLookup
 
 _TINY = torch.finfo(torch.float32).tiny
 

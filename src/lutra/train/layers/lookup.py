@@ -18,11 +18,11 @@ from lutra.errors import LutraError
 from lutra.ops.lookup import MAX_DEPTH, TABLE_MAX, bits_for
 from lutra.train.function_calls import exact_functions
 from lutra.train.geometry import Geometry, Quantization
+from lutra.train.layers.base import QuantizedLayer, check_input
+from lutra.train.layers.lookup_table import Response, default_entries, quantize_table
+from lutra.train.layers.lookup_table import weight_steps as linear_weights
 from lutra.train.operators import lookup as lookup_ops
-from lutra.train.quantized import QuantizedLayer, check_input
 from lutra.train.recipe import Lookup
-from lutra.train.response import Response, default_entries, quantize_table
-from lutra.train.response import weight_steps as linear_weights
 
 TABLE_SHARE = 8  # one image in so many gives the gradient of the cells of a table of rank > 1
 _LEAST_SCALE = 1e-8
