@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lutra.functions import Piecewise
 from lutra.train import Function, TableFunction, convert, fit_relu_net
-from lutra.train.function_calls import swap_class
+from lutra.train.functions.calls import swap_class
 
 
 class Block(nn.Module):

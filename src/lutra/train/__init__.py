@@ -5,13 +5,14 @@ from __future__ import annotations
 from lutra.train.convert import convert
 from lutra.train.export import export
 from lutra.train.finetune import FinetuneReport, finetune
-from lutra.train.function import (
+from lutra.train.functions.modules import (
     TableAttention,
     TableFunction,
     TableLayerNorm,
     TableRMSNorm,
     TableSoftmax,
 )
+from lutra.train.functions.relu_net import fit_relu_net
 from lutra.train.gate import SpeedGate
 from lutra.train.layers.int8 import FrozenInt8, Int8Conv2d, Int8Linear
 from lutra.train.layers.lookup import FrozenLookup, LookupConv2d, LookupLinear
@@ -19,7 +20,6 @@ from lutra.train.layers.pq import FrozenPQ, PQConv2d, PQLinear
 from lutra.train.layers.pq_reconstruction import reconstruction_loss
 from lutra.train.operators.masked_mean import masked_mean
 from lutra.train.recipe import PQ, Function, Int8, Keep, Lookup, recipe_from_json, recipe_to_json
-from lutra.train.relu_net import fit_relu_net
 from lutra.train.report import ConversionReport, FunctionReport, LayerReport
 
 __all__ = [

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lutra.errors import LutraError
 from lutra.train import collective
 from lutra.train.calibrate import Reservoir, collect
-from lutra.train.function_swap import FunctionSwap
+from lutra.train.functions.swap import FunctionSwap
 from lutra.train.gate import Decision, SpeedGate, attach, decide, record
 from lutra.train.geometry import Geometry
 from lutra.train.layers.base import QuantizedLayer

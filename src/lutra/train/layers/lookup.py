@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from lutra.errors import LutraError
 from lutra.ops.lookup import MAX_DEPTH, TABLE_MAX, bits_for
-from lutra.train.function_calls import exact_functions
+from lutra.train.functions.calls import exact_functions
 from lutra.train.geometry import Geometry, Quantization
 from lutra.train.layers.base import QuantizedLayer, check_input
 from lutra.train.layers.lookup_table import Response, default_entries, quantize_table

@@ -1,7 +1,7 @@
 """Function tables for a whole model: what it calls is found while data runs, then swapped.
 
 Two kinds of places are swapped. Modules that are a function, a softmax or a norm themselves become
-modules of `lutra.train.function`, whatever library they are from: an activation is known by what it
+modules of `lutra.train.functions.modules`, whatever library they are from: an activation is known by what it
 computes. In all others the functions that `forward` calls are swapped (see `function_calls`).
 """
 
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from lutra.errors import LutraError
 from lutra.functions import KNOWN, Histogram, Piecewise, fit
 from lutra.train import collective
-from lutra.train.function import (
+from lutra.train.functions.calls import Call, Watching, swap_class
+from lutra.train.functions.modules import (
     TableAttention,
     TableFunction,
     TableLayerNorm,
@@ -28,9 +29,8 @@ from lutra.train.function import (
     TableRMSNorm,
     TableSoftmax,
 )
-from lutra.train.function_calls import Call, Watching, swap_class
+from lutra.train.functions.relu_net import fit_relu_net
 from lutra.train.recipe import Function, Keep, Recipe, fits, match
-from lutra.train.relu_net import fit_relu_net
 from lutra.train.report import FunctionReport
 
 _COMPOSITE = ("softmax", "attention", "layer_norm", "rms_norm")
