@@ -34,7 +34,7 @@ from lutra.train import (
     convert,
     export,
 )
-from lutra.train.gate import attached, candidates, decide, time_graphs
+from lutra.train.conversion.speed_gate import attached, candidates, decide, time_graphs
 
 pytest_plugins = ["cli_support"]
 
@@ -398,7 +398,7 @@ def test_times_are_of_the_steps_and_take_turns(monkeypatch: pytest.MonkeyPatch) 
             steps = [replace(step, milliseconds=2.0) for step in profile.steps]
             return replace(profile, steps=tuple(steps), input_ms=100.0, output_ms=100.0)
 
-    monkeypatch.setattr("lutra.train.gate.Session", Spy)
+    monkeypatch.setattr("lutra.train.conversion.speed_gate.Session", Spy)
     graphs = candidates("conv", make_conv(CASES[4]), (1, 4, 7, 6))
     times = time_graphs(graphs, SpeedGate())
     # two of them with their quantisation

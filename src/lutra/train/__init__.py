@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lutra.train.convert import convert
+from lutra.train.conversion.convert import convert
+from lutra.train.conversion.speed_gate import SpeedGate
 from lutra.train.export import export
 from lutra.train.finetune import FinetuneReport, finetune
 from lutra.train.functions.modules import (
@@ -13,7 +14,6 @@ from lutra.train.functions.modules import (
     TableSoftmax,
 )
 from lutra.train.functions.relu_net import fit_relu_net
-from lutra.train.gate import SpeedGate
 from lutra.train.layers.int8 import FrozenInt8, Int8Conv2d, Int8Linear
 from lutra.train.layers.lookup import FrozenLookup, LookupConv2d, LookupLinear
 from lutra.train.layers.pq import FrozenPQ, PQConv2d, PQLinear

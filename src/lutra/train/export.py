@@ -34,9 +34,9 @@ from lutra.train.check import (
     other_size,
     outputs_of,
 )
+from lutra.train.conversion.speed_gate import attached
 from lutra.train.factors import factors_of, weights_of, with_factors
 from lutra.train.fold import fold_batch_norm
-from lutra.train.gate import attached
 from lutra.train.lowering import lower
 
 _GOLDEN_SAMPLES = 8

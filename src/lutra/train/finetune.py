@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from lutra.errors import LutraError
 from lutra.train import checkpoint, collective
 from lutra.train.accelerated import accelerator_for, unmarked, unwrapped
-from lutra.train.calibrate import model_inputs
+from lutra.train.conversion.calibrate import model_inputs
 from lutra.train.distill import Distiller, FeatureMatch, Loss
 from lutra.train.layers.lookup import LookupLayer
 from lutra.train.layers.lookup_table import Response

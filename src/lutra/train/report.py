@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from lutra.train.gate import Decision
+from lutra.train.conversion.speed_gate import Decision
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lutra.errors import LutraError
 from lutra.train import collective
-from lutra.train.calibrate import Reservoir, collect
+from lutra.train.conversion.calibrate import Reservoir, collect
+from lutra.train.conversion.speed_gate import Decision, SpeedGate, attach, decide, record
 from lutra.train.functions.swap import FunctionSwap
-from lutra.train.gate import Decision, SpeedGate, attach, decide, record
 from lutra.train.geometry import Geometry
 from lutra.train.layers.base import QuantizedLayer
 from lutra.train.layers.int8 import Int8Conv2d, Int8Layer, Int8Linear
