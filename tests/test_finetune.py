@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lutra.errors import LutraError
-from lutra.train import PQ, PQConv2d, checkpoint, convert, export, finetune
-from lutra.train.seeding import seed_everything
+from lutra.train import PQ, PQConv2d, convert, export, finetune
+from lutra.train.finetuning import checkpoint
+from lutra.train.finetuning.seeding import seed_everything
 
 EPOCH = 4  # batches
 BATCH = 16

@@ -20,15 +20,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lutra.errors import LutraError
-from lutra.train import checkpoint, collective
-from lutra.train.accelerated import accelerator_for, unmarked, unwrapped
+from lutra.train import collective
 from lutra.train.conversion.calibrate import model_inputs
-from lutra.train.distill import Distiller, FeatureMatch, Loss
+from lutra.train.finetuning import checkpoint
+from lutra.train.finetuning.accelerate import accelerator_for, unmarked, unwrapped
+from lutra.train.finetuning.distill import Distiller, FeatureMatch, Loss
+from lutra.train.finetuning.seeding import MODEL_STREAM, seed_everything, seeded_loader
 from lutra.train.layers.lookup import LookupLayer
 from lutra.train.layers.lookup_table import Response
 from lutra.train.layers.pq_reconstruction import reconstruction_loss
 from lutra.train.progress import Progress
-from lutra.train.seeding import MODEL_STREAM, seed_everything, seeded_loader
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
