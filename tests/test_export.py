@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import lutra.train.check as check
+import lutra.train.exporting.parity as check
 from lutra.errors import InputError, LutraError, UnsupportedModelError
 from lutra.format import load_graph
 from lutra.graph import Graph
 from lutra.reference import run_reference
 from lutra.runtime.session import Session
-from lutra.train.export import export
-from lutra.train.fold import fold_batch_norm
+from lutra.train.exporting.export import export
+from lutra.train.exporting.fold import fold_batch_norm
 
 IMAGE = (3, 9, 8)
 

@@ -20,8 +20,9 @@ from lutra.errors import GraphError, InputError, LutraError, UnsupportedModelErr
 from lutra.format import load_graph
 from lutra.graph import Graph
 from lutra.runtime.session import Session
-from lutra.train import check, convert
-from lutra.train.export import export
+from lutra.train import convert
+from lutra.train.exporting import parity as check
+from lutra.train.exporting.export import export
 
 SIZES = ((9, 8), (5, 20), (31, 6), (12, 12), (40, 33))
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from lutra import load_graph, run_reference
 from lutra.ops.lookup import unpack_weights
-from lutra.train import Lookup, LookupConv2d, LookupLinear, check
-from lutra.train.capture import capture
-from lutra.train.export import export, freeze_lookup_layers
-from lutra.train.fold import find_folds, fold_batch_norm
+from lutra.train import Lookup, LookupConv2d, LookupLinear
+from lutra.train.exporting import parity as check
+from lutra.train.exporting.capture import capture
+from lutra.train.exporting.export import export, freeze_lookup_layers
+from lutra.train.exporting.fold import find_folds, fold_batch_norm
 
 
 def trained_norm(norm: nn.Module, seed: int) -> None:

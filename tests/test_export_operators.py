@@ -13,7 +13,7 @@ from test_export import Fn, check_model, ops
 from torch import Tensor, nn
 
 from lutra.errors import UnsupportedModelError
-from lutra.train.export import export
+from lutra.train.exporting.export import export
 
 IMAGE = (3, 9, 8)
 

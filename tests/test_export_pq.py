@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import lutra.train.check as check
+import lutra.train.exporting.parity as check
 from lutra.errors import LutraError
 from lutra.format import load_graph
 from lutra.graph import Graph
 from lutra.reference import run_reference
 from lutra.train import PQ, PQConv2d, PQLinear, convert
-from lutra.train.export import export, freeze_lookup_layers
-from lutra.train.fold import fold_batch_norm
+from lutra.train.exporting.export import export, freeze_lookup_layers
+from lutra.train.exporting.fold import fold_batch_norm
 
 
 def with_codebooks(layer: Any) -> Any:

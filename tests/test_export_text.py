@@ -20,7 +20,8 @@ from lutra.errors import InputError, UnsupportedModelError
 from lutra.format import load_graph
 from lutra.graph import Graph
 from lutra.runtime.session import Session
-from lutra.train import check, convert, export
+from lutra.train import convert, export
+from lutra.train.exporting import parity as check
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")

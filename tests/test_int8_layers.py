@@ -30,7 +30,7 @@ from lutra.train import (
     recipe_from_json,
     recipe_to_json,
 )
-from lutra.train.export import freeze_lookup_layers
+from lutra.train.exporting.export import freeze_lookup_layers
 from lutra.train.layers.pq import int8 as module
 from lutra.train.operators import portable
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lutra.graph import Graph
-from lutra.train import check
-from lutra.train.capture import argument_names, capture, dynamic_axes_of, example_tensors
-from lutra.train.lowering import lower
+from lutra.train.exporting import parity as check
+from lutra.train.exporting.capture import argument_names, capture, dynamic_axes_of, example_tensors
+from lutra.train.exporting.lowering import lower
 
 TOLERANCE = 2e-5
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lutra.train.conversion.convert import convert
 from lutra.train.conversion.speed_gate import SpeedGate
-from lutra.train.export import export
+from lutra.train.exporting.export import export
 from lutra.train.finetuning.finetune import FinetuneReport, finetune
 from lutra.train.functions.modules import (
     TableAttention,

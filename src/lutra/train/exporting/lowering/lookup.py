@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lutra.train.lowering.arguments import need_rank
-from lutra.train.lowering.core import Lowering, Ref, lowers
+from lutra.train.exporting.lowering.arguments import need_rank
+from lutra.train.exporting.lowering.core import Lowering, Ref, lowers
 
 
 def _attrs(act_scale: float, act_zero: int, act_bits: int, weight_bits: int) -> dict[str, Any]:

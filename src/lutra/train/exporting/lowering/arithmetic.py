@@ -8,10 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lutra.train.lowering import views
-from lutra.train.lowering.arguments import Number, activation, text
-from lutra.train.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, View, lowers
-from lutra.train.lowering.deferred import computed, table
+from lutra.train.exporting.lowering import views
+from lutra.train.exporting.lowering.arguments import Number, activation, text
+from lutra.train.exporting.lowering.core import (
+    Deferred,
+    Lowering,
+    Ref,
+    UnsupportedUse,
+    View,
+    lowers,
+)
+from lutra.train.exporting.lowering.deferred import computed, table
 
 _WORDS = {"add": "adds", "sub": "subtracts", "mul": "multiplies", "div": "divides"}
 _BOTH = ("self", "other")

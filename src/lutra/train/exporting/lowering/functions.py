@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lutra.train.lowering.core import Lowering, Ref, lowers
+from lutra.train.exporting.lowering.core import Lowering, Ref, lowers
 
 
 @lowers("aten.gelu.default", works="each")

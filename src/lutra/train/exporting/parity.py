@@ -19,7 +19,7 @@ from lutra.graph import Graph, Node
 from lutra.ops.spec import Array
 from lutra.reference import run_reference
 from lutra.runtime.session import Session
-from lutra.train.lowering import Lowered
+from lutra.train.exporting.lowering import Lowered
 
 #: Runs a graph on inputs by name and returns its outputs by name.
 Runner = Callable[[Graph, Mapping[str, Array]], Mapping[str, Array]]

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from lutra.train.lowering.values import UnsupportedUse
+from lutra.train.exporting.lowering.values import UnsupportedUse
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)

@@ -17,7 +17,8 @@ from lutra.errors import InputError
 from lutra.format import save_graph
 from lutra.graph import Graph
 from lutra.runtime.session import Session
-from lutra.train.capture import (
+from lutra.train.conversion.speed_gate import attached
+from lutra.train.exporting.capture import (
     ExampleInput,
     argument_names,
     capture,
@@ -25,7 +26,10 @@ from lutra.train.capture import (
     example_tensors,
     prepare_copy,
 )
-from lutra.train.check import (
+from lutra.train.exporting.factors import factors_of, weights_of, with_factors
+from lutra.train.exporting.fold import fold_batch_norm
+from lutra.train.exporting.lowering import lower
+from lutra.train.exporting.parity import (
     check_engine,
     check_graph,
     check_other_size,
@@ -34,10 +38,6 @@ from lutra.train.check import (
     other_size,
     outputs_of,
 )
-from lutra.train.conversion.speed_gate import attached
-from lutra.train.factors import factors_of, weights_of, with_factors
-from lutra.train.fold import fold_batch_norm
-from lutra.train.lowering import lower
 
 _GOLDEN_SAMPLES = 8
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lutra.train.lowering import views
-from lutra.train.lowering.arguments import activation
-from lutra.train.lowering.core import Lowering, Ref, UnsupportedUse, View, lowers
+from lutra.train.exporting.lowering import views
+from lutra.train.exporting.lowering.arguments import activation
+from lutra.train.exporting.lowering.core import Lowering, Ref, UnsupportedUse, View, lowers
 
 
 @lowers("lutra.piecewise.default", works="each")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lutra.train.lowering.arguments import need_rank
-from lutra.train.lowering.core import Lowering, Ref, lowers
+from lutra.train.exporting.lowering.arguments import need_rank
+from lutra.train.exporting.lowering.core import Lowering, Ref, lowers
 
 
 @lowers("lutra.int8_conv2d.default")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from lutra.train.encoder import encoder_of
-from lutra.train.lowering.arguments import need_rank
-from lutra.train.lowering.core import Lowering, Ref, lowers
+from lutra.train.exporting.lowering.arguments import need_rank
+from lutra.train.exporting.lowering.core import Lowering, Ref, lowers
 
 
 def _tensors(

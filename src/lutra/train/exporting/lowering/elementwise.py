@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from lutra.ops.elementwise import NO_LIMIT
-from lutra.train.lowering import views
-from lutra.train.lowering.arguments import Number, activation
-from lutra.train.lowering.core import Lowering, Ref, UnsupportedUse, View, lowers
+from lutra.train.exporting.lowering import views
+from lutra.train.exporting.lowering.arguments import Number, activation
+from lutra.train.exporting.lowering.core import Lowering, Ref, UnsupportedUse, View, lowers
 
 
 @lowers(

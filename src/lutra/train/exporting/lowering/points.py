@@ -15,7 +15,7 @@ from torch import Tensor
 from lutra.graph import Node
 from lutra.ops.elementwise import CLAMPS
 from lutra.ops.shape import REST
-from lutra.train.lowering.core import Lowering, Ref, Sizes, is_dynamic
+from lutra.train.exporting.lowering.core import Lowering, Ref, Sizes, is_dynamic
 
 _ELEMENTWISE = (*CLAMPS, "affine", "add", "mul")
 _REDUCTIONS = ("mean", "max")

@@ -10,11 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lutra.train.lowering import views
-from lutra.train.lowering.arguments import activation
-from lutra.train.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, View, lowers
-from lutra.train.lowering.sources import Sources, size_at
-from lutra.train.lowering.values import Sizes
+from lutra.train.exporting.lowering import views
+from lutra.train.exporting.lowering.arguments import activation
+from lutra.train.exporting.lowering.core import (
+    Deferred,
+    Lowering,
+    Ref,
+    UnsupportedUse,
+    View,
+    lowers,
+)
+from lutra.train.exporting.lowering.sources import Sources, size_at
+from lutra.train.exporting.lowering.values import Sizes
 
 #: A score that gets this added has no weight left.
 _MASKED = -1e4

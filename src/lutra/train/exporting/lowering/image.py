@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lutra.train.lowering.arguments import need_rank
-from lutra.train.lowering.core import Lowering, Ref, UnsupportedUse, is_dynamic, lowers
+from lutra.train.exporting.lowering.arguments import need_rank
+from lutra.train.exporting.lowering.core import Lowering, Ref, UnsupportedUse, is_dynamic, lowers
 
 
 @lowers("aten.pixel_shuffle.default")

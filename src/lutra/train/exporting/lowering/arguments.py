@@ -8,8 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from lutra.formatting import shape_text
-from lutra.train.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, View, is_dynamic
-from lutra.train.lowering.deferred import computed
+from lutra.train.exporting.lowering.core import (
+    Deferred,
+    Lowering,
+    Ref,
+    UnsupportedUse,
+    View,
+    is_dynamic,
+)
+from lutra.train.exporting.lowering.deferred import computed
 
 Number = int | float
 

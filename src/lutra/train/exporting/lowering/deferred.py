@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lutra.train.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, View
-from lutra.train.lowering.sources import Sources, size_at
+from lutra.train.exporting.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, View
+from lutra.train.exporting.lowering.sources import Sources, size_at
 
 #: The longest input that a table of positions is made for where the model sets no limit.
 LONGEST = 2048

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lutra.ops.shape import REST
-from lutra.train.lowering.values import (
+from lutra.train.exporting.lowering.values import (
     REPEATED,
     Atom,
     Ref,
@@ -21,7 +21,7 @@ from lutra.train.lowering.values import (
 )
 
 if TYPE_CHECKING:
-    from lutra.train.lowering.core import Lowering
+    from lutra.train.exporting.lowering.core import Lowering
 
 Axes = tuple[tuple[Atom, ...], ...]
 

@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from lutra.ops.shape import TO_THE_END
-from lutra.train.lowering import views
-from lutra.train.lowering.arguments import Number, activation, need_constant, text
-from lutra.train.lowering.core import Lowering, Ref, UnsupportedUse, View, is_dynamic, lowers
-from lutra.train.lowering.values import Atom
+from lutra.train.exporting.lowering import views
+from lutra.train.exporting.lowering.arguments import Number, activation, need_constant, text
+from lutra.train.exporting.lowering.core import (
+    Lowering,
+    Ref,
+    UnsupportedUse,
+    View,
+    is_dynamic,
+    lowers,
+)
+from lutra.train.exporting.lowering.values import Atom
 
 _OPEN_END = 2**31  # torch writes the open end of a slice as the largest int64
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lutra.train.lowering import views
-from lutra.train.lowering.arguments import (
+from lutra.train.exporting.lowering import views
+from lutra.train.exporting.lowering.arguments import (
     Number,
     activation,
     need_activation,
@@ -17,9 +17,16 @@ from lutra.train.lowering.arguments import (
     pair,
     single,
 )
-from lutra.train.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, View, lowers
-from lutra.train.lowering.points import as_image
-from lutra.train.lowering.values import Atom
+from lutra.train.exporting.lowering.core import (
+    Deferred,
+    Lowering,
+    Ref,
+    UnsupportedUse,
+    View,
+    lowers,
+)
+from lutra.train.exporting.lowering.points import as_image
+from lutra.train.exporting.lowering.values import Atom
 
 
 @lowers("aten.conv2d.default")

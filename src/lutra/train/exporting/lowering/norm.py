@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lutra.train.lowering.arguments import Number, need_constant
-from lutra.train.lowering.core import Lowering, Ref, UnsupportedUse, lowers
+from lutra.train.exporting.lowering.arguments import Number, need_constant
+from lutra.train.exporting.lowering.core import Lowering, Ref, UnsupportedUse, lowers
 
 
 @lowers("aten.layer_norm.default", works="last")

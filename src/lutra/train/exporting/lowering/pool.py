@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lutra.train.lowering.arguments import need_rank, pair, single, text
-from lutra.train.lowering.core import Lowering, Ref, UnsupportedUse, lowers
-from lutra.train.lowering.points import as_image
+from lutra.train.exporting.lowering.arguments import need_rank, pair, single, text
+from lutra.train.exporting.lowering.core import Lowering, Ref, UnsupportedUse, lowers
+from lutra.train.exporting.lowering.points import as_image
 
 
 @lowers("aten.max_pool2d.default")

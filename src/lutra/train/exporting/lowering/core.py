@@ -26,17 +26,17 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from lutra.errors import LutraError
 from lutra.graph import Graph, Node, Value
-from lutra.train.lowering import views
-from lutra.train.lowering.emitter import Emitter, flatten, identity
-from lutra.train.lowering.hints import hint_for
-from lutra.train.lowering.sources import (
+from lutra.train.exporting.lowering import views
+from lutra.train.exporting.lowering.emitter import Emitter, flatten, identity
+from lutra.train.exporting.lowering.hints import hint_for
+from lutra.train.exporting.lowering.sources import (
     CONSTANT_KINDS,
     SYMBOLIC,
     Deferred,
     Sources,
     constant_of,
 )
-from lutra.train.lowering.values import (
+from lutra.train.exporting.lowering.values import (
     Ref,
     Sizes,
     Unlowered,
@@ -379,7 +379,7 @@ class Lowering(Emitter):
         if isinstance(value, View):
             return self.realise(value)
         if isinstance(value, Deferred):
-            from lutra.train.lowering.deferred import computed  # it needs this module
+            from lutra.train.exporting.lowering.deferred import computed  # it needs this module
 
             return self._plain(computed(self, value))
         return value

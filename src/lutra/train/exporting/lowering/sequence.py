@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lutra.train.lowering.arguments import need_constant
-from lutra.train.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, lowers
+from lutra.train.exporting.lowering.arguments import need_constant
+from lutra.train.exporting.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, lowers
 
 
 @lowers("aten.embedding.default", takes=("indices",))

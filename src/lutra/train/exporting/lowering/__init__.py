@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from lutra.train.lowering import (  # noqa: F401  (they register)
+from lutra.train.exporting.lowering import (  # noqa: F401  (they register)
     arithmetic,
     attention,
     dense,
@@ -27,9 +27,9 @@ from lutra.train.lowering import (  # noqa: F401  (they register)
     shape,
     tables,
 )
-from lutra.train.lowering.core import Lowered, Lowering, Ref, UnsupportedUse, lowers
-from lutra.train.lowering.patterns import combine
-from lutra.train.lowering.points import without_detours
+from lutra.train.exporting.lowering.core import Lowered, Lowering, Ref, UnsupportedUse, lowers
+from lutra.train.exporting.lowering.patterns import combine
+from lutra.train.exporting.lowering.points import without_detours
 
 __all__ = ["Lowered", "Lowering", "Ref", "UnsupportedUse", "lower", "lowers"]
 

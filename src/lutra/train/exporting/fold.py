@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from lutra.train.capture import ExampleInput, capture, example_tensors, node_module, prepare_copy
+from lutra.train.exporting.capture import (
+    ExampleInput,
+    capture,
+    example_tensors,
+    node_module,
+    prepare_copy,
+)
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _NORM_OPS = ("aten._native_batch_norm_legit_no_training.default", "aten.batch_norm.default")

@@ -12,8 +12,8 @@ from torch import Tensor, fx
 
 from lutra.errors import LutraError, UnsupportedModelError
 from lutra.graph import AttrValue, Node, Value
-from lutra.train.capture import node_module
-from lutra.train.lowering.values import Ref, Sizes, Unlowered, UnsupportedUse, is_dynamic
+from lutra.train.exporting.capture import node_module
+from lutra.train.exporting.lowering.values import Ref, Sizes, Unlowered, UnsupportedUse, is_dynamic
 
 
 @dataclass(frozen=True)
