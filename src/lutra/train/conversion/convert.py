@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lutra.errors import LutraError
-from lutra.train import collective
+from lutra.train import distributed as collective
 from lutra.train.conversion.calibrate import Reservoir, collect
 from lutra.train.conversion.speed_gate import Decision, SpeedGate, attach, decide, record
 from lutra.train.functions.swap import FunctionSwap

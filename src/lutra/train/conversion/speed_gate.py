@@ -27,7 +27,7 @@ from lutra.ops.spec import Array
 from lutra.runtime.cpu import MAX_THREADS, choose_isa, cpu_info
 from lutra.runtime.profile import input_pool
 from lutra.runtime.session import Session
-from lutra.train import collective
+from lutra.train import distributed as collective
 from lutra.train.geometry import Geometry
 from lutra.train.layers.lookup import FrozenLookup, LookupLayer
 from lutra.train.layers.pq import FrozenPQ, _PQLayer

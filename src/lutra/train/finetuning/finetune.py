@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lutra.errors import LutraError
-from lutra.train import collective
+from lutra.train import distributed as collective
 from lutra.train.conversion.calibrate import model_inputs
 from lutra.train.finetuning import checkpoint
 from lutra.train.finetuning.accelerate import accelerator_for, unmarked, unwrapped

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lutra.errors import LutraError
-from lutra.train import collective
+from lutra.train import distributed as collective
 
 MODEL_STREAM = 1  # sets the random numbers of the model apart from those of the data
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lutra.errors import LutraError
 from lutra.functions import KNOWN, Histogram, Piecewise, fit
-from lutra.train import collective
+from lutra.train import distributed as collective
 from lutra.train.functions.calls import Call, Watching, swap_class
 from lutra.train.functions.modules import (
     TableAttention,

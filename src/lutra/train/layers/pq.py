@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from lutra.errors import LutraError
 from lutra.ops.pq import MAX_SUBVECTOR
-from lutra.train import collective
+from lutra.train import distributed as collective
 from lutra.train.encoder import Encoder, Nearest, Tree
 from lutra.train.geometry import Geometry, Quantization
 from lutra.train.layers.base import INT8_MAX, QuantizedLayer, check_input, clip_gradient

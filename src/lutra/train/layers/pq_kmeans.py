@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lutra.train import collective
+from lutra.train import distributed as collective
 from lutra.train.operators import portable
 
 

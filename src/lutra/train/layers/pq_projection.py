@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lutra.train import collective
+from lutra.train import distributed as collective
 
 SAMPLE_ROWS = 2048  # rows that one estimate takes from a batch
 REFRESH = 4  # training steps from one estimate to the next

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lutra.train import collective
+from lutra.train import distributed as collective
 
 REFIT = 16  # training steps from one renewal of the thresholds to the next
 REFIT_RATE = 0.1  # how far they then move
