@@ -1,9 +1,10 @@
 """Speech Commands for the examples: clips as features, splits by speaker, augmentation.
 
-Clips are kept as the log-mel features of 8 bits that `lutra.preprocess.audio` makes (49 frames of 40 bands,
-`0.1 * q - 13.8` is the natural logarithm of the energy), so that all of them fit in memory. The
-keyword-spotting inputs of MLPerf Tiny (`kws01`) are MFCCs of some of the same recordings; where
-more of those are needed than there are, a linear map makes them from log-mel features.
+Clips are kept as the log-mel features of 8 bits that `lutra.preprocess.audio` makes (49 frames of
+40 bands, `0.1 * q - 13.8` is the natural logarithm of the energy), so that all of them fit in
+memory. The keyword-spotting inputs of MLPerf Tiny (`kws01`) are MFCCs of some of the same
+recordings; where more of those are needed than there are, a linear map makes them from log-mel
+features.
 """
 
 from __future__ import annotations

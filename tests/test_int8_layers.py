@@ -31,7 +31,7 @@ from lutra.train import (
     recipe_to_json,
 )
 from lutra.train.exporting.export import freeze_lookup_layers
-from lutra.train.layers.pq import int8 as module
+from lutra.train.layers import int8 as module
 from lutra.train.operators import portable
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lutra.errors import LutraError
 from lutra.train.conversion.calibrate import Reservoir, collect
 from lutra.train.geometry import Geometry
-from lutra.train.layers.pq import pq_kmeans as module
+from lutra.train.layers import pq_kmeans as module
 from lutra.train.layers.pq_kmeans import assign, kmeans
 from lutra.train.operators import portable
 

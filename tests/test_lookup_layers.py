@@ -29,8 +29,8 @@ from lutra.train import (
     recipe_from_json,
     recipe_to_json,
 )
+from lutra.train.layers import lookup
 from lutra.train.layers.lookup_table import activation_steps, weight_steps
-from lutra.train.layers.pq import lookup
 from lutra.train.operators import lookup as lookup_ops
 
 SIZES = [(4, 3), (8, 7), (16, 15), (32, 33), (64, 33), (16, 3), (4, 15)]

@@ -21,7 +21,7 @@ from lutra.reference import run_reference
 from lutra.runtime.session import Session
 from lutra.train import PQ, PQConv2d, convert, export, finetune, recipe_from_json, recipe_to_json
 from lutra.train.encoder import Nearest, Tree
-from lutra.train.layers.pq import pq_tree as trees
+from lutra.train.layers import pq_tree as trees
 from lutra.train.layers.pq_kmeans import kmeans
 from lutra.train.operators import native, portable
 from lutra.train.operators import pq as ops

@@ -25,7 +25,8 @@ from lutra.errors import (
     UnsupportedModelError,
 )
 from lutra.format import load_graph, save_graph
-from lutra.graph import Graph, Node, Value
+from lutra.graph import Graph
+from lutra.node import Node, Value
 from lutra.reference import run_reference
 from lutra.runtime.cpu import cpu_info, runnable_isas
 from lutra.runtime.profile import Profile, StepProfile

@@ -28,7 +28,8 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 from lutra.errors import InputError
-from lutra.graph import Graph, Node, Sizes, Value
+from lutra.graph import Graph, Sizes
+from lutra.node import Node, Value
 from lutra.ops.spec import Cost, inner
 
 __all__ = ["REGISTER_BYTES", "SOURCES", "Energy", "EnergyTable", "estimate"]

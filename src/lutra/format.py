@@ -29,10 +29,10 @@ from safetensors.numpy import save
 
 from lutra.atomic import write_whole
 from lutra.errors import FormatError, GraphError
-from lutra.graph import RESERVED_PREFIX, Graph, Node, Shape, Value, make_node
+from lutra.graph import RESERVED_PREFIX, Graph, make_node
+from lutra.node import Array, AttrValue, Node, Shape, Value
 from lutra.ops import OPS
 from lutra.ops.elementwise import PAIRS
-from lutra.ops.spec import Array, AttrValue
 
 __all__ = [
     "VERSION",

@@ -12,8 +12,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from lutra.errors import InputError
-from lutra.graph import Graph, Value
-from lutra.ops.spec import Array
+from lutra.graph import Graph
+from lutra.node import Array, Value
 
 __all__ = ["IdRange", "check_ids", "dtype_complaint", "id_ranges", "int32_array", "random_ints"]
 

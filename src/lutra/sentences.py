@@ -1,7 +1,7 @@
 """Text in, vectors or classes out: ``SentenceEncoder``, in the manner of sentence-transformers.
 
-The file of the model carries its tokenizer (see ``lutra.preprocess.text``), which the package ``tokenizers``
-runs: ``pip install "lutra[text]"``.
+The file of the model carries its tokenizer (see ``lutra.preprocess.text``), which the package
+``tokenizers`` runs: ``pip install "lutra[text]"``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from lutra.errors import FormatError, InputError
 from lutra.formatting import shape_text
 from lutra.graph import Graph
-from lutra.ops.spec import Array
+from lutra.node import Array
 from lutra.preprocess.image import shown
 from lutra.preprocess.text import TextPreprocess, takes_text, text_preprocess
 from lutra.runtime.session import Session

@@ -10,7 +10,7 @@ import numpy as np
 
 from lutra.errors import InputError
 from lutra.graph import Graph
-from lutra.ops.spec import Array
+from lutra.node import Array
 from lutra.preprocess.audio import AudioPreprocess
 from lutra.preprocess.image import KEY
 from lutra.runtime.session import Session

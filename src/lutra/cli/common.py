@@ -18,7 +18,7 @@ from lutra.atomic import write_whole
 from lutra.errors import GraphError, InputError, LutraError
 from lutra.format import load_graph
 from lutra.graph import Graph
-from lutra.ops.spec import Array
+from lutra.node import Array
 from lutra.preprocess.audio import KIND, AudioPreprocess
 from lutra.preprocess.image import KEY, ImagePreprocess
 from lutra.preprocess.text import takes_text

@@ -28,9 +28,9 @@ from lutra.errors import InputError, LutraError
 from lutra.format import load_graph, save_graph
 from lutra.formatting import counted
 from lutra.functions import swap_functions
+from lutra.node import Array
 from lutra.ops.functions import ENTRIES
 from lutra.ops.pq import CENTROID_COUNTS, ENCODERS
-from lutra.ops.spec import Array
 
 _BATCH: Final = 64
 _EXAMPLES: Final = 8

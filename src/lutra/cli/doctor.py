@@ -14,9 +14,9 @@ from numpy.random import Generator
 
 from lutra.cli.common import new_session, pairs, print_json
 from lutra.errors import LutraError
-from lutra.graph import Graph, Node, Value, make_node
+from lutra.graph import Graph, make_node
+from lutra.node import Array, AttrValue, Node, Value
 from lutra.ops.lookup import pack_weights
-from lutra.ops.spec import Array, AttrValue
 from lutra.reference import run_reference
 from lutra.runtime.cpu import cpu_info
 

@@ -27,7 +27,7 @@ from lutra.cli.common import (
 from lutra.cli.metrics import Metric, Psnr, Top1, classes_of, need_images
 from lutra.errors import InputError
 from lutra.graph import Graph
-from lutra.ops.spec import Array
+from lutra.node import Array
 from lutra.preprocess.audio import AudioPreprocess
 from lutra.runtime.session import Session
 

@@ -22,8 +22,9 @@ from lutra.energy import SOURCES, Energy, EnergyTable, estimate
 from lutra.errors import LutraError
 from lutra.format import file_version, load_graph
 from lutra.formatting import counted, shape_text, table
-from lutra.graph import Graph, Node, Sizes
-from lutra.ops.spec import Array, Cost
+from lutra.graph import Graph, Sizes
+from lutra.node import Array, Node
+from lutra.ops.spec import Cost
 
 _MAX_SHOWN: Final = 200
 _PRICES: Final = asdict(EnergyTable())

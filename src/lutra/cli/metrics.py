@@ -15,7 +15,7 @@ from lutra.cli.common import UserError, need_finite
 from lutra.errors import InputError
 from lutra.formatting import shape_text
 from lutra.graph import Graph
-from lutra.ops.spec import Array
+from lutra.node import Array
 
 #: What images without any difference count as, in dB.
 MAX_PSNR: Final = 100.0

@@ -23,9 +23,9 @@ from lutra.cli.common import (
     write_file,
 )
 from lutra.errors import InputError
-from lutra.graph import Graph, Value
+from lutra.graph import Graph
 from lutra.inputs import dtype_complaint
-from lutra.ops.spec import Array
+from lutra.node import Array, Value
 from lutra.preprocess.audio import AudioPreprocess
 
 

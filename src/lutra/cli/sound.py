@@ -21,7 +21,7 @@ from lutra.cli.common import (
 )
 from lutra.errors import InputError
 from lutra.graph import Graph
-from lutra.ops.spec import Array
+from lutra.node import Array
 from lutra.preprocess.audio import AudioPreprocess, read_wav
 from lutra.runtime.session import Session
 from lutra.stream import Answer, Stream, has_softmax, need_audio, probabilities

@@ -25,7 +25,7 @@ from lutra.cli.metrics import Top1
 from lutra.cli.sound import ranked
 from lutra.errors import InputError
 from lutra.formatting import table
-from lutra.ops.spec import Array
+from lutra.node import Array
 from lutra.preprocess.text import takes_text
 from lutra.sentences import SentenceEncoder
 

@@ -36,8 +36,8 @@ from lutra.cli.common import (
 )
 from lutra.format import load_graph
 from lutra.formatting import table
-from lutra.graph import Graph, Node, Sizes
-from lutra.ops.spec import Array
+from lutra.graph import Graph, Sizes
+from lutra.node import Array, Node
 from lutra.reference import run_node, run_reference
 from lutra.runtime.cpu import runnable_isas
 from lutra.runtime.profile import random_inputs

@@ -14,9 +14,9 @@ from lutra.functions.histogram import Histogram
 from lutra.functions.piecewise import Piecewise, check_entries
 from lutra.functions.reduced import Reduced, fit_exp, fit_reciprocal, fit_rsqrt
 from lutra.functions.scalar import KNOWN
-from lutra.graph import Graph, Node
+from lutra.graph import Graph
+from lutra.node import Array, Node
 from lutra.ops.functions import FUNCTIONS, function_name, has_tables
-from lutra.ops.spec import Array
 from lutra.runtime.session import Session
 
 #: Operators that take tables of reduced range, and which.

@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 
 from lutra.errors import GraphError
 from lutra.formatting import shape_text
+from lutra.node import Array, Node, Shape, Value
 from lutra.ops.functions import (
     check_tables,
     function_cost,
@@ -26,7 +27,6 @@ from lutra.ops.functions import (
     table_roles,
 )
 from lutra.ops.spec import (
-    Array,
     Attr,
     Cost,
     OpSpec,
@@ -39,9 +39,6 @@ from lutra.ops.spec import (
     node_error,
     number,
 )
-
-if TYPE_CHECKING:
-    from lutra.graph import Node, Shape, Value
 
 #: A limit of ``clamp`` that limits nothing: JSON has no infinity.
 NO_LIMIT: Final = float(np.finfo(np.float32).max)

@@ -16,14 +16,12 @@ An encoder that has no centroids of its own (a tree) may have ``centroids`` for 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 
-from lutra.ops.spec import Array, integer, node_error
-
-if TYPE_CHECKING:
-    from lutra.graph import Node
+from lutra.node import Array, Node
+from lutra.ops.spec import integer, node_error
 
 __all__ = ["ROLES", "build_tables", "expand"]
 

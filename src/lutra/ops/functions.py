@@ -26,23 +26,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 
-from lutra.ops.spec import (
-    Array,
-    Attr,
-    Cost,
-    OpSpec,
-    TensorRole,
-    inner,
-    node_error,
-    text,
-)
-
-if TYPE_CHECKING:
-    from lutra.graph import Node, Value
+from lutra.node import Array, Node, Value
+from lutra.ops.spec import Attr, Cost, OpSpec, TensorRole, inner, node_error, text
 
 #: The numbers of entries that a table may have.
 ENTRIES: Final = (8, 16, 32)

@@ -7,14 +7,12 @@ With ``qmax = 2**act_bits - 1`` their input becomes::
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 
+from lutra.node import Node
 from lutra.ops.spec import Attr, integer, node_error, number
-
-if TYPE_CHECKING:
-    from lutra.graph import Node
 
 MAX_ACT_BITS: Final = 7
 #: The attributes of a grid.

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from lutra.node import Array, Node, Value
 from lutra.ops.spec import (
     MAX_EXTENT,
-    Array,
     Attr,
     Cost,
     OpSpec,
@@ -36,9 +36,6 @@ from lutra.ops.spec import (
     number,
     text,
 )
-
-if TYPE_CHECKING:
-    from lutra.graph import Node, Value
 
 _MAX_FACTOR: Final = 64
 #: How ``upsample`` finds values between those that it has.

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from lutra.node import Array, Node, Value
 from lutra.ops.dense import CONVOLUTION, check_conv, infer_conv, infer_linear
 from lutra.ops.grid import QUANTISER, check_quantiser
-from lutra.ops.spec import Array, Cost, OpSpec, TensorRole, inner, node_error
-
-if TYPE_CHECKING:
-    from lutra.graph import Node, Value
+from lutra.ops.spec import Cost, OpSpec, TensorRole, inner, node_error
 
 #: Weights are in -MAX_WEIGHT..MAX_WEIGHT.
 MAX_WEIGHT: Final = 127

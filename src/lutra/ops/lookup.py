@@ -21,25 +21,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 
+from lutra.node import Array, Node, Value
 from lutra.ops.grid import QUANTISER, check_quantiser
 from lutra.ops.rows import conv_attrs, infer_conv, infer_linear, linear_attrs, row_length
-from lutra.ops.spec import (
-    Array,
-    Attr,
-    Cost,
-    OpSpec,
-    TensorRole,
-    inner,
-    integer,
-    node_error,
-)
-
-if TYPE_CHECKING:
-    from lutra.graph import Node, Value
+from lutra.ops.spec import Attr, Cost, OpSpec, TensorRole, inner, integer, node_error
 
 __all__ = [
     "ACT_BITS",

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from lutra.formatting import shape_text
+from lutra.node import Array, Node, Shape, Value
 from lutra.ops.elementwise import broadcast, check_dynamic
-from lutra.ops.spec import Array, Attr, Cost, OpSpec, flag, inner, need_rank, node_error
-
-if TYPE_CHECKING:
-    from lutra.graph import Node, Shape, Value
+from lutra.ops.spec import Attr, Cost, OpSpec, flag, inner, need_rank, node_error
 
 
 def _matrices(node: Node, inputs: Sequence[Value]) -> tuple[Shape, Shape]:

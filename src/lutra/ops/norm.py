@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from lutra.node import Array, Node, Value
 from lutra.ops.functions import check_tables, function_cost, has_tables, table_bytes, table_roles
 from lutra.ops.pool import REDUCED, infer_reduced
 from lutra.ops.spec import (
-    Array,
     Attr,
     Cost,
     OpSpec,
@@ -29,9 +29,6 @@ from lutra.ops.spec import (
     node_error,
     number,
 )
-
-if TYPE_CHECKING:
-    from lutra.graph import Node, Value
 
 
 def _check(node: Node, tensors: Mapping[str, Array]) -> None:

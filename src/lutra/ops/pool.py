@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from lutra.node import Array, Node, Value
 from lutra.ops.spec import (
     MAX_EXTENT,
-    Array,
     Attr,
     Cost,
     OpSpec,
@@ -19,9 +19,6 @@ from lutra.ops.spec import (
     node_error,
     pair,
 )
-
-if TYPE_CHECKING:
-    from lutra.graph import Node, Value
 
 
 def pooled_size(

@@ -28,15 +28,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from lutra.node import Array, Node, Value
 from lutra.ops.factors import expand
 from lutra.ops.grid import QUANTISER, check_quantiser
 from lutra.ops.rows import conv_attrs, infer_conv, infer_linear, linear_attrs, row_length
-from lutra.ops.spec import Array, Attr, Cost, OpSpec, TensorRole, inner, node_error, text
-
-if TYPE_CHECKING:
-    from lutra.graph import Node, Value
+from lutra.ops.spec import Attr, Cost, OpSpec, TensorRole, inner, node_error, text
 
 #: What makes codes, and the tensors that each takes.
 ENCODERS: Final = ("nearest", "tree")

@@ -7,8 +7,8 @@ in the order (channel, kernel row, kernel column), or the last axis of a linear 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from lutra.node import Node, Value
 from lutra.ops.spec import (
     MAX_EXTENT,
     Attr,
@@ -20,9 +20,6 @@ from lutra.ops.spec import (
     pair,
     window_sizes,
 )
-
-if TYPE_CHECKING:
-    from lutra.graph import Node, Value
 
 
 def conv_attrs(most: int) -> dict[str, Attr]:

@@ -19,12 +19,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from lutra.formatting import shape_text
+from lutra.node import Array, Node, Value
 from lutra.ops.functions import check_tables, function_cost, has_tables, table_bytes, table_roles
 from lutra.ops.spec import (
-    Array,
     Attr,
     Cost,
     OpSpec,
@@ -36,9 +36,6 @@ from lutra.ops.spec import (
     need_size,
     node_error,
 )
-
-if TYPE_CHECKING:
-    from lutra.graph import Node, Value
 
 _MAX_HEADS: Final = 4096
 

@@ -8,22 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from lutra.formatting import shape_text
-from lutra.ops.spec import (
-    MAX_EXTENT,
-    Array,
-    Attr,
-    OpSpec,
-    integer,
-    ints,
-    need_axis,
-    node_error,
-)
-
-if TYPE_CHECKING:
-    from lutra.graph import Node, Value
+from lutra.node import Array, Node, Value
+from lutra.ops.spec import MAX_EXTENT, Attr, OpSpec, integer, ints, need_axis, node_error
 
 _MAX_SIZE: Final = 2**31 - 1
 #: The size in a ``reshape`` that is what the others leave.

@@ -9,18 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
-
-from numpy.typing import NDArray
+from typing import Final, TypeAlias
 
 from lutra.errors import GraphError
 from lutra.formatting import shape_text
-
-if TYPE_CHECKING:  # graph.py imports this module, so the other direction is for types only
-    from lutra.graph import Node, Value
-
-AttrValue: TypeAlias = int | float | bool | str | tuple[int, ...]
-Array: TypeAlias = NDArray[Any]
+from lutra.node import Array, AttrValue, Node, Value
 
 #: Largest kernel, stride, dilation, padding or output size that an operator accepts.
 MAX_EXTENT: Final = 4096

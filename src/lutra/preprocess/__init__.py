@@ -1,1 +1,1 @@
-"""TODO."""
+"""Images, sound and text become the inputs of a model."""

@@ -25,8 +25,7 @@ from typing import Any, Final
 import numpy as np
 
 from lutra.errors import FormatError, InputError
-from lutra.graph import Shape
-from lutra.ops.spec import Array
+from lutra.node import Array, Shape
 from lutra.preprocess.image import KEY, shown
 
 __all__ = ["AudioPreprocess", "Levels", "read_wav"]

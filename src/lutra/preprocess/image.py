@@ -18,8 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from lutra.errors import FormatError, InputError
-from lutra.graph import Shape
-from lutra.ops.spec import Array
+from lutra.node import Array, Shape
 
 __all__ = ["ImagePreprocess"]
 

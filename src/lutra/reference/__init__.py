@@ -13,10 +13,10 @@ import numpy as np
 
 from lutra.errors import GraphError, InputError
 from lutra.formatting import shape_text
-from lutra.graph import Graph, Node, fits
+from lutra.graph import Graph, fits
 from lutra.inputs import dtype_complaint, int32_array
+from lutra.node import Array, Node
 from lutra.ops.functions import FUNCTIONS
-from lutra.ops.spec import Array
 from lutra.reference import (
     dense,
     elementwise,

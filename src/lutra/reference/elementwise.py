@@ -7,9 +7,9 @@ from typing import Final
 
 import numpy as np
 
-from lutra.graph import Node
+from lutra.node import Array, Node
 from lutra.ops.elementwise import limits
-from lutra.ops.spec import Array, integer, number
+from lutra.ops.spec import integer, number
 from lutra.reference.functions import exp_table, reciprocal_table
 
 _PAIRS: Final[dict[str, Callable[[Array, Array], Array]]] = {

@@ -12,9 +12,8 @@ from typing import Final
 
 import numpy as np
 
-from lutra.graph import Node
+from lutra.node import Array, Node
 from lutra.ops.functions import function_name
-from lutra.ops.spec import Array
 
 __all__ = ["EXACT", "exp_table", "fma", "function", "pieces", "piecewise", "reciprocal_table"]
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lutra.graph import Node
+from lutra.node import Array, Node
 from lutra.ops.image import upsampled_size
-from lutra.ops.spec import Array, flag, integer, ints, number, text
+from lutra.ops.spec import flag, integer, ints, number, text
 
 
 def pixel_shuffle(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lutra.graph import Node
-from lutra.ops.spec import Array, integer, number, pair
+from lutra.node import Array, Node
+from lutra.ops.spec import integer, number, pair
 from lutra.reference.pq import quantise
 from lutra.reference.windows import patches, windows
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lutra.graph import Node
+from lutra.node import Array, Node
 from lutra.ops.lookup import TABLE_MAX, unpack_weights
 from lutra.ops.rows import row_length
-from lutra.ops.spec import Array, integer, number, pair
+from lutra.ops.spec import integer, number, pair
 from lutra.reference.pq import quantise
 from lutra.reference.windows import patches, windows
 

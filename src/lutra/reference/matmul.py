@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lutra.graph import Node
-from lutra.ops.spec import Array, flag
+from lutra.node import Array, Node
+from lutra.ops.spec import flag
 
 
 def matmul(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:

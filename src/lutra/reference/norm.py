@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lutra.graph import Node
-from lutra.ops.spec import Array, flag, ints, number
+from lutra.node import Array, Node
+from lutra.ops.spec import flag, ints, number
 from lutra.reference.functions import rsqrt_table
 
 

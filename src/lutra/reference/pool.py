@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from lutra.graph import Node
+from lutra.node import Array, Node
 from lutra.ops.pool import pooled_size
-from lutra.ops.spec import Array, flag, ints, pair
+from lutra.ops.spec import flag, ints, pair
 from lutra.reference.windows import windows
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lutra.graph import Node
-from lutra.ops.spec import Array, integer, number, pair
+from lutra.node import Array, Node
+from lutra.ops.spec import integer, number, pair
 from lutra.reference.windows import patches, windows
 
 __all__ = ["encode", "encode_tree", "lookup", "pq_conv2d", "pq_linear", "quantise"]

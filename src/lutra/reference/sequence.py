@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lutra.graph import Node
 from lutra.inputs import check_ids
-from lutra.ops.spec import Array, flag, integer, number
+from lutra.node import Array, Node
+from lutra.ops.spec import flag, integer, number
 from lutra.reference.functions import exp_table, reciprocal_table
 
 

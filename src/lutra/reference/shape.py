@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lutra.graph import Node
-from lutra.ops.spec import Array, integer, ints, number
+from lutra.node import Array, Node
+from lutra.ops.spec import integer, ints, number
 
 
 def flatten(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:

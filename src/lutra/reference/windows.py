@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lutra.ops.spec import Array
+from lutra.node import Array
 
 #: Entries of the patch matrix that exist at a time: bounds the memory of a convolution.
 MAX_PATCH_ENTRIES = 2**22

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Running a graph: session, plan, fusing, shared codes, profile."""

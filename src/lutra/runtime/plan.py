@@ -2,8 +2,8 @@
 
 A convolution or linear layer takes the ``add`` and the ``relu`` behind it into its own step, where
 nobody else reads what is between them. Lookup layers that make the same codes of the same value
-share a step (``lutra.runtime.shared_codes``). Every other node becomes one step. ``lutra.runtime.steps`` has the
-function that adds the step of each operator.
+share a step (``lutra.runtime.shared_codes``). Every other node becomes one step.
+``lutra.runtime.steps`` has the function that adds the step of each operator.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Final
 
 from lutra import _engine
 from lutra.errors import EngineError
-from lutra.graph import Graph, Node, Value
+from lutra.graph import Graph
+from lutra.node import Node, Value
 from lutra.ops.elementwise import CLAMPS, limits
 from lutra.runtime.shared_codes import find_siblings
 from lutra.runtime.steps import STEPS, Job

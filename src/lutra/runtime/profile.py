@@ -14,7 +14,7 @@ from lutra.errors import InputError
 from lutra.formatting import counted, shape_text, table
 from lutra.graph import Graph, Sizes
 from lutra.inputs import id_ranges, random_ints
-from lutra.ops.spec import Array
+from lutra.node import Array
 from lutra.runtime.shared_codes import SHARED_LABEL
 
 __all__ = ["Profile", "StepProfile"]

@@ -15,9 +15,9 @@ from lutra import _engine
 from lutra.errors import EngineError, GraphError, InputError
 from lutra.format import load_graph
 from lutra.formatting import counted, shape_text
-from lutra.graph import Graph, Sizes, Value, sized
+from lutra.graph import Graph, Sizes, sized
 from lutra.inputs import check_ids, dtype_complaint, id_ranges, int32_array
-from lutra.ops.spec import Array
+from lutra.node import Array, Value
 from lutra.runtime.cpu import choose_isa, choose_threads, usable_memory
 from lutra.runtime.plan import build_plan
 from lutra.runtime.profile import Profile, input_pool, measure

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from lutra.graph import Graph
-from lutra.ops.spec import Array
+from lutra.node import Array
 
 if TYPE_CHECKING:
     from lutra.runtime.plan import FusedNode

@@ -11,13 +11,13 @@ from typing import Final, TypeAlias, TypedDict
 
 from lutra import _engine
 from lutra.formatting import shape_text
-from lutra.graph import Node, Value
+from lutra.node import Array, Node, Value
 from lutra.ops.elementwise import limits
 from lutra.ops.functions import FUNCTIONS, function_name
 from lutra.ops.lookup import unpack_weights
 from lutra.ops.rows import row_length
 from lutra.ops.shape import REST, TO_THE_END
-from lutra.ops.spec import Array, flag, integer, ints, number, pair, text
+from lutra.ops.spec import flag, integer, ints, number, pair, text
 
 __all__ = ["STEPS", "Job", "StepFn"]
 

@@ -40,10 +40,10 @@ class PQ:
         k: centroids per codebook: 8, 16, 32 or 64.
         act_bits: bits of the activation grid, 1..7.
         gradient: of the input. "straight-through" is the dense layer's; "projected" is that of
-            the best linear model of the quantiser (see `lutra.train.layers.pq_projection`); both with the
-            exact gradient of the tables. "dense" passes the gradients of the dense layer to input
-            and weights and none to the codebooks, which `reconstruction` trains (eLUT-NN, ASPLOS
-            2024). "soft" is LUT-NN's softmax over distances with a learned temperature.
+            the best linear model of the quantiser (see `lutra.train.layers.pq_projection`); both
+            with the exact gradient of the tables. "dense" passes the gradients of the dense layer
+            to input and weights and none to the codebooks, which `reconstruction` trains (eLUT-NN,
+            ASPLOS 2024). "soft" is LUT-NN's softmax over distances with a learned temperature.
         reconstruction: weight of the mean squared difference between the layer and its dense
             product in the loss (see `lutra.train.reconstruction_loss`); eLUT-NN takes 1e-3 for
             BERT. 0 leaves it out.

@@ -18,12 +18,13 @@ from lutra.train.conversion.calibrate import Reservoir, collect
 from lutra.train.conversion.speed_gate import Decision, SpeedGate, attach, decide, record
 from lutra.train.functions.swap import FunctionSwap
 from lutra.train.geometry import Geometry
+from lutra.train.layers import int8, lookup
+from lutra.train.layers import pq_tree as trees
 from lutra.train.layers.base import QuantizedLayer
 from lutra.train.layers.int8 import Int8Conv2d, Int8Layer, Int8Linear
 from lutra.train.layers.int8_embedding import Int8Embedding
 from lutra.train.layers.lookup import LookupConv2d, LookupLayer, LookupLinear
-from lutra.train.layers.pq import PQConv2d, PQLinear, _PQLayer, int8, lookup, quantize_tables
-from lutra.train.layers.pq import pq_tree as trees
+from lutra.train.layers.pq import PQConv2d, PQLinear, _PQLayer, quantize_tables
 from lutra.train.layers.pq_kmeans import kmeans
 from lutra.train.operators import portable
 from lutra.train.progress import Progress

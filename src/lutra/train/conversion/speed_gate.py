@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from lutra.errors import LutraError
-from lutra.graph import AttrValue, Graph, Value, make_node
+from lutra.graph import Graph, make_node
+from lutra.node import Array, AttrValue, Value
 from lutra.ops import OPS
 from lutra.ops.int8 import MAX_DEPTH
-from lutra.ops.spec import Array
 from lutra.runtime.cpu import MAX_THREADS, choose_isa, cpu_info
 from lutra.runtime.profile import input_pool
 from lutra.runtime.session import Session

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lutra.errors import LutraError
-from lutra.graph import Graph, Node
+from lutra.graph import Graph
+from lutra.node import Array, Node
 from lutra.ops.factors import TABLE_MAX
-from lutra.ops.spec import Array
 from lutra.train.layers.pq import FrozenPQ, _PQLayer
 
 _TABLES: Final = "tables"

@@ -15,8 +15,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree
 
 from lutra.errors import InputError, LutraError, UnsupportedModelError
-from lutra.graph import Graph, Node
-from lutra.ops.spec import Array
+from lutra.graph import Graph
+from lutra.node import Array, Node
 from lutra.reference import run_reference
 from lutra.runtime.session import Session
 from lutra.train.exporting.lowering import Lowered

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Training of a converted model: the loop, distillation, checkpoints."""

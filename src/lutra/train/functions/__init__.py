@@ -1,1 +1,1 @@
-"""TODO."""
+"""Functions that are read from tables of lines: modules, swapped calls, fitting by training."""

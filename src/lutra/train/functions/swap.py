@@ -1,8 +1,9 @@
 """Function tables for a whole model: what it calls is found while data runs, then swapped.
 
 Two kinds of places are swapped. Modules that are a function, a softmax or a norm themselves become
-modules of `lutra.train.functions.modules`, whatever library they are from: an activation is known by what it
-computes. In all others the functions that `forward` calls are swapped (see `function_calls`).
+modules of `lutra.train.functions.modules`, whatever library they are from: an activation is known
+by the values that it computes. In all others the functions that `forward` calls are swapped (see
+`lutra.train.functions.calls`).
 """
 
 from __future__ import annotations

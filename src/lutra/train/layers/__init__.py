@@ -1,1 +1,1 @@
-"""TODO."""
+"""Layers of lookups and of integers, as ordinary modules."""

@@ -20,9 +20,9 @@ from lutra.ops.pq import MAX_SUBVECTOR
 from lutra.train import distributed as collective
 from lutra.train.encoder import Encoder, Nearest, Tree
 from lutra.train.geometry import Geometry, Quantization
+from lutra.train.layers import pq_reconstruction as reconstruction
+from lutra.train.layers import pq_tree as trees
 from lutra.train.layers.base import INT8_MAX, QuantizedLayer, check_input, clip_gradient
-from lutra.train.layers.pq import pq_reconstruction as reconstruction
-from lutra.train.layers.pq import pq_tree as trees
 from lutra.train.layers.pq_projection import REFRESH, SAMPLE_ROWS, regression
 from lutra.train.layers.pq_soft import SoftLookup
 from lutra.train.operators import portable

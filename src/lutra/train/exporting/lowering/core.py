@@ -25,7 +25,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from lutra.errors import LutraError
-from lutra.graph import Graph, Node, Value
+from lutra.graph import Graph
+from lutra.node import Node, Value
 from lutra.train.exporting.lowering import views
 from lutra.train.exporting.lowering.emitter import Emitter, flatten, identity
 from lutra.train.exporting.lowering.hints import hint_for

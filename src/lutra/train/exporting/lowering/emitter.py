@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, fx
 
 from lutra.errors import LutraError, UnsupportedModelError
-from lutra.graph import AttrValue, Node, Value
+from lutra.node import AttrValue, Node, Value
 from lutra.train.exporting.capture import node_module
 from lutra.train.exporting.lowering.values import Ref, Sizes, Unlowered, UnsupportedUse, is_dynamic
 

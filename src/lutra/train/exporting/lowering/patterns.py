@@ -16,7 +16,6 @@ from torch.export import ExportedProgram
 from lutra.train.exporting.lowering.attention import is_mask
 from lutra.train.exporting.lowering.deferred import looks_like
 from lutra.train.exporting.lowering.sources import Deferred, Sources
-from lutra.train.operators import functions as function_ops
 from lutra.train.operators import masked_mean as pooling  # noqa: F401  (their operators)
 
 _aten = torch.ops.aten

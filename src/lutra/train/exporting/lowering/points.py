@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lutra.graph import Node
+from lutra.node import Node
 from lutra.ops.elementwise import CLAMPS
 from lutra.ops.shape import REST
 from lutra.train.exporting.lowering.core import Lowering, Ref, Sizes, is_dynamic

@@ -1,0 +1,76 @@
+#include "engine/core/fold.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace lutra {
+namespace {
+
+constexpr int kNudges = 8;  // steps to the next float tried on either side
+// Sums, and offsets in units of sums, below this are exact enough in float32 for both forms to
+// change their result within one sum of the real boundary.
+constexpr double kLargest = 1 << 20;
+
+int32_t rounded(float t, const Grid& g) {
+  const float low = static_cast<float>(-g.zero), high = static_cast<float>(g.qmax - g.zero);
+  t = t > low ? t : low;
+  t = t < high ? t : high;
+  return static_cast<int32_t>(std::nearbyintf(t)) + g.zero;
+}
+
+int32_t chain(int64_t n, float scale, float bias, Clamp clamp, const Grid& g) {
+  float y = static_cast<float>(n) * scale;
+  y = y + bias;
+  if (clamp.on) {
+    y = y > clamp.low ? y : clamp.low;
+    y = y < clamp.high ? y : clamp.high;
+  }
+  return rounded(y / g.scale, g);
+}
+
+// Both forms are monotone in n, so they are equal everywhere if they change at the same places.
+bool equal(float scale, float bias, Clamp clamp, const Grid& g, int64_t limit, float a, float b) {
+  auto same = [&](int64_t n) {
+    n = std::clamp(n, -limit, limit);
+    return chain(n, scale, bias, clamp, g) == rounded(std::fmaf(static_cast<float>(n), a, b), g);
+  };
+  if (!same(-limit) || !same(limit) || !same(0)) return false;
+  if (a == 0.0f) return true;
+  for (int32_t k = -g.zero; k < g.qmax - g.zero; ++k) {
+    const double n = (k + 0.5 - static_cast<double>(b)) / static_cast<double>(a);
+    if (std::abs(n) > static_cast<double>(limit) + 2) continue;
+    const int64_t near = static_cast<int64_t>(std::floor(n));
+    for (int64_t i = near - 1; i <= near + 2; ++i) {
+      if (!same(i)) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+Fold fold_quantization(const std::vector<float>& scale, const std::vector<float>& bias, Clamp clamp,
+                       const Grid& grid, int64_t limit) {
+  Fold fold;
+  for (size_t m = 0; m < scale.size(); ++m) {
+    const double offset = std::abs(static_cast<double>(bias[m]) / scale[m]);
+    if (!(offset + static_cast<double>(limit) < kLargest)) return {};
+    const float a = static_cast<float>(static_cast<double>(scale[m]) / grid.scale);
+    float up = static_cast<float>(static_cast<double>(bias[m]) / grid.scale), down = up;
+    bool found = equal(scale[m], bias[m], clamp, grid, limit, a, up);
+    for (int i = 0; i < kNudges && !found; ++i) {
+      up = std::nextafterf(up, INFINITY);
+      found = equal(scale[m], bias[m], clamp, grid, limit, a, up);
+      if (found) break;
+      down = std::nextafterf(down, -INFINITY);
+      found = equal(scale[m], bias[m], clamp, grid, limit, a, down);
+      if (found) up = down;
+    }
+    if (!found) return {};
+    fold.scale.push_back(a);
+    fold.bias.push_back(up);
+  }
+  return fold;
+}
+
+}  // namespace lutra

@@ -1,0 +1,24 @@
+// Integers from integers: where a sum is scaled, shifted, clamped and quantised, and nobody reads
+// the floats between, one multiply-add replaces the chain.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "engine/core/quantization.h"
+
+namespace lutra {
+
+struct Fold {
+  std::vector<float> scale, bias;  // by output; empty where the chain must be kept
+  bool on() const { return !scale.empty(); }
+};
+
+// Finds scale' and bias' so that
+//   clamp(round_half_even(fma(float32(n), scale', bias')) + zero, 0, qmax)
+// equals the grid value of clamp(float32(n) * scale + bias) for every integer |n| <= limit, which
+// is checked around each place where the result changes. Empty if there are none such.
+Fold fold_quantization(const std::vector<float>& scale, const std::vector<float>& bias, Clamp clamp,
+                       const Grid& grid, int64_t limit);
+
+}  // namespace lutra

@@ -1,0 +1,103 @@
+// One step of a plan: an operator, or several fused into one.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/core/quantization.h"
+#include "engine/core/shape.h"
+#include "engine/core/thread_pool.h"
+
+namespace lutra {
+
+// A function of one variable, of many values at once.
+class Elementwise {
+ public:
+  virtual ~Elementwise() = default;
+  // y[i] = f(x[i]) for i < n; y may be x. The result does not depend on n or i.
+  virtual void apply(const float* x, size_t n, float* y) const = 0;
+};
+using ElementwisePtr = std::shared_ptr<const Elementwise>;
+
+class Step;
+using StepPtr = std::unique_ptr<Step>;
+using Shapes = std::vector<Shape>;
+
+// Inputs and outputs of one run of a step, all in storage order (shape.h). An input of integers is
+// int32 in the place of the floats: integers_of() below.
+struct StepRun {
+  const Shapes& shapes;                     // of the inputs
+  const std::vector<const float*>& inputs;  // null where an input is quantised
+  const uint8_t* bytes;                     // the first input, if that is quantised
+  const Shape& out_shape;
+  float* out;     // null: nobody reads the floats
+  int quantized;  // quantised outputs
+  struct {
+    Grid grid;
+    uint8_t* data;
+  } q[kMaxQuantized];
+  uint8_t* workspace;
+  ThreadPool& pool;
+};
+
+class Step {
+ public:
+  virtual ~Step() = default;
+
+  // Shape of the output. Throws std::invalid_argument if the inputs do not fit.
+  virtual Shape infer(const Shapes& inputs) const = 0;
+
+  // Whether it reads an input as int32, not as float32.
+  virtual bool reads_integers(size_t) const { return false; }
+
+  // Bytes of scratch memory that run() may use.
+  virtual size_t workspace(const Shapes& inputs, int threads) const;
+
+  // Called from several threads at once, each with its own buffers.
+  virtual void run(const StepRun& r) const = 0;
+
+  // Quantised outputs that it can write beside the floats, or instead of them.
+  virtual int max_quantized() const { return 0; }
+
+  // Told once, before the first run: the grids of its quantised outputs, and whether it makes
+  // floats.
+  virtual void set_outputs(const std::vector<Quantization>&, bool) {}
+
+  // The same operation on quantised values, if quantising before it gives the same integers as
+  // quantising after it; else null.
+  virtual StepPtr on_bytes() const { return nullptr; }
+
+  // What it does, if that is a function of each value of its only input; else null.
+  virtual ElementwisePtr elementwise() const { return nullptr; }
+  // Takes over the step that alone reads its output, before the first run; false if it cannot.
+  virtual bool absorb(const Step&) { return false; }
+
+  // Which kernel does the work, for profiles.
+  virtual std::string method(const Shapes& inputs) const = 0;
+  virtual size_t parameter_bytes() const { return 0; }
+};
+
+// A step from floats to floats.
+class FloatStep : public Step {
+ public:
+  void run(const StepRun& r) const final {
+    run(r.shapes, r.inputs, r.out_shape, r.out, r.workspace, r.pool);
+  }
+  std::string method(const Shapes&) const override { return "float32"; }
+
+ protected:
+  virtual void run(const Shapes& shapes, const std::vector<const float*>& inputs,
+                   const Shape& out_shape, float* out, uint8_t* workspace,
+                   ThreadPool& pool) const = 0;
+};
+
+// The int32 values of an input for which reads_integers() holds.
+inline const int32_t* integers_of(const float* input) {
+  return reinterpret_cast<const int32_t*>(input);
+}
+
+// Throws std::invalid_argument(what) unless ok.
+void require(bool ok, const std::string& what);
+
+}  // namespace lutra

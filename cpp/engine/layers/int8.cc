@@ -1,0 +1,49 @@
+#include "engine/layers/int8.h"
+
+namespace lutra {
+
+Int8Layer::Int8Layer(const Kernels& kernels, const ConvGeometry& geometry, int64_t outputs,
+                     int64_t groups, const Quantization& quantization, const int8_t* weight,
+                     const float* scale, const float* bias)
+    : GatheredLayer("int8", kernels, geometry, outputs, groups, quantization, 7, scale, bias) {
+  const int64_t depth = this->depth(), per_group = group_outputs();
+  require(depth <= (int64_t{1} << 31) / (127 * 128), "too many inputs for exact 32-bit sums");
+  for (int64_t i = 0; i < outputs * depth; ++i) {
+    require(weight[i] >= -127, "a weight is -128; the range is -127..127");
+  }
+  group_bytes_ = align64(kernels.dense8_bytes(narrow_depth(), narrow_outputs()));
+  weight_ = AlignedBytes(group_bytes_ * static_cast<size_t>(groups));
+  for (int64_t g = 0; g < groups; ++g) {
+    kernels.pack_dense8(narrow_depth(), narrow_outputs(), weight + g * per_group * depth,
+                        weight_.data() + static_cast<size_t>(g) * group_bytes_);
+  }
+  for (int64_t i = 0; i < outputs; ++i) {  // -zero times the sum of the weights
+    int32_t sum = 0;
+    for (int64_t k = 0; k < depth; ++k) sum += weight[i * depth + k];
+    offset_.push_back(-quantization.zero * sum);
+  }
+}
+
+size_t Int8Layer::gathered_bytes() const { return kernels_.gather8_bytes(narrow_depth()); }
+
+void Int8Layer::gather(const Patch& patch, uint8_t* gathered) const {
+  kernels_.gather8(narrow_depth(), static_cast<int32_t>(geometry_.taps()), patch, gathered);
+}
+
+void Int8Layer::multiply(int64_t group, const uint8_t* gathered, int64_t first, int64_t last,
+                         const Epilogue& e) const {
+  kernels_.dense8(narrow_depth(), narrow_outputs(),
+                  weight_.data() + static_cast<size_t>(group) * group_bytes_, gathered,
+                  static_cast<int32_t>(first), static_cast<int32_t>(last), e);
+}
+
+void Int8Layer::multiply_row(const uint8_t* x, int64_t first, int64_t last, int32_t* sums) const {
+  kernels_.dense8_row(narrow_depth(), narrow_outputs(), weight_.data(), x,
+                      static_cast<int32_t>(first), static_cast<int32_t>(last), sums);
+}
+
+int64_t Int8Layer::largest_sum() const {
+  return 127 * depth() * quantization_.qmax();  // |x - zero| <= qmax
+}
+
+}  // namespace lutra

@@ -1,0 +1,47 @@
+// The quantised input of a layer, tile by tile.
+//
+// The planes are padded copies in a workspace, or the value itself where nothing has to be padded.
+#pragma once
+
+#include "engine/layers/patches.h"
+#include "engine/core/quantization.h"
+#include "engine/core/thread_pool.h"
+
+namespace lutra {
+
+class PatchSource {
+ public:
+  PatchSource(const ConvGeometry& g, int64_t n, int64_t h, int64_t w);
+
+  // Memory that load() takes, and scratch for every worker.
+  size_t bytes() const;
+  size_t scratch_bytes() const;
+
+  // From a quantised value with consecutive pixels or channels, or from floats in any layout. The
+  // sizes must be those given to the constructor; scratch of the workers lies `stride` bytes apart.
+  void load(const ByteView& x, int32_t zero, uint8_t* workspace, uint8_t* scratch, size_t stride,
+            ThreadPool& pool);
+  void load(const ImageView& x, const Kernels& kernels, const Grid& grid, uint8_t* workspace,
+            uint8_t* scratch, size_t stride, ThreadPool& pool);
+
+  int64_t rows() const { return planes_.rows(); }
+  const PaddedPlanes<uint8_t>& planes() const { return planes_; }
+  const uint8_t* data() const { return data_; }
+
+  // Rows first..first+count-1. `row` has row_tile entries and must live as long as the patch.
+  Patch tile(int64_t first, int64_t count, int32_t row_tile, int32_t* row) const;
+
+ private:
+  uint8_t* begin(uint8_t* workspace);
+  void subsample(const ByteView& x, uint8_t* to, ThreadPool& pool);
+
+  ConvGeometry g_;
+  int64_t n_, h_, w_;
+  PaddedPlanes<uint8_t> planes_;
+  const uint8_t* data_ = nullptr;
+  int64_t plane_ = 0;
+  bool consecutive_ = false;  // all rows are
+  int32_t* taps_ = nullptr;
+};
+
+}  // namespace lutra

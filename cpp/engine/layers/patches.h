@@ -1,0 +1,333 @@
+// From images to the rows of a tile, without an im2col matrix of the whole image.
+//
+// The input is first copied into padded planes, once. The address of a value of a patch is then the
+// sum of an offset of its entry (channel, kernel row, kernel column) and an offset of its row (the
+// output pixel). With a horizontal stride s the columns of a padded line are stored phase by phase
+// (x = 0, s, 2s, ... then 1, s + 1, ...), so that neighbouring output pixels always read
+// neighbouring addresses.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/kernels.h"
+
+#ifdef __SSE2__  // part of every x86-64
+#include <emmintrin.h>
+#endif
+
+namespace lutra {
+
+struct ConvGeometry {
+  int64_t channels = 1;
+  int64_t kernel_h = 1, kernel_w = 1;
+  int64_t stride_h = 1, stride_w = 1;
+  int64_t pad_h = 0, pad_w = 0;
+  int64_t dilation_h = 1, dilation_w = 1;
+
+  int64_t taps() const { return kernel_h * kernel_w; }
+  int64_t depth() const { return channels * taps(); }
+  // Positions of the kernel; 0 where it is larger than the padded image.
+  int64_t out_h(int64_t h) const {
+    const int64_t room = h + 2 * pad_h - dilation_h * (kernel_h - 1) - 1;
+    return room < 0 ? 0 : room / stride_h + 1;
+  }
+  int64_t out_w(int64_t w) const {
+    const int64_t room = w + 2 * pad_w - dilation_w * (kernel_w - 1) - 1;
+    return room < 0 ? 0 : room / stride_w + 1;
+  }
+};
+
+// An image batch anywhere in memory; strides in elements.
+template <class T>
+struct View {
+  T* data;
+  int64_t n, c, h, w;      // sizes
+  int64_t sn, sc, sh, sw;  // strides
+
+  int64_t pixels() const { return n * h * w; }
+  // The distance between neighbouring rows (pixels of all images) in memory; 0 where it is not the
+  // same for all.
+  int64_t row_step() const {
+    const int64_t sizes[] = {w, h, n}, strides[] = {sw, sh, sn};
+    int64_t step = 1, rows = 1;
+    for (int i = 0; i < 3; ++i) {
+      if (sizes[i] == 1) continue;
+      if (rows == 1) step = strides[i];
+      if (strides[i] != step * rows) return 0;
+      rows *= sizes[i];
+    }
+    return step;
+  }
+};
+using ImageView = View<float>;
+using ByteView = View<const uint8_t>;
+
+// Copies `lines` lines of `count` elements in chunks of kChunk, count >= kChunk; no element beyond
+// a line is touched. Inlined, with constant sizes: lines of images are short.
+template <int64_t kChunk, class T>
+inline void copy_chunks(T* to, int64_t to_pitch, const T* from, int64_t from_pitch, int64_t lines,
+                        int64_t count) {
+  const int64_t whole = count / kChunk * kChunk;
+  for (int64_t y = 0; y < lines; ++y, to += to_pitch, from += from_pitch) {
+    for (int64_t i = 0; i < whole; i += kChunk) std::memcpy(to + i, from + i, kChunk * sizeof(T));
+    if (whole != count) {
+      std::memcpy(to + count - kChunk, from + count - kChunk, kChunk * sizeof(T));
+    }
+  }
+}
+
+template <class T>
+inline void copy_lines(T* to, int64_t to_pitch, const T* from, int64_t from_pitch, int64_t lines,
+                       int64_t count) {
+  constexpr int64_t kChunk = 16 / sizeof(T);
+  if (count >= kChunk) {
+    copy_chunks<kChunk>(to, to_pitch, from, from_pitch, lines, count);
+  } else if (count >= kChunk / 2) {
+    copy_chunks<kChunk / 2>(to, to_pitch, from, from_pitch, lines, count);
+  } else if (count >= kChunk / 4) {
+    copy_chunks<kChunk / 4>(to, to_pitch, from, from_pitch, lines, count);
+  } else {
+    copy_chunks<1>(to, to_pitch, from, from_pitch, lines, count);
+  }
+}
+
+// even[i] = from[2 i], odd[i] = from[2 i + 1]; one more even value if count is odd. `odd` may be
+// null.
+template <class T>
+inline void split_pairs(const T* from, int64_t count, T* even, T* odd) {
+  const int64_t pairs = count / 2;
+  int64_t i = 0;
+#ifdef __SSE2__
+  if constexpr (sizeof(T) == 1) {
+    const __m128i low = _mm_set1_epi16(255);
+    for (; i + 16 <= pairs; i += 16) {
+      const __m128i* p = reinterpret_cast<const __m128i*>(from + 2 * i);
+      const __m128i a = _mm_loadu_si128(p), b = _mm_loadu_si128(p + 1);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(even + i),
+                       _mm_packus_epi16(_mm_and_si128(a, low), _mm_and_si128(b, low)));
+      if (!odd) continue;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(odd + i),
+                       _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8)));
+    }
+    for (; i + 8 <= pairs; i += 8) {
+      const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 2 * i));
+      const __m128i e = _mm_and_si128(a, low), o = _mm_srli_epi16(a, 8);
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(even + i), _mm_packus_epi16(e, e));
+      if (odd) _mm_storel_epi64(reinterpret_cast<__m128i*>(odd + i), _mm_packus_epi16(o, o));
+    }
+  }
+#endif
+  for (; i < pairs; ++i) {
+    even[i] = from[2 * i];
+    if (odd) odd[i] = from[2 * i + 1];
+  }
+  if (count % 2) even[pairs] = from[2 * pairs];
+}
+
+template <class T>
+class PaddedPlanes {
+ public:
+  static constexpr int64_t kChunk = 16 / sizeof(T);  // gather() copies 16 bytes at a time
+
+  PaddedPlanes(const ConvGeometry& g, int64_t n, int64_t h, int64_t w)
+      : g_(g),
+        n_(n),
+        h_(h),
+        w_(w),
+        phase_((w + 2 * g.pad_w + g.stride_w - 1) / g.stride_w),
+        pitch_(phase_ * g.stride_w),
+        image_((h + 2 * g.pad_h) * pitch_),
+        plane_(n * image_),
+        out_h_(g.out_h(h)),
+        out_w_(g.out_w(w)) {}
+
+  int64_t elements() const { return g_.channels * plane_ + static_cast<int64_t>(kSlack); }
+  int64_t rows() const { return n_ * out_h_ * out_w_; }
+  int64_t plane() const { return plane_; }  // elements between channels
+
+  // 1x1, no stride, no padding: a plane is the channel as it is, of all images on end.
+  bool plain() const {
+    return g_.taps() == 1 && g_.stride_h == 1 && g_.stride_w == 1 && !g_.pad_h && !g_.pad_w;
+  }
+
+  // Offset of each kernel position in a plane: taps() numbers.
+  void write_tap_offsets(int32_t* to) const {
+    for (int64_t ky = 0; ky < g_.kernel_h; ++ky) {
+      for (int64_t kx = 0; kx < g_.kernel_w; ++kx) {
+        *to++ = static_cast<int32_t>(tap_offset(ky, kx));
+      }
+    }
+  }
+
+  // Fills the planes of channels first..last-1 of image n. convert(const S*, count, T*) turns
+  // consecutive values into T; scratch holds (last - first) * w elements.
+  template <class S, class Convert>
+  void fill(T* planes, const View<S>& x, int64_t n, int64_t first, int64_t last, T padding,
+            T* scratch, const Convert& convert) const {
+    for (int64_t c = first; c < last; ++c) {
+      pad(planes + c * plane_ + n * image_, padding);
+    }
+    const int64_t channels = last - first;
+    if (x.sw == 1 && x.sh == w_ && g_.stride_w == 1 && !g_.pad_w) {  // lines follow each other
+      T* const to = planes + n * image_ + g_.pad_h * pitch_;
+      for (int64_t c = first; c < last; ++c) {
+        convert(x.data + n * x.sn + c * x.sc, h_ * w_, to + c * plane_);
+      }
+      return;
+    }
+    for (int64_t y = 0; y < h_; ++y) {
+      const S* from = x.data + n * x.sn + y * x.sh + first * x.sc;
+      T* to = planes + first * plane_ + n * image_ + (y + g_.pad_h) * pitch_;
+      if (x.sc == 1 && x.sw != 1) {  // channels last: convert pixel by pixel, then spread
+        for (int64_t i = 0; i < w_; ++i) {
+          if (x.sw != channels) convert(from + i * x.sw, channels, scratch + i * channels);
+        }
+        if (x.sw == channels) convert(from, w_ * channels, scratch);
+        for (int64_t c = 0; c < channels; ++c) {
+          spread(scratch + c, channels, to + c * plane_);
+        }
+        continue;
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        const S* line = from + c * x.sc;
+        if (x.sw == 1 && g_.stride_w == 1) {
+          convert(line, w_, to + c * plane_ + g_.pad_w);
+        } else if (x.sw == 1) {
+          convert(line, w_, scratch);
+          spread(scratch, 1, to + c * plane_);
+        } else {
+          for (int64_t i = 0; i < w_; ++i) convert(line + i * x.sw, 1, scratch + i);
+          spread(scratch, 1, to + c * plane_);
+        }
+      }
+    }
+  }
+
+  // The same for a channel whose lines are consecutive already: clear() channels, then copy() each
+  // of their images.
+  void clear(T* planes, int64_t first, int64_t last, T padding) const {
+    if (image_ == h_ * w_) return;  // nothing but pixels
+    std::fill(planes + first * plane_, planes + last * plane_, padding);
+  }
+  void copy(T* planes, const T* x, int64_t n, int64_t c) const {
+    T* const line = planes + c * plane_ + n * image_ + g_.pad_h * pitch_;
+    if (g_.stride_w == 1) {
+      copy_lines(line + g_.pad_w, pitch_, x, w_, h_, w_);
+      return;
+    }
+    for (int64_t y = 0; y < h_; ++y) {
+      if (g_.stride_w == 2) {
+        T* const row = line + y * pitch_;
+        split_pairs(x + y * w_, w_, row + g_.pad_w % 2 * phase_ + g_.pad_w / 2,
+                    row + (g_.pad_w + 1) % 2 * phase_ + (g_.pad_w + 1) / 2);
+      } else {
+        spread(x + y * w_, 1, line + y * pitch_);
+      }
+    }
+  }
+
+  // Where the rows first..first+count-1 of a tile come from: runs of consecutive addresses.
+  struct Runs {
+    int64_t count = 0;
+    int64_t source[kMaxRowTile];
+    int32_t target[kMaxRowTile], length[kMaxRowTile];
+  };
+
+  Runs runs(int64_t first, int64_t count) const {
+    Runs r;
+    int64_t x = first % out_w_, y = (first / out_w_) % out_h_, n = first / (out_w_ * out_h_);
+    for (int64_t done = 0; done < count;) {
+      const int64_t length = out_w_ - x < count - done ? out_w_ - x : count - done;
+      const int64_t source = n * image_ + y * g_.stride_h * pitch_ + x;
+      const int64_t i = r.count - 1;
+      if (i >= 0 && r.source[i] + r.length[i] == source) {
+        r.length[i] += static_cast<int32_t>(length);
+      } else {
+        r.source[r.count] = source;
+        r.target[r.count] = static_cast<int32_t>(done);
+        r.length[r.count++] = static_cast<int32_t>(length);
+      }
+      done += length;
+      x = 0;
+      if (++y == out_h_) {
+        y = 0;
+        ++n;
+      }
+    }
+    return r;
+  }
+
+  // patch[d - first][row] for entries first..last-1; may write kSlack bytes past the end.
+  void gather(const T* planes, const Runs& r, int64_t first, int64_t last, int64_t row_tile,
+              T* patch) const {
+    int64_t c = first / g_.taps();
+    int64_t ky = first % g_.taps() / g_.kernel_w, kx = first % g_.kernel_w;
+    for (int64_t d = first; d < last; ++d, patch += row_tile) {
+      const T* const base = planes + c * plane_ + tap_offset(ky, kx);
+      for (int64_t i = 0; i < r.count; ++i) {
+        const T* const from = base + r.source[i];
+        T* const to = patch + r.target[i];
+        const int64_t length = r.length[i];
+        for (int64_t k = 0; k < length; k += kChunk) std::memcpy(to + k, from + k, 16);
+      }
+      if (++kx == g_.kernel_w) {
+        kx = 0;
+        if (++ky == g_.kernel_h) {
+          ky = 0;
+          ++c;
+        }
+      }
+    }
+  }
+
+ private:
+  int64_t tap_offset(int64_t ky, int64_t kx) const {
+    const int64_t dx = kx * g_.dilation_w;
+    const int64_t column = g_.stride_w == 1 ? dx : dx % g_.stride_w * phase_ + dx / g_.stride_w;
+    return ky * g_.dilation_h * pitch_ + column;
+  }
+
+  // The border of an image, or all of it where the columns are not in order.
+  void pad(T* image, T padding) const {
+    if (g_.stride_w != 1) {
+      if (g_.pad_h || g_.pad_w || pitch_ != w_) std::fill(image, image + image_, padding);
+      return;
+    }
+    if (g_.pad_h) {
+      std::fill(image, image + g_.pad_h * pitch_, padding);
+      std::fill(image + image_ - g_.pad_h * pitch_, image + image_, padding);
+    }
+    const int64_t width = g_.pad_w;
+    if (!width) return;
+    T* line = image + g_.pad_h * pitch_;
+    for (int64_t y = 0; y < h_; ++y, line += pitch_) {
+      for (int64_t i = 0; i < width; ++i) line[i] = line[pitch_ - 1 - i] = padding;
+    }
+  }
+
+  void spread(const T* from, int64_t step, T* row) const {
+    const int64_t width = w_, stride = g_.stride_w, first = g_.pad_w;  // T may alias members
+    if (stride == 1) {
+      for (int64_t i = 0; i < width; ++i) row[first + i] = from[i * step];
+      return;
+    }
+    const int64_t phase_size = phase_;
+    int64_t phase = first % stride, column = first / stride;
+    for (int64_t i = 0; i < width; ++i) {
+      row[phase * phase_size + column] = from[i * step];
+      if (++phase == stride) {
+        phase = 0;
+        ++column;
+      }
+    }
+  }
+
+  ConvGeometry g_;
+  int64_t n_, h_, w_;
+  int64_t phase_, pitch_, image_, plane_;  // elements
+  int64_t out_h_, out_w_;
+};
+
+}  // namespace lutra

@@ -1,0 +1,299 @@
+#include "engine/layers/pq.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace lutra {
+namespace {
+
+// Rough speed of one AVX-512 core, to guess how long a job takes: centroid values compared and
+// table entries added.
+constexpr double kWorkPerMicrosecond = 1.5e5;
+// Tiles that are encoded together and then take turns with a few outputs: their tables are read
+// once for all of them, and longer stretches of the output planes, which are often a power of two
+// apart, are written at a time.
+constexpr int64_t kGroup = 4;
+constexpr int64_t kGroupOutputs = 16;
+constexpr int64_t kRowOutputs = 512;  // outputs of one work item where rows are looked up alone
+
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+void check(const PqShape& s, const ConvGeometry& geometry, const Quantization& q,
+           const EncoderData& encoder) {
+  auto require = [](bool ok, const std::string& what) {
+    if (!ok) throw std::invalid_argument("product-quantised layer: " + what);
+  };
+  const int32_t k = s.centroids;
+  require(k == 8 || k == 16 || k == 32 || k == 64,
+          "K must be 8, 16, 32 or 64, not " + std::to_string(k));
+  require(s.outputs >= 1, "it has no outputs");
+  require(q.bits >= 1 && q.bits <= 7,
+          "activation bits must be 1..7, not " + std::to_string(q.bits));
+  require(q.zero >= 0 && q.zero <= q.qmax(),
+          "zero point " + std::to_string(q.zero) + " is outside 0.." + std::to_string(q.qmax()));
+  require(q.scale > 0, "the activation scale must be positive");
+  require(s.books >= 1 && s.books < (1 << 24), "codebooks must be 1..2^24, for exact 32-bit sums");
+  require(geometry.depth() < (int64_t{1} << 31), "its rows are too long");
+  const size_t codebooks = static_cast<size_t>(s.books);
+  if (s.encoder == Encoder::kNearest) {
+    require(s.dim >= 1 && s.dim <= 64, "V must be 1..64, not " + std::to_string(s.dim));
+    const int64_t books = (geometry.depth() + s.dim - 1) / s.dim;
+    require(books == s.books,
+            "it needs " + std::to_string(books) + " codebooks, not " + std::to_string(s.books));
+    for (size_t i = 0; i < codebooks * k * s.dim; ++i) {
+      require(encoder.centroids[i] <= q.qmax(), "centroid value " +
+                                                    std::to_string(encoder.centroids[i]) +
+                                                    " is above " + std::to_string(q.qmax()));
+    }
+    return;
+  }
+  size_t levels = 0;
+  while ((1 << levels) < k) ++levels;
+  for (size_t i = 0; i < codebooks * levels; ++i) {
+    require(encoder.splits[i] >= 0 && encoder.splits[i] < geometry.depth(),
+            "split " + std::to_string(encoder.splits[i]) + " is outside its rows of " +
+                std::to_string(geometry.depth()));
+  }
+  for (size_t i = 0; i < codebooks * (k - 1); ++i) {
+    require(encoder.thresholds[i] <= q.qmax() + 1, "threshold " +
+                                                       std::to_string(encoder.thresholds[i]) +
+                                                       " is above " + std::to_string(q.qmax() + 1));
+  }
+}
+
+}  // namespace
+
+PqLayer::PqLayer(const Kernels& kernels, PqShape shape, const ConvGeometry& geometry,
+                 const Quantization& quantization, const EncoderData& encoder, const int8_t* tables,
+                 const float* scale, const float* bias, bool few_rows)
+    : kernels_(kernels),
+      shape_(shape),
+      geometry_(geometry),
+      quantization_(quantization),
+      grid_(make_grid(quantization)),
+      few_rows_(few_rows),
+      packed_(std::make_unique<Packed>()) {
+  check(shape, geometry, quantization, encoder);
+  shape_.depth = static_cast<int32_t>(geometry.depth());
+  shape_.taps = static_cast<int32_t>(geometry.taps());
+  shape_.bits = quantization.bits;
+  encoder_ = AlignedBytes(kernels.encoder_bytes(shape_));
+  if (shape_.encoder == Encoder::kNearest) {
+    kernels.pack_nearest(shape_, encoder.centroids, encoder_.data());
+  } else {
+    kernels.pack_tree(shape_, encoder.splits, encoder.thresholds, encoder_.data());
+  }
+  const size_t entries = static_cast<size_t>(shape_.books) * shape_.centroids * shape_.outputs;
+  if (few_rows) {
+    canonical_.assign(tables, tables + entries);
+  } else {
+    this->tables(tables);
+  }
+  scale_.assign(scale, scale + shape_.outputs);
+  bias_.assign(bias, bias + shape_.outputs);
+}
+
+// Packed at the first call: a layer that has only ever seen few rows does not hold them twice.
+const uint8_t* PqLayer::tables(const int8_t* canonical) const {
+  std::call_once(packed_->once, [this, canonical] {
+    packed_->tables = AlignedBytes(kernels_.table_bytes(shape_));
+    kernels_.pack_tables(shape_, canonical, packed_->tables.data());
+  });
+  return packed_->tables.data();
+}
+
+size_t PqLayer::parameter_bytes() const {
+  return kernels_.encoder_bytes(shape_) +
+         static_cast<size_t>(shape_.books) * shape_.centroids * shape_.outputs;
+}
+
+Fold PqLayer::fold(Clamp clamp, const Quantization& grid) const {
+  return fold_quantization(scale_, bias_, clamp, make_grid(grid), int64_t{128} * shape_.books);
+}
+
+const char* PqLayer::method(int64_t rows) const {
+  const bool tree = shape_.encoder == Encoder::kTree;
+  if (by_row(rows)) return tree ? "tree, table rows" : "nearest, table rows";
+  return tree ? "tree, shuffled tables" : "nearest, shuffled tables";
+}
+
+// Workspace: planes, codes of all tiles (or of each worker's tile), then what each worker needs.
+struct PqLayer::Sizes {
+  size_t planes, codes, shared, tile, worker;
+  int64_t tiles, group;
+  bool split;  // tiles are few: their codebooks and outputs are shared out as well
+
+  Sizes(const PqLayer& layer, const PatchSource& source, int threads, bool direct) {
+    const Kernels& k = layer.kernels_;
+    const PqShape& s = layer.shape_;
+    const int64_t rows = source.rows();
+    tiles = (rows + k.row_tile - 1) / k.row_tile;
+    split = threads > 1 && tiles < 4 * threads && tiles % threads != 0;
+    const int64_t share = threads == 1 ? tiles : tiles / (2 * threads);
+    group = direct ? std::clamp<int64_t>(share, 1, kGroup) : 1;
+    planes = align64(source.bytes());
+    codes = align64(k.code_bytes(s));
+    const size_t row_codes = layer.by_row(rows) ? align64(static_cast<size_t>(s.books) * rows) : 0;
+    const size_t sums = std::max(row_codes, align64(kRowOutputs * (2 * sizeof(float) + 1)));
+    tile = TileOutput::scratch_bytes(s.outputs, k.row_tile, direct);
+    const size_t own_codes = split ? 0 : static_cast<size_t>(group) * codes;
+    worker = std::max(
+        {align64(kMaxRowTile * sizeof(int32_t)) + own_codes + tile, source.scratch_bytes(), sums});
+    // Codes of all tiles, or those of a few rows: packed, then canonical.
+    shared = layer.by_row(rows) ? codes + row_codes
+             : split            ? static_cast<size_t>(tiles) * codes
+                                : 0;
+  }
+};
+
+size_t PqLayer::workspace_bytes(int64_t n, int64_t h, int64_t w, int threads, bool direct) const {
+  const PatchSource source(geometry_, n, h, w);
+  const Sizes s(*this, source, threads, direct);
+  if (!by_row(source.rows())) tables();  // packed when a plan is prepared, not when it runs
+  return s.planes + s.shared + static_cast<size_t>(threads) * s.worker;
+}
+
+void PqLayer::run(const Call& call, uint8_t* workspace, ThreadPool& pool) const {
+  const ImageView* x = call.floats;
+  PatchSource source = x ? PatchSource(geometry_, x->n, x->h, x->w)
+                         : PatchSource(geometry_, call.bytes->n, call.bytes->h, call.bytes->w);
+  const Sizes s(*this, source, pool.threads(), TileOutput::direct(call.output.view));
+  uint8_t* const codes = workspace + s.planes;
+  uint8_t* const workers = codes + s.shared;
+  if (x) {
+    source.load(*x, kernels_, grid_, workspace, workers, s.worker, pool);
+  } else {
+    source.load(*call.bytes, quantization_.zero, workspace, workers, s.worker, pool);
+  }
+  if (by_row(source.rows())) {
+    run_rows(call, source, s, codes, workers, pool);
+  } else {
+    run_tiles(call, source, s, codes, workers, pool);
+  }
+}
+
+void PqLayer::run_tiles(const Call& call, const PatchSource& source, const Sizes& s,
+                        uint8_t* all_codes, uint8_t* workers, ThreadPool& pool) const {
+  const int64_t tile = kernels_.row_tile, rows = source.rows();
+  const TileOutput output(call.output, kernels_, nullptr, scale_.data(), bias_.data());
+  const uint8_t* const packed = tables();
+  struct Memory {
+    int32_t* row;
+    uint8_t *codes, *scratch;
+  };
+  auto memory = [&](int worker) {
+    uint8_t* at = workers + static_cast<size_t>(worker) * s.worker;
+    int32_t* const row = reinterpret_cast<int32_t*>(at);
+    at += align64(kMaxRowTile * sizeof(int32_t));
+    return Memory{row, at, at + (s.split ? 0 : static_cast<size_t>(s.group) * s.codes)};
+  };
+  auto encode = [&](int64_t index, int32_t first, int32_t last, const Memory& m, uint8_t* codes) {
+    const int64_t row = index * tile, count = std::min(tile, rows - row);
+    const Patch patch = source.tile(row, count, static_cast<int32_t>(tile), m.row);
+    kernels_.encode(shape_, encoder_.data(), patch, first, last, codes);
+  };
+  auto keep = [&](int64_t index, const uint8_t* codes) {
+    const int64_t row = index * tile, count = std::min(tile, rows - row);
+    kernels_.unpack_codes(shape_, codes, static_cast<int32_t>(count), call.codes + row,
+                          static_cast<size_t>(rows));
+  };
+  auto lookup = [&](int64_t index, int32_t first, int32_t last, const Memory& m,
+                    const uint8_t* codes) {
+    const int64_t row = index * tile, count = std::min(tile, rows - row);
+    output.make(row, count, m.scratch, 0, first, last,
+                [&](int64_t from, int64_t to, const Epilogue& e) {
+                  kernels_.lookup(shape_, packed, codes, static_cast<int32_t>(from),
+                                  static_cast<int32_t>(to), e);
+                });
+  };
+  const double compare =
+      shape_.encoder == Encoder::kTree ? 8.0 : static_cast<double>(shape_.centroids) * shape_.dim;
+  const double encoding = static_cast<double>(rows) * shape_.books * compare / kWorkPerMicrosecond;
+  const double looking =
+      static_cast<double>(rows) * shape_.books * shape_.outputs / kWorkPerMicrosecond;
+  if (!s.split) {
+    const int64_t groups = (s.tiles + s.group - 1) / s.group;
+    pool.run(static_cast<size_t>(groups), encoding + looking, [&](size_t i, int worker) {
+      const Memory m = memory(worker);
+      const int64_t begin = static_cast<int64_t>(i) * s.group;
+      const int64_t end = std::min(s.tiles, begin + s.group);
+      for (int64_t t = begin; t < end; ++t) {
+        uint8_t* const codes = m.codes + static_cast<size_t>(t - begin) * s.codes;
+        encode(t, 0, shape_.books, m, codes);
+        if (call.codes) keep(t, codes);
+      }
+      if (s.group == 1) return lookup(begin, 0, shape_.outputs, m, m.codes);
+      Epilogue e[kGroup];
+      for (int64_t t = begin; t < end; ++t) {
+        e[t - begin] = output.begin(t * tile, std::min(tile, rows - t * tile), m.scratch);
+      }
+      for (int32_t first = 0; first < shape_.outputs; first += kGroupOutputs) {
+        const int32_t last = std::min<int32_t>(shape_.outputs, first + kGroupOutputs);
+        for (int64_t t = begin; t < end; ++t) {
+          const uint8_t* const codes = m.codes + static_cast<size_t>(t - begin) * s.codes;
+          if (output.plain()) {
+            kernels_.lookup(shape_, packed, codes, first, last, e[t - begin]);
+          } else {
+            lookup(t, first, last, m, codes);
+          }
+        }
+      }
+    });
+    return;
+  }
+  const int64_t parts = 2 * pool.threads();
+  const int64_t book_step = round_up((shape_.books + parts - 1) / parts, kernels_.book_tile);
+  const int64_t book_parts = (shape_.books + book_step - 1) / book_step;
+  pool.run(static_cast<size_t>(s.tiles * book_parts), encoding, [&](size_t i, int worker) {
+    const int64_t index = static_cast<int64_t>(i) / book_parts;
+    const int64_t first = static_cast<int64_t>(i) % book_parts * book_step;
+    encode(index, static_cast<int32_t>(first),
+           static_cast<int32_t>(std::min<int64_t>(shape_.books, first + book_step)), memory(worker),
+           all_codes + static_cast<size_t>(index) * s.codes);
+  });
+  if (call.codes) {
+    for (int64_t i = 0; i < s.tiles; ++i) keep(i, all_codes + static_cast<size_t>(i) * s.codes);
+  }
+  // Whole groups of 16 outputs where possible: kernels take that many at a time for few rows.
+  const int64_t output_step =
+      round_up((shape_.outputs + parts - 1) / parts, std::max<int64_t>(16, kernels_.output_tile));
+  const int64_t output_parts = (shape_.outputs + output_step - 1) / output_step;
+  pool.run(static_cast<size_t>(s.tiles * output_parts), looking, [&](size_t i, int worker) {
+    const int64_t index = static_cast<int64_t>(i) / output_parts;
+    const int64_t first = static_cast<int64_t>(i) % output_parts * output_step;
+    lookup(index, static_cast<int32_t>(first),
+           static_cast<int32_t>(std::min<int64_t>(shape_.outputs, first + output_step)),
+           memory(worker), all_codes + static_cast<size_t>(index) * s.codes);
+  });
+}
+
+void PqLayer::run_rows(const Call& call, const PatchSource& source, const Sizes& s, uint8_t* codes,
+                       uint8_t* workers, ThreadPool& pool) const {
+  const int64_t rows = source.rows(), books = shape_.books;
+  const TileOutput output(call.output, kernels_, nullptr, scale_.data(), bias_.data());
+  int32_t row[kMaxRowTile];
+  const Patch patch = source.tile(0, rows, kernels_.row_tile, row);
+  kernels_.encode(shape_, encoder_.data(), patch, 0, shape_.books, codes);
+  uint8_t* const canonical = codes + s.codes;  // (rows, books)
+  kernels_.unpack_codes(shape_, codes, static_cast<int32_t>(rows), workers,
+                        static_cast<size_t>(rows));
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t b = 0; b < books; ++b) canonical[r * books + b] = workers[b * rows + r];
+  }
+  if (call.codes) std::copy(workers, workers + books * rows, call.codes);
+  const int64_t parts = (shape_.outputs + kRowOutputs - 1) / kRowOutputs;
+  const double work = static_cast<double>(rows * books) * shape_.outputs / kWorkPerMicrosecond;
+  pool.run(static_cast<size_t>(rows * parts), work, [&](size_t i, int worker) {
+    const int64_t r = static_cast<int64_t>(i) / parts;
+    const int64_t first = static_cast<int64_t>(i) % parts * kRowOutputs;
+    const int64_t count = std::min<int64_t>(kRowOutputs, shape_.outputs - first);
+    uint8_t* const memory = workers + static_cast<size_t>(worker) * s.worker;
+    int32_t* const sums = reinterpret_cast<int32_t*>(memory);
+    kernels_.lookup_row(shape_, canonical_.data(), canonical + r * books,
+                        static_cast<int32_t>(first), static_cast<int32_t>(first + count), sums);
+    output.row(r, sums, first, count, memory + kRowOutputs * sizeof(int32_t));
+  });
+}
+
+}  // namespace lutra

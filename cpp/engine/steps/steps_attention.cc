@@ -1,0 +1,133 @@
+#include <algorithm>
+
+#include "engine/core/memory.h"
+#include "engine/steps/steps_norm.h"
+
+namespace lutra {
+namespace {
+
+constexpr double kPerMicrosecond = 4e4;  // multiply-adds, a rough guess for one core
+constexpr int64_t kQueries = 32;         // work items are multiples of these
+
+// A work item is the queries of one head in one sample, or a part of them where threads would
+// otherwise have nothing to do.
+class AttentionStep : public Step {
+ public:
+  AttentionStep(const Kernels& kernels, AttentionSettings settings)
+      : kernels_(kernels), s_(std::move(settings)) {
+    require(s_.heads >= 1, "attention: heads must be at least 1, not " + std::to_string(s_.heads));
+  }
+
+  Shape infer(const Shapes& in) const override {
+    const Shape &q = in[0], &k = in[1], &v = in[2];
+    const std::string got =
+        "attention got q " + q.text() + ", k " + k.text() + " and v " + v.text();
+    require(q.rank == 3 && k.rank == 3 && v.rank == 3, got + "; (N, tokens, features) is needed");
+    require(k[0] == q[0] && v[0] == q[0] && k[1] == v[1],
+            got + ": the samples, or the tokens of k and v, differ");
+    const int64_t width = features(q);
+    require(width >= 1 && width % s_.heads == 0, got + ": " + std::to_string(width) +
+                                                     " features are not a multiple of " +
+                                                     std::to_string(s_.heads) + " heads");
+    for (int i = 0; i < 3; ++i) {
+      require(s_.offset[i] >= 0 && s_.offset[i] + width <= in[static_cast<size_t>(i)][2],
+              got + ": features " + std::to_string(s_.offset[i]) + ".." +
+                  std::to_string(s_.offset[i] + width - 1) + " of one of them do not exist");
+    }
+    if (in.size() > 3) {
+      require(in[3] == Shape({q[0], k[1]}),
+              got + " and a mask " + in[3].text() + ", which is not (N, tokens of k)");
+    }
+    return {q[0], q[1], width};
+  }
+
+  bool reads_integers(size_t input) const override { return input == 3; }
+  int max_quantized() const override { return kMaxQuantized; }
+  std::string method(const Shapes&) const override {
+    return s_.exp.empty() ? "float32" : "table of " + std::to_string(s_.exp.slope.size());
+  }
+  size_t parameter_bytes() const override { return s_.exp.bytes() + s_.reciprocal.bytes(); }
+  size_t workspace(const Shapes& in, int threads) const override {
+    return static_cast<size_t>(threads) * (scratch_bytes(in) + mask_bytes(in));
+  }
+
+  void run(const StepRun& r) const override {
+    const int64_t samples = r.shapes[0][0], queries = r.shapes[0][1], keys = r.shapes[1][1];
+    if (r.out_shape.size() == 0) return;
+    const int64_t width = features(r.shapes[0]) / s_.heads, pairs = samples * s_.heads;
+    const int64_t threads = r.pool.threads(), most = (queries + kQueries - 1) / kQueries;
+    const int64_t wanted = threads == 1 ? 1 : (4 * threads + pairs - 1) / pairs;
+    const int64_t part = (most + std::min(wanted, most) - 1) / std::min(wanted, most) * kQueries;
+    const int64_t parts = (queries + part - 1) / part;
+    const double work = 2.0 * static_cast<double>(pairs * width) * static_cast<double>(queries) *
+                        static_cast<double>(keys);
+    r.pool.run(static_cast<size_t>(pairs * parts), work / kPerMicrosecond,
+               [&](size_t item, int worker) {
+                 const int64_t pair = static_cast<int64_t>(item) / parts;
+                 const int64_t first = static_cast<int64_t>(item) % parts * part;
+                 one(r, pair / s_.heads, pair % s_.heads, first, std::min(queries, first + part),
+                     static_cast<size_t>(worker));
+               });
+  }
+
+ private:
+  int64_t features(const Shape& q) const { return s_.width < 0 ? q[2] - s_.offset[0] : s_.width; }
+  size_t scratch_bytes(const Shapes& in) const {
+    return align64(kernels_.attention_bytes(static_cast<int32_t>(features(in[0]) / s_.heads),
+                                            static_cast<int32_t>(in[1][1])));
+  }
+  static size_t mask_bytes(const Shapes& in) {
+    return in.size() > 3 ? align64(static_cast<size_t>(in[1][1]) * sizeof(int32_t)) : 0;
+  }
+
+  // Queries first..last-1 of one head of one sample.
+  void one(const StepRun& r, int64_t sample, int64_t head, int64_t first, int64_t last,
+           size_t worker) const {
+    const int64_t samples = r.shapes[0][0], queries = r.shapes[0][1], keys = r.shapes[1][1];
+    const int64_t width = features(r.shapes[0]) / s_.heads;
+    uint8_t* const scratch =
+        r.workspace + worker * (scratch_bytes(r.shapes) + mask_bytes(r.shapes));
+    const auto planes = [&](int i, int64_t tokens) {
+      return r.inputs[static_cast<size_t>(i)] + (s_.offset[i] + head * width) * samples * tokens +
+             sample * tokens;
+    };
+    Attention a{.width = static_cast<int32_t>(width),
+                .keys = static_cast<int32_t>(keys),
+                .causal = s_.causal,
+                .scale = s_.scale,
+                .q = planes(0, queries),
+                .k = planes(1, keys),
+                .v = planes(2, keys),
+                .q_stride = static_cast<size_t>(samples * queries),
+                .k_stride = static_cast<size_t>(samples * keys),
+                .v_stride = static_cast<size_t>(samples * keys),
+                .mask = nullptr,
+                .exp = s_.exp.segments(),
+                .reciprocal = s_.reciprocal.segments()};
+    if (r.inputs.size() > 3) {  // stored (S, N)
+      int32_t* const mask = reinterpret_cast<int32_t*>(scratch + scratch_bytes(r.shapes));
+      const int32_t* const from = integers_of(r.inputs[3]) + sample;
+      for (int64_t j = 0; j < keys; ++j) mask[j] = from[j * samples];
+      a.mask = mask;
+    }
+    const int64_t at = (head * width) * samples * queries + sample * queries;
+    const size_t stride = static_cast<size_t>(samples * queries);
+    PlaneOutput out{
+        .out = r.out ? r.out + at : nullptr, .stride = stride, .quantized = r.quantized, .q = {}};
+    for (int i = 0; i < r.quantized; ++i) {
+      out.q[i] = {.grid = r.q[i].grid, .out = r.q[i].data + at, .stride = stride};
+    }
+    kernels_.attention(a, static_cast<int32_t>(first), static_cast<int32_t>(last), out, scratch);
+  }
+
+  const Kernels& kernels_;
+  AttentionSettings s_;
+};
+
+}  // namespace
+
+StepPtr attention_step(const Kernels& kernels, AttentionSettings settings) {
+  return std::make_unique<AttentionStep>(kernels, std::move(settings));
+}
+
+}  // namespace lutra

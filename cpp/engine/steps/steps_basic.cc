@@ -1,0 +1,390 @@
+#include "engine/steps/steps_basic.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+namespace lutra {
+
+void require(bool ok, const std::string& what) {
+  if (!ok) throw std::invalid_argument(what);
+}
+
+size_t Step::workspace(const Shapes&, int) const { return 0; }
+
+namespace {
+
+using Inputs = std::vector<const float*>;
+
+constexpr double kPerMicrosecond = 1e3;  // elements, a rough guess for one core
+constexpr int64_t kBlock = 16384;        // elements per work item of an element-wise step
+
+template <class F>
+void in_blocks(int64_t size, ThreadPool& pool, const F& f) {
+  const double time = static_cast<double>(size) / kPerMicrosecond;
+  pool.run(static_cast<size_t>((size + kBlock - 1) / kBlock), time, [&](size_t i, int) {
+    const int64_t first = static_cast<int64_t>(i) * kBlock;
+    f(first, std::min(size, first + kBlock));
+  });
+}
+
+class ClampStep : public FloatStep {
+ public:
+  ClampStep(float low, float high) : low_(low), high_(high) {}
+  Shape infer(const Shapes& in) const override { return in[0]; }
+  void run(const Shapes& shapes, const Inputs& in, const Shape&, float* out, uint8_t*,
+           ThreadPool& pool) const override {
+    in_blocks(shapes[0].size(), pool, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const float v = in[0][i] > low_ ? in[0][i] : low_;
+        out[i] = v < high_ ? v : high_;
+      }
+    });
+  }
+
+ private:
+  float low_, high_;
+};
+
+class AffineStep : public FloatStep {
+ public:
+  AffineStep(std::vector<float> scale, std::vector<float> bias)
+      : scale_(std::move(scale)), bias_(std::move(bias)) {}
+  Shape infer(const Shapes& in) const override {
+    require(in[0].rank >= 2 && in[0][1] == static_cast<int64_t>(scale_.size()),
+            "affine over " + std::to_string(scale_.size()) + " channels got " + in[0].text());
+    return in[0];
+  }
+  void run(const Shapes& shapes, const Inputs& in, const Shape&, float* out, uint8_t*,
+           ThreadPool& pool) const override {
+    const int64_t channels = shapes[0][1], step = storage_strides(shapes[0])[1];
+    const double time = static_cast<double>(shapes[0].size()) / kPerMicrosecond;
+    if (step == 1) {  // not the planes: the channels of one row after the other
+      pool.run(static_cast<size_t>(shapes[0].size() / channels), time, [&](size_t row, int) {
+        const float* const x = in[0] + static_cast<int64_t>(row) * channels;
+        float* const y = out + static_cast<int64_t>(row) * channels;
+        for (int64_t c = 0; c < channels; ++c) y[c] = x[c] * scale_[c] + bias_[c];
+      });
+      return;
+    }
+    pool.run(scale_.size(), time, [&](size_t c, int) {
+      const float s = scale_[c], b = bias_[c];
+      const float* x = in[0] + static_cast<int64_t>(c) * step;
+      float* y = out + static_cast<int64_t>(c) * step;
+      for (int64_t i = 0; i < step; ++i) y[i] = x[i] * s + b;
+    });
+  }
+
+ private:
+  std::vector<float> scale_, bias_;
+};
+
+// Visits every index of `shape` with the axes of `skip` held at zero, in row-major order.
+template <class F>
+void visit(const Shape& shape, const std::vector<bool>& skip, const F& f) {
+  Dims index{};
+  for (;;) {
+    f(index);
+    int axis = shape.rank - 1;
+    for (; axis >= 0; --axis) {
+      if (skip[axis]) continue;
+      if (++index[axis] < shape[axis]) break;
+      index[axis] = 0;
+    }
+    if (axis < 0) return;
+  }
+}
+
+int64_t offset(const Dims& index, const Dims& strides, int rank) {
+  int64_t o = 0;
+  for (int i = 0; i < rank; ++i) o += index[i] * strides[i];
+  return o;
+}
+
+class MeanStep : public FloatStep {
+ public:
+  MeanStep(std::vector<int> axes, bool keepdims) : reduced_(kMaxRank, false), keepdims_(keepdims) {
+    for (int a : axes) {
+      require(a >= 1 && a < kMaxRank, "mean: axis " + std::to_string(a) + " is not 1..5");
+      reduced_[a] = true;
+    }
+  }
+  Shape infer(const Shapes& in) const override {
+    Shape y;
+    for (int i = 0; i < in[0].rank; ++i) {
+      if (!reduced_[i]) {
+        y[y.rank++] = in[0][i];
+      } else if (keepdims_) {
+        y[y.rank++] = 1;
+      }
+    }
+    return y;
+  }
+  void run(const Shapes& shapes, const Inputs& in, const Shape& out_shape, float* out, uint8_t*,
+           ThreadPool& pool) const override {
+    const Shape& s = shapes[0];
+    if (s.rank == 4 && reduced_[2] && reduced_[3] && !reduced_[1])
+      return over_images(s, in[0], out, pool);
+    const Dims from = storage_strides(s), to = storage_strides(out_shape);
+    Shape window = s;
+    std::vector<bool> kept(kMaxRank, false);
+    for (int i = 0; i < s.rank; ++i) kept[i] = !reduced_[i];
+    float count = 1.0f;
+    for (int i = 0; i < s.rank; ++i) {
+      if (reduced_[i]) count *= static_cast<float>(s[i]);
+    }
+    // Reduced axes that are consecutive in memory are added as one line.
+    int64_t line = 1;
+    for (int k = s.rank - 1, axis; k > 1 && reduced_[axis = storage_axis(s.rank, k)]; --k) {
+      line *= s[axis];
+      kept[axis] = true;
+    }
+    visit(s, reduced_, [&](const Dims& index) {
+      const float* x = in[0] + offset(index, from, s.rank);
+      double sum = 0.0;
+      visit(window, kept, [&](const Dims& i) {
+        const float* part = x + offset(i, from, s.rank);
+        for (int64_t k = 0; k < line; ++k) sum += part[k];
+      });
+      int64_t at = 0;
+      for (int i = 0, o = 0; i < s.rank; ++i) {
+        if (!reduced_[i]) {
+          at += index[i] * to[o++];
+        } else if (keepdims_) {
+          ++o;
+        }
+      }
+      out[at] = static_cast<float>(sum) / count;
+    });
+  }
+
+ private:
+  // Global pooling: each plane is added in order, four of them side by side.
+  static void over_images(const Shape& s, const float* in, float* out, ThreadPool& pool) {
+    constexpr int64_t kPlanes = 4;
+    const int64_t size = s.inner(), planes = s[0] * s[1];
+    pool.run(static_cast<size_t>((planes + kPlanes - 1) / kPlanes),
+             static_cast<double>(planes * size) / kPerMicrosecond, [&](size_t item, int) {
+               const int64_t first = static_cast<int64_t>(item) * kPlanes;
+               const int64_t count = std::min(kPlanes, planes - first);
+               double sum[kPlanes] = {};
+               if (count == kPlanes) {
+                 const float* const x = in + first * size;
+                 for (int64_t i = 0; i < size; ++i) {
+                   for (int64_t p = 0; p < kPlanes; ++p) sum[p] += x[p * size + i];
+                 }
+               } else {
+                 for (int64_t p = 0; p < count; ++p) {
+                   for (int64_t i = 0; i < size; ++i) sum[p] += in[(first + p) * size + i];
+                 }
+               }
+               for (int64_t p = 0; p < count; ++p) {
+                 out[first + p] = static_cast<float>(sum[p]) / static_cast<float>(size);
+               }
+             });
+  }
+
+  std::vector<bool> reduced_;
+  bool keepdims_;
+};
+
+// A step that only moves values, on quantised ones.
+template <class Move>
+class ByteMoveStep : public Step {
+ public:
+  explicit ByteMoveStep(const Move& step) : step_(step) {}
+  Shape infer(const Shapes& in) const override { return step_.infer(in); }
+  std::string method(const Shapes&) const override { return "uint8"; }
+  void run(const StepRun& r) const override {
+    step_.move(r.shapes[0], r.bytes, r.out_shape, r.q[0].data);
+  }
+
+ private:
+  Move step_;
+};
+
+template <class Move>
+StepPtr byte_move(const Move& step) {
+  return std::make_unique<ByteMoveStep<Move>>(step);
+}
+
+class ReshapeStep : public FloatStep {
+ public:
+  explicit ReshapeStep(std::vector<int64_t> shape) : shape_(std::move(shape)) {
+    require(shape_.size() < kMaxRank, "reshape: more than 6 axes");
+  }
+  Shape infer(const Shapes& in) const override {
+    Shape y{in[0].batch()};
+    int64_t given = y.batch();  // elements without what is left for a size of -1
+    for (int64_t d : shape_) given *= d < 0 ? 1 : d;
+    for (int64_t d : shape_) y[y.rank++] = d < 0 && given > 0 ? in[0].size() / given : d;
+    require(y.size() == in[0].size(), "reshape: " + in[0].text() + " does not fit " + y.text());
+    return y;
+  }
+  void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t*,
+           ThreadPool&) const override {
+    move(shapes[0], in[0], y, out);
+  }
+  StepPtr on_bytes() const override { return byte_move(*this); }
+
+  template <class T>
+  static void move(const Shape& x, const T* in, const Shape& y, T* out) {
+    if (plane_axis(x.rank) != 1 || plane_axis(y.rank) != 1) return move_axes(x, in, y, out);
+    const int64_t n = x.batch(), each = x.size() / std::max<int64_t>(n, 1);
+    const int64_t from = x.inner(), to = y.inner();
+    if (from == to || n == 1) {
+      std::copy(in, in + x.size(), out);
+      return;
+    }
+    for (int64_t i = 0; i < each; ++i) {
+      const T* source = in + i / from * n * from + i % from;
+      T* target = out + i / to * n * to + i % to;
+      for (int64_t j = 0; j < n; ++j) target[j * to] = source[j * from];
+    }
+  }
+
+ private:
+  // For any storage order: as a copy of axes that both shapes are made of where there are such
+  // axes, as (12, 32) and (384) have, else element by element.
+  template <class T>
+  static void move_axes(const Shape& x, const T* in, const Shape& y, T* out) {
+    const Dims from = storage_strides(x), to = storage_strides(y);
+    Shape shared;
+    Dims fs{}, ts{};
+    Shape left_x = x, left_y = y;  // what is not yet in `shared`
+    int i = x.rank - 1, o = y.rank - 1;
+    while (shared.rank < kMaxRank) {
+      while (i >= 0 && left_x[i] == 1) --i;
+      while (o >= 0 && left_y[o] == 1) --o;
+      if (i < 0 || o < 0) break;
+      const int64_t size = std::min(left_x[i], left_y[o]);
+      if (left_x[i] % size != 0 || left_y[o] % size != 0) break;
+      shared[shared.rank] = size;  // the last axis comes first
+      fs[shared.rank] = x[i] / left_x[i] * from[i];
+      ts[shared.rank++] = y[o] / left_y[o] * to[o];
+      left_x[i] /= size;
+      left_y[o] /= size;
+    }
+    if (x.size() > 0 && i < 0 && o < 0) {
+      std::reverse(shared.dims.begin(), shared.dims.begin() + shared.rank);
+      std::reverse(fs.begin(), fs.begin() + shared.rank);
+      std::reverse(ts.begin(), ts.begin() + shared.rank);
+      return copy_strided(shared, in, fs, out, ts);
+    }
+    auto place = [](const Shape& s, const Dims& strides, int64_t index) {
+      int64_t at = 0;
+      for (int a = s.rank - 1; a >= 0; index /= s[a--]) at += index % s[a] * strides[a];
+      return at;
+    };
+    for (int64_t e = 0; e < x.size(); ++e) out[place(y, to, e)] = in[place(x, from, e)];
+  }
+
+  std::vector<int64_t> shape_;
+};
+
+class PadStep : public FloatStep {
+ public:
+  PadStep(std::vector<int64_t> before, std::vector<int64_t> after, float value)
+      : before_(std::move(before)), after_(std::move(after)), value_(value) {}
+  Shape infer(const Shapes& in) const override {
+    require(before_.size() == static_cast<size_t>(in[0].rank), "pad: one pair per axis is needed");
+    Shape y = in[0];
+    for (int i = 0; i < y.rank; ++i) y[i] += before_[i] + after_[i];
+    return y;
+  }
+  void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t*,
+           ThreadPool&) const override {
+    const Dims to = storage_strides(y);
+    std::fill(out, out + y.size(), value_);
+    int64_t at = 0;
+    for (int i = 0; i < y.rank; ++i) at += before_[i] * to[i];
+    copy_strided(shapes[0], in[0], storage_strides(shapes[0]), out + at, to);
+  }
+
+ private:
+  std::vector<int64_t> before_, after_;
+  float value_;
+};
+
+class SliceStep : public FloatStep {
+ public:
+  SliceStep(int axis, int64_t start, int64_t stop, int64_t step)
+      : axis_(axis), start_(start), stop_(stop), step_(step) {
+    require(axis > 0 && axis < kMaxRank && start >= 0 && (stop > start || stop < 0) && step > 0,
+            "slice: it takes nothing");
+  }
+  Shape infer(const Shapes& in) const override {
+    Shape y = in[0];
+    require(axis_ < y.rank, "slice: no axis " + std::to_string(axis_));
+    const int64_t stop = stop_ < 0 ? y[axis_] : stop_;
+    require(start_ < stop && stop <= y[axis_], "slice: it ends outside " + in[0].text());
+    y[axis_] = (stop - start_ + step_ - 1) / step_;
+    return y;
+  }
+  void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t*,
+           ThreadPool&) const override {
+    move(shapes[0], in[0], y, out);
+  }
+  StepPtr on_bytes() const override { return byte_move(*this); }
+
+  template <class T>
+  void move(const Shape& x, const T* in, const Shape& y, T* out) const {
+    Dims from = storage_strides(x);
+    const T* const source = in + start_ * from[axis_];
+    from[axis_] *= step_;
+    copy_strided(y, source, from, out, storage_strides(y));
+  }
+
+ private:
+  int axis_;
+  int64_t start_, stop_, step_;
+};
+
+class ConcatStep : public FloatStep {
+ public:
+  explicit ConcatStep(int axis) : axis_(axis) {}
+  Shape infer(const Shapes& in) const override {
+    Shape y = in[0];
+    require(axis_ > 0 && axis_ < y.rank, "concat: no axis " + std::to_string(axis_));
+    for (size_t i = 1; i < in.size(); ++i) {
+      Shape other = in[i];
+      require(other.rank == y.rank, "concat: the ranks differ");
+      y[axis_] += other[axis_];
+      other[axis_] = y[axis_];
+      require(other == y, "concat: the shapes do not fit each other");
+    }
+    return y;
+  }
+  void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t*,
+           ThreadPool&) const override {
+    const Dims to = storage_strides(y);
+    for (size_t i = 0; i < in.size(); ++i) {
+      copy_strided(shapes[i], in[i], storage_strides(shapes[i]), out, to);
+      out += shapes[i][axis_] * to[axis_];
+    }
+  }
+
+ private:
+  int axis_;
+};
+
+}  // namespace
+
+StepPtr clamp_step(float low, float high) { return std::make_unique<ClampStep>(low, high); }
+StepPtr affine_step(std::vector<float> scale, std::vector<float> bias) {
+  return std::make_unique<AffineStep>(std::move(scale), std::move(bias));
+}
+StepPtr mean_step(std::vector<int> axes, bool keepdims) {
+  return std::make_unique<MeanStep>(std::move(axes), keepdims);
+}
+StepPtr reshape_step(std::vector<int64_t> shape) {
+  return std::make_unique<ReshapeStep>(std::move(shape));
+}
+StepPtr pad_step(std::vector<int64_t> before, std::vector<int64_t> after, float value) {
+  return std::make_unique<PadStep>(std::move(before), std::move(after), value);
+}
+StepPtr slice_step(int axis, int64_t start, int64_t stop, int64_t step) {
+  return std::make_unique<SliceStep>(axis, start, stop, step);
+}
+StepPtr concat_step(int axis) { return std::make_unique<ConcatStep>(axis); }
+}  // namespace lutra

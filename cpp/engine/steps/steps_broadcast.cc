@@ -1,0 +1,216 @@
+#include "engine/steps/steps_broadcast.h"
+
+#include <algorithm>
+
+#include "engine/steps/block_step.h"
+
+namespace lutra {
+namespace {
+
+using Inputs = std::vector<const float*>;
+
+// An axis of the output, or several that are one in both inputs. Strides are 0 where an input is
+// repeated.
+struct PairAxis {
+  int64_t size, a, b;
+};
+
+template <class F>
+class PairStep : public BlockStep {
+ public:
+  PairStep(const Kernels& kernels, const char* name, bool broadcast, F f)
+      : BlockStep(kernels), name_(name), broadcast_(broadcast), f_(f) {}
+
+  Shape infer(const Shapes& in) const override {
+    bool fits = in[0].rank == in[1].rank;
+    Shape y = in[0];
+    for (int i = 0; fits && i < y.rank; ++i) {
+      if (broadcast_ && y[i] == 1) y[i] = in[1][i];
+      fits = in[1][i] == y[i] || (broadcast_ && in[1][i] == 1);
+    }
+    require(fits, std::string(name_) + ": the shapes " + in[0].text() + " and " + in[1].text() +
+                      (broadcast_ ? " do not fit each other: ranks must be equal, and sizes equal "
+                                    "or 1"
+                                  : " differ"));
+    return y;
+  }
+
+  void run(const StepRun& r) const override {
+    const std::vector<PairAxis> axes = merged(r.shapes[0], r.shapes[1], r.out_shape);
+    const PairAxis line = axes.back();
+    in_blocks(r, [&](int64_t first, int64_t count, float* to) {
+      for (int64_t done = 0; done < count;) {
+        // Where the line of this element begins.
+        int64_t rest = (first + done) / line.size;
+        const int64_t column = (first + done) % line.size;
+        const float* a = r.inputs[0] + column * line.a;
+        const float* b = r.inputs[1] + column * line.b;
+        for (size_t k = axes.size() - 1; k-- > 0; rest /= axes[k].size) {
+          a += rest % axes[k].size * axes[k].a;
+          b += rest % axes[k].size * axes[k].b;
+        }
+        const int64_t some = std::min(line.size - column, count - done);
+        over_line(a, line.a, b, line.b, some, to + done);
+        done += some;
+      }
+    });
+  }
+
+ private:
+  static std::vector<PairAxis> merged(const Shape& a, const Shape& b, const Shape& y) {
+    const Dims sa = storage_strides(a), sb = storage_strides(b);
+    std::vector<PairAxis> axes;
+    for (int k = 0; k < y.rank; ++k) {
+      const int i = storage_axis(y.rank, k);
+      if (y[i] == 1) continue;
+      const PairAxis axis{y[i], a[i] == 1 ? 0 : sa[i], b[i] == 1 ? 0 : sb[i]};
+      if (!axes.empty() && axes.back().a == axis.a * axis.size &&
+          axes.back().b == axis.b * axis.size) {
+        axes.back() = {axes.back().size * axis.size, axis.a, axis.b};
+      } else {
+        axes.push_back(axis);
+      }
+    }
+    if (axes.empty()) axes.push_back({1, 0, 0});
+    return axes;
+  }
+
+  void over_line(const float* a, int64_t sa, const float* b, int64_t sb, int64_t count,
+                 float* y) const {
+    if (sa == 1 && sb == 1) {
+      for (int64_t i = 0; i < count; ++i) y[i] = f_(a[i], b[i]);
+    } else if (sa == 1 && sb == 0) {
+      for (int64_t i = 0; i < count; ++i) y[i] = f_(a[i], *b);
+    } else if (sa == 0 && sb == 1) {
+      for (int64_t i = 0; i < count; ++i) y[i] = f_(*a, b[i]);
+    } else {
+      for (int64_t i = 0; i < count; ++i) y[i] = f_(a[i * sa], b[i * sb]);
+    }
+  }
+
+  const char* name_;
+  bool broadcast_;
+  F f_;
+};
+
+template <class F>
+StepPtr make_pair_step(const Kernels& kernels, const char* name, bool broadcast, F f) {
+  return std::make_unique<PairStep<F>>(kernels, name, broadcast, f);
+}
+
+class AffineScalar : public Elementwise {
+ public:
+  AffineScalar(float scale, float bias) : scale_(scale), bias_(bias) {}
+  void apply(const float* x, size_t n, float* y) const override {
+    for (size_t i = 0; i < n; ++i) y[i] = x[i] * scale_ + bias_;
+  }
+
+ private:
+  float scale_, bias_;
+};
+
+class CastStep : public FloatStep {
+ public:
+  bool reads_integers(size_t) const override { return true; }
+  Shape infer(const Shapes& in) const override { return in[0]; }
+  void run(const Shapes& shapes, const Inputs& in, const Shape&, float* out, uint8_t*,
+           ThreadPool&) const override {
+    const int32_t* const x = integers_of(in[0]);
+    for (int64_t i = 0; i < shapes[0].size(); ++i) out[i] = static_cast<float>(x[i]);
+  }
+};
+
+class TransposeStep : public FloatStep {
+ public:
+  explicit TransposeStep(std::vector<int> axes) : axes_(std::move(axes)) {
+    std::vector<int> sorted = axes_;
+    std::sort(sorted.begin(), sorted.end());
+    for (size_t i = 0; i < sorted.size(); ++i) {
+      require(sorted[i] == static_cast<int>(i), "transpose: its axes are no permutation");
+    }
+    require(!axes_.empty() && axes_[0] == 0, "transpose: the first axis must stay the first");
+  }
+  Shape infer(const Shapes& in) const override {
+    require(in[0].rank == static_cast<int>(axes_.size()),
+            "transpose: " + std::to_string(axes_.size()) + " axes for the shape " + in[0].text());
+    Shape y = in[0];
+    for (int i = 0; i < y.rank; ++i) y[i] = in[0][axes_[static_cast<size_t>(i)]];
+    return y;
+  }
+  void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t*,
+           ThreadPool&) const override {
+    const Dims strides = storage_strides(shapes[0]);
+    Dims from{};
+    for (int i = 0; i < y.rank; ++i) from[i] = strides[axes_[static_cast<size_t>(i)]];
+    copy_strided(y, in[0], from, out, storage_strides(y));
+  }
+
+ private:
+  std::vector<int> axes_;
+};
+
+class ExpandStep : public FloatStep {
+ public:
+  explicit ExpandStep(std::vector<int64_t> shape) : shape_(std::move(shape)) {}
+  Shape infer(const Shapes& in) const override {
+    Shape y = in[0];
+    require(y.rank == static_cast<int>(shape_.size()) + 1,
+            "expand: " + std::to_string(shape_.size()) + " sizes for the shape " + y.text());
+    for (int i = 1; i < y.rank; ++i) {
+      const int64_t size = shape_[static_cast<size_t>(i - 1)];
+      require(size == 0 || size == y[i] || (size > 0 && y[i] == 1),
+              "expand: axis " + std::to_string(i) + " of " + y.text() + " cannot become " +
+                  std::to_string(size));
+      if (size > 0) y[i] = size;
+    }
+    return y;
+  }
+  void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t*,
+           ThreadPool&) const override {
+    Dims from = storage_strides(shapes[0]);
+    for (int i = 0; i < y.rank; ++i) {
+      if (shapes[0][i] != y[i]) from[i] = 0;
+    }
+    copy_strided(y, in[0], from, out, storage_strides(y));
+  }
+
+ private:
+  std::vector<int64_t> shape_;
+};
+
+}  // namespace
+
+Arithmetic arithmetic_of(const std::string& name) {
+  if (name == "add") return Arithmetic::kAdd;
+  if (name == "sub") return Arithmetic::kSub;
+  if (name == "mul") return Arithmetic::kMul;
+  require(name == "div", "unknown operation " + name + "; there are add, sub, mul and div");
+  return Arithmetic::kDiv;
+}
+
+StepPtr pair_step(const Kernels& kernels, Arithmetic operation, bool broadcast) {
+  switch (operation) {
+    case Arithmetic::kAdd:
+      return make_pair_step(kernels, "add", broadcast, [](float a, float b) { return a + b; });
+    case Arithmetic::kSub:
+      return make_pair_step(kernels, "sub", broadcast, [](float a, float b) { return a - b; });
+    case Arithmetic::kMul:
+      return make_pair_step(kernels, "mul", broadcast, [](float a, float b) { return a * b; });
+    case Arithmetic::kDiv:
+      break;
+  }
+  return make_pair_step(kernels, "div", broadcast, [](float a, float b) { return a / b; });
+}
+
+StepPtr affine_scalar_step(const Kernels& kernels, float scale, float bias) {
+  return elementwise_step(kernels, std::make_shared<AffineScalar>(scale, bias));
+}
+StepPtr cast_step() { return std::make_unique<CastStep>(); }
+StepPtr transpose_step(std::vector<int> axes) {
+  return std::make_unique<TransposeStep>(std::move(axes));
+}
+StepPtr expand_step(std::vector<int64_t> shape) {
+  return std::make_unique<ExpandStep>(std::move(shape));
+}
+
+}  // namespace lutra

@@ -1,0 +1,197 @@
+#include <algorithm>
+#include <cmath>
+
+#include "engine/steps/steps_basic.h"
+
+namespace lutra {
+namespace {
+
+using Inputs = std::vector<const float*>;
+
+constexpr double kPerMicrosecond = 1e3;  // elements, a rough guess for one core
+
+// Calls f(channel and image plane of x, of y, worker) for every plane.
+template <class T, class F>
+void over_planes(const Shape& x, const Shape& y, const T* in, T* out, ThreadPool& pool,
+                 const F& f) {
+  pool.run(static_cast<size_t>(x[0] * x[1]), static_cast<double>(x.size()) / kPerMicrosecond,
+           [&](size_t i, int worker) {
+             f(in + static_cast<int64_t>(i) * x[2] * x[3],
+               out + static_cast<int64_t>(i) * y[2] * y[3], worker);
+           });
+}
+
+class PoolStep : public FloatStep {
+ public:
+  PoolStep(Pool kind, const ConvGeometry& g, bool ceil_mode, bool count_include_pad)
+      : kind_(kind), g_(g), ceil_mode_(ceil_mode), count_include_pad_(count_include_pad) {}
+
+  Shape infer(const Shapes& in) const override {
+    const Shape& x = in[0];
+    require(x.rank == 4, "a 2-D pooling got the shape " + x.text());
+    const Shape y{x[0], x[1], out(x[2], g_.kernel_h, g_.stride_h, g_.pad_h, g_.dilation_h),
+                  out(x[3], g_.kernel_w, g_.stride_w, g_.pad_w, g_.dilation_w)};
+    require(y[2] > 0 && y[3] > 0, "the pooling window is larger than the padded image " + x.text());
+    return y;
+  }
+
+  size_t workspace(const Shapes& in, int threads) const override {
+    return static_cast<size_t>(in[0][3]) * sizeof(float) * static_cast<size_t>(threads);
+  }
+  StepPtr on_bytes() const override;
+
+  void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out_data,
+           uint8_t* workspace, ThreadPool& pool) const override {
+    const Shape& x = shapes[0];
+    if (kind_ == Pool::kMax) return max(x, in[0], y, out_data, -INFINITY, workspace, pool);
+    over_planes(x, y, in[0], out_data, pool, [&](const float* from, float* to, int) {
+      for (int64_t oy = 0; oy < y[2]; ++oy) {
+        for (int64_t ox = 0; ox < y[3]; ++ox) *to++ = average(from, x, oy, ox);
+      }
+    });
+  }
+
+  // The workspace holds a line of x for every worker.
+  template <class T>
+  void max(const Shape& x, const T* in, const Shape& y, T* out_data, T lowest, uint8_t* workspace,
+           ThreadPool& pool) const {
+    over_planes(x, y, in, out_data, pool, [&](const T* from, T* to, int worker) {
+      T* const line = reinterpret_cast<T*>(workspace) + worker * x[3];
+      for (int64_t oy = 0; oy < y[2]; ++oy, to += y[3])
+        max_line(from, x, oy, y[3], lowest, line, to);
+    });
+  }
+
+ private:
+  // One line of outputs: the greatest of each column first, then of each window of columns. NaN is
+  // passed over.
+  template <class T>
+  void max_line(const T* from, const Shape& x, int64_t oy, int64_t width, T lowest, T* line,
+                T* to) const {
+    std::fill(line, line + x[3], lowest);
+    for (int64_t ky = 0; ky < g_.kernel_h; ++ky) {
+      const int64_t yy = oy * g_.stride_h - g_.pad_h + ky * g_.dilation_h;
+      if (yy < 0 || yy >= x[2]) continue;
+      const T* const row = from + yy * x[3];
+      for (int64_t i = 0, n = x[3]; i < n; ++i) line[i] = row[i] > line[i] ? row[i] : line[i];
+    }
+    std::fill(to, to + width, lowest);
+    const int64_t stride = g_.stride_w;
+    for (int64_t kx = 0; kx < g_.kernel_w; ++kx) {
+      const int64_t shift = kx * g_.dilation_w - g_.pad_w;  // column = ox * stride + shift
+      const int64_t first = shift < 0 ? (-shift + stride - 1) / stride : 0;
+      const int64_t room = x[3] - 1 - shift;
+      const int64_t last = room < 0 ? 0 : std::min(width, room / stride + 1);
+      const T* const column = line + shift;
+      if (stride == 2) {  // a constant stride becomes vector code
+        for (int64_t ox = first; ox < last; ++ox) {
+          to[ox] = column[2 * ox] > to[ox] ? column[2 * ox] : to[ox];
+        }
+        continue;
+      }
+      for (int64_t ox = first; ox < last; ++ox) {
+        to[ox] = column[ox * stride] > to[ox] ? column[ox * stride] : to[ox];
+      }
+    }
+  }
+
+  int64_t out(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) const {
+    const int64_t span = size + 2 * pad - dilation * (kernel - 1) - 1;
+    if (span < 0) return 0;
+    int64_t n = (span + (ceil_mode_ ? stride - 1 : 0)) / stride + 1;
+    // A window must start inside the image or its left padding.
+    if (ceil_mode_ && (n - 1) * stride >= size + pad) --n;
+    return n;
+  }
+
+  float average(const float* from, const Shape& x, int64_t oy, int64_t ox) const {
+    const int64_t y0 = oy * g_.stride_h - g_.pad_h, x0 = ox * g_.stride_w - g_.pad_w;
+    float sum = 0.0f;
+    int64_t inside = 0;
+    for (int64_t ky = 0; ky < g_.kernel_h; ++ky) {
+      const int64_t yy = y0 + ky * g_.dilation_h;
+      if (yy < 0 || yy >= x[2]) continue;
+      for (int64_t kx = 0; kx < g_.kernel_w; ++kx) {
+        const int64_t xx = x0 + kx * g_.dilation_w;
+        if (xx < 0 || xx >= x[3]) continue;
+        sum += from[yy * x[3] + xx];
+        ++inside;
+      }
+    }
+    // With padding counted, the window still ends with the padded image.
+    const int64_t padded = (std::min(y0 + g_.kernel_h, x[2] + g_.pad_h) - y0) *
+                           (std::min(x0 + g_.kernel_w, x[3] + g_.pad_w) - x0);
+    return sum / static_cast<float>(count_include_pad_ ? padded : inside);
+  }
+
+  Pool kind_;
+  ConvGeometry g_;
+  bool ceil_mode_, count_include_pad_;
+};
+
+// A max pooling of integers on a grid, which keeps their order.
+class BytePoolStep : public Step {
+ public:
+  explicit BytePoolStep(const PoolStep& pool) : pool_(pool) {}
+  Shape infer(const Shapes& in) const override { return pool_.infer(in); }
+  size_t workspace(const Shapes& in, int threads) const override {
+    return static_cast<size_t>(in[0][3]) * static_cast<size_t>(threads);
+  }
+  std::string method(const Shapes&) const override { return "uint8"; }
+  void run(const StepRun& r) const override {
+    pool_.max<uint8_t>(r.shapes[0], r.bytes, r.out_shape, r.q[0].data, 0, r.workspace, r.pool);
+  }
+
+ private:
+  PoolStep pool_;
+};
+
+StepPtr PoolStep::on_bytes() const {
+  return kind_ == Pool::kMax ? std::make_unique<BytePoolStep>(*this) : nullptr;
+}
+
+class AdaptivePoolStep : public FloatStep {
+ public:
+  AdaptivePoolStep(Pool kind, int64_t h, int64_t w) : kind_(kind), h_(h), w_(w) {}
+  Shape infer(const Shapes& in) const override {
+    require(in[0].rank == 4, "a 2-D pooling got the shape " + in[0].text());
+    return {in[0][0], in[0][1], h_, w_};
+  }
+  void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t*,
+           ThreadPool& pool) const override {
+    const Shape& x = shapes[0];
+    over_planes(x, y, in[0], out, pool, [&](const float* from, float* to, int) {
+      for (int64_t oy = 0; oy < h_; ++oy) {
+        const int64_t y0 = oy * x[2] / h_, y1 = ((oy + 1) * x[2] + h_ - 1) / h_;
+        for (int64_t ox = 0; ox < w_; ++ox) {
+          const int64_t x0 = ox * x[3] / w_, x1 = ((ox + 1) * x[3] + w_ - 1) / w_;
+          float top = -INFINITY;
+          double sum = 0.0;
+          for (int64_t yy = y0; yy < y1; ++yy) {
+            for (int64_t xx = x0; xx < x1; ++xx) {
+              top = std::max(top, from[yy * x[3] + xx]);
+              sum += from[yy * x[3] + xx];
+            }
+          }
+          const float count = static_cast<float>((y1 - y0) * (x1 - x0));
+          *to++ = kind_ == Pool::kMax ? top : static_cast<float>(sum) / count;
+        }
+      }
+    });
+  }
+
+ private:
+  Pool kind_;
+  int64_t h_, w_;
+};
+
+}  // namespace
+
+StepPtr pool_step(Pool kind, const ConvGeometry& window, bool ceil_mode, bool count_include_pad) {
+  return std::make_unique<PoolStep>(kind, window, ceil_mode, count_include_pad);
+}
+StepPtr adaptive_pool_step(Pool kind, int64_t out_h, int64_t out_w) {
+  return std::make_unique<AdaptivePoolStep>(kind, out_h, out_w);
+}
+
+}  // namespace lutra
