@@ -30,6 +30,7 @@ from typing import Final
 from lutra.errors import InputError
 from lutra.graph import Graph, Sizes
 from lutra.node import Node, Value
+from lutra.ops import OPS
 from lutra.ops.spec import Cost, inner
 
 __all__ = ["REGISTER_BYTES", "SOURCES", "Energy", "EnergyTable", "estimate"]
@@ -39,7 +40,6 @@ REGISTER_BYTES: Final = 64 * 33
 _PORT_BYTES: Final = 8  # an SRAM read of Horowitz's table
 _KB: Final = 1024
 _PIECE_BYTES: Final = 8  # a slope and an intercept, float32
-_LAYERS: Final = ("conv2d", "linear", "int8_conv2d", "int8_linear")
 
 #: Where the figures come from.
 SOURCES: Final = {
@@ -171,7 +171,7 @@ def _energy(node: Node, cost: Cost, values: Mapping[str, Value], prices: EnergyT
     small = cost.table_bytes <= REGISTER_BYTES
     in_registers = read * prices.register_read if small else in_sram
     fp32 = int8 = own
-    if cost.lookups or node.op in _LAYERS:
+    if OPS[node.op].output_axis is not None:
         ends = math.prod(inner(values[node.inputs[0]])) + math.prod(inner(values[node.output]))
         fp32 = cost.dense_macs * step
         int8 = cost.dense_macs * (prices.int8_mul + prices.int32_add) + ends * step

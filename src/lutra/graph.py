@@ -45,8 +45,6 @@ RESERVED_PREFIX: Final = "golden."
 TENSOR_DTYPES: Final = ("float32", "int32", "int8", "uint8")
 #: Values are float32; inputs may be int32, token ids and masks.
 VALUE_DTYPES: Final = ("float32", "int32")
-#: The tensors of lookup layers that make codes.
-_ENCODERS: Final = ("centroids", "splits", "thresholds")
 _MAX_RANK: Final = 8
 _MAX_ELEMENTS: Final = 2**31 - 1  # of one sample; the engine counts in 32 bits
 _MAX_NAME: Final = 512
@@ -422,7 +420,7 @@ def _same_codes(
     """Whether two lookup layers make the same codes: what they read and encode with is equal."""
     if (node.op, node.inputs, node.attrs) != (other.op, other.inputs, other.attrs):
         return False
-    pairs = [(tensors.get(role), others.get(role)) for role in _ENCODERS]
+    pairs = [(tensors.get(role), others.get(role)) for role in OPS[node.op].encoder_roles]
     return all(
         a is b or (a is not None and b is not None and np.array_equal(a, b)) for a, b in pairs
     )

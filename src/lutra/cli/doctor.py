@@ -10,27 +10,17 @@ import time
 from typing import Any, Final
 
 import numpy as np
-from numpy.random import Generator
 
 from lutra.cli.common import new_session, pairs, print_json
 from lutra.errors import LutraError
 from lutra.graph import Graph, make_node
 from lutra.node import Array, AttrValue, Node, Value
-from lutra.ops.lookup import pack_weights
+from lutra.ops import OPS
 from lutra.reference import run_reference
 from lutra.runtime.cpu import cpu_info
 
 _PACKAGES: Final = ("lutra", "numpy", "safetensors", "torch")
 _FAILED: Final = 1
-#: Attributes of the layers of the self test.
-_PQ: Final[dict[str, AttrValue]] = {"act_scale": 0.05, "act_zero": 64, "act_bits": 7}
-_ZERO: Final = 8
-_LOOKUP: Final[dict[str, AttrValue]] = {
-    "act_scale": 0.25,
-    "act_zero": _ZERO,
-    "act_bits": 4,
-    "weight_bits": 4,
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,65 +96,32 @@ def _chosen(asked: str) -> tuple[str | None, int | None, str]:
 
 
 def _small_graph() -> Graph:
-    """Lookup layers of odd sizes, (N, 5, 9, 9) to (N, 7): every loop has a remainder."""
+    """The examples of every layer in a chain, images (N, 5, 9, 9) first: odd sizes, so that every
+    loop has a remainder."""
     rng = np.random.default_rng(0)
     nodes: list[Node] = []
     tensors: dict[str, Array] = {}
+    x = value = Value("x", "float32", (None, 5, 9, 9))
 
-    def add(
-        op: str, attrs: dict[str, AttrValue] | None = None, arrays: dict[str, Array] | None = None
-    ) -> None:
+    def add(op: str, attrs: dict[str, AttrValue], arrays: dict[str, Array]) -> Value:
         name = f"{op}_{len(nodes)}"
-        roles = {role: f"{name}.{role}" for role in arrays or {}}
-        tensors.update({roles[role]: array for role, array in (arrays or {}).items()})
-        source = nodes[-1].output if nodes else "x"
-        nodes.append(make_node(op, name, [source], f"{name}.out", attrs or {}, roles))
+        roles = {role: f"{name}.{role}" for role in arrays}
+        tensors.update({roles[role]: array for role, array in arrays.items()})
+        node = make_node(op, name, [value.name], f"{name}.out", attrs, roles)
+        nodes.append(node)
+        return OPS[op].infer(node, [value], arrays)
 
-    conv: dict[str, AttrValue] = {"kernel": (3, 3), "padding": (1, 1)}
-    add("pq_conv2d", {**_PQ, **conv, "in_channels": 5, "stride": (2, 2)}, _nearest(rng, 45, 19, 9))
-    add("relu")
-    add("lookup_conv2d", {**_LOOKUP, **conv, "in_channels": 19}, _response(rng, 171, 19))
-    add("flatten", {"start_axis": 1})
-    add("pq_linear", {**_PQ, "in_features": 475}, _nearest(rng, 475, 11, 4))
-    add("lookup_linear", {**_LOOKUP, "in_features": 11}, _response(rng, 11, 11))
-    add("pq_linear", {**_PQ, "in_features": 11, "encoder": "tree"}, _tree(rng, 11, 7, 6))
-    return Graph(
-        (Value("x", "float32", (None, 5, 9, 9)),), (nodes[-1].output,), tuple(nodes), tensors
-    )
-
-
-def _nearest(rng: Generator, length: int, outputs: int, width: int) -> dict[str, Array]:
-    books = -(-length // width)
-    centroids = rng.integers(0, 128, (books, 16, width), dtype=np.uint8)
-    centroids[-1, :, length - (books - 1) * width :] = 0
-    return {"centroids": centroids, **_tables(rng, books, outputs)}
-
-
-def _tree(rng: Generator, length: int, outputs: int, books: int) -> dict[str, Array]:
-    return {
-        "splits": rng.integers(0, length, (books, 4), dtype=np.int32),
-        "thresholds": rng.integers(0, 129, (books, 15), dtype=np.uint8),
-        **_tables(rng, books, outputs),
-    }
-
-
-def _tables(rng: Generator, books: int, outputs: int) -> dict[str, Array]:
-    tables = rng.integers(-128, 128, (books, 16, outputs)).astype(np.int8)
-    return {"tables": tables, **_ends(rng, outputs)}
-
-
-def _response(rng: Generator, length: int, outputs: int) -> dict[str, Array]:
-    table = rng.integers(-127, 128, (16, 15)).astype(np.int8)
-    table[_ZERO] = 0
-    weight = rng.integers(0, 15, (outputs, length), dtype=np.uint8)
-    return {"weight": pack_weights(weight, 4), "table": table, **_ends(rng, outputs)}
-
-
-def _ends(rng: Generator, outputs: int) -> dict[str, Array]:
-    return {
-        "scale": rng.uniform(0.001, 0.01, outputs).astype(np.float32),
-        "bias": rng.standard_normal(outputs, np.float32),
-    }
+    for axis in (1, -1):
+        if axis == -1:
+            value = add("flatten", {"start_axis": 1}, {})
+        for spec in OPS.values():
+            if spec.examples is None or spec.output_axis != axis:
+                continue
+            for index in range(len(spec.examples(rng, 1))):
+                inputs = value.shape[axis]
+                assert inputs is not None  # channels or features
+                value = add(spec.name, *spec.examples(rng, inputs)[index])
+    return Graph((x,), (nodes[-1].output,), tuple(nodes), tensors)
 
 
 def _version(package: str) -> str:

@@ -38,6 +38,7 @@ from lutra.format import load_graph
 from lutra.formatting import table
 from lutra.graph import Graph, Sizes
 from lutra.node import Array, Node
+from lutra.ops import OPS
 from lutra.reference import run_node, run_reference
 from lutra.runtime.cpu import runnable_isas
 from lutra.runtime.profile import random_inputs
@@ -299,12 +300,12 @@ def _check_outputs(result: Result, graph: Graph, case: Case, values: Mapping[str
 
 
 def _is_lookup(node: Node) -> bool:
-    return node.op.startswith(("pq_", "lookup_"))
+    return OPS[node.op].is_table_layer
 
 
 def _is_integer(node: Node) -> bool:
     """Whether the node computes with integers, on a grid, and so gives the same bits everywhere."""
-    return "act_scale" in node.attrs
+    return OPS[node.op].has_grid
 
 
 def _same_bits(a: Array, b: Array) -> bool:

@@ -101,6 +101,10 @@ SPECS: Final = (
         check=check_conv,
         infer=infer_conv,
         cost=_cost,
+        output_axis=1,
+        fuses=True,
+        gain_role="weight",
+        bias_role="bias",
     ),
     OpSpec(
         "linear",
@@ -108,5 +112,9 @@ SPECS: Final = (
         check=_check_bias,
         infer=infer_linear,
         cost=_cost,
+        output_axis=-1,
+        fuses=True,
+        gain_role="weight",
+        bias_role="bias",
     ),
 )

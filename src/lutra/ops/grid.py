@@ -16,14 +16,14 @@ from lutra.ops.spec import Attr, integer, node_error, number
 
 MAX_ACT_BITS: Final = 7
 #: The attributes of a grid.
-QUANTISER: Final = {
+GRID: Final = {
     "act_scale": Attr(float),
     "act_zero": Attr(int, low=0, high=2**MAX_ACT_BITS - 1),
     "act_bits": Attr(int, low=1, high=MAX_ACT_BITS),
 }
 
 
-def check_quantiser(node: Node) -> int:
+def check_grid(node: Node) -> int:
     """Checks the attributes of a grid against each other.
 
     Args:

@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Final
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
 
 from lutra.node import Array, Node, Value
 from lutra.ops.dense import CONVOLUTION, check_conv, infer_conv, infer_linear
-from lutra.ops.grid import QUANTISER, check_quantiser
-from lutra.ops.spec import Cost, OpSpec, TensorRole, inner, node_error
+from lutra.ops.grid import GRID, check_grid
+from lutra.ops.rows import example_ends, example_rows
+from lutra.ops.spec import Cost, Example, OpSpec, TensorRole, inner, node_error
 
 #: Weights are in -MAX_WEIGHT..MAX_WEIGHT.
 MAX_WEIGHT: Final = 127
@@ -27,7 +31,7 @@ MAX_DEPTH: Final = 2**31 // (127 * 128)
 
 
 def _check(node: Node, tensors: Mapping[str, Array]) -> None:
-    check_quantiser(node)
+    check_grid(node)
     weight = tensors["weight"]
     for role in ("scale", "bias"):
         if tensors[role].shape != weight.shape[:1]:
@@ -76,21 +80,41 @@ def _tensors(axes: int) -> dict[str, TensorRole]:
     }
 
 
+def _examples(
+    rng: np.random.Generator, inputs: int, *, kernel: tuple[int, int] | None = None
+) -> list[Example]:
+    """One layer without groups."""
+    outputs = 13
+    weight = rng.integers(-MAX_WEIGHT, MAX_WEIGHT + 1, (outputs, inputs, *(kernel or ())))
+    padding = {} if kernel is None else {"padding": example_rows(inputs, kernel)["padding"]}
+    attrs = {**padding, "act_scale": 0.05, "act_zero": 64, "act_bits": 7}
+    return [(attrs, {"weight": weight.astype(np.int8), **example_ends(rng, outputs)})]
+
+
+#: The rules of both operators beside those of the rows.
+_LAYER: Final[dict[str, Any]] = {"fuses": True, "gain_role": "scale", "bias_role": "bias"}
+
 SPECS: Final = (
     OpSpec(
         "int8_conv2d",
-        attrs={**CONVOLUTION, **QUANTISER},
+        attrs={**CONVOLUTION, **GRID},
         tensors=_tensors(4),
         check=_check_conv,
         infer=infer_conv,
         cost=_cost,
+        output_axis=1,
+        examples=partial(_examples, kernel=(3, 3)),
+        **_LAYER,
     ),
     OpSpec(
         "int8_linear",
-        attrs=QUANTISER,
+        attrs=GRID,
         tensors=_tensors(2),
         check=_check,
         infer=infer_linear,
         cost=_cost,
+        output_axis=-1,
+        examples=_examples,
+        **_LAYER,
     ),
 )

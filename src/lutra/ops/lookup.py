@@ -21,14 +21,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 import numpy as np
 
 from lutra.node import Array, Node, Value
-from lutra.ops.grid import QUANTISER, check_quantiser
-from lutra.ops.rows import conv_attrs, infer_conv, infer_linear, linear_attrs, row_length
-from lutra.ops.spec import Attr, Cost, OpSpec, TensorRole, inner, integer, node_error
+from lutra.ops.grid import GRID, check_grid
+from lutra.ops.rows import (
+    conv_attrs,
+    example_ends,
+    example_rows,
+    infer_conv,
+    infer_linear,
+    linear_attrs,
+    row_length,
+)
+from lutra.ops.spec import Attr, Cost, Example, OpSpec, TensorRole, inner, integer, node_error
 
 __all__ = [
     "ACT_BITS",
@@ -53,8 +62,8 @@ TABLE_MAX: Final = 127
 #: A sum of so many table entries is exact in int32.
 MAX_DEPTH: Final = (2**31 - 1) // TABLE_MAX
 
-_QUANTISER: Final = {
-    **QUANTISER,
+_GRID: Final = {
+    **GRID,
     "act_bits": Attr(int, low=ACT_BITS[0], high=ACT_BITS[-1]),
     "weight_bits": Attr(int, low=WEIGHT_BITS[0], high=WEIGHT_BITS[-1]),
 }
@@ -112,7 +121,7 @@ def _shifts(bits: int) -> Array:
 
 
 def _check(node: Node, tensors: Mapping[str, Array]) -> None:
-    _check_grid(node)
+    _check_zero(node)
     _check_table(node, tensors["table"])
     packed = tensors["weight"]
     outputs = packed.shape[0]
@@ -126,8 +135,8 @@ def _check(node: Node, tensors: Mapping[str, Array]) -> None:
     _check_weight(node, packed, tensors["table"].shape[1])
 
 
-def _check_grid(node: Node) -> None:
-    qmax = check_quantiser(node)
+def _check_zero(node: Node) -> None:
+    qmax = check_grid(node)
     middle = (qmax + 1) // 2
     if integer(node, "act_zero") not in (0, middle):
         raise node_error(
@@ -224,21 +233,52 @@ def _cost(node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[s
     )
 
 
+def _examples(
+    rng: np.random.Generator, inputs: int, *, kernel: tuple[int, int] | None = None
+) -> list[Example]:
+    """A layer of 16 activation indices and 15 weight indices."""
+    zero, bits, outputs = 8, 4, 19
+    table = rng.integers(-TABLE_MAX, TABLE_MAX + 1, (16, 15)).astype(np.int8)
+    table[zero] = 0
+    length = inputs * math.prod(kernel or (1,))
+    weight = rng.integers(0, 15, (outputs, length), dtype=np.uint8)
+    attrs = {
+        **example_rows(inputs, kernel),
+        "act_scale": 0.25, "act_zero": zero, "act_bits": 4, "weight_bits": bits,
+    }  # fmt: skip
+    arrays = {"weight": pack_weights(weight, bits), "table": table, **example_ends(rng, outputs)}
+    return [(attrs, arrays)]
+
+
+#: The rules of both operators beside those of the rows.
+_LAYER: Final[dict[str, Any]] = {
+    "fuses": True,
+    "is_table_layer": True,
+    "gain_role": "scale",
+    "bias_role": "bias",
+}
+
 SPECS: Final = (
     OpSpec(
         "lookup_conv2d",
-        attrs={**conv_attrs(MAX_DEPTH), **_QUANTISER},
+        attrs={**conv_attrs(MAX_DEPTH), **_GRID},
         tensors=_TENSORS,
         check=_check,
         infer=_infer_conv,
         cost=_cost,
+        output_axis=1,
+        examples=partial(_examples, kernel=(3, 3)),
+        **_LAYER,
     ),
     OpSpec(
         "lookup_linear",
-        attrs={**linear_attrs(MAX_DEPTH), **_QUANTISER},
+        attrs={**linear_attrs(MAX_DEPTH), **_GRID},
         tensors=_TENSORS,
         check=_check,
         infer=_infer_linear,
         cost=_cost,
+        output_axis=-1,
+        examples=_examples,
+        **_LAYER,
     ),
 )

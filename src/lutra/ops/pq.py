@@ -28,13 +28,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Final
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
 
 from lutra.node import Array, Node, Value
 from lutra.ops.factors import expand
-from lutra.ops.grid import QUANTISER, check_quantiser
-from lutra.ops.rows import conv_attrs, infer_conv, infer_linear, linear_attrs, row_length
-from lutra.ops.spec import Attr, Cost, OpSpec, TensorRole, inner, node_error, text
+from lutra.ops.grid import GRID, check_grid
+from lutra.ops.rows import (
+    conv_attrs,
+    example_ends,
+    example_rows,
+    infer_conv,
+    infer_linear,
+    linear_attrs,
+    row_length,
+)
+from lutra.ops.spec import Attr, Cost, Example, OpSpec, TensorRole, inner, node_error, text
 
 #: What makes codes, and the tensors that each takes.
 ENCODERS: Final = ("nearest", "tree")
@@ -45,8 +56,8 @@ MAX_SUBVECTOR: Final = 64
 MAX_BOOKS: Final = 2**24 // 128
 _MAX_FEATURES: Final = MAX_BOOKS * MAX_SUBVECTOR
 
-_QUANTISER: Final = {
-    **QUANTISER,
+_GRID: Final = {
+    **GRID,
     "encoder": Attr(str, default="nearest", choices=ENCODERS),
 }
 _TENSORS: Final = {
@@ -64,7 +75,7 @@ def _expand(node: Node, tensors: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _check(node: Node, tensors: Mapping[str, Array]) -> None:
-    qmax = check_quantiser(node)
+    qmax = check_grid(node)
     encoder = text(node, "encoder")
     for name, roles in _ENCODER_TENSORS.items():
         for role in roles:
@@ -190,23 +201,66 @@ def _cost(node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[s
     )
 
 
+def _examples(
+    rng: np.random.Generator, inputs: int, *, kernel: tuple[int, int] | None = None
+) -> list[Example]:
+    """A layer with the nearest centroid, and one with trees."""
+    attrs = {
+        **example_rows(inputs, kernel), "act_scale": 0.05, "act_zero": 64, "act_bits": 7
+    }  # fmt: skip
+    if kernel is not None:
+        attrs["stride"] = (2, 2)
+    length, k, outputs = inputs * math.prod(kernel or (1,)), 16, 11
+    v = math.prod(kernel) if kernel else 4
+    codebooks = -(-length // v)
+    centroids = rng.integers(0, 128, (codebooks, k, v), dtype=np.uint8)
+    centroids[-1, :, length - (codebooks - 1) * v :] = 0
+    trees: dict[str, Array] = {
+        "splits": rng.integers(0, length, (codebooks, 4), dtype=np.int32),
+        "thresholds": rng.integers(0, 129, (codebooks, k - 1), dtype=np.uint8),
+    }
+    tables = rng.integers(-128, 128, (codebooks, k, outputs)).astype(np.int8)
+    ends = {"tables": tables, **example_ends(rng, outputs)}
+    return [
+        ({**attrs, "encoder": "nearest"}, {"centroids": centroids, **ends}),
+        ({**attrs, "encoder": "tree"}, {**trees, **ends}),
+    ]
+
+
+#: The rules of both operators beside those of the rows.
+_LAYER: Final[dict[str, Any]] = {
+    "fuses": True,
+    "is_table_layer": True,
+    "encoder_roles": ("centroids", "splits", "thresholds"),
+    "output_roles": ("tables", "scale", "bias"),
+    "table_role": "tables",
+    "gain_role": "scale",
+    "bias_role": "bias",
+}
+
 SPECS: Final = (
     OpSpec(
         "pq_conv2d",
-        attrs={**conv_attrs(_MAX_FEATURES), **_QUANTISER},
+        attrs={**conv_attrs(_MAX_FEATURES), **_GRID},
         tensors=_TENSORS,
         check=_check,
         infer=_infer_conv,
         cost=_cost,
         expand=_expand,
+        output_axis=1,
+        examples=partial(_examples, kernel=(3, 3)),
+        **_LAYER,
     ),
     OpSpec(
         "pq_linear",
-        attrs={**linear_attrs(_MAX_FEATURES), **_QUANTISER},
+        attrs={**linear_attrs(_MAX_FEATURES), **_GRID},
         tensors=_TENSORS,
         check=_check,
         infer=_infer_linear,
         cost=_cost,
         expand=_expand,
+        output_axis=-1,
+        examples=_examples,
+        **_LAYER,
     ),
 )

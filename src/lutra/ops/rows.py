@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lutra.node import Node, Value
+import numpy as np
+
+from lutra.node import Array, AttrValue, Node, Value
 from lutra.ops.spec import (
     MAX_EXTENT,
     Attr,
@@ -81,3 +83,19 @@ def infer_linear(node: Node, inputs: Sequence[Value], outputs: int) -> Value:
             f"give it an input whose last axis has {node.attrs['in_features']} values",
         )
     return x.with_shape(node.output, (*x.shape[:-1], outputs))
+
+
+def example_rows(inputs: int, kernel: tuple[int, int] | None) -> dict[str, AttrValue]:
+    """Attributes of a layer for tests: of a padded convolution, or of a linear layer."""
+    if kernel is None:
+        return {"in_features": inputs}
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    return {"in_channels": inputs, "kernel": kernel, "padding": padding}
+
+
+def example_ends(rng: np.random.Generator, outputs: int) -> dict[str, Array]:
+    """Scale and bias of a layer for tests."""
+    return {
+        "scale": rng.uniform(0.001, 0.01, outputs).astype(np.float32),
+        "bias": rng.standard_normal(outputs, np.float32),
+    }

@@ -241,6 +241,7 @@ SPECS: Final = (
         cost=_cost_attention,
         min_inputs=3,
         max_inputs=4,
+        reads_planes=True,
         dtypes=("float32", "float32", "float32", "int32"),
         since=2,
     ),

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Final, TypeAlias
 
+import numpy as np
+
 from lutra.errors import GraphError
 from lutra.formatting import shape_text
 from lutra.node import Array, AttrValue, Node, Value
@@ -175,6 +177,8 @@ CheckFn: TypeAlias = "Callable[[Node, Mapping[str, Array]], None]"
 InferFn: TypeAlias = "Callable[[Node, Sequence[Value], Mapping[str, Array]], Value]"
 ExpandFn: TypeAlias = "Callable[[Node, Mapping[str, Array]], Mapping[str, Array]]"
 SizesFn: TypeAlias = "Callable[[Node, Sequence[Value], Sequence[Value]], None]"
+Example: TypeAlias = "tuple[dict[str, AttrValue], dict[str, Array]]"
+ExamplesFn: TypeAlias = "Callable[[np.random.Generator, int], Sequence[Example]]"
 CostFn: TypeAlias = "Callable[[Node, Sequence[Value], Value, Mapping[str, Array]], Cost]"
 
 
@@ -213,6 +217,21 @@ class OpSpec:
             run, ``sized``, are not what ``inputs``, which may be dynamic, promised.
         dtypes: The dtype of each input; those that are not named are float32. The output always is.
         since: The version of the file format that the operator came with.
+        output_axis: The axis of the output that holds the outputs of a layer: 1 for images, -1 for
+            rows; None for operators that are no layer.
+        fuses: Whether the step of the engine can add a value and clamp while it writes.
+        reads_planes: Whether the step can read planes of a larger value where they are.
+        is_table_layer: Whether products of activations and weights are read from tables.
+        encoder_roles: The tensors that make codes; layers that read the same value and have equal
+            ones share their codes.
+        output_roles: The tensors whose last axis has one entry for each output, of layers that can
+            share codes.
+        table_role: The tensor of tables that compact tables can replace, see
+            ``lutra.ops.compact_tables``.
+        gain_role: The tensor whose axis 0 a gain for each output can be multiplied into.
+        bias_role: The tensor that a shift for each output can be added to.
+        examples: ``examples(rng, inputs)`` gives attributes and tensors of small layers that take
+            so many channels or features, for self tests.
     """
 
     name: str
@@ -227,6 +246,21 @@ class OpSpec:
     check_sizes: SizesFn = no_check_sizes
     dtypes: tuple[str, ...] = ()
     since: int = 1
+    output_axis: int | None = None
+    fuses: bool = False
+    reads_planes: bool = False
+    is_table_layer: bool = False
+    encoder_roles: tuple[str, ...] = ()
+    output_roles: tuple[str, ...] = ()
+    table_role: str | None = None
+    gain_role: str | None = None
+    bias_role: str | None = None
+    examples: ExamplesFn | None = None
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether it computes with integers on an activation grid: the same bits everywhere."""
+        return "act_scale" in self.attrs
 
     def complete(self, attrs: Mapping[str, AttrValue]) -> dict[str, AttrValue]:
         """Adds the default of every attribute that is not given."""
@@ -448,7 +482,8 @@ def window_sizes(node: Node, x: Value, kernel: Sequence[int]) -> tuple[int | Non
         if size is None:
             sizes.append(None)
             continue
-        if span > size + 2 * padding:
+        # a size may be a symbol of PyTorch, which must be computed with and not compared
+        if isinstance(size, int) and span > size + 2 * padding:
             raise node_error(
                 node,
                 f"slides a kernel that spans {span} over an axis of {size} plus 2*{padding} "
