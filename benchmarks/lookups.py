@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.networks import Conv, Linear
-from lutra.ops.lookup import TABLE_MAX, bits_for, pack_weights
+from lutra.ops.limits import INT8_MAX
+from lutra.ops.lookup import bits_for, pack_weights
 
 Array = NDArray[Any]
 
@@ -205,7 +206,7 @@ class Response:
         products = np.outer(np.arange(self.levels) - zero, np.arange(self.weights) - half)
         largest = (self.levels - 1 - zero) * half
         rounded = np.rint(products * (self.entries(zero) / largest))
-        table: Array = np.clip(rounded, -TABLE_MAX, TABLE_MAX).astype(np.int8)
+        table: Array = np.clip(rounded, -INT8_MAX, INT8_MAX).astype(np.int8)
         return table
 
     def entries(self, zero: int) -> int:
@@ -218,7 +219,7 @@ class Response:
         product = top * (self.weights // 2)
         most = {4: 15, 8: 63}.get(self.levels, 127) * top / (self.levels - 1)
         fitting = int(most // product) * product or product
-        return min(fitting, int(TABLE_MAX * top / max(zero, top)))
+        return min(fitting, int(INT8_MAX * top / max(zero, top)))
 
 
 FAMILIES: Final[tuple[type[Method], ...]] = (Pq, Response)

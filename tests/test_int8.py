@@ -13,7 +13,7 @@ from layers import same_bits
 
 from lutra import GraphError, Session, load_graph, run_reference, runnable_isas, save_graph
 from lutra.graph import Graph
-from lutra.ops.int8 import MAX_DEPTH
+from lutra.ops.limits import MAX_INT8_DEPTH
 from lutra.reference import windows
 from lutra.runtime.plan import fuse
 
@@ -131,7 +131,7 @@ def test_bad_tensors_and_attributes_are_refused() -> None:
     low = np.zeros((4, 3, 3, 3), np.int8)
     low[1, 2, 0, 1] = -128
     wrong = np.ones(5, np.float32)
-    deep = (1, MAX_DEPTH + 1)
+    deep = (1, MAX_INT8_DEPTH + 1)
     cases: list[tuple[Graph, str]] = [
         (conv(weight=low), r"'conv' \(int8_conv2d\) has a weight of -128; .* -127..127"),
         (conv(weight=low.astype(np.float32)), "must be int8 with 4 axes"),
@@ -144,7 +144,7 @@ def test_bad_tensors_and_attributes_are_refused() -> None:
         (conv(groups=3), "4 outputs in groups=3"),
         (conv(channels=4), "give it an input of 3 channels"),
         (conv((4, 3, 9, 9)), "kernel that spans 9"),
-        (conv((1, MAX_DEPTH // 9 + 1, 3, 3), MAX_DEPTH // 9 + 1), "use at most 132104"),
+        (conv((1, MAX_INT8_DEPTH // 9 + 1, 3, 3), MAX_INT8_DEPTH // 9 + 1), "use at most 132104"),
         (conv(bits=3), "unknown attribute 'bits'"),
         (linear((None, 6)), "5 values"),
         (linear((5,)), "at least 2 axes"),

@@ -14,7 +14,8 @@ from layers import same_bits
 
 from lutra import GraphError, Session, load_graph, run_reference, runnable_isas, save_graph
 from lutra.graph import Graph, Value
-from lutra.ops.lookup import MAX_DEPTH, bits_for, pack_weights, unpack_weights
+from lutra.ops.limits import MAX_LOOKUP_DEPTH
+from lutra.ops.lookup import bits_for, pack_weights, unpack_weights
 from lutra.reference import lookup as reference
 from lutra.reference import windows
 from lutra.runtime.plan import fuse
@@ -259,10 +260,13 @@ REFUSED: dict[str, tuple[Any, str]] = {
         r"weight index of 3; .* 0..2",
     ),
     "depth": (
-        lambda: conv(in_channels=MAX_DEPTH // 9 + 1),
-        f"adds up {MAX_DEPTH // 9 * 9 + 9} table entries .* use at most {MAX_DEPTH}",
+        lambda: conv(in_channels=MAX_LOOKUP_DEPTH // 9 + 1),
+        f"adds up {MAX_LOOKUP_DEPTH // 9 * 9 + 9} table entries .* use at most {MAX_LOOKUP_DEPTH}",
     ),
-    "many features": (lambda: linear((None, 5), MAX_DEPTH + 1), f"must be at most {MAX_DEPTH}"),
+    "many features": (
+        lambda: linear((None, 5), MAX_LOOKUP_DEPTH + 1),
+        f"must be at most {MAX_LOOKUP_DEPTH}",
+    ),
     "features of the attribute": (lambda: linear((None, 5), 0), "in_features=0; .* at least 1"),
 }
 

@@ -19,6 +19,7 @@ from lutra.errors import GraphError
 from lutra.formatting import shape_text
 from lutra.node import Array, AttrValue, Node, Shape, Value
 from lutra.ops import OPS, op_spec
+from lutra.ops.limits import MAX_ELEMENTS, MAX_NAME, MAX_RANK
 from lutra.ops.spec import Cost
 
 __all__ = [
@@ -45,9 +46,6 @@ RESERVED_PREFIX: Final = "golden."
 TENSOR_DTYPES: Final = ("float32", "int32", "int8", "uint8")
 #: Values are float32; inputs may be int32, token ids and masks.
 VALUE_DTYPES: Final = ("float32", "int32")
-_MAX_RANK: Final = 8
-_MAX_ELEMENTS: Final = 2**31 - 1  # of one sample; the engine counts in 32 bits
-_MAX_NAME: Final = 512
 
 
 def sized(shape: Shape, batch: int) -> tuple[int, ...]:
@@ -176,10 +174,10 @@ class Graph:
             spec = OPS[node.op]
             spec.check_sizes(node, [known[name] for name in node.inputs], inputs)
             made = spec.infer(node, inputs, self.node_tensors(node))
-            if math.prod(size for size in made.shape[1:] if size is not None) > _MAX_ELEMENTS:
+            if math.prod(size for size in made.shape[1:] if size is not None) > MAX_ELEMENTS:
                 raise GraphError(
                     f"node {node.name!r} ({node.op}) makes the value {made.name!r} of shape "
-                    f"{made.shape}; one sample may hold {_MAX_ELEMENTS} elements"
+                    f"{made.shape}; one sample may hold {MAX_ELEMENTS} elements"
                 )
             values[node.output] = made
         return values
@@ -427,10 +425,10 @@ def _same_codes(
 
 
 def _check_name(kind: str, name: object) -> None:
-    if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or not name.isprintable():
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
         shown = repr(name)
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        raise GraphError(f"{kind} has the name {shown}; use 1 to {_MAX_NAME} printable characters")
+        raise GraphError(f"{kind} has the name {shown}; use 1 to {MAX_NAME} printable characters")
 
 
 def _check_new_name(kind: str, name: str, taken: Iterable[str]) -> None:
@@ -445,16 +443,16 @@ def _check_value(value: Value) -> None:
         raise GraphError(
             f"{where} has dtype {value.dtype!r}; values are float32, inputs also int32"
         )
-    if not 1 <= len(value.shape) <= _MAX_RANK:
-        raise GraphError(f"{where} has {len(value.shape)} axes; values have 1 to {_MAX_RANK} axes")
+    if not 1 <= len(value.shape) <= MAX_RANK:
+        raise GraphError(f"{where} has {len(value.shape)} axes; values have 1 to {MAX_RANK} axes")
     if any(size is not None and (type(size) is not int or size < 1) for size in value.shape):
         raise GraphError(
             f"{where} has shape {value.shape}; every axis must be an int of at least 1, or None "
             "for any size"
         )
-    if math.prod(size for size in value.shape if size is not None) > _MAX_ELEMENTS:
+    if math.prod(size for size in value.shape if size is not None) > MAX_ELEMENTS:
         raise GraphError(
-            f"{where} has shape {value.shape}; one sample may hold {_MAX_ELEMENTS} elements"
+            f"{where} has shape {value.shape}; one sample may hold {MAX_ELEMENTS} elements"
         )
 
 
@@ -466,9 +464,9 @@ def _check_array(where: str, array: object, dtypes: tuple[str, ...]) -> None:
             f"{where} has dtype {array.dtype.str}; it must be {' or '.join(dtypes)} "
             "in native byte order"
         )
-    if array.size == 0 or not 1 <= array.ndim <= _MAX_RANK:
+    if array.size == 0 or not 1 <= array.ndim <= MAX_RANK:
         raise GraphError(
-            f"{where} has shape {array.shape}; it must have 1 to {_MAX_RANK} axes, none empty"
+            f"{where} has shape {array.shape}; it must have 1 to {MAX_RANK} axes, none empty"
         )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         bad = array.size - int(np.isfinite(array).sum())

@@ -18,7 +18,7 @@ from lutra.errors import LutraError
 from lutra.format import load_graph
 from lutra.graph import Graph
 from lutra.ops import OPS
-from lutra.ops.int8 import MAX_DEPTH
+from lutra.ops.limits import MAX_INT8_DEPTH
 from lutra.reference import run_reference
 from lutra.runtime.cpu import cpu_info
 from lutra.runtime.session import Session
@@ -233,11 +233,13 @@ def test_a_lutra_without_int8(net: Net, images: Tensor, monkeypatch: pytest.Monk
 
 
 def test_sums_that_int32_may_not_hold_have_no_int8_form() -> None:
-    layer = make_linear(MAX_DEPTH + 1, 1, v=64, k=8)
-    assert list(candidates("fc", layer, (1, MAX_DEPTH + 1))) == ["lookup", "float32"]
-    wanted = f"layer 'fc' adds up {MAX_DEPTH + 1} products for each output, and int8 layers at most"
+    layer = make_linear(MAX_INT8_DEPTH + 1, 1, v=64, k=8)
+    assert list(candidates("fc", layer, (1, MAX_INT8_DEPTH + 1))) == ["lookup", "float32"]
+    wanted = (
+        f"layer 'fc' adds up {MAX_INT8_DEPTH + 1} products for each output, and int8 layers at most"
+    )
     with pytest.raises(LutraError, match=wanted):
-        decide(SpeedGate(against="int8"), "fc", layer, (1, MAX_DEPTH + 1))
+        decide(SpeedGate(against="int8"), "fc", layer, (1, MAX_INT8_DEPTH + 1))
 
 
 def test_the_file_says_what_was_measured(

@@ -29,8 +29,8 @@ from lutra.format import load_graph, save_graph
 from lutra.formatting import counted
 from lutra.functions import swap_functions
 from lutra.node import Array
-from lutra.ops.functions import ENTRIES
-from lutra.ops.pq import CENTROID_COUNTS, ENCODERS
+from lutra.ops.limits import CENTROID_COUNTS, FUNCTION_ENTRIES
+from lutra.ops.pq import ENCODERS
 
 _BATCH: Final = 64
 _EXAMPLES: Final = 8
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--functions",
         type=int,
-        choices=ENTRIES,
+        choices=FUNCTION_ENTRIES,
         metavar="E",
         help="read activations, softmaxes and norms from tables of 8, 16 or 32 lines",
     )

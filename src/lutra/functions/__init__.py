@@ -16,7 +16,7 @@ from lutra.functions.piecewise import Errors, Piecewise, from_relu_net, to_relu_
 from lutra.functions.reduced import Reduced, fit_exp, fit_reciprocal, fit_rsqrt
 from lutra.functions.scalar import KNOWN, Scalar, scalar
 from lutra.functions.swap import SWAPPED, swap_functions
-from lutra.ops.functions import ENTRIES
+from lutra.ops.limits import FUNCTION_ENTRIES as ENTRIES
 
 __all__ = [
     "ENTRIES",

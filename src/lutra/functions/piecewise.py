@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lutra.errors import InputError
 from lutra.functions.scalar import Doubles, Scalar
-from lutra.ops.functions import ENTRIES
+from lutra.ops.limits import FUNCTION_ENTRIES
 from lutra.reference.functions import pieces
 
 Floats: TypeAlias = NDArray[np.float32]
@@ -22,9 +22,9 @@ def check_entries(entries: object) -> int:
     Raises:
         InputError: It is not 8, 16 or 32.
     """
-    if type(entries) is not int or entries not in ENTRIES:
+    if type(entries) is not int or entries not in FUNCTION_ENTRIES:
         raise InputError(
-            f"functions: a table of {entries!r} entries; choose one of {list(ENTRIES)}"
+            f"functions: a table of {entries!r} entries; choose one of {list(FUNCTION_ENTRIES)}"
         )
     return entries
 
@@ -179,10 +179,10 @@ def from_relu_net(m: Any, n: Any, b: Any, *, name: str = "relu_net") -> Piecewis
     exact = -b / n + 0.0
     kinks = exact.astype(np.float32)
     edges = np.unique(kinks)
-    if len(edges) + 1 > ENTRIES[-1]:
+    if len(edges) + 1 > FUNCTION_ENTRIES[-1]:
         raise InputError(
             f"functions: a network of {len(edges)} different breakpoints makes {len(edges) + 1} "
-            f"entries; a table has at most {ENTRIES[-1]}"
+            f"entries; a table has at most {FUNCTION_ENTRIES[-1]}"
         )
     # Right of how many edges each segment lies; a neuron is on there where n > 0.
     segment = np.arange(len(edges) + 1)[:, None]
@@ -199,7 +199,7 @@ def padded(
     """A table of lines, the last repeated until the number of entries is an allowed one."""
     edges = np.asarray(edges, np.float32)
     slope, intercept = np.asarray(slope, np.float32), np.asarray(intercept, np.float32)
-    count = next(e for e in ENTRIES if e >= len(slope)) if entries is None else entries
+    count = next(e for e in FUNCTION_ENTRIES if e >= len(slope)) if entries is None else entries
     more = []
     edge = edges[-1] if len(edges) else np.float32(0)
     for _ in range(count - len(slope)):

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from lutra.node import Array, Node, Value
+from lutra.ops.limits import MAX_EXTENT, MAX_GROUPS
 from lutra.ops.spec import (
-    MAX_EXTENT,
     Attr,
     Cost,
     OpSpec,
@@ -27,7 +27,7 @@ CONVOLUTION: Final = {
     "stride": Attr(tuple, default=(1, 1), low=1, high=MAX_EXTENT, length=2),
     "padding": Attr(tuple, default=(0, 0), low=0, high=MAX_EXTENT, length=2),
     "dilation": Attr(tuple, default=(1, 1), low=1, high=MAX_EXTENT, length=2),
-    "groups": Attr(int, default=1, low=1, high=2**24),
+    "groups": Attr(int, default=1, low=1, high=MAX_GROUPS),
 }
 
 

@@ -21,6 +21,7 @@ from typing import Final
 import numpy as np
 
 from lutra.node import Array, Node
+from lutra.ops.limits import INT8_MAX, MAX_SUBVECTOR
 from lutra.ops.spec import integer, node_error
 
 __all__ = ["ROLES", "build_tables", "expand"]
@@ -28,8 +29,6 @@ __all__ = ["ROLES", "build_tables", "expand"]
 #: The tensors that stand in the place of ``tables``.
 ROLES: Final = ("weight", "factor")
 _NEEDED: Final = {"centroids": ("uint8", 3), "weight": ("int8", 2), "factor": ("float32", 1)}
-TABLE_MAX: Final = 127
-MAX_WIDTH: Final = 64  # values of a sub-vector; more would not be exact
 _BLOCK: Final = 2**22  # entries of the largest temporary
 
 
@@ -60,7 +59,7 @@ def build_tables(centroids: Array, act_zero: int, weight: Array, factor: Array) 
         sums = offsets[part] @ blocks[part]
         with np.errstate(over="ignore"):
             scaled = np.rint(sums * factor)
-        tables[part] = scaled.clip(-TABLE_MAX, TABLE_MAX)
+        tables[part] = scaled.clip(-INT8_MAX, INT8_MAX)
     tables.flags.writeable = False
     return tables
 
@@ -112,17 +111,17 @@ def _check(node: Node, tensors: Mapping[str, Array], length: int) -> None:
             f"has a weight of shape {weight.shape} and a factor of shape {factor.shape}",
             f"rows of {length} activations need (outputs, {length}) and (outputs,)",
         )
-    if width > MAX_WIDTH or books != -(-length // width):
+    if width > MAX_SUBVECTOR or books != -(-length // width):
         raise node_error(
             node,
             f"has {books} codebooks for rows of {length} in sub-vectors of {width}",
-            f"it needs {-(-length // width)} of sub-vectors of at most {MAX_WIDTH}",
+            f"it needs {-(-length // width)} of sub-vectors of at most {MAX_SUBVECTOR}",
         )
     top = int(tensors["centroids"].max())
     zero = node.attrs.get("act_zero")
-    if top > TABLE_MAX or type(zero) is not int or not 0 <= zero <= TABLE_MAX:
+    if top > INT8_MAX or type(zero) is not int or not 0 <= zero <= INT8_MAX:
         raise node_error(
             node,
             f"has a centroid value of {top} and act_zero={zero!r}",
-            f"both must be ints in 0..{TABLE_MAX}",
+            f"both must be ints in 0..{INT8_MAX}",
         )

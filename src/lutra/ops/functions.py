@@ -31,10 +31,9 @@ from typing import Final
 import numpy as np
 
 from lutra.node import Array, Node, Value
+from lutra.ops.limits import FUNCTION_ENTRIES
 from lutra.ops.spec import Attr, Cost, OpSpec, TensorRole, inner, node_error, text
 
-#: The numbers of entries that a table may have.
-ENTRIES: Final = (8, 16, 32)
 #: The functions that are operators of that name, and about how many multiply-adds one value of
 #: each takes when it is computed.
 FUNCTIONS: Final = {
@@ -93,12 +92,12 @@ def has_tables(tensors: Mapping[str, Array]) -> bool:
 
 
 def _check_pieces(node: Node, slope: Array, intercept: Array, prefix: str = "") -> None:
-    if slope.shape != intercept.shape or slope.shape[0] not in ENTRIES:
+    if slope.shape != intercept.shape or slope.shape[0] not in FUNCTION_ENTRIES:
         raise node_error(
             node,
             f"has {prefix}slope of shape {slope.shape} and {prefix}intercept of shape "
             f"{intercept.shape}",
-            f"both must have {' or '.join(map(str, ENTRIES))} entries",
+            f"both must have {' or '.join(map(str, FUNCTION_ENTRIES))} entries",
         )
     if not (np.isfinite(slope).all() and np.isfinite(intercept).all()):
         raise node_error(

@@ -12,9 +12,9 @@ from typing import Final
 import numpy as np
 
 from lutra.node import Node
+from lutra.ops.limits import MAX_ACT_BITS
 from lutra.ops.spec import Attr, integer, node_error, number
 
-MAX_ACT_BITS: Final = 7
 #: The attributes of a grid.
 GRID: Final = {
     "act_scale": Attr(float),

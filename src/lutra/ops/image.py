@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from lutra.node import Array, Node, Value
+from lutra.ops.limits import MAX_EXTENT, MAX_FACTOR
 from lutra.ops.spec import (
-    MAX_EXTENT,
     Attr,
     Cost,
     OpSpec,
@@ -37,7 +37,6 @@ from lutra.ops.spec import (
     text,
 )
 
-_MAX_FACTOR: Final = 64
 #: How ``upsample`` finds values between those that it has.
 MODES: Final = ("nearest", "nearest-exact", "bilinear")
 
@@ -110,7 +109,7 @@ def _cost_upsample(
 SPECS: Final = (
     OpSpec(
         "pixel_shuffle",
-        attrs={"factor": Attr(int, low=1, high=_MAX_FACTOR)},
+        attrs={"factor": Attr(int, low=1, high=MAX_FACTOR)},
         infer=_infer_pixel_shuffle,
     ),
     OpSpec(
@@ -118,8 +117,8 @@ SPECS: Final = (
         attrs={
             "mode": Attr(str, choices=MODES),
             "size": Attr(tuple, default=(), low=1, high=MAX_EXTENT),
-            "scale_h": Attr(float, default=0.0, low=0, high=_MAX_FACTOR),
-            "scale_w": Attr(float, default=0.0, low=0, high=_MAX_FACTOR),
+            "scale_h": Attr(float, default=0.0, low=0, high=MAX_FACTOR),
+            "scale_w": Attr(float, default=0.0, low=0, high=MAX_FACTOR),
             "align_corners": Attr(bool, default=False),
         },
         check=_check_upsample,

@@ -21,13 +21,9 @@ import numpy as np
 from lutra.node import Array, Node, Value
 from lutra.ops.dense import CONVOLUTION, check_conv, infer_conv, infer_linear
 from lutra.ops.grid import GRID, check_grid
+from lutra.ops.limits import INT8_MAX, MAX_INT8_DEPTH
 from lutra.ops.rows import example_ends, example_rows
 from lutra.ops.spec import Cost, Example, OpSpec, TensorRole, inner, node_error
-
-#: Weights are in -MAX_WEIGHT..MAX_WEIGHT.
-MAX_WEIGHT: Final = 127
-#: A sum of so many products is exact in int32.
-MAX_DEPTH: Final = 2**31 // (127 * 128)
 
 
 def _check(node: Node, tensors: Mapping[str, Array]) -> None:
@@ -41,17 +37,17 @@ def _check(node: Node, tensors: Mapping[str, Array]) -> None:
                 f"the weight of shape {weight.shape} needs ({weight.shape[0]},)",
             )
     depth = math.prod(weight.shape[1:])
-    if depth > MAX_DEPTH:
+    if depth > MAX_INT8_DEPTH:
         raise node_error(
             node,
             f"adds up {depth} products for each output, more than int32 holds for certain",
-            f"use at most {MAX_DEPTH}, or the float32 operator",
+            f"use at most {MAX_INT8_DEPTH}, or the float32 operator",
         )
-    if int(weight.min()) < -MAX_WEIGHT:
+    if int(weight.min()) < -INT8_MAX:
         raise node_error(
             node,
             f"has a weight of {int(weight.min())}",
-            f"weights must be in {-MAX_WEIGHT}..{MAX_WEIGHT}",
+            f"weights must be in {-INT8_MAX}..{INT8_MAX}",
         )
 
 
@@ -85,7 +81,7 @@ def _examples(
 ) -> list[Example]:
     """One layer without groups."""
     outputs = 13
-    weight = rng.integers(-MAX_WEIGHT, MAX_WEIGHT + 1, (outputs, inputs, *(kernel or ())))
+    weight = rng.integers(-INT8_MAX, INT8_MAX + 1, (outputs, inputs, *(kernel or ())))
     padding = {} if kernel is None else {"padding": example_rows(inputs, kernel)["padding"]}
     attrs = {**padding, "act_scale": 0.05, "act_zero": 64, "act_bits": 7}
     return [(attrs, {"weight": weight.astype(np.int8), **example_ends(rng, outputs)})]

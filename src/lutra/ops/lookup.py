@@ -28,6 +28,14 @@ import numpy as np
 
 from lutra.node import Array, Node, Value
 from lutra.ops.grid import GRID, check_grid
+from lutra.ops.limits import (
+    INT8_MAX,
+    LOOKUP_ACT_BITS,
+    MAX_LOOKUP_DEPTH,
+    MAX_WEIGHTS,
+    MIN_WEIGHTS,
+    WEIGHT_BITS,
+)
 from lutra.ops.rows import (
     conv_attrs,
     example_ends,
@@ -40,31 +48,15 @@ from lutra.ops.rows import (
 from lutra.ops.spec import Attr, Cost, Example, OpSpec, TensorRole, inner, integer, node_error
 
 __all__ = [
-    "ACT_BITS",
-    "MAX_DEPTH",
-    "MAX_WEIGHTS",
-    "TABLE_MAX",
-    "WEIGHT_BITS",
     "bits_for",
     "pack_weights",
     "unpack_weights",
 ]
 
-#: Bits of an activation index: tables of 4, 8, 16, 32 or 64 rows.
-ACT_BITS: Final = (2, 3, 4, 5, 6)
-#: Columns of a table: odd, so that there is one in the middle for the weight 0.
-MIN_WEIGHTS: Final = 3
-MAX_WEIGHTS: Final = 33
-#: Bits of a packed weight index.
-WEIGHT_BITS: Final = (2, 4, 8)
-#: Table entries are in -TABLE_MAX..TABLE_MAX.
-TABLE_MAX: Final = 127
-#: A sum of so many table entries is exact in int32.
-MAX_DEPTH: Final = (2**31 - 1) // TABLE_MAX
 
 _GRID: Final = {
     **GRID,
-    "act_bits": Attr(int, low=ACT_BITS[0], high=ACT_BITS[-1]),
+    "act_bits": Attr(int, low=LOOKUP_ACT_BITS[0], high=LOOKUP_ACT_BITS[-1]),
     "weight_bits": Attr(int, low=WEIGHT_BITS[0], high=WEIGHT_BITS[-1]),
 }
 _TENSORS: Final = {
@@ -161,11 +153,11 @@ def _check_table(node: Node, table: Array) -> None:
             f"has a table of shape {table.shape}",
             f"it needs an odd number of columns in {MIN_WEIGHTS}..{MAX_WEIGHTS}",
         )
-    if int(table.min()) < -TABLE_MAX:
+    if int(table.min()) < -INT8_MAX:
         raise node_error(
             node,
             f"has a table entry of {int(table.min())}",
-            f"entries must be in {-TABLE_MAX}..{TABLE_MAX}",
+            f"entries must be in {-INT8_MAX}..{INT8_MAX}",
         )
     zero = integer(node, "act_zero")
     if table[zero].any():
@@ -184,11 +176,11 @@ def _check_weight(node: Node, packed: Array, weights: int) -> None:
             f"has weight_bits={bits} for a table of {weights} columns",
             f"it must be {bits_for(weights)}",
         )
-    if depth > MAX_DEPTH:
+    if depth > MAX_LOOKUP_DEPTH:
         raise node_error(
             node,
             f"adds up {depth} table entries for each output, more than int32 holds for certain",
-            f"use at most {MAX_DEPTH}, or the float32 operator",
+            f"use at most {MAX_LOOKUP_DEPTH}, or the float32 operator",
         )
     size = -(-depth * bits // 8)
     if packed.shape[1] != size:
@@ -238,7 +230,7 @@ def _examples(
 ) -> list[Example]:
     """A layer of 16 activation indices and 15 weight indices."""
     zero, bits, outputs = 8, 4, 19
-    table = rng.integers(-TABLE_MAX, TABLE_MAX + 1, (16, 15)).astype(np.int8)
+    table = rng.integers(-INT8_MAX, INT8_MAX + 1, (16, 15)).astype(np.int8)
     table[zero] = 0
     length = inputs * math.prod(kernel or (1,))
     weight = rng.integers(0, 15, (outputs, length), dtype=np.uint8)
@@ -261,7 +253,7 @@ _LAYER: Final[dict[str, Any]] = {
 SPECS: Final = (
     OpSpec(
         "lookup_conv2d",
-        attrs={**conv_attrs(MAX_DEPTH), **_GRID},
+        attrs={**conv_attrs(MAX_LOOKUP_DEPTH), **_GRID},
         tensors=_TENSORS,
         check=_check,
         infer=_infer_conv,
@@ -272,7 +264,7 @@ SPECS: Final = (
     ),
     OpSpec(
         "lookup_linear",
-        attrs={**linear_attrs(MAX_DEPTH), **_GRID},
+        attrs={**linear_attrs(MAX_LOOKUP_DEPTH), **_GRID},
         tensors=_TENSORS,
         check=_check,
         infer=_infer_linear,

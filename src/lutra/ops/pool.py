@@ -7,18 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from lutra.node import Array, Node, Value
-from lutra.ops.spec import (
-    MAX_EXTENT,
-    Attr,
-    Cost,
-    OpSpec,
-    flag,
-    inner,
-    ints,
-    need_rank,
-    node_error,
-    pair,
-)
+from lutra.ops.limits import MAX_EXTENT
+from lutra.ops.spec import Attr, Cost, OpSpec, flag, inner, ints, need_rank, node_error, pair
 
 
 def pooled_size(

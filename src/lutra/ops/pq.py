@@ -36,6 +36,7 @@ import numpy as np
 from lutra.node import Array, Node, Value
 from lutra.ops.factors import expand
 from lutra.ops.grid import GRID, check_grid
+from lutra.ops.limits import CENTROID_COUNTS, MAX_CODEBOOKS, MAX_PQ_DEPTH, MAX_SUBVECTOR
 from lutra.ops.rows import (
     conv_attrs,
     example_ends,
@@ -50,11 +51,6 @@ from lutra.ops.spec import Attr, Cost, Example, OpSpec, TensorRole, inner, node_
 #: What makes codes, and the tensors that each takes.
 ENCODERS: Final = ("nearest", "tree")
 _ENCODER_TENSORS: Final = {"nearest": ("centroids",), "tree": ("splits", "thresholds")}
-CENTROID_COUNTS: Final = (8, 16, 32, 64)
-MAX_SUBVECTOR: Final = 64
-#: A sum of so many int8 table entries is exact in int32 and in float32.
-MAX_BOOKS: Final = 2**24 // 128
-_MAX_FEATURES: Final = MAX_BOOKS * MAX_SUBVECTOR
 
 _GRID: Final = {
     **GRID,
@@ -111,11 +107,11 @@ def _check_centroids(node: Node, tensors: Mapping[str, Array], tables: Array, qm
             f"use 8, 16, 32 or 64 centroids of 1 to {MAX_SUBVECTOR} values",
         )
     length = row_length(node)
-    if books != -(-length // width) or books > MAX_BOOKS:
+    if books != -(-length // width) or books > MAX_CODEBOOKS:
         raise node_error(
             node,
             f"has {books} codebooks for rows of {length} in sub-vectors of {width}",
-            f"it needs {-(-length // width)}, and at most {MAX_BOOKS}",
+            f"it needs {-(-length // width)}, and at most {MAX_CODEBOOKS}",
         )
     if tables.shape[:2] != (books, count):
         raise node_error(
@@ -142,11 +138,11 @@ def _check_centroids(node: Node, tensors: Mapping[str, Array], tables: Array, qm
 def _check_tree(node: Node, tensors: Mapping[str, Array], tables: Array, qmax: int) -> None:
     splits, thresholds = tensors["splits"], tensors["thresholds"]
     books, count = tables.shape[:2]
-    if count not in CENTROID_COUNTS or books > MAX_BOOKS:
+    if count not in CENTROID_COUNTS or books > MAX_CODEBOOKS:
         raise node_error(
             node,
             f"has {books} codebooks of {count} table rows",
-            f"use at most {MAX_BOOKS} codebooks of 8, 16, 32 or 64",
+            f"use at most {MAX_CODEBOOKS} codebooks of 8, 16, 32 or 64",
         )
     for role, tensor, width in (
         ("splits", splits, count.bit_length() - 1),
@@ -241,7 +237,7 @@ _LAYER: Final[dict[str, Any]] = {
 SPECS: Final = (
     OpSpec(
         "pq_conv2d",
-        attrs={**conv_attrs(_MAX_FEATURES), **_GRID},
+        attrs={**conv_attrs(MAX_PQ_DEPTH), **_GRID},
         tensors=_TENSORS,
         check=_check,
         infer=_infer_conv,
@@ -253,7 +249,7 @@ SPECS: Final = (
     ),
     OpSpec(
         "pq_linear",
-        attrs={**linear_attrs(_MAX_FEATURES), **_GRID},
+        attrs={**linear_attrs(MAX_PQ_DEPTH), **_GRID},
         tensors=_TENSORS,
         check=_check,
         infer=_infer_linear,

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from lutra.node import Array, AttrValue, Node, Value
+from lutra.ops.limits import MAX_EXTENT
 from lutra.ops.spec import (
-    MAX_EXTENT,
     Attr,
     image_sizes,
     integer,

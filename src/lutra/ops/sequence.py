@@ -24,6 +24,7 @@ from typing import Final
 from lutra.formatting import shape_text
 from lutra.node import Array, Node, Value
 from lutra.ops.functions import check_tables, function_cost, has_tables, table_bytes, table_roles
+from lutra.ops.limits import MAX_HEADS
 from lutra.ops.spec import (
     Attr,
     Cost,
@@ -36,8 +37,6 @@ from lutra.ops.spec import (
     need_size,
     node_error,
 )
-
-_MAX_HEADS: Final = 4096
 
 
 def _check_embedding(node: Node, tensors: Mapping[str, Array]) -> None:
@@ -231,7 +230,7 @@ SPECS: Final = (
     OpSpec(
         "attention",
         attrs={
-            "heads": Attr(int, low=1, high=_MAX_HEADS),
+            "heads": Attr(int, low=1, high=MAX_HEADS),
             "scale": Attr(float),
             "causal": Attr(bool, default=False),
         },

@@ -12,7 +12,8 @@ from typing import Final
 
 from lutra.formatting import shape_text
 from lutra.node import Array, Node, Value
-from lutra.ops.spec import MAX_EXTENT, Attr, OpSpec, integer, ints, need_axis, node_error
+from lutra.ops.limits import MAX_EXTENT
+from lutra.ops.spec import Attr, OpSpec, integer, ints, need_axis, node_error
 
 _MAX_SIZE: Final = 2**31 - 1
 #: The size in a ``reshape`` that is what the others leave.

@@ -17,9 +17,6 @@ from lutra.errors import GraphError
 from lutra.formatting import shape_text
 from lutra.node import Array, AttrValue, Node, Value
 
-#: Largest kernel, stride, dilation, padding or output size that an operator accepts.
-MAX_EXTENT: Final = 4096
-
 
 class Required:
     """The type of ``REQUIRED``, the default of an attribute that has none."""

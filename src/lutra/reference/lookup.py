@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lutra.node import Array, Node
-from lutra.ops.lookup import TABLE_MAX, unpack_weights
+from lutra.ops.limits import INT8_MAX
+from lutra.ops.lookup import unpack_weights
 from lutra.ops.rows import row_length
 from lutra.ops.spec import integer, number, pair
 from lutra.reference.pq import quantise
@@ -33,7 +34,7 @@ def responses(rows: Array, weight: Array, table: Array) -> Array:
     # Reads for the weights that have one index, added up by a product with ones and zeros: NumPy
     # multiplies floats much faster than integers. All sums, in whatever order, are integers that
     # the type holds exactly: float32 up to 2**24, float64 all that fit into int32.
-    kind = np.float32 if rows.shape[1] * TABLE_MAX <= 2**24 else np.float64
+    kind = np.float32 if rows.shape[1] * INT8_MAX <= 2**24 else np.float64
     sums = np.zeros((rows.shape[0], weight.shape[0]), kind)
     for column, entries in enumerate(table.T.astype(kind)):
         sums += entries[rows] @ (weight == column).astype(kind).T

@@ -9,10 +9,16 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from lutra.errors import LutraError
-from lutra.ops.functions import ENTRIES
-from lutra.ops.grid import MAX_ACT_BITS
-from lutra.ops.lookup import ACT_BITS, MAX_WEIGHTS, MIN_WEIGHTS, TABLE_MAX
-from lutra.ops.pq import CENTROID_COUNTS, MAX_SUBVECTOR
+from lutra.ops.limits import (
+    CENTROID_COUNTS,
+    FUNCTION_ENTRIES,
+    INT8_MAX,
+    LOOKUP_ACT_BITS,
+    MAX_ACT_BITS,
+    MAX_SUBVECTOR,
+    MAX_WEIGHTS,
+    MIN_WEIGHTS,
+)
 
 Gradient = Literal["projected", "straight-through", "dense", "soft"]
 CentroidUpdate = Literal["average", "gradient"]
@@ -20,7 +26,7 @@ EncoderName = Literal["nearest", "tree"]
 TableKind = Literal["learned", "linear", "free"]
 
 #: Activation indices that a lookup layer may have.
-LOOKUP_LEVELS = tuple(1 << bits for bits in ACT_BITS)
+LOOKUP_LEVELS = tuple(1 << bits for bits in LOOKUP_ACT_BITS)
 
 
 @dataclass(frozen=True)
@@ -202,8 +208,8 @@ class Lookup:
             f"rank={self.rank} is of table='learned', not of table={self.table!r}",
         )
         require(
-            self.entries is None or (type(self.entries) is int and 1 <= self.entries <= TABLE_MAX),
-            f"entries={self.entries!r} is not an integer in 1..{TABLE_MAX}",
+            self.entries is None or (type(self.entries) is int and 1 <= self.entries <= INT8_MAX),
+            f"entries={self.entries!r} is not an integer in 1..{INT8_MAX}",
         )
         ends = self.temperature
         require(
@@ -259,8 +265,10 @@ class Function:
     functions: tuple[str, ...] = FUNCTIONS
 
     def __post_init__(self) -> None:
-        if type(self.entries) is not int or self.entries not in ENTRIES:
-            raise LutraError(f"Function: entries={self.entries!r} is not one of {list(ENTRIES)}")
+        if type(self.entries) is not int or self.entries not in FUNCTION_ENTRIES:
+            raise LutraError(
+                f"Function: entries={self.entries!r} is not one of {list(FUNCTION_ENTRIES)}"
+            )
         if self.method not in FUNCTION_METHODS:
             raise LutraError(
                 f"Function: method={self.method!r} is not one of {list(FUNCTION_METHODS)}"

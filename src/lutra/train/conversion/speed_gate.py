@@ -23,7 +23,7 @@ from lutra.errors import LutraError
 from lutra.graph import Graph, make_node
 from lutra.node import Array, AttrValue, Value
 from lutra.ops import OPS
-from lutra.ops.int8 import MAX_DEPTH
+from lutra.ops.limits import INT8_MAX, MAX_ACT_BITS, MAX_INT8_DEPTH
 from lutra.runtime.cpu import MAX_THREADS, choose_isa, cpu_info
 from lutra.runtime.profile import input_pool
 from lutra.runtime.session import Session
@@ -42,8 +42,6 @@ _WARMUP: Final = 3
 _ROUNDS: Final = 31
 _LEAST_ROUNDS: Final = 7
 _SECONDS: Final = 1.0  # per layer, once it has run _LEAST_ROUNDS
-_WEIGHT_MAX: Final = 127
-_ACT_BITS: Final = 7  # of the int8 layers; the time does not depend on it
 
 
 def time_graphs(graphs: Mapping[str, Graph], gate: SpeedGate) -> dict[str, float]:
@@ -169,8 +167,8 @@ def decide(
         depth = layer.geometry.depth
         lack = (
             f"layer '{name}' adds up {depth} products for each output, and int8 layers at most "
-            f"{MAX_DEPTH}"
-            if depth > MAX_DEPTH
+            f"{MAX_INT8_DEPTH}"
+            if depth > MAX_INT8_DEPTH
             else f"this lutra has no {gate.against} layers"
         )
         raise LutraError(
@@ -207,23 +205,23 @@ def candidates(
     graphs = {LOOKUP: _lookup_graph(name, frozen, shape)}
     weight = layer.weight.detach().cpu().float().numpy()
     bias = frozen.bias.cpu().numpy()
-    step = np.maximum(np.abs(weight).max(axis=tuple(range(1, weight.ndim))), 1e-30) / _WEIGHT_MAX
+    step = np.maximum(np.abs(weight).max(axis=tuple(range(1, weight.ndim))), 1e-30) / INT8_MAX
     rounded = np.rint(weight / step.reshape(-1, *[1] * (weight.ndim - 1)))
     arrays = {
         "float32": {"weight": weight, "bias": bias},
         "int8": {
-            "weight": rounded.clip(-_WEIGHT_MAX, _WEIGHT_MAX).astype(np.int8),
+            "weight": rounded.clip(-INT8_MAX, INT8_MAX).astype(np.int8),
             "scale": step.astype(np.float32),
             "bias": bias,
         },
     }
-    zero = 1 << (_ACT_BITS - 1)
+    zero = 1 << (MAX_ACT_BITS - 1)
     grid: dict[str, AttrValue] = {
-        "act_scale": 1.0 / zero, "act_zero": zero, "act_bits": _ACT_BITS
+        "act_scale": 1.0 / zero, "act_zero": zero, "act_bits": MAX_ACT_BITS
     }  # fmt: skip
     for kind, ops in _DENSE.items():
         op = ops[linear]
-        if op in OPS and (kind != "int8" or geometry.depth <= MAX_DEPTH):
+        if op in OPS and (kind != "int8" or geometry.depth <= MAX_INT8_DEPTH):
             attrs = {**({} if linear else _window(geometry)), **(grid if kind == "int8" else {})}
             graphs[kind] = _graph(op, name, shape, attrs, arrays[kind])
     return graphs

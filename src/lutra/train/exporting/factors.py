@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lutra.errors import LutraError
 from lutra.graph import Graph
 from lutra.node import Array, Node
-from lutra.ops.factors import TABLE_MAX
+from lutra.ops.limits import INT8_MAX
 from lutra.train.layers.pq import FrozenPQ, _PQLayer
 
 _TABLES: Final = "tables"
@@ -55,7 +55,7 @@ def factors_of(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Fac
             continue
         rows = weight.double().numpy()
         scale = frozen.scale.double().cpu().numpy()
-        step = np.maximum(np.abs(rows).max(axis=1), 1e-30) / TABLE_MAX
+        step = np.maximum(np.abs(rows).max(axis=1), 1e-30) / INT8_MAX
         result[f"{path}.{_TABLES}" if path else _TABLES] = Factors(
             np.rint(rows / step[:, None]).astype(np.int8),
             np.minimum(step * frozen.grid.scale / scale, _MOST).astype(np.float32),

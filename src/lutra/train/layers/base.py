@@ -15,8 +15,6 @@ from lutra.train.watch import Watch
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-#: Weights and tables of int8 are symmetric: -INT8_MAX..INT8_MAX.
-INT8_MAX = 127
 #: What layers keep and can make again: it is neither copied nor pickled.
 _DERIVED = ("_frozen", "_grid", "_reconstruction")
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lutra.errors import LutraError
-from lutra.ops.int8 import MAX_DEPTH
+from lutra.ops.limits import INT8_MAX, MAX_INT8_DEPTH
 from lutra.train.geometry import Geometry, Quantization
-from lutra.train.layers.base import INT8_MAX, QuantizedLayer, check_input, clip_gradient
+from lutra.train.layers.base import QuantizedLayer, check_input, clip_gradient
 from lutra.train.operators import native, portable
 from lutra.train.recipe import Int8
 
@@ -225,10 +225,10 @@ class Int8Layer(QuantizedLayer):
         self.geometry = geometry
         self.method = method
         depth = geometry.depth // geometry.groups
-        if depth > MAX_DEPTH:
+        if depth > MAX_INT8_DEPTH:
             raise LutraError(
                 f"a layer that adds up {depth} products for each output cannot be Int8: int32 "
-                f"holds {MAX_DEPTH} for certain; keep it"
+                f"holds {MAX_INT8_DEPTH} for certain; keep it"
             )
         self._hold(weight, bias)
 

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lutra.train.layers.base import INT8_MAX
+from lutra.ops.limits import INT8_MAX
 
 _TINY = torch.finfo(torch.float32).tiny
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lutra.errors import LutraError
-from lutra.ops.lookup import MAX_DEPTH, TABLE_MAX, bits_for
+from lutra.ops.limits import INT8_MAX, MAX_LOOKUP_DEPTH
+from lutra.ops.lookup import bits_for
 from lutra.train.functions.calls import exact_functions
 from lutra.train.geometry import Geometry, Quantization
 from lutra.train.layers.base import QuantizedLayer, check_input
@@ -195,10 +196,10 @@ class LookupLayer(QuantizedLayer):
         super().__init__()
         self.geometry = geometry
         self.method = method
-        if geometry.depth > MAX_DEPTH:
+        if geometry.depth > MAX_LOOKUP_DEPTH:
             raise LutraError(
                 f"a layer that adds up {geometry.depth} table entries for each output cannot be "
-                f"Lookup: int32 holds {MAX_DEPTH} for certain; keep it"
+                f"Lookup: int32 holds {MAX_LOOKUP_DEPTH} for certain; keep it"
             )
         self._hold(weight, bias)
         self.log_weight_scale = nn.Parameter(_weight_scale(self._rows(), method.weights).log())
@@ -239,7 +240,7 @@ class LookupLayer(QuantizedLayer):
         if self.method.entries is None:
             return most
         reach = max(1.0, zero / max(1, self.method.levels - 1 - zero))
-        return min(self.method.entries, int(TABLE_MAX / reach))
+        return min(self.method.entries, int(INT8_MAX / reach))
 
     def _run(self, x: Tensor) -> Tensor:
         """y (N, M, H', W') of x (N, C, H, W), in float32."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lutra.ops.lookup import TABLE_MAX
+from lutra.ops.limits import INT8_MAX
 from lutra.train.recipe import Lookup
 
 _SPREAD = 0.5  # how far the components of a table of higher rank are apart at the start
@@ -55,7 +55,7 @@ def default_entries(method: Lookup, zero: int) -> int:
     product = top * (method.weights // 2)
     reach = (method.levels - 1) / top  # of the levels, from the lowest to the highest
     most = _RANGES.get(method.act_bits, _RANGE) / reach
-    return min(int(most // product) * product or product, int(TABLE_MAX * top / max(zero, top)))
+    return min(int(most // product) * product or product, int(INT8_MAX * top / max(zero, top)))
 
 
 class Response(nn.Module):
@@ -150,4 +150,4 @@ def _apart(rank: int, steps: int) -> Tensor:
 
 def quantize_table(table: Tensor, entries: int) -> Tensor:
     """The int8 table (N_f, N_w) of one in units where the largest activation and weight give 1."""
-    return (table * entries).round().clamp(-TABLE_MAX, TABLE_MAX).to(torch.int8)
+    return (table * entries).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)

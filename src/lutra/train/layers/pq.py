@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lutra.errors import LutraError
-from lutra.ops.pq import MAX_SUBVECTOR
+from lutra.ops.limits import INT8_MAX, MAX_SUBVECTOR
 from lutra.train import distributed as collective
 from lutra.train.encoder import Encoder, Nearest, Tree
 from lutra.train.geometry import Geometry, Quantization
 from lutra.train.layers import pq_reconstruction as reconstruction
 from lutra.train.layers import pq_tree as trees
-from lutra.train.layers.base import INT8_MAX, QuantizedLayer, check_input, clip_gradient
+from lutra.train.layers.base import QuantizedLayer, check_input, clip_gradient
 from lutra.train.layers.pq_projection import REFRESH, SAMPLE_ROWS, regression
 from lutra.train.layers.pq_soft import SoftLookup
 from lutra.train.operators import portable
