@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from layers import Layer
 from torch import Tensor, nn
 
 from lutra.graph import Node
@@ -92,22 +91,16 @@ def images(case: Case, batch: int = 3, seed: int = 3) -> Tensor:
 
 def reference(layer: Any, x: Tensor) -> np.ndarray[Any, Any]:
     """What the executable specification makes of the layer's integer tensors."""
-    frozen, geometry, grid = layer.freeze(), layer.geometry, layer.grid()
-    tensors = {role: tensor.numpy() for role, tensor in frozen.named_buffers()}
-    quantiser = {"act_scale": grid.scale, "act_zero": grid.zero, "act_bits": grid.bits}
-    if isinstance(layer, PQLinear):
-        attrs = {"in_features": geometry.channels, "encoder": frozen.encoder, **quantiser}
-        node = Node("pq_linear", "layer", ("x",), "y", attrs, {role: role for role in tensors})
-        return run_node(node, [x.numpy()], tensors)
-    return Layer(
-        x.contiguous().numpy(),
-        tensors,
-        geometry.kernel,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        **quantiser,
-    ).reference()
+    frozen = layer.freeze()
+    tensors = frozen.arrays()
+    roles = {role: role for role in tensors}
+    node = Node(frozen.node.op, "layer", ("x",), "y", frozen.node.attrs, roles)
+    return run_node(node, [x.contiguous().numpy()], tensors)
+
+
+def operator_arguments(frozen: Any, x: Tensor) -> tuple[Any, ...]:
+    """The arguments of `lutra::frozen`."""
+    return x, list(frozen.tensors.values()), frozen.node.to_json()
 
 
 def outputs_of_every_mode(layer: Any, x: Tensor) -> dict[str, Tensor]:

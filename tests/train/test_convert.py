@@ -146,7 +146,7 @@ def test_layers_are_replaced_by_name(net: Net, images: Tensor) -> None:
     assert isinstance(one, PQConv2d)
     assert isinstance(two, PQConv2d)
     assert isinstance(model.fc, PQLinear)
-    assert (one.dim, one.method.k, two.dim, two.method.k) == (9, 16, 3, 8)
+    assert (one.v, one.method.k, two.v, two.method.k) == (9, 16, 3, 8)
     assert [layer.name for layer in report.layers] == [
         "stem",
         "body.one.conv",
@@ -157,7 +157,13 @@ def test_layers_are_replaced_by_name(net: Net, images: Tensor) -> None:
         "stem", "conv2d", False, "raw pixels", weight_bytes=4 * 8 * 27
     )
     entry = report["body.one.conv"]
-    assert (entry.kind, entry.replaced, entry.v, entry.k, entry.books) == ("conv2d", True, 9, 16, 8)
+    assert (entry.kind, entry.replaced, entry.v, entry.k, entry.codebooks) == (
+        "conv2d",
+        True,
+        9,
+        16,
+        8,
+    )
     assert entry.weight_bytes == 4 * 8 * 72
     assert entry.table_bytes == 8 * 16 * 8
     assert entry.lookups_per_row == 8 * 8

@@ -30,17 +30,17 @@ def unfold(x: Tensor, layer: Any, padding: float = 0.0) -> Tensor:
     ph, pw = g.padding
     x = F.pad(x, (pw, pw, ph, ph), value=padding)
     rows = F.unfold(x, g.kernel, g.dilation, 0, g.stride).transpose(1, 2).flatten(0, 1)
-    return F.pad(rows, (0, layer.books * layer.dim - g.depth)).view(-1, layer.books, layer.dim)
+    return F.pad(rows, (0, layer.codebooks * layer.v - g.depth)).view(-1, layer.codebooks, layer.v)
 
 
 def slow_tables(layer: Any, centroids: Tensor, weight: Tensor) -> Tensor:
     """Tables (B, K, M) with rounding passed straight through."""
     grid = layer.grid()
     on_grid = ((layer.grid_centroids().to(weight.dtype) - grid.zero) * grid.scale).detach()
-    tail = layer.books * layer.dim - layer.geometry.depth
+    tail = layer.codebooks * layer.v - layer.geometry.depth
     if tail:
-        on_grid[-1, :, layer.dim - tail :] = 0
-    blocks = F.pad(weight.flatten(1), (0, tail)).view(len(weight), layer.books, layer.dim)
+        on_grid[-1, :, layer.v - tail :] = 0
+    blocks = F.pad(weight.flatten(1), (0, tail)).view(len(weight), layer.codebooks, layer.v)
     exact = torch.einsum("bkv,mbv->bkm", on_grid + centroids - centroids.detach(), blocks)
     int8, scale = quantize_tables(layer.tables(layer.encoder()).detach())
     return exact + (int8 * scale - exact).detach()
@@ -196,14 +196,14 @@ def test_centroids_move_to_the_means_of_their_clusters() -> None:
     codes = portable.encode(x, layer.geometry, grid, layer.encoder()).long()
     layer(x)
     sub = unfold((portable.quantize(x, grid) - grid.zero) * grid.scale, layer)
-    tail = layer.books * layer.dim - layer.geometry.depth
-    for book in range(layer.books):
+    tail = layer.codebooks * layer.v - layer.geometry.depth
+    for book in range(layer.codebooks):
         for k in range(case.k):
             members = sub[codes[book] == k, book]
             want = members.mean(0) if len(members) else before[book, k]
             got = layer.centroids[book, k]
-            if book == layer.books - 1:  # entries that are not there
-                want, got = want[: layer.dim - tail], got[: layer.dim - tail]
+            if book == layer.codebooks - 1:  # entries that are not there
+                want, got = want[: layer.v - tail], got[: layer.v - tail]
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert torch.equal(layer.cluster_counts, F.one_hot(codes, case.k).sum(1).float())
 
@@ -255,8 +255,8 @@ def test_native_equals_portable(
     assert torch.equal(codes, portable.encode(x, geometry, grid, tensors[0]))
     assert torch.equal(y, slow)
     for got, want in zip(
-        native.cluster_sums(geometry, grid, x, codes, case.k, layer.dim),
-        portable.cluster_sums(geometry, grid, x, codes, case.k, layer.dim),
+        native.cluster_sums(geometry, grid, x, codes, case.k, layer.v),
+        portable.cluster_sums(geometry, grid, x, codes, case.k, layer.v),
         strict=True,
     ):
         assert torch.equal(got, want)

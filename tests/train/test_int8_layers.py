@@ -31,8 +31,9 @@ from lutra.train import (
     recipe_to_json,
 )
 from lutra.train.exporting.export import freeze_lookup_layers
-from lutra.train.layers import int8 as module
+from lutra.train.operators import int8 as module
 from lutra.train.operators import portable
+from lutra.train.operators.frozen import frozen as frozen_op
 
 
 def make_conv(*args: Any, signed: bool = False, bits: int = 7, **kwargs: Any) -> Int8Conv2d:
@@ -215,20 +216,17 @@ def test_eval_follows_the_weights() -> None:
 
 def test_operators_keep_their_promises() -> None:
     conv, linear = make_conv(4, 6, 3, groups=2, padding=1).freeze(), make_linear(5, 3).freeze()
-    q, g = conv.grid, conv.geometry
-    arguments = (conv.weight, conv.scale, conv.bias, q.scale, q.zero, q.bits)
-    for x in (noise(2, 4, 5, 6), noise(2, 4, 5, 6).contiguous(memory_format=torch.channels_last)):
+    images = noise(2, 4, 5, 6)
+    for layer, x in (
+        (conv, images),
+        (conv, images.contiguous(memory_format=torch.channels_last)),
+        (linear, noise(2, 3, 5)),
+    ):
         torch.library.opcheck(
-            module.int8_conv2d,
-            (x, *arguments, g.stride, g.padding, g.dilation, g.groups),
+            frozen_op,
+            (x, list(layer.tensors.values()), layer.node.to_json()),
             test_utils=("test_schema", "test_faketensor"),
         )
-    q = linear.grid
-    torch.library.opcheck(
-        module.int8_linear,
-        (noise(2, 3, 5), linear.weight, linear.scale, linear.bias, q.scale, q.zero, q.bits),
-        test_utils=("test_schema", "test_faketensor"),
-    )
 
 
 # Gradients
@@ -335,7 +333,7 @@ def test_methods_mix_in_one_recipe(net: Net) -> None:
     entry = report["dw"]
     assert (entry.replaced, entry.kind, entry.int8_bytes) == (True, "conv2d", 72)
     assert (entry.weight_bytes, entry.table_bytes, entry.lookups_per_row) == (288, 0, 0)
-    assert (entry.multiplies_per_row, entry.v, entry.k, entry.books) == (72, None, None, None)
+    assert (entry.multiplies_per_row, entry.v, entry.k, entry.codebooks) == (72, None, None, None)
     assert (entry.used, report["pw"].int8_bytes) == (None, 0)
     for name in ("conv1", "dw", "fc"):
         error = report[name].error

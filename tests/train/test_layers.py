@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from pq_cases import (
     images,
     make_conv,
     make_linear,
+    operator_arguments,
     outputs_of_every_mode,
     reference,
 )
@@ -23,10 +25,10 @@ from torch import nn
 
 from lutra.errors import LutraError
 from lutra.train import PQ, PQConv2d, PQLinear
-from lutra.train.geometry import Geometry, Quantization
+from lutra.train.geometry import Geometry, Grid
 from lutra.train.layers.pq import FrozenPQ
 from lutra.train.operators import native
-from lutra.train.operators import pq as ops
+from lutra.train.operators.frozen import frozen as frozen_op
 
 # Exact outputs
 
@@ -103,15 +105,15 @@ def test_tables_are_symmetric_int8_with_a_scale_per_output() -> None:
 def test_grid_is_unsigned_only_without_negative_values() -> None:
     layer = make_conv(Case(v=9))
     layer.set_activation_range(0.0, 3.0)
-    assert layer.grid() == Quantization(float(torch.tensor(3.0 / 127)), 0, 7)
+    assert layer.grid() == Grid(float(torch.tensor(3.0 / 127)), 0, 7)
     layer.set_activation_range(-3.0, 1.0)
-    assert layer.grid() == Quantization(float(torch.tensor(3.0 / 63)), 64, 7)
+    assert layer.grid() == Grid(float(torch.tensor(3.0 / 63)), 64, 7)
 
 
 def test_default_sub_vectors_are_those_of_lut_nn() -> None:
-    assert PQConv2d.from_float(nn.Conv2d(2, 2, 3), PQ()).dim == 9
-    assert PQConv2d.from_float(nn.Conv2d(8, 2, 1), PQ()).dim == 4
-    assert PQLinear.from_float(nn.Linear(8, 2), PQ()).dim == 4
+    assert PQConv2d.from_float(nn.Conv2d(2, 2, 3), PQ()).v == 9
+    assert PQConv2d.from_float(nn.Conv2d(8, 2, 1), PQ()).v == 4
+    assert PQLinear.from_float(nn.Linear(8, 2), PQ()).v == 4
     with pytest.raises(LutraError, match=r"11x11 kernel has 121 entries.*set v"):
         PQConv2d.from_float(nn.Conv2d(1, 1, 11), PQ())
 
@@ -351,35 +353,19 @@ def test_repr_tells_the_method() -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_conv_operator_is_well_formed(layout: torch.memory_format) -> None:
     case = Case(v=9, stride=(2, 1))
-    layer = make_conv(case)
-    frozen, grid, g = layer.freeze(), layer.grid(), layer.geometry
-    torch.library.opcheck(
-        ops.pq_conv2d,
-        (
-            images(case).contiguous(memory_format=layout),
-            *(frozen.centroids, frozen.tables, frozen.scale, frozen.bias),
-            *(grid.scale, grid.zero, grid.bits, "nearest"),
-            *(g.kernel, g.stride, g.padding, g.dilation),
-        ),
-    )
+    x = images(case).contiguous(memory_format=layout)
+    torch.library.opcheck(frozen_op, operator_arguments(make_conv(case).freeze(), x))
 
 
 def test_linear_operator_is_well_formed() -> None:
-    layer = make_linear(10, 3, v=4, k=8)
-    frozen, grid = layer.freeze(), layer.grid()
-    torch.library.opcheck(
-        ops.pq_linear,
-        (
-            torch.rand(2, 3, 10),
-            *(frozen.centroids, frozen.tables, frozen.scale, frozen.bias),
-            *(grid.scale, grid.zero, grid.bits, "nearest"),
-        ),
-    )
+    layer = make_linear(10, 3, v=4, k=8).freeze()
+    torch.library.opcheck(frozen_op, operator_arguments(layer, torch.rand(2, 3, 10)))
 
 
 def test_unknown_encoders_are_refused() -> None:
     frozen = make_linear(10, 3, v=4, k=8).freeze()
     assert isinstance(frozen, FrozenPQ)
-    tensors = (frozen.centroids, frozen.tables, frozen.scale, frozen.bias)
+    x, tensors, _ = operator_arguments(frozen, torch.rand(2, 10))
+    forest = replace(frozen.node, attrs={**frozen.node.attrs, "encoder": "forest"})
     with pytest.raises(LutraError, match="encoder 'forest' is unknown"):
-        ops.pq_linear(torch.rand(2, 10), *tensors, 0.1, 0, 7, "forest")
+        frozen_op(x, tensors, forest.to_json())

@@ -52,8 +52,8 @@ def test_input_gradient_is_that_of_projected_weights(v: int) -> None:
     direction = torch.randn(y.shape, generator=generator(3))
     y.backward(direction)
 
-    missing = layer.books * layer.dim - layer.geometry.depth
-    blocks = F.pad(layer.weight.detach().reshape(5, -1), (0, missing)).view(5, layer.books, -1)
+    missing = layer.codebooks * layer.v - layer.geometry.depth
+    blocks = F.pad(layer.weight.detach().reshape(5, -1), (0, missing)).view(5, layer.codebooks, -1)
     projected = torch.einsum("mbv,bvw->mbw", blocks, layer.projection)
     weight = projected.reshape(5, -1)[:, : layer.geometry.depth].view_as(layer.weight)
     want = torch.nn.grad.conv2d_input(x.shape, weight, direction, padding=1)
@@ -69,9 +69,9 @@ def test_projection_is_the_regression_of_the_codes() -> None:
     grid = layer.grid()
     codes = portable.encode(x, layer.geometry, grid, layer.encoder())
     centroids = (layer.grid_centroids().float() - grid.zero) * grid.scale
-    index = codes.long()[:, :, None].expand(-1, -1, layer.dim)
+    index = codes.long()[:, :, None].expand(-1, -1, layer.v)
     quantized = torch.gather(centroids, 1, index).transpose(1, 2)
-    want = regression(portable.unfold(x, layer.geometry, layer.dim, 0.0), quantized)
+    want = regression(portable.unfold(x, layer.geometry, layer.v, 0.0), quantized)
     torch.testing.assert_close(layer.projection, want)
     # The quantiser keeps less than everything, and what it keeps is not nothing.
     kept = layer.projection.diagonal(dim1=1, dim2=2).mean()

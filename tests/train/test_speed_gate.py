@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from lutra.errors import LutraError
 from lutra.format import load_graph
 from lutra.graph import Graph
-from lutra.ops import OPS
 from lutra.ops.limits import MAX_INT8_DEPTH
 from lutra.reference import run_reference
 from lutra.runtime.cpu import cpu_info
@@ -35,6 +34,7 @@ from lutra.train import (
     export,
 )
 from lutra.train.conversion.speed_gate import attached, candidates, decide, time_graphs
+from lutra.train.layers import base
 
 pytest_plugins = ["cli_support"]
 
@@ -224,8 +224,7 @@ def test_against(
 
 
 def test_a_lutra_without_int8(net: Net, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    for op in ("int8_conv2d", "int8_linear"):
-        monkeypatch.delitem(OPS, op)
+    monkeypatch.delitem(base._FAMILIES, "int8")
     with pytest.raises(LutraError, match="against='int8', but this lutra has no int8 layers"):
         quick(net, images, SpeedGate(against="int8", measure=Timer(TIMES)))
     _, report = quick(net, images, SpeedGate(measure=Timer(TIMES)))
@@ -334,8 +333,8 @@ def test_candidates_of_trees(case: Case) -> None:
     graph = candidates("conv", layer, (2, case.channels, *case.size))["lookup"]
     assert graph.nodes[0].attrs["encoder"] == "tree"
     splits, thresholds = graph.tensors["splits"], graph.tensors["thresholds"]
-    assert (splits // case.v == np.arange(layer.books)[:, None]).all()
-    assert len(np.unique(splits)) > layer.books or case.v == 1
+    assert (splits // case.v == np.arange(layer.codebooks)[:, None]).all()
+    assert len(np.unique(splits)) > layer.codebooks or case.v == 1
     assert len(np.unique(thresholds)) > 3
     Session(graph, threads=1).profile(runs=1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pq_cases import CASES, Case, images, make_conv, make_linear, outputs_of_every_mode, reference
+from pq_cases import (
+    CASES,
+    Case,
+    images,
+    make_conv,
+    make_linear,
+    operator_arguments,
+    outputs_of_every_mode,
+    reference,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,6 +35,7 @@ from lutra.train.layers import pq_tree as trees
 from lutra.train.layers.pq_kmeans import kmeans
 from lutra.train.operators import native, portable
 from lutra.train.operators import pq as ops
+from lutra.train.operators.frozen import frozen as frozen_op
 
 
 def generator(seed: int) -> torch.Generator:
@@ -51,7 +62,9 @@ def with_tree(case: Case, seed: int = 0, **method: Any) -> PQConv2d:
     layer = make_conv(case, seed, encoder="tree", **method)
     levels = trees.levels_of(case.k)
     with torch.no_grad():
-        rows = torch.randint(layer.geometry.depth, (layer.books, levels), generator=generator(seed))
+        rows = torch.randint(
+            layer.geometry.depth, (layer.codebooks, levels), generator=generator(seed)
+        )
         layer.splits.copy_(rows)
         layer.thresholds.uniform_(0.0, layer.grid().qmax + 1, generator=generator(seed))
         layer.table_residual.normal_(0.0, 0.1, generator=generator(seed))
@@ -300,7 +313,7 @@ def test_averaged_centroids_work_too() -> None:
     codes = ops.forward(
         x, layer.geometry, grid, layer.encoder(), layer.freeze().tables, layer.freeze().scale
     )[1]
-    sums, counts = native.cluster_sums(layer.geometry, grid, x, codes, 16, layer.dim)
+    sums, counts = native.cluster_sums(layer.geometry, grid, x, codes, 16, layer.v)
     want = (sums / counts.clamp_min(1)[:, :, None] - grid.zero) * grid.scale
     used = counts > 0
     torch.testing.assert_close(layer.centroids[used], want[used].float())
@@ -332,14 +345,15 @@ def test_wrong_recipes_are_refused(settings: dict[str, Any], message: str) -> No
 
 def test_the_operator_is_well_formed_and_refuses_foreign_tensors() -> None:
     frozen = make_linear(10, 3, v=4, k=8, encoder="tree").freeze()
-    tensors = (frozen.tables, frozen.scale, frozen.bias)
-    tree = (frozen.splits, frozen.thresholds)
-    x = torch.rand(2, 3, 10)
-    torch.library.opcheck(ops.pq_linear, (x, None, *tensors, 0.1, 0, 6, "tree", *tree))
+    x, tensors, text = operator_arguments(frozen, torch.rand(2, 3, 10))
+    torch.library.opcheck(frozen_op, (x, tensors, text))
+    roles = ("centroids", *frozen.node.roles)
+    foreign = replace(frozen.node, roles=roles).to_json()
     with pytest.raises(LutraError, match="no centroids"):
-        ops.pq_linear(x, torch.zeros(3, 8, 4, dtype=torch.uint8), *tensors, 0.1, 0, 6, "tree")
+        frozen_op(x, [torch.zeros(3, 8, 4, dtype=torch.uint8), *tensors], foreign)
+    nearest = replace(frozen.node, attrs={**frozen.node.attrs, "encoder": "nearest"})
     with pytest.raises(LutraError, match="takes centroids"):
-        ops.pq_linear(x, None, *tensors, 0.1, 0, 6, "nearest", *tree)
+        frozen_op(x, tensors, nearest.to_json())
 
 
 # Whole models

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from lutra.errors import LutraError
+from lutra.node import AttrValue
 
 Pair = tuple[int, int]
 
@@ -52,6 +55,40 @@ class Geometry:
         )
         return h, w
 
+    def attrs(self, names: Container[str]) -> dict[str, AttrValue]:
+        """The attributes of an operator that the geometry gives, of those that it has."""
+        known: dict[str, AttrValue] = {
+            "in_channels": self.channels,
+            "in_features": self.channels,
+            "kernel": self.kernel,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+        }
+        return {name: value for name, value in known.items() if name in names}
+
+    @classmethod
+    def of_attrs(
+        cls, attrs: Mapping[str, AttrValue], channels: int, kernel: Pair = (1, 1)
+    ) -> Geometry:
+        """The geometry in the attributes of an operator.
+
+        Args:
+            attrs: of the operator.
+            channels: of its input.
+            kernel: of the weight, where the attributes have none.
+        """
+        given: Any = attrs
+        return cls(
+            channels,
+            given.get("kernel", kernel),
+            given.get("stride", (1, 1)),
+            given.get("padding", (0, 0)),
+            given.get("dilation", (1, 1)),
+            given.get("groups", 1),
+        )
+
     @classmethod
     def of(cls, layer: nn.Conv2d | nn.Linear, *, grouped: bool = False) -> Geometry:
         """Geometry of a dense layer.
@@ -92,7 +129,7 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Quantization:
+class Grid:
     """The activation grid: x_q = clamp(round(x / scale) + zero, 0, 2**bits - 1)."""
 
     scale: float
@@ -102,3 +139,14 @@ class Quantization:
     @property
     def qmax(self) -> int:
         return int(2**self.bits - 1)
+
+    @property
+    def attrs(self) -> dict[str, AttrValue]:
+        """The attributes of an operator with this grid."""
+        return {"act_scale": self.scale, "act_zero": self.zero, "act_bits": self.bits}
+
+    @classmethod
+    def of_attrs(cls, attrs: Mapping[str, AttrValue]) -> Grid:
+        """The grid in the attributes of an operator."""
+        given: Any = attrs
+        return cls(given["act_scale"], given["act_zero"], given["act_bits"])

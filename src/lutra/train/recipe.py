@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from lutra.errors import LutraError
 from lutra.ops.limits import (
@@ -29,15 +29,42 @@ TableKind = Literal["learned", "linear", "free"]
 LOOKUP_LEVELS = tuple(1 << bits for bits in LOOKUP_ACT_BITS)
 
 
+class Method:
+    """The settings that a recipe gives a layer. A subclass registers itself by its name in JSON:
+    `class PQ(Method, name="pq")`; its fields are JSON values."""
+
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, *, name: str) -> None:
+        known = _METHODS.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise LutraError(f"recipe: two methods have the name {name!r}; choose another")
+        cls.name = name
+        _METHODS[name] = cls
+
+    def settings(self) -> dict[str, Any]:
+        """The fields by name, as JSON holds them."""
+        entries: Any = self
+        return dataclasses.asdict(entries)
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Method:
+        """The inverse of `settings`."""
+        return cls(**settings)
+
+
+_METHODS: dict[str, type[Method]] = {}
+
+
 @dataclass(frozen=True)
-class Keep:
+class Keep(Method, name="keep"):
     """Leave the layer as it is."""
 
     reason: str = "the recipe keeps it"
 
 
 @dataclass(frozen=True)
-class PQ:
+class PQ(Method, name="pq"):
     """Product quantisation of a layer's input (LUT-NN, arXiv 2302.03213).
 
     Args:
@@ -127,7 +154,7 @@ class PQ:
 
 
 @dataclass(frozen=True)
-class Int8:
+class Int8(Method, name="int8"):
     """Integer arithmetic for a layer that stays dense: first convolution, depthwise, classifier.
 
     Weights become int8 with a scale per output channel, activations a grid that calibration finds;
@@ -151,7 +178,7 @@ class Int8:
 
 
 @dataclass(frozen=True)
-class Lookup:
+class Lookup(Method, name="lookup"):
     """Learned tables of activation index and weight index (Deep Lookup Network, arXiv 2509.13662).
 
     Every product of an activation and a weight becomes a read from one small table per layer.
@@ -226,6 +253,7 @@ class Lookup:
         return self.levels.bit_length() - 1
 
 
+_FIT = "fit"  # the name of the setting `method` of a `Function` in JSON
 #: How the tables of functions may be fitted.
 FUNCTION_METHODS = ("minimax", "dp", "uniform", "exponential", "relu_net")
 #: The functions that are swapped unless a recipe names others.
@@ -238,7 +266,7 @@ RANGED_FUNCTIONS = ("exp", "sqrt", "rsqrt", "reciprocal")
 
 
 @dataclass(frozen=True)
-class Function:
+class Function(Method, name="function"):
     """Tables of straight lines for functions: activations, softmax and norms (NN-LUT, DAC 2022).
 
     A pattern with it names any module: one that is a function (`nn.GELU`), or one whose forward
@@ -289,17 +317,22 @@ class Function:
             )
         object.__setattr__(self, "functions", names)  # JSON has lists
 
+    def settings(self) -> dict[str, Any]:
+        """The fields, with `method` under another name: in JSON that says which class it is."""
+        entries = super().settings()
+        entries[_FIT] = entries.pop("method")
+        return entries
 
-Method = PQ | Int8 | Lookup | Function | Keep
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Function:
+        """The inverse of `settings`."""
+        entries = dict(settings)
+        if _FIT in entries:
+            entries["method"] = entries.pop(_FIT)
+        return cls(**entries)
+
+
 Recipe = Mapping[str, Method]
-_METHODS: dict[str, type[Method]] = {
-    "pq": PQ,
-    "int8": Int8,
-    "lookup": Lookup,
-    "function": Function,
-    "keep": Keep,
-}
-_FIT = "fit"  # what JSON calls the method of a `Function`: "method" says which class it is
 
 
 def match(recipe: Recipe, *names: str) -> Method:
@@ -322,14 +355,9 @@ def fits(pattern: str, *names: str) -> bool:
 
 def recipe_to_json(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """A recipe as plain JSON values, in the order of its patterns."""
-    names = {cls: name for name, cls in _METHODS.items()}
-    result = {}
-    for pattern, method in recipe.items():
-        settings = dataclasses.asdict(method)
-        if isinstance(method, Function):
-            settings[_FIT] = settings.pop("method")
-        result[pattern] = {"method": names[type(method)], **settings}
-    return result
+    return {
+        pattern: {"method": method.name, **method.settings()} for pattern, method in recipe.items()
+    }
 
 
 def recipe_from_json(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Method]:
@@ -341,17 +369,15 @@ def recipe_from_json(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Method]
     recipe: dict[str, Method] = {}
     for pattern, entry in data.items():
         settings = dict(entry) if isinstance(entry, Mapping) else {"method": entry}
-        method = settings.pop("method", None)
-        cls = _METHODS.get(method) if isinstance(method, str) else None
-        if cls is None:
+        name = settings.pop("method", None)
+        method = _METHODS.get(name) if isinstance(name, str) else None
+        if method is None:
             raise LutraError(
-                f"recipe: pattern {pattern!r} has the method {method!r}; "
+                f"recipe: pattern {pattern!r} has the method {name!r}; "
                 f"choose one of {sorted(_METHODS)}"
             )
-        if cls is Function and _FIT in settings:
-            settings["method"] = settings.pop(_FIT)
         try:
-            recipe[pattern] = cls(**settings)
+            recipe[pattern] = method.from_settings(settings)
         except TypeError as error:
             raise LutraError(f"recipe: pattern {pattern!r}: {error}") from None
     return recipe

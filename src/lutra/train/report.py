@@ -4,31 +4,76 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
-from lutra.train.conversion.speed_gate import Decision
+#: What the speed gate calls the lookup form of a layer.
+LOOKUP: Final = "lookup"
+#: What it calls the layer as it was.
+FLOAT32: Final = "float32"
+_TABLES: Final = "tables"  # of product quantisation
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gate found out about one layer.
+
+    `milliseconds` has the medians of "lookup" and of every dense kind; `dense` is the kind that
+    the lookups were compared with; `choice` is what the layer becomes: "lookup", "float32" or
+    "int8". `input_shape` is what was timed, batch included.
+    """
+
+    input_shape: tuple[int, ...]
+    milliseconds: dict[str, float]
+    dense: str
+    choice: str
+    reason: str
+
+    @property
+    def lookup(self) -> bool:
+        """Whether the lookups won."""
+        return self.choice == LOOKUP
+
+    @property
+    def lookup_ms(self) -> float:
+        return self.milliseconds[LOOKUP]
+
+    @property
+    def dense_ms(self) -> float:
+        return self.milliseconds[self.dense]
+
+    @property
+    def summary(self) -> str:
+        """The decision in a few words."""
+        if self.lookup:
+            return f"lookup: {self.dense_ms / self.lookup_ms:.2f}x the speed of {self.dense}"
+        ratio = self.lookup_ms / self.milliseconds[self.choice]
+        return f"{self.choice}: {ratio:.2f}x the speed of lookups"
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """One layer. Byte and operation counts are of the exported layer; lookups per output row.
 
-    `method` is "pq", "lookup" or "int8", or None where the layer was kept; an int8 layer stores
-    `int8_bytes` of weights, has no tables and looks nothing up; a lookup layer stores `index_bytes`
-    of weight indices and one table of `levels` x `weights` entries. `error` is the mean
-    squared output error relative to the output's variance, on calibration rows with the integers of
-    the engine, before fine-tuning. `used` is the share of centroids that these rows chose.
-    `gate` has the times and the decision of the speed gate, where it was asked.
+    `method` is the name of the recipe's method, such as "pq", or None where the layer was kept, and
+    `label` says more of it. `stored` has what the exported layer holds in place of its weights,
+    with bytes. `error` is the mean squared output error relative to the output's variance, on
+    calibration rows with the integers of the engine, before fine-tuning. `gate` has the times and
+    the decision of the speed gate, where it was asked.
+
+    The other fields are of one family each: encoder, v, k, codebooks and the share of `used`
+    centroids of product quantisation; levels, weights and index_bytes of lookup layers; int8_bytes
+    of int8 layers.
     """
 
     name: str
     kind: str
     replaced: bool
     reason: str
+    label: str = ""
     encoder: str | None = None
     v: int | None = None
     k: int | None = None
-    books: int | None = None
+    codebooks: int | None = None
     weight_bytes: int = 0
     table_bytes: int = 0
     lookups_per_row: int = 0
@@ -40,7 +85,29 @@ class LayerReport:
     index_bytes: int = 0
     levels: int | None = None
     weights: int | None = None
+    stored: tuple[tuple[str, int], ...] = ()
     gate: Decision | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        """The layer as a row of the table."""
+        if not self.replaced:
+            kept = f"kept: {self.reason}"
+            return (self.name, self.kind, kept, "", "", "", f"{self.weight_bytes}", "", "", "")
+        ratio = f"{self.lookups_per_row}/{self.multiplies_per_row}" if self.lookups_per_row else ""
+        if self.lookups_per_row == self.multiplies_per_row and ratio:
+            ratio = "1/1"
+        return (
+            self.name,
+            self.kind,
+            self.label,
+            "" if self.v is None else f"{self.v}",
+            "" if self.k is None else f"{self.k}",
+            f"{self.table_bytes}" if self.table_bytes else "",
+            f"{self.weight_bytes}",
+            ratio,
+            "" if self.error is None else f"{self.error:.4g}",
+            "" if self.used is None else f"{self.used:.0%}",
+        )
 
 
 @dataclass(frozen=True)
@@ -99,33 +166,7 @@ class ConversionReport:
     def __str__(self) -> str:
         header = ("layer", "kind", "method", "V", "K", "tables", "weights", "lookups/mults",
                   "error", "used")  # fmt: skip
-        rows: list[tuple[str, ...]] = [header]
-        for layer in self.layers:
-            if not layer.replaced:
-                rows.append(
-                    (layer.name, layer.kind, f"kept: {layer.reason}", "", "", "",
-                     f"{layer.weight_bytes}", "", "", "")
-                )  # fmt: skip
-                continue
-            if layer.method == "int8":
-                rows.append(
-                    (layer.name, layer.kind, "int8", "", "", "", f"{layer.weight_bytes}", "",
-                     f"{layer.error:.5f}", "")
-                )  # fmt: skip
-                continue
-            if layer.method == "lookup":
-                method = f"lookup {layer.levels}x{layer.weights}"
-                rows.append(
-                    (layer.name, layer.kind, method, "", "", f"{layer.table_bytes}",
-                     f"{layer.weight_bytes}", "1/1", f"{layer.error:.4f}", "")
-                )  # fmt: skip
-                continue
-            method = "pq" if layer.encoder == "nearest" else f"pq, {layer.encoder}"
-            ratio = f"{layer.lookups_per_row}/{layer.multiplies_per_row}"
-            rows.append(
-                (layer.name, layer.kind, method, f"{layer.v}", f"{layer.k}", f"{layer.table_bytes}",
-                 f"{layer.weight_bytes}", ratio, f"{layer.error:.3f}", f"{layer.used:.0%}")
-            )  # fmt: skip
+        rows: list[tuple[str, ...]] = [header, *(layer.cells() for layer in self.layers)]
         if self.speed_gate is not None:
             rows = [(*row, *cells) for row, cells in zip(rows, self._gate_cells(), strict=True)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -133,27 +174,22 @@ class ConversionReport:
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
-        lookups = [layer for layer in self.replaced if layer.method == "pq"]
-        lines.append(
-            f"{len(self.replaced)} of {len(self.layers)} layers replaced; tables "
-            f"{sum(r.table_bytes for r in lookups)} bytes for "
-            f"{sum(r.weight_bytes for r in lookups)} bytes of float32 weights"
-        )
-        responses = [layer for layer in self.replaced if layer.method == "lookup"]
-        if responses:
-            lines[-1] += (
-                f", response tables {sum(r.table_bytes for r in responses)} bytes and indices "
-                f"{sum(r.index_bytes for r in responses)} bytes for "
-                f"{sum(r.weight_bytes for r in responses)}"
-            )
-        integer = [layer for layer in self.replaced if layer.method == "int8"]
-        if integer:
-            lines[-1] += (
-                f", int8 weights {sum(r.int8_bytes for r in integer)} bytes for "
-                f"{sum(r.weight_bytes for r in integer)}"
-            )
+        lines.append(f"{len(self.replaced)} of {len(self.layers)} layers replaced; {self._bytes()}")
         lines += [str(function) for function in self.functions]
         return "\n".join(lines)
+
+    def _bytes(self) -> str:
+        """What the replaced layers store, and for how many bytes of weights."""
+        groups: dict[tuple[str, ...], list[LayerReport]] = {(_TABLES,): []}
+        for layer in self.replaced:
+            groups.setdefault(tuple(what for what, _ in layer.stored), []).append(layer)
+        parts: list[str] = []
+        for names, layers in groups.items():
+            sizes = [sum(layer.stored[i][1] for layer in layers) for i in range(len(names))]
+            held = " and ".join(f"{what} {n} bytes" for what, n in zip(names, sizes, strict=True))
+            unit = "" if parts else " bytes of float32 weights"
+            parts.append(f"{held} for {sum(layer.weight_bytes for layer in layers)}{unit}")
+        return ", ".join(parts)
 
     def _gate_cells(self) -> list[tuple[str, ...]]:
         """The columns of the speed gate, a head first."""

@@ -5,34 +5,24 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any, get_args
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lutra.errors import LutraError
-from lutra.train import distributed as collective
+from lutra.train import distributed
 from lutra.train.conversion.calibrate import Reservoir, collect
-from lutra.train.conversion.speed_gate import Decision, SpeedGate, attach, decide, record
+from lutra.train.conversion.speed_gate import SpeedGate, attach, decide, record, rival
 from lutra.train.functions.swap import FunctionSwap
 from lutra.train.geometry import Geometry
-from lutra.train.layers import int8, lookup
-from lutra.train.layers import pq_tree as trees
-from lutra.train.layers.base import QuantizedLayer
-from lutra.train.layers.int8 import Int8Conv2d, Int8Layer, Int8Linear
-from lutra.train.layers.int8_embedding import Int8Embedding
-from lutra.train.layers.lookup import LookupConv2d, LookupLayer, LookupLinear
-from lutra.train.layers.pq import PQConv2d, PQLinear, _PQLayer, quantize_tables
-from lutra.train.layers.pq_kmeans import kmeans
-from lutra.train.operators import portable
+from lutra.train.layers.base import KINDS, QuantizedLayer, families, family_of
 from lutra.train.progress import Progress
-from lutra.train.recipe import PQ, Function, Int8, Keep, Lookup, Method, Recipe, fits, match
-from lutra.train.report import ConversionReport, LayerReport
+from lutra.train.recipe import Function, Keep, Method, Recipe, fits, match
+from lutra.train.report import FLOAT32, LOOKUP, ConversionReport, Decision, LayerReport
 
 _REPLACED = "the recipe names it"
-_Dense = nn.Conv2d | nn.Linear | nn.Embedding
 
 
 def convert(
@@ -80,134 +70,217 @@ def convert(
     Raises:
         LutraError: a pattern matches nothing, a layer cannot be replaced, or the data is unusable.
     """
-    names = _candidates(model)
-    _check_recipe(recipe, names, model)
-    layer_recipe = {p: m for p, m in recipe.items() if not isinstance(m, Function)}
+    show = progress if distributed.rank() == 0 else False
+    layers = choose(model, recipe)
     functions = FunctionSwap(model, recipe)
-    chosen: dict[nn.Module, PQ | Int8 | Lookup] = {}
-    geometries: dict[str, Geometry] = {}
-    reports: dict[nn.Module, LayerReport] = {}
-    embeddings: dict[_Dense, nn.Module] = {}
-    for layer, aliases in names.items():
-        method = match(layer_recipe, *aliases)
-        if isinstance(layer, nn.Embedding):
-            if isinstance(method, Int8):
-                embeddings[layer] = Int8Embedding.from_float(layer)
-            reports[layer] = _describe_embedding(layer, aliases[0], method, embeddings.get(layer))
-            continue
-        if not isinstance(method, Keep | Function):
-            try:
-                geometries[aliases[0]] = Geometry.of(layer, grouped=isinstance(method, Int8))
-            except LutraError as error:
-                raise LutraError(f"layer '{aliases[0]}': {error}") from None
-            chosen[layer] = method
-        reason = method.reason if isinstance(method, Keep) else _REPLACED
-        kind = "conv2d" if isinstance(layer, nn.Conv2d) else "linear"
-        weight_bytes = 4 * layer.weight.numel()
-        reports[layer] = LayerReport(aliases[0], kind, False, reason, weight_bytes=weight_bytes)
-    if not chosen and not embeddings and not functions.wanted:
+    calibrated = {layer.name: layer for layer in layers if layer.is_calibrated}
+    if not any(layer.method for layer in layers) and not functions.wanted:
         raise LutraError(
             "the recipe replaces no layer; give a pattern PQ(...), Lookup(...), Int8() or "
             "Function(...)"
         )
-    layers = {names[layer][0]: layer for layer in names if layer in chosen}
-    show = progress if collective.rank() == 0 else False
     samples: dict[str, Reservoir] = {}
-    if layers or functions.wanted:
+    if calibrated or functions.wanted:
         with Progress("calibrating", None, show) as bar, functions.watching():
             samples = collect(
-                model, layers, geometries, calibration_data,
-                rows=rows, memory_bytes=memory_bytes, seed=seed + collective.rank(),
+                model,
+                {name: layer.module for name, layer in calibrated.items()},
+                {name: layer.geometry for name, layer in calibrated.items()},
+                calibration_data,
+                rows=rows, memory_bytes=memory_bytes, seed=seed + distributed.rank(),
                 progress=bar.update,
             )  # fmt: skip
     gate = SpeedGate() if speed_gate is True else speed_gate or None
-    decisions: dict[str, Decision] = {}
-    if gate is not None:
-        with Progress("timing layers", len(layers), show) as bar:
-            for i, (name, layer) in enumerate(layers.items()):
-                probe, note = _from_float(layer, name, chosen[layer]), "dense by the recipe"
-                if isinstance(probe, _PQLayer | LookupLayer):
-                    decision = decide(gate, name, probe, samples[name].input_shape)
-                    decisions[name], note = decision, decision.summary
-                    reports[layer] = replace(reports[layer], reason=decision.reason, gate=decision)
-                bar.update(i + 1, f"{name} {note}")
-    leaders = _siblings(chosen, geometries, samples, names, decisions) if share_encoders else {}
+    decisions = {} if gate is None else _gate(gate, calibrated, samples, show)
+    leaders = _leaders(calibrated, samples) if share_encoders else {}
     converted = copy.deepcopy(model)
-    replacements: dict[nn.Module, nn.Module] = {
-        converted.get_submodule(names[layer][0]): new for layer, new in embeddings.items()
+    replacements = {
+        converted.get_submodule(layer.name): layer.embed()
+        for layer in layers
+        if layer.method is not None and not layer.is_calibrated
     }
-    learned: dict[str, _PQLayer] = {}
-    with Progress("learning codebooks", len(layers), show) as bar:
-        for i, (name, layer) in enumerate(layers.items()):
-            method, gated = chosen[layer], decisions.get(name)
-            if gated is not None and gated.choice == "float32":
-                del samples[name]
+    with Progress("learning codebooks", len(calibrated), show) as bar:
+        fitted: dict[str, QuantizedLayer] = {}
+        for i, (name, layer) in enumerate(calibrated.items()):
+            sample, start = samples.pop(name), time.perf_counter()
+            if layer.method is None:  # the speed gate keeps it
                 continue
-            if gated is not None and gated.choice == "int8":
-                method = Int8()
-            start = time.perf_counter()
             old = converted.get_submodule(name)
-            new = _from_float(old, name, method)
-            sample = samples.pop(name).rows.to(new.weight.device)
-            _fit_grid(new, sample)
-            if isinstance(new, Int8Layer):
-                reports[layer] = _describe_int8(reports[layer], new, sample)
-            elif isinstance(new, LookupLayer):
-                reports[layer] = _describe_lookup(reports[layer], new, sample)
-            elif name in leaders and leaders[name] in learned:
-                new.share(learned[leaders[name]])
-                reports[layer] = _describe(reports[layer], new, *_settle(new, sample))
-            else:
-                learned[name] = new
-                loss, used = _learn(new, sample, kmeans_steps, seed + i)
-                reports[layer] = _describe(reports[layer], new, loss, used)
-            replacements[old] = new
+            leader = fitted.get(leaders.get(name, ""))
+            fitted[name] = layer.fit(old, sample.rows, leader, kmeans_steps, seed + i)
+            replacements[old] = fitted[name]
             bar.update(i + 1, f"{name} {time.perf_counter() - start:.1f} s")
     converted, swapped = functions.apply(_replace(converted, replacements))
     entry = None if gate is None else record(gate, decisions)
     if entry is not None:
         attach(converted, entry)
-    return converted, ConversionReport(tuple(reports.values()), seed, entry, swapped)
+    reports = tuple(layer.report for layer in layers)
+    return converted, ConversionReport(reports, seed, entry, swapped)
 
 
-def _siblings(
-    chosen: Mapping[nn.Module, PQ | Int8 | Lookup],
-    geometries: Mapping[str, Geometry],
+@dataclass
+class Candidate:
+    """A layer of a model that could be replaced, and what became of it so far.
+
+    Attributes:
+        module: the dense layer, in the model that was given.
+        name: its path, the first of several.
+        method: what it becomes; None where it is kept.
+        report: its entry in the report.
+    """
+
+    module: nn.Module
+    name: str
+    method: Method | None
+    report: LayerReport
+
+    def form(self) -> Any:
+        """The class of the new layer."""
+        assert self.method is not None
+        family = family_of(self.method)
+        assert family is not None  # `choose` asked for it
+        return family.layers[type(self.module)]
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the new layer learns from samples of its input."""
+        return self.method is not None and issubclass(self.form(), QuantizedLayer)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The geometry of the dense layer.
+
+        Raises:
+            LutraError: the new layer cannot have it.
+        """
+        try:
+            geometry: Geometry = self.form().geometry_of(self.module)
+        except LutraError as error:
+            raise LutraError(f"layer '{self.name}': {error}") from None
+        return geometry
+
+    def make(self, old: nn.Module) -> QuantizedLayer:
+        """The new layer of a dense one; they share their parameters, which may be tied."""
+        try:
+            new: QuantizedLayer = self.form().from_float(old, self.method)
+        except LutraError as error:
+            raise LutraError(f"layer '{self.name}': {error}") from None
+        for parameter in ("weight", "bias"):
+            setattr(new, parameter, getattr(old, parameter))
+        new.train(old.training)
+        return new
+
+    def fit(
+        self, old: nn.Module, rows: Tensor, leader: QuantizedLayer | None, steps: int, seed: int
+    ) -> QuantizedLayer:
+        """The new layer, calibrated; notes it in the report.
+
+        Args:
+            old: the dense layer.
+            rows: samples of its input (n, D).
+            leader: a layer whose codes it shares.
+            steps, seed: of the search for centroids.
+        """
+        new = self.make(old)
+        rows = rows.to(new.weight.device)
+        _fit_grid(new, rows)
+        if leader is None:
+            new.learn(rows, steps=steps, seed=seed)
+        else:
+            new.share(leader)
+        self._note(new.settle(rows))
+        return new
+
+    def embed(self) -> nn.Module:
+        """The new layer of one that needs no calibration; notes it in the report."""
+        new = self.form().from_float(self.module, self.method)
+        self._note(new.settle())
+        made: nn.Module = new
+        return made
+
+    def gate(self, decision: Decision) -> None:
+        """Does as the speed gate decided."""
+        self.report = replace(self.report, reason=decision.reason, gate=decision)
+        if decision.choice == FLOAT32:
+            self.method = None
+        elif decision.choice != LOOKUP:
+            self.method = rival(decision.choice)
+
+    def _note(self, fields: Mapping[str, Any]) -> None:
+        assert self.method is not None
+        self.report = replace(self.report, replaced=True, method=self.method.name, **fields)
+
+
+def choose(model: nn.Module, recipe: Recipe) -> list[Candidate]:
+    """The layers that could be replaced, in the order of the model, and their methods.
+
+    Raises:
+        LutraError: a pattern matches nothing, or a layer cannot be replaced.
+    """
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) in KINDS:  # subclasses may compute something else
+            names.setdefault(module, []).append(name)
+    _check_recipe(recipe, names, model)
+    layer_recipe = {p: m for p, m in recipe.items() if not isinstance(m, Function)}
+    found = []
+    for module, aliases in names.items():
+        method = match(layer_recipe, *aliases)
+        kind, family = KINDS[type(module)], family_of(method)
+        reason = method.reason if isinstance(method, Keep) else _REPLACED
+        if family is not None and type(module) not in family.layers:
+            able = [f.method.__name__ for f in families() if type(module) in f.layers]
+            reason = f"{kind}s take {' or '.join(f'{name}()' for name in able)} only"
+            family = None
+        weight: Any = module.weight
+        report = LayerReport(aliases[0], kind, False, reason, weight_bytes=4 * weight.numel())
+        layer = Candidate(module, aliases[0], None if family is None else method, report)
+        if layer.is_calibrated:
+            _ = layer.geometry  # which says what is wrong with it
+        found.append(layer)
+    return found
+
+
+def _gate(
+    gate: SpeedGate,
+    layers: Mapping[str, Candidate],
     samples: Mapping[str, Reservoir],
-    names: Mapping[Any, list[str]],
-    decisions: Mapping[str, Decision],
-) -> dict[str, str]:
-    """For each layer the first one with the same codebooks: it reads the same tensors in the same
-    way, and has the same settings. Trees suit the weights of their layer, so they stay alone."""
+    show: bool | None,
+) -> dict[str, Decision]:
+    """Asks the speed gate about every layer, and does as it says."""
+    decisions: dict[str, Decision] = {}
+    with Progress("timing layers", len(layers), show) as bar:
+        for i, (name, layer) in enumerate(layers.items()):
+            note = "dense by the recipe"
+            family = None if layer.method is None else family_of(layer.method)
+            if family is not None and not family.is_rival:
+                shape = samples[name].input_shape
+                decisions[name] = decide(gate, name, layer.make(layer.module), shape)
+                note = decisions[name].summary
+            bar.update(i + 1, f"{name} {note}")
+    for name, decision in decisions.items():
+        layers[name].gate(decision)
+    return decisions
+
+
+def _leaders(layers: Mapping[str, Candidate], samples: Mapping[str, Reservoir]) -> dict[str, str]:
+    """For each layer that can share codes the first one with the same: it reads the same tensors in
+    the same way, and has the same settings."""
     first: dict[Any, str] = {}
     leaders: dict[str, str] = {}
-    for layer, method in chosen.items():
-        name = names[layer][0]
-        gated = decisions.get(name)
-        if not isinstance(method, PQ) or method.encoder != "nearest":
-            continue
-        if gated is not None and gated.choice in ("float32", "int8"):
-            continue
-        key = (method, geometries[name], tuple(samples[name].sources), samples[name].input_shape)
-        leaders[name] = first.setdefault(key, name)
+    for name, layer in layers.items():
+        own = None if layer.method is None else layer.form().sharing_key(layer.method)
+        if own is not None:
+            key = (own, layer.geometry, tuple(samples[name].sources), samples[name].input_shape)
+            leaders[name] = first.setdefault(key, name)
     return leaders
 
 
-def _candidates(model: nn.Module) -> dict[_Dense, list[str]]:
-    """The layers that could be replaced, and the paths under which the model holds each."""
-    names: dict[_Dense, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        # Subclasses may compute something else.
-        if isinstance(module, _Dense) and type(module) in get_args(_Dense):
-            names.setdefault(module, []).append(name)
-    return names
-
-
-def _check_recipe(recipe: Recipe, names: Mapping[_Dense, list[str]], model: nn.Module) -> None:
+def _check_recipe(recipe: Recipe, names: Mapping[nn.Module, list[str]], model: nn.Module) -> None:
     paths = [name for aliases in names.values() for name in aliases]
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
     for pattern, method in recipe.items():
-        if not isinstance(method, PQ | Int8 | Lookup | Function | Keep):
+        if not isinstance(method, Method):
             raise LutraError(
                 f"recipe: pattern {pattern!r} has {method!r}; give it PQ(...), "
                 "Lookup(...), Int8(), Function(...) or Keep()"
@@ -225,28 +298,6 @@ def _check_recipe(recipe: Recipe, names: Mapping[_Dense, list[str]], model: nn.M
                 f"recipe: pattern {pattern!r} matches no convolution, linear layer or embedding of "
                 f"{type(model).__name__}; its layers are: {known}{', ...' * (len(paths) > 8)}"
             )
-
-
-_LAYERS: dict[type, tuple[Any, Any]] = {
-    PQ: (PQConv2d, PQLinear),
-    Lookup: (LookupConv2d, LookupLinear),
-    Int8: (Int8Conv2d, Int8Linear),
-}
-
-
-def _from_float(
-    layer: nn.Module, name: str, method: PQ | Int8 | Lookup
-) -> _PQLayer | Int8Layer | LookupLayer:
-    """The new layer of a dense one; they share their parameters, which may be tied."""
-    new: _PQLayer | Int8Layer | LookupLayer
-    try:
-        new = _LAYERS[type(method)][isinstance(layer, nn.Linear)].from_float(layer, method)
-    except LutraError as error:
-        raise LutraError(f"layer '{name}': {error}") from None
-    for parameter in ("weight", "bias"):
-        setattr(new, parameter, getattr(layer, parameter))
-    new.train(layer.training)
-    return new
 
 
 def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
@@ -283,132 +334,5 @@ def _fit_grid(layer: QuantizedLayer, rows: Tensor) -> None:
     """Sets the activation grid of a layer from samples of its input."""
     low, high = _activation_range(rows, layer.method.act_bits)
     # A process whose samples are all positive must take the others' signed grid.
-    reach = collective.all_reduce(torch.tensor([-low, high]), "max")
+    reach = distributed.all_reduce(torch.tensor([-low, high]), "max")
     layer.set_activation_range(-float(reach[0]), float(reach.max()))
-
-
-@torch.no_grad()
-def _learn(layer: _PQLayer, rows: Tensor, steps: int, seed: int) -> tuple[float, float]:
-    """Sets the codebooks; returns relative output error and the share of used centroids."""
-    grid = layer.grid()
-    low, high = -grid.zero * grid.scale, (grid.qmax - grid.zero) * grid.scale
-    missing = layer.books * layer.dim - rows.shape[1]
-    padded = F.pad(rows.clamp(low, high), (0, missing))
-    sub = padded.view(-1, layer.books, layer.dim).transpose(0, 1).contiguous()  # (B, n, V)
-    if layer.method.encoder == "tree":
-        _grow(layer, rows, sub)
-    else:
-        centroids, _ = kmeans(sub, layer.method.k, steps=steps, seed=seed)
-        layer.centroids.copy_(centroids)
-    return _settle(layer, rows)
-
-
-@torch.no_grad()
-def _settle(layer: _PQLayer, rows: Tensor) -> tuple[float, float]:
-    """What `_learn` returns, of a layer whose codebooks are there; fits the tables of a tree."""
-    error, codes = _output_error(layer, rows)
-    counts = torch.zeros((layer.books, layer.method.k), device=codes.device)
-    counts.scatter_add_(1, codes.long(), torch.ones(codes.shape, device=codes.device))
-    collective.all_reduce(counts)
-    if layer.method.centroids == "average":
-        # As if the moving average had run on batches of this many rows.
-        layer.cluster_counts.copy_(counts)
-    return error, float((counts > 0).float().mean())
-
-
-def _codes(layer: _PQLayer, rows: Tensor) -> Tensor:
-    """Codes (B, n) of samples (n, D)."""
-    one = Geometry(rows.shape[1])
-    return portable.encode(rows[:, :, None, None], one, layer.grid(), layer.encoder())
-
-
-def _output_error(layer: _PQLayer, rows: Tensor) -> tuple[float, Tensor]:
-    """Relative squared error of the output, and codes (B, n), with the grid and the int8 tables
-    that the engine will have."""
-    codes = _codes(layer, rows)
-    tables, scale = quantize_tables(layer.tables(layer.encoder()))
-    got = portable.lookup(codes, tables).float() * scale
-    want = rows @ layer.weight.float().reshape(layer.outputs, -1).t()
-    variance = want.var(correction=0).clamp_min(1e-12)
-    return collective.mean(float((got - want).square().mean() / variance)), codes
-
-
-def _grow(layer: _PQLayer, rows: Tensor, sub: Tensor) -> None:
-    """Sets trees, centroids and what the tables have beyond them.
-
-    Args:
-        rows: samples (n, D). sub: their clipped sub-vectors (B, n, V).
-    """
-    grid, device = layer.grid(), rows.device
-    entries = torch.arange(layer.books * layer.dim, device=device).view(layer.books, layer.dim)
-    samples = trees.Samples(
-        values=sub,
-        grid=portable.quantize(sub, grid).long().transpose(1, 2).contiguous(),
-        metric=trees.output_metric(layer.weight_blocks().float()),
-        allowed=entries < layer.geometry.depth,
-        bins=grid.qmax + 1,
-    )
-    taps, thresholds, centroids = trees.fit(samples, layer.method.k)
-    layer.centroids.copy_(centroids)
-    layer.splits.copy_(entries.gather(1, taps))
-    layer.thresholds.copy_(thresholds)
-    codes, tables = _codes(layer, rows), layer.tables(layer.encoder())
-    want = rows @ layer.weight.float().reshape(layer.outputs, -1).t()
-    layer.table_residual.copy_(trees.fit_tables(codes, tables, want) - tables)
-
-
-def _describe(entry: LayerReport, layer: _PQLayer, error: float, used: float) -> LayerReport:
-    return replace(
-        entry,
-        replaced=True,
-        encoder=layer.method.encoder,
-        v=layer.dim,
-        k=layer.method.k,
-        books=layer.books,
-        table_bytes=layer.books * layer.method.k * layer.outputs,
-        lookups_per_row=layer.books * layer.outputs,
-        multiplies_per_row=layer.geometry.depth * layer.outputs,
-        error=error,
-        used=used,
-        method="pq",
-    )
-
-
-def _describe_embedding(
-    layer: nn.Embedding, name: str, method: Method, new: nn.Module | None
-) -> LayerReport:
-    reason = method.reason if isinstance(method, Keep) else "embeddings take Int8() only"
-    size = 4 * layer.weight.numel()
-    entry = LayerReport(name, "embedding", False, reason, weight_bytes=size)
-    if not isinstance(new, Int8Embedding):
-        return entry
-    return replace(
-        entry, replaced=True, reason=_REPLACED, method="int8",
-        error=new.error, int8_bytes=new.weight.numel(),
-    )  # fmt: skip
-
-
-def _describe_int8(entry: LayerReport, layer: Int8Layer, rows: Tensor) -> LayerReport:
-    return replace(
-        entry,
-        replaced=True,
-        multiplies_per_row=layer.weight.numel(),
-        error=collective.mean(int8.output_error(layer, rows)),
-        method="int8",
-        int8_bytes=layer.weight.numel(),
-    )
-
-
-def _describe_lookup(entry: LayerReport, layer: LookupLayer, rows: Tensor) -> LayerReport:
-    return replace(
-        entry,
-        replaced=True,
-        table_bytes=layer.method.levels * layer.method.weights,
-        index_bytes=layer.freeze().weight.numel(),
-        levels=layer.method.levels,
-        weights=layer.method.weights,
-        lookups_per_row=layer.weight.numel(),
-        multiplies_per_row=layer.weight.numel(),
-        error=collective.mean(lookup.output_error(layer, rows)),
-        method="lookup",
-    )

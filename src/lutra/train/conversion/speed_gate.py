@@ -23,20 +23,17 @@ from lutra.errors import LutraError
 from lutra.graph import Graph, make_node
 from lutra.node import Array, AttrValue, Value
 from lutra.ops import OPS
-from lutra.ops.limits import INT8_MAX, MAX_ACT_BITS, MAX_INT8_DEPTH
+from lutra.ops.limits import MAX_INT8_DEPTH
 from lutra.runtime.cpu import MAX_THREADS, choose_isa, cpu_info
 from lutra.runtime.profile import input_pool
 from lutra.runtime.session import Session
 from lutra.train import distributed as collective
-from lutra.train.geometry import Geometry
-from lutra.train.layers.lookup import FrozenLookup, LookupLayer
-from lutra.train.layers.pq import FrozenPQ, _PQLayer
+from lutra.train.layers.base import QuantizedLayer, families
+from lutra.train.recipe import Method
+from lutra.train.report import FLOAT32, LOOKUP, Decision
 
 Against = Literal["best", "float32", "int8"]
 
-LOOKUP: Final = "lookup"
-#: Operator of the dense layers of each kind: convolution, linear.
-_DENSE: Final = {"float32": ("conv2d", "linear"), "int8": ("int8_conv2d", "int8_linear")}
 _ATTRIBUTE: Final = "_lutra_speed_gate"
 _WARMUP: Final = 3
 _ROUNDS: Final = 31
@@ -110,45 +107,8 @@ class SpeedGate:
             raise LutraError(f"SpeedGate: margin={self.margin!r} is not a number above 0")
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What the gate found out about one layer.
-
-    `milliseconds` has the medians of "lookup" and of every dense kind; `dense` is the kind that
-    the lookups were compared with; `choice` is what the layer becomes: "lookup", "float32" or
-    "int8". `input_shape` is what was timed, batch included.
-    """
-
-    input_shape: tuple[int, ...]
-    milliseconds: dict[str, float]
-    dense: str
-    choice: str
-    reason: str
-
-    @property
-    def lookup(self) -> bool:
-        """Whether the lookups won."""
-        return self.choice == LOOKUP
-
-    @property
-    def lookup_ms(self) -> float:
-        return self.milliseconds[LOOKUP]
-
-    @property
-    def dense_ms(self) -> float:
-        return self.milliseconds[self.dense]
-
-    @property
-    def summary(self) -> str:
-        """The decision in a few words."""
-        if self.lookup:
-            return f"lookup: {self.dense_ms / self.lookup_ms:.2f}x the speed of {self.dense}"
-        ratio = self.lookup_ms / self.milliseconds[self.choice]
-        return f"{self.choice}: {ratio:.2f}x the speed of lookups"
-
-
 def decide(
-    gate: SpeedGate, name: str, layer: _PQLayer | LookupLayer, input_shape: tuple[int, ...]
+    gate: SpeedGate, name: str, layer: QuantizedLayer, input_shape: tuple[int, ...]
 ) -> Decision:
     """Times a layer against its dense forms.
 
@@ -188,43 +148,43 @@ def decide(
 
 
 @torch.no_grad()
-def candidates(
-    name: str, layer: _PQLayer | LookupLayer, shape: tuple[int, ...]
-) -> dict[str, Graph]:
-    """The forms of a layer, each as a graph of one node: "lookup", "float32" and "int8", the last
-    where int32 holds its sums.
+def candidates(name: str, layer: QuantizedLayer, shape: tuple[int, ...]) -> dict[str, Graph]:
+    """The forms of a layer, each as a graph of one node: "lookup", "float32", and every rival
+    ("int8") that can hold it.
 
     Args:
         name: Of the node.
-        layer: The lookup layer; gets random codebooks.
+        layer: The lookup layer; gets random tables.
         shape: Of the input, batch included.
     """
-    _randomize(layer)
+    layer.randomize()
     frozen = layer.freeze()
     linear, geometry = frozen.linear, layer.geometry
-    graphs = {LOOKUP: _lookup_graph(name, frozen, shape)}
-    weight = layer.weight.detach().cpu().float().numpy()
-    bias = frozen.bias.cpu().numpy()
-    step = np.maximum(np.abs(weight).max(axis=tuple(range(1, weight.ndim))), 1e-30) / INT8_MAX
-    rounded = np.rint(weight / step.reshape(-1, *[1] * (weight.ndim - 1)))
-    arrays = {
-        "float32": {"weight": weight, "bias": bias},
-        "int8": {
-            "weight": rounded.clip(-INT8_MAX, INT8_MAX).astype(np.int8),
-            "scale": step.astype(np.float32),
-            "bias": bias,
-        },
+    weight = layer.weight.detach().cpu().float()
+    arrays = {"weight": weight.numpy(), "bias": frozen.arrays()["bias"]}
+    op = "linear" if linear else "conv2d"
+    graphs = {
+        LOOKUP: _graph(frozen.node.op, name, shape, frozen.node.attrs, frozen.arrays()),
+        FLOAT32: _graph(op, name, shape, geometry.attrs(OPS[op].attrs), arrays),
     }
-    zero = 1 << (MAX_ACT_BITS - 1)
-    grid: dict[str, AttrValue] = {
-        "act_scale": 1.0 / zero, "act_zero": zero, "act_bits": MAX_ACT_BITS
-    }  # fmt: skip
-    for kind, ops in _DENSE.items():
-        op = ops[linear]
-        if op in OPS and (kind != "int8" or geometry.depth <= MAX_INT8_DEPTH):
-            attrs = {**({} if linear else _window(geometry)), **(grid if kind == "int8" else {})}
-            graphs[kind] = _graph(op, name, shape, attrs, arrays[kind])
+    module = nn.Linear if linear else nn.Conv2d
+    for family in families():
+        if family.is_rival and module in family.layers:
+            try:
+                dense = family.layers[module](weight, layer.bias, geometry, family.method())
+            except LutraError:  # too deep for it
+                continue
+            dense.randomize()
+            made = dense.freeze()
+            graphs[family.method.name] = _graph(
+                made.node.op, name, shape, made.node.attrs, made.arrays()
+            )
     return graphs
+
+
+def rival(choice: str) -> Method:
+    """The method of the dense form that the gate chose."""
+    return next(f.method() for f in families() if f.is_rival and f.method.name == choice)
 
 
 def record(gate: SpeedGate, decisions: Mapping[str, Decision]) -> dict[str, Any]:
@@ -270,49 +230,6 @@ def _agreed(gate: SpeedGate, graphs: Mapping[str, Graph]) -> dict[str, float]:
         measured = gate.measure(graphs, gate)
         times = torch.tensor([measured[name] for name in graphs], dtype=torch.float64)
     return dict(zip(graphs, collective.broadcast(times).tolist(), strict=True))
-
-
-def _randomize(layer: _PQLayer | LookupLayer) -> None:
-    """Random codebooks on a grid around zero: what is found must not be the same in all rows."""
-    generator = torch.Generator().manual_seed(0)
-    layer.set_activation_range(-1.0, 1.0)
-    if isinstance(layer, LookupLayer):
-        return  # its weights are the layer's own
-    layer.centroids.copy_(2.0 * torch.rand(layer.centroids.shape, generator=generator) - 1.0)
-    if layer.method.encoder == "tree":
-        first = torch.arange(layer.books)[:, None] * layer.dim
-        entry = torch.randint(layer.dim, layer.splits.shape, generator=generator)
-        layer.splits.copy_((first + entry).clamp_max(layer.geometry.depth - 1))
-        thresholds = torch.rand(layer.thresholds.shape, generator=generator)
-        layer.thresholds.copy_(thresholds * layer.grid().qmax)
-
-
-def _lookup_graph(name: str, frozen: FrozenPQ | FrozenLookup, shape: tuple[int, ...]) -> Graph:
-    geometry, grid = frozen.geometry, frozen.grid
-    attrs: dict[str, AttrValue] = {
-        "act_scale": grid.scale,
-        "act_zero": grid.zero,
-        "act_bits": grid.bits,
-    }
-    if isinstance(frozen, FrozenPQ):
-        family = "pq"
-        attrs["encoder"] = frozen.encoder
-    else:
-        family = "lookup"
-        attrs["weight_bits"] = frozen.weight_bits
-    op = f"{family}_linear" if frozen.linear else f"{family}_conv2d"
-    if frozen.linear:
-        attrs["in_features"] = geometry.channels
-    else:
-        attrs |= {"in_channels": geometry.channels, "kernel": geometry.kernel, **_window(geometry)}
-    arrays = {role: t.cpu().numpy() for role, t in frozen.named_buffers()}
-    return _graph(op, name, shape, attrs, arrays)
-
-
-def _window(geometry: Geometry) -> dict[str, AttrValue]:
-    return {
-        "stride": geometry.stride, "padding": geometry.padding, "dilation": geometry.dilation
-    }  # fmt: skip
 
 
 def _graph(

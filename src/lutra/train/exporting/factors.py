@@ -14,7 +14,7 @@ from lutra.errors import LutraError
 from lutra.graph import Graph
 from lutra.node import Array, Node
 from lutra.ops.limits import INT8_MAX
-from lutra.train.layers.pq import FrozenPQ, _PQLayer
+from lutra.train.layers.base import FrozenLayer, QuantizedLayer
 
 _TABLES: Final = "tables"
 _MOST: Final = float(np.finfo(np.float32).max)
@@ -30,11 +30,12 @@ class Factors:
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """The float weights (M, D) of every lookup layer, under each path that leads to it."""
-    return {
-        path: module.weight.detach().cpu().float().reshape(module.outputs, -1)
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, _PQLayer)
-    }
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        weight = module.compact_weight() if isinstance(module, QuantizedLayer) else None
+        if weight is not None:
+            found[path] = weight.cpu()
+    return found
 
 
 @torch.no_grad()
@@ -51,10 +52,10 @@ def factors_of(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Fac
     result: dict[str, Factors] = {}
     for path, weight in weights.items():
         frozen = model.get_submodule(path)
-        if not isinstance(frozen, FrozenPQ):
+        if not isinstance(frozen, FrozenLayer) or frozen.node.spec.table_role != _TABLES:
             continue
         rows = weight.double().numpy()
-        scale = frozen.scale.double().cpu().numpy()
+        scale = frozen.tensors["scale"].double().cpu().numpy()
         step = np.maximum(np.abs(rows).max(axis=1), 1e-30) / INT8_MAX
         result[f"{path}.{_TABLES}" if path else _TABLES] = Factors(
             np.rint(rows / step[:, None]).astype(np.int8),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,24 +16,20 @@ from lutra.train.exporting.capture import (
     node_module,
     prepare_copy,
 )
+from lutra.train.layers.base import FrozenLayer
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _NORM_OPS = ("aten._native_batch_norm_legit_no_training.default", "aten.batch_norm.default")
-# Operator -> where its arguments hold weight and bias (scale and bias of an integer layer).
-_LAYER_OPS = {
-    "aten.conv1d.default": (1, 2),
-    "aten.conv1d.padding": (1, 2),
-    "aten.conv2d.default": (1, 2),
-    "aten.conv2d.padding": (1, 2),
-    "aten.convolution.default": (1, 2),
-    "aten.linear.default": (1, 2),
-    "lutra.pq_conv2d.default": (3, 4),
-    "lutra.pq_linear.default": (3, 4),
-    "lutra.lookup_conv2d.default": (3, 4),
-    "lutra.lookup_linear.default": (3, 4),
-    "lutra.int8_conv2d.default": (2, 3),
-    "lutra.int8_linear.default": (2, 3),
-}
+_FROZEN_OP = "lutra.frozen.default"
+_LAYER_OPS = (
+    "aten.conv1d.default",
+    "aten.conv1d.padding",
+    "aten.conv2d.default",
+    "aten.conv2d.padding",
+    "aten.convolution.default",
+    "aten.linear.default",
+    _FROZEN_OP,
+)
 
 
 @dataclass(frozen=True)
@@ -47,8 +44,8 @@ def fold_batch_norm(model: nn.Module, example_input: ExampleInput) -> nn.Module:
     """Return a copy of a model with its batch norms folded into the layers that feed them.
 
     A norm is folded when it is an `nn.BatchNorm1d` or `nn.BatchNorm2d` with running statistics
-    whose only input is one convolution, `nn.Linear` or frozen integer layer (a module with the
-    buffers `scale` and `bias`), when nobody else reads what that layer computes, and
+    whose only input is one convolution, `nn.Linear` or frozen layer whose operator has a gain and
+    a bias for each output, when nobody else reads the output of that layer, and
     when neither of them, nor their weights, is used a second time. Who feeds whom is read off the
     traced program, not off the order of the modules. Folded norms become `nn.Identity`; the
     others stay.
@@ -103,17 +100,19 @@ def _is_foldable(
     layer: fx.Node, module: nn.Module, path: str, parameters: dict[fx.Node, str]
 ) -> bool:
     """Whether scaling the module's own weight and bias scales what this node computes."""
-    if "linear" in str(layer.target) and layer.meta["val"].ndim != 2:
+    frozen = str(layer.target) == _FROZEN_OP
+    linear = module.linear if isinstance(module, FrozenLayer) else "linear" in str(layer.target)
+    if linear and layer.meta["val"].ndim != 2:
         return False  # the norm works on axis 1, which holds the outputs of a 2-D result only
-    frozen = str(layer.target).startswith("lutra.")
-    if not (
-        _is_frozen(module) if frozen else isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear))
-    ):
+    if not isinstance(module, FrozenLayer if frozen else nn.Conv1d | nn.Conv2d | nn.Linear):
         return False
-    names = ("scale", "bias") if frozen else ("weight", "bias")
-    for position, name in zip(_LAYER_OPS[str(layer.target)], names, strict=True):
-        argument = layer.args[position] if position < len(layer.args) else None
-        if argument is None and name == "bias":
+    gain, bias = _roles(module)
+    if gain is None or bias is None:
+        return False
+    arguments = _arguments(layer, module)
+    for name in (gain, bias):
+        argument = arguments.get(name)
+        if argument is None and name == bias:
             continue
         # Not a reparametrised weight, and not one that another layer reads too.
         if not isinstance(argument, fx.Node) or argument not in parameters:
@@ -126,9 +125,19 @@ def _is_foldable(
     return True
 
 
-def _is_frozen(module: nn.Module) -> bool:
-    buffers = dict(module.named_buffers(recurse=False))
-    return all(name in buffers for name in ("scale", "bias"))
+def _roles(module: nn.Module) -> tuple[str | None, str | None]:
+    """The tensors that a gain and a shift of the outputs go into."""
+    if isinstance(module, FrozenLayer):
+        return module.node.spec.gain_role, module.node.spec.bias_role
+    return "weight", "bias"
+
+
+def _arguments(layer: fx.Node, module: nn.Module) -> dict[str, Any]:
+    """The arguments of a layer's operator that are its tensors, by role."""
+    if isinstance(module, FrozenLayer):
+        tensors: Any = layer.args[1]
+        return dict(zip(module.node.roles, tensors, strict=True))
+    return dict(zip(("weight", "bias"), layer.args[1:3], strict=False))
 
 
 def _parameters(program: ExportedProgram) -> dict[fx.Node, str]:
@@ -151,7 +160,8 @@ def _fold(model: nn.Module, fold: Fold) -> None:
     if norm.bias is not None:
         shift = shift + norm.bias.double()
     with torch.no_grad():
-        factor = layer.scale if _is_frozen(layer) else layer.weight
+        gain_role, _ = _roles(layer)
+        factor = getattr(layer, str(gain_role))
         assert isinstance(factor, Tensor)
         # Output channels are axis 0 of a weight and the only axis of a scale.
         factor.copy_(factor.double() * gain.reshape(-1, *[1] * (factor.ndim - 1)))

@@ -1,15 +1,25 @@
-"""What the layers that compute in integers share: the activation grid and the frozen form."""
+"""The frame of every family of layers: the activation grid, the frozen form, the registry.
+
+A family is a method of recipes (`lutra.train.recipe.Method`) and the layers that it makes. Its file
+registers it with `register`; conversion, the speed gate, fine-tuning, export and the report ask the
+registry and the methods of `QuantizedLayer`, and name no family.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from lutra.errors import LutraError
-from lutra.train.geometry import Geometry, Quantization
-from lutra.train.recipe import PQ, Int8, Lookup
+from lutra.node import Array
+from lutra.ops import op_spec
+from lutra.train.geometry import Geometry, Grid
+from lutra.train.operators.frozen import FrozenNode, frozen
+from lutra.train.recipe import Method
 from lutra.train.watch import Watch
 
 if TYPE_CHECKING:
@@ -19,11 +29,63 @@ if TYPE_CHECKING:
 _DERIVED = ("_frozen", "_grid", "_reconstruction")
 
 
-def check_input(x: Tensor, geometry: Geometry, linear: bool, family: str) -> None:
+@dataclass(frozen=True)
+class Family:
+    """A method of recipes and its layers.
+
+    Attributes:
+        method: the dataclass of recipes.
+        layers: the layer that takes the place of each kind of module. A layer has
+            `from_float(module, method)`; those that are a `QuantizedLayer` are calibrated.
+        is_rival: whether the speed gate may choose the layers where lookups lose, with
+            `method()`: they are as exact as the dense layer, or nearly.
+    """
+
+    method: type[Method]
+    layers: Mapping[type[nn.Module], Any]
+    is_rival: bool = False
+
+
+_FAMILIES: dict[str, Family] = {}
+#: The modules that can be replaced, and how reports call them.
+KINDS: Mapping[type[nn.Module], str] = {
+    nn.Conv2d: "conv2d",
+    nn.Linear: "linear",
+    nn.Embedding: "embedding",
+}
+
+
+def register(family: Family) -> Family:
+    """Makes a family known to recipes, conversion and everything behind them.
+
+    Raises:
+        LutraError: a layer is for a kind of module that nothing replaces.
+    """
+    for module in family.layers:
+        if module not in KINDS:
+            raise LutraError(
+                f"register: {module.__name__} is no kind of module that can be replaced; choose "
+                f"from {', '.join(kind.__name__ for kind in KINDS)}"
+            )
+    _FAMILIES[family.method.name] = family
+    return family
+
+
+def families() -> tuple[Family, ...]:
+    """All families, in the order in which they were registered."""
+    return tuple(_FAMILIES.values())
+
+
+def family_of(method: Method) -> Family | None:
+    """The family of a method; None for methods that make no layers."""
+    return _FAMILIES.get(method.name)
+
+
+def check_input(x: Tensor, geometry: Geometry, linear: bool, name: str) -> None:
     """Refuses inputs that a layer does not take.
 
     Args:
-        family: "PQ", "Int8" or "Lookup": how the name of the layer begins.
+        name: of the layer's class.
 
     Raises:
         LutraError: wrong rank, channels or features, or an image smaller than the kernel.
@@ -32,28 +94,86 @@ def check_input(x: Tensor, geometry: Geometry, linear: bool, family: str) -> Non
     if linear:
         if not shape or shape[-1] != channels:
             raise LutraError(
-                f"{family}Linear: the input has shape {shape}; give (..., {channels}), as the "
+                f"{name}: the input has shape {shape}; give (..., {channels}), as the "
                 f"layer has {channels} input features"
             )
         return
     if len(shape) != 4 or shape[1] != channels:
         raise LutraError(
-            f"{family}Conv2d: the input has shape {shape}; give (N, {channels}, H, W), as the "
+            f"{name}: the input has shape {shape}; give (N, {channels}, H, W), as the "
             f"layer has {channels} input channels"
         )
     if min(geometry.out_size(shape[2], shape[3])) < 1:
         raise LutraError(
-            f"{family}Conv2d: the input has shape {shape}, smaller than the kernel "
+            f"{name}: the input has shape {shape}, smaller than the kernel "
             f"{geometry.kernel} with dilation {geometry.dilation} and padding {geometry.padding}; "
             "give larger images"
         )
 
 
-def clip_gradient(gradient: Tensor, x: Tensor, grid: Quantization) -> Tensor:
+def clip_gradient(gradient: Tensor, x: Tensor, grid: Grid) -> Tensor:
     """The gradient of x, zero where x was clipped: it does not move the output there."""
     low = -(grid.zero + 0.5) * grid.scale
     high = (grid.qmax - grid.zero + 0.5) * grid.scale
     return cast(Tensor, torch.ops.aten.hardtanh_backward(gradient, x, low, high))
+
+
+class FrozenLayer(nn.Module):
+    """A layer without float weights: the form that is exported. Buffers are the file's tensors.
+
+    Args:
+        name: class of the layer that was frozen, for errors.
+        op: operator of the graph.
+        geometry, grid: of the layer.
+        tensors: by role; they become buffers.
+        attrs: attributes of the operator beside those of geometry and grid.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        op: str,
+        geometry: Geometry,
+        grid: Grid,
+        tensors: Mapping[str, Tensor],
+        attrs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        spec = op_spec(op)
+        own = {**geometry.attrs(spec.attrs), **grid.attrs, **(attrs or {})}
+        self.name, self.geometry, self.grid = name, geometry, grid
+        for role in spec.tensors:
+            if role in tensors:
+                self.register_buffer(role, tensors[role])
+            else:
+                setattr(self, role, None)
+        self.node = FrozenNode(op, spec.complete(own), tuple(tensors))
+        self._text = self.node.to_json()
+
+    @property
+    def linear(self) -> bool:
+        """Whether it works along the last axis of its input, and not on images."""
+        return self.node.is_linear
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The buffers by role, in the order of the node."""
+        return {role: getattr(self, role) for role in self.node.roles}
+
+    def arrays(self) -> dict[str, Array]:
+        """The buffers as arrays."""
+        return {role: tensor.cpu().numpy() for role, tensor in self.tensors.items()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shapes as the layer that was frozen."""
+        check_input(x, self.geometry, self.linear, self.name)
+        return cast(Tensor, frozen(x, list(self.tensors.values()), self._text))
+
+    def extra_repr(self) -> str:
+        return self.node.op
+
+
+_F = TypeVar("_F", bound=FrozenLayer)
 
 
 class QuantizedLayer(nn.Module):
@@ -63,19 +183,93 @@ class QuantizedLayer(nn.Module):
     activation grid.
     """
 
-    family: ClassVar[str]  # how the names of its layers begin
+    op: ClassVar[str]  # operator of the graph
+    takes_groups: ClassVar[bool] = False  # whether a grouped convolution will do
     geometry: Geometry
-    method: PQ | Int8 | Lookup
+    method: Any  # the method of the family
     weight: nn.Parameter
     bias: nn.Parameter | None
     act_scale: Tensor
     signed: Tensor
 
-    def _hold(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Copies weight and bias, and registers the grid."""
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, geometry: Geometry, method: Method
+    ) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.method = method
         self.weight = nn.Parameter(weight.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self._hold_grid(weight.device)
+
+    @classmethod
+    def from_float(cls, layer: Any, method: Any) -> Self:
+        """Copies the weights of a dense layer; the grid, and tables that are learned, must still be
+        set (`lutra.convert` does both).
+
+        Raises:
+            LutraError: the family has no form of this layer.
+        """
+        return cls(layer.weight, layer.bias, cls.geometry_of(layer), method)
+
+    @classmethod
+    def geometry_of(cls, layer: nn.Conv2d | nn.Linear) -> Geometry:
+        """The geometry of a dense layer that this one can replace.
+
+        Raises:
+            LutraError: it cannot replace it.
+        """
+        return Geometry.of(layer, grouped=cls.takes_groups)
+
+    # ---- what conversion, training and export ask -----------------------------------------------
+
+    def learn(self, rows: Tensor, *, steps: int, seed: int) -> None:
+        """Sets what is learned from samples of the input, once the grid is there.
+
+        Args:
+            rows: samples (n, D).
+            steps: of the search for centroids.
+            seed: of everything random.
+        """
+
+    def settle(self, rows: Tensor) -> Mapping[str, Any]:
+        """What the report says of the layer; see the fields of `LayerReport`.
+
+        Args:
+            rows: samples of its input (n, D).
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def sharing_key(cls, method: Any) -> Hashable | None:
+        """What layers must have in common, beside their input and geometry, to share codes; None
+        where the family shares none."""
+        return None
+
+    def share(self, leader: Any) -> None:
+        """Takes codebooks and grid of a layer with the same key that reads the same input."""
+        raise NotImplementedError
+
+    def randomize(self) -> None:
+        """Random tables on a grid around zero, for a look at the speed."""
+        self.set_activation_range(-1.0, 1.0)
+
+    def table_parameters(self) -> list[nn.Parameter]:
+        """Parameters that weight decay must spare and that have a learning rate of their own."""
+        return []
+
+    def temperature_parameters(self) -> list[nn.Parameter]:
+        """Parameters of a softmax temperature, which learn much faster than others."""
+        return []
+
+    def anneal(self, progress: float) -> None:
+        """Called before every training step with the share of training that is done."""
+
+    def compact_weight(self) -> Tensor | None:
+        """Float weights (M, D) from which tables can be built again; None where they cannot."""
+        return None
+
+    # ---- the grid -------------------------------------------------------------------------------
 
     def _hold_grid(self, device: torch.device) -> None:
         """Registers what the grid is made of: `signed` and what `_step_source` returns."""
@@ -97,14 +291,14 @@ class QuantizedLayer(nn.Module):
     def outputs(self) -> int:
         return self.weight.shape[0]
 
-    def grid(self) -> Quantization:
+    def grid(self) -> Grid:
         """The activation grid; read from the device again only after it was written."""
         source = (self._step_source(), self.signed)
-        kept: tuple[Watch, Quantization] | None = self.__dict__.get("_grid")
+        kept: tuple[Watch, Grid] | None = self.__dict__.get("_grid")
         if kept is None or not kept[0].unchanged(source):
             bits = self.method.act_bits
             zero = 1 << (bits - 1) if bool(self.signed) else 0
-            kept = (Watch(source), Quantization(float(self._step().detach()), zero, bits))
+            kept = (Watch(source), Grid(float(self._step().detach()), zero, bits))
             self.__dict__["_grid"] = kept
         return kept[1]
 
@@ -117,28 +311,28 @@ class QuantizedLayer(nn.Module):
         self.signed.fill_(signed)
         self._set_step(max(reach, 1e-6) / max(levels, 1))
 
+    # ---- forward --------------------------------------------------------------------------------
+
     def _run(self, x: Tensor) -> Tensor:
         """y (N, M, H', W') of x (N, C, H, W), in float32, with gradients."""
         raise NotImplementedError
 
-    def _forward_images(self, x: Tensor) -> Tensor:
-        """y (N, M, H', W') of x (N, C, H, W): frozen where no gradient is asked for."""
-        if self.training or torch.is_grad_enabled():
-            check_input(x, self.geometry, False, self.family)
-            return self._run(x)
-        return cast(Tensor, self.frozen()(x))
+    def _check_input(self, x: Tensor) -> None:
+        linear = op_spec(self.op).output_axis == -1
+        check_input(x, self.geometry, linear, type(self).__name__)
 
-    def _forward_rows(self, x: Tensor) -> Tensor:
-        """y (..., M) of x (..., D), in the same way."""
-        if self.training or torch.is_grad_enabled():
-            check_input(x, self.geometry, True, self.family)
-            y = self._run(x.reshape(-1, x.shape[-1])[:, :, None, None])
-            return y.reshape(*x.shape[:-1], self.outputs)
-        return cast(Tensor, self.frozen()(x))
-
-    def freeze(self) -> nn.Module:
+    def freeze(self) -> FrozenLayer:
         """The layer as the engine runs it: integers in place of the weights."""
         raise NotImplementedError
+
+    def _freeze(
+        self, kind: type[_F], tensors: Mapping[str, Tensor], attrs: Mapping[str, Any] | None = None
+    ) -> _F:
+        """The frozen layer of some tensors; adds the bias."""
+        scale = tensors["scale"]
+        bias = torch.zeros_like(scale) if self.bias is None else self.bias.float().clone()
+        name, every = type(self).__name__, {**tensors, "bias": bias}
+        return kind(name, self.op, self.geometry, self.grid(), every, attrs)
 
     def frozen(self) -> nn.Module:
         """`freeze()`, kept until a parameter or buffer is written or replaced."""
@@ -163,3 +357,31 @@ class QuantizedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in _DERIVED}
+
+
+class ImageLayer(QuantizedLayer):
+    """The form of a layer that replaces `nn.Conv2d`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (N, M, H', W') of x (N, C, H, W): frozen where no gradient is asked for."""
+        if self.training or torch.is_grad_enabled():
+            self._check_input(x)
+            return self._run(x)
+        return cast(Tensor, self.frozen()(x))
+
+
+class RowLayer(QuantizedLayer):
+    """The form of a layer that replaces `nn.Linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (..., M) of x (..., D): frozen where no gradient is asked for."""
+        if self.training or torch.is_grad_enabled():
+            self._check_input(x)
+            y = self._run(x.reshape(-1, x.shape[-1])[:, :, None, None])
+            return y.reshape(*x.shape[:-1], self.outputs)
+        return cast(Tensor, self.frozen()(x))
+
+
+def quantized_layers(model: nn.Module) -> Iterator[QuantizedLayer]:
+    """The layers of all families in a model, each once."""
+    return (module for module in model.modules() if isinstance(module, QuantizedLayer))

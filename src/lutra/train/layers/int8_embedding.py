@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lutra.ops.limits import INT8_MAX
+from lutra.train.recipe import Int8
 
+_DEFAULT = Int8()
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -37,12 +39,22 @@ class Int8Embedding(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_float(cls, layer: nn.Embedding) -> Int8Embedding:
+    def from_float(cls, layer: nn.Embedding, method: Int8 = _DEFAULT) -> Int8Embedding:
         """Rounds the rows; one scale per row."""
         rows = layer.weight.float()
         scale = (rows.abs().amax(1) / INT8_MAX).clamp_min(_TINY)
         steps = (rows / scale[:, None]).round().clamp(-INT8_MAX, INT8_MAX)
         return cls(steps.to(torch.int8), scale)
+
+    def settle(self) -> dict[str, Any]:
+        """Fields of the report."""
+        size = self.weight.numel()
+        return {
+            "label": "int8",
+            "int8_bytes": size,
+            "stored": (("int8 weights", size),),
+            "error": self.error,
+        }
 
     @property
     def error(self) -> float:

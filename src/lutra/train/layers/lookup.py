@@ -17,9 +17,17 @@ from torch.autograd.function import once_differentiable
 from lutra.errors import LutraError
 from lutra.ops.limits import INT8_MAX, MAX_LOOKUP_DEPTH
 from lutra.ops.lookup import bits_for
+from lutra.train import distributed
 from lutra.train.functions.calls import exact_functions
-from lutra.train.geometry import Geometry, Quantization
-from lutra.train.layers.base import QuantizedLayer, check_input
+from lutra.train.geometry import Geometry, Grid
+from lutra.train.layers.base import (
+    Family,
+    FrozenLayer,
+    ImageLayer,
+    QuantizedLayer,
+    RowLayer,
+    register,
+)
 from lutra.train.layers.lookup_table import Response, default_entries, quantize_table
 from lutra.train.layers.lookup_table import weight_steps as linear_weights
 from lutra.train.operators import lookup as lookup_ops
@@ -187,21 +195,17 @@ class LookupLayer(QuantizedLayer):
     activation grid; `response`, the table.
     """
 
-    family = "Lookup"
     method: Lookup
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, geometry: Geometry, method: Lookup
     ) -> None:
-        super().__init__()
-        self.geometry = geometry
-        self.method = method
+        super().__init__(weight, bias, geometry, method)
         if geometry.depth > MAX_LOOKUP_DEPTH:
             raise LutraError(
                 f"a layer that adds up {geometry.depth} table entries for each output cannot be "
                 f"Lookup: int32 holds {MAX_LOOKUP_DEPTH} for certain; keep it"
             )
-        self._hold(weight, bias)
         self.log_weight_scale = nn.Parameter(_weight_scale(self._rows(), method.weights).log())
         self.response = Response(method, weight.device)
 
@@ -242,6 +246,7 @@ class LookupLayer(QuantizedLayer):
         reach = max(1.0, zero / max(1, self.method.levels - 1 - zero))
         return min(self.method.entries, int(INT8_MAX / reach))
 
+    @exact_functions()
     def _run(self, x: Tensor) -> Tensor:
         """y (N, M, H', W') of x (N, C, H, W), in float32."""
         self.forget_frozen()  # fused optimizers do not count their writes
@@ -272,14 +277,19 @@ class LookupLayer(QuantizedLayer):
     def _weight_index(self) -> Tensor:
         return weight_index(self._rows(), self._weight_scale(), self.method.weights)
 
-    def _top(self, grid: Quantization) -> Tensor:
+    def _top(self, grid: Grid) -> Tensor:
         """The activation that the largest index stands for."""
         return self._step() * (grid.qmax - grid.zero)
 
-    def _scale(self, grid: Quantization, entries: int) -> Tensor:
+    def _scale(self, grid: Grid, entries: int) -> Tensor:
         """Of the sums of table entries (M)."""
         return self._weight_scale() * (self._top(grid) / entries)
 
+    def anneal(self, progress: float) -> None:
+        """Sets the temperature of the table."""
+        self.response.anneal(progress)
+
+    @exact_functions()
     def freeze(self) -> FrozenLookup:
         """The layer as the engine runs it: packed indices, the int8 table, scale and bias."""
         device = self.weight.device
@@ -290,11 +300,41 @@ class LookupLayer(QuantizedLayer):
         ):
             grid, entries = self.grid(), self.entries
             table = quantize_table(self.response(grid.zero, device).table, entries)
-            scale = self._scale(grid, entries)
-            bias = torch.zeros_like(scale) if self.bias is None else self.bias.float().clone()
-            linear = isinstance(self, LookupLinear)
-            index = self._weight_index()
-            return FrozenLookup(self.geometry, grid, linear, index, table, scale, bias)
+            bits = bits_for(self.method.weights)
+            weight = lookup_ops.pack(self._weight_index(), bits)
+            tensors = {"weight": weight, "table": table, "scale": self._scale(grid, entries)}
+            return self._freeze(FrozenLookup, tensors, {"weight_bits": bits})
+
+    @torch.no_grad()
+    def settle(self, rows: Tensor) -> dict[str, Any]:
+        """Fields of the report."""
+        levels, weights = self.method.levels, self.method.weights
+        index_bytes = self.freeze().tensors["weight"].numel()
+        stored = (("response tables", levels * weights), ("indices", index_bytes))
+        return {
+            "label": f"lookup {levels}x{weights}",
+            "table_bytes": levels * weights,
+            "index_bytes": index_bytes,
+            "stored": stored,
+            "levels": levels,
+            "weights": weights,
+            "lookups_per_row": self.weight.numel(),
+            "multiplies_per_row": self.weight.numel(),
+            "error": distributed.mean(self._output_error(rows)),
+        }
+
+    @exact_functions()
+    def _output_error(self, rows: Tensor) -> float:
+        """Mean squared output error relative to the output's variance, of samples (n, D)."""
+        grid, entries = self.grid(), self.entries
+        table = quantize_table(self.response(grid.zero, rows.device).table, entries)
+        one, scale = Geometry(rows.shape[1]), self._scale(grid, entries)
+        got, _ = lookup_ops.forward(
+            rows[:, :, None, None].contiguous(), one, grid, self._weight_index(), table, scale
+        )
+        want = rows @ self._rows().t()
+        error = (got.flatten(1) - want).square().mean() / want.var(correction=0).clamp_min(1e-12)
+        return float(error)
 
     def extra_repr(self) -> str:
         g, m = self.geometry, self.method
@@ -304,78 +344,33 @@ class LookupLayer(QuantizedLayer):
         )
 
 
-class LookupConv2d(LookupLayer):
+class LookupConv2d(ImageLayer, LookupLayer):
     """A 2-D convolution by reads from one table (groups = 1)."""
 
-    @classmethod
-    def from_float(cls, layer: nn.Conv2d, method: Lookup) -> LookupConv2d:
-        """Copies the weights; the activation range must still be set (`lutra.convert` does both).
-
-        Raises:
-            LutraError: grouped convolution, unsupported padding, or too many inputs.
-        """
-        return cls(layer.weight, layer.bias, Geometry.of(layer), method)
-
-    @exact_functions()
-    def forward(self, x: Tensor) -> Tensor:
-        """y (N, M, H', W') of x (N, C, H, W)."""
-        return self._forward_images(x)
+    op = "lookup_conv2d"
 
 
-class LookupLinear(LookupLayer):
+class LookupLinear(RowLayer, LookupLayer):
     """A linear layer by reads from one table."""
 
-    @classmethod
-    def from_float(cls, layer: nn.Linear, method: Lookup) -> LookupLinear:
-        """Copies the weights; the activation range must still be set (`lutra.convert` does both).
-
-        Raises:
-            LutraError: too many inputs.
-        """
-        return cls(layer.weight, layer.bias, Geometry.of(layer), method)
-
-    @exact_functions()
-    def forward(self, x: Tensor) -> Tensor:
-        """y (..., M) of x (..., D)."""
-        return self._forward_rows(x)
+    op = "lookup_linear"
 
 
-class FrozenLookup(nn.Module):
-    """A lookup layer without float weights: what is exported. Buffers are the file's tensors."""
+class FrozenLookup(FrozenLayer):
+    """A frozen layer of packed weight indices and one table."""
 
     weight: Tensor
     table: Tensor
     scale: Tensor
     bias: Tensor
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        grid: Quantization,
-        linear: bool,
-        index: Tensor,
-        table: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-    ) -> None:
-        super().__init__()
-        self.geometry, self.grid, self.linear = geometry, grid, linear
-        self.weight_bits = bits_for(table.shape[1])
-        self.register_buffer("weight", lookup_ops.pack(index, self.weight_bits))
-        self.register_buffer("table", table)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", bias)
+    @property
+    def weight_bits(self) -> int:
+        """Bits of a packed weight index."""
+        return int(self.node.attrs["weight_bits"])  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shapes as the layer that was frozen."""
-        g, q = self.geometry, self.grid
-        check_input(x, g, self.linear, "Lookup")
-        tensors = (x.float(), self.weight, self.table, self.scale, self.bias)
-        values = (*tensors, q.scale, q.zero, q.bits, self.weight_bits)
-        if self.linear:
-            return cast(Tensor, lookup_ops.lookup_linear(*values))
-        y = lookup_ops.lookup_conv2d(*values, g.channels, g.kernel, g.stride, g.padding, g.dilation)
-        return cast(Tensor, y)
+
+register(Family(Lookup, {nn.Conv2d: LookupConv2d, nn.Linear: LookupLinear}))
 
 
 def dense(x: Tensor) -> Tensor:
@@ -398,22 +393,3 @@ def _weight_scale(rows: Tensor, count: int) -> Tensor:
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
     return best
-
-
-@torch.no_grad()
-def output_error(layer: LookupLayer, rows: Tensor) -> float:
-    """Mean squared output error relative to the output's variance.
-
-    Args:
-        layer: a layer whose activation range is set.
-        rows: samples of its input (n, D).
-    """
-    grid, entries = layer.grid(), layer.entries
-    table = quantize_table(layer.response(grid.zero, rows.device).table, entries)
-    one, scale = Geometry(rows.shape[1]), layer._scale(grid, entries)
-    got, _ = lookup_ops.forward(
-        rows[:, :, None, None].contiguous(), one, grid, layer._weight_index(), table, scale
-    )
-    want = rows @ layer._rows().t()
-    error = (got.flatten(1) - want).square().mean() / want.var(correction=0).clamp_min(1e-12)
-    return float(error)

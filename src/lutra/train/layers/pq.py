@@ -8,6 +8,7 @@ are approximations; `PQ.gradient` chooses which.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import Any, cast
 
 import torch
@@ -17,12 +18,21 @@ from torch.autograd.function import once_differentiable
 
 from lutra.errors import LutraError
 from lutra.ops.limits import INT8_MAX, MAX_SUBVECTOR
-from lutra.train import distributed as collective
+from lutra.train import distributed
 from lutra.train.encoder import Encoder, Nearest, Tree
-from lutra.train.geometry import Geometry, Quantization
+from lutra.train.geometry import Geometry
 from lutra.train.layers import pq_reconstruction as reconstruction
 from lutra.train.layers import pq_tree as trees
-from lutra.train.layers.base import QuantizedLayer, check_input, clip_gradient
+from lutra.train.layers.base import (
+    Family,
+    FrozenLayer,
+    ImageLayer,
+    QuantizedLayer,
+    RowLayer,
+    clip_gradient,
+    register,
+)
+from lutra.train.layers.pq_kmeans import kmeans
 from lutra.train.layers.pq_projection import REFRESH, SAMPLE_ROWS, regression
 from lutra.train.layers.pq_soft import SoftLookup
 from lutra.train.operators import portable
@@ -119,7 +129,6 @@ class _PQLayer(QuantizedLayer):
     beyond centroids times weights; `projection` is then (B, K, V). All of it is in `state_dict`.
     """
 
-    family = "PQ"
     method: PQ
     cluster_counts: Tensor
     projection: Tensor
@@ -129,38 +138,35 @@ class _PQLayer(QuantizedLayer):
     tree_age: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry, method: PQ) -> None:
-        super().__init__()
-        self.geometry = geometry
-        self.method = method
-        self.dim = method.v or (geometry.taps if geometry.taps > 1 else 4)
-        if self.dim > MAX_SUBVECTOR:
+        super().__init__(weight, bias, geometry, method)
+        self.v = method.v or (geometry.taps if geometry.taps > 1 else 4)
+        if self.v > MAX_SUBVECTOR:
             raise LutraError(
-                f"a {geometry.kernel[0]}x{geometry.kernel[1]} kernel has {self.dim} entries, more "
+                f"a {geometry.kernel[0]}x{geometry.kernel[1]} kernel has {self.v} entries, more "
                 f"than a sub-vector may hold ({MAX_SUBVECTOR}); set v, for example "
                 f"PQ(v={min(geometry.kernel[1], MAX_SUBVECTOR)})"
             )
-        self.books = -(-geometry.depth // self.dim)
-        self._hold(weight, bias)
-        centroids = torch.zeros((self.books, method.k, self.dim), device=weight.device)
+        self.codebooks = -(-geometry.depth // self.v)
+        centroids = torch.zeros((self.codebooks, method.k, self.v), device=weight.device)
         self.centroids = nn.Parameter(centroids, requires_grad=method.centroids == "gradient")
         if method.encoder == "tree":
             levels = trees.levels_of(method.k)
             # first entries of the sub-vectors, until `grow` chooses
-            first = torch.arange(self.books, dtype=torch.int32)[:, None] * self.dim
+            first = torch.arange(self.codebooks, dtype=torch.int32)[:, None] * self.v
             self.register_buffer("splits", first.repeat(1, levels).to(weight.device))
-            middle = torch.full((self.books, method.k - 1), float(1 << (method.act_bits - 1)))
+            middle = torch.full((self.codebooks, method.k - 1), float(1 << (method.act_bits - 1)))
             self.register_buffer("thresholds", middle.to(weight.device))
-            residual = torch.zeros((self.books, method.k, self.outputs), device=weight.device)
+            residual = torch.zeros((self.codebooks, method.k, self.outputs), device=weight.device)
             self.table_residual = nn.Parameter(residual)
             self.register_buffer("tree_age", torch.zeros((), dtype=torch.int64))
         if method.centroids == "average":
             self.register_buffer(
-                "cluster_counts", torch.zeros((self.books, method.k), device=weight.device)
+                "cluster_counts", torch.zeros((self.codebooks, method.k), device=weight.device)
             )
         if method.gradient == "projected":
-            start = torch.eye(self.dim, device=weight.device).repeat(self.books, 1, 1)
+            start = torch.eye(self.v, device=weight.device).repeat(self.codebooks, 1, 1)
             if method.encoder == "tree":
-                start = torch.zeros((self.books, method.k, self.dim), device=weight.device)
+                start = torch.zeros((self.codebooks, method.k, self.v), device=weight.device)
             self.register_buffer("projection", start)
             self.register_buffer("projection_age", torch.zeros((), dtype=torch.int64))
         self.follows = False  # the codebooks are another layer's, which moves them
@@ -185,18 +191,18 @@ class _PQLayer(QuantizedLayer):
     def weight_blocks(self) -> Tensor:
         """Weights by codebook: (B, V, M), zero where the last sub-vector is short."""
         rows = self.weight.reshape(self.outputs, -1)
-        missing = self.books * self.dim - rows.shape[1]
+        missing = self.codebooks * self.v - rows.shape[1]
         if missing:
             rows = F.pad(rows, (0, missing))
-        return rows.view(self.outputs, self.books, self.dim).permute(1, 2, 0)
+        return rows.view(self.outputs, self.codebooks, self.v).permute(1, 2, 0)
 
     def grid_centroids(self) -> Tensor:
         """Centroids on the activation grid: (B, K, V) uint8; missing entries are 0."""
         grid = self.grid()
         q = portable.quantize(self.centroids.detach(), grid).to(torch.uint8)
-        short = self.books * self.dim - self.geometry.depth
+        short = self.codebooks * self.v - self.geometry.depth
         if short:
-            q[-1, :, self.dim - short :] = 0
+            q[-1, :, self.v - short :] = 0
         return q
 
     def encoder(self) -> Encoder:
@@ -222,9 +228,9 @@ class _PQLayer(QuantizedLayer):
         """Real values (B, K, V) of centroids on the grid; missing entries are 0."""
         grid = self.grid()
         values = (grid_centroids.float() - grid.zero) * grid.scale
-        short = self.books * self.dim - self.geometry.depth
+        short = self.codebooks * self.v - self.geometry.depth
         if short and grid.zero:
-            values[-1, :, self.dim - short :] = 0.0
+            values[-1, :, self.v - short :] = 0.0
         return values
 
     def _run(self, x: Tensor) -> Tensor:
@@ -314,10 +320,10 @@ class _PQLayer(QuantizedLayer):
             kinds = torch.arange(self.method.k, dtype=torch.uint8, device=codes.device)[:, None]
             quantized = (codes[:, None] == kinds).float()  # (B, K, rows)
         else:
-            index = codes.long()[:, :, None].expand(-1, -1, self.dim)
+            index = codes.long()[:, :, None].expand(-1, -1, self.v)
             values = self._centroid_values(encoder.centroids)
             quantized = torch.gather(values, 1, index).transpose(1, 2)
-        self.projection.copy_(regression(portable.unfold(part, geometry, self.dim, 0.0), quantized))
+        self.projection.copy_(regression(portable.unfold(part, geometry, self.v, 0.0), quantized))
 
     @torch.no_grad()
     def _refit_tree(self, x: Tensor) -> None:
@@ -332,7 +338,7 @@ class _PQLayer(QuantizedLayer):
         assert isinstance(encoder, Tree)
         grid = self.grid()
         sub = portable.unfold(
-            portable.quantize(self._sample(x), grid), self.geometry, self.dim, float(grid.zero)
+            portable.quantize(self._sample(x), grid), self.geometry, self.v, float(grid.zero)
         )
         taps = sub.reshape(-1, sub.shape[2])[self.splits.long()].long()
         factor = trees.output_metric(self.weight_blocks().float())
@@ -352,9 +358,9 @@ class _PQLayer(QuantizedLayer):
     def _follow_clusters(self, x: Tensor, codes: Tensor) -> None:
         """Moves every centroid towards the mean of the sub-vectors that chose it."""
         grid = self.grid()
-        sums, counts = ops.cluster_sums(self.geometry, grid, x, codes, self.method.k, self.dim)
-        collective.all_reduce(sums)  # every process then moves its centroids alike
-        collective.all_reduce(counts)
+        sums, counts = ops.cluster_sums(self.geometry, grid, x, codes, self.method.k, self.v)
+        distributed.all_reduce(sums)  # every process then moves its centroids alike
+        distributed.all_reduce(counts)
         weight = counts.float()
         mean = (sums.float() / weight.clamp_min(1.0)[:, :, None] - grid.zero) * grid.scale
         keep = self.method.decay
@@ -373,51 +379,138 @@ class _PQLayer(QuantizedLayer):
             torch.autocast(device, enabled=False),
         ):
             encoder = self.encoder()
-            int8_tables, scale = quantize_tables(self.tables(encoder))
-            bias = torch.zeros_like(scale) if self.bias is None else self.bias.float().clone()
-            linear = isinstance(self, PQLinear)
-            return FrozenPQ(self.geometry, self.grid(), linear, encoder, int8_tables, scale, bias)
+            tables, scale = quantize_tables(self.tables(encoder))
+            codes = {role: tensor.clone() for role, tensor in encoder.tensors.items()}
+            tensors = {**codes, "tables": tables, "scale": scale}
+            return self._freeze(FrozenPQ, tensors, {"encoder": self.method.encoder})
+
+    # ---- what conversion asks -------------------------------------------------------------------
+
+    @classmethod
+    def sharing_key(cls, method: PQ) -> Hashable | None:
+        """Trees suit the weights of their layer, so they stay alone."""
+        return method if method.encoder == "nearest" else None
+
+    @torch.no_grad()
+    def learn(self, rows: Tensor, *, steps: int, seed: int) -> None:
+        """Sets the codebooks, and what the tables of trees have beyond them."""
+        grid = self.grid()
+        low, high = -grid.zero * grid.scale, (grid.qmax - grid.zero) * grid.scale
+        missing = self.codebooks * self.v - rows.shape[1]
+        padded = F.pad(rows.clamp(low, high), (0, missing))
+        sub = padded.view(-1, self.codebooks, self.v).transpose(0, 1).contiguous()  # (B, n, V)
+        if self.method.encoder == "tree":
+            self._grow(rows, sub)
+        else:
+            centroids, _ = kmeans(sub, self.method.k, steps=steps, seed=seed)
+            self.centroids.copy_(centroids)
+
+    def _grow(self, rows: Tensor, sub: Tensor) -> None:
+        """Sets trees, centroids and what the tables have beyond them.
+
+        Args:
+            rows: samples (n, D). sub: their clipped sub-vectors (B, n, V).
+        """
+        grid, device = self.grid(), rows.device
+        entries = torch.arange(self.codebooks * self.v, device=device).view(self.codebooks, self.v)
+        samples = trees.Samples(
+            values=sub,
+            grid=portable.quantize(sub, grid).long().transpose(1, 2).contiguous(),
+            metric=trees.output_metric(self.weight_blocks().float()),
+            allowed=entries < self.geometry.depth,
+            bins=grid.qmax + 1,
+        )
+        taps, thresholds, centroids = trees.fit(samples, self.method.k)
+        self.centroids.copy_(centroids)
+        self.splits.copy_(entries.gather(1, taps))
+        self.thresholds.copy_(thresholds)
+        codes, tables = self._codes(rows), self.tables(self.encoder())
+        want = rows @ self.weight.float().reshape(self.outputs, -1).t()
+        self.table_residual.copy_(trees.fit_tables(codes, tables, want) - tables)
+
+    @torch.no_grad()
+    def settle(self, rows: Tensor) -> dict[str, Any]:
+        """Fields of the report; starts the moving averages."""
+        error, codes = self._output_error(rows)
+        counts = torch.zeros((self.codebooks, self.method.k), device=codes.device)
+        counts.scatter_add_(1, codes.long(), torch.ones(codes.shape, device=codes.device))
+        distributed.all_reduce(counts)
+        if self.method.centroids == "average":
+            # As if the moving average had run on batches of this many rows.
+            self.cluster_counts.copy_(counts)
+        encoder, table_bytes = self.method.encoder, self.codebooks * self.method.k * self.outputs
+        return {
+            "label": "pq" if encoder == "nearest" else f"pq, {encoder}",
+            "encoder": encoder,
+            "v": self.v,
+            "k": self.method.k,
+            "codebooks": self.codebooks,
+            "table_bytes": table_bytes,
+            "stored": (("tables", table_bytes),),
+            "lookups_per_row": self.codebooks * self.outputs,
+            "multiplies_per_row": self.geometry.depth * self.outputs,
+            "error": error,
+            "used": float((counts > 0).float().mean()),
+        }
+
+    def _codes(self, rows: Tensor) -> Tensor:
+        """Codes (B, n) of samples (n, D)."""
+        one = Geometry(rows.shape[1])
+        return portable.encode(rows[:, :, None, None], one, self.grid(), self.encoder())
+
+    def _output_error(self, rows: Tensor) -> tuple[float, Tensor]:
+        """Relative squared error of the output, and codes (B, n), with the grid and the int8 tables
+        that the engine will have."""
+        codes = self._codes(rows)
+        tables, scale = quantize_tables(self.tables(self.encoder()))
+        got = portable.lookup(codes, tables).float() * scale
+        want = rows @ self.weight.float().reshape(self.outputs, -1).t()
+        variance = want.var(correction=0).clamp_min(1e-12)
+        return distributed.mean(float((got - want).square().mean() / variance)), codes
+
+    @torch.no_grad()
+    def randomize(self) -> None:
+        """Random codebooks on a grid around zero: the codes must not be the same in all rows."""
+        super().randomize()
+        generator = torch.Generator().manual_seed(0)
+        self.centroids.copy_(2.0 * torch.rand(self.centroids.shape, generator=generator) - 1.0)
+        if self.method.encoder == "tree":
+            first = torch.arange(self.codebooks)[:, None] * self.v
+            entry = torch.randint(self.v, self.splits.shape, generator=generator)
+            self.splits.copy_((first + entry).clamp_max(self.geometry.depth - 1))
+            thresholds = torch.rand(self.thresholds.shape, generator=generator)
+            self.thresholds.copy_(thresholds * self.grid().qmax)
+
+    def temperature_parameters(self) -> list[nn.Parameter]:
+        """The temperature of the soft gradient."""
+        return [self.inverse_temperature_logit] if self.method.gradient == "soft" else []
+
+    def compact_weight(self) -> Tensor:
+        """The weights of the dense layer."""
+        return self.weight.detach().float().reshape(self.outputs, -1)
 
     def extra_repr(self) -> str:
         g, m = self.geometry, self.method
         return (
             f"{g.channels} -> {self.outputs}, kernel={g.kernel}, stride={g.stride}, "
-            f"V={self.dim}, K={m.k}, gradient={m.gradient}, centroids={m.centroids}"
+            f"V={self.v}, K={m.k}, gradient={m.gradient}, centroids={m.centroids}"
         )
 
 
-class PQConv2d(_PQLayer):
+class PQConv2d(ImageLayer, _PQLayer):
     """A product-quantised 2-D convolution (groups = 1)."""
 
-    @classmethod
-    def from_float(cls, layer: nn.Conv2d, method: PQ) -> PQConv2d:
-        """Copies the weights; the codebooks must still be learned (`lutra.convert` does both).
-
-        Raises:
-            LutraError: grouped convolution or unsupported padding.
-        """
-        return cls(layer.weight, layer.bias, Geometry.of(layer), method)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """y (N, M, H', W') of x (N, C, H, W)."""
-        return self._forward_images(x)
+    op = "pq_conv2d"
 
 
-class PQLinear(_PQLayer):
+class PQLinear(RowLayer, _PQLayer):
     """A product-quantised linear layer."""
 
-    @classmethod
-    def from_float(cls, layer: nn.Linear, method: PQ) -> PQLinear:
-        """Copies the weights; the codebooks must still be learned (`lutra.convert` does both)."""
-        return cls(layer.weight, layer.bias, Geometry.of(layer), method)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """y (..., M) of x (..., D)."""
-        return self._forward_rows(x)
+    op = "pq_linear"
 
 
-class FrozenPQ(nn.Module):
-    """A lookup layer without weights: what is exported. Buffers are the file's tensors."""
+class FrozenPQ(FrozenLayer):
+    """A frozen layer of codebooks and int8 tables."""
 
     centroids: Tensor | None
     splits: Tensor | None
@@ -426,38 +519,10 @@ class FrozenPQ(nn.Module):
     scale: Tensor
     bias: Tensor
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        grid: Quantization,
-        linear: bool,
-        encoder: Encoder,
-        tables: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-    ) -> None:
-        super().__init__()
-        self.geometry, self.grid, self.linear = geometry, grid, linear
-        self.centroids = self.splits = self.thresholds = None
-        for role, tensor in encoder.tensors.items():
-            delattr(self, role)
-            self.register_buffer(role, tensor.clone())  # splits are the layer's own
-        self.encoder = "nearest" if isinstance(encoder, Nearest) else "tree"
-        self.register_buffer("tables", tables)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", bias)
+    @property
+    def encoder(self) -> str:
+        """What makes codes: "nearest" or "tree"."""
+        return str(self.node.attrs["encoder"])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shapes as the layer that was frozen."""
-        g, q = self.geometry, self.grid
-        check_input(x, g, self.linear, "PQ")
-        tensors = (self.centroids, self.tables, self.scale, self.bias)
-        tree = (self.splits, self.thresholds)
-        if self.linear:
-            y = ops.pq_linear(x.float(), *tensors, q.scale, q.zero, q.bits, self.encoder, *tree)
-        else:
-            y = ops.pq_conv2d(
-                x.float(), *tensors, q.scale, q.zero, q.bits, self.encoder,
-                g.kernel, g.stride, g.padding, g.dilation, *tree,
-            )  # fmt: skip
-        return cast(Tensor, y)
+
+register(Family(PQ, {nn.Conv2d: PQConv2d, nn.Linear: PQLinear}))

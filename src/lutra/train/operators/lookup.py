@@ -1,20 +1,20 @@
-"""The lookup layers of response tables as operators: native kernels on the CPU, else PyTorch.
+"""Layers of response tables: native kernels on the CPU, plain PyTorch on other devices.
 
-`lutra::lookup_conv2d` and `lutra::lookup_linear` are custom operators, so that `torch.export` keeps
-a layer as one node. The functions below them are what training calls.
+The functions beside `frozen_lookup` are what the autograd functions of the layers call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lutra.ops.lookup import pack_weights, unpack_weights
-from lutra.train.geometry import Geometry, Quantization
+from lutra.train.geometry import Geometry, Grid
 from lutra.train.operators import native, portable
+from lutra.train.operators.frozen import FrozenNode, frozen_kernel
 
 
 def unpack(weight: Tensor, bits: int, depth: int) -> Tensor:
@@ -29,7 +29,7 @@ def pack(index: Tensor, bits: int) -> Tensor:
 
 
 def portable_sums(
-    x: Tensor, geometry: Geometry, grid: Quantization, index: Tensor, table: Tensor
+    x: Tensor, geometry: Geometry, grid: Grid, index: Tensor, table: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Sums (N, M, H', W') as float32, and activation indices like x.
 
@@ -59,7 +59,7 @@ def portable_sums(
 def forward(
     x: Tensor,
     geometry: Geometry,
-    grid: Quantization,
+    grid: Grid,
     index: Tensor,
     table: Tensor,
     scale: Tensor,
@@ -109,109 +109,23 @@ def input_gradient(
     return cells, counts, float((gradient * x).sum(dtype=torch.float64))
 
 
-def _geometry(
-    channels: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Geometry:
-    return Geometry(
-        channels,
-        (kernel[0], kernel[1]),
-        (stride[0], stride[1]),
-        (padding[0], padding[1]),
-        (dilation[0], dilation[1]),
-    )
+@frozen_kernel("lookup_conv2d", "lookup_linear")
+def frozen_lookup(x: Tensor, node: FrozenNode, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Sums of reads from one table.
 
-
-@torch.library.custom_op("lutra::lookup_conv2d", mutates_args=())
-def lookup_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    table: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    act_scale: float,
-    act_zero: int,
-    act_bits: int,
-    weight_bits: int,
-    channels: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """Convolution of x (N, C, H, W) float32 by reads from a table: weight (M, P) packed indices,
-    table (N_f, N_w) int8, scale (M) and bias (M) float32."""
-    geometry = _geometry(channels, kernel, stride, padding, dilation)
-    grid = Quantization(act_scale, act_zero, act_bits)
+    Tensors: weight (M, P) packed indices uint8, table (N_f, N_w) int8, scale (M) and bias (M)
+    float32.
+    """
+    geometry, grid = Geometry.of_attrs(node.attrs, x.shape[1]), Grid.of_attrs(node.attrs)
+    weight, table, scale, bias = (tensors[role] for role in ("weight", "table", "scale", "bias"))
+    bits = int(node.attrs["weight_bits"])  # type: ignore[arg-type]
     if x.device.type != "cpu":
-        index = unpack(weight, weight_bits, geometry.depth)
-        sums, _ = portable_sums(x.float(), geometry, grid, index, table)
-        y: Tensor = sums * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
-        return y
+        sums, _ = portable_sums(x, geometry, grid, unpack(weight, bits, geometry.depth), table)
+        return sums * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
 
     def make() -> native.Layer:
-        index = unpack(weight, weight_bits, geometry.depth)
+        index = unpack(weight, bits, geometry.depth)
         return native.make_lookup(geometry, grid, index, table, scale, bias)
 
-    layer = native.cached((weight, table, scale, bias), (geometry, grid, weight_bits), make)
-    return native.run(layer, geometry, x.float(), weight.shape[0], None)
-
-
-@lookup_conv2d.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    table: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    act_scale: float,
-    act_zero: int,
-    act_bits: int,
-    weight_bits: int,
-    channels: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    height, width = _geometry(channels, kernel, stride, padding, dilation).out_size(*x.shape[2:])
-    return native.empty_output(x, weight.shape[0], height, width)
-
-
-@torch.library.custom_op("lutra::lookup_linear", mutates_args=())
-def lookup_linear(
-    x: Tensor,
-    weight: Tensor,
-    table: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    act_scale: float,
-    act_zero: int,
-    act_bits: int,
-    weight_bits: int,
-) -> Tensor:
-    """Linear layer of x (..., D) -> (..., M). Tensors as in `lookup_conv2d`."""
-    rows = x.reshape(-1, x.shape[-1])[:, :, None, None]
-    y: Tensor = lookup_conv2d(
-        rows, weight, table, scale, bias, act_scale, act_zero, act_bits, weight_bits,
-        x.shape[-1], (1, 1), (1, 1), (0, 0), (1, 1),
-    )  # fmt: skip
-    return y.reshape(*x.shape[:-1], weight.shape[0])
-
-
-@lookup_linear.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    table: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    act_scale: float,
-    act_zero: int,
-    act_bits: int,
-    weight_bits: int,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
+    layer = native.cached((weight, table, scale, bias), (geometry, grid, bits), make)
+    return native.run(layer, geometry, x, weight.shape[0], None)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lutra import _engine
 from lutra.runtime.cpu import choose_isa
 from lutra.train.encoder import Encoder
-from lutra.train.geometry import Geometry, Quantization
+from lutra.train.geometry import Geometry, Grid
 from lutra.train.watch import Watch
 
 Array = np.ndarray[Any, Any]
@@ -49,7 +49,7 @@ def empty_output(x: Tensor, outputs: int, height: int, width: int) -> Tensor:
 
 def make_layer(
     geometry: Geometry,
-    grid: Quantization,
+    grid: Grid,
     encoder: Encoder,
     tables: Tensor,
     scale: Tensor,
@@ -75,7 +75,7 @@ def make_layer(
 
 def make_lookup(
     geometry: Geometry,
-    grid: Quantization,
+    grid: Grid,
     index: Tensor,
     table: Tensor,
     scale: Tensor,
@@ -120,7 +120,7 @@ def cached(tensors: Sequence[Tensor], settings: object, make: Callable[[], _L]) 
 
 def cached_layer(
     geometry: Geometry,
-    grid: Quantization,
+    grid: Grid,
     encoder: Encoder,
     tables: Tensor,
     scale: Tensor,
@@ -153,7 +153,7 @@ def table_gradient(codes: Tensor, gradient: Tensor, centroids: int) -> Tensor:
 
 
 def cluster_sums(
-    geometry: Geometry, grid: Quantization, x: Tensor, codes: Tensor, centroids: int, dim: int
+    geometry: Geometry, grid: Grid, x: Tensor, codes: Tensor, centroids: int, dim: int
 ) -> tuple[Tensor, Tensor]:
     """Sums (B, K, V) of the quantised sub-vectors of each code, and their counts (B, K), int64."""
     books = codes.shape[0]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lutra.train.encoder import Encoder, Tree
-from lutra.train.geometry import Geometry, Quantization
+from lutra.train.geometry import Geometry, Grid
 from lutra.train.layers.pq_tree import descend
 
 BLOCK = 1 << 20  # elements of the largest temporary on the CPU: it should stay in the cache
@@ -21,7 +21,7 @@ def block_size(x: Tensor) -> int:
     return BLOCK if x.device.type == "cpu" else 16 * BLOCK
 
 
-def quantize(x: Tensor, grid: Quantization) -> Tensor:
+def quantize(x: Tensor, grid: Grid) -> Tensor:
     """Grid values 0..qmax of x, as float32 (small integers are exact)."""
     low, high = float(-grid.zero), float(grid.qmax - grid.zero)
     scale = torch.tensor(grid.scale, dtype=torch.float32, device=x.device)
@@ -43,7 +43,7 @@ def unfold(x: Tensor, geometry: Geometry, dim: int, padding: float) -> Tensor:
     return F.pad(rows, (0, 0, 0, missing)).view(-1, dim, rows.shape[1])
 
 
-def encode(x: Tensor, geometry: Geometry, grid: Quantization, encoder: Encoder) -> Tensor:
+def encode(x: Tensor, geometry: Geometry, grid: Grid, encoder: Encoder) -> Tensor:
     """Codes (B, rows) uint8 of x (N, C, H, W)."""
     if isinstance(encoder, Tree):
         return _encode_tree(x, geometry, grid, encoder)
@@ -63,7 +63,7 @@ def encode(x: Tensor, geometry: Geometry, grid: Quantization, encoder: Encoder) 
     return torch.cat(codes, 1)
 
 
-def _encode_tree(x: Tensor, geometry: Geometry, grid: Quantization, tree: Tree) -> Tensor:
+def _encode_tree(x: Tensor, geometry: Geometry, grid: Grid, tree: Tree) -> Tensor:
     """Codes (B, rows) uint8 of x (N, C, H, W)."""
     splits = tree.splits.long()
     width = max(geometry.depth, splits.numel())
@@ -90,7 +90,7 @@ def lookup(codes: Tensor, tables: Tensor) -> Tensor:
 def forward(
     x: Tensor,
     geometry: Geometry,
-    grid: Quantization,
+    grid: Grid,
     encoder: Encoder,
     tables: Tensor,
     scale: Tensor,
@@ -119,7 +119,7 @@ def table_gradient(codes: Tensor, gradient: Tensor, centroids: int) -> Tensor:
 
 
 def cluster_sums(
-    geometry: Geometry, grid: Quantization, x: Tensor, codes: Tensor, centroids: int, dim: int
+    geometry: Geometry, grid: Grid, x: Tensor, codes: Tensor, centroids: int, dim: int
 ) -> tuple[Tensor, Tensor]:
     """Sums (B, K, V) of the quantised sub-vectors of each code, and their counts (B, K), int64."""
     books = codes.shape[0]

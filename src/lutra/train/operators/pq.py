@@ -1,141 +1,49 @@
-"""The lookup layers as operators: native kernels on the CPU, plain PyTorch on other devices.
+"""Product-quantised layers: native kernels on the CPU, plain PyTorch on other devices.
 
-`lutra::pq_conv2d` and `lutra::pq_linear` are custom operators, so that `torch.export` keeps a
-lookup layer as one node. The training functions below are what the layers' autograd functions
-call.
+The functions beside `frozen_pq` are what the autograd functions of the layers call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from lutra.train.encoder import Encoder, encoder_of
-from lutra.train.geometry import Geometry, Quantization
+from lutra.train.geometry import Geometry, Grid
 from lutra.train.operators import native, portable
+from lutra.train.operators.frozen import FrozenNode, frozen_kernel
 
 
 def _is_native(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _geometry(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Geometry:
-    return Geometry(
-        x.shape[1],
-        (kernel[0], kernel[1]),
-        (stride[0], stride[1]),
-        (padding[0], padding[1]),
-        (dilation[0], dilation[1]),
-    )
+@frozen_kernel("pq_conv2d", "pq_linear")
+def frozen_pq(x: Tensor, node: FrozenNode, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Sums of int8 table rows that the codes of x choose.
 
-
-@torch.library.custom_op("lutra::pq_conv2d", mutates_args=())
-def pq_conv2d(
-    x: Tensor,
-    centroids: Tensor | None,
-    tables: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    act_scale: float,
-    act_zero: int,
-    act_bits: int,
-    encoder: str,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    splits: Tensor | None = None,
-    thresholds: Tensor | None = None,
-) -> Tensor:
-    """Product-quantised convolution of x (N, C, H, W) float32: int8 tables, exact integer sums.
-
-    tables (B, K, M) int8, scale (M) and bias (M) float32; with encoder "nearest" centroids
+    Tensors: tables (B, K, M) int8, scale (M) and bias (M) float32; with encoder "nearest" centroids
     (B, K, V) uint8, with "tree" splits (B, L) int32 and thresholds (B, K - 1) uint8.
     """
-    codebooks = encoder_of(encoder, centroids, splits, thresholds)
-    geometry = _geometry(x, kernel, stride, padding, dilation)
-    grid = Quantization(act_scale, act_zero, act_bits)
+    encoder = encoder_of(
+        str(node.attrs["encoder"]),
+        *(tensors.get(role) for role in ("centroids", "splits", "thresholds")),
+    )
+    geometry, grid = Geometry.of_attrs(node.attrs, x.shape[1]), Grid.of_attrs(node.attrs)
+    tables, scale, bias = (tensors[role] for role in ("tables", "scale", "bias"))
     if not _is_native(x):
-        y = portable.forward(x, geometry, grid, codebooks, tables, scale, bias)[0]
+        y = portable.forward(x, geometry, grid, encoder, tables, scale, bias)[0]
         return y.contiguous(memory_format=native.layout(x))
-    layer = native.cached_layer(geometry, grid, codebooks, tables, scale, bias)
-    return native.run(layer, geometry, x.float(), tables.shape[2], None)
-
-
-@pq_conv2d.register_fake
-def _(
-    x: Tensor,
-    centroids: Tensor | None,
-    tables: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    act_scale: float,
-    act_zero: int,
-    act_bits: int,
-    encoder: str,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    splits: Tensor | None = None,
-    thresholds: Tensor | None = None,
-) -> Tensor:
-    height, width = _geometry(x, kernel, stride, padding, dilation).out_size(*x.shape[2:])
-    return native.empty_output(x, tables.shape[2], height, width)
-
-
-@torch.library.custom_op("lutra::pq_linear", mutates_args=())
-def pq_linear(
-    x: Tensor,
-    centroids: Tensor | None,
-    tables: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    act_scale: float,
-    act_zero: int,
-    act_bits: int,
-    encoder: str,
-    splits: Tensor | None = None,
-    thresholds: Tensor | None = None,
-) -> Tensor:
-    """Product-quantised linear layer of x (..., D) -> (..., M). Tensors as in `pq_conv2d`."""
-    rows = x.reshape(-1, x.shape[-1])[:, :, None, None]
-    y: Tensor = pq_conv2d(
-        rows, centroids, tables, scale, bias, act_scale, act_zero, act_bits, encoder,
-        (1, 1), (1, 1), (0, 0), (1, 1), splits, thresholds,
-    )  # fmt: skip
-    return y.reshape(*x.shape[:-1], tables.shape[2])
-
-
-@pq_linear.register_fake
-def _(
-    x: Tensor,
-    centroids: Tensor | None,
-    tables: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    act_scale: float,
-    act_zero: int,
-    act_bits: int,
-    encoder: str,
-    splits: Tensor | None = None,
-    thresholds: Tensor | None = None,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], tables.shape[2]), dtype=torch.float32)
+    layer = native.cached_layer(geometry, grid, encoder, tables, scale, bias)
+    return native.run(layer, geometry, x, tables.shape[2], None)
 
 
 def forward(
     x: Tensor,
     geometry: Geometry,
-    grid: Quantization,
+    grid: Grid,
     encoder: Encoder,
     tables: Tensor,
     scale: Tensor,
@@ -158,7 +66,7 @@ def table_gradient(codes: Tensor, gradient: Tensor, centroids: int) -> Tensor:
 
 
 def cluster_sums(
-    geometry: Geometry, grid: Quantization, x: Tensor, codes: Tensor, centroids: int, dim: int
+    geometry: Geometry, grid: Grid, x: Tensor, codes: Tensor, centroids: int, dim: int
 ) -> tuple[Tensor, Tensor]:
     """Sums (B, K, V) of the quantised sub-vectors of each code, and their counts (B, K), int64."""
     if _is_native(x):

@@ -1,0 +1,90 @@
+"""Dense layers in int8: exact integer sums by PyTorch's own products."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lutra.ops.limits import INT8_MAX
+from lutra.train.geometry import Geometry, Grid
+from lutra.train.operators import native, portable
+from lutra.train.operators.frozen import FrozenNode, frozen_kernel
+
+_EXACT = 1 << 24  # up to here float32 holds every integer
+
+
+@frozen_kernel("int8_conv2d", "int8_linear")
+def frozen_int8(x: Tensor, node: FrozenNode, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Products of int8 weights and activations on a grid, summed exactly.
+
+    Tensors: weight (M, C / G, kh, kw) or (M, D) int8, scale (M) and bias (M) float32.
+    """
+    weight, scale, bias = (tensors[role] for role in ("weight", "scale", "bias"))
+    kernel = (weight.shape[2], weight.shape[3]) if weight.dim() == 4 else (1, 1)
+    geometry = Geometry.of_attrs(node.attrs, x.shape[1], kernel)
+    sums = integer_sums(x, weight, geometry, Grid.of_attrs(node.attrs))
+    return sums * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
+
+
+def integer_sums(x: Tensor, weight: Tensor, geometry: Geometry, grid: Grid) -> Tensor:
+    """Exact sums of products, as float32 (N, M, H', W').
+
+    Args:
+        x: (N, C, H, W), real values.
+        weight: int8 (M, C / G, kh, kw).
+    """
+    g, outputs = geometry, weight.shape[0]
+    height, width = g.out_size(x.shape[2], x.shape[3])
+    if not x.numel():
+        return native.empty_output(x, outputs, height, width)
+    largest = INT8_MAX * max(grid.zero, grid.qmax - grid.zero)
+    if _plain_conv(x, g, largest):
+        with torch.autocast(x.device.type, enabled=False):
+            steps = portable.quantize(x, grid) - grid.zero
+            return F.conv2d(
+                steps, weight.float(), None, g.stride, g.padding, g.dilation, g.groups
+            ).contiguous(memory_format=native.layout(x))
+    matrices = weight.reshape(g.groups, outputs // g.groups, -1).float()
+    images = max(1, portable.block_size(x) // max(1, g.depth * height * width))
+    parts = []
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16 sums would not be exact
+        for part in torch.split(x, images):
+            steps = portable.quantize(part, grid) - grid.zero
+            rows = portable.unfold(steps, g, g.depth, 0.0).view(g.groups, g.depth // g.groups, -1)
+            sums = _products(matrices, rows, largest)
+            parts.append(sums.view(outputs, len(part), height, width).transpose(0, 1))
+    return torch.cat(parts).contiguous(memory_format=native.layout(x))
+
+
+def _plain_conv(x: Tensor, geometry: Geometry, largest: int) -> bool:
+    """Whether PyTorch's own convolution adds up the same integers, and is faster.
+
+    On a CPU depthwise convolutions are computed directly, product by product, and all sums of a few
+    products are exact in float32. Others may go through transforms that are not.
+    """
+    depthwise = geometry.groups == geometry.channels > 1
+    return (
+        depthwise
+        and x.device.type == "cpu"
+        and geometry.kernel[0] * geometry.kernel[1] * largest < _EXACT
+    )
+
+
+def _products(matrices: Tensor, rows: Tensor, largest: int) -> Tensor:
+    """Integer matrices (G, M, D) times (G, D, R), in float32: exact sums, rounded once.
+
+    Args:
+        largest: that a product of two entries can be. So many are added at a time that every sum
+            on the way is exact in float32, in whatever order it is formed.
+    """
+    depth = _EXACT // largest
+    if rows.shape[1] <= depth:
+        return torch.bmm(matrices, rows)
+    total = torch.zeros((), dtype=torch.int32, device=rows.device)
+    parts = zip(torch.split(matrices, depth, 2), torch.split(rows, depth, 1), strict=True)
+    for some, others in parts:
+        total = total + torch.bmm(some, others).to(torch.int32)
+    return total.float()
