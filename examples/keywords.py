@@ -1,7 +1,7 @@
 """Keyword spotting: sound in, one of twelve words out, the network by table lookup.
 
     python examples/keywords.py --net dscnn --data DATA --weights mlperf_dscnn_kws_fp32.npz \
-        --output zoo/dscnn_speech_commands.lutra --checkpoints runs/dscnn --factors
+        --output zoo/dscnn_speech_commands.lutra --checkpoints runs/dscnn --compact
     python examples/keywords.py --net resnet --data DATA \
         --output zoo/resnet_speech_commands.lutra --checkpoints runs/resnet
 
@@ -345,7 +345,7 @@ def main() -> None:
     parser.add_argument("--act-bits", type=int, default=7)
     parser.add_argument("--first", choices=sorted(FIRST), default="keep", help="dscnn: layer 1")
     parser.add_argument(
-        "--factors", action="store_true", help="weights in the file, tables when it is loaded"
+        "--compact", action="store_true", help="weights in the file, tables when it is loaded"
     )
     parser.add_argument("--stop-after", choices=("float", "convert"), help="for trials")
     options = parser.parse_args()
@@ -408,7 +408,7 @@ def main() -> None:
             "float_epochs": options.float_epochs, "float_lr": options.float_lr,
         }  # fmt: skip
     example = torch.from_numpy(task.valid.x[:1])  # stays in the file
-    tables = "factors" if options.factors else "stored"
+    tables = "compact" if options.compact else "stored"
     export(model, options.output, example, metadata=entries, tables=tables)
     dense = dense.cpu()
     results: dict[str, Any] = {

@@ -206,11 +206,11 @@ class Graph:
         }
 
     def node_tensors(self, node: Node) -> dict[str, Array]:
-        """The arrays of a node by role; tables are built where the graph holds their factors.
+        """The arrays of a node by role; tables are built where the graph holds compact ones.
 
         Raises:
-            GraphError: If the node names a tensor that the graph does not have, or factors that
-                make no tables.
+            GraphError: If the node names a tensor that the graph does not have, or compact tables
+                that make no tables.
         """
         known = self._expanded.get(node.name)
         if known is not None and known[0] is node:

@@ -173,7 +173,7 @@ def test_layers_are_replaced_by_name(net: Net, images: Tensor) -> None:
     assert entry.used is not None
     assert 0.5 < entry.used <= 1.0
     fc = report["fc"]
-    assert (fc.kind, fc.books, fc.table_bytes) == ("linear", 3, 3 * 16 * 10)
+    assert (fc.kind, fc.codebooks, fc.table_bytes) == ("linear", 3, 3 * 16 * 10)
     assert len(report.replaced) == 3
     with pytest.raises(KeyError):
         report["nothing"]

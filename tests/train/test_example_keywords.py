@@ -128,7 +128,7 @@ def test_resnet_resumes(
 
 def test_dscnn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, weights = tmp_path / "d.lutra", public_weights(tmp_path / "w.npz")
-    result = run(monkeypatch, file, "--net", "dscnn", "--weights", weights, "--factors")
+    result = run(monkeypatch, file, "--net", "dscnn", "--weights", weights, "--compact")
     counts = [result[f"{name}_clips"] for name in ("test", "all", "made_up")]
     assert counts == [12, 48, 48]
     graph = lutra.load_graph(file)

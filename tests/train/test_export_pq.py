@@ -192,10 +192,10 @@ def _noise(channels: int) -> Tensor:
 
 def test_factors_make_nearly_the_same_tables(tmp_path: Path, net: Net, images: Tensor) -> None:
     stored = export(net, tmp_path / "a.lutra", images)
-    graph = export(net, tmp_path / "b.lutra", images, tables="factors")
+    graph = export(net, tmp_path / "b.lutra", images, tables="compact")
     assert (tmp_path / "b.lutra").stat().st_size < (tmp_path / "a.lutra").stat().st_size
     entry = graph.metadata["tables"]
-    assert entry["form"] == "factors"
+    assert entry["form"] == "compact"
     assert entry["stored"] == {}
     assert [layer["name"] for layer in entry["layers"]] == ["conv1", "conv2", "fc"]
     for layer in entry["layers"]:
@@ -224,7 +224,7 @@ def test_factors_make_nearly_the_same_tables(tmp_path: Path, net: Net, images: T
 def test_layers_whose_tables_are_no_larger_keep_them(tmp_path: Path) -> None:
     wide = with_codebooks(PQLinear.from_float(nn.Linear(32, 4), PQ(v=16, k=16)))
     model = nn.Sequential(wide, with_codebooks(PQLinear.from_float(nn.Linear(4, 3), PQ(v=4))))
-    graph = export(model, tmp_path / "m.lutra", torch.randn(4, 32), tables="factors")
+    graph = export(model, tmp_path / "m.lutra", torch.randn(4, 32), tables="compact")
     entry = graph.metadata["tables"]
     assert entry["stored"] == {"0": "V=16 is not less than K=16: its tables are no larger"}
     assert [layer["name"] for layer in entry["layers"]] == ["1"]
@@ -240,7 +240,7 @@ def test_trees_keep_their_tables(tmp_path: Path) -> None:
     mixed, _ = convert(net, {**trees, "3": PQ(v=4)}, [images], kmeans_steps=2)
     assert mixed[0].table_residual.abs().max() > 0
     stored = export(mixed, tmp_path / "a.lutra", images[:4])
-    graph = export(mixed, tmp_path / "b.lutra", images[:4], tables="factors")
+    graph = export(mixed, tmp_path / "b.lutra", images[:4], tables="compact")
     entry = load_graph(tmp_path / "b.lutra").metadata["tables"]
     reason = "encoder 'tree': its tables are more than products of centroids and weights"
     assert entry["stored"] == {"0": reason}
@@ -254,7 +254,7 @@ def test_trees_keep_their_tables(tmp_path: Path) -> None:
 
     alone, _ = convert(net, trees, [images], kmeans_steps=2)
     stored = export(alone, tmp_path / "a.lutra", images[:4])
-    graph = export(alone, tmp_path / "b.lutra", images[:4], tables="factors")
+    graph = export(alone, tmp_path / "b.lutra", images[:4], tables="compact")
     entry = graph.metadata["tables"]
     assert (entry["layers"], entry["stored"]) == ([], {"0": reason, "3": reason})
     assert graph.nodes == stored.nodes
@@ -264,7 +264,7 @@ def test_trees_keep_their_tables(tmp_path: Path) -> None:
 def test_tied_layers_share_their_factors(tmp_path: Path) -> None:
     layer = pq_conv(4, 4, 3, padding=1)
     model = nn.Sequential(layer, nn.ReLU(), layer)
-    graph = export(model, tmp_path / "m.lutra", _noise(4), tables="factors")
+    graph = export(model, tmp_path / "m.lutra", _noise(4), tables="compact")
     first, _, second = graph.nodes
     assert first.tensors == second.tensors
     assert set(first.tensors) == {"centroids", "weight", "factor", "scale", "bias"}
@@ -272,7 +272,7 @@ def test_tied_layers_share_their_factors(tmp_path: Path) -> None:
 
 
 def test_a_single_layer_has_factors(tmp_path: Path) -> None:
-    graph = export(pq_linear(6, 3), tmp_path / "m.lutra", torch.randn(4, 6), tables="factors")
+    graph = export(pq_linear(6, 3), tmp_path / "m.lutra", torch.randn(4, 6), tables="compact")
     assert set(graph.nodes[0].tensors) == {"centroids", "weight", "factor", "scale", "bias"}
 
 
@@ -281,20 +281,20 @@ def test_layers_that_are_all_zero_have_factors(tmp_path: Path) -> None:
     with torch.no_grad():
         layer.weight.zero_()
         layer.weight[0] = 1e-30
-    graph = export(layer, tmp_path / "m.lutra", torch.randn(4, 6), tables="factors")
+    graph = export(layer, tmp_path / "m.lutra", torch.randn(4, 6), tables="compact")
     assert not graph.node_tensors(graph.nodes[0])["tables"][:, :, 1:].any()
 
 
 def test_factors_need_weights(tmp_path: Path, net: Net, images: Tensor) -> None:
     frozen = freeze_lookup_layers(copy.deepcopy(net).eval())
     with pytest.raises(LutraError, match="needs the weights of the 3 lookup layers"):
-        export(frozen, tmp_path / "m.lutra", images, tables="factors")
+        export(frozen, tmp_path / "m.lutra", images, tables="compact")
     assert not (tmp_path / "m.lutra").exists()
     half = copy.deepcopy(net)
     half.fc = half.fc.eval().freeze()
-    graph = export(half, tmp_path / "m.lutra", images, tables="factors")
+    graph = export(half, tmp_path / "m.lutra", images, tables="compact")
     assert graph.metadata["tables"]["stored"] == {"fc": "its weights are not known"}
-    dense = export(nn.Linear(3, 2), tmp_path / "d.lutra", torch.randn(2, 3), tables="factors")
+    dense = export(nn.Linear(3, 2), tmp_path / "d.lutra", torch.randn(2, 3), tables="compact")
     assert dense.metadata["tables"]["layers"] == []
     with pytest.raises(LutraError, match="tables='small' is not one of"):
         export(net, tmp_path / "m.lutra", images, tables="small")  # type: ignore[arg-type]
@@ -303,20 +303,20 @@ def test_factors_need_weights(tmp_path: Path, net: Net, images: Tensor) -> None:
 def test_the_engine_must_agree_with_the_reference_on_factors(
     tmp_path: Path, net: Net, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = check._run_session
+    right = check.run_engine
 
     def wrong(graph: Graph, feeds: Mapping[str, Any]) -> Mapping[str, Any]:
         shift = any("factor" in n.tensors and n.name == "conv2" for n in graph.nodes)
         return {name: value + shift for name, value in right(graph, feeds).items()}
 
-    monkeypatch.setattr(check, "_run_session", wrong)
+    monkeypatch.setattr(check, "run_engine", wrong)
     with pytest.raises(LutraError, match=r"differs from the reference .*'conv2' \(pq_conv2d\)"):
-        export(net, tmp_path / "m.lutra", images, tables="factors")
+        export(net, tmp_path / "m.lutra", images, tables="compact")
 
     def flipped(graph: Graph, feeds: Mapping[str, Any]) -> Mapping[str, Any]:
         shift = len(graph.nodes) > 1 and any("factor" in n.tensors for n in graph.nodes)
         return {name: value + shift for name, value in right(graph, feeds).items()}
 
-    monkeypatch.setattr(check, "_run_session", flipped)
+    monkeypatch.setattr(check, "run_engine", flipped)
     with pytest.warns(UserWarning, match="each node alone agrees"):
-        export(net, tmp_path / "m.lutra", images, tables="factors")
+        export(net, tmp_path / "m.lutra", images, tables="compact")

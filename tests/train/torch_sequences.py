@@ -26,7 +26,7 @@ def lowered(model: nn.Module, *example: Tensor, axes: Sequence[int]) -> Graph:
     result = lower(program, names)
     result.graph.validate()
     wanted = check.outputs_of(model, inputs)
-    check.check_graph(result, program, inputs, wanted, tolerance=TOLERANCE)
+    check.check_graph(result, program, check.Check(inputs, wanted), tolerance=TOLERANCE)
     for run in check.runners().values():
         first = check._first_difference(result, check._record(program, inputs), run, TOLERANCE)
         assert first is None

@@ -73,9 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tables",
-        choices=["stored", "factors"],
+        choices=["stored", "compact", "factors"],
         default="stored",
-        help="factors: int8 weights, a smaller file with slightly other numbers (default: stored)",
+        help="compact: int8 weights, a smaller file with slightly other numbers (default: stored)",
     )
     parser.add_argument(
         "--dynamic-axes",
@@ -152,8 +152,8 @@ def run(args: argparse.Namespace) -> int:
     print(report)
     print(f"wrote {plain(args.output)}, {bytes_text(os.path.getsize(args.output))}")
     if "tables" in graph.metadata:
-        print(_factors_text(graph.metadata["tables"]))
-    if any(layer.method == "pq" for layer in report.replaced):
+        print(_compact_text(graph.metadata["tables"]))
+    if any(layer.codebooks for layer in report.replaced):
         print("the codebooks are not fine-tuned: accuracy is better after lutra.train.finetune")
     return 0
 
@@ -189,7 +189,7 @@ def _swap(args: argparse.Namespace) -> int:
     return 0
 
 
-def _factors_text(entry: Mapping[str, Any]) -> str:
+def _compact_text(entry: Mapping[str, Any]) -> str:
     """Which tables are built from int8 weights, what that costs, and which are not and why."""
     built, kept = len(entry["layers"]), entry["stored"]
     lines = []

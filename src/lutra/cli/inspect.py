@@ -173,7 +173,7 @@ def _form(node: Node, arrays: Mapping[str, Array]) -> str:
     """How a file holds the tables of a node: those of products, or of a function."""
     if _function_entries(arrays) is not None:
         return "function"
-    return "factors" if "factor" in node.tensors else "stored"
+    return "compact" if "factor" in node.tensors else "stored"
 
 
 def _function_entries(arrays: Mapping[str, Array]) -> int | None:
@@ -184,8 +184,8 @@ def _function_entries(arrays: Mapping[str, Array]) -> int | None:
 
 def _text(report: dict[str, Any], graph: Graph, by_layer: bool) -> str:
     totals, sizes = report["totals"], report["sizes"]
-    factors = sum(layer["tables"] == "factors" for layer in report["layers"])
-    built = f" ({counted(factors, 'layer')} built from int8 weights)" if factors else ""
+    compact = sum(layer["tables"] == "compact" for layer in report["layers"])
+    built = f" ({counted(compact, 'layer')} built from int8 weights)" if compact else ""
     ends = {
         kind: ", ".join(
             f"{plain(v['name'])} {_dtype(v)}{shape_text(tuple(v['shape']))}" for v in report[kind]

@@ -34,7 +34,7 @@ from typing import Any, Final
 import numpy as np
 
 from lutra.node import Array, Node, Value
-from lutra.ops.factors import expand
+from lutra.ops.compact_tables import expand
 from lutra.ops.grid import GRID, check_grid
 from lutra.ops.limits import CENTROID_COUNTS, MAX_CODEBOOKS, MAX_PQ_DEPTH, MAX_SUBVECTOR
 from lutra.ops.rows import (

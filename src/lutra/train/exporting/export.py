@@ -16,6 +16,7 @@ from torch import nn
 from lutra.errors import InputError
 from lutra.format import save_graph
 from lutra.graph import Graph
+from lutra.node import Array
 from lutra.runtime.session import Session
 from lutra.train.conversion.speed_gate import attached
 from lutra.train.exporting.capture import (
@@ -26,10 +27,16 @@ from lutra.train.exporting.capture import (
     example_tensors,
     prepare_copy,
 )
-from lutra.train.exporting.factors import factors_of, weights_of, with_factors
-from lutra.train.exporting.fold import fold_batch_norm
+from lutra.train.exporting.compact_tables import (
+    CompactTables,
+    compact_tables_of,
+    weights_of,
+    with_compact_tables,
+)
+from lutra.train.exporting.fold import fold_program, with_biases
 from lutra.train.exporting.lowering import lower
 from lutra.train.exporting.parity import (
+    Check,
     check_engine,
     check_graph,
     check_other_size,
@@ -41,7 +48,8 @@ from lutra.train.exporting.parity import (
 
 _GOLDEN_SAMPLES = 8
 
-Tables = Literal["stored", "factors"]
+#: "factors" is an old name of "compact".
+Tables = Literal["stored", "compact", "factors"]
 
 
 def export(
@@ -80,7 +88,7 @@ def export(
         golden: Store the samples with the engine's outputs, so that `lutra verify` can check
             anywhere that the file still gives them.
         tolerance: The largest difference from torch allowed, as a share of the largest output.
-        tables: "stored" writes the tables. "factors" writes int8 weights instead, from which a
+        tables: "stored" writes the tables. "compact" writes int8 weights instead, from which a
             session builds its tables: a smaller file where V < K, slower to load, and other
             numbers, because the weights are rounded before the tables are. How far the outputs
             for the example move is in the metadata (`tables`); measure the accuracy again.
@@ -94,7 +102,7 @@ def export(
             works for one size only of an axis that should be dynamic.
         EngineError: The engine cannot run the graph.
         LutraError: The graph computes something else than torch, the file cannot be written, or
-            no lookup layer has the weights that factors need.
+            no lookup layer has the weights that compact tables need.
 
     Example:
         >>> graph = export(model, "model.lutra", images[:8])  # doctest: +SKIP
@@ -103,36 +111,50 @@ def export(
     if tables not in get_args(Tables):
         raise InputError(f"export: tables={tables!r} is not one of {list(get_args(Tables))}")
     example = tuple(tensor[:_GOLDEN_SAMPLES] for tensor in example_tensors(example_input))
-    copied = prepare_copy(model)
-    weights = weights_of(copied)
-    frozen = freeze_lookup_layers(copied)
-    factors = factors_of(frozen, weights)  # before norms go into the scales
-    folded = fold_batch_norm(frozen, example)
-    names = _input_names(folded, len(example), input_names)
+    given = prepare_copy(model)
+    weights = weights_of(given)
+    frozen = with_biases(freeze_lookup_layers(prepare_copy(model)))
+    compact = compact_tables_of(frozen, weights)  # before norms go into the scales
+    names = _input_names(frozen, len(example), input_names)
     axes = dynamic_axes_of(dynamic_axes, names, example)
-    program = capture(folded, example, axes)
-    gate = attached(model)
-    entries = {"producer": _producer(), **({} if gate is None else {"speed_gate": gate})}
-    lowered = lower(program, names, output_names, {**entries, **(metadata or {})})
+    program = capture(frozen, example, axes)
+    fold_program(frozen, program)
+    lowered = lower(program, names, output_names, _metadata(model, metadata))
     graph = lowered.graph
     graph.validate()
-    wanted = outputs_of(folded, example)
-    check_graph(lowered, program, example, wanted, tolerance=tolerance)
+    wanted = outputs_of(given, example)
+    check_graph(lowered, program, Check(example, wanted), tolerance=tolerance)
     if any(axes):
         other = other_size(program, example, axes)
-        check_other_size(lowered, program, folded, other, tolerance=tolerance)
+        check_other_size(lowered, program, given, other, tolerance=tolerance)
     feeds = feeds_of(graph, example)
-    if tables == "factors":
-        graph, entry = with_factors(graph, factors)
-        check_engine(graph, feeds, tolerance=tolerance)
-        moved = _moved(graph, feeds, wanted)
-        graph = replace(graph, metadata={"tables": {**entry, **moved}, **graph.metadata})
+    if tables != "stored":
+        graph = _compacted(graph, compact, feeds, wanted, tolerance)
     if golden:
-        graph = replace(
-            graph, golden=(tuple(feeds.values()), tuple(Session(graph).run(None, feeds)))
-        )
+        outputs = tuple(Session(graph).run(None, feeds))
+        graph = replace(graph, golden=(tuple(feeds.values()), outputs))
     save_graph(graph, path)
     return graph
+
+
+def _metadata(model: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    gate = attached(model)
+    entries = {"producer": _producer(), **({} if gate is None else {"speed_gate": gate})}
+    return {**entries, **(given or {})}
+
+
+def _compacted(
+    graph: Graph,
+    compact: Mapping[str, CompactTables],
+    feeds: Mapping[str, Array],
+    wanted: Sequence[Array],
+    tolerance: float,
+) -> Graph:
+    """The graph with compact tables, and with what they changed in its metadata."""
+    graph, entry = with_compact_tables(graph, compact)
+    check_engine(graph, feeds, tolerance=tolerance)
+    moved = _moved(graph, feeds, wanted)
+    return replace(graph, metadata={"tables": {**entry, **moved}, **graph.metadata})
 
 
 def _input_names(model: nn.Module, count: int, given: Sequence[str] | None) -> tuple[str, ...]:

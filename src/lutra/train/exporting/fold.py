@@ -19,6 +19,7 @@ from lutra.train.exporting.capture import (
 from lutra.train.layers.base import FrozenLayer
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+_DENSE = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _NORM_OPS = ("aten._native_batch_norm_legit_no_training.default", "aten.batch_norm.default")
 _FROZEN_OP = "lutra.frozen.default"
 _LAYER_OPS = (
@@ -61,10 +62,50 @@ def fold_batch_norm(model: nn.Module, example_input: ExampleInput) -> nn.Module:
         InputError: A bad example.
         UnsupportedModelError: The model cannot be traced.
     """
-    model = prepare_copy(model)
-    for fold in find_folds(model, capture(model, example_tensors(example_input))):
-        _fold(model, fold)
+    model = with_biases(prepare_copy(model))
+    fold_program(model, capture(model, example_tensors(example_input)))
     return model
+
+
+def with_biases(model: nn.Module) -> nn.Module:
+    """Give every dense layer of a model a bias, zero where it had none, in place: a norm that is
+    folded needs a place for its shift."""
+    for module in model.modules():
+        dense: Any = module
+        if type(module) in _DENSE and dense.bias is None:
+            weight = dense.weight
+            zeros = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
+            dense.bias = nn.Parameter(zeros, requires_grad=False)
+    return model
+
+
+def fold_program(model: nn.Module, program: ExportedProgram) -> None:
+    """Fold the batch norms of a traced model, in the model and in the program alike.
+
+    Args:
+        model: From `with_biases`; changed.
+        program: What it was traced to; changed.
+    """
+    norms = {}
+    for node in program.graph.nodes:
+        if str(node.target) in _NORM_OPS:
+            norms[node_module(node)] = node
+    folds = find_folds(model, program)
+    for fold in folds:
+        _fold(model, fold)
+        norm = norms[fold.norm]
+        results = [norm]
+        if isinstance(norm.meta["val"], tuple | list):  # of the results only the first is read
+            results = list(norm.users)
+        for result in results:
+            result.replace_all_uses_with(norm.args[0])
+    state: dict[str, Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    for name in program.state_dict:
+        if name in state:
+            program.state_dict[name] = state[name]
 
 
 def find_folds(model: nn.Module, program: ExportedProgram) -> list[Fold]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,14 +28,21 @@ Runner = Callable[[Graph, Mapping[str, Array]], Mapping[str, Array]]
 
 def runners() -> dict[str, Runner]:
     """Return what can run a graph: the reference and the engine."""
-    return {"the reference executor": run_reference, "the engine": _run_session}
+    return {"the reference executor": run_reference, "the engine": run_engine}
+
+
+@dataclass(frozen=True)
+class Check:
+    """Inputs, and the outputs of the torch model for them, one array each."""
+
+    example: tuple[Tensor, ...]
+    expected: list[Array]
 
 
 def check_graph(
     lowered: Lowered,
     program: ExportedProgram,
-    example: Sequence[Tensor],
-    expected: Sequence[Array],
+    check: Check,
     *,
     tolerance: float,
     runs: Mapping[str, Runner] | None = None,
@@ -44,8 +52,7 @@ def check_graph(
     Args:
         lowered: The graph and the torch node behind each value.
         program: What it was lowered from; runs again to find a node that differs.
-        example: Inputs.
-        expected: What torch computes on them, one array per output.
+        check: Inputs and expected outputs.
         tolerance: The largest difference allowed, as a share of the largest expected value.
         runs: What runs the graph, by name; by default `runners()`.
 
@@ -57,6 +64,7 @@ def check_graph(
     nothing is wrong. Every node is then compared alone, on the inputs that torch gave it; if all
     agree, the difference is reported as a warning.
     """
+    example, expected = check.example, check.expected
     feeds = feeds_of(lowered.graph, example)
     for name, array in zip(lowered.graph.outputs, expected, strict=True):
         if not np.isfinite(array).all():
@@ -102,7 +110,7 @@ def check_other_size(
     lowered: Lowered,
     program: ExportedProgram,
     model: nn.Module,
-    example: Sequence[Tensor],
+    example: tuple[Tensor, ...],
     *,
     tolerance: float,
 ) -> None:
@@ -114,8 +122,8 @@ def check_other_size(
     Args:
         lowered: The graph and the torch node behind each value.
         program: What it was lowered from.
-        model: What that was traced from.
-        example: Inputs of the other size.
+        model: The model.
+        example: Inputs of the other size, see `other_size`.
         tolerance: The largest difference allowed, as a share of the largest expected value.
 
     Raises:
@@ -135,8 +143,7 @@ def check_other_size(
             f"export: {type(model).__name__} fails on inputs of shapes {shapes} ({reason}); "
             f"{advice}."
         ) from error
-    feeds = feeds_of(lowered.graph, example)
-    got = _run_session(lowered.graph, feeds)
+    got = run_engine(lowered.graph, feeds_of(lowered.graph, example))
     traced = _traced(program, example)
     for name, want, other in zip(lowered.graph.outputs, expected, traced, strict=True):
         if got[name].shape != want.shape or difference(other, want) > tolerance:
@@ -145,9 +152,8 @@ def check_other_size(
                 f"{shapes} its output '{name}' of shape {want.shape} is not what was traced, which "
                 f"gives {got[name].shape}; {advice}."
             )
-    check_graph(
-        lowered, program, example, expected, tolerance=tolerance, runs={"the engine": _run_session}
-    )
+    runs = {"the engine": run_engine}
+    check_graph(lowered, program, Check(example, expected), tolerance=tolerance, runs=runs)
 
 
 def feeds_of(graph: Graph, example: Sequence[Tensor]) -> dict[str, Array]:
@@ -238,7 +244,7 @@ def check_engine(graph: Graph, feeds: Mapping[str, Array], *, tolerance: float) 
             codes that rounding moved explain, is a warning.
     """
     want = run_reference(graph, feeds, intermediates=True)
-    got = _run_session(graph, feeds)
+    got = run_engine(graph, feeds)
     worst = max(difference(got[name], want[name]) for name in graph.outputs)
     if worst <= tolerance:
         return
@@ -247,7 +253,7 @@ def check_engine(graph: Graph, feeds: Mapping[str, Array], *, tolerance: float) 
         f"(tolerance {tolerance:.3g})"
     )
     same = Lowered(graph, {name: name for name in graph.values})
-    first = _first_difference(same, want, _run_session, tolerance)
+    first = _first_difference(same, want, run_engine, tolerance)
     if first is not None:
         node, amount = first
         raise LutraError(
@@ -341,5 +347,6 @@ def _arguments(program: ExportedProgram, example: Sequence[Tensor]) -> list[Any]
     return arguments
 
 
-def _run_session(graph: Graph, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+def run_engine(graph: Graph, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+    """Run a graph in the engine; outputs by name."""
     return dict(zip(graph.outputs, Session(graph).run(None, feeds), strict=True))

@@ -1,4 +1,4 @@
-"""Int8 weights in the place of tables, for files that should be small: see `lutra.ops.factors`."""
+"""Compact tables for files that should be small: see `lutra.ops.compact_tables`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MOST: Final = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
-class Factors:
+class CompactTables:
     """What the tables of a layer are built from: weight int8 (M, D) and factor float32 (M)."""
 
     weight: Array
@@ -39,7 +39,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def factors_of(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Factors]:
+def compact_tables_of(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, CompactTables]:
     """Rounds the weights of frozen layers to int8, each output with a step of its own.
 
     Args:
@@ -47,9 +47,9 @@ def factors_of(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Fac
         weights: What `weights_of` found before they were frozen.
 
     Returns:
-        Factors by the name of the tables that they replace, as it stands in the state of the model.
+        Compact tables by the name of the tables that they replace, in the state of the model.
     """
-    result: dict[str, Factors] = {}
+    result: dict[str, CompactTables] = {}
     for path, weight in weights.items():
         frozen = model.get_submodule(path)
         if not isinstance(frozen, FrozenLayer) or frozen.node.spec.table_role != _TABLES:
@@ -57,46 +57,48 @@ def factors_of(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Fac
         rows = weight.double().numpy()
         scale = frozen.tensors["scale"].double().cpu().numpy()
         step = np.maximum(np.abs(rows).max(axis=1), 1e-30) / INT8_MAX
-        result[f"{path}.{_TABLES}" if path else _TABLES] = Factors(
+        result[f"{path}.{_TABLES}" if path else _TABLES] = CompactTables(
             np.rint(rows / step[:, None]).astype(np.int8),
             np.minimum(step * frozen.grid.scale / scale, _MOST).astype(np.float32),
         )
     return result
 
 
-def with_factors(graph: Graph, factors: Mapping[str, Factors]) -> tuple[Graph, dict[str, Any]]:
-    """Puts factors in the place of tables, wherever that makes the file smaller.
+def with_compact_tables(
+    graph: Graph, compact: Mapping[str, CompactTables]
+) -> tuple[Graph, dict[str, Any]]:
+    """Puts compact tables in the place of tables, wherever that makes the file smaller.
 
     Args:
         graph: A valid graph.
-        factors: By the name of the tables.
+        compact: By the name of the tables.
 
     Returns:
-        The graph, and an entry for its metadata: which layers have factors, which keep their
+        The graph, and an entry for its metadata: which layers have compact tables, which keep their
         tables and why, the bytes of both forms, and the share of table entries that changed.
 
     Raises:
-        LutraError: There are lookup layers, but no factors for any of them.
+        LutraError: There are lookup layers, but no compact tables for any of them.
     """
     lookups = [node for node in graph.nodes if _TABLES in node.tensors]
-    if lookups and not any(node.tensors[_TABLES] in factors for node in lookups):
+    if lookups and not any(node.tensors[_TABLES] in compact for node in lookups):
         raise LutraError(
-            f"export: tables='factors' needs the weights of the {len(lookups)} lookup layers, and "
+            f"export: tables='compact' needs the weights of the {len(lookups)} lookup layers, and "
             "frozen layers have none; export the model that convert made, or take tables='stored'"
         )
     arrays = dict(graph.tensors)
-    roles: dict[str, dict[str, str]] = {}  # of the factors that replace some tables
+    roles: dict[str, dict[str, str]] = {}  # of the compact form of some tables
     kept: dict[str, str] = {}
     nodes = []
     for node in graph.nodes:
         name = node.tensors.get(_TABLES)
         if name is not None:
-            reason = _reason(graph, node, factors)
+            reason = _reason(graph, node, compact)
             if reason:
                 kept[node.name] = reason
             else:
                 if name not in roles:
-                    roles[name] = _store(arrays, name, factors[name])
+                    roles[name] = _store(arrays, name, compact[name])
                 others = {role: n for role, n in node.tensors.items() if role != _TABLES}
                 node = replace(node, tensors={**others, **roles[name]})
         nodes.append(node)
@@ -111,13 +113,13 @@ def with_factors(graph: Graph, factors: Mapping[str, Factors]) -> tuple[Graph, d
         for before, node in zip(graph.nodes, nodes, strict=True)
         if node is not before
     ]
-    return made, {"form": "factors", "layers": layers, "stored": kept}
+    return made, {"form": "compact", "layers": layers, "stored": kept}
 
 
-def _reason(graph: Graph, node: Node, factors: Mapping[str, Factors]) -> str | None:
+def _reason(graph: Graph, node: Node, compact: Mapping[str, CompactTables]) -> str | None:
     """Why a layer keeps its tables, or None."""
     tensors = graph.node_tensors(node)
-    if node.tensors[_TABLES] not in factors:
+    if node.tensors[_TABLES] not in compact:
         return "its weights are not known"
     if "centroids" not in tensors:
         return (
@@ -130,10 +132,10 @@ def _reason(graph: Graph, node: Node, factors: Mapping[str, Factors]) -> str | N
     return None
 
 
-def _store(arrays: dict[str, Array], tables: str, factors: Factors) -> dict[str, str]:
+def _store(arrays: dict[str, Array], tables: str, compact: CompactTables) -> dict[str, str]:
     """Adds the tensors under new names, and returns these by role."""
     roles = {}
-    for role, array in (("weight", factors.weight), ("factor", factors.factor)):
+    for role, array in (("weight", compact.weight), ("factor", compact.factor)):
         name = tables.removesuffix(_TABLES) + role
         while name in arrays:
             name += "_"

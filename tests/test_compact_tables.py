@@ -17,7 +17,7 @@ from layers import same_bits
 from lutra.errors import FormatError, GraphError
 from lutra.format import graph_from_bytes, graph_to_bytes, save_graph
 from lutra.graph import Graph, Node
-from lutra.ops.factors import build_tables, expand
+from lutra.ops.compact_tables import build_tables, expand
 from lutra.reference import run_reference
 from lutra.runtime.session import Session
 
@@ -38,7 +38,7 @@ def slow_tables(centroids: Array, zero: int, weight: Array, factor: Array) -> Ar
     return tables
 
 
-def pq_factors(rng: np.random.Generator, length: int, outputs: int, width: int) -> dict[str, Array]:
+def pq_compact(rng: np.random.Generator, length: int, outputs: int, width: int) -> dict[str, Array]:
     books = -(-length // width)
     centroids = rng.integers(0, 128, (books, 16, width), dtype=np.uint8)
     centroids[-1, :, length - (books - 1) * width :] = 0
@@ -55,11 +55,11 @@ def factor_graph(seed: int = 0) -> Graph:
     """(N, 3, 6, 6) -> (N, 5): a convolution and a linear layer from factors, and tables between."""
     b = Builder(("x", (None, 3, 6, 6)), seed=seed)
     grid = {"act_scale": 0.05, "act_zero": 64, "act_bits": 7}
-    conv = pq_factors(b.rng, 27, 4, 9)
+    conv = pq_compact(b.rng, 27, 4, 9)
     x = b.add("pq_conv2d", "x", tensors=conv, in_channels=3, kernel=(3, 3), name="conv", **grid)
     x = b.pq_conv2d(b.add("relu", x), 4, 4, padding=(1, 1))
     x = b.add("flatten", x)
-    b.add("pq_linear", x, tensors=pq_factors(b.rng, 64, 5, 6), in_features=64, name="fc", **grid)
+    b.add("pq_linear", x, tensors=pq_compact(b.rng, 64, 5, 6), in_features=64, name="fc", **grid)
     return b.graph()
 
 
@@ -124,10 +124,10 @@ def test_large_sums_are_exact() -> None:
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    parts = pq_factors(rng, 100, 3, 4)
+    parts = pq_compact(rng, 100, 3, 4)
     args = (parts["centroids"], 64, parts["weight"], parts["factor"])
     want = build_tables(*args)
-    monkeypatch.setattr("lutra.ops.factors._BLOCK", 1)
+    monkeypatch.setattr("lutra.ops.compact_tables._BLOCK", 1)
     np.testing.assert_array_equal(build_tables(*args), want)
 
 
@@ -169,7 +169,7 @@ def test_bytes_are_those_of_the_file() -> None:
 
 
 def test_trees_take_centroids_for_their_factors_only() -> None:
-    parts = pq_factors(np.random.default_rng(0), 12, 3, 4)
+    parts = pq_compact(np.random.default_rng(0), 12, 3, 4)
     splits = np.zeros((3, 4), np.int32)
     node = Node("pq_linear", "fc", ("x",), "y", {"act_zero": 64, "encoder": "tree"})
     tensors = expand(node, {**parts, "splits": splits}, 12)
@@ -195,7 +195,7 @@ WRONG: Mapping[str, tuple[dict[str, Any], str]] = {
     "no factor": ({"factor": None}, "lacks the tensor 'factor'; tables are built from it and"),
     "no weight": ({"weight": None}, "lacks the tensor 'weight'"),
     "no centroids": ({"centroids": None}, "lacks the tensor 'centroids'"),
-    "both": ({"tables": np.zeros((3, 16, 4), np.int8)}, "has tables and factors"),
+    "both": ({"tables": np.zeros((3, 16, 4), np.int8)}, "has tables and compact tables"),
     "neither": ({"weight": None, "factor": None}, "lacks the tensor 'tables'"),
     "dtype": ({"weight": np.zeros((4, 27), np.uint8)}, "weight of dtype uint8"),
     "axes": (
@@ -248,8 +248,8 @@ def test_commands(capture: Any, folder: Path) -> None:
     assert (code, err) == (0, "")
     assert "(2 layers built from int8 weights)" in out
     rows = {line.split()[0]: line.split() for line in out.splitlines() if " pq_" in line}
-    assert "factors" in rows["conv"]
-    assert "factors" in rows["fc"]
+    assert "compact" in rows["conv"]
+    assert "compact" in rows["fc"]
     assert "stored" in rows["pq_conv2d_2"]
     assert capture("verify", "m.lutra")[0] == 0
     assert capture("bench", "m.lutra", "--profile", "--runs", "1")[0] == 0

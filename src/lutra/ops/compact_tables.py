@@ -1,4 +1,4 @@
-"""Tables from factors: what a file may hold of a lookup layer instead of its tables.
+"""Compact tables: int8 weights, which a file may hold of a lookup layer instead of its tables.
 
 Tables are products of centroids with weights, so a file may give int8 weights ``weight`` (M, D)
 and a float32 ``factor`` (M), and the tables are built from them when it is loaded::
@@ -65,7 +65,7 @@ def build_tables(centroids: Array, act_zero: int, weight: Array, factor: Array) 
 
 
 def expand(node: Node, tensors: Mapping[str, Array], length: int) -> dict[str, Array]:
-    """The tensors that a lookup operator works with: tables in the place of factors.
+    """The tensors that a lookup operator works with: tables in the place of compact ones.
 
     Args:
         node: The node.
@@ -73,7 +73,7 @@ def expand(node: Node, tensors: Mapping[str, Array], length: int) -> dict[str, A
         length: D, the number of activations in one row.
 
     Raises:
-        GraphError: If the factors are incomplete or do not fit each other.
+        GraphError: If the compact tables are incomplete or do not fit each other.
     """
     if not any(role in tensors for role in ROLES):
         return dict(tensors)
@@ -89,7 +89,7 @@ def expand(node: Node, tensors: Mapping[str, Array], length: int) -> dict[str, A
 def _check(node: Node, tensors: Mapping[str, Array], length: int) -> None:
     """Everything that ``build_tables`` relies on; the rest is checked with the tables."""
     if "tables" in tensors:
-        raise node_error(node, "has tables and factors", "give it one of the two")
+        raise node_error(node, "has tables and compact tables", "give it one of the two")
     for role, (dtype, ndim) in _NEEDED.items():
         if role not in tensors:
             given = ", ".join(name for name in _NEEDED if name in tensors)
