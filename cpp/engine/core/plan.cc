@@ -106,12 +106,7 @@ void Plan::finish(std::vector<int> outputs) {
   }
   outputs_ = std::move(outputs);
   fuse();
-  std::vector<bool> read(values_.size(), false);
-  for (int o : outputs_) read[static_cast<size_t>(o)] = true;
-  for (const Entry& e : steps_) {
-    for (int i : e.inputs) read[static_cast<size_t>(i)] = true;
-  }
-  resolve_quantized(read);
+  resolve_quantized();
   for (const Value& v : values_) grids_.push_back(v.source >= 0 ? make_grid(v.grid) : Grid{});
 }
 
@@ -140,7 +135,12 @@ void Plan::fuse() {
 }
 
 // Backwards, because a max pooling that moves to integers asks for integers of its own input.
-void Plan::resolve_quantized(std::vector<bool>& read) {
+void Plan::resolve_quantized() {
+  std::vector<int> reads(values_.size(), 0);  // of each value as it is, by steps and as an output
+  for (int o : outputs_) ++reads[static_cast<size_t>(o)];
+  for (const Entry& e : steps_) {
+    for (int i : e.inputs) ++reads[static_cast<size_t>(i)];
+  }
   auto copies = [&](int value) {
     std::vector<int> found;
     for (size_t i = 0; i < values_.size(); ++i) {
@@ -155,7 +155,7 @@ void Plan::resolve_quantized(std::vector<bool>& read) {
   for (size_t s = steps_.size(); s-- > 0;) {
     Entry& e = steps_[s];
     const std::vector<int> wanted = copies(e.out);
-    const bool floats = read[static_cast<size_t>(e.out)];
+    const bool floats = reads[static_cast<size_t>(e.out)] > 0;
     StepPtr on_bytes = wanted.empty() || floats ? nullptr : e.step->on_bytes();
     if (on_bytes) {
       for (int copy : wanted) {
@@ -163,16 +163,8 @@ void Plan::resolve_quantized(std::vector<bool>& read) {
         reversed.push_back(
             {e.step->on_bytes(), {quantized(e.inputs[0], grid)}, -1, {copy}, e.label});
       }
-      read.resize(values_.size(), true);
-      // Its input is no longer read by this step, but perhaps by others.
-      bool others = false;
-      for (size_t t = 0; t < steps_.size(); ++t) {
-        const auto& in = steps_[t].inputs;
-        if (t != s && steps_[t].step && std::count(in.begin(), in.end(), e.inputs[0]))
-          others = true;
-      }
-      others = others || std::count(outputs_.begin(), outputs_.end(), e.inputs[0]);
-      read[static_cast<size_t>(e.inputs[0])] = others;
+      --reads[static_cast<size_t>(e.inputs[0])];  // it reads integers now
+      reads.resize(values_.size(), 1);
       e.step = nullptr;
       continue;
     }

@@ -96,7 +96,7 @@ class Plan {
   };
   bool is_quantized(int value) const { return values_[static_cast<size_t>(value)].source >= 0; }
   void fuse();
-  void resolve_quantized(std::vector<bool>& read);
+  void resolve_quantized();
   Shape infer(const Entry& e, const Shapes& inputs) const;
   void lay_out(Context& context, const Shapes& input_shapes) const;
   Shapes input_shapes(const Entry& e, const Context& context) const;
