@@ -90,6 +90,12 @@ class PQ(Method, name="pq"):
 
     Raises:
         LutraError: a value is out of range.
+
+    Example:
+        >>> from lutra.train import PQ, Int8
+        >>> recipe = {"conv1": Int8(), "layer?.*": PQ(v=9), "fc": PQ(v=4, encoder="tree")}
+        >>> recipe["layer?.*"].k
+        16
     """
 
     v: int | None = None
@@ -165,6 +171,11 @@ class Int8(Method, name="int8"):
 
     Raises:
         LutraError: a value is out of range.
+
+    Example:
+        >>> from lutra.train import Int8, recipe_to_json
+        >>> recipe_to_json({"fc": Int8()})
+        {'fc': {'method': 'int8', 'act_bits': 7}}
     """
 
     act_bits: int = MAX_ACT_BITS
@@ -201,6 +212,12 @@ class Lookup(Method, name="lookup"):
 
     Raises:
         LutraError: a value is out of range.
+
+    Example:
+        >>> from lutra.train import Int8, Lookup
+        >>> recipe = {"conv1": Int8(), "layer3.*": Lookup(8, 7), "*": Lookup()}  # 3 and 4 bits
+        >>> recipe["*"].levels, recipe["*"].weights
+        (16, 15)
     """
 
     levels: int = 16
@@ -285,6 +302,14 @@ class Function(Method, name="function"):
 
     Raises:
         LutraError: a value is unknown.
+
+    Example:
+        >>> import torch
+        >>> from lutra.train import Function, convert
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU())
+        >>> swapped, report = convert(model, {"**": Function()}, [torch.randn(256, 4)])
+        >>> [(entry.name, entry.function, entry.entries) for entry in report.functions]
+        [('1', 'gelu', 16)]
     """
 
     entries: int = 16

@@ -114,6 +114,16 @@ def finetune(
     Raises:
         LutraError: unusable settings or data, a checkpoint of other settings, a loss that is not
             finite.
+
+    Example:
+        >>> import torch
+        >>> from lutra.train import finetune
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> x = torch.rand(64, 4)
+        >>> data = DataLoader(TensorDataset(x, (x[:, 0] > 0.5).long()), batch_size=16)
+        >>> model = torch.nn.Linear(4, 2)  # or what `convert` returned
+        >>> finetune(model, data, epochs=2, lr=1e-2).steps
+        8
     """
     if (epochs is None) == (steps is None):
         raise LutraError(f"finetune: give either epochs or steps (got {epochs=}, {steps=})")
