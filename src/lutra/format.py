@@ -94,7 +94,7 @@ def load_graph(source: PathLike | bytes | bytearray | memoryview) -> Graph:
     Raises:
         FormatError: If the file cannot be read, is damaged, is not a lutra file or is too new.
 
-    Example:
+    Examples:
         >>> import lutra
         >>> relu = lutra.Node("relu", "relu", ("x",), "y")
         >>> graph = lutra.Graph((lutra.Value("x", "float32", (None, 3)),), ("y",), (relu,))

@@ -59,7 +59,7 @@ class Stream:
     Raises:
         InputError: If the model is not one of sound, or a number is below 1.
 
-    Example:
+    Examples:
         A model whose scores are the means of the 40 log-mel bands, on 1.1 seconds of silence in
         blocks of 20 ms:
 

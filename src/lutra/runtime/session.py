@@ -54,7 +54,7 @@ class Session:
 
     A session may be used by several threads at the same time; each run has memory of its own.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> import lutra
         >>> relu = lutra.Node("relu", "relu", ("x",), "y")
@@ -216,7 +216,7 @@ class Session:
                 cut it, and as ``run`` does.
             MemoryError: If the batch does not fit in memory.
 
-        Example:
+        Examples:
             >>> import lutra
             >>> relu = lutra.Node("relu", "relu", ("x",), "y")
             >>> graph = lutra.Graph((lutra.Value("x", "float32", (None, 3)),), ("y",), (relu,))

@@ -91,7 +91,7 @@ class PQ(Method, name="pq"):
     Raises:
         LutraError: a value is out of range.
 
-    Example:
+    Examples:
         >>> from lutra.train import PQ, Int8
         >>> recipe = {"conv1": Int8(), "layer?.*": PQ(v=9), "fc": PQ(v=4, encoder="tree")}
         >>> recipe["layer?.*"].k
@@ -172,7 +172,7 @@ class Int8(Method, name="int8"):
     Raises:
         LutraError: a value is out of range.
 
-    Example:
+    Examples:
         >>> from lutra.train import Int8, recipe_to_json
         >>> recipe_to_json({"fc": Int8()})
         {'fc': {'method': 'int8', 'act_bits': 7}}
@@ -213,7 +213,7 @@ class Lookup(Method, name="lookup"):
     Raises:
         LutraError: a value is out of range.
 
-    Example:
+    Examples:
         >>> from lutra.train import Int8, Lookup
         >>> recipe = {"conv1": Int8(), "layer3.*": Lookup(8, 7), "*": Lookup()}  # 3 and 4 bits
         >>> recipe["*"].levels, recipe["*"].weights
@@ -303,7 +303,7 @@ class Function(Method, name="function"):
     Raises:
         LutraError: a value is unknown.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lutra.train import Function, convert
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU())

@@ -70,7 +70,7 @@ def convert(
     Raises:
         LutraError: a pattern matches nothing, a layer cannot be replaced, or the data is unusable.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lutra.train import PQ, Int8, convert
         >>> model = torch.nn.Sequential(

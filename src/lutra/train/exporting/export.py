@@ -96,7 +96,7 @@ def export(
         LutraError: The graph computes something else than torch, the file cannot be written, or
             no lookup layer has the weights that factors need.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lutra.train import export
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
