@@ -8,7 +8,7 @@ ENV := $(VENV)/.installed
 NATIVE := $(shell find cpp -name '*.cc' -o -name '*.h') CMakeLists.txt pyproject.toml
 TORCH := 2.13.0
 
-.PHONY: help demo test lint format types stubs sanitize bench clean dev
+.PHONY: help demo test lint format types stubs sanitize docs bench clean dev
 
 help:
 	@echo "make demo      train, convert, fine-tune, export and run a small network (3 minutes)"
@@ -17,6 +17,7 @@ help:
 	@echo "make lint      ruff, clang-format, mypy; 'make format' mends the first two"
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make stubs     src/lutra/_engine.pyi from the built extension"
+	@echo "make docs      the documentation as a site, in build/site"
 	@echo "make bench     benchmarks; results go to benchmarks/results"
 	@echo "make clean     remove what was built"
 
@@ -64,6 +65,17 @@ sanitize: $(ENV)
 	  -DCMAKE_BUILD_TYPE=Release -DLUTRA_PYTHON=OFF -DLUTRA_KERNEL_TESTS=ON -DLUTRA_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/kernels_test
+
+$(VENV)/.docs: $(ENV)
+	@echo "== installing the tools of the documentation"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev,docs]"
+	@touch $@
+
+# The pages and what they link to keep their places, so that relative links work on the site too.
+docs: $(VENV)/.docs
+	rm -rf build/pages && mkdir -p build/pages
+	cp --parents *.md LICENSE docs/*.md docs/api/*.md zoo/*.md benchmarks/*.md examples/*.py build/pages/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(VENV)/.bench: $(ENV)
 	@echo "== installing the runtimes to compare with"

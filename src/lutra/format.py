@@ -93,6 +93,14 @@ def load_graph(source: PathLike | bytes | bytearray | memoryview) -> Graph:
 
     Raises:
         FormatError: If the file cannot be read, is damaged, is not a lutra file or is too new.
+
+    Examples:
+        >>> import lutra
+        >>> relu = lutra.Node("relu", "relu", ("x",), "y")
+        >>> graph = lutra.Graph((lutra.Value("x", "float32", (None, 3)),), ("y",), (relu,))
+        >>> lutra.save_graph(graph, "relu.lutra")
+        >>> lutra.load_graph("relu.lutra").nodes[0].op
+        'relu'
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         return graph_from_bytes(bytes(source))

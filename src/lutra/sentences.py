@@ -37,7 +37,7 @@ class SentenceEncoder:
 
     May be used by several threads at the same time.
 
-    Example:
+    Examples:
         >>> encoder = SentenceEncoder("minilm.lutra", threads=2)
         >>> vectors = encoder.encode(["A cat sat on the mat.", "It rained."])
         >>> vectors.shape

@@ -59,12 +59,25 @@ class Stream:
     Raises:
         InputError: If the model is not one of sound, or a number is below 1.
 
-    Example:
-        >>> stream = Stream("dscnn_speech_commands.lutra")  # doctest: +SKIP
-        >>> for block in blocks_of_20_ms:  # doctest: +SKIP
+    Examples:
+        A model whose scores are the means of the 40 log-mel bands, on 1.1 seconds of silence in
+        blocks of 20 ms:
+
+        >>> import numpy as np
+        >>> import lutra
+        >>> from lutra.preprocess.audio import AudioPreprocess
+        >>> front = AudioPreprocess()
+        >>> mean = lutra.Node("mean", "scores", ("x",), "y", {"axes": (1, 2), "keepdims": False})
+        >>> sound = lutra.Value("x", "float32", (None, 1, front.frames, front.width))
+        >>> entries = {"preprocess": front.to_dict()}
+        >>> graph = lutra.Graph((sound,), ("y",), (mean,), metadata=entries)
+        >>> stream = lutra.Stream(graph, every=5)
+        >>> for block in np.zeros((55, 320), np.int16):
         ...     answer = stream(block)
         ...     if answer is not None:
         ...         print(answer.seconds, answer.label)
+        1.0 0
+        1.1 0
     """
 
     def __init__(

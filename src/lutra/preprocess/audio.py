@@ -133,7 +133,7 @@ class AudioPreprocess:
     Raises:
         InputError: If a field makes no sense.
 
-    Example:
+    Examples:
         >>> pre = AudioPreprocess()
         >>> pre.apply(np.zeros((2, 16000), np.int16)).shape
         (2, 1, 49, 40)

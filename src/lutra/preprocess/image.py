@@ -42,7 +42,7 @@ class ImagePreprocess:
     Raises:
         InputError: If a field makes no sense.
 
-    Example:
+    Examples:
         >>> pre = ImagePreprocess(mean=(0.5,), std=(0.25,))
         >>> pre.apply(np.full((1, 2, 2, 1), 255, np.uint8)).shape
         (1, 1, 2, 2)

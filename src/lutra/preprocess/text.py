@@ -192,7 +192,7 @@ def text_preprocess(
             sense.
         LutraError: If the package ``tokenizers`` is not installed.
 
-    Example:
+    Examples:
         >>> tokenizer = AutoTokenizer.from_pretrained("sentence-transformers/all-MiniLM-L6-v2")
         >>> metadata = {"preprocess": text_preprocess(tokenizer, max_length=256)}
         >>> export(model, "minilm.lutra", (ids, mask), metadata=metadata, dynamic_axes=(0, 1))

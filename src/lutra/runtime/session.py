@@ -54,9 +54,15 @@ class Session:
 
     A session may be used by several threads at the same time; each run has memory of its own.
 
-    Example:
-        >>> session = lutra.Session("resnet.lutra", threads=2)
-        >>> logits = session(images)
+    Examples:
+        >>> import numpy as np
+        >>> import lutra
+        >>> relu = lutra.Node("relu", "relu", ("x",), "y")
+        >>> graph = lutra.Graph((lutra.Value("x", "float32", (None, 3)),), ("y",), (relu,))
+        >>> lutra.save_graph(graph, "relu.lutra")
+        >>> session = lutra.Session("relu.lutra", threads=1)
+        >>> session(np.array([[-1, 0, 2]], np.float32))
+        array([[0., 0., 2.]], dtype=float32)
     """
 
     def __init__(
@@ -210,8 +216,13 @@ class Session:
                 cut it, and as ``run`` does.
             MemoryError: If the batch does not fit in memory.
 
-        Example:
-            >>> print(session.profile(batch=8))  # doctest: +SKIP
+        Examples:
+            >>> import lutra
+            >>> relu = lutra.Node("relu", "relu", ("x",), "y")
+            >>> graph = lutra.Graph((lutra.Value("x", "float32", (None, 3)),), ("y",), (relu,))
+            >>> profile = lutra.Session(graph).profile(batch=8)
+            >>> [step.name for step in profile.steps]
+            ['relu']
         """
         for name, number, least in (("batch", batch, 1), ("runs", runs, 1), ("warmup", warmup, 0)):
             if number < least:

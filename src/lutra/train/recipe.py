@@ -68,28 +68,35 @@ class PQ(Method, name="pq"):
     """Product quantisation of a layer's input (LUT-NN, arXiv 2302.03213).
 
     Args:
-        v: values per sub-vector, 1..64. None takes what LUT-NN takes: the kernel's area for a
-            convolution (one channel's patch), 4 for 1x1 convolutions and linear layers.
-        k: centroids per codebook: 8, 16, 32 or 64.
+        v: values in a sub-vector, 1..64. None takes the choice of LUT-NN: the area of the kernel
+            for a convolution (the patch of one channel), 4 for 1x1 convolutions and linear layers.
+        k: centroids in a codebook: 8, 16, 32 or 64.
         act_bits: bits of the activation grid, 1..7.
-        gradient: of the input. "straight-through" is the dense layer's; "projected" is that of
-            the best linear model of the quantiser (see `lutra.train.layers.pq_projection`); both
-            with the exact gradient of the tables. "dense" passes the gradients of the dense layer
-            to input and weights and none to the codebooks, which `reconstruction` trains (eLUT-NN,
-            ASPLOS 2024). "soft" is LUT-NN's softmax over distances with a learned temperature.
+        gradient: how the gradient of the input is computed. "straight-through" takes the gradient
+            of the dense layer; "projected" takes the gradient of the best linear model of the
+            quantiser (see `lutra.train.layers.pq_projection`); both have the exact gradient of the
+            tables. "dense" passes the gradients of the dense layer to input and weights and none to
+            the codebooks, which `reconstruction` trains (eLUT-NN, ASPLOS 2024). "soft" is the
+            softmax of LUT-NN over distances, with a learned temperature.
         reconstruction: weight of the mean squared difference between the layer and its dense
             product in the loss (see `lutra.train.reconstruction_loss`); eLUT-NN takes 1e-3 for
             BERT. 0 leaves it out.
         centroids: "average" lets centroids follow the mean of their cluster (exponential moving
             average); "gradient" trains them by backpropagation.
-        decay: of that moving average, per step.
+        decay: decay of the moving average in a step.
         temperature: initial softmax temperature of the soft gradient (LUT-NN starts at 0.065).
-        encoder: what makes codes. "nearest" searches the nearest centroid; "tree" asks a decision
-            tree, as in MADDNESS (arXiv 2106.10860): log2(k) comparisons instead of k * v products,
-            for some accuracy (see docs/training.md). Not with the soft gradient.
+        encoder: how codes are found. "nearest" searches the nearest centroid; "tree" asks a
+            decision tree, as in MADDNESS (arXiv 2106.10860): log2(k) comparisons instead of k * v
+            products, for some accuracy (see docs/training.md). Not with the soft gradient.
 
     Raises:
         LutraError: a value is out of range.
+
+    Examples:
+        >>> from lutra.train import PQ, Int8
+        >>> recipe = {"conv1": Int8(), "layer?.*": PQ(v=9), "fc": PQ(v=4, encoder="tree")}
+        >>> recipe["layer?.*"].k
+        16
     """
 
     v: int | None = None
@@ -165,6 +172,11 @@ class Int8(Method, name="int8"):
 
     Raises:
         LutraError: a value is out of range.
+
+    Examples:
+        >>> from lutra.train import Int8, recipe_to_json
+        >>> recipe_to_json({"fc": Int8()})
+        {'fc': {'method': 'int8', 'act_bits': 7}}
     """
 
     act_bits: int = MAX_ACT_BITS
@@ -191,16 +203,22 @@ class Lookup(Method, name="lookup"):
             the products of a uniform quantisation.
         rank: products whose mean is the learned table. 1 is a non-uniform quantisation of both
             operands and trains at the cost of the dense layer; more are not.
-        entries: what the table's cell for the largest activation and weight becomes in int8.
-            Smaller entries are faster, larger ones finer. None: the largest multiple of
-            the exact products for which the kernels add up several entries at a time.
+        entries: the int8 value of the table entry of the largest activation and weight. Smaller
+            entries are faster, larger ones finer. None takes the largest multiple of the exact
+            products for which the kernels add up several entries at a time.
         temperature: of the softmax behind the learned table, at the start and at the end of
             fine-tuning; between them it changes geometrically.
-        rescale: whether the gradient of a cell is divided by the square root of how often it is
-            read, so that rare cells learn as fast as frequent ones (LLT, CVPR 2022).
+        rescale: whether the gradient of an entry is divided by the square root of the number of
+            its reads, so that rare entries learn as fast as frequent ones (LLT, CVPR 2022).
 
     Raises:
         LutraError: a value is out of range.
+
+    Examples:
+        >>> from lutra.train import Int8, Lookup
+        >>> recipe = {"conv1": Int8(), "layer3.*": Lookup(8, 7), "*": Lookup()}  # 3 and 4 bits
+        >>> recipe["*"].levels, recipe["*"].weights
+        (16, 15)
     """
 
     levels: int = 16
@@ -278,13 +296,21 @@ class Function(Method, name="function"):
         entries: lines of a table: 8, 16 or 32.
         method: "minimax", "dp", "uniform" or "exponential" of `lutra.functions.fit`, or
             "relu_net", NN-LUT's trained network.
-        calibrate: fit to the inputs in the calibration data, each place by itself, and not for all
-            inputs alike. Far from these inputs the error is larger, but bounded.
-        functions: what is swapped. "exp", "sqrt", "rsqrt" and "reciprocal" can be named too where
-            calibration gives them a range; beyond it they are constant.
+        calibrate: fit each table to the inputs that its place has in the calibration data, and not
+            to all inputs alike. Far from these inputs the error is larger, but bounded.
+        functions: the functions that are swapped. "exp", "sqrt", "rsqrt" and "reciprocal" can be
+            named too where calibration gives them a range; beyond it they are constant.
 
     Raises:
         LutraError: a value is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from lutra.train import Function, convert
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU())
+        >>> swapped, report = convert(model, {"**": Function()}, [torch.randn(256, 4)])
+        >>> [(entry.name, entry.function, entry.entries) for entry in report.functions]
+        [('1', 'gelu', 16)]
     """
 
     entries: int = 16

@@ -69,6 +69,19 @@ def convert(
 
     Raises:
         LutraError: a pattern matches nothing, a layer cannot be replaced, or the data is unusable.
+
+    Examples:
+        >>> import torch
+        >>> from lutra.train import PQ, Int8, convert
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10)
+        ... )
+        >>> batches = [torch.rand(64, 16) for _ in range(4)]
+        >>> lookup, report = convert(model, {"0": Int8(), "*": PQ(v=4)}, batches)
+        >>> type(lookup[2]).__name__
+        'PQLinear'
+        >>> [(layer.name, layer.method) for layer in report.layers]
+        [('0', 'int8'), ('2', 'pq')]
     """
     show = progress if distributed.rank() == 0 else False
     layers = choose(model, recipe)

@@ -104,9 +104,13 @@ def export(
         LutraError: The graph computes something else than torch, the file cannot be written, or
             no lookup layer has the weights that compact tables need.
 
-    Example:
-        >>> graph = export(model, "model.lutra", images[:8])  # doctest: +SKIP
-        >>> print(graph)  # doctest: +SKIP
+    Examples:
+        >>> import torch
+        >>> from lutra.train import export
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
+        >>> graph = export(model, "model.lutra", torch.rand(8, 4), metadata={"seed": 0})
+        >>> [node.op for node in graph.nodes]
+        ['linear', 'relu']
     """
     if tables not in get_args(Tables):
         raise InputError(f"export: tables={tables!r} is not one of {list(get_args(Tables))}")

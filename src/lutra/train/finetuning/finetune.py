@@ -82,12 +82,14 @@ def finetune(
         model: a converted model.
         data: batches (inputs, targets) over a map-style data set; its order and random numbers are
             reseeded from `seed`, epoch and batch, so that a resumed run sees the same.
-        epochs, steps: how long; give one of them.
-        lr: learning rate of all parameters but temperatures. temperature_lr: of those (LUT-NN
-            takes 100 times lr). table_lr: of the tables and scales of lookup layers; None takes lr.
-            Where lr is small (1e-4), they need more.
-        weight_decay: of all parameters but the tables and scales of lookup layers.
+        epochs: passes over the data; give these or `steps`.
+        steps: training steps, one for each batch.
+        lr: learning rate of all parameters but temperatures.
+        temperature_lr: learning rate of temperatures (LUT-NN takes 100 times lr).
+        table_lr: learning rate of the tables and scales of lookup layers; None takes lr. Where lr
+            is small (1e-4), they need more.
         warmup: steps of linear warm-up.
+        weight_decay: of all parameters but the tables and scales of lookup layers.
         loss: of (outputs, targets).
         teacher: network to distil from, for classification: its softened outputs are the targets.
         distillation: weight of the teacher's loss; 1 - distillation is that of `loss`.
@@ -114,6 +116,16 @@ def finetune(
     Raises:
         LutraError: unusable settings or data, a checkpoint of other settings, a loss that is not
             finite.
+
+    Examples:
+        >>> import torch
+        >>> from lutra.train import finetune
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> x = torch.rand(64, 4)
+        >>> data = DataLoader(TensorDataset(x, (x[:, 0] > 0.5).long()), batch_size=16)
+        >>> model = torch.nn.Linear(4, 2)  # or what `convert` returned
+        >>> finetune(model, data, epochs=2, lr=1e-2).steps
+        8
     """
     if (epochs is None) == (steps is None):
         raise LutraError(f"finetune: give either epochs or steps (got {epochs=}, {steps=})")
