@@ -135,7 +135,7 @@ def finetune(
         seed_everything(seed)
         reader = BatchReader(model, "finetune: data")
         prepared, optimizer, loader = accelerator.prepare(model, torch.optim.Adam(groups), loader)
-        order.length = len(loader) if order.known else None
+        order.measure(loader, accelerator.num_processes)
         total = _total(epochs, steps, order)
         rates = torch.optim.lr_scheduler.LambdaLR(
             optimizer.optimizer, lambda step: settings.schedule.factor(step, total)

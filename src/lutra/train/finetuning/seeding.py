@@ -64,7 +64,8 @@ class SeededBatchSampler(BatchSampler):
 class SeededStream(IterableDataset[Any]):
     """An iterable data set that reseeds when it begins and before every `every` samples.
 
-    Set `epoch` before iterating; a data set with `set_epoch` is told it.
+    Set `epoch` before iterating; a data set with `set_epoch` is told it. The samples are the same
+    in every process, so that each can take its share of them.
     """
 
     def __init__(self, stream: Any, seed: int, every: int) -> None:
@@ -73,14 +74,14 @@ class SeededStream(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        place = (collective.rank(), 0 if worker is None else worker.id)
+        place = 0 if worker is None else worker.id
         seed_everything(self.seed, self.epoch)
         if hasattr(self.stream, "set_epoch"):
             self.stream.set_epoch(self.epoch)
         samples = iter(self.stream)
         for i in count():
             if i % self.every == 0:
-                seed_everything(self.seed, self.epoch, i // self.every + 1, *place)
+                seed_everything(self.seed, self.epoch, i // self.every + 1, place)
             try:
                 sample = next(samples)
             except StopIteration:
@@ -94,18 +95,32 @@ class Order:
 
     Attributes:
         source: what reseeds; its epoch is set here.
-        batch_size: of the loader.
+        batch_size: of the loader; None if an iterable data set makes its own batches.
         length: batches of an epoch in this process, once the loader is prepared; None if unknown.
     """
 
     source: SeededBatchSampler | SeededStream
-    batch_size: int
+    batch_size: int | None
     length: int | None = None
 
     @property
     def known(self) -> bool:
         """Whether epochs have a length."""
         return isinstance(self.source, SeededBatchSampler)
+
+    def measure(self, loader: DataLoader[Any], processes: int) -> None:
+        """Sets `length` from the prepared loader.
+
+        Raises:
+            LutraError: batches that a data set makes itself cannot be shared among processes.
+        """
+        if self.known:
+            self.length = len(loader)
+        elif self.batch_size is None and processes > 1:
+            raise LutraError(
+                f"finetune: an iterable data set that makes its own batches cannot be shared among "
+                f"{processes} processes; let it yield samples, and set batch_size of the DataLoader"
+            )
 
 
 def seeded_loader(loader: DataLoader[Any], seed: int) -> tuple[DataLoader[Any], Order]:
@@ -119,12 +134,12 @@ def seeded_loader(loader: DataLoader[Any], seed: int) -> tuple[DataLoader[Any], 
             f"finetune: data is a {type(loader).__name__}; give a torch.utils.data.DataLoader"
         )
     if isinstance(loader.dataset, IterableDataset):
-        size = loader.batch_size or 1
-        stream = SeededStream(loader.dataset, seed, size)
-        kept = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
-        if loader.batch_size is None:
-            del kept["drop_last"]
-        return _copy(loader, stream, **kept), Order(stream, size)
+        size = loader.batch_size
+        stream = SeededStream(loader.dataset, seed, size or 1)
+        return (
+            _copy(loader, stream, batch_size=size, drop_last=loader.drop_last),
+            Order(stream, size),
+        )
     if loader.batch_sampler is None:
         raise LutraError(
             "finetune: the data loader has no batch sampler, so its order cannot be repeated; give "
