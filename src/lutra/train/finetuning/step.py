@@ -74,8 +74,13 @@ class TrainingStep:
             raise
         value = self._total_loss(output, inputs.targets, batch)
         fault = None if self._early else self._fault(inputs)
-        result = collective.mean(math.nan if fault else float(value.detach()))
+        own = math.nan if fault else float(value.detach())
+        result = collective.mean(own)
         self._refuse(fault, position)
+        if math.isfinite(own) and not math.isfinite(result):
+            self._refuse(
+                "another process has inputs or a loss that are not finite; see its error", position
+            )
         if not math.isfinite(result):
             self._refuse_loss(result, inputs, position)
         self._move(value)
@@ -116,11 +121,14 @@ class TrainingStep:
             raise LutraError(f"finetune: {position}: {fault}") from None
 
     def _refuse_loss(self, result: float, inputs: TrainingBatch, position: Position) -> None:
-        found = broken_layer(self._model, inputs, self._accelerator)
         source = ""
-        if found is not None:
-            source = f" (the output of layer '{found[0]}' has {found[1]}, the first to have any)"
+        # Layers that talk to other processes cannot run in one alone.
+        if not collective.active():
+            with self.check.paused():
+                found = broken_layer(self._model, inputs, self._accelerator)
+            if found is not None:
+                source = f", where the output of layer '{found[0]}' is the first with {found[1]}"
         raise LutraError(
             f"finetune: the loss is {result} at step {position.step + 1}; lower lr, or set "
-            f"clip_norm; it is {position}{source}"
+            f"clip_norm; it was batch {position.batch + 1} of epoch {position.epoch + 1}{source}"
         )
