@@ -505,7 +505,7 @@ def test_unusable_data_is_refused(model: nn.Module) -> None:
             yield torch.zeros(2, 6, 6)
 
     x = Augmented().x
-    refused("has no batch sampler", model, DataLoader(Stream()), steps=1)
+    refused("has no known length; give steps", model, DataLoader(Stream()), epochs=1)
     refused("has no batch sampler", model, DataLoader(TensorDataset(x), batch_size=None), steps=1)
     refused("data is a list; give", model, [(x, x)], steps=1)
     few = DataLoader(TensorDataset(x, x), batch_size=1000, drop_last=True)

@@ -6,6 +6,7 @@ from lutra.train.conversion.convert import convert
 from lutra.train.conversion.speed_gate import SpeedGate
 from lutra.train.exporting.export import export
 from lutra.train.finetuning.finetune import FinetuneReport, finetune
+from lutra.train.finetuning.settings import Checkpoints, Distillation, Schedule
 from lutra.train.functions.modules import (
     TableAttention,
     TableFunction,
@@ -14,6 +15,7 @@ from lutra.train.functions.modules import (
     TableSoftmax,
 )
 from lutra.train.functions.relu_net import fit_relu_net
+from lutra.train.layers.finite import check_finite
 from lutra.train.layers.int8 import FrozenInt8, Int8Conv2d, Int8Linear
 from lutra.train.layers.lookup import FrozenLookup, LookupConv2d, LookupLinear
 from lutra.train.layers.pq import FrozenPQ, PQConv2d, PQLinear
@@ -24,7 +26,9 @@ from lutra.train.report import ConversionReport, FunctionReport, LayerReport
 
 __all__ = [
     "PQ",
+    "Checkpoints",
     "ConversionReport",
+    "Distillation",
     "FinetuneReport",
     "FrozenInt8",
     "FrozenLookup",
@@ -41,12 +45,14 @@ __all__ = [
     "LookupLinear",
     "PQConv2d",
     "PQLinear",
+    "Schedule",
     "SpeedGate",
     "TableAttention",
     "TableFunction",
     "TableLayerNorm",
     "TableRMSNorm",
     "TableSoftmax",
+    "check_finite",
     "convert",
     "export",
     "finetune",

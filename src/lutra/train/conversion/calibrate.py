@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lutra.errors import LutraError
+from lutra.train.batches import BatchReader
 from lutra.train.geometry import Geometry
+from lutra.train.layers.finite import describe, is_finite
 
 _FLOAT_BYTES = 4
 _LEAST_ROWS = 64  # fewer rows than centroids make no codebook
@@ -70,30 +72,6 @@ class Reservoir:
             image[:, None, None], ys[:, :, None], xs[:, None, :]
         ]  # (rows, kh, kw, C)
         return patch.permute(0, 3, 1, 2).reshape(len(index), g.depth)
-
-
-def model_inputs(batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a model for a batch of any usual form.
-
-    A tensor is the input; a dict holds keyword arguments; of a tuple or list (inputs, targets) the
-    first entry is the input.
-    """
-
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(batch, Mapping):
-        return (), {key: move(value) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        if not batch:
-            raise LutraError("calibration data: a batch is empty; yield tensors or tuples")
-        return model_inputs(batch[0], device)
-    if not isinstance(batch, Tensor):
-        raise LutraError(
-            f"calibration data: a batch is a {type(batch).__name__}; yield tensors, tuples whose "
-            "first entry is the input, or dicts of keyword arguments"
-        )
-    return (move(batch),), {}
 
 
 def _images(layer: nn.Module, name: str, x: Tensor) -> Tensor:
@@ -183,6 +161,11 @@ def collect(
             layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
         ) -> None:
             x = args[0] if args else kwargs["input"]
+            if not is_finite(x):
+                raise LutraError(
+                    f"calibration: the input of layer '{name}' holds NaN or infinity "
+                    f"({describe(x)}); check the model and the calibration data"
+                )
             if not reservoirs[name].input_shape:
                 reservoirs[name].input_shape = _sample_shape(x, samples)
             reservoirs[name].sources.append(source_of(x))
@@ -192,10 +175,11 @@ def collect(
     training = {m: m.training for m in model.modules()}
     model.eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    reader = BatchReader(model, "calibration data")
     batches = 0
     try:
         for batch in data:
-            args, kwargs = model_inputs(batch, device)
+            args, kwargs = reader.inputs(batch, device)
             samples = _samples(args, kwargs)
             model(*args, **kwargs)
             batches += 1
@@ -213,10 +197,5 @@ def collect(
             raise LutraError(
                 f"calibration: layer '{name}' got no input from {batches} batches; keep it in the "
                 "recipe, or give data that reaches it"
-            )
-        if not bool(torch.isfinite(reservoir.rows).all()):
-            raise LutraError(
-                f"calibration: the input of layer '{name}' holds NaN or infinity; check the model "
-                "and the calibration data"
             )
     return reservoirs

@@ -46,9 +46,11 @@ def convert(
             first match wins, and what no pattern names is kept. An embedding becomes int8 where
             `Int8()` names it and stays as it is elsewhere. Every pattern must name some layer.
             A layer that the model holds in several places is replaced in all of them.
-        calibration_data: batches, run once in eval mode: tensors, tuples whose first entry is the
-            input, or dicts of keyword arguments. A thousand samples are plenty. With
-            torch.distributed, give every process a part of its own.
+        calibration_data: batches, run once in eval mode: tensors, tuples of positional arguments,
+            or mappings of keyword arguments. A tuple gives `forward` as many entries as it takes;
+            a last one with one number for each sample is taken as targets and left out, unless
+            `forward` requires it (`lutra.train.batches.BatchReader` has the rule). A thousand
+            samples are plenty. With torch.distributed, give every process a part of its own.
         rows: sample rows per layer for k-means.
         memory_bytes: limit for all samples together.
         kmeans_steps: Lloyd steps.

@@ -32,7 +32,7 @@ def accelerator_for(
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, is_initialized
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 
     if given is not None:
         if mixed_precision not in (None, given.mixed_precision):
@@ -52,6 +52,8 @@ def accelerator_for(
     try:
         accelerator = Accelerator(
             mixed_precision=mixed_precision,
+            # Each process reads an iterable data set itself: batches may be of any structure.
+            dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
             # Lookup layers and `finetune` keep the buffers of all processes equal.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )

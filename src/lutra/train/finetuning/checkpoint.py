@@ -31,11 +31,16 @@ logging.getLogger("accelerate.utils.other").addFilter(_worth_saying)
 
 @dataclass
 class RunState:
-    """Where a run stands. `settings` are JSON values: everything that decides its result."""
+    """Where a run stands. `settings` are JSON values: everything that decides its result.
+
+    `epoch` and `begun`, the step at which it began, are of data whose epochs have no known length.
+    """
 
     settings: dict[str, Any]
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    epoch: int = 0
+    begun: int = 0
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -60,6 +65,13 @@ def create_folder(folder: Path) -> None:
         ) from None
 
 
+def resume(accelerator: Accelerator, folder: Path, run: RunState) -> None:
+    """Continues at the newest checkpoint of a folder, if there is one; see `load`."""
+    found = checkpoints(folder)
+    if found:
+        load(accelerator, found[-1], run)
+
+
 def load(accelerator: Accelerator, path: Path, run: RunState) -> None:
     """Continues at a checkpoint: sets `run` and all that `accelerator` has prepared.
 
@@ -70,6 +82,7 @@ def load(accelerator: Accelerator, path: Path, run: RunState) -> None:
     try:
         saved = json.loads((path / _RUN).read_text(encoding="utf-8"))
         settings, step, history = saved["settings"], int(saved["step"]), list(saved["history"])
+        epoch, begun = int(saved.get("epoch", 0)), int(saved.get("begun", 0))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LutraError(
             f"finetune: the checkpoint {path} cannot be read ({error!r}); delete it"
@@ -89,6 +102,7 @@ def load(accelerator: Accelerator, path: Path, run: RunState) -> None:
             "use the same model, or another checkpoint_dir"
         ) from error
     run.step, run.history = step, history
+    run.epoch, run.begun = epoch, begun
 
 
 def save(accelerator: Accelerator, folder: Path, run: RunState) -> None:

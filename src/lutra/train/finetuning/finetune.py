@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,18 +21,28 @@ from torch.utils.data import DataLoader
 
 from lutra.errors import LutraError
 from lutra.train import distributed as collective
-from lutra.train.conversion.calibrate import model_inputs
+from lutra.train.batches import BatchReader
 from lutra.train.finetuning import checkpoint
 from lutra.train.finetuning.accelerate import accelerator_for, unmarked, unwrapped
-from lutra.train.finetuning.distill import Distiller, FeatureMatch, Loss
-from lutra.train.finetuning.seeding import MODEL_STREAM, seed_everything, seeded_loader
-from lutra.train.layers.lookup import LookupLayer
-from lutra.train.layers.lookup_table import Response
-from lutra.train.layers.pq_reconstruction import reconstruction_loss
+from lutra.train.finetuning.batch_norm import average_batch_norm, renew_batch_norm
+from lutra.train.finetuning.batches import training_batches
+from lutra.train.finetuning.distill import step_loss
+from lutra.train.finetuning.optimizer import parameter_groups, quantized_layers
+from lutra.train.finetuning.outputs import Loss, default_loss
+from lutra.train.finetuning.seeding import Order, seed_everything, seeded_loader
+from lutra.train.finetuning.settings import (
+    Checkpoints,
+    Distillation,
+    Keywords,
+    Schedule,
+    Settings,
+)
+from lutra.train.finetuning.step import TrainingStep
 from lutra.train.progress import Progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -53,69 +63,61 @@ def finetune(
     *,
     epochs: float | None = None,
     steps: int | None = None,
-    lr: float = 1e-3,
-    temperature_lr: float = 0.1,
-    table_lr: float | None = None,
-    warmup: int = 0,
-    weight_decay: float = 0.0,
+    schedule: Schedule | None = None,
     loss: Loss = F.cross_entropy,
-    teacher: nn.Module | None = None,
-    distillation: float = 1.0,
-    distillation_temperature: float = 4.0,
-    feature_layers: Sequence[str] = (),
-    feature_weight: float = 1.0,
-    clip_norm: float | None = None,
+    distillation: Distillation | float | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     evaluate_every: int | None = None,
     batch_norm_batches: int = 0,
-    checkpoint_dir: str | Path | None = None,
-    checkpoint_every: int | None = None,
-    resume: bool = True,
+    checkpoints: Checkpoints | None = None,
     mixed_precision: str | None = None,
     seed: int = 0,
     progress: bool | None = None,
     accelerator: Accelerator | None = None,
+    **keywords: Unpack[Keywords],
 ) -> FinetuneReport:
     """Trains all parameters of `model` in place: Adam, cosine schedule to zero.
 
+    NaN or infinity in the inputs of a batch, or on its way into a quantised layer, which would make
+    a number of it, stops the run. The error names the batch and the layer.
+
     Args:
         model: a converted model.
-        data: batches (inputs, targets) over a map-style data set; its order and random numbers are
-            reseeded from `seed`, epoch and batch, so that a resumed run sees the same.
+        data: batches. Tuples `(inputs, targets)`, or with several inputs `(a, b, targets)`: the
+            last entry is the target, and with it those that `forward` does not take. Or mappings,
+            dicts and those of transformers: arguments by name, and targets in `labels`; a model
+            that takes `labels` gets them as well. Without `labels` the whole mapping is the target.
+            `lutra.train.batches.BatchReader` has the rules. Order and random numbers are reseeded
+            from `seed`, epoch and batch, so that a resumed run sees the same. An iterable data set
+            needs `steps`; it must begin in the same way each time.
         epochs: passes over the data; give these or `steps`.
         steps: training steps, one for each batch.
-        lr: learning rate of all parameters but temperatures.
-        temperature_lr: learning rate of temperatures (LUT-NN takes 100 times lr).
-        table_lr: learning rate of the tables and scales of lookup layers; None takes lr. Where lr
-            is small (1e-4), they need more.
-        warmup: steps of linear warm-up.
-        weight_decay: of all parameters but the tables and scales of lookup layers.
-        loss: of (outputs, targets).
-        teacher: network to distil from, for classification: its softened outputs are the targets.
-        distillation: weight of the teacher's loss; 1 - distillation is that of `loss`.
-        distillation_temperature: softens both outputs.
-        feature_layers: module paths whose outputs are drawn to the teacher's as well, by their mean
-            squared difference relative to the teacher's mean square, times `feature_weight`.
-        clip_norm: largest gradient norm.
+        schedule: learning rates, warm-up, weight decay and clipping.
+        loss: of the whole output and the targets. Left at its default, it is the loss that the
+            model returns if it returns one, as transformers do for `labels`, and the cross entropy
+            of the output's scores if not. Scores are a tensor, the output's `logits`, or its first
+            tensor; classes are on axis 1, or on the last one where the targets say so.
+        distillation: a teacher to learn from. It is for classification: its softened scores are
+            targets.
         evaluate: called with the model in eval mode and full precision every `evaluate_every` steps
             and at the end; in every process, and the metric is the mean of what they return.
         batch_norm_batches: training batches whose statistics replace the running ones at the end
             (running averages lag behind moving codebooks).
-        checkpoint_dir: where checkpoints go, every `checkpoint_every` steps and at the end; with
-            `resume` a run continues from the newest, bit for bit as if it had not stopped (data
-            loaders with worker processes: at epoch boundaries). Without, it starts over and
-            replaces what is there.
+        checkpoints: where the run keeps its state, and whether it continues from there.
         mixed_precision: "no", "bf16" or "fp16", as accelerate takes it. The parameters stay float32
             and the lookups exact.
         progress: show a progress bar; None shows it on terminals only.
         accelerator: one of your own instead of a new one.
+        keywords: the fields of `Schedule` by their names, and those of the others as `teacher`,
+            `distillation` (the weight), `distillation_temperature`, `feature_layers`,
+            `feature_weight`, `checkpoint_dir`, `checkpoint_every` and `resume`.
 
     Returns:
         Steps, seconds and history. With several processes each returns the same.
 
     Raises:
-        LutraError: unusable settings or data, a checkpoint of other settings, a loss that is not
-            finite.
+        LutraError: unusable settings or data, a checkpoint of other settings, inputs or a loss that
+            are not finite.
 
     Examples:
         >>> import torch
@@ -129,103 +131,96 @@ def finetune(
     """
     if (epochs is None) == (steps is None):
         raise LutraError(f"finetune: give either epochs or steps (got {epochs=}, {steps=})")
-    if teacher is not None and not 0.0 <= distillation <= 1.0:
-        raise LutraError(f"finetune: distillation={distillation} is not in 0..1")
+    settings = Settings.of(schedule, distillation, checkpoints, keywords)
     if seed < 0:
         raise LutraError(f"finetune: seed={seed} is negative; give 0 or more")
-    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    places = settings.checkpoints
+    folder = None if places is None else Path(places.folder)
     if folder is not None:
         checkpoint.create_folder(folder)
-    loader, sampler = seeded_loader(data, seed)
-    table_lr = lr if table_lr is None else table_lr
-    groups = _parameter_groups(model, lr, temperature_lr, table_lr, weight_decay)
+    own_loss = loss is not F.cross_entropy
+    loader, order = seeded_loader(data, seed)
+    groups = parameter_groups(model, settings.schedule)
+    teacher = None if settings.distillation is None else settings.distillation.teacher
     with accelerator_for(accelerator, mixed_precision) as accelerator, unmarked(model, teacher):
         seed_everything(seed)
-        optimizer = torch.optim.Adam(groups)
-        run_model, run_optimizer, run_loader = accelerator.prepare(model, optimizer, loader)
-        per_epoch = len(run_loader)
-        total = steps if steps is not None else math.ceil((epochs or 0) * per_epoch)
-        if total < 1 or per_epoch < 1:
-            raise LutraError(
-                f"finetune: {epochs=}, {steps=} with {per_epoch} batches per epoch is no training "
-                "at all"
-            )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            run_optimizer.optimizer, lambda s: _cosine(s, total, warmup)
+        reader = BatchReader(model, "finetune: data")
+        prepared, optimizer, loader = accelerator.prepare(model, torch.optim.Adam(groups), loader)
+        order.measure(loader, accelerator.num_processes)
+        total = _total(epochs, steps, order)
+        rates = torch.optim.lr_scheduler.LambdaLR(
+            optimizer.optimizer, lambda step: settings.schedule.factor(step, total)
         )
-        accelerator.register_for_checkpointing(schedule)
+        accelerator.register_for_checkpointing(rates)
         run = checkpoint.RunState(
             {
+                **settings.to_json(),
                 "steps": total,
-                "lr": lr,
-                "temperature_lr": temperature_lr,
-                "table_lr": table_lr,
-                "warmup": warmup,
-                "weight_decay": weight_decay,
-                "distillation": None if teacher is None else distillation,
-                "distillation_temperature": None if teacher is None else distillation_temperature,
-                "feature_layers": list(feature_layers),
-                "feature_weight": feature_weight,
-                "clip_norm": clip_norm,
                 "batch_norm_batches": batch_norm_batches,
                 "mixed_precision": str(accelerator.mixed_precision),
                 "seed": seed,
-                "batch_size": sampler.batch_size,
-                "batches_per_epoch": per_epoch,
+                "batch_size": order.batch_size,
+                "batches_per_epoch": order.length,
                 "processes": accelerator.num_processes,
             }
         )
-        found = checkpoint.checkpoints(folder) if folder is not None and resume else []
-        if found:
-            checkpoint.load(accelerator, found[-1], run)
-        if teacher is not None:
-            teacher = teacher.to(accelerator.device).eval()
-        features = FeatureMatch(accelerator.unwrap_model(run_model), teacher, feature_layers)
-        distiller = Distiller(
-            accelerator, teacher, distillation, distillation_temperature, features,
-            feature_weight, loss,
-        )  # fmt: skip
+        if places is not None and places.resume:
+            checkpoint.resume(accelerator, Path(places.folder), run)
         start = time.perf_counter()
         show = progress if accelerator.is_main_process else False
-        with features, Progress("fine-tuning", total, show) as bar:
-            while run.step < total:
-                sampler.epoch, done = divmod(run.step, per_epoch)
-                batches = accelerator.skip_first_batches(run_loader, done) if done else run_loader
-                seed_everything(seed, sampler.epoch)
-                for index, batch in enumerate(batches, done):
-                    # For dropout and the like; a stream of its own, as batches are drawn ahead.
-                    seed_everything(
-                        seed, sampler.epoch, index + 1, accelerator.process_index, MODEL_STREAM
-                    )
-                    run_model.train()
-                    _anneal(model, run.step / total)
-                    value = _step(
-                        accelerator, run_model, run_optimizer, batch, distiller, clip_norm, run.step
-                    )
-                    schedule.step()
-                    run.step += 1
-                    bar.update(run.step, f"loss {value:.3f}")
-                    last = run.step == total
-                    _anneal(model, run.step / total)
-                    evaluated = last or _due(run.step, evaluate_every)
-                    saved = folder is not None and (last or _due(run.step, checkpoint_every))
+        with (
+            step_loss(
+                accelerator, model, settings.distillation, loss if own_loss else default_loss
+            ) as losses,
+            TrainingStep(
+                accelerator, model, prepared, optimizer, losses,
+                reader=reader, own_loss=own_loss, clip_norm=settings.schedule.clip_norm,
+            ) as step,
+            Progress("fine-tuning", total, show) as bar,
+        ):  # fmt: skip
+            for batch, position in training_batches(accelerator, loader, order, run, total, seed):
+                prepared.train()
+                _anneal(model, run.step / total)
+                value = step(batch, position)
+                rates.step()
+                run.step += 1
+                bar.update(run.step, f"loss {value:.3f}")
+                _anneal(model, run.step / total)
+                last = run.step == total
+                evaluated = last or _due(run.step, evaluate_every)
+                saved = places is not None and (last or _due(run.step, places.every))
+                if not (evaluated or saved):
+                    continue
+                with step.check.paused():
                     if last and batch_norm_batches:
-                        _renew_batch_norm(run_model, run_loader, batch_norm_batches, accelerator)
-                    if evaluated or saved:
-                        _average_batch_norm(run_model)
+                        renew_batch_norm(
+                            model, loader, batch_norm_batches, reader, accelerator.device
+                        )
+                    average_batch_norm(model)
                     if evaluated:
-                        rate = float(schedule.get_last_lr()[0])
-                        entry = {"step": float(run.step), "loss": value, "lr": rate}
+                        entry = {"step": float(run.step), "loss": value}
+                        entry["lr"] = float(rates.get_last_lr()[0])
                         if evaluate is not None:
-                            current = accelerator.unwrap_model(run_model)
-                            entry["metric"] = _evaluate(current, evaluate)
+                            entry["metric"] = _evaluate(model, evaluate)
                         run.history.append(entry)
-                    if saved:
-                        assert folder is not None
+                    if saved and folder is not None:
                         checkpoint.save(accelerator, folder, run)
-                    if last:
-                        break
         return FinetuneReport(run.step, time.perf_counter() - start, tuple(run.history))
+
+
+def _total(epochs: float | None, steps: int | None, order: Order) -> int:
+    """Steps of a run."""
+    if order.length is None and epochs is not None:
+        raise LutraError(
+            f"finetune: {epochs=}, but an iterable data set has no known length; give steps"
+        )
+    total = steps if steps is not None else math.ceil((epochs or 0) * (order.length or 0))
+    if total < 1 or order.length == 0:
+        raise LutraError(
+            f"finetune: {epochs=}, {steps=} with {order.length} batches per epoch is no training "
+            "at all"
+        )
+    return total
 
 
 def _due(step: int, every: int | None) -> bool:
@@ -233,73 +228,8 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def _anneal(model: nn.Module, progress: float) -> None:
-    """Sets the temperature of every response table."""
-    for module in model.modules():
-        if isinstance(module, Response):
-            module.anneal(progress)
-
-
-def _parameter_groups(
-    model: nn.Module, lr: float, temperature_lr: float, table_lr: float, weight_decay: float
-) -> list[dict[str, Any]]:
-    spared = {
-        parameter
-        for layer in model.modules()
-        if isinstance(layer, LookupLayer)
-        for parameter in layer.table_parameters()
-    }
-    temperatures: list[nn.Parameter] = []
-    tables: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            hot = name.endswith("inverse_temperature_logit")
-            (temperatures if hot else tables if parameter in spared else others).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": others, "lr": lr, "weight_decay": weight_decay},
-        {"params": temperatures, "lr": temperature_lr, "weight_decay": weight_decay},
-        {"params": tables, "lr": table_lr, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if not groups:
-        raise LutraError("finetune: no parameter of the model requires a gradient")
-    return groups
-
-
-def _cosine(step: int, total: int, warmup: int) -> float:
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
-
-
-def _step(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Any,
-    batch: Any,
-    distiller: Distiller,
-    clip_norm: float | None,
-    step: int,
-) -> float:
-    if not isinstance(batch, tuple | list) or len(batch) < 2:
-        raise LutraError("finetune: a batch must be a tuple (inputs, targets)")
-    args, kwargs = model_inputs(batch, accelerator.device)
-    targets = batch[1].to(accelerator.device)
-    value = distiller.loss(model(*args, **kwargs).float(), targets, args, kwargs)
-    reconstruction = reconstruction_loss(model)
-    if reconstruction is not None:
-        value = value + reconstruction
-    result = collective.mean(float(value.detach()))
-    if not math.isfinite(result):
-        raise LutraError(
-            f"finetune: the loss is {result} at step {step + 1}; lower lr, or set clip_norm"
-        )
-    accelerator.backward(value)
-    if clip_norm is not None:
-        accelerator.clip_grad_norm_(model.parameters(), clip_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    return result
+    for layer in quantized_layers(model):
+        layer.anneal(progress)
 
 
 def _evaluate(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
@@ -312,48 +242,3 @@ def _evaluate(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def _batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-
-
-@torch.no_grad()
-def _average_batch_norm(model: nn.Module) -> None:
-    """Makes running statistics, which every process gathers alone, the same everywhere.
-
-    Their averages move linearly, so that it does not matter how often this is done.
-    """
-    if not collective.active():
-        return
-    processes = torch.distributed.get_world_size()
-    for layer in _batch_norms(model):
-        for statistic in (layer.running_mean, layer.running_var):
-            if statistic is not None:
-                collective.all_reduce(statistic).div_(processes)
-
-
-@torch.no_grad()
-def _renew_batch_norm(model: nn.Module, data: Any, batches: int, accelerator: Accelerator) -> None:
-    """Replaces running statistics by the plain average over some training batches.
-
-    Only the normalisation layers are in training mode, so nothing else moves.
-    """
-    layers = _batch_norms(model)
-    if not layers:
-        return
-    momenta = [layer.momentum for layer in layers]
-    model.eval()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # cumulative average
-        layer.train()
-    plain = accelerator.unwrap_model(model)
-    with unwrapped(plain):
-        for i, batch in enumerate(data):
-            if i == batches:
-                break
-            args, kwargs = model_inputs(batch, accelerator.device)
-            plain(*args, **kwargs)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum

@@ -1,0 +1,45 @@
+"""Which parameters learn how fast: asked from the layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lutra.errors import LutraError
+from lutra.train.finetuning.settings import Schedule
+from lutra.train.layers.base import QuantizedLayer
+
+
+def quantized_layers(model: nn.Module) -> list[QuantizedLayer]:
+    """The layers that have a say in their training."""
+    return [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+
+
+def parameter_groups(model: nn.Module, schedule: Schedule) -> list[dict[str, Any]]:
+    """Groups for an optimiser: ordinary parameters, temperatures, tables; those that are empty are
+    left out.
+
+    Raises:
+        LutraError: no parameter requires a gradient.
+    """
+    layers = quantized_layers(model)
+    hot = {parameter for layer in layers for parameter in layer.temperature_parameters()}
+    spared = {parameter for layer in layers for parameter in layer.table_parameters()}
+    temperatures: list[nn.Parameter] = []
+    tables: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            group = temperatures if parameter in hot else tables if parameter in spared else others
+            group.append(parameter)
+    decay = schedule.weight_decay
+    groups: list[dict[str, Any]] = [
+        {"params": others, "lr": schedule.lr, "weight_decay": decay},
+        {"params": temperatures, "lr": schedule.temperature_lr, "weight_decay": decay},
+        {"params": tables, "lr": schedule.rate_of_tables, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise LutraError("finetune: no parameter of the model requires a gradient")
+    return groups
