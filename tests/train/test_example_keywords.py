@@ -7,18 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import keywords as script
 import numpy as np
 import pytest
+import speech as data
+import torch
+from examples_support import DATA
 
-torch = pytest.importorskip("torch", reason="the examples train with PyTorch")
-
-from examples_support import DATA  # noqa: E402  (makes the examples importable)
-
-import lutra  # noqa: E402
-from lutra.stream import Stream  # noqa: E402
-
-data: Any = pytest.importorskip("speech")
-script: Any = pytest.importorskip("keywords")
+import lutra
+from lutra.stream import Stream
 
 NUMBERS = np.array([10, 11, 9, 3, 8, 1, 2, 6, 5, 4, 7, 0])  # MLPerf's, of the classes of data
 

@@ -9,22 +9,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import agnews_minilm as agnews
+import minilm
 import numpy as np
 import pytest
+import sst2_minilm as sst2
+import torch
+from text_support import ID, tiny_tokenizer
 
-torch = pytest.importorskip("torch", reason="the examples train with PyTorch")
-transformers = pytest.importorskip("transformers", reason="the examples load MiniLM with it")
+import lutra
+from lutra.cli import main as command
+from lutra.sentences import SentenceEncoder
 
-import examples_support  # noqa: E402, F401  (it comes after what may skip the file)
-from text_support import ID, tiny_tokenizer  # noqa: E402
-
-import lutra  # noqa: E402
-from lutra.cli import main as command  # noqa: E402
-from lutra.sentences import SentenceEncoder  # noqa: E402
-
-minilm: Any = pytest.importorskip("minilm")
-sst2: Any = pytest.importorskip("sst2_minilm")
-agnews: Any = pytest.importorskip("agnews_minilm")
+transformers = pytest.importorskip("transformers")
 
 WORDS = [word for word in ID if word.isalpha()]
 

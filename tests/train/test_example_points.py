@@ -7,17 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import modelnet10_pointnet as script
 import numpy as np
+import points
 import pytest
+import torch
+from examples_support import DATA
 
-torch = pytest.importorskip("torch", reason="the examples train with PyTorch")
-
-from examples_support import DATA  # noqa: E402  (it comes after what may skip the file)
-
-import lutra  # noqa: E402
-from lutra.cli import main as command  # noqa: E402
-
-points: Any = pytest.importorskip("points")
+import lutra
+from lutra.cli import main as command
 
 MODELNET10 = DATA / "points"
 
@@ -154,7 +152,6 @@ def test_augmentation() -> None:
 def test_pointnet_from_training_to_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script: Any = pytest.importorskip("modelnet10_pointnet")
     file = tmp_path / "p.lutra"
     words = ["--synthetic", "60", "--points", "24", "--widths", "8", "16", "--hidden", "8"]
     words += ["--float-epochs", "1", "--epochs", "1"]
