@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from importlib.util import find_spec
 
@@ -16,3 +17,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ[name] = "1"
 
 collect_ignore = [] if find_spec("torch") or os.environ.get(ENVIRONMENT) == "1" else ["train"]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected by now stays: later garbage collections pass it over."""
+    gc.collect()
+    gc.freeze()
