@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_export import Fn, PreActBlock, ops, outputs_of, randomise
+from exported import Fn, PreActBlock, ops, outputs_of, randomise
 from test_export_operators import PointNet, Points1d, SuperResolution
 from torch import Tensor, nn
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_export import Fn, check_model, ops
+from exported import Fn, check_model, ops
 from torch import Tensor, nn
 
 from lutra.errors import UnsupportedModelError
