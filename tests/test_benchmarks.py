@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sweeps import sweep
 
 import lutra
 
@@ -126,9 +127,9 @@ def test_activations_keep_their_size(network: Network, method: Method) -> None:
         assert (y[0] != y[1]).any()
 
 
-@pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize("levels", [4, 8, 16, 32, 64])
 @pytest.mark.parametrize("weights", [3, 7, 15, 33])
+@sweep("signed", [False, True])
+@sweep("levels", [4, 8, 16, 32, 64])
 def test_tables_are_those_of_training(levels: int, weights: int, signed: bool) -> None:
     pytest.importorskip("torch", reason="needs PyTorch")
     from lutra.train import Lookup

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sweeps import sweep
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -110,9 +111,9 @@ def every_mode(layer: Any, x: Tensor) -> dict[str, Tensor]:
     return outputs
 
 
-@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
+@sweep("signed", [False, True])
 def test_every_mode_is_the_explicit_sum_of_table_reads(
     size: tuple[int, int], kind: dict[str, Any], signed: bool
 ) -> None:
@@ -175,9 +176,9 @@ def test_pack_and_unpack() -> None:
 # --- the table ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@sweep("signed", [False, True])
+@sweep("size", SIZES)
 def test_the_first_table_is_that_of_products(
     size: tuple[int, int], kind: dict[str, Any], signed: bool
 ) -> None:
