@@ -59,6 +59,7 @@ MACS = {
 TINY = Sentences(8, Encoder("tiny", 2, 32, 2, 64, vocabulary=50, positions=16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_graphs_are_valid(name: str) -> None:
     case = CASES[name]
@@ -69,6 +70,7 @@ def test_graphs_are_valid(name: str) -> None:
         assert graph.total_cost().dense_macs == MACS.get(name, graph.total_cost().dense_macs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", sentences.CASES, ids=lambda case: f"{case.network.tokens}")
 def test_encoders_are_valid(case: Case) -> None:
     tokens, blocks = case.batch * case.network.tokens, 6

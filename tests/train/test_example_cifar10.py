@@ -41,6 +41,7 @@ def run(script: Any, monkeypatch: pytest.MonkeyPatch, file: Path, *words: str) -
     return json.loads(file.with_suffix(".json").read_text())
 
 
+@pytest.mark.slow
 def test_resnet20_with_lookups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     state = {f"module.{k}": v.numpy() for k, v in cifar10.ResNet().state_dict().items()}
@@ -59,6 +60,7 @@ def test_resnet20_with_lookups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert graph.metadata["classes"][3] == "cat"
 
 
+@pytest.mark.slow
 def test_vgg_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

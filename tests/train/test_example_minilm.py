@@ -97,6 +97,7 @@ def test_texts_are_compared_without_case_and_punctuation() -> None:
     assert sst2.plain("  It's GOOD, isn't it ? ") == "it s good isn t it"
 
 
+@pytest.mark.slow
 def test_sst2_trains_resumes_and_writes_a_file(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +133,7 @@ def test_sst2_trains_resumes_and_writes_a_file(
     assert len(before) == output.stat().st_size
 
 
+@pytest.mark.slow
 def test_agnews_trains_and_measures_through_the_engine(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

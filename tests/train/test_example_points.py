@@ -149,6 +149,7 @@ def test_augmentation() -> None:
     assert (one[0].shape, int(one[1])) == ((3, 50, 1), int(clouds.labels[3]))
 
 
+@pytest.mark.slow
 def test_pointnet_from_training_to_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +189,7 @@ def test_pointnet_from_training_to_engine(
         lutra.Session(file)(np.zeros((1, 3, 0, 1), np.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (MODELNET10 / "modelnet10_labels.npz").exists(),
     reason="needs ModelNet10: set LUTRA_TEST_DATA to the folder that holds points/",

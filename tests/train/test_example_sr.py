@@ -173,6 +173,7 @@ def _public_weights(path: Path, net: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", ["vdsr", "espcn"])
 def test_super_resolution_from_training_to_engine(
     net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -212,6 +213,7 @@ def test_super_resolution_from_training_to_engine(
         assert session(x).shape == (1, 1, height * enlarged, width * enlarged)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (SET5 / "set5_hr.npy.xz").exists(),
     reason="needs Set5: set LUTRA_TEST_DATA to the folder that holds sr/",

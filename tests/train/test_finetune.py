@@ -28,11 +28,11 @@ def model() -> nn.Module:
     "method",
     [
         PQ(v=9, k=8),
-        PQ(v=9, k=8, centroids="average"),
-        PQ(v=9, k=8, gradient="soft"),
+        pytest.param(PQ(v=9, k=8, centroids="average"), marks=pytest.mark.slow),
+        pytest.param(PQ(v=9, k=8, gradient="soft"), marks=pytest.mark.slow),
         PQ(v=9, k=8, gradient="soft", centroids="average"),
     ],
-    ids=str,
+    ids=lambda method: f"{method.gradient}-{method.centroids}",
 )
 def test_the_loss_falls(method: PQ) -> None:
     model = converted(method)
@@ -68,7 +68,7 @@ def test_history_and_modes(model: nn.Module) -> None:
     )
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_evaluation_does_not_disturb_training(workers: int) -> None:
     def evaluate(current: nn.Module) -> float:
         seed_everything(999)
@@ -96,6 +96,7 @@ def test_warmup_and_temperature_learning_rate() -> None:
     assert (model.stem.weight - before[1]).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_distillation_follows_the_teacher() -> None:
     torch.manual_seed(1)
     teacher = Net()
@@ -158,6 +159,7 @@ def test_a_loop_of_ones_own_works(model: nn.Module) -> None:
 # accelerate
 
 
+@pytest.mark.slow
 def test_mixed_precision_may_change_between_runs() -> None:
     model = converted()
     for precision in ("bf16", "no", None, "bf16"):

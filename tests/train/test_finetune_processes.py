@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 
 def launch(folder: Path, processes: int) -> list[dict[str, Any]]:
     folder.mkdir()

@@ -19,7 +19,14 @@ from lutra.train import PQ, convert, finetune
 from lutra.train.finetuning import checkpoint
 
 
-@pytest.mark.parametrize(("crash", "workers"), [("evaluate", 0), ("data", 0), ("evaluate", 2)])
+@pytest.mark.parametrize(
+    ("crash", "workers"),
+    [
+        ("evaluate", 0),
+        pytest.param("data", 0, marks=pytest.mark.slow),
+        pytest.param("evaluate", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_crashed_run_continues_bit_equal(tmp_path: Path, crash: str, workers: int) -> None:
     """With random augmentation and dropout, in the middle of an epoch and at its last batch."""
     total, every = 2 * EPOCH + 2, EPOCH - 1
@@ -67,6 +74,7 @@ def test_a_crashed_run_continues_bit_equal(tmp_path: Path, crash: str, workers: 
     assert again.history == want.history
 
 
+@pytest.mark.slow
 def test_checkpoints_at_every_step_lead_to_the_same_end(tmp_path: Path) -> None:
     whole = converted()
     finetune(whole, loader(), steps=EPOCH + 2, checkpoint_dir=tmp_path / "a", checkpoint_every=1)
@@ -145,6 +153,7 @@ def test_starting_over_replaces_the_old_checkpoints(tmp_path: Path) -> None:
     assert [p.name[-1] for p in checkpoint.checkpoints(tmp_path)] == ["4", "5"]
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_and_change_nothing(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"steps": 4, "checkpoint_dir": tmp_path}
     finetune(converted(), loader(), **settings)

@@ -345,6 +345,7 @@ def test_what_product_quantisation_refuses_says_int8(net: Net) -> None:
         convert(net, {"*": PQ()}, [noise(64, 3, 8, 8)], progress=False)
 
 
+@pytest.mark.slow
 def test_fine_tuning_learns(net: Net) -> None:
     torch.manual_seed(0)
     y = torch.arange(256) % 4

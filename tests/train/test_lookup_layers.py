@@ -346,6 +346,7 @@ def test_rescaling_favours_rare_cells() -> None:
     assert torch.allclose(lookup.cell_factor(torch.full((16,), 9)), torch.ones(16), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_learning_fits_a_function_that_is_no_product() -> None:
     """y = sum of w * min(x, 0.5): a learned table can bend, a linear one cannot."""
     torch.manual_seed(0)
@@ -455,6 +456,7 @@ def converted() -> tuple[nn.Module, TensorDataset, Any]:
     return new, data, report
 
 
+@pytest.mark.slow
 def test_families_mix_from_conversion_to_the_engine(tmp_path: Path) -> None:
     model, data, report = converted()
     assert isinstance(model.second, LookupConv2d)
