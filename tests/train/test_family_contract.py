@@ -27,6 +27,7 @@ from lutra.graph import Graph
 from lutra.node import Array, Node
 from lutra.ops.lookup import unpack_weights
 from lutra.train import PQ, Int8, Lookup, convert, export, finetune
+from lutra.train.layers.base import KINDS, families
 
 
 def pq_sums(rows: Array, tensors: dict[str, Array], node: Node) -> Array:
@@ -84,10 +85,9 @@ FAMILIES: list[tuple[str, Any, Callable[..., Array]]] = [
     ("int8", Int8(), int8_sums),
 ]
 Shape = tuple[int, ...]
-# name, dense layer, shape of one input, what the refusal of a shape says
-KINDS: list[tuple[str, Callable[[], nn.Module], Shape, dict[Shape, str]]] = [
-    (
-        "conv2d",
+# of a kind of module: a dense layer, shape of one input, what the refusal of a shape says
+DENSE: dict[type[nn.Module], tuple[Callable[[], nn.Module], Shape, dict[Shape, str]]] = {
+    nn.Conv2d: (
         lambda: nn.Conv2d(5, 7, 3, stride=(2, 1), padding=(1, 0)),
         (5, 9, 8),
         {
@@ -98,13 +98,12 @@ KINDS: list[tuple[str, Callable[[], nn.Module], Shape, dict[Shape, str]]] = [
             (2, 5, 9, 2): "smaller than the kernel",
         },
     ),
-    (
-        "linear",
+    nn.Linear: (
         lambda: nn.Linear(19, 6),
         (19,),
         dict.fromkeys([(2, 18), (2, 20), ()], "19 input features"),
     ),
-]
+}
 
 
 @dataclass(frozen=True)
@@ -123,11 +122,22 @@ class Case:
 
 
 CASES = [
-    Case(f"{family}-{kind}", recipe, sums, dense, shape, refused)
-    for family, recipe, sums in FAMILIES
-    for kind, dense, shape, refused in KINDS
+    Case(f"{name}-{KINDS[kind]}", recipe, sums, *DENSE[kind])
+    for family in families()
+    for name, recipe, sums in FAMILIES
+    if type(recipe) is family.method
+    for kind in family.layers
+    if kind in DENSE
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def test_every_family_is_here() -> None:
+    tested = {type(recipe) for _, recipe, _ in FAMILIES}
+    for family in families():
+        if family.method.__module__.startswith("lutra."):  # and none of a test's own
+            assert family.method in tested, f"{family.method.__name__}: add it to FAMILIES"
+            assert any(type(case.recipe) is family.method for case in CASES)
 
 
 def fresh(case: Case, seed: int = 0) -> nn.Sequential:
