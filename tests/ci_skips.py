@@ -58,7 +58,11 @@ def allowed(environment: str) -> list[str]:
 
 #: Reasons of ``importorskip`` that do not name the package as Python does.
 REASONS = {
-    "torch": ["needs PyTorch", r"the example's (image )?reader needs PyTorch"],
+    "torch": [
+        "needs PyTorch",
+        r"needs torch: pip install 'lutra\[bench\]'",
+        "the example's (image )?reader needs PyTorch",
+    ],
     "PIL": ["the example's reader needs Pillow"],
     "transformers": ["needs transformers"],
     "nanobind": ["the stub is made by nanobind"],
