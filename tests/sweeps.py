@@ -1,10 +1,10 @@
-"""Many small cases in one test."""
+"""Many small cases in one test, and a quick choice from many slow ones."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -44,3 +44,18 @@ def sweep(names: str | tuple[str, ...], values: Iterable[Any]) -> Callable[[Any]
         return run
 
     return decorate
+
+
+def quick_cover(ops: Mapping[str, Sequence[str] | None]) -> list[Any]:
+    """Values for ``parametrize``: all names, of which those that add no operator are slow.
+
+    Args:
+        ops: Operators of each model by its name; None, unknown ones, are always quick.
+    """
+    seen: set[str] = set()
+    values: list[Any] = []
+    for name, of_model in ops.items():
+        is_quick = of_model is None or not seen.issuperset(of_model)
+        values.append(name if is_quick else pytest.param(name, marks=pytest.mark.slow))
+        seen.update(of_model or ())
+    return values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sweeps import sweep
+from sweeps import quick_cover, sweep
 
 seen: list[tuple[str, int, int, int]] = []
 
@@ -36,3 +36,10 @@ def test_failures_name_their_case() -> None:
 def test_arguments_that_a_test_lacks_are_refused() -> None:
     with pytest.raises(AssertionError, match="lacks a"):
         sweep("a", [1])(lambda b: None)
+
+
+def test_a_quick_cover_has_every_operator() -> None:
+    a, b, c, d, e = quick_cover({"a": ["x"], "b": ["x", "x"], "c": None, "d": ["x", "y"], "e": []})
+    assert [a, c, d] == ["a", "c", "d"]
+    assert (b.values, e.values) == (("b",), ("e",))
+    assert b.marks[0].name == e.marks[0].name == "slow"
