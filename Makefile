@@ -1,6 +1,7 @@
-# make demo   the main job, end to end, on real data (3 minutes)
-# make test   all tests
-# make help   the rest
+# make demo      the main job, end to end, on real data (3 minutes)
+# make test      the quick tests, of everything (minutes on two cores)
+# make test-all  all tests
+# make help      the rest
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,11 +9,12 @@ ENV := $(VENV)/.installed
 NATIVE := $(shell find cpp -name '*.cc' -o -name '*.h') CMakeLists.txt pyproject.toml
 TORCH := 2.13.0
 
-.PHONY: help demo test lint format types stubs sanitize docs bench clean dev
+.PHONY: help demo test test-all lint format types stubs sanitize docs bench clean dev
 
 help:
 	@echo "make demo      train, convert, fine-tune, export and run a small network (3 minutes)"
-	@echo "make test      all tests"
+	@echo "make test      the quick tests, of everything (minutes on two cores)"
+	@echo "make test-all  all tests, the slow ones too; ARGS='-k tree' for either chooses some"
 	@echo "make dev       only the environment ($(VENV)) with everything in it"
 	@echo "make lint      ruff, clang-format, mypy; 'make format' mends the first two"
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
@@ -43,8 +45,14 @@ dev: $(ENV)
 demo: $(ENV)
 	$(BIN)/python examples/digits.py --output build/digits.lutra
 
+# One worker for each core, with one thread each.
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
+
 test: $(ENV)
-	$(BIN)/python -m pytest tests $(ARGS)
+	$(PYTEST) -m "not slow" tests $(ARGS)
+
+test-all: $(ENV)
+	$(PYTEST) tests $(ARGS)
 
 lint: $(ENV)
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sweeps import sweep
 
 import lutra
 
@@ -58,6 +59,7 @@ MACS = {
 TINY = Sentences(8, Encoder("tiny", 2, 32, 2, 64, vocabulary=50, positions=16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_graphs_are_valid(name: str) -> None:
     case = CASES[name]
@@ -68,6 +70,7 @@ def test_graphs_are_valid(name: str) -> None:
         assert graph.total_cost().dense_macs == MACS.get(name, graph.total_cost().dense_macs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", sentences.CASES, ids=lambda case: f"{case.network.tokens}")
 def test_encoders_are_valid(case: Case) -> None:
     tokens, blocks = case.batch * case.network.tokens, 6
@@ -126,9 +129,9 @@ def test_activations_keep_their_size(network: Network, method: Method) -> None:
         assert (y[0] != y[1]).any()
 
 
-@pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize("levels", [4, 8, 16, 32, 64])
 @pytest.mark.parametrize("weights", [3, 7, 15, 33])
+@sweep("signed", [False, True])
+@sweep("levels", [4, 8, 16, 32, 64])
 def test_tables_are_those_of_training(levels: int, weights: int, signed: bool) -> None:
     pytest.importorskip("torch", reason="needs PyTorch")
     from lutra.train import Lookup

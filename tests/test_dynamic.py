@@ -155,6 +155,7 @@ def test_threads_with_images_of_different_sizes() -> None:
     assert not wrong
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux")
 def test_many_sizes_do_not_pile_up_memory() -> None:
     def resident() -> int:

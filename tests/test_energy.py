@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from graphs import Builder, tree_tensors
+from sweeps import sweep
 
 from lutra import InputError, save_graph
 from lutra.cli.inspect import describe
@@ -156,7 +157,7 @@ def test_totals_are_sums() -> None:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-@pytest.mark.parametrize("price", [-1.0, float("nan"), float("inf"), True, "2"])
+@sweep("price", [-1.0, float("nan"), float("inf"), True, "2"])
 def test_prices_are_numbers(name: str, price: Any) -> None:
     with pytest.raises(InputError, match=f"EnergyTable: {name}="):
         EnergyTable(**{name: price})

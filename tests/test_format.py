@@ -143,6 +143,7 @@ def test_missing_attributes_with_a_default_are_filled_in():
     assert loaded.nodes == graph.nodes
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=50)
 @given(
     st.dictionaries(
@@ -384,6 +385,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=500)
 @given(st.data())
 def test_any_json_anywhere_in_the_graph(data: st.DataObject):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from layers import Array, same_bits
+from sweeps import sweep
 
 from lutra import _engine, runnable_isas
 
@@ -85,7 +86,7 @@ def test_functions_are_accurate(name: str) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("name", FUNCTIONS)
+@sweep("name", FUNCTIONS)
 def test_functions_of_all_isas_are_equal_and_have_limits(isa: str, name: str) -> None:
     x = numbers()
     assert same_bits(_engine.function(isa, name, x), _engine.function("scalar", name, x))
@@ -382,8 +383,8 @@ ATTENTION_CASES = [  # samples, queries, keys, heads, features of a head
 
 
 @pytest.mark.parametrize("case", ATTENTION_CASES)
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("masked", ["no", "prefix", "any", "none"])
+@sweep("causal", [False, True])
+@sweep("masked", ["no", "prefix", "any", "none"])
 def test_attention(case: tuple[int, ...], causal: bool, masked: str) -> None:
     samples, queries, keys, heads, d = case
     q, k, v = (normal(samples, n, heads * d, seed=i) for i, n in enumerate((queries, keys, keys)))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from graphs import Array, Builder, int8_tensors
 from layers import same_bits
+from sweeps import sweep
 
 from lutra import GraphError, Session, load_graph, run_reference, runnable_isas, save_graph
 from lutra.graph import Graph
@@ -191,8 +192,8 @@ CONVOLUTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("zero", [0, 64, 127])
 @pytest.mark.parametrize("case", range(len(CONVOLUTIONS)))
+@sweep("zero", [0, 64, 127])
 def test_convolutions_give_the_bits_of_the_specification(case: int, zero: int) -> None:
     settings = dict(CONVOLUTIONS[case])
     b = Builder(("x", (None, settings["channels"], 11, 13)), seed=case)
@@ -221,8 +222,8 @@ def test_every_width_of_activations(bits: int) -> None:
         compare(b.graph(), batches=(2,))
 
 
-@pytest.mark.parametrize("features", [1, 3, 4, 63, 64, 65, 130, 1000])
 @pytest.mark.parametrize("rows", [(), (3,), (2, 4)])
+@sweep("features", [1, 3, 4, 63, 64, 65, 130, 1000])
 def test_linear_layers_give_the_bits_of_the_specification(
     features: int, rows: tuple[int, ...]
 ) -> None:

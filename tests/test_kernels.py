@@ -11,6 +11,7 @@ from graphs import Builder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import Array, Layer, guarded, random_layer, run_native, same_bits
+from sweeps import sweep
 
 from lutra import Session, _engine, run_reference, runnable_isas
 from lutra.reference.pq import quantise
@@ -31,7 +32,7 @@ def check(layer: Layer, isa: str, order: str = "CNHW", threads: int = 1) -> None
 
 
 @each_isa
-@pytest.mark.parametrize("rows", ROWS)
+@sweep("rows", ROWS)
 def test_rows_at_tile_edges(isa: str, rows: int) -> None:
     layer = random_layer(rows, size=(rows, 1, 1), channels=20, outputs=7)
     check(layer, isa)
@@ -41,20 +42,20 @@ def test_rows_at_tile_edges(isa: str, rows: int) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("books", [1, 2, 3, 4, 5, 6, 257, 300])
+@sweep("books", [1, 2, 3, 4, 5, 6, 257, 300])
 def test_numbers_of_codebooks(isa: str, books: int) -> None:
     check(random_layer(books, size=(33, 1, 1), channels=books * 2, width=2, outputs=6), isa)
 
 
 @each_isa
-@pytest.mark.parametrize("outputs", [1, 2, 3, 4, 5, 8, 15, 16, 17, 64, 65])
+@sweep("outputs", [1, 2, 3, 4, 5, 8, 15, 16, 17, 64, 65])
 def test_numbers_of_outputs(isa: str, outputs: int) -> None:
     check(random_layer(outputs, size=(35, 1, 1), channels=18, outputs=outputs), isa)
 
 
 @each_isa
-@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("count", COUNTS)
+@sweep("width", WIDTHS)
 def test_codebook_sizes(isa: str, width: int, count: int) -> None:
     # the last sub-vector has one value less, where that is possible
     channels = 3 * width - (width > 1)
@@ -76,7 +77,7 @@ def test_codebook_sizes(isa: str, width: int, count: int) -> None:
         ((7, 7), (2, 2), (3, 3), (1, 1)),
     ],
 )
-@pytest.mark.parametrize("order", ["CNHW", "NCHW", "NHWC", "NCHW*"])
+@sweep("order", ["CNHW", "NCHW", "NHWC", "NCHW*"])
 def test_geometry(
     isa: str,
     kernel: tuple[int, int],
@@ -99,8 +100,8 @@ def test_geometry(
 
 
 @each_isa
-@pytest.mark.parametrize("channels", [1, 3, 31, 32, 33, 70])
 @pytest.mark.parametrize("kind", ["NHWC", "sliced", "reversed", "broadcast", "CNHW"])
+@sweep("channels", [1, 3, 31, 32, 33, 70])
 def test_input_strides(isa: str, channels: int, kind: str) -> None:
     layer = random_layer(
         channels, size=(2, 5, 6), channels=channels, kernel=(3, 2), stride=(1, 2), padding=(1, 1)
@@ -123,8 +124,8 @@ def test_input_strides(isa: str, channels: int, kind: str) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("bits", range(1, 8))
 @pytest.mark.parametrize("zero", [0, 1, 64])
+@sweep("bits", range(1, 8))
 def test_activation_bits(isa: str, bits: int, zero: int) -> None:
     zero = min(zero, 2**bits - 1)
     layer = random_layer(
@@ -151,8 +152,8 @@ def test_extreme_tables(isa: str, entry: int, books: int) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("width", [4, 9, 16, 64])
 @pytest.mark.parametrize("count", COUNTS)
+@sweep("width", [4, 9, 16, 64])
 def test_largest_scores(isa: str, width: int, count: int) -> None:
     layer = random_layer(1, size=(65, 1, 1), channels=2 * width, width=width, count=count)
     layer.x[...] = np.float32(1e9)
@@ -166,7 +167,7 @@ def test_largest_scores(isa: str, width: int, count: int) -> None:
 
 @each_isa
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("width", [1, 2, 9, 20])
+@sweep("width", [1, 2, 9, 20])
 def test_ties_go_to_the_lowest_code(isa: str, count: int, width: int) -> None:
     layer = random_layer(5, size=(64, 1, 1), channels=3 * width, width=width, count=count)
     centroids = layer.tensors["centroids"]
@@ -259,7 +260,7 @@ def test_random_layers(layer: Layer, order: str) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("rows", ROWS)
+@sweep("rows", ROWS)
 def test_linear_graphs(isa: str, rows: int) -> None:
     b = Builder(("x", (None, 50)), seed=rows)
     b.pq_linear("x", 50, 11, width=7, count=32)
@@ -269,7 +270,6 @@ def test_linear_graphs(isa: str, rows: int) -> None:
     assert same_bits(Session(graph, isa=isa, threads=1)(x), reference)
 
 
-@pytest.mark.parametrize("tail", ["", "relu", "relu6", "add", "add relu6"])
 @pytest.mark.parametrize("op", ["pq_linear", "linear"])
 @pytest.mark.parametrize(
     ("axes", "features", "outputs"),
@@ -284,6 +284,7 @@ def test_linear_graphs(isa: str, rows: int) -> None:
         ((2, 2, 3, 1, 4), 12, 33),
     ],
 )
+@sweep("tail", ["", "relu", "relu6", "add", "add relu6"])
 def test_linear_layers_over_many_axes(
     axes: tuple[int, ...], features: int, outputs: int, op: str, tail: str
 ) -> None:
@@ -334,8 +335,8 @@ def test_linear_layers_over_many_rows(isa: str, op: str) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("clamp", ["relu", "relu6"])
 @pytest.mark.parametrize("op", ["", "pq_linear", "linear", "conv2d", "pq_linear rows"])
+@sweep("clamp", ["relu", "relu6"])
 def test_clamps_of_nan_give_zero(isa: str, clamp: str, op: str) -> None:
     shape = (1, 1) if op == "conv2d" else (3,) if "rows" in op else ()
     features = (20, *shape) if op == "conv2d" else (*shape, 20)
@@ -367,7 +368,7 @@ DENSE: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("attrs", DENSE)
-@pytest.mark.parametrize("size", [(1, 6, 7), (3, 9, 13), (2, 20, 21)])
+@sweep("size", [(1, 6, 7), (3, 9, 13), (2, 20, 21)])
 def test_dense_convolutions(attrs: dict[str, Any], size: tuple[int, int, int]) -> None:
     attrs = dict(attrs)
     channels = attrs.pop("channels")
@@ -376,8 +377,8 @@ def test_dense_convolutions(attrs: dict[str, Any], size: tuple[int, int, int]) -
     check_dense(b, (size[0], channels, *size[1:]))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 17, 65])
 @pytest.mark.parametrize(("features", "outputs"), [(1, 1), (7, 63), (40, 64), (100, 65), (33, 130)])
+@sweep("rows", [1, 2, 17, 65])
 def test_dense_linear(rows: int, features: int, outputs: int) -> None:
     b = Builder(("x", (None, features)), seed=rows)
     b.linear("x", features, outputs)
@@ -396,8 +397,8 @@ def check_dense(b: Builder, shape: tuple[int, ...]) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("tail", ["relu", "relu6", "add", "add relu"])
 @pytest.mark.parametrize("op", ["pq_conv2d", "pq_linear", "conv2d", "linear"])
+@sweep("tail", ["relu", "relu6", "add", "add relu"])
 def test_fused_tails(isa: str, tail: str, op: str) -> None:
     shape = (5, 5, 7) if op.endswith("2d") else (5,)
     b = Builder(("x", (None, *shape)), ("r", (None, *shape)), seed=2)

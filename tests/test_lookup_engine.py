@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from sweeps import sweep
 
 from lutra import _engine, runnable_isas
 
@@ -128,17 +129,15 @@ def check(case: Case, isa: str, order: str = "NCHW", threads: int = 1) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("weights", [3, 5, 7, 9, 15, 17, 31, 33])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
-@pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize("entries", ["random", "small", "extreme"])
+@sweep("weights", [3, 5, 7, 9, 15, 17, 31, 33])
+@sweep("signed", [False, True])
+@sweep("entries", ["random", "small", "extreme"])
 def test_tables(isa: str, bits: int, weights: int, signed: bool, entries: str) -> None:
     check(Case(bits, bits=bits, weights=weights, signed=signed, entries=entries), isa)
 
 
 @each_isa
-@pytest.mark.parametrize("order", ["NCHW", "NHWC", "CNHW"])
-@pytest.mark.parametrize("bits", [2, 4, 5])
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "dilation"),
     [
@@ -150,6 +149,8 @@ def test_tables(isa: str, bits: int, weights: int, signed: bool, entries: str) -
         ((1, 3), (1, 4), (0, 5), (2, 1)),
     ],
 )
+@sweep("order", ["NCHW", "NHWC", "CNHW"])
+@sweep("bits", [2, 4, 5])
 def test_geometry(
     isa: str, order: str, bits: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair
 ) -> None:
@@ -167,8 +168,8 @@ def test_geometry(
 
 
 @each_isa
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 15, 16, 17, 32, 33, 48, 49, 63, 64, 65, 129])
 @pytest.mark.parametrize(("bits", "weights"), [(2, 3), (2, 33), (4, 15), (4, 17), (6, 33)])
+@sweep("rows", [1, 2, 4, 5, 15, 16, 17, 32, 33, 48, 49, 63, 64, 65, 129])
 def test_rows(isa: str, rows: int, bits: int, weights: int) -> None:
     """Linear layers, those of a few rows too, and tiles that are not full."""
     case = Case(
@@ -185,15 +186,15 @@ def test_rows(isa: str, rows: int, bits: int, weights: int) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("outputs", [1, 2, 3, 4, 15, 16, 17, 63, 64, 65, 130])
-@pytest.mark.parametrize("rows", [3, 20, 64])
+@sweep("outputs", [1, 2, 3, 4, 15, 16, 17, 63, 64, 65, 130])
+@sweep("rows", [3, 20, 64])
 def test_numbers_of_outputs(isa: str, outputs: int, rows: int) -> None:
     check(Case(outputs, size=(rows, 1, 1), outputs=outputs, kernel=(1, 1), channels=9), isa)
 
 
 @each_isa
-@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 7, 8, 9, 256, 257, 258, 515, 1030, 2100])
 @pytest.mark.parametrize("bits", [2, 4, 6])
+@sweep("depth", [1, 2, 3, 4, 5, 7, 8, 9, 256, 257, 258, 515, 1030, 2100])
 def test_depths(isa: str, depth: int, bits: int) -> None:
     """The longest sums of the largest entries."""
     for rows in (2, 40):
@@ -257,7 +258,7 @@ BAD = [
 
 
 @each_isa
-@pytest.mark.parametrize(("change", "message"), BAD)
+@sweep(("change", "message"), BAD)
 def test_bad_layers(isa: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Case(1).layer(isa, **change)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from graphs import Array, Builder, lookup_tensors
 from layers import same_bits
+from sweeps import sweep
 
 from lutra import GraphError, Session, load_graph, run_reference, runnable_isas, save_graph
 from lutra.graph import Graph, Value
@@ -52,7 +53,7 @@ def plain_output(total: int, tensors: dict[str, Array], m: int) -> np.float32:
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 7, 8, 27])
+@sweep("depth", [1, 2, 3, 4, 5, 7, 8, 27])
 def test_weights_are_packed_from_the_lowest_bit(bits: int, depth: int) -> None:
     index = np.random.default_rng(depth).integers(0, 2**bits, (3, depth)).astype(np.uint8)
     packed = pack_weights(index, bits)
@@ -79,8 +80,8 @@ def test_bits_for(weights: int, bits: int) -> None:
 # The specification
 
 
-@pytest.mark.parametrize(("act_bits", "weights"), SIZES)
-@pytest.mark.parametrize("signed", [False, True])
+@sweep(("act_bits", "weights"), SIZES)
+@sweep("signed", [False, True])
 def test_lookup_linear_is_the_plain_loop(act_bits: int, weights: int, signed: bool) -> None:
     zero = 2 ** (act_bits - 1) if signed else 0
     b = Builder(("x", (None, 11)), seed=weights)
@@ -316,9 +317,9 @@ CONVOLUTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize("size", [(16, 15), (4, 3), (64, 33)])
 @pytest.mark.parametrize("case", range(len(CONVOLUTIONS)))
+@sweep("signed", [False, True])
+@sweep("size", [(16, 15), (4, 3), (64, 33)])
 def test_convolutions_give_the_bits_of_the_specification(
     case: int, size: tuple[int, int], signed: bool
 ) -> None:
@@ -338,7 +339,7 @@ def test_tails_of_tiles(size: tuple[int, int]) -> None:
         compare(b.graph(), batches=(1, 2))
 
 
-@pytest.mark.parametrize(("act_bits", "weights"), SIZES)
+@sweep(("act_bits", "weights"), SIZES)
 def test_every_table(act_bits: int, weights: int) -> None:
     for zero in (0, 2 ** (act_bits - 1)):
         settings = {"act_bits": act_bits, "act_zero": zero, "weights": weights}
@@ -350,8 +351,8 @@ def test_every_table(act_bits: int, weights: int) -> None:
         compare(b.graph(), batches=(1, 7))
 
 
-@pytest.mark.parametrize("features", [1, 3, 4, 63, 64, 65, 130, 1000])
 @pytest.mark.parametrize("rows", [(), (3,), (2, 4)])
+@sweep("features", [1, 3, 4, 63, 64, 65, 130, 1000])
 def test_linear_layers_give_the_bits_of_the_specification(
     features: int, rows: tuple[int, ...]
 ) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from graphs import Array, Builder, int8_tensors
 from layers import same_bits
+from sweeps import sweep
 
 from lutra import GraphError, InputError, Session, run_reference, runnable_isas
 from lutra.graph import Graph
@@ -60,12 +61,12 @@ def test_clamp(low: float, high: float) -> None:
     assert got.tolist() == [lower, upper, lower]
 
 
-@pytest.mark.parametrize(("low", "high"), LIMITS)
 @pytest.mark.parametrize(
     "op",
     ["pq_conv2d", "int8_conv2d", "lookup_conv2d", "conv2d", "pq_linear", "lookup_linear", "linear"],
 )
 @pytest.mark.parametrize("residual", [False, True])
+@sweep(("low", "high"), LIMITS)
 def test_clamps_are_fused_with_any_limits(op: str, low: float, high: float, residual: bool) -> None:
     shape = (None, 20) if op.endswith("linear") else (None, 20, 5, 7)
     b = Builder(("x", shape), ("r", shape), seed=1)
@@ -114,7 +115,7 @@ def test_bad_limits() -> None:
 
 
 @pytest.mark.parametrize("keepdims", [False, True])
-@pytest.mark.parametrize(
+@sweep(
     ("shape", "axes"),
     [
         ((2, 5), (1,)),
@@ -217,11 +218,11 @@ def upsampled(x: Array, mode: str, align_corners: bool, **settings: Any) -> Arra
     return result
 
 
-@pytest.mark.parametrize("settings", [*TO_SIZES, *SCALES])
 @pytest.mark.parametrize(
     ("mode", "align"),
     [("nearest", False), ("nearest-exact", False), ("bilinear", False), ("bilinear", True)],
 )
+@sweep("settings", [*TO_SIZES, *SCALES])
 def test_upsample(mode: str, align: bool, settings: tuple[Any, Any]) -> None:
     attrs: dict[str, Any] = {"mode": mode, "align_corners": align}
     if isinstance(settings[0], int):
@@ -293,8 +294,8 @@ def test_bad_upsampling(attrs: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("op", ["pq_conv2d", "int8_conv2d", "lookup_conv2d", "conv2d"])
 @pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("points", [1, 5, 64, 129])
+@sweep("batch", [1, 3])
+@sweep("points", [1, 5, 64, 129])
 def test_points_in_a_column_are_points_in_a_row(
     op: str, kernel: int, batch: int, points: int
 ) -> None:

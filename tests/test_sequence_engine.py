@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from graphs import int8_tensors
 from plans import ISAS, SEQUENCES, F, close, int8, normal, plan, run, steps_of
+from sweeps import sweep
 
 from lutra import _engine
 
@@ -49,8 +50,8 @@ def test_cast(shape: tuple[int, ...]) -> None:
 # ---- embeddings ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(4,), *SEQUENCES, (2, 3, 5), (2, 3, 2, 2)])
 @pytest.mark.parametrize("features", [1, 7, 64])
+@sweep("shape", [(4,), *SEQUENCES, (2, 3, 5), (2, 3, 2, 2)])
 def test_embedding(shape: tuple[int, ...], features: int) -> None:
     weight = normal(50, features)
     ids = np.random.default_rng(1).integers(0, 50, shape, dtype=np.int32)
@@ -194,8 +195,8 @@ PAIRS = [
 OPERATIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
 
 
-@pytest.mark.parametrize(("a", "b"), PAIRS)
 @pytest.mark.parametrize("name", OPERATIONS)
+@sweep(("a", "b"), PAIRS)
 def test_pair(name: str, a: tuple[int, ...], b: tuple[int, ...]) -> None:
     x, y = normal(*a), normal(*b, seed=1)
     for left, right in ((x, y), (y, x)):
@@ -256,8 +257,8 @@ PRODUCTS = [  # batch axes of a and of b, M, K, P
 ]
 
 
-@pytest.mark.parametrize(("a", "b", "m", "k", "p"), PRODUCTS)
-@pytest.mark.parametrize("turned", [(False, False), (False, True), (True, False), (True, True)])
+@sweep(("a", "b", "m", "k", "p"), PRODUCTS)
+@sweep("turned", [(False, False), (False, True), (True, False), (True, True)])
 def test_matmul(
     a: tuple[int, ...], b: tuple[int, ...], m: int, k: int, p: int, turned: tuple[bool, bool]
 ) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from graphs import Array, Builder, int8_tensors, lookup_tensors, pq_tensors
 from plans import ISAS, SEQUENCES, F, Steps, int8, normal, plan, run, steps_of
+from sweeps import sweep
 
 from lutra import Session, _engine
 
@@ -52,10 +53,8 @@ def _layer(p: _engine.Plan, kind: str, x: int, t: dict[str, Array], **more: Any)
 
 
 @pytest.mark.parametrize("kind", ["pq", "int8", "lookup", "linear"])
-@pytest.mark.parametrize(
-    "shape", [(1, 1), (1, 3), (1, 512), (2, 7), (3, 64), (5, 33), (2, 3, 5), (2, 3, 5, 2)]
-)
-@pytest.mark.parametrize("residual", [False, True])
+@sweep("shape", [(1, 1), (1, 3), (1, 512), (2, 7), (3, 64), (5, 33), (2, 3, 5), (2, 3, 5, 2)])
+@sweep("residual", [False, True])
 def test_layers_treat_every_row_alike(kind: str, shape: tuple[int, ...], residual: bool) -> None:
     features, outputs = 20, 37
     tensors = _tensors(kind, features, outputs)
@@ -118,8 +117,8 @@ FUNCTIONS: dict[str, Callable[[_engine.Plan, int], int]] = {
 
 @pytest.mark.parametrize("kind", ["pq", "int8", "lookup"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("shape", [(2,), (1, 1), (1, 16), (2, 70), (5, 64), (2, 3, 5)])
-@pytest.mark.parametrize("residual", [False, True])
+@sweep("shape", [(2,), (1, 1), (1, 16), (2, 70), (5, 64), (2, 3, 5)])
+@sweep("residual", [False, True])
 def test_layers_take_functions_over(
     kind: str, name: str, shape: tuple[int, ...], residual: bool
 ) -> None:

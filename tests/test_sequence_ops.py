@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from graphs import Array, Builder
 from sequences import check, every_sequence_op_graph, norm_tensors, reduced_table, single
+from sweeps import sweep
 
 from lutra import GraphError, InputError, Session, run_reference
 from lutra.graph import Graph, Shape
@@ -169,10 +170,10 @@ def plain_attention(q: Array, k: Array, v: Array, seen: Array, heads: int, scale
 SHAPES = [(1, 1, 1), (2, 7, 7), (1, 3, 70), (3, 33, 5), (1, 200, 200)]
 
 
-@pytest.mark.parametrize(("batch", "tokens", "keys"), SHAPES)
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("heads", "size"), [(1, 8), (3, 4), (2, 32)])
+@sweep(("batch", "tokens", "keys"), SHAPES)
+@sweep("causal", [False, True])
+@sweep("masked", [False, True])
 def test_attention(
     batch: int, tokens: int, keys: int, causal: bool, masked: bool, heads: int, size: int
 ) -> None:
@@ -361,7 +362,7 @@ NUMPY = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide
 
 
 @pytest.mark.parametrize("op", NUMPY)
-@pytest.mark.parametrize(
+@sweep(
     ("a", "b"),
     [
         ((2, 5), (2, 5)),

@@ -19,6 +19,7 @@ from audio_support import (
     without_levels,
 )
 from graphs import Builder
+from sweeps import sweep
 
 import lutra
 from lutra.errors import FormatError, InputError
@@ -32,13 +33,13 @@ def answers(stream: Stream, clip: Any, size: int) -> list[Answer]:
     return [a for i in range(0, len(clip), size) for a in stream.push(clip[i : i + size])]
 
 
-@pytest.mark.parametrize("every", [1, 3, 40])
-@pytest.mark.parametrize("size", [1, 7, 80, 81, 800, 5000])
 @pytest.mark.parametrize(
     "pre",
     [SMALL, without_levels(SMALL), replace(SMALL, gain="full-scale"), ODD],
     ids=["levels", "floats", "full-scale", "odd"],
 )
+@sweep("every", [1, 3, 40])
+@sweep("size", [1, 7, 80, 81, 800, 5000])
 def test_equals_whole_clips(pre: AudioPreprocess, size: int, every: int) -> None:
     session = lutra.Session(audio_graph(pre), threads=1)
     clip = sound(2900)

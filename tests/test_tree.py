@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from graphs import Builder, tree_tensors
 from layers import Layer, run_native, same_bits
+from sweeps import sweep
 
 from lutra import GraphError, Session, _engine, run_reference
 from lutra.cli import main
@@ -81,7 +82,7 @@ def test_thresholds_at_the_ends_of_the_grid() -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("count", [8, 16, 32, 64])
-@pytest.mark.parametrize(
+@sweep(
     "settings",
     [
         {"size": (1, 3, 3), "padding": (0, 0)},  # one row
@@ -92,7 +93,6 @@ def test_thresholds_at_the_ends_of_the_grid() -> None:
         {"size": (64, 1, 1), "kernel": (1, 1), "channels": 1, "books": 5, "outputs": 1},
         {"size": (1, 8, 16), "padding": (1, 1), "act_bits": 3, "act_zero": 2, "books": 9},
     ],
-    ids=str,
 )
 def test_the_engine_is_exact(isa: str, count: int, settings: dict[str, Any]) -> None:
     layer = random_tree_layer(count, count=count, **settings)

@@ -67,6 +67,7 @@ def test_verify(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(file), "--isa", "all"]) == 0, capsys.readouterr().out
 
 
+@pytest.mark.slow
 @needs("image/cifar10_test.npy.xz")
 @files("cifar10")
 def test_cifar10_accuracy_is_as_stated(
@@ -79,6 +80,7 @@ def test_cifar10_accuracy_is_as_stated(
     assert top1(capsys, file, tmp_path, images, labels) == stated(file.name, "engine accuracy")
 
 
+@pytest.mark.slow
 @needs("points/modelnet10_vox24_test.npy.xz")
 @files("modelnet10")
 def test_modelnet10_accuracy_is_as_stated(
@@ -142,6 +144,7 @@ def test_sound_gives_the_answers_of_the_features(file: Path) -> None:
         np.testing.assert_array_equal(answer.scores, session(front.apply(clips[i : i + 1]))[0])
 
 
+@pytest.mark.slow
 @needs("sr/set5_hr.npy.xz")
 @files("sr_x2")
 def test_set5_psnr_is_as_stated(

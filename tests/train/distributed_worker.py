@@ -1,4 +1,4 @@
-"""Converts and fine-tunes a small network; started by test_finetune.py once per process.
+"""Converts and fine-tunes a small network; started by test_finetune_processes.py once per process.
 
     python distributed_worker.py FOLDER
 

@@ -40,7 +40,6 @@ def test_convert_without_torch(refuse: Any, folder: Path, monkeypatch: pytest.Mo
 
 
 def test_convert(capture: Any, refuse: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("torch")
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.delitem(sys.modules, "net", raising=False)
     Path("net.py").write_text(BUILD)

@@ -7,16 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cifar10
+import cifar10_resnet20
+import cifar10_vgg
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="the examples train with PyTorch")
-
-import examples_support  # noqa: E402, F401  (makes the examples importable)
-
-import lutra  # noqa: E402
-
-cifar10: Any = pytest.importorskip("cifar10")
+import lutra
 
 
 def few_images() -> Any:
@@ -30,27 +28,27 @@ def few_images() -> Any:
     return cifar10.Data(*(part for s in parts for part in (images[s], labels[s])))
 
 
-def run(script: str, monkeypatch: pytest.MonkeyPatch, file: Path, *words: str) -> Any:
+def run(script: Any, monkeypatch: pytest.MonkeyPatch, file: Path, *words: str) -> Any:
     """Runs a script on those images; what it writes as JSON."""
-    module: Any = pytest.importorskip(script)
-    monkeypatch.setattr(module, "load_data", lambda options: few_images())
+    monkeypatch.setattr(script, "load_data", lambda options: few_images())
     common = ["--epochs", "1", "--batch", "16", "--threads", "1", "--output", str(file)]
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *common, *words])
+    monkeypatch.setattr(sys, "argv", [script.__file__, *common, *words])
     threads = torch.get_num_threads()
     try:
-        module.main()
+        script.main()
     finally:
         torch.set_num_threads(threads)
     return json.loads(file.with_suffix(".json").read_text())
 
 
+@pytest.mark.slow
 def test_resnet20_with_lookups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     state = {f"module.{k}": v.numpy() for k, v in cifar10.ResNet().state_dict().items()}
     np.savez(tmp_path / "w.npz", **state)
     file, weights = tmp_path / "r.lutra", str(tmp_path / "w.npz")
     words = ["--method", "lookup", "--bits", "2", "--weights", weights]
-    result = run("cifar10_resnet20", monkeypatch, file, *words)
+    result = run(cifar10_resnet20, monkeypatch, file, *words)
     assert result["engine_validation"] == result["validation"]
     assert (result["steps"], result["test_images"]) == (3, 24)
     graph = lutra.load_graph(file)
@@ -62,17 +60,18 @@ def test_resnet20_with_lookups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert graph.metadata["classes"][3] == "cat"
 
 
+@pytest.mark.slow
 def test_vgg_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "v.lutra"
     words = ["--method", "lookup", "--width", "4", "--dense-epochs", "1", "--dense-too"]
     words += ["--checkpoints", str(tmp_path / "checkpoints")]
-    first = run("cifar10_vgg", monkeypatch, file, *words)
+    first = run(cifar10_vgg, monkeypatch, file, *words)
     assert {"dense_test", "dense_longer_test", "engine_test"} <= set(first)
     content = file.read_bytes()
     capsys.readouterr()
-    assert run("cifar10_vgg", monkeypatch, file, *words) == first
+    assert run(cifar10_vgg, monkeypatch, file, *words) == first
     assert "min in this process" not in capsys.readouterr().out
     assert file.read_bytes() == content
     ops = [node.op for node in lutra.load_graph(file).nodes]

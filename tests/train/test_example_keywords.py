@@ -7,18 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import keywords as script
 import numpy as np
 import pytest
+import speech as data
+import torch
+from examples_support import DATA
 
-torch = pytest.importorskip("torch", reason="the examples train with PyTorch")
-
-from examples_support import DATA  # noqa: E402  (makes the examples importable)
-
-import lutra  # noqa: E402
-from lutra.stream import Stream  # noqa: E402
-
-data: Any = pytest.importorskip("speech")
-script: Any = pytest.importorskip("keywords")
+import lutra
+from lutra.stream import Stream
 
 NUMBERS = np.array([10, 11, 9, 3, 8, 1, 2, 6, 5, 4, 7, 0])  # MLPerf's, of the classes of data
 
@@ -104,6 +101,7 @@ def answers_sound(file: Path, width: int) -> None:
     assert answer.label in stream.session.graph.metadata["classes"]
 
 
+@pytest.mark.slow
 def test_resnet_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +124,7 @@ def test_resnet_resumes(
     answers_sound(file, 40)
 
 
+@pytest.mark.slow
 def test_dscnn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, weights = tmp_path / "d.lutra", public_weights(tmp_path / "w.npz")
     result = run(monkeypatch, file, "--net", "dscnn", "--weights", weights, "--compact")
@@ -164,6 +163,7 @@ def test_the_public_network_is_padded_like_tensorflow(tmp_path: Path) -> None:
         torch.testing.assert_close(seen[0], want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (DATA / "weights" / "mlperf_dscnn_kws_fp32.npz").exists(),
     reason="needs the public DS-CNN: set LUTRA_TEST_DATA to the folder that holds weights/",

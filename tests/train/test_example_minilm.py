@@ -9,22 +9,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import agnews_minilm as agnews
+import minilm
 import numpy as np
 import pytest
+import sst2_minilm as sst2
+import torch
+from text_support import ID, tiny_tokenizer
 
-torch = pytest.importorskip("torch", reason="the examples train with PyTorch")
-transformers = pytest.importorskip("transformers", reason="the examples load MiniLM with it")
+import lutra
+from lutra.cli import main as command
+from lutra.sentences import SentenceEncoder
 
-import examples_support  # noqa: E402, F401  (it comes after what may skip the file)
-from text_support import ID, tiny_tokenizer  # noqa: E402
-
-import lutra  # noqa: E402
-from lutra.cli import main as command  # noqa: E402
-from lutra.sentences import SentenceEncoder  # noqa: E402
-
-minilm: Any = pytest.importorskip("minilm")
-sst2: Any = pytest.importorskip("sst2_minilm")
-agnews: Any = pytest.importorskip("agnews_minilm")
+transformers = pytest.importorskip("transformers")
 
 WORDS = [word for word in ID if word.isalpha()]
 
@@ -100,6 +97,7 @@ def test_texts_are_compared_without_case_and_punctuation() -> None:
     assert sst2.plain("  It's GOOD, isn't it ? ") == "it s good isn t it"
 
 
+@pytest.mark.slow
 def test_sst2_trains_resumes_and_writes_a_file(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +133,7 @@ def test_sst2_trains_resumes_and_writes_a_file(
     assert len(before) == output.stat().st_size
 
 
+@pytest.mark.slow
 def test_agnews_trains_and_measures_through_the_engine(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,17 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import modelnet10_pointnet as script
 import numpy as np
+import points
 import pytest
+import torch
+from examples_support import DATA
 
-torch = pytest.importorskip("torch", reason="the examples train with PyTorch")
-
-from examples_support import DATA  # noqa: E402  (it comes after what may skip the file)
-
-import lutra  # noqa: E402
-from lutra.cli import main as command  # noqa: E402
-
-points: Any = pytest.importorskip("points")
+import lutra
+from lutra.cli import main as command
 
 MODELNET10 = DATA / "points"
 
@@ -151,10 +149,10 @@ def test_augmentation() -> None:
     assert (one[0].shape, int(one[1])) == ((3, 50, 1), int(clouds.labels[3]))
 
 
+@pytest.mark.slow
 def test_pointnet_from_training_to_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script: Any = pytest.importorskip("modelnet10_pointnet")
     file = tmp_path / "p.lutra"
     words = ["--synthetic", "60", "--points", "24", "--widths", "8", "16", "--hidden", "8"]
     words += ["--float-epochs", "1", "--epochs", "1"]
@@ -191,6 +189,7 @@ def test_pointnet_from_training_to_engine(
         lutra.Session(file)(np.zeros((1, 3, 0, 1), np.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (MODELNET10 / "modelnet10_labels.npz").exists(),
     reason="needs ModelNet10: set LUTRA_TEST_DATA to the folder that holds points/",

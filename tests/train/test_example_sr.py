@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import packed
 import pytest
+import sr
+import super_resolution as script
+import torch
+from examples_support import DATA
+from PIL import Image
 
-torch = pytest.importorskip("torch", reason="the examples train with PyTorch")
-Image: Any = pytest.importorskip("PIL.Image", reason="the examples resize with Pillow")
-
-from examples_support import DATA  # noqa: E402  (it comes after what may skip the file)
-
-import lutra  # noqa: E402
-from lutra.cli.metrics import Psnr  # noqa: E402
-
-sr: Any = pytest.importorskip("sr")
-packed: Any = pytest.importorskip("packed")
+import lutra
+from lutra.cli.metrics import Psnr
 
 SET5 = DATA / "sr"
 
@@ -175,11 +173,11 @@ def _public_weights(path: Path, net: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", ["vdsr", "espcn"])
 def test_super_resolution_from_training_to_engine(
     net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script: Any = pytest.importorskip("super_resolution")
     for folder, count in (("T91", 3), ("Set5", 2)):
         (tmp_path / folder).mkdir()
         for i in range(count):
@@ -215,6 +213,7 @@ def test_super_resolution_from_training_to_engine(
         assert session(x).shape == (1, 1, height * enlarged, width * enlarged)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (SET5 / "set5_hr.npy.xz").exists(),
     reason="needs Set5: set LUTRA_TEST_DATA to the folder that holds sr/",

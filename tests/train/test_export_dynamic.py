@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_export import Fn, PreActBlock, ops, outputs_of, randomise
+from exported import Fn, PreActBlock, ops, outputs_of, randomise
 from test_export_operators import PointNet, Points1d, SuperResolution
 from torch import Tensor, nn
 
@@ -89,6 +89,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+SLOW = ("classifier", "upsample", "arithmetic", "slices", "corner")
+
+
 def compare(graph: Graph, model: nn.Module, *inputs: Tensor) -> None:
     feeds = {v.name: x.numpy() for v, x in zip(graph.inputs, inputs, strict=True)}
     wanted = outputs_of(model, inputs)
@@ -109,7 +112,10 @@ def export_any_size(tmp_path: Path, model: nn.Module, example: Any, **settings: 
     return load_graph(path)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODELS],
+)
 def test_every_size_equals_torch(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     model = randomise(MODELS[name]())
@@ -132,6 +138,7 @@ def test_points_of_any_number(tmp_path: Path, make: Callable[[], nn.Module]) -> 
         Session(graph)(np.zeros((1, 3, 0), np.float32))
 
 
+@pytest.mark.slow
 def test_integer_layers_give_the_same_bits_as_in_a_file_for_one_size(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = nn.Sequential(

@@ -99,7 +99,7 @@ def test_graph_holds_the_layers(tmp_path: Path, net: Net, images: Tensor) -> Non
     assert all(node.op != "affine" for node in graph.nodes)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("batch", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5))])
 def test_graph_equals_torch_for_any_batch(
     tmp_path: Path, net: Net, images: Tensor, batch: int
 ) -> None:

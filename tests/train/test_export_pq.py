@@ -100,7 +100,7 @@ def test_graph_holds_the_lookup_layers(tmp_path: Path, net: Net, images: Tensor)
     )
 
 
-@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("batch", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5))])
 def test_graph_equals_torch_for_any_batch(tmp_path: Path, net: Net, batch: int) -> None:
     path = tmp_path / "m.lutra"
     export(net, path, torch.randn(1, 3, 8, 8))
@@ -190,6 +190,7 @@ def _noise(channels: int) -> Tensor:
 # Factors
 
 
+@pytest.mark.slow
 def test_factors_make_nearly_the_same_tables(tmp_path: Path, net: Net, images: Tensor) -> None:
     stored = export(net, tmp_path / "a.lutra", images)
     graph = export(net, tmp_path / "b.lutra", images, tables="compact")
@@ -231,6 +232,7 @@ def test_layers_whose_tables_are_no_larger_keep_them(tmp_path: Path) -> None:
     assert "tables" in graph.nodes[0].tensors
 
 
+@pytest.mark.slow
 def test_trees_keep_their_tables(tmp_path: Path) -> None:
     """Their residual is in no weight: what is exported with factors is what is exported without."""
     torch.manual_seed(0)
@@ -285,6 +287,7 @@ def test_layers_that_are_all_zero_have_factors(tmp_path: Path) -> None:
     assert not graph.node_tensors(graph.nodes[0])["tables"][:, :, 1:].any()
 
 
+@pytest.mark.slow
 def test_factors_need_weights(tmp_path: Path, net: Net, images: Tensor) -> None:
     frozen = freeze_lookup_layers(copy.deepcopy(net).eval())
     with pytest.raises(LutraError, match="needs the weights of the 3 lookup layers"):

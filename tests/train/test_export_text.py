@@ -101,7 +101,7 @@ def operators(graph: Graph) -> list[str]:
     return [node.op for node in graph.nodes]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_sentence_encoder(tmp_path: Path, attention: str) -> None:
     model = Encoder(bert(attention))
     graph = exported(model, tmp_path / "model.lutra", *sentences(3, 7))
@@ -131,6 +131,7 @@ def test_session_takes_int64_and_names_what_is_wrong(tmp_path: Path) -> None:
         session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
 
 
+@pytest.mark.slow
 def test_classifier_with_token_types(tmp_path: Path) -> None:
     model = Classifier(bert("eager", hidden_act="gelu_new")).eval()
     ids, mask = sentences(2, 6)
@@ -142,6 +143,7 @@ def test_classifier_with_token_types(tmp_path: Path) -> None:
     same_as_torch(graph, model, ids, mask, torch.randint(0, 2, (3, 11)))
 
 
+@pytest.mark.slow
 def test_sequence_classification_of_transformers(tmp_path: Path) -> None:
     config = bert().config
     config.num_labels = 3
@@ -175,6 +177,7 @@ def test_lookup_layers(tmp_path: Path) -> None:
         assert (got * wanted).sum(1).min() > 0.999
 
 
+@pytest.mark.slow
 def test_function_tables(tmp_path: Path) -> None:
     model = Encoder(bert())
     names = ("input_ids", "attention_mask")

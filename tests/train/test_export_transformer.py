@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sweeps import quick_cover
 from torch import Tensor, nn
 from torch_sequences import lowered, same_as_torch
 
@@ -143,7 +144,7 @@ SEQUENCES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize("name", quick_cover({k: v[1] for k, v in SEQUENCES.items()}))
 def test_sequences_of_any_length(name: str) -> None:
     torch.manual_seed(0)
     make, ops = SEQUENCES[name]
@@ -289,8 +290,15 @@ def test_causal_multihead_attention() -> None:
     same_as_torch(graph, model, torch.randn(1, 7, D))
 
 
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(
+    ("batch_first", "norm_first"),
+    [
+        (True, False),
+        (False, True),
+        pytest.param(False, False, marks=pytest.mark.slow),
+        pytest.param(True, True, marks=pytest.mark.slow),
+    ],
+)
 def test_encoder_layers(norm_first: bool, batch_first: bool) -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(
@@ -364,7 +372,7 @@ TABLES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", quick_cover({k: v[1] for k, v in TABLES.items()}))
 def test_function_tables(name: str) -> None:
     make, ops = TABLES[name]
     model = make()

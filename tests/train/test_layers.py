@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -121,22 +119,6 @@ def test_default_sub_vectors_are_those_of_lut_nn() -> None:
 # Wrong inputs
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shape", [(4, 7, 6), (2, 3, 7, 6), (2, 4, 1, 0), (4,)])
-def test_conv_refuses_wrong_shapes(shape: tuple[int, ...], training: bool) -> None:
-    layer = make_conv(Case(v=9, padding=(0, 0))).train(training)
-    with torch.set_grad_enabled(training), pytest.raises(LutraError, match="PQConv2d: the input"):
-        layer(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shape", [(2, 9), (2, 11), ()])
-def test_linear_refuses_wrong_shapes(shape: tuple[int, ...], training: bool) -> None:
-    layer = make_linear(10, 3, v=4, k=8).train(training)
-    with torch.set_grad_enabled(training), pytest.raises(LutraError, match="10 input features"):
-        layer(torch.zeros(shape))
-
-
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
@@ -164,23 +146,6 @@ def test_geometry_of_named_paddings(layer: nn.Conv2d, padding: tuple[int, int]) 
 
 
 # Modules
-
-
-def test_state_dict_round_trip() -> None:
-    case = Case(v=9, signed=True)
-    for method in ({}, {"centroids": "average"}, {"gradient": "soft"}):
-        layer, other = make_conv(case, **method), make_conv(case, seed=9, **method)
-        other.set_activation_range(0.0, 1.0)
-        x = images(case)
-        layer(x)  # moves averaged centroids
-        file = io.BytesIO()
-        torch.save(layer.state_dict(), file)
-        file.seek(0)
-        with torch.no_grad():
-            before = other.eval()(x)
-            other.load_state_dict(torch.load(file, weights_only=True))
-            assert torch.equal(other(x), layer.eval()(x))
-            assert not torch.equal(other(x), before)
 
 
 def _step(layer: Any) -> None:
@@ -290,24 +255,6 @@ def test_layers_made_in_inference_mode_work() -> None:
         layer.weight.mul_(2.0)
         after = layer(x)
     np.testing.assert_array_equal(after.numpy(), reference(layer, x))
-
-
-def test_deepcopy_and_pickle() -> None:
-    layer = make_conv(Case(v=9)).eval()
-    x = images(Case(v=9))
-    with torch.no_grad():
-        want = layer(x)
-        clone = copy.deepcopy(layer)
-        clone.weight.zero_()
-        assert not torch.equal(clone(x), want)
-        assert torch.equal(layer(x), want)
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    with torch.no_grad():
-        assert torch.equal(loaded(x), want)
-    assert "_frozen" not in dict(layer.named_modules())
 
 
 @pytest.mark.parametrize("gradient", ["projected", "straight-through", "soft"])

@@ -52,6 +52,7 @@ def test_layers_that_read_the_same_tensor_share_their_codebooks(centroids: Any) 
     assert not model.q.follows
 
 
+@pytest.mark.slow
 def test_sharing_survives_copies_checkpoints_and_training(tmp_path: Any) -> None:
     model = copy.deepcopy(converted())
     assert model.q.centroids is model.v.centroids
@@ -120,6 +121,7 @@ def test_the_reconstruction_loss_is_that_of_both_sides(gradient: Any) -> None:
     assert reconstruction_loss(layer) is None
 
 
+@pytest.mark.slow
 def test_elut_training_brings_the_layer_nearer_to_the_dense_one() -> None:
     model = converted(gradient="dense", reconstruction=1.0)
     data = torch.cat(batches())

@@ -241,6 +241,7 @@ def test_sums_that_int32_may_not_hold_have_no_int8_form() -> None:
         decide(SpeedGate(against="int8"), "fc", layer, (1, MAX_INT8_DEPTH + 1))
 
 
+@pytest.mark.slow
 def test_the_file_says_what_was_measured(
     net: Net, images: Tensor, folder: Path, capture: Any
 ) -> None:

@@ -402,6 +402,7 @@ def test_conversion_is_deterministic() -> None:
         assert torch.equal(value, second[name]), name
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues_bit_equal(tmp_path: Path) -> None:
     """Across a renewal of the thresholds."""
     steps = trees.REFIT + 6
@@ -431,6 +432,7 @@ def test_a_stopped_run_continues_bit_equal(tmp_path: Path) -> None:
         assert torch.equal(value, fresh.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_the_loss_falls() -> None:
     model, _ = converted()
     loader = DataLoader(data(), batch_size=32, shuffle=True)
