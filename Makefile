@@ -17,6 +17,7 @@ help:
 	@echo "make test-all  all tests, the slow ones too; ARGS='-k tree' for either chooses some"
 	@echo "make dev       only the environment ($(VENV)) with everything in it"
 	@echo "make lint      ruff, clang-format, mypy; 'make format' mends the first two"
+	@echo "make wheel     a wheel for $(PYTHON) and the source archive, in dist; tried in an empty environment"
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make stubs     src/lutra/_engine.pyi from the built extension"
 	@echo "make docs      the documentation as a site, in build/site"
@@ -67,6 +68,16 @@ format: $(ENV)
 
 stubs: $(ENV)
 	$(BIN)/python cpp/make_stub.py
+
+# The wheel is built from the source archive, so both are tried. From Python 3.12 on it is for the
+# stable ABI: one wheel for all newer versions.
+.PHONY: wheel
+wheel: $(BIN)/python
+	@echo "== building the source archive and the wheel (two minutes)"
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python tests/wheel_smoke.py dist/*.whl zoo/dscnn_speech_commands.lutra
 
 sanitize: $(ENV)
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \

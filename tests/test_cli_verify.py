@@ -64,17 +64,56 @@ def test_verify_finds_wrong_golden_data(capture: Any, folder: Path) -> None:
     assert "differs from the golden data" in out
 
 
-@pytest.mark.parametrize(("error", "status"), [(1e-6, 0), (1e-3, 1)])
+@pytest.mark.parametrize(
+    ("error", "status", "producer", "by"),
+    [
+        (1e-6, 0, "lutra 0.0.9", "written by lutra 0.0.9"),
+        (1e-6, 0, None, "the file does not say what wrote it"),
+        (1e-3, 1, None, ""),
+        (1e-5, 1, None, ""),
+    ],
+)
 def test_verify_allows_for_another_exponential(
-    capture: Any, folder: Path, error: float, status: int
+    capture: Any, folder: Path, error: float, status: int, producer: str | None, by: str
 ) -> None:
     b = Builder(("x", (None, 5)))
     b.add("softmax", b.pq_linear("x", 5, 4), axis=1)
-    graph = with_golden(b.graph())
+    graph = with_golden(b.graph(metadata={} if producer is None else {"producer": producer}))
     assert graph.golden is not None
     inputs, (output,) = graph.golden
     save_graph(replace(graph, golden=(inputs, (output * np.float32(1 + error),))), "m.lutra")
-    assert capture("verify", "m.lutra")[0] == status
+    code, out, _ = capture("verify", "m.lutra")
+    assert code == status
+    result = json.loads(capture("verify", "m.lutra", "--json")[1])["results"][0]
+    assert bool(result["notes"]) == (status == 0)
+    if status == 0:
+        note = "differs from the golden output in the last bits"
+        line = f"^note: the output 'softmax_1.out' {note}, by .*e-0[67] of the largest value; {by}$"
+        assert re.search(line, out, re.MULTILINE), out
+        assert result["problems"] == []
+        assert 0 < result["golden_difference"] < 2e-6
+        assert out.count(note) == 1  # once, although all kernels give it
+
+
+def softmax_graph() -> Graph:
+    b = Builder(("x", (None, 7, 5)))
+    b.add("softmax", b.add("affine_scalar", "x", scale=3.0, bias=0.0), axis=1)
+    return b.graph()
+
+
+def test_verify_compares_softmax_to_the_bit(
+    capture: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_graph(with_golden(softmax_graph()), "m.lutra")
+    code, out, _ = capture("verify", "m.lutra", "--samples", "50")
+    assert code == 0
+    assert re.search(r"^scalar +ok +equal +equal +0", out, re.MULTILINE), out
+    monkeypatch.setattr(Broken, "victim", "softmax_1.out")
+    monkeypatch.setattr(verify, "new_session", Broken)
+    code, out, _ = capture("verify", "m.lutra")
+    assert code == 1
+    assert "the node 'softmax_1' (softmax) gives" in out
+    assert "that are not those of the reference for the same input" in out
 
 
 @pytest.mark.parametrize(

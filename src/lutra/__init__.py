@@ -15,6 +15,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final
 
+from lutra._moved import MOVED, install
 from lutra.errors import (
     EngineError,
     FormatError,
@@ -105,6 +106,8 @@ try:
     __version__ = version("lutra")
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
+
+install(MOVED)
 
 
 def __getattr__(name: str) -> Any:

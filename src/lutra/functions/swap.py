@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-import numpy as np
-
 from lutra.errors import InputError
 from lutra.functions.fit import Method, fit
 from lutra.functions.histogram import Histogram
@@ -17,6 +15,7 @@ from lutra.functions.scalar import KNOWN
 from lutra.graph import Graph
 from lutra.node import Array, Node
 from lutra.ops.functions import FUNCTIONS, function_name, has_tables
+from lutra.reference.compare import difference
 from lutra.runtime.session import Session
 
 #: Operators that take tables of reduced range, and which.
@@ -120,7 +119,7 @@ def swap_functions(
         after = tuple(Session(swapped).run(None, given))
         golden = (inputs_, after)
         entry["largest_output_difference"] = {
-            name: float(np.abs(new - old).max() / max(float(np.abs(old).max()), 1e-30))
+            name: difference(new, old)
             for name, new, old in zip(graph.outputs, after, before, strict=True)
         }
     metadata = {**graph.metadata, "functions": entry}

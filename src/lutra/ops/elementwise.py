@@ -265,5 +265,6 @@ SPECS: Final = (
         check=_check_softmax,
         infer=_infer_softmax,
         cost=_cost_softmax,
+        exact_floats=True,
     ),
 )

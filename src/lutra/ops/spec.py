@@ -227,6 +227,7 @@ class OpSpec:
             ``lutra.ops.compact_tables``.
         gain_role: The tensor whose axis 0 a gain for each output can be multiplied into.
         bias_role: The tensor that a shift for each output can be added to.
+        exact_floats: Whether the reference executor computes floats with the bits of the engine.
         examples: ``examples(rng, inputs)`` gives attributes and tensors of small layers that take
             so many channels or features, for self tests.
     """
@@ -252,6 +253,7 @@ class OpSpec:
     table_role: str | None = None
     gain_role: str | None = None
     bias_role: str | None = None
+    exact_floats: bool = False
     examples: ExamplesFn | None = None
 
     @property

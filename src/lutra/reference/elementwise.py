@@ -10,7 +10,7 @@ import numpy as np
 from lutra.node import Array, Node
 from lutra.ops.elementwise import limits
 from lutra.ops.spec import integer, number
-from lutra.reference.functions import exp_table, reciprocal_table
+from lutra.reference.functions import exp_of_score, exp_table, reciprocal_table
 
 _PAIRS: Final[dict[str, Callable[[Array, Array], Array]]] = {
     "add": np.add,
@@ -57,16 +57,22 @@ def affine(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) ->
 
 
 def softmax(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
-    """exp(x - max) / sum(exp(x - max)) along an axis; exp and the reciprocal may be tables."""
+    """exp(x - max) / sum(exp(x - max)) along an axis; exp and the reciprocal may be tables.
+
+    The bits are the engine's: its exponential, and sums of float32 from the first to the last.
+    """
     axis = integer(node, "axis")
     with np.errstate(all="ignore"):
         distances = inputs[0] - inputs[0].max(axis=axis, keepdims=True)
-    if "exp_slope" in tensors:
-        powers = exp_table(distances, tensors["exp_slope"], tensors["exp_intercept"])
-        sums = powers.sum(axis=axis, keepdims=True, dtype=np.float64).astype(np.float32)
-        slope, intercept = tensors["reciprocal_slope"], tensors["reciprocal_intercept"]
-        table: Array = powers * reciprocal_table(sums, slope, intercept)
-        return table
-    powers = np.exp(distances)
-    result: Array = powers / powers.sum(axis=axis, keepdims=True)
+        if "exp_slope" in tensors:
+            powers = exp_table(distances, tensors["exp_slope"], tensors["exp_intercept"])
+        else:
+            powers = exp_of_score(distances)
+        sums = np.add.accumulate(powers, axis=axis).take([-1], axis=axis)
+        if "exp_slope" in tensors:
+            slope, intercept = tensors["reciprocal_slope"], tensors["reciprocal_intercept"]
+            factors = reciprocal_table(sums, slope, intercept)
+        else:
+            factors = np.float32(1) / sums
+        result: Array = powers * factors
     return result

@@ -15,9 +15,28 @@ import numpy as np
 from lutra.node import Array, Node
 from lutra.ops.functions import function_name
 
-__all__ = ["EXACT", "exp_table", "fma", "function", "pieces", "piecewise", "reciprocal_table"]
+__all__ = [
+    "EXACT",
+    "exp_of_score",
+    "exp_table",
+    "fma",
+    "function",
+    "pieces",
+    "piecewise",
+    "reciprocal_table",
+]
 
 _LOG2_E: Final = np.float32(1.4426950408889634)
+#: Added to a float32 below 2^22, it rounds the float to an integer.
+_MAGIC: Final = np.float32(1.5 * 2**23)
+#: The logarithm of 2: 16 bits, and the rest.
+_LN2_HIGH: Final = np.float32(0.693145752)
+_LN2_LOW: Final = np.float32(1.42860677e-6)
+#: The polynomial of exp near 0, the highest power first.
+_EXP_TERMS: Final = tuple(
+    np.float32(term)
+    for term in (0.00138145395, 0.00836874545, 0.0416683890, 0.166665211, 0.499999940, 1, 1)
+)
 #: Below this exp is 0, and beyond the other it stays what it is there.
 EXP_LOW: Final = np.float32(-87.0)
 EXP_HIGH: Final = np.float32(88.0)
@@ -95,7 +114,7 @@ def pieces(index: Array, x: Array, slope: Array, intercept: Array) -> Array:
     return result
 
 
-def fma(a: Array, b: Array, c: Array) -> Array:
+def fma(a: Array, b: Array | np.float32, c: Array | np.float32) -> Array:
     """``a * b + c`` of float32, rounded once, as the instruction does it."""
     with np.errstate(all="ignore"):
         product = a.astype(np.float64) * b  # exact
@@ -110,6 +129,23 @@ def fma(a: Array, b: Array, c: Array) -> Array:
         odd = np.where(even, bits + away, bits).view(np.float64)
         result: Array = odd.astype(np.float32).reshape(np.shape(product))
     return result
+
+
+def exp_of_score(x: Array) -> Array:
+    """exp of float32 values that are at most 0, with the bits of the engine's exponential.
+
+    Below -87 it is 0; NaN stays NaN. ``power_of_e`` in cpp/kernels/functions.h has the same steps.
+    """
+    with np.errstate(all="ignore"):
+        inside = np.where(x < EXP_LOW, EXP_LOW, x)
+        n = fma(inside, _LOG2_E, _MAGIC) - _MAGIC
+        r = fma(-n, _LN2_LOW, fma(-n, _LN2_HIGH, inside))
+        y = np.full_like(r, _EXP_TERMS[0])
+        for term in _EXP_TERMS[1:]:
+            y = fma(y, r, term)
+        exponent = np.where(np.isnan(n), np.float32(0), n).astype(np.int32)
+        made = y * np.ldexp(np.float32(1), exponent)
+    return np.where(x < EXP_LOW, np.float32(0), made)
 
 
 def exp_table(x: Array, slope: Array, intercept: Array) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 from lutra.inputs import check_ids
 from lutra.node import Array, Node
 from lutra.ops.spec import flag, integer, number
-from lutra.reference.functions import exp_table, reciprocal_table
+from lutra.reference.functions import exp_of_score, exp_table, reciprocal_table
 
 
 def embedding(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
@@ -74,7 +74,7 @@ def attention(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array])
             slope, intercept = tensors["reciprocal_slope"], tensors["reciprocal_intercept"]
             factors = reciprocal_table(sums, slope, intercept).astype(np.float64)
         else:
-            powers = np.where(seen, np.exp(distances.astype(np.float64)), 0.0)
+            powers = np.where(seen, exp_of_score(distances), np.float32(0)).astype(np.float64)
             factors = 1 / powers.sum(axis=3, keepdims=True)
         # a key that is not seen adds nothing, whatever it is
         made = np.where(seen.any(axis=3, keepdims=True), _weighted(powers, by_head(v)) * factors, 0)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, TypedDict
 
-from lutra import _engine
+from lutra._engine import compiled_isas, cpu_features, cpu_model
+from lutra._engine import runnable_isas as engine_isas
 from lutra.errors import UnsupportedCpuError
 
 __all__ = ["CpuInfo", "choose_isa", "choose_threads", "cpu_info", "runnable_isas", "usable_cores"]
@@ -31,7 +32,7 @@ class CpuInfo(TypedDict):
 
 def runnable_isas() -> list[str]:
     """The instruction sets whose kernels this CPU can run, slowest first; never empty."""
-    return _engine.runnable_isas()
+    return engine_isas()
 
 
 def cpu_info() -> CpuInfo:
@@ -47,9 +48,9 @@ def cpu_info() -> CpuInfo:
     """
     runnable = runnable_isas()
     return {
-        "model": _engine.cpu_model(),
-        "features": _engine.cpu_features(),
-        "compiled": _engine.compiled_isas(),
+        "model": cpu_model(),
+        "features": cpu_features(),
+        "compiled": compiled_isas(),
         "runnable": runnable,
         "best": runnable[-1],
         "cores": usable_cores(),

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from lutra import _engine
+from lutra._engine import Plan
 from lutra.errors import InputError
 from lutra.formatting import counted, shape_text, table
 from lutra.graph import Graph, Sizes
@@ -173,7 +173,7 @@ def input_pool(
 
 
 def measure(
-    graph: Graph, plan: _engine.Plan, pool: Sequence[Sequence[Array]], runs: int, warmup: int
+    graph: Graph, plan: Plan, pool: Sequence[Sequence[Array]], runs: int, warmup: int
 ) -> Profile:
     """Runs a plan and times its steps.
 

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 
-from lutra import _engine
+from lutra._engine import all_finite
 from lutra.errors import EngineError, GraphError, InputError
 from lutra.format import load_graph
 from lutra.formatting import counted, shape_text
@@ -415,7 +415,7 @@ class Session:
                     node, rows = self._ids[value.name]
                     check_ids(f"Session.run: input {value.name!r}", node, array, rows)
             plain = np.require(array, requirements=("C", "A"))
-            if value.dtype == "float32" and self._check_finite and not _engine.all_finite(plain):
+            if value.dtype == "float32" and self._check_finite and not all_finite(plain):
                 raise _not_finite(value.name, array)
             arrays.append(plain)
         return arrays

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lutra._moved import MOVED_TRAINING, install
 from lutra.train.conversion.convert import convert
 from lutra.train.conversion.speed_gate import SpeedGate
 from lutra.train.exporting.export import export
@@ -62,3 +63,5 @@ __all__ = [
     "recipe_to_json",
     "reconstruction_loss",
 ]
+
+install(MOVED_TRAINING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lutra.errors import LutraError
@@ -41,6 +42,22 @@ class Tree:
 
 
 Encoder = Nearest | Tree
+
+
+def descend(taps: Tensor, thresholds: Tensor) -> Tensor:
+    """Leaves (B, n) int64 of samples.
+
+    Args:
+        taps: int64 (B, L, n), the entries that the levels look at, on the grid.
+        thresholds: (B, K - 1) in heap order.
+    """
+    books, levels, n = taps.shape
+    heap = thresholds.long()
+    node = torch.zeros((books, n), dtype=torch.int64, device=taps.device)
+    for level in range(levels):
+        right = taps[:, level] >= heap.gather(1, node)
+        node = 2 * node + 1 + right
+    return node - ((1 << levels) - 1)
 
 
 def encoder_of(

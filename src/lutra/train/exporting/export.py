@@ -17,6 +17,7 @@ from lutra.errors import InputError
 from lutra.format import save_graph
 from lutra.graph import Graph
 from lutra.node import Array
+from lutra.reference.compare import difference
 from lutra.runtime.session import Session
 from lutra.train.conversion.speed_gate import attached
 from lutra.train.exporting.capture import (
@@ -40,7 +41,6 @@ from lutra.train.exporting.parity import (
     check_engine,
     check_graph,
     check_other_size,
-    difference,
     feeds_of,
     other_size,
     outputs_of,

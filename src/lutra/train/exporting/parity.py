@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from lutra.errors import InputError, LutraError, UnsupportedModelError
 from lutra.graph import Graph
 from lutra.node import Array, Node
 from lutra.reference import run_reference
+from lutra.reference.compare import difference
 from lutra.runtime.session import Session
 from lutra.train.exporting.lowering import Lowered
 
@@ -264,15 +264,6 @@ def check_engine(graph: Graph, feeds: Mapping[str, Array], *, tolerance: float) 
         f"{what}, although each node alone agrees: rounding moved activations to other codes.",
         stacklevel=3,
     )
-
-
-def difference(got: Array, want: Array) -> float:
-    """Return the largest difference as a share of the largest wanted value (inf for NaN)."""
-    if got.shape != want.shape:
-        return math.inf
-    scale = float(np.abs(want).max(initial=0.0)) or 1.0
-    worst = float(np.abs(got.astype(np.float64) - want).max(initial=0.0))
-    return math.inf if math.isnan(worst) else worst / scale
 
 
 def _first_difference(

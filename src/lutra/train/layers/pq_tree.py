@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lutra.train import distributed as collective
+from lutra.train.encoder import descend
 
 REFIT = 16  # training steps from one renewal of the thresholds to the next
 REFIT_RATE = 0.1  # how far they then move
@@ -39,22 +40,6 @@ _GROUP_VALUES = 4096  # codebooks * max(K, V) that are grown together; bounds th
 def levels_of(k: int) -> int:
     """L, the levels of a tree of K = 2**L leaves."""
     return k.bit_length() - 1
-
-
-def descend(taps: Tensor, thresholds: Tensor) -> Tensor:
-    """Leaves (B, n) int64 of samples.
-
-    Args:
-        taps: int64 (B, L, n), the entries that the levels look at, on the grid.
-        thresholds: (B, K - 1) in heap order.
-    """
-    books, levels, n = taps.shape
-    heap = thresholds.long()
-    node = torch.zeros((books, n), dtype=torch.int64, device=taps.device)
-    for level in range(levels):
-        right = taps[:, level] >= heap.gather(1, node)
-        node = 2 * node + 1 + right
-    return node - ((1 << levels) - 1)
 
 
 def output_metric(weight_blocks: Tensor) -> Tensor:

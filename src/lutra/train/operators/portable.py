@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lutra.train.encoder import Encoder, Tree
+from lutra.train.encoder import Encoder, Tree, descend
 from lutra.train.geometry import Geometry, Grid
-from lutra.train.layers.pq_tree import descend
 
 BLOCK = 1 << 20  # elements of the largest temporary on the CPU: it should stay in the cache
 

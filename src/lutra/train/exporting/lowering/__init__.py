@@ -28,6 +28,7 @@ from lutra.train.exporting.lowering import (  # noqa: F401  (they register)
 from lutra.train.exporting.lowering.core import Lowered, Lowering, Ref, UnsupportedUse, lowers
 from lutra.train.exporting.lowering.patterns import combine
 from lutra.train.exporting.lowering.points import without_detours
+from lutra.train.exporting.lowering.walk import Walk
 
 __all__ = ["Lowered", "Lowering", "Ref", "UnsupportedUse", "lower", "lowers"]
 
@@ -55,4 +56,4 @@ def lower(
         UnsupportedModelError: Operators that lutra cannot run, all of them in one message.
     """
     combine(program)
-    return Lowering(program).run(input_names, output_names, metadata or {}, without_detours)
+    return Walk(program).run(input_names, output_names, metadata or {}, without_detours)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lutra.ops.shape import REST
+from lutra.train.exporting.lowering.core import Lowering
 from lutra.train.exporting.lowering.values import (
     REPEATED,
     Atom,
@@ -19,9 +20,6 @@ from lutra.train.exporting.lowering.values import (
     View,
     is_dynamic,
 )
-
-if TYPE_CHECKING:
-    from lutra.train.exporting.lowering.core import Lowering
 
 Axes = tuple[tuple[Atom, ...], ...]
 
