@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lutra.train.exporting.export as exporting
 import lutra.train.exporting.parity as check
 from lutra.errors import LutraError
 from lutra.format import load_graph
@@ -159,7 +160,7 @@ def test_freeze_of_other_libraries_is_left_alone() -> None:
     assert not isinstance(model[0], PQConv2d)
 
 
-def test_flipped_codes_are_a_warning_and_not_an_error(
+def test_only_rounding_excuses_outputs_that_differ(
     tmp_path: Path, net: Net, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rounding in a dense node may flip codes behind it; each node alone still agrees."""
@@ -171,8 +172,27 @@ def test_flipped_codes_are_a_warning_and_not_an_error(
         return results
 
     monkeypatch.setattr(check, "runners", lambda: {"a noisy engine": noisy})
-    with pytest.warns(UserWarning, match="each node alone agrees"):
-        export(net, tmp_path / "m.lutra", images)
+    with pytest.raises(LutraError, match="each node alone agrees; where last bits move"):
+        export(net, tmp_path / "m.lutra", images, golden=False)
+    assert not (tmp_path / "m.lutra").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "rounding_share", lambda *_: 10.0)
+        with pytest.warns(UserWarning, match="each node alone agrees"):
+            export(net, tmp_path / "m.lutra", images)
+
+    def misshapen(graph: Graph, feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {name: value[..., 0] for name, value in run_reference(graph, feeds).items()}
+
+    monkeypatch.setattr(check, "runners", lambda: {"a small engine": misshapen})
+    with pytest.raises(LutraError, match=r"gives output 'output' of shape \(4,\), and torch gives"):
+        export(net, tmp_path / "m.lutra", images[:4], golden=False)
+
+    def broken(graph: Graph, feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {name: value * np.nan for name, value in run_reference(graph, feeds).items()}
+
+    monkeypatch.setattr(check, "runners", lambda: {"an engine of NaN": broken})
+    with pytest.raises(LutraError, match="gives NaN or infinity in output 'output'"):
+        export(net, tmp_path / "m.lutra", images, golden=False)
 
     def wrong(graph: Graph, feeds: Mapping[str, Any]) -> Mapping[str, Any]:
         shift = any(node.name == "conv2" for node in graph.nodes)
@@ -321,5 +341,8 @@ def test_the_engine_must_agree_with_the_reference_on_factors(
         return {name: value + shift for name, value in right(graph, feeds).items()}
 
     monkeypatch.setattr(check, "run_engine", flipped)
+    with pytest.raises(LutraError, match="each node alone agrees; where last bits move"):
+        export(net, tmp_path / "m.lutra", images, tables="compact")
+    monkeypatch.setattr(exporting, "rounding_share", lambda *_: 10.0)
     with pytest.warns(UserWarning, match="each node alone agrees"):
         export(net, tmp_path / "m.lutra", images, tables="compact")

@@ -18,6 +18,8 @@ from torch.export import Dim, ExportedProgram
 from lutra.errors import InputError, LutraError, UnsupportedModelError
 
 ExampleInput = Tensor | Sequence[Tensor]
+#: The torch operator of the layers that compute in integers.
+FROZEN_OP = "lutra.frozen.default"
 
 
 def example_tensors(example_input: ExampleInput) -> tuple[Tensor, ...]:
@@ -153,7 +155,7 @@ def capture(
                     "in place of F.avg_pool2d(x, x.shape[2:]), or take the axis out of "
                     "dynamic_axes."
                 ) from error
-            raise fixed from error
+            raise UnsupportedModelError(f"{fixed} PyTorch says: {_violated(error)}") from error
         raise UnsupportedModelError(
             f"export: torch.export could not trace {name} ({_first_line(error)}); remove control "
             "flow that depends on tensor values and calls that leave torch, such as .numpy()."
@@ -255,6 +257,13 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
+
+
+def _violated(error: BaseException) -> str:
+    """The reasons of torch.export for a size that must be constant, in one line."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    reasons = [line.lstrip("- ") for line in lines if line.startswith("-")]
+    return " ".join(reasons or [_first_line(error)])
 
 
 def _first_line(error: BaseException) -> str:

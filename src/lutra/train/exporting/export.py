@@ -44,6 +44,7 @@ from lutra.train.exporting.parity import (
     feeds_of,
     other_size,
     outputs_of,
+    rounding_share,
 )
 
 _GOLDEN_SAMPLES = 8
@@ -122,18 +123,20 @@ def export(
     names = _input_names(frozen, len(example), input_names)
     axes = dynamic_axes_of(dynamic_axes, names, example)
     program = capture(frozen, example, axes)
+    wanted = outputs_of(given, example)
+    rounding = rounding_share(program, example, wanted)
     fold_program(frozen, program)
     lowered = lower(program, names, output_names, _metadata(model, metadata))
     graph = lowered.graph
     graph.validate()
-    wanted = outputs_of(given, example)
-    check_graph(lowered, program, Check(example, wanted), tolerance=tolerance)
+    check = Check(example, wanted, rounding)
+    check_graph(lowered, program, check, tolerance=tolerance)
     if any(axes):
         other = other_size(program, example, axes)
-        check_other_size(lowered, program, given, other, tolerance=tolerance)
+        check_other_size(lowered, program, given, other, tolerance=tolerance, rounding=rounding)
     feeds = feeds_of(graph, example)
     if tables != "stored":
-        graph = _compacted(graph, compact, feeds, wanted, tolerance)
+        graph = _compacted(graph, compact, feeds, check, tolerance)
     if golden:
         outputs = tuple(Session(graph).run(None, feeds))
         graph = replace(graph, golden=(tuple(feeds.values()), outputs))
@@ -151,13 +154,13 @@ def _compacted(
     graph: Graph,
     compact: Mapping[str, CompactTables],
     feeds: Mapping[str, Array],
-    wanted: Sequence[Array],
+    check: Check,
     tolerance: float,
 ) -> Graph:
     """The graph with compact tables, and with what they changed in its metadata."""
     graph, entry = with_compact_tables(graph, compact)
-    check_engine(graph, feeds, tolerance=tolerance)
-    moved = _moved(graph, feeds, wanted)
+    check_engine(graph, feeds, tolerance=tolerance, rounding=check.rounding)
+    moved = _moved(graph, feeds, check.expected)
     return replace(graph, metadata={"tables": {**entry, **moved}, **graph.metadata})
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from lutra.train.exporting.capture import (
+    FROZEN_OP,
     ExampleInput,
     capture,
     example_tensors,
@@ -21,7 +22,6 @@ from lutra.train.layers.base import FrozenLayer
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _DENSE = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _NORM_OPS = ("aten._native_batch_norm_legit_no_training.default", "aten.batch_norm.default")
-_FROZEN_OP = "lutra.frozen.default"
 _LAYER_OPS = (
     "aten.conv1d.default",
     "aten.conv1d.padding",
@@ -29,7 +29,7 @@ _LAYER_OPS = (
     "aten.conv2d.padding",
     "aten.convolution.default",
     "aten.linear.default",
-    _FROZEN_OP,
+    FROZEN_OP,
 )
 
 
@@ -141,7 +141,7 @@ def _is_foldable(
     layer: fx.Node, module: nn.Module, path: str, parameters: dict[fx.Node, str]
 ) -> bool:
     """Whether scaling the module's own weight and bias scales what this node computes."""
-    frozen = str(layer.target) == _FROZEN_OP
+    frozen = str(layer.target) == FROZEN_OP
     linear = module.linear if isinstance(module, FrozenLayer) else "linear" in str(layer.target)
     if linear and layer.meta["val"].ndim != 2:
         return False  # the norm works on axis 1, which holds the outputs of a 2-D result only
