@@ -1,34 +1,62 @@
-#include "engine/layers/lookup.h"
+// A convolution or linear layer whose products are entries of one table, read at the index of an
+// activation and the index of a weight; exact int32 sums.
+#include <vector>
 
-#include <algorithm>
+#include "engine/core/limits.h"
+#include "engine/layers/gathered.h"
 
 namespace lutra {
 namespace {
 
-constexpr int64_t kQuantizedBlock = 1 << 14;      // floats of one work item
-constexpr double kQuantizedPerMicrosecond = 4e3;  // floats of one core, a rough guess
+class LookupLayer : public GatheredLayer {
+ public:
+  // table (2^bits, weights), entries -127..127, zero for activations of zero; weight (outputs,
+  // channels, kernel_h, kernel_w): indices 0..weights-1; scale and bias (outputs). Throws
+  // std::invalid_argument, saying what is wrong, if they do not fit each other.
+  LookupLayer(const Kernels& kernels, const ConvGeometry& geometry, int64_t outputs,
+              const Quantization& quantization, int64_t weights, const int8_t* table,
+              const uint8_t* weight, const float* scale, const float* bias);
+  size_t parameter_bytes() const override { return kernels_.response_bytes(shape_); }
 
-}  // namespace
+ private:
+  size_t gathered_bytes() const override { return kernels_.index_bytes(shape_); }
+  void gather(const Patch& patch, uint8_t* gathered) const override {
+    kernels_.gather_indices(shape_, patch, gathered);
+  }
+  void multiply(int64_t, const uint8_t* gathered, int64_t first, int64_t last,
+                const Epilogue& e) const override {
+    kernels_.respond(shape_, packed_.data(), gathered, static_cast<int32_t>(first),
+                     static_cast<int32_t>(last), e);
+  }
+  void multiply_row(const uint8_t* x, int64_t first, int64_t last, int32_t* sums) const override {
+    kernels_.respond_row(shape_, packed_.data(), x, static_cast<int32_t>(first),
+                         static_cast<int32_t>(last), sums);
+  }
+  int64_t largest_sum() const override { return 127 * depth(); }
+
+  LookupShape shape_;
+  AlignedBytes packed_;
+};
 
 LookupLayer::LookupLayer(const Kernels& kernels, const ConvGeometry& geometry, int64_t outputs,
                          const Quantization& quantization, int64_t weights, const int8_t* table,
                          const uint8_t* weight, const float* scale, const float* bias)
-    : GatheredLayer("lookup", kernels, geometry, outputs, 1, quantization, 6, scale, bias) {
+    : GatheredLayer("lookup", kernels, geometry, outputs, 1, quantization, kMaxLookupActBits, scale,
+                    bias) {
   const Quantization& q = quantization;
   const int64_t depth = this->depth(), levels = int64_t{1} << q.bits;
-  require(outputs >= 1, "it has no outputs");
-  require(q.bits >= 2, "activation bits must be 2..6, not " + std::to_string(q.bits));
   require(q.zero == 0 || q.zero == levels / 2, "the zero point must be 0 or " +
                                                    std::to_string(levels / 2) + ", not " +
                                                    std::to_string(q.zero));
-  require(weights >= 3 && weights <= 33 && weights % 2 == 1,
-          "the table must have an odd number of columns, 3..33, not " + std::to_string(weights));
-  require(depth >= 1 && depth <= INT32_MAX / 127,
+  require(weights >= kMinWeights && weights <= kMaxWeights && weights % 2 == 1,
+          "the table must have an odd number of columns, " + std::to_string(kMinWeights) + ".." +
+              std::to_string(kMaxWeights) + ", not " + std::to_string(weights));
+  require(depth >= 1 && depth <= kMaxLookupDepth,
           "rows of " + std::to_string(depth) + " entries have no exact 32-bit sums");
   for (int64_t i = 0; i < levels * weights; ++i) {
     const std::string place = "table entry (" + std::to_string(i / weights) + ", " +
                               std::to_string(i % weights) + ") is " + std::to_string(table[i]);
-    require(table[i] >= -127, place + "; the range is -127..127");
+    require(table[i] >= -kInt8Max, place + "; the range is -127..127");
     require(i / weights != q.zero || table[i] == 0,
             place + ", but activations of zero have zero responses");
   }
@@ -47,30 +75,51 @@ LookupLayer::LookupLayer(const Kernels& kernels, const ConvGeometry& geometry, i
   kernels.pack_responses(shape_, table, weight, packed_.data());
 }
 
-void LookupLayer::quantize(const float* x, int64_t count, uint8_t* indices,
-                           ThreadPool& pool) const {
-  const Grid grid = make_grid(quantization_);
-  pool.run(static_cast<size_t>((count + kQuantizedBlock - 1) / kQuantizedBlock),
-           static_cast<double>(count) / kQuantizedPerMicrosecond, [&](size_t i, int) {
-             const int64_t first = static_cast<int64_t>(i) * kQuantizedBlock;
-             const int64_t n = std::min(kQuantizedBlock, count - first);
-             kernels_.quantize(x + first, static_cast<size_t>(n), grid, indices + first);
-           });
+// Indices of `bits` bits each, in rows of whole bytes -> one index a byte, (rows, depth).
+std::vector<uint8_t> unpacked(const Tensor<uint8_t>& packed, int64_t bits, int64_t depth) {
+  std::vector<uint8_t> indices(static_cast<size_t>(packed[0] * depth));
+  const int mask = (1 << bits) - 1;
+  for (int64_t row = 0; row < packed[0]; ++row) {
+    const uint8_t* const from = packed.data + row * packed[1];
+    uint8_t* const to = indices.data() + row * depth;
+    for (int64_t d = 0; d < depth; ++d) {
+      to[d] = static_cast<uint8_t>(from[d * bits / 8] >> d * bits % 8 & mask);
+    }
+  }
+  return indices;
 }
 
-void LookupLayer::gather(const Patch& patch, uint8_t* gathered) const {
-  kernels_.gather_indices(shape_, patch, gathered);
+std::unique_ptr<Layer> make_lookup(const Kernels& kernels, const StepArgs& args, bool linear) {
+  const ConvGeometry geometry = row_geometry(args, linear);
+  const Quantization grid = grid_of(args);
+  const Tensor<int8_t> table = args.tensor<int8_t>("table", 2);
+  const Tensor<uint8_t> weight = args.tensor<uint8_t>("weight", 2);
+  const int64_t bits = args.integer("weight_bits"), depth = geometry.depth();
+  const auto text = [](const Sizes& s) { return Shape{s[0], s[1]}.text(); };
+  require(is_one_of(bits, kWeightBits),
+          "lookup layer: weight bits must be 2, 4 or 8, not " + std::to_string(bits));
+  require(depth >= 1 && depth <= kMaxLookupDepth && weight[1] == (depth * bits + 7) / 8,
+          "lookup layer: weight indices of the shape " + text(weight.shape) + " for rows of " +
+              std::to_string(depth) + " entries of " + std::to_string(bits) + " bits");
+  require(grid.bits >= kMinLookupActBits && grid.bits <= kMaxLookupActBits,
+          "lookup layer: activation bits must be " + std::to_string(kMinLookupActBits) + ".." +
+              std::to_string(kMaxLookupActBits) + ", not " + std::to_string(grid.bits));
+  require(table[0] == int64_t{1} << grid.bits, "lookup layer: a table of the shape " +
+                                                   text(table.shape) + " for activations of " +
+                                                   std::to_string(1 << grid.bits) + " levels");
+  std::vector<uint8_t> indices;
+  if (bits < 8) indices = unpacked(weight, bits, depth);
+  return std::make_unique<LookupLayer>(kernels, geometry, weight[0], grid, table[1], table.data,
+                                       bits < 8 ? indices.data() : weight.data,
+                                       per_output(args, "scale", weight[0]),
+                                       per_output(args, "bias", weight[0]));
 }
 
-void LookupLayer::multiply(int64_t, const uint8_t* gathered, int64_t first, int64_t last,
-                           const Epilogue& e) const {
-  kernels_.respond(shape_, packed_.data(), gathered, static_cast<int32_t>(first),
-                   static_cast<int32_t>(last), e);
-}
+}  // namespace
 
-void LookupLayer::multiply_row(const uint8_t* x, int64_t first, int64_t last, int32_t* sums) const {
-  kernels_.respond_row(shape_, packed_.data(), x, static_cast<int32_t>(first),
-                       static_cast<int32_t>(last), sums);
+void lookup_ops(OpRegistry& r) {
+  r.add("lookup_conv2d", layer_operator(make_lookup, false));
+  r.add("lookup_linear", layer_operator(make_lookup, true));
 }
 
 }  // namespace lutra
