@@ -21,7 +21,7 @@ from lutra.ops import (
 )
 from lutra.ops.spec import REQUIRED, Attr, Cost, OpSpec, TensorRole
 
-__all__ = ["OPS", "REQUIRED", "Attr", "Cost", "OpSpec", "TensorRole", "op_spec"]
+__all__ = ["OPS", "REQUIRED", "Attr", "Cost", "OpSpec", "TensorRole", "op_spec", "register"]
 
 #: Every operator by name.
 OPS: dict[str, OpSpec] = {
@@ -42,6 +42,21 @@ OPS: dict[str, OpSpec] = {
     )
     for spec in family.SPECS
 }
+
+
+def register(spec: OpSpec) -> None:
+    """Makes an operator known to graphs and files, beside those of lutra.
+
+    Args:
+        spec: Its rules. What computes it is registered by ``lutra.reference.register`` and, for the
+            engine, ``lutra.runtime.plugins.load_ops``.
+
+    Raises:
+        GraphError: If there is an operator of that name.
+    """
+    if spec.name in OPS:
+        raise GraphError(f"there is an operator {spec.name!r} already; choose another name")
+    OPS[spec.name] = spec
 
 
 def op_spec(name: str, where: str = "the graph") -> OpSpec:

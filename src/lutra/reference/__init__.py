@@ -16,6 +16,7 @@ from lutra.formatting import shape_text
 from lutra.graph import Graph, fits
 from lutra.inputs import dtype_complaint, int32_array
 from lutra.node import Array, Node
+from lutra.ops import op_spec
 from lutra.ops.functions import FUNCTIONS
 from lutra.reference import (
     dense,
@@ -32,7 +33,7 @@ from lutra.reference import (
     shape,
 )
 
-__all__ = ["KERNELS", "run_node", "run_reference"]
+__all__ = ["KERNELS", "register", "run_node", "run_reference"]
 
 #: ``kernel(node, inputs, tensors)`` gives the output; ``tensors`` maps role to array.
 Kernel: TypeAlias = Callable[[Node, Sequence[Array], Mapping[str, Array]], Array]
@@ -85,6 +86,18 @@ KERNELS: Final[dict[str, Kernel]] = {
     "transpose": shape.transpose,
     "expand": shape.expand,
 }
+
+
+def register(op: str, kernel: Kernel) -> None:
+    """Says what computes an operator that was registered with ``lutra.ops.register``.
+
+    Raises:
+        GraphError: If there is no such operator, or it is computed already.
+    """
+    op_spec(op, "lutra.reference.register")
+    if op in KERNELS:
+        raise GraphError(f"the operator {op!r} has a reference already; choose another name")
+    KERNELS[op] = kernel
 
 
 def run_reference(

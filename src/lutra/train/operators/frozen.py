@@ -18,6 +18,7 @@ from torch import Tensor
 from lutra.errors import LutraError
 from lutra.node import AttrValue, Node, Value
 from lutra.ops import OpSpec, op_spec
+from lutra.train.geometry import Geometry
 from lutra.train.operators import native
 
 
@@ -91,6 +92,25 @@ def frozen_kernel(*ops: str) -> Callable[[_K], _K]:
     return register
 
 
+def frozen_native(x: Tensor, node: FrozenNode, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The kernel of every operator of which the engine has a layer, on the CPU.
+
+    The layer is packed once for as long as none of its tensors is replaced or written.
+    """
+    if x.device.type != "cpu":
+        raise LutraError(
+            f"lutra::frozen: the operator {node.op!r} has no kernel for {x.device.type}; move the "
+            "model to the CPU, or register one with frozen_kernel"
+        )
+    geometry = Geometry.of_attrs(node.attrs, x.shape[1])
+    shape = (x.shape[0], x.shape[1]) if node.is_linear else x.shape
+    outputs = node.output_shape(shape, list(tensors.values()))[1]
+    layer = native.cached(
+        tuple(tensors.values()), node, lambda: native.make_layer(node.op, node.attrs, tensors)
+    )
+    return native.run(layer, geometry, x, outputs, None)
+
+
 @torch.library.custom_op("lutra::frozen", mutates_args=())
 def frozen(x: Tensor, tensors: Sequence[Tensor], node: str) -> Tensor:
     """A frozen layer of x: images (N, C, H, W), or rows (..., D) of a linear layer.
@@ -101,12 +121,7 @@ def frozen(x: Tensor, tensors: Sequence[Tensor], node: str) -> Tensor:
         node: `FrozenNode.to_json()`.
     """
     parsed = FrozenNode.from_json(node)
-    kernel = _KERNELS.get(parsed.op)
-    if kernel is None:
-        raise LutraError(
-            f"lutra::frozen: the operator {parsed.op!r} has no kernel; register one with "
-            "frozen_kernel"
-        )
+    kernel = _KERNELS.get(parsed.op, frozen_native)
     roles = dict(zip(parsed.roles, tensors, strict=True))
     x = x.float()
     if not parsed.is_linear:

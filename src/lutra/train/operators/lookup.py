@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lutra.ops import OPS
 from lutra.ops.lookup import pack_weights, unpack_weights
 from lutra.train.geometry import Geometry, Grid
 from lutra.train.operators import native, portable
-from lutra.train.operators.frozen import FrozenNode, frozen_kernel
+from lutra.train.operators.frozen import FrozenNode, frozen_kernel, frozen_native
 
 
 def unpack(weight: Tensor, bits: int, depth: int) -> Tensor:
@@ -81,7 +82,7 @@ def forward(
     indices = torch.empty_like(x, dtype=torch.uint8)
     layer = native.make_layer(
         "lookup_conv2d",
-        {**native.conv_attrs(geometry, grid), "weight_bits": 8},
+        {**geometry.attrs(OPS["lookup_conv2d"].attrs), **grid.attrs, "weight_bits": 8},
         {"weight": index, "table": table, "scale": scale, "bias": torch.zeros_like(scale)},
     )
     return native.run(layer, geometry, x, index.shape[0], indices), indices
@@ -120,15 +121,10 @@ def frozen_lookup(x: Tensor, node: FrozenNode, tensors: Mapping[str, Tensor]) ->
     Tensors: weight (M, P) packed indices uint8, table (N_f, N_w) int8, scale (M) and bias (M)
     float32.
     """
+    if x.device.type == "cpu":
+        return frozen_native(x, node, tensors)
     geometry, grid = Geometry.of_attrs(node.attrs, x.shape[1]), Grid.of_attrs(node.attrs)
     weight, table, scale, bias = (tensors[role] for role in ("weight", "table", "scale", "bias"))
-    if x.device.type != "cpu":
-        bits = int(node.attrs["weight_bits"])  # type: ignore[arg-type]
-        sums, _ = portable_sums(x, geometry, grid, unpack(weight, bits, geometry.depth), table)
-        return sums * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
-    layer = native.cached(
-        (weight, table, scale, bias),
-        node,
-        lambda: native.make_layer(node.op, node.attrs, tensors),
-    )
-    return native.run(layer, geometry, x, weight.shape[0], None)
+    index = unpack(weight, int(node.attrs["weight_bits"]), geometry.depth)  # type: ignore[arg-type]
+    sums, _ = portable_sums(x, geometry, grid, index, table)
+    return sums * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)

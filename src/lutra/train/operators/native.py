@@ -55,20 +55,6 @@ def make_layer(
     return _engine.Layer(op, choose_isa(), attrs, arrays)
 
 
-def conv_attrs(geometry: Geometry, grid: Grid) -> dict[str, AttrValue]:
-    """The attributes of a convolution on a grid."""
-    return {
-        "in_channels": geometry.channels,
-        "kernel": geometry.kernel,
-        "stride": geometry.stride,
-        "padding": geometry.padding,
-        "dilation": geometry.dilation,
-        "act_scale": grid.scale,
-        "act_zero": grid.zero,
-        "act_bits": grid.bits,
-    }
-
-
 _L = TypeVar("_L")
 _layers: dict[int, tuple[weakref.ref[Tensor], Watch, object, Any]] = {}
 

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lutra.ops import OPS
 from lutra.train.encoder import Encoder, encoder_of
 from lutra.train.geometry import Geometry, Grid
 from lutra.train.operators import native, portable
-from lutra.train.operators.frozen import FrozenNode, frozen_kernel
+from lutra.train.operators.frozen import FrozenNode, frozen_kernel, frozen_native
 
 
 def _is_native(x: Tensor) -> bool:
@@ -36,12 +37,7 @@ def frozen_pq(x: Tensor, node: FrozenNode, tensors: Mapping[str, Tensor]) -> Ten
     if not _is_native(x):
         y = portable.forward(x, geometry, grid, encoder, tables, scale, bias)[0]
         return y.contiguous(memory_format=native.layout(x))
-    layer = native.cached(
-        (tables, *encoder.tensors.values(), scale, bias),
-        node,
-        lambda: native.make_layer(node.op, node.attrs, tensors),
-    )
-    return native.run(layer, geometry, x, tables.shape[2], None)
+    return frozen_native(x, node, tensors)
 
 
 def forward(
@@ -60,7 +56,7 @@ def forward(
     codes = torch.empty((tables.shape[0], x.shape[0] * height * width), dtype=torch.uint8)
     layer = native.make_layer(
         "pq_conv2d",
-        native.conv_attrs(geometry, grid),
+        {**geometry.attrs(OPS["pq_conv2d"].attrs), **grid.attrs},
         {**encoder.tensors, "tables": tables, "scale": scale, "bias": bias},
     )
     return native.run(layer, geometry, x, tables.shape[2], codes), codes
