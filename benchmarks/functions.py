@@ -9,7 +9,7 @@ are those of the step alone, of runs that take turns.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -20,14 +20,26 @@ import numpy as np
 import lutra
 from benchmarks.machine import machine, write_json
 from benchmarks.peers import Array
-from lutra import _engine, functions
+from lutra import functions
+from lutra._engine import Plan
 
 ENTRIES: Final = (8, 16, 32)
 #: Runs of a turn, of which the first do not count.
 TURN: Final = 12
 LEAD_IN: Final = 4
 
-Build = Callable[[_engine.Plan, int], int]
+Build = Callable[[Plan, int], int]
+
+
+NO_TABLES: Final[Mapping[str, Array]] = {}
+
+
+def add(
+    plan: Plan, op: str, inputs: list[int], tensors: Mapping[str, Array] = NO_TABLES, **attrs: Any
+) -> int:
+    """The step of an operator on values of any shape."""
+    shapes = [(-1,)] * len(inputs)
+    return plan.add(op, inputs, attrs, tensors, input_shapes=shapes, output_shape=(-1,))
 
 
 @dataclass(frozen=True)
@@ -53,14 +65,18 @@ def operations() -> list[Operation]:
     x = rng.normal(size=(1, 32, 512)).astype(np.float32) * np.float32(2)
 
     def function(name: str) -> Operation:
-        def exact(plan: _engine.Plan, value: int) -> int:
-            return plan.function(value, name)
+        def exact(plan: Plan, value: int) -> int:
+            if name in ("gelu", "gelu_tanh"):
+                approximate = "tanh" if name == "gelu_tanh" else "none"
+                return add(plan, "gelu", [value], approximate=approximate)
+            return add(plan, name, [value])
 
         def table(entries: int) -> Build:
             made = functions.fit(name, entries=entries)
-            return lambda plan, value: plan.piecewise(
-                value, made.breakpoint, made.slope, made.intercept
-            )
+            tensors = {
+                "breakpoint": made.breakpoint, "slope": made.slope, "intercept": made.intercept
+            }  # fmt: skip
+            return lambda plan, value: add(plan, "piecewise", [value], tensors)
 
         return Operation(name, x, exact, table)
 
@@ -73,18 +89,22 @@ def operations() -> list[Operation]:
     tokens = rng.normal(size=(1, 128, 384)).astype(np.float32)
     weight, bias = np.ones(384, np.float32), np.zeros(384, np.float32)
 
-    def lines(made: functions.Reduced) -> tuple[Array, Array]:
-        return made.slope, made.intercept
+    def table(name: str, made: functions.Reduced) -> dict[str, Array]:
+        return {f"{name}_slope": made.slope, f"{name}_intercept": made.intercept}
 
-    def both(entries: int) -> dict[str, tuple[Array, Array]]:
+    def both(entries: int) -> dict[str, Array]:
         return {
-            "exp": lines(functions.fit_exp(entries)),
-            "reciprocal": lines(functions.fit_reciprocal(entries)),
+            **table("exp", functions.fit_exp(entries)),
+            **table("reciprocal", functions.fit_reciprocal(entries)),
         }
 
-    def attention(plan: _engine.Plan, value: int, **tables: Any) -> int:
+    def norm(plan: Plan, value: int, tables: Mapping[str, Array] = NO_TABLES) -> int:
+        tensors = {"weight": weight, "bias": bias, **tables}
+        return add(plan, "layer_norm", [value], tensors, eps=1e-5)
+
+    def attention(plan: Plan, value: int, tables: Mapping[str, Array] = NO_TABLES) -> int:
         settings = {"heads": 12, "scale": 32**-0.5, "causal": False}
-        return plan.attention(value, value, value, **settings, **tables)
+        return add(plan, "attention", [value] * 3, tables, **settings)
 
     return [
         *smooth,
@@ -92,31 +112,31 @@ def operations() -> list[Operation]:
         Operation(
             "softmax 12x128x128",
             scores,
-            lambda plan, value: plan.softmax(value, 3),
-            lambda entries: lambda plan, value: plan.softmax(value, 3, **both(entries)),
+            lambda plan, value: add(plan, "softmax", [value], axis=3),
+            lambda entries: (
+                lambda plan, value: add(plan, "softmax", [value], both(entries), axis=3)
+            ),
         ),
         Operation(
             "layer_norm 128x384",
             tokens,
-            lambda plan, value: plan.layer_norm(value, weight, bias, 1e-5),
+            norm,
             lambda entries: (
-                lambda plan, value: plan.layer_norm(
-                    value, weight, bias, 1e-5, rsqrt=lines(functions.fit_rsqrt(entries))
-                )
+                lambda plan, value: norm(plan, value, table("rsqrt", functions.fit_rsqrt(entries)))
             ),
         ),
         Operation(
             "attention 128x12x32",
             tokens,
             attention,
-            lambda entries: lambda plan, value: attention(plan, value, **both(entries)),
+            lambda entries: lambda plan, value: attention(plan, value, both(entries)),
         ),
     ]
 
 
 def step_timer(isa: str, x: Array, build: Build) -> Callable[[], list[float]]:
     """A function that runs a plan of one step some times and gives the seconds of the step."""
-    plan = _engine.Plan(isa, 1)
+    plan = Plan(isa, 1)
     plan.finish([build(plan, plan.input())])
 
     def turn() -> list[float]:

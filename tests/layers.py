@@ -76,20 +76,9 @@ class Layer:
             codes = encode(rows, tensors["centroids"])
         return np.ascontiguousarray(codes.T.astype(np.uint8))
 
-    def native(self, isa: str) -> _engine.PqLayer:
+    def native(self, isa: str) -> _engine.Layer:
         """The layer in the engine."""
-        return _engine.PqLayer(
-            isa,
-            **self.tensors,
-            act_scale=self.act_scale,
-            act_zero=self.act_zero,
-            act_bits=self.act_bits,
-            channels=self.x.shape[1],
-            kernel=self.kernel,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-        )
+        return _engine.Layer(self.node.op, isa, self.node.attrs, self.tensors)
 
 
 def random_layer(

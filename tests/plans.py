@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from graphs import Array
 
 from lutra import _engine, runnable_isas
+from lutra.node import AttrValue
 
 F = np.float32
 ISAS = runnable_isas()
@@ -52,14 +53,54 @@ def normal(*shape: int, seed: int = 0) -> Array:
     return np.random.default_rng(seed).normal(size=shape).astype(F)
 
 
+def add(
+    p: _engine.Plan,
+    op: str,
+    *inputs: int,
+    tensors: Mapping[str, Array] | None = None,
+    shapes: Sequence[tuple[int, ...]] | None = None,
+    output: tuple[int, ...] = (-1,),
+    residual: int = -1,
+    clamp: tuple[float, float] | None = None,
+    planes: Sequence[int] = (),
+    **attrs: AttrValue,
+) -> int:
+    """The step of an operator; shapes that its builder need not know are left out."""
+    return p.add(
+        op,
+        inputs,
+        attrs,
+        tensors or {},
+        input_shapes=shapes or [(-1,)] * len(inputs),
+        output_shape=output,
+        residual=residual,
+        clamp=clamp,
+        planes=planes,
+    )
+
+
+def function(p: _engine.Plan, x: int, name: str) -> int:
+    """The step of a function by the engine's name for it."""
+    if name in ("gelu", "gelu_tanh"):
+        return add(p, "gelu", x, approximate="tanh" if name == "gelu_tanh" else "none")
+    return add(p, name, x)
+
+
+def function_tables(**tables: tuple[Array, Array]) -> dict[str, Array]:
+    """The tensors of tables of functions: slopes and intercepts by the function's name."""
+    parts = ("slope", "intercept")
+    return {
+        f"{name}_{part}": array
+        for name, table in tables.items()
+        for part, array in zip(parts, table, strict=True)
+    }
+
+
+def piecewise(p: _engine.Plan, x: int, breakpoint: Array, slope: Array, intercept: Array) -> int:
+    tensors = {"breakpoint": breakpoint, "slope": slope, "intercept": intercept}
+    return add(p, "piecewise", x, tensors=tensors)
+
+
 def int8(p: _engine.Plan, x: int, tensors: dict[str, Array], grid: float = 0.05) -> int:
     """A linear layer in int8."""
-    return p.int8_linear(
-        x,
-        tensors["weight"],
-        tensors["scale"],
-        tensors["bias"],
-        act_scale=grid,
-        act_zero=64,
-        act_bits=7,
-    )
+    return add(p, "int8_linear", x, tensors=tensors, act_scale=grid, act_zero=64, act_bits=7)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 from layers import Array, same_bits
+from plans import add, function, function_tables, piecewise
 from sweeps import sweep
 
 from lutra import _engine, runnable_isas
@@ -257,6 +259,17 @@ def check_isas(
     return wanted
 
 
+def layer_norm(
+    plan: _engine.Plan, x: int, weight: Array, bias: Array, eps: float, **tables: Any
+) -> int:
+    tensors = {"weight": weight, "bias": bias, **function_tables(**tables)}
+    return add(plan, "layer_norm", x, tensors=tensors, eps=eps)
+
+
+def rms_norm(plan: _engine.Plan, x: int, weight: Array, eps: float) -> int:
+    return add(plan, "rms_norm", x, tensors={"weight": weight}, eps=eps)
+
+
 def normal(*shape: int, seed: int = 0) -> Array:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
@@ -264,7 +277,7 @@ def normal(*shape: int, seed: int = 0) -> Array:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_function_steps(name: str) -> None:
     x = normal(3, 700, 5) ** 2 + np.float32(0.1)
-    y = check_isas(lambda plan, ids: plan.function(ids[0], name), x)
+    y = check_isas(lambda plan, ids: function(plan, ids[0], name), x)
     assert same_bits(y, _engine.function("scalar", name, x))
 
 
@@ -272,7 +285,7 @@ def test_function_steps(name: str) -> None:
 def test_piecewise_steps(count: int) -> None:
     table = piecewise_table(count)
     x = normal(2, 9, 300)
-    y = check_isas(lambda plan, ids: plan.piecewise(ids[0], *table), x)
+    y = check_isas(lambda plan, ids: piecewise(plan, ids[0], *table), x)
     assert same_bits(y, _engine.piecewise("scalar", x, *table))
 
 
@@ -292,12 +305,12 @@ def test_norms(shape: tuple[int, ...]) -> None:
     x = normal(*shape) * 3 + 1
     weight, bias = normal(2, shape[-1], seed=1)
     eps = 1e-5
-    y = check_isas(lambda plan, ids: plan.layer_norm(ids[0], weight, bias, eps), x)
+    y = check_isas(lambda plan, ids: layer_norm(plan, ids[0], weight, bias, eps), x)
     wide = x.astype(np.float64)
     centred = wide - wide.mean(-1, keepdims=True)
     wanted = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * weight + bias
     np.testing.assert_allclose(y, wanted, rtol=2e-6, atol=3e-6)
-    y = check_isas(lambda plan, ids: plan.rms_norm(ids[0], weight, eps), x)
+    y = check_isas(lambda plan, ids: rms_norm(plan, ids[0], weight, eps), x)
     wanted = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + eps) * weight
     np.testing.assert_allclose(y, wanted, rtol=2e-6, atol=3e-6)
 
@@ -305,7 +318,7 @@ def test_norms(shape: tuple[int, ...]) -> None:
 def test_norm_without_variance() -> None:
     x = np.full((2, 40, 24), 3.25, np.float32)
     weight, bias = normal(2, 24)
-    y = check_isas(lambda plan, ids: plan.layer_norm(ids[0], weight, bias, 1e-5), x)
+    y = check_isas(lambda plan, ids: layer_norm(plan, ids[0], weight, bias, 1e-5), x)
     np.testing.assert_array_equal(y, np.broadcast_to(bias, x.shape))
 
 
@@ -313,8 +326,8 @@ def test_norm_without_variance() -> None:
 def test_norm_by_table(count: int) -> None:
     x, table = normal(2, 50, 40), rsqrt_lines(count)
     weight, bias = normal(2, 40, seed=1)
-    y = check_isas(lambda plan, ids: plan.layer_norm(ids[0], weight, bias, 1e-5, rsqrt=table), x)
-    exact = run_plan("scalar", lambda plan, ids: plan.layer_norm(ids[0], weight, bias, 1e-5), x)
+    y = check_isas(lambda plan, ids: layer_norm(plan, ids[0], weight, bias, 1e-5, rsqrt=table), x)
+    exact = run_plan("scalar", lambda plan, ids: layer_norm(plan, ids[0], weight, bias, 1e-5), x)
     assert 0 < np.abs(y - exact).max() <= 4 * chord_error(count) * np.abs(exact - bias).max()
 
 
@@ -322,7 +335,7 @@ def test_norm_errors() -> None:
     with pytest.raises(ValueError, match=r"layer_norm over 4 features got \(2, 3, 5\)"):
         run_plan(
             "scalar",
-            lambda plan, ids: plan.layer_norm(ids[0], *normal(2, 4), 1e-5),
+            lambda plan, ids: layer_norm(plan, ids[0], *normal(2, 4), 1e-5),
             normal(2, 3, 5),
         )
 
@@ -336,18 +349,18 @@ SOFTMAX_CASES = [
 @pytest.mark.parametrize(("shape", "axis"), SOFTMAX_CASES)
 def test_softmax(shape: tuple[int, ...], axis: int) -> None:
     x = normal(*shape) * 8
-    y = check_isas(lambda plan, ids: plan.softmax(ids[0], axis), x)
+    y = check_isas(lambda plan, ids: add(plan, "softmax", ids[0], axis=axis), x)
     wide = np.exp(x.astype(np.float64) - x.max(axis, keepdims=True))
     np.testing.assert_allclose(y, wide / wide.sum(axis, keepdims=True), rtol=9e-6, atol=1e-37)
-    tables = {"exp": exp_lines(32), "reciprocal": reciprocal_lines(32)}
-    table = check_isas(lambda plan, ids: plan.softmax(ids[0], axis, **tables), x)
+    tables = function_tables(exp=exp_lines(32), reciprocal=reciprocal_lines(32))
+    table = check_isas(lambda plan, ids: add(plan, "softmax", ids[0], tensors=tables, axis=axis), x)
     np.testing.assert_allclose(table, y, rtol=3 * chord_error(32), atol=1e-37)
 
 
 @each_isa
 def test_softmax_of_infinities(isa: str) -> None:
     x = np.array([[0, -np.inf, 1], [-np.inf, -np.inf, -np.inf], [np.nan, 0, 0]], np.float32)
-    y = run_plan(isa, lambda plan, ids: plan.softmax(ids[0], 1), x)
+    y = run_plan(isa, lambda plan, ids: add(plan, "softmax", ids[0], axis=1), x)
     np.testing.assert_allclose(y[0], [0.26894143, 0, 0.7310586], rtol=1e-6)
     assert np.isnan(y[1:]).all()
 
@@ -398,7 +411,7 @@ def test_attention(case: tuple[int, ...], causal: bool, masked: str) -> None:
     scale = d**-0.5
     inputs = [q, k, v] if mask is None else [q, k, v, mask]
     settings = {"heads": heads, "scale": scale, "causal": causal}
-    y = check_isas(lambda plan, ids: plan.attention(*ids, **settings), *inputs)
+    y = check_isas(lambda plan, ids: add(plan, "attention", *ids, **settings), *inputs)
     wanted = attention(q, k, v, heads, scale, mask, causal)
     np.testing.assert_allclose(y, wanted, atol=3e-6)
     assert (y[wanted == 0] == 0).all()
@@ -409,10 +422,10 @@ def test_hidden_keys_do_nothing() -> None:
     mask = np.ones((2, 20), np.int32)
     mask[:, 5] = mask[1, 17:] = 0
     settings = {"heads": 2, "scale": 0.3, "causal": False}
-    y = check_isas(lambda plan, ids: plan.attention(*ids, **settings), q, k, v, mask)
+    y = check_isas(lambda plan, ids: add(plan, "attention", *ids, **settings), q, k, v, mask)
     k[:, 5] = v[:, 5] = np.nan
     k[1, 17:] = v[1, 17:] = np.inf
-    again = check_isas(lambda plan, ids: plan.attention(*ids, **settings), q, k, v, mask)
+    again = check_isas(lambda plan, ids: add(plan, "attention", *ids, **settings), q, k, v, mask)
     assert same_bits(y, again)
 
 
@@ -420,23 +433,30 @@ def test_attention_reads_planes_of_a_wider_value() -> None:
     qkv = normal(2, 37, 3 * 24)
     settings = {"heads": 3, "scale": 0.4, "causal": True}
     y = check_isas(
-        lambda plan, ids: plan.attention(
-            ids[0], ids[0], ids[0], offsets=(24, 48, 0), widths=24, **settings
+        lambda plan, ids: add(
+            plan,
+            "attention",
+            *(ids * 3),
+            shapes=[(-1, -1, 24)] * 3,
+            planes=(24, 48, 0),
+            **settings,
         ),
         qkv,
     )
     parts = [np.ascontiguousarray(qkv[:, :, i : i + 24]) for i in (24, 48, 0)]
-    alone = run_plan("scalar", lambda plan, ids: plan.attention(*ids, **settings), *parts)
+    alone = run_plan("scalar", lambda plan, ids: add(plan, "attention", *ids, **settings), *parts)
     assert same_bits(y, alone)
 
 
 @entries
 def test_attention_by_table(count: int) -> None:
     q, k, v = (normal(2, 40, 32, seed=i) for i in range(3))
-    tables = {"exp": exp_lines(count), "reciprocal": reciprocal_lines(count)}
+    tables = function_tables(exp=exp_lines(count), reciprocal=reciprocal_lines(count))
     settings = {"heads": 4, "scale": 0.35, "causal": True}
-    y = check_isas(lambda plan, ids: plan.attention(*ids, **settings, **tables), q, k, v)
-    exact = run_plan("scalar", lambda plan, ids: plan.attention(*ids, **settings), q, k, v)
+    y = check_isas(
+        lambda plan, ids: add(plan, "attention", *ids, tensors=tables, **settings), q, k, v
+    )
+    exact = run_plan("scalar", lambda plan, ids: add(plan, "attention", *ids, **settings), q, k, v)
     assert 0 < np.abs(y - exact).max() <= 3 * chord_error(count) * np.abs(v).max()
 
 
@@ -445,7 +465,9 @@ def test_attention_errors() -> None:
         with pytest.raises(ValueError, match="attention got q") as error:
             run_plan(
                 "scalar",
-                lambda plan, ids: plan.attention(*ids, heads=heads, scale=1.0, causal=False),
+                lambda plan, ids: add(
+                    plan, "attention", *ids, heads=heads, scale=1.0, causal=False
+                ),
                 *(np.zeros(s, np.int32 if len(s) == 2 else np.float32) for s in shapes),
             )
         return str(error.value)
@@ -460,15 +482,23 @@ def test_attention_errors() -> None:
 def test_steps_write_bytes_for_lookup_layers() -> None:
     """A quantised reader gets the same bytes from these steps as from its own quantiser."""
     weight = np.random.default_rng(0).integers(-127, 128, (6, 24)).astype(np.int8)
-    ones, zeros = np.ones(6, np.float32), np.zeros(6, np.float32)
+    dense = {"weight": weight, "scale": np.ones(6, np.float32), "bias": np.zeros(6, np.float32)}
+
+    def int8(plan: _engine.Plan, value: int, grid: tuple[float, int, int]) -> int:
+        names = ("act_scale", "act_zero", "act_bits")
+        attrs: dict[str, Any] = dict(zip(names, grid, strict=True))
+        return add(plan, "int8_linear", value, tensors=dense, **attrs)
+
     x = normal(2, 70, 24)
     scale, bias = normal(2, 24, seed=3)
     makers: dict[str, Callable[[_engine.Plan, int], int]] = {
-        "function": lambda plan, a: plan.function(a, "gelu"),
-        "piecewise": lambda plan, a: plan.piecewise(a, *piecewise_table(16)),
-        "layer_norm": lambda plan, a: plan.layer_norm(a, scale, bias, 1e-5),
-        "rms_norm": lambda plan, a: plan.rms_norm(a, scale, 1e-5),
-        "attention": lambda plan, a: plan.attention(a, a, a, heads=2, scale=0.3, causal=False),
+        "function": lambda plan, a: function(plan, a, "gelu"),
+        "piecewise": lambda plan, a: piecewise(plan, a, *piecewise_table(16)),
+        "layer_norm": lambda plan, a: layer_norm(plan, a, scale, bias, 1e-5),
+        "rms_norm": lambda plan, a: rms_norm(plan, a, scale, 1e-5),
+        "attention": lambda plan, a: add(
+            plan, "attention", a, a, a, heads=2, scale=0.3, causal=False
+        ),
     }
     grids = ((0.05, 64, 7), (0.3, 8, 4))
     for name, make in makers.items():
@@ -476,7 +506,7 @@ def test_steps_write_bytes_for_lookup_layers() -> None:
             for floats in (False, True):
                 plan = _engine.Plan(isa, 1)
                 value = make(plan, plan.input())
-                outputs = [plan.int8_linear(value, weight, ones, zeros, *grid) for grid in grids]
+                outputs = [int8(plan, value, grid) for grid in grids]
                 plan.finish([*outputs, value] if floats else outputs)
                 labels = plan.profile([x], 1)[0]
                 assert len(labels) == 3, (name, labels)  # nobody quantises in between
@@ -487,9 +517,7 @@ def test_steps_write_bytes_for_lookup_layers() -> None:
                 for y, grid in zip(made, grids, strict=False):
                     wanted = run_plan(
                         isa,
-                        lambda plan, ids, grid=grid: plan.int8_linear(
-                            ids[0], weight, ones, zeros, *grid
-                        ),
+                        lambda plan, ids, grid=grid: int8(plan, ids[0], grid),
                         alone,
                     )
                     assert same_bits(y, wanted), (name, isa)

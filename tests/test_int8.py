@@ -16,7 +16,7 @@ from lutra import GraphError, Session, load_graph, run_reference, runnable_isas,
 from lutra.graph import Graph
 from lutra.ops.limits import MAX_INT8_DEPTH
 from lutra.reference import windows
-from lutra.runtime.plan import fuse
+from lutra.runtime.fuse import fuse
 
 ISAS = runnable_isas()
 

@@ -514,25 +514,15 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         ({"act_bits": 8}, "bits"),
         ({"act_zero": 128}, "zero point"),
         ({"act_scale": 0.0}, "scale"),
-        ({"channels": 19}, "codebooks"),
+        ({"in_channels": 19}, "codebooks"),
         ({"kernel": (0, 1)}, "at least 1"),
         ({"padding": (-1, 0)}, "negative"),
         ({"isa": "mmx"}, "cannot run"),
     ],
 )
 def test_bad_layers_are_refused(change: dict[str, Any], match: str) -> None:
-    tensors = random_layer(1, channels=9).tensors
-    arguments: dict[str, Any] = {
-        "isa": ISAS[0],
-        **tensors,
-        "act_scale": 0.1,
-        "act_zero": 0,
-        "act_bits": 7,
-        "channels": 9,
-        "kernel": (1, 1),
-        "stride": (1, 1),
-        "padding": (0, 0),
-        "dilation": (1, 1),
-    }
+    layer = random_layer(1, channels=9)
+    attrs: dict[str, Any] = {**layer.node.attrs, **change}
+    isa = attrs.pop("isa", ISAS[0])
     with pytest.raises(ValueError, match=match):
-        _engine.PqLayer(**{**arguments, **change})
+        _engine.Layer(layer.node.op, isa, attrs, layer.tensors)

@@ -62,7 +62,7 @@ class Case:
         x = rng.normal(self.scale * (levels / 2 - self.zero), 3 * self.scale, (n, channels, h, w))
         self.x = (x * levels / 8).astype(np.float32)
 
-    def layer(self, isa: str, **change: Any) -> _engine.LookupLayer:
+    def layer(self, isa: str, **change: Any) -> _engine.Layer:
         arguments: dict[str, Any] = {
             "weight": self.weight,
             "table": self.table,
@@ -71,13 +71,16 @@ class Case:
             "act_scale": self.scale,
             "act_zero": self.zero,
             "act_bits": self.bits,
-            "channels": self.channels,
+            "weight_bits": 8,
+            "in_channels": self.channels,
             "kernel": self.kernel,
             "stride": self.stride,
             "padding": self.padding,
             "dilation": self.dilation,
+            **change,
         }
-        return _engine.LookupLayer(isa, **{**arguments, **change})
+        tensors = {role: arguments.pop(role) for role in ("weight", "table", "scale", "bias")}
+        return _engine.Layer("lookup_conv2d", isa, arguments, tensors)
 
     def indices(self) -> Array:
         t = np.rint(self.x / np.float32(self.scale)) + self.zero

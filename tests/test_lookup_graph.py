@@ -19,7 +19,7 @@ from lutra.ops.limits import MAX_LOOKUP_DEPTH
 from lutra.ops.lookup import bits_for, pack_weights, unpack_weights
 from lutra.reference import lookup as reference
 from lutra.reference import windows
-from lutra.runtime.plan import fuse
+from lutra.runtime.fuse import fuse
 
 ISAS = runnable_isas()
 SIZES = [(bits, weights) for bits in range(2, 7) for weights in (3, 5, 15, 17, 33)]

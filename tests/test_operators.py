@@ -14,7 +14,7 @@ from sweeps import sweep
 from lutra import GraphError, InputError, Session, run_reference, runnable_isas
 from lutra.graph import Graph
 from lutra.ops.elementwise import NO_LIMIT
-from lutra.runtime.plan import fuse
+from lutra.runtime.fuse import fuse
 
 ISAS = runnable_isas()
 F = np.float32

@@ -9,9 +9,10 @@ import pytest
 from graphs import Builder
 
 from lutra import EngineError, Session, run_reference
+from lutra._engine import ops
 from lutra.ops import OPS
-from lutra.runtime.plan import build_plan, fuse
-from lutra.runtime.steps import STEPS
+from lutra.runtime.fuse import fuse
+from lutra.runtime.plan import build_plan
 
 
 def steps(b: Builder, *outputs: str) -> list[tuple[str, str, str | None, bool]]:
@@ -26,7 +27,7 @@ def steps(b: Builder, *outputs: str) -> list[tuple[str, str, str | None, bool]]:
 
 
 def test_every_operator_has_a_step() -> None:
-    assert set(STEPS) == set(OPS)
+    assert set(OPS) <= set(ops())  # and those of plugins
 
 
 def test_a_residual_block_is_one_step_for_each_convolution() -> None:

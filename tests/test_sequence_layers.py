@@ -8,7 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 from graphs import Array, Builder, int8_tensors, lookup_tensors, pq_tensors
-from plans import ISAS, SEQUENCES, F, Steps, int8, normal, plan, run, steps_of
+from plans import (
+    ISAS,
+    SEQUENCES,
+    F,
+    Steps,
+    add,
+    function,
+    int8,
+    normal,
+    piecewise,
+    plan,
+    run,
+    steps_of,
+)
 from sweeps import sweep
 
 from lutra import Session, _engine
@@ -29,27 +42,17 @@ def _tensors(kind: str, features: int, outputs: int) -> dict[str, Array]:
 
 
 def _layer(p: _engine.Plan, kind: str, x: int, t: dict[str, Array], **more: Any) -> int:
-    grid = {"act_scale": 0.05, "act_zero": 64, "act_bits": 7}
+    grid: dict[str, Any] = {"act_scale": 0.05, "act_zero": 64, "act_bits": 7}
     if kind == "pq":
         width = t["centroids"].shape[0] * t["centroids"].shape[2]
-        return p.pq_linear(
-            x,
-            t["tables"],
-            t["scale"],
-            t["bias"],
-            **grid,
-            features=width,
-            centroids=t["centroids"],
-            **more,
-        )
+        return add(p, "pq_linear", x, tensors=t, **grid, in_features=width, **more)
     if kind == "int8":
-        return p.int8_linear(x, t["weight"], t["scale"], t["bias"], **grid, **more)
+        return add(p, "int8_linear", x, tensors=t, **grid, **more)
     if kind == "lookup":
-        index = (t["weight"][:, :, None] >> np.array([0, 4], np.uint8)) & 15
-        index = np.ascontiguousarray(index.reshape(len(index), -1))
-        grid = {"act_scale": 0.25, "act_zero": 8, "act_bits": 4}
-        return p.lookup_linear(x, index, t["table"], t["scale"], t["bias"], **grid, **more)
-    return p.linear(x, t["weight"], t["bias"], **more)
+        grid = {"act_scale": 0.25, "act_zero": 8, "act_bits": 4, "weight_bits": 4}
+        width = 2 * t["weight"].shape[1]
+        return add(p, "lookup_linear", x, tensors=t, **grid, in_features=width, **more)
+    return add(p, "linear", x, tensors=t, **more)
 
 
 @pytest.mark.parametrize("kind", ["pq", "int8", "lookup", "linear"])
@@ -88,8 +91,9 @@ def test_one_plan_runs_every_length() -> None:
     positions = normal(512, 20, seed=2)
 
     def steps(p: _engine.Plan, v: list[int]) -> int:
-        x = p.position_embedding(p.embedding(v[0], weight), positions)
-        return p.masked_mean(_layer(p, "pq", x, tensors, residual=x), v[1])
+        x = add(p, "embedding", v[0], tensors={"weight": weight})
+        x = add(p, "position_embedding", x, tensors={"weight": positions})
+        return add(p, "masked_mean", _layer(p, "pq", x, tensors, residual=x), v[1])
 
     rng = np.random.default_rng(0)
     made = plan(ISAS[-1], 3, ["int32", "int32"], steps)
@@ -107,11 +111,11 @@ def test_one_plan_runs_every_length() -> None:
 # ---- functions in the steps of layers -----------------------------------------------------------
 
 FUNCTIONS: dict[str, Callable[[_engine.Plan, int], int]] = {
-    "gelu": lambda p, x: p.function(x, "gelu"),
-    "piecewise": lambda p, x: p.piecewise(
-        x, np.linspace(-3, 3, 15).astype(F), normal(16), normal(16, seed=1)
+    "gelu": lambda p, x: function(p, x, "gelu"),
+    "piecewise": lambda p, x: piecewise(
+        p, x, np.linspace(-3, 3, 15).astype(F), normal(16), normal(16, seed=1)
     ),
-    "affine_scalar": lambda p, x: p.affine_scalar(x, -2.0, 0.5),
+    "affine_scalar": lambda p, x: add(p, "affine_scalar", x, scale=-2.0, bias=0.5),
 }
 
 
@@ -189,9 +193,9 @@ def test_only_the_first_function_is_taken_over() -> None:
         p.label("layer")
         y = _layer(p, "pq", v[0], tensors)
         p.label("one")
-        y = p.affine_scalar(y, 2.0, 0.0)
+        y = add(p, "affine_scalar", y, scale=2.0, bias=0.0)
         p.label("two")
-        return p.affine_scalar(y, 1.0, -1.0)
+        return add(p, "affine_scalar", y, scale=1.0, bias=-1.0)
 
     x = normal(2, 7, 20)
     want = run(lambda p, v: _layer(p, "pq", v[0], tensors), x) * F(2) - F(1)

@@ -10,8 +10,8 @@ from graphs import Array, Builder, pq_tensors, random_inputs, tree_tensors
 
 from lutra import Session, run_reference, runnable_isas
 from lutra.graph import Graph
-from lutra.runtime.plan import fuse
-from lutra.runtime.shared_codes import find_siblings
+from lutra.runtime.fuse import fuse
+from lutra.runtime.shared_codes import share_codes
 
 F = np.float32
 GRID = {"act_scale": 0.05, "act_zero": 64, "act_bits": 7}
@@ -49,7 +49,7 @@ def linears(
 
 def groups(graph: Graph) -> list[list[str]]:
     """The nodes of every step of siblings."""
-    steps = find_siblings(graph, fuse(graph))
+    steps = share_codes(graph, fuse(graph))
     return [[m.node.name for m in step.members] for step in steps if len(step.members) > 1]
 
 

@@ -2,85 +2,20 @@
 #include <algorithm>
 
 #include "bindings/bindings.h"
+#include "engine/layers/layer.h"
 #include "engine/training/lookup.h"
 #include "engine/training/pq.h"
-#include "engine/core/step.h"
 #include "kernels/dispatch.h"
 
 namespace lutra {
 
 using namespace nb::literals;
 
-ConvGeometry geometry(int64_t channels, Pair kernel, Pair stride, Pair padding, Pair dilation) {
-  for (int64_t v : {kernel.first, kernel.second, stride.first, stride.second, dilation.first,
-                    dilation.second}) {
-    require(v >= 1, "kernel, stride and dilation must be at least 1");
-  }
-  require(padding.first >= 0 && padding.second >= 0, "padding must not be negative");
-  return {.channels = channels,
-          .kernel_h = kernel.first,
-          .kernel_w = kernel.second,
-          .stride_h = stride.first,
-          .stride_w = stride.second,
-          .pad_h = padding.first,
-          .pad_w = padding.second,
-          .dilation_h = dilation.first,
-          .dilation_w = dilation.second};
-}
-PqLayer pq_layer(const Kernels& kernels, const ConvGeometry& g, const PqArrays& a, bool few_rows) {
-  const Array<int8_t, 3>& t = a.tables;
-  require(a.scale.shape(0) == t.shape(2) && a.bias.shape(0) == t.shape(2),
-          "scale and bias need one value per output");
-  const int tree = (a.splits ? 1 : 0) + (a.thresholds ? 1 : 0);
-  require(a.centroids ? tree == 0 : tree == 2,
-          "a layer has centroids, or splits and thresholds; give one of the two");
-  PqShape s{.books = static_cast<int32_t>(t.shape(0)),
-            .centroids = static_cast<int32_t>(t.shape(1)),
-            .outputs = static_cast<int32_t>(t.shape(2))};
-  EncoderData e;
-  if (a.centroids) {
-    require(t.shape(0) == a.centroids->shape(0) && t.shape(1) == a.centroids->shape(1),
-            "centroids and tables differ in codebooks or K");
-    s.encoder = Encoder::kNearest;
-    s.dim = static_cast<int32_t>(a.centroids->shape(2));
-    e.centroids = a.centroids->data();
-  } else {
-    require(t.shape(0) == a.splits->shape(0) && t.shape(0) == a.thresholds->shape(0) &&
-                t.shape(1) == a.thresholds->shape(1) + 1 &&
-                t.shape(1) == size_t{1} << std::min<size_t>(a.splits->shape(1), 31),
-            "splits, thresholds and tables differ in codebooks or K");
-    s.encoder = Encoder::kTree;
-    e.splits = a.splits->data();
-    e.thresholds = a.thresholds->data();
-  }
-  return PqLayer(kernels, s, g, a.grid, e, t.data(), a.scale.data(), a.bias.data(), few_rows);
-}
-
-LookupLayer lookup_layer(const Kernels& kernels, const ConvGeometry& g,
-                         const Array<uint8_t, 2>& weight, const Array<int8_t, 2>& table,
-                         const Array<float, 1>& scale, const Array<float, 1>& bias,
-                         const Quantization& grid) {
-  const auto text = [](size_t a, size_t b) {
-    return std::string("(") + std::to_string(a) + ", " + std::to_string(b) + ")";
-  };
-  require(static_cast<int64_t>(weight.shape(1)) == g.depth(),
-          "lookup layer: weight indices of the shape " + text(weight.shape(0), weight.shape(1)) +
-              " for rows of " + std::to_string(g.depth()) + " entries");
-  require(
-      scale.shape(0) == weight.shape(0) && bias.shape(0) == weight.shape(0),
-      "lookup layer: scale and bias need one value per output, " + std::to_string(weight.shape(0)));
-  require(grid.bits >= 2 && grid.bits <= 6,
-          "lookup layer: activation bits must be 2..6, not " + std::to_string(grid.bits));
-  require(table.shape(0) == size_t{1} << grid.bits,
-          "lookup layer: a table of the shape " + text(table.shape(0), table.shape(1)) +
-              " for activations of " + std::to_string(1 << grid.bits) + " levels");
-  return LookupLayer(kernels, g, static_cast<int64_t>(weight.shape(0)), grid,
-                     static_cast<int64_t>(table.shape(1)), table.data(), weight.data(),
-                     scale.data(), bias.data());
-}
 namespace {
 
-using OutBytes = nb::ndarray<uint8_t, nb::ndim<4>, nb::device::cpu>;
+using Images = nb::ndarray<const float, nb::ndim<4>, nb::device::cpu>;
+using OutImages = nb::ndarray<float, nb::ndim<4>, nb::device::cpu>;
+using OutBytes = nb::ndarray<uint8_t, nb::device::cpu>;
 using AnyFloats = nb::ndarray<const float, nb::device::cpu>;
 using AnyBytes = nb::ndarray<const uint8_t, nb::device::cpu>;
 using OutFloats = nb::ndarray<float, nb::device::cpu>;
@@ -109,24 +44,35 @@ uint8_t* scratch(size_t needed) {
   return memory.data();
 }
 
-// A PQ layer on its own, for PyTorch's operators: any strides in, any strides out.
-void run_layer(const PqLayer& layer, ThreadPool& pool, const Images& x, const OutImages& out,
-               std::optional<OutArray<uint8_t, 2>> codes) {
+struct AloneLayer {
+  std::unique_ptr<Layer> layer;
+};
+
+// For PyTorch's operators: any strides in, any strides out.
+void run_layer(const AloneLayer& alone, ThreadPool& pool, const Images& x, const OutImages& out,
+               const std::optional<OutBytes>& codes) {
+  const Layer& layer = *alone.layer;
   const ImageView in = image(x), y = image(out);
   const ConvGeometry& g = layer.geometry();
-  require(in.c == g.channels && y.n == in.n && y.c == layer.shape().outputs &&
-              y.h == g.out_h(in.h) && y.w == g.out_w(in.w) && y.h > 0 && y.w > 0,
+  const int64_t rows = y.pixels();
+  require(in.c == g.channels && y.n == in.n && y.c == layer.outputs() && y.h == g.out_h(in.h) &&
+              y.w == g.out_w(in.w) && y.h > 0 && y.w > 0,
           "input and output do not fit the layer");
   if (codes) {
-    require(static_cast<int64_t>(codes->shape(0)) == layer.shape().books &&
-                static_cast<int64_t>(codes->shape(1)) == y.n * y.h * y.w,
-            "codes must have the shape (codebooks, rows)");
+    Codes place{.data = codes->data()};
+    for (size_t i = 0; i < codes->ndim(); ++i) {
+      place.shape.push_back(static_cast<int64_t>(codes->shape(i)));
+      place.strides.push_back(codes->stride(i));
+    }
+    layer.check_codes(in, rows, place);
   }
   nb::gil_scoped_release release;
-  PqLayer::Call call{.floats = &in, .codes = codes ? codes->data() : nullptr};
-  call.output.view = y;
+  LayerOutput output;
+  output.view = y;
   const bool direct = TileOutput::direct(y);
-  layer.run(call, scratch(layer.workspace_bytes(in.n, in.h, in.w, pool.threads(), direct)), pool);
+  layer.prepare(rows);
+  uint8_t* const memory = scratch(layer.workspace_bytes(in.n, in.h, in.w, pool.threads(), direct));
+  layer.run(in, output, codes ? codes->data() : nullptr, memory, pool);
 }
 
 // Whether two arrays have the same shape and the same strides where those matter.
@@ -155,32 +101,6 @@ bool dense(const A& a) {
     next *= length;
   }
   return true;
-}
-
-// A lookup layer on its own, for PyTorch's operators: any strides in, any strides out.
-void run_lookup(const LookupLayer& layer, ThreadPool& pool, const Images& x, const OutImages& out,
-                std::optional<OutBytes> indices) {
-  const ImageView in = image(x), y = image(out);
-  const ConvGeometry& g = layer.geometry();
-  require(in.c == g.channels && y.n == in.n && y.c == layer.outputs() && y.h == g.out_h(in.h) &&
-              y.w == g.out_w(in.w) && y.h > 0 && y.w > 0,
-          "lookup layer: input and output do not fit the layer");
-  require(!indices || (same_layout(x, *indices) && dense(x)),
-          "lookup layer: indices need the shape and the strides of x, and both without gaps");
-  nb::gil_scoped_release release;
-  LayerOutput output;
-  output.view = y;
-  const bool direct = TileOutput::direct(y);
-  uint8_t* const memory = scratch(layer.workspace_bytes(in.n, in.h, in.w, pool.threads(), direct));
-  if (indices) layer.quantize(in.data, in.pixels() * in.c, indices->data(), pool);
-  // Lines that can be copied as they are. Without padding they would be read in place, but what a
-  // caller gives has no slack.
-  if (indices && in.sw == 1 && in.sh == in.w && g.taps() > 1) {
-    layer.run(ByteView{indices->data(), in.n, in.c, in.h, in.w, in.sn, in.sc, in.sh, in.sw}, output,
-              memory, pool);
-  } else {
-    layer.run(in, output, memory, pool);
-  }
 }
 
 template <class T>
@@ -216,23 +136,19 @@ std::tuple<Vector<double>, Vector<int64_t>, double> lookup_gradients(
 }  // namespace
 
 void bind_layers(nb::module_& m) {
-  nb::class_<PqLayer>(m, "PqLayer")
+  nb::class_<ThreadPool>(m, "ThreadPool")
+      .def(nb::init<int>(), "threads"_a)
+      .def_prop_ro("threads", &ThreadPool::threads);
+
+  nb::class_<AloneLayer>(m, "Layer")
       .def(
           "__init__",
-          [](PqLayer* self, const std::string& isa, Array<int8_t, 3> tables, Array<float, 1> scale,
-             Array<float, 1> bias, float act_scale, int act_zero, int act_bits, int64_t channels,
-             Pair kernel, Pair stride, Pair padding, Pair dilation, Centroids centroids,
-             Splits splits, Thresholds thresholds) {
-            const PqArrays arrays{tables,    scale,  bias,      {act_scale, act_zero, act_bits},
-                                  centroids, splits, thresholds};
-            new (self) PqLayer(pq_layer(find_kernels(isa),
-                                        geometry(channels, kernel, stride, padding, dilation),
-                                        arrays, false));
+          [](AloneLayer* self, const std::string& op, const std::string& isa, const Attrs& attrs,
+             const Tensors& tensors) {
+            const Kernels& kernels = find_kernels(isa);
+            new (self) AloneLayer{op_registry().layer(kernels, step_args(op, attrs, tensors))};
           },
-          "isa"_a, "tables"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a, "act_bits"_a,
-          "channels"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a,
-          "centroids"_a.none() = nb::none(), "splits"_a.none() = nb::none(),
-          "thresholds"_a.none() = nb::none())
+          "op"_a, "isa"_a, "attrs"_a, "tensors"_a)
       .def("run", &run_layer, "pool"_a, "x"_a, "out"_a, "codes"_a.none() = nb::none());
 
   m.def(
@@ -254,21 +170,6 @@ void bind_layers(nb::module_& m) {
       },
       "isa"_a, "pool"_a, "codes"_a, "gradient"_a, "out"_a);
 
-  nb::class_<LookupLayer>(m, "LookupLayer")
-      .def(
-          "__init__",
-          [](LookupLayer* self, const std::string& isa, Array<uint8_t, 2> weight,
-             Array<int8_t, 2> table, Array<float, 1> scale, Array<float, 1> bias, float act_scale,
-             int act_zero, int act_bits, int64_t channels, Pair kernel, Pair stride, Pair padding,
-             Pair dilation) {
-            new (self) LookupLayer(lookup_layer(
-                find_kernels(isa), geometry(channels, kernel, stride, padding, dilation), weight,
-                table, scale, bias, {act_scale, act_zero, act_bits}));
-          },
-          "isa"_a, "weight"_a, "table"_a, "scale"_a, "bias"_a, "act_scale"_a, "act_zero"_a,
-          "act_bits"_a, "channels"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a)
-      .def("run", &run_lookup, "pool"_a, "x"_a, "out"_a, "indices"_a.none() = nb::none());
-
   m.def("lookup_gradient", &lookup_gradients, "isa"_a, "pool"_a, "x"_a, "indices"_a, "gradient"_a,
         "low"_a, "high"_a, "levels"_a);
 
@@ -278,7 +179,7 @@ void bind_layers(nb::module_& m) {
          float act_scale, int act_zero, int act_bits, Pair kernel, Pair stride, Pair padding,
          Pair dilation, OutArray<int64_t, 3> sums, OutArray<int64_t, 2> counts) {
         const ImageView in = image(x);
-        const ConvGeometry g = geometry(in.c, kernel, stride, padding, dilation);
+        const ConvGeometry g = conv_geometry(in.c, kernel, stride, padding, dilation);
         const PqShape s{.books = static_cast<int32_t>(sums.shape(0)),
                         .centroids = static_cast<int32_t>(sums.shape(1)),
                         .dim = static_cast<int32_t>(sums.shape(2)),

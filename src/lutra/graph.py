@@ -274,7 +274,7 @@ class Graph:
             inputs = [values[name] for name in node.inputs]
             cost = OPS[node.op].cost(node, inputs, values[node.output], arrays)
             if cost.encode_ops:
-                if any(_same_codes(node, arrays, *other) for other in encoders):
+                if any(same_codes(node, arrays, *other) for other in encoders):
                     cost = replace(cost, encode_ops=0, comparisons=0, quantised=0)
                 else:
                     encoders.append((node, arrays))
@@ -412,7 +412,7 @@ class Graph:
                     raise GraphError(f"the golden inputs do not fit: {error}") from error
 
 
-def _same_codes(
+def same_codes(
     node: Node, tensors: Mapping[str, Array], other: Node, others: Mapping[str, Array]
 ) -> bool:
     """Whether two lookup layers make the same codes: what they read and encode with is equal."""

@@ -5,7 +5,7 @@
 #include <limits>
 #include <stdexcept>
 
-#include "engine/steps/steps_conv.h"
+#include "engine/core/quantize_step.h"
 
 namespace lutra {
 namespace {
@@ -274,6 +274,7 @@ std::unique_ptr<Plan::Context> Plan::acquire(const Shapes& input_shapes) {
   Context& c = *context;
   if (c.input_shapes_ != input_shapes) {
     lay_out(c, input_shapes);
+    for (const Entry& e : steps_) e.step->prepare(this->input_shapes(e, c));
     if (c.capacity_ < c.arena_bytes_ || c.capacity_ / 2 > c.arena_bytes_) {
       c.memory_ = {};  // before the new one exists
       c.capacity_ = 0;

@@ -7,21 +7,21 @@
 #include <vector>
 
 #include "engine/core/memory.h"
+#include "engine/core/op_registry.h"
 #include "engine/core/output_pool.h"
-#include "engine/core/step.h"
 
 namespace lutra {
 
-class Plan {
+class Plan final : public PlanBuilder {
  public:
   Plan(const Kernels& kernels, int threads) : kernels_(kernels), pool_(threads) {}
 
   // Building. A value is a number. Throws std::invalid_argument. Inputs are float32 or int32; what
   // steps make is float32.
   int add_input(bool integers = false);
-  int add_step(StepPtr step, std::vector<int> inputs);
-  // The value on a grid, for steps that read integers. Who makes it, is decided in the end.
-  int quantized(int value, const Quantization& grid);
+  int add_step(StepPtr step, std::vector<int> inputs) override;
+  // Who makes it, is decided in the end.
+  int quantized(int value, const Quantization& grid) override;
   // What steps added from now on are called in profiles.
   void set_label(std::string label) { label_ = std::move(label); }
   // Ends building: a step takes over the step that alone reads its output, if it can; then it is
@@ -29,7 +29,7 @@ class Plan {
   // that makes the value wherever it can.
   void finish(std::vector<int> outputs);
 
-  const Kernels& kernels() const { return kernels_; }
+  const Kernels& kernels() const override { return kernels_; }
   int threads() const { return pool_.threads(); }
   int input_count() const { return inputs_; }
   bool is_integer_input(int input) const { return values_[static_cast<size_t>(input)].integers; }

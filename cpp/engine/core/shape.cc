@@ -9,49 +9,6 @@
 
 namespace lutra {
 
-Shape::Shape(std::initializer_list<int64_t> list) {
-  for (int64_t d : list) dims[rank++] = d;
-}
-
-int64_t Shape::inner() const {
-  int64_t n = 1;
-  for (int i = 2; i < rank; ++i) n *= dims[i];
-  return n;
-}
-
-int64_t Shape::size() const {
-  int64_t n = 1;
-  for (int i = 0; i < rank; ++i) n *= dims[i];
-  return n;
-}
-
-std::string Shape::text() const {
-  std::string s = "(";
-  for (int i = 0; i < rank; ++i) s += (i ? ", " : "") + std::to_string(dims[i]);
-  return s + ")";
-}
-
-Dims row_major_strides(const Shape& shape) {
-  Dims strides{};
-  int64_t step = 1;
-  for (int i = shape.rank - 1; i >= 0; --i) {
-    strides[i] = step;
-    step *= shape[i];
-  }
-  return strides;
-}
-
-Dims storage_strides(const Shape& shape) {
-  Dims strides{};
-  int64_t step = 1;
-  for (int k = shape.rank - 1; k >= 0; --k) {
-    const int axis = storage_axis(shape.rank, k);
-    strides[axis] = step;
-    step *= shape[axis];
-  }
-  return strides;
-}
-
 namespace {
 
 #ifdef __SSE2__

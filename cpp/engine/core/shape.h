@@ -21,14 +21,27 @@ struct Shape {
   Dims dims{};
 
   Shape() = default;
-  Shape(std::initializer_list<int64_t> list);
+  Shape(std::initializer_list<int64_t> list) {
+    for (int64_t d : list) dims[static_cast<size_t>(rank++)] = d;
+  }
   int64_t operator[](int axis) const { return dims[axis]; }
   int64_t& operator[](int axis) { return dims[axis]; }
   bool operator==(const Shape&) const = default;
   int64_t batch() const { return rank > 0 ? dims[0] : 1; }
-  int64_t inner() const;  // product of the axes after the second
-  int64_t size() const;
-  std::string text() const;  // "(2, 3, 32, 32)"
+  int64_t inner() const { return product(2); }  // of the axes after the second
+  int64_t size() const { return product(0); }
+  std::string text() const {  // "(2, 3, 32, 32)"
+    std::string s = "(";
+    for (int i = 0; i < rank; ++i) s.append(i ? ", " : "").append(std::to_string(dims[i]));
+    return s.append(")");
+  }
+
+ private:
+  int64_t product(int first) const {
+    int64_t n = 1;
+    for (int i = first; i < rank; ++i) n *= dims[i];
+    return n;
+  }
 };
 
 // The axis whose entries are planes, for a rank of at least 2.
@@ -39,8 +52,27 @@ inline int storage_axis(int rank, int k) {
   if (k == 0) return plane_axis(rank);
   return k <= plane_axis(rank) ? k - 1 : k;
 }
-Dims storage_strides(const Shape& shape);    // of the engine's order, in elements, by logical axis
-Dims row_major_strides(const Shape& shape);  // of a C-contiguous array
+// Of the engine's order, in elements, by logical axis.
+inline Dims storage_strides(const Shape& shape) {
+  Dims strides{};
+  int64_t step = 1;
+  for (int k = shape.rank - 1; k >= 0; --k) {
+    const int axis = storage_axis(shape.rank, k);
+    strides[axis] = step;
+    step *= shape[axis];
+  }
+  return strides;
+}
+// Of a C-contiguous array.
+inline Dims row_major_strides(const Shape& shape) {
+  Dims strides{};
+  int64_t step = 1;
+  for (int i = shape.rank - 1; i >= 0; --i) {
+    strides[i] = step;
+    step *= shape[i];
+  }
+  return strides;
+}
 
 // Copies shape.size() elements between two strided arrays of float or uint8_t.
 template <class T>

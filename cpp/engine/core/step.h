@@ -1,7 +1,9 @@
-// One step of a plan: an operator, or several fused into one.
+// One step of a plan: an operator, or several fused into one. A plugin's step needs the headers
+// only: everything that it may call is inline or virtual.
 #pragma once
 
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -52,7 +54,11 @@ class Step {
   virtual bool reads_integers(size_t) const { return false; }
 
   // Bytes of scratch memory that run() may use.
-  virtual size_t workspace(const Shapes& inputs, int threads) const;
+  virtual size_t workspace(const Shapes&, int) const { return 0; }
+
+  // Called before the first run with inputs of these shapes, from any thread: what is only packed
+  // where it is needed is packed here.
+  virtual void prepare(const Shapes&) const {}
 
   // Called from several threads at once, each with its own buffers.
   virtual void run(const StepRun& r) const = 0;
@@ -98,6 +104,8 @@ inline const int32_t* integers_of(const float* input) {
 }
 
 // Throws std::invalid_argument(what) unless ok.
-void require(bool ok, const std::string& what);
+inline void require(bool ok, const std::string& what) {
+  if (!ok) throw std::invalid_argument(what);
+}
 
 }  // namespace lutra

@@ -16,7 +16,7 @@ class ThreadPool {
  public:
   // Throws std::system_error if the threads cannot be started.
   explicit ThreadPool(int threads);
-  ~ThreadPool();
+  virtual ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
@@ -83,7 +83,8 @@ class ThreadPool {
     std::atomic<bool> stop{false};
   };
 
-  void run_erased(size_t shared_count, size_t count, const Work& work);
+  // Virtual, so that plugins reach it without linking the engine.
+  virtual void run_erased(size_t shared_count, size_t count, const Work& work);
   void wake();
   void serve(int worker);
   void drain(const Work& work, size_t count, int worker);

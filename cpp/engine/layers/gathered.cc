@@ -6,8 +6,10 @@
 namespace lutra {
 namespace {
 
-constexpr double kWorkPerMicrosecond = 2e5;  // multiply-adds of one core, a rough guess
-constexpr int64_t kRowOutputs = 512;         // outputs of one work item where rows run alone
+constexpr double kWorkPerMicrosecond = 2e5;       // multiply-adds of one core, a rough guess
+constexpr int64_t kRowOutputs = 512;              // outputs of one work item where rows run alone
+constexpr int64_t kQuantizedBlock = 1 << 14;      // floats of one work item
+constexpr double kQuantizedPerMicrosecond = 4e3;  // floats of one core, a rough guess
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -78,12 +80,47 @@ void GatheredLayer::run(const ByteView& x, const LayerOutput& output, uint8_t* w
   });
 }
 
-void GatheredLayer::run(const ImageView& x, const LayerOutput& output, uint8_t* workspace,
-                        ThreadPool& pool) const {
+void GatheredLayer::run(const ImageView& x, const LayerOutput& output, uint8_t* codes,
+                        uint8_t* workspace, ThreadPool& pool) const {
+  if (codes) quantize(x.data, x.pixels() * x.c, codes, pool);
+  // Lines that can be copied as they are. Without padding they would be read in place, but what a
+  // caller gives has no slack.
+  if (codes && x.sw == 1 && x.sh == x.w && geometry_.taps() > 1) {
+    return run(ByteView{codes, x.n, x.c, x.h, x.w, x.sn, x.sc, x.sh, x.sw}, output, workspace,
+               pool);
+  }
   PatchSource source(geometry_, x.n, x.h, x.w);
   run_loaded(source, output, workspace, pool, [&](uint8_t* workers, size_t stride) {
     source.load(x, kernels_, make_grid(quantization_), workspace, workers, stride, pool);
   });
+}
+
+void GatheredLayer::check_codes(const ImageView& x, int64_t, const Codes& codes) const {
+  const int64_t shape[] = {x.n, x.c, x.h, x.w}, strides[] = {x.sn, x.sc, x.sh, x.sw};
+  bool fits = codes.shape.size() == 4;
+  std::vector<std::pair<int64_t, int64_t>> axes;  // stride, length
+  for (size_t i = 0; fits && i < 4; ++i) {
+    fits = codes.shape[i] == shape[i] && (shape[i] <= 1 || codes.strides[i] == strides[i]);
+    if (shape[i] > 1) axes.push_back({strides[i], shape[i]});
+  }
+  std::sort(axes.begin(), axes.end());
+  int64_t next = 1;
+  for (const auto& [stride, length] : axes) {
+    fits = fits && stride == next;
+    next *= length;
+  }
+  require(fits, "indices need the shape and the strides of x, and both without gaps");
+}
+
+void GatheredLayer::quantize(const float* x, int64_t count, uint8_t* codes,
+                             ThreadPool& pool) const {
+  const Grid grid = make_grid(quantization_);
+  pool.run(static_cast<size_t>((count + kQuantizedBlock - 1) / kQuantizedBlock),
+           static_cast<double>(count) / kQuantizedPerMicrosecond, [&](size_t i, int) {
+             const int64_t first = static_cast<int64_t>(i) * kQuantizedBlock;
+             const int64_t n = std::min(kQuantizedBlock, count - first);
+             kernels_.quantize(x + first, static_cast<size_t>(n), grid, codes + first);
+           });
 }
 
 template <class Load>

@@ -8,30 +8,27 @@
 #include <vector>
 
 #include "engine/core/memory.h"
+#include "engine/layers/layer.h"
 #include "engine/layers/patch_source.h"
-#include "engine/layers/tile_output.h"
 
 namespace lutra {
 
-class GatheredLayer {
+class GatheredLayer : public Layer {
  public:
-  virtual ~GatheredLayer() = default;
-
-  const ConvGeometry& geometry() const { return geometry_; }
-  const Quantization& quantization() const { return quantization_; }
-  int64_t outputs() const { return outputs_; }
-  // Scratch of run(). `direct`: TileOutput::direct() of the output.
-  size_t workspace_bytes(int64_t n, int64_t h, int64_t w, int threads, bool direct) const;
-  // The input on the layer's grid, or floats.
+  const ConvGeometry& geometry() const override { return geometry_; }
+  const Quantization& quantization() const override { return quantization_; }
+  int64_t outputs() const override { return outputs_; }
+  size_t workspace_bytes(int64_t n, int64_t h, int64_t w, int threads, bool direct) const override;
   void run(const ByteView& x, const LayerOutput& output, uint8_t* workspace,
-           ThreadPool& pool) const;
-  void run(const ImageView& x, const LayerOutput& output, uint8_t* workspace,
-           ThreadPool& pool) const;
-  virtual size_t parameter_bytes() const = 0;
-  // For outputs that are only read on this grid.
-  Fold fold(Clamp clamp, const Quantization& grid) const;
-  // How run() does it, for profiles.
-  std::string method(int64_t rows) const { return by_row(rows) ? name_ + ", rows" : name_; }
+           ThreadPool& pool) const override;
+  // Codes: the activations on the grid, laid out like x.
+  void run(const ImageView& x, const LayerOutput& output, uint8_t* codes, uint8_t* workspace,
+           ThreadPool& pool) const override;
+  void check_codes(const ImageView& x, int64_t rows, const Codes& codes) const override;
+  Fold fold(Clamp clamp, const Quantization& grid) const override;
+  std::string method(int64_t rows) const override {
+    return by_row(rows) ? name_ + ", rows" : name_;
+  }
 
  protected:
   // scale and bias (outputs); throws std::invalid_argument, in the layer's name, unless the groups,
@@ -40,7 +37,6 @@ class GatheredLayer {
   GatheredLayer(std::string name, const Kernels& kernels, const ConvGeometry& geometry,
                 int64_t outputs, int64_t groups, const Quantization& quantization, int most_bits,
                 const float* scale, const float* bias);
-  GatheredLayer(GatheredLayer&&) = default;
   void require(bool ok, const std::string& what) const;  // "<name> layer: <what>"
 
   int64_t depth() const { return geometry_.depth() / groups_; }  // of a group
@@ -65,6 +61,7 @@ class GatheredLayer {
  private:
   struct Sizes;
   bool by_row(int64_t rows) const { return groups_ == 1 && geometry_.taps() == 1 && rows <= 4; }
+  void quantize(const float* x, int64_t count, uint8_t* codes, ThreadPool& pool) const;
   template <class Load>
   void run_loaded(PatchSource& source, const LayerOutput& output, uint8_t* workspace,
                   ThreadPool& pool, const Load& load) const;

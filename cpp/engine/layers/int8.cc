@@ -1,15 +1,18 @@
 #include "engine/layers/int8.h"
 
+#include "engine/core/limits.h"
+
 namespace lutra {
 
 Int8Layer::Int8Layer(const Kernels& kernels, const ConvGeometry& geometry, int64_t outputs,
                      int64_t groups, const Quantization& quantization, const int8_t* weight,
                      const float* scale, const float* bias)
-    : GatheredLayer("int8", kernels, geometry, outputs, groups, quantization, 7, scale, bias) {
+    : GatheredLayer("int8", kernels, geometry, outputs, groups, quantization, kMaxActBits, scale,
+                    bias) {
   const int64_t depth = this->depth(), per_group = group_outputs();
-  require(depth <= (int64_t{1} << 31) / (127 * 128), "too many inputs for exact 32-bit sums");
+  require(depth <= kMaxInt8Depth, "too many inputs for exact 32-bit sums");
   for (int64_t i = 0; i < outputs * depth; ++i) {
-    require(weight[i] >= -127, "a weight is -128; the range is -127..127");
+    require(weight[i] >= -kInt8Max, "a weight is -128; the range is -127..127");
   }
   group_bytes_ = align64(kernels.dense8_bytes(narrow_depth(), narrow_outputs()));
   weight_ = AlignedBytes(group_bytes_ * static_cast<size_t>(groups));
@@ -44,6 +47,25 @@ void Int8Layer::multiply_row(const uint8_t* x, int64_t first, int64_t last, int3
 
 int64_t Int8Layer::largest_sum() const {
   return 127 * depth() * quantization_.qmax();  // |x - zero| <= qmax
+}
+
+namespace {
+
+std::unique_ptr<Layer> make_int8(const Kernels& kernels, const StepArgs& args, bool linear) {
+  const Tensor<int8_t> weight = args.tensor<int8_t>("weight", linear ? 2 : 4);
+  const int64_t groups = linear ? 1 : args.integer("groups"), channels = weight[1] * groups;
+  const ConvGeometry geometry = linear ? ConvGeometry{.channels = channels}
+                                       : conv_geometry(args, channels, {weight[2], weight[3]});
+  return std::make_unique<Int8Layer>(kernels, geometry, weight[0], groups, grid_of(args),
+                                     weight.data, per_output(args, "scale", weight[0]),
+                                     per_output(args, "bias", weight[0]));
+}
+
+}  // namespace
+
+void int8_ops(OpRegistry& r) {
+  r.add("int8_conv2d", layer_operator(make_int8, false));
+  r.add("int8_linear", layer_operator(make_int8, true));
 }
 
 }  // namespace lutra

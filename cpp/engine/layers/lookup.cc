@@ -1,34 +1,31 @@
 #include "engine/layers/lookup.h"
 
-#include <algorithm>
+#include <vector>
+
+#include "engine/core/limits.h"
 
 namespace lutra {
-namespace {
-
-constexpr int64_t kQuantizedBlock = 1 << 14;      // floats of one work item
-constexpr double kQuantizedPerMicrosecond = 4e3;  // floats of one core, a rough guess
-
-}  // namespace
 
 LookupLayer::LookupLayer(const Kernels& kernels, const ConvGeometry& geometry, int64_t outputs,
                          const Quantization& quantization, int64_t weights, const int8_t* table,
                          const uint8_t* weight, const float* scale, const float* bias)
-    : GatheredLayer("lookup", kernels, geometry, outputs, 1, quantization, 6, scale, bias) {
+    : GatheredLayer("lookup", kernels, geometry, outputs, 1, quantization, kMaxLookupActBits, scale,
+                    bias) {
   const Quantization& q = quantization;
   const int64_t depth = this->depth(), levels = int64_t{1} << q.bits;
   require(outputs >= 1, "it has no outputs");
-  require(q.bits >= 2, "activation bits must be 2..6, not " + std::to_string(q.bits));
   require(q.zero == 0 || q.zero == levels / 2, "the zero point must be 0 or " +
                                                    std::to_string(levels / 2) + ", not " +
                                                    std::to_string(q.zero));
-  require(weights >= 3 && weights <= 33 && weights % 2 == 1,
-          "the table must have an odd number of columns, 3..33, not " + std::to_string(weights));
-  require(depth >= 1 && depth <= INT32_MAX / 127,
+  require(weights >= kMinWeights && weights <= kMaxWeights && weights % 2 == 1,
+          "the table must have an odd number of columns, " + std::to_string(kMinWeights) + ".." +
+              std::to_string(kMaxWeights) + ", not " + std::to_string(weights));
+  require(depth >= 1 && depth <= kMaxLookupDepth,
           "rows of " + std::to_string(depth) + " entries have no exact 32-bit sums");
   for (int64_t i = 0; i < levels * weights; ++i) {
     const std::string place = "table entry (" + std::to_string(i / weights) + ", " +
                               std::to_string(i % weights) + ") is " + std::to_string(table[i]);
-    require(table[i] >= -127, place + "; the range is -127..127");
+    require(table[i] >= -kInt8Max, place + "; the range is -127..127");
     require(i / weights != q.zero || table[i] == 0,
             place + ", but activations of zero have zero responses");
   }
@@ -47,17 +44,6 @@ LookupLayer::LookupLayer(const Kernels& kernels, const ConvGeometry& geometry, i
   kernels.pack_responses(shape_, table, weight, packed_.data());
 }
 
-void LookupLayer::quantize(const float* x, int64_t count, uint8_t* indices,
-                           ThreadPool& pool) const {
-  const Grid grid = make_grid(quantization_);
-  pool.run(static_cast<size_t>((count + kQuantizedBlock - 1) / kQuantizedBlock),
-           static_cast<double>(count) / kQuantizedPerMicrosecond, [&](size_t i, int) {
-             const int64_t first = static_cast<int64_t>(i) * kQuantizedBlock;
-             const int64_t n = std::min(kQuantizedBlock, count - first);
-             kernels_.quantize(x + first, static_cast<size_t>(n), grid, indices + first);
-           });
-}
-
 void LookupLayer::gather(const Patch& patch, uint8_t* gathered) const {
   kernels_.gather_indices(shape_, patch, gathered);
 }
@@ -71,6 +57,53 @@ void LookupLayer::multiply(int64_t, const uint8_t* gathered, int64_t first, int6
 void LookupLayer::multiply_row(const uint8_t* x, int64_t first, int64_t last, int32_t* sums) const {
   kernels_.respond_row(shape_, packed_.data(), x, static_cast<int32_t>(first),
                        static_cast<int32_t>(last), sums);
+}
+
+namespace {
+
+// Indices of `bits` bits each, in rows of whole bytes -> one index a byte, (rows, depth).
+std::vector<uint8_t> unpacked(const Tensor<uint8_t>& packed, int64_t bits, int64_t depth) {
+  std::vector<uint8_t> indices;
+  indices.reserve(static_cast<size_t>(packed[0] * depth));
+  const int mask = (1 << bits) - 1;
+  for (int64_t row = 0; row < packed[0]; ++row) {
+    const uint8_t* const from = packed.data + row * packed[1];
+    for (int64_t d = 0; d < depth; ++d) {
+      indices.push_back(static_cast<uint8_t>(from[d * bits / 8] >> d * bits % 8 & mask));
+    }
+  }
+  return indices;
+}
+
+std::unique_ptr<Layer> make_lookup(const Kernels& kernels, const StepArgs& args, bool linear) {
+  const ConvGeometry geometry = row_geometry(args, linear);
+  const Quantization grid = grid_of(args);
+  const Tensor<int8_t> table = args.tensor<int8_t>("table", 2);
+  const Tensor<uint8_t> weight = args.tensor<uint8_t>("weight", 2);
+  const int64_t bits = args.integer("weight_bits"), depth = geometry.depth();
+  const auto text = [](const Sizes& s) { return Shape{s[0], s[1]}.text(); };
+  require(is_one_of(bits, kWeightBits),
+          "lookup layer: weight bits must be 2, 4 or 8, not " + std::to_string(bits));
+  require(depth >= 1 && depth <= kMaxLookupDepth && weight[1] == (depth * bits + 7) / 8,
+          "lookup layer: weight indices of the shape " + text(weight.shape) + " for rows of " +
+              std::to_string(depth) + " entries of " + std::to_string(bits) + " bits");
+  require(grid.bits >= kMinLookupActBits && grid.bits <= kMaxLookupActBits,
+          "lookup layer: activation bits must be " + std::to_string(kMinLookupActBits) + ".." +
+              std::to_string(kMaxLookupActBits) + ", not " + std::to_string(grid.bits));
+  require(table[0] == int64_t{1} << grid.bits, "lookup layer: a table of the shape " +
+                                                   text(table.shape) + " for activations of " +
+                                                   std::to_string(1 << grid.bits) + " levels");
+  return std::make_unique<LookupLayer>(kernels, geometry, weight[0], grid, table[1], table.data,
+                                       unpacked(weight, bits, depth).data(),
+                                       per_output(args, "scale", weight[0]),
+                                       per_output(args, "bias", weight[0]));
+}
+
+}  // namespace
+
+void lookup_ops(OpRegistry& r) {
+  r.add("lookup_conv2d", layer_operator(make_lookup, false));
+  r.add("lookup_linear", layer_operator(make_lookup, true));
 }
 
 }  // namespace lutra

@@ -16,9 +16,6 @@ class LookupLayer : public GatheredLayer {
               const uint8_t* weight, const float* scale, const float* bias);
   size_t parameter_bytes() const override { return kernels_.response_bytes(shape_); }
 
-  // The activation indices of `count` floats.
-  void quantize(const float* x, int64_t count, uint8_t* indices, ThreadPool& pool) const;
-
  private:
   size_t gathered_bytes() const override { return kernels_.index_bytes(shape_); }
   void gather(const Patch& patch, uint8_t* gathered) const override;

@@ -3,9 +3,9 @@
 // The planes are padded copies in a workspace, or the value itself where nothing has to be padded.
 #pragma once
 
-#include "engine/layers/patches.h"
 #include "engine/core/quantization.h"
 #include "engine/core/thread_pool.h"
+#include "engine/layers/patches.h"
 
 namespace lutra {
 

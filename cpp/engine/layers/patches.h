@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "engine/layers/conv_geometry.h"
 #include "kernels/kernels.h"
 
 #ifdef __SSE2__  // part of every x86-64
@@ -18,26 +19,6 @@
 #endif
 
 namespace lutra {
-
-struct ConvGeometry {
-  int64_t channels = 1;
-  int64_t kernel_h = 1, kernel_w = 1;
-  int64_t stride_h = 1, stride_w = 1;
-  int64_t pad_h = 0, pad_w = 0;
-  int64_t dilation_h = 1, dilation_w = 1;
-
-  int64_t taps() const { return kernel_h * kernel_w; }
-  int64_t depth() const { return channels * taps(); }
-  // Positions of the kernel; 0 where it is larger than the padded image.
-  int64_t out_h(int64_t h) const {
-    const int64_t room = h + 2 * pad_h - dilation_h * (kernel_h - 1) - 1;
-    return room < 0 ? 0 : room / stride_h + 1;
-  }
-  int64_t out_w(int64_t w) const {
-    const int64_t room = w + 2 * pad_w - dilation_w * (kernel_w - 1) - 1;
-    return room < 0 ? 0 : room / stride_w + 1;
-  }
-};
 
 // An image batch anywhere in memory; strides in elements.
 template <class T>

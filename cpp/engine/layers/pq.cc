@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "engine/core/limits.h"
+
 namespace lutra {
 namespace {
 
@@ -25,19 +27,22 @@ void check(const PqShape& s, const ConvGeometry& geometry, const Quantization& q
     if (!ok) throw std::invalid_argument("product-quantised layer: " + what);
   };
   const int32_t k = s.centroids;
-  require(k == 8 || k == 16 || k == 32 || k == 64,
-          "K must be 8, 16, 32 or 64, not " + std::to_string(k));
+  require(is_one_of(k, kCentroidCounts), "K must be 8, 16, 32 or 64, not " + std::to_string(k));
   require(s.outputs >= 1, "it has no outputs");
-  require(q.bits >= 1 && q.bits <= 7,
-          "activation bits must be 1..7, not " + std::to_string(q.bits));
+  require(q.bits >= 1 && q.bits <= kMaxActBits, "activation bits must be 1.." +
+                                                    std::to_string(kMaxActBits) + ", not " +
+                                                    std::to_string(q.bits));
   require(q.zero >= 0 && q.zero <= q.qmax(),
           "zero point " + std::to_string(q.zero) + " is outside 0.." + std::to_string(q.qmax()));
   require(q.scale > 0, "the activation scale must be positive");
-  require(s.books >= 1 && s.books < (1 << 24), "codebooks must be 1..2^24, for exact 32-bit sums");
+  require(s.books >= 1 && s.books <= kMaxCodebooks,
+          "codebooks must be 1.." + std::to_string(kMaxCodebooks) + ", for exact sums, not " +
+              std::to_string(s.books));
   require(geometry.depth() < (int64_t{1} << 31), "its rows are too long");
   const size_t codebooks = static_cast<size_t>(s.books);
   if (s.encoder == Encoder::kNearest) {
-    require(s.dim >= 1 && s.dim <= 64, "V must be 1..64, not " + std::to_string(s.dim));
+    require(s.dim >= 1 && s.dim <= kMaxSubvector,
+            "V must be 1.." + std::to_string(kMaxSubvector) + ", not " + std::to_string(s.dim));
     const int64_t books = (geometry.depth() + s.dim - 1) / s.dim;
     require(books == s.books,
             "it needs " + std::to_string(books) + " codebooks, not " + std::to_string(s.books));
@@ -72,8 +77,7 @@ PqLayer::PqLayer(const Kernels& kernels, PqShape shape, const ConvGeometry& geom
       geometry_(geometry),
       quantization_(quantization),
       grid_(make_grid(quantization)),
-      few_rows_(few_rows),
-      packed_(std::make_unique<Packed>()) {
+      few_rows_(few_rows) {
   check(shape, geometry, quantization, encoder);
   shape_.depth = static_cast<int32_t>(geometry.depth());
   shape_.taps = static_cast<int32_t>(geometry.taps());
@@ -88,19 +92,22 @@ PqLayer::PqLayer(const Kernels& kernels, PqShape shape, const ConvGeometry& geom
   if (few_rows) {
     canonical_.assign(tables, tables + entries);
   } else {
-    this->tables(tables);
+    pack(tables);
   }
   scale_.assign(scale, scale + shape_.outputs);
   bias_.assign(bias, bias + shape_.outputs);
 }
 
-// Packed at the first call: a layer that has only ever seen few rows does not hold them twice.
-const uint8_t* PqLayer::tables(const int8_t* canonical) const {
-  std::call_once(packed_->once, [this, canonical] {
-    packed_->tables = AlignedBytes(kernels_.table_bytes(shape_));
-    kernels_.pack_tables(shape_, canonical, packed_->tables.data());
-  });
-  return packed_->tables.data();
+void PqLayer::pack(const int8_t* tables) const {
+  packed_ = AlignedBytes(kernels_.table_bytes(shape_));
+  kernels_.pack_tables(shape_, tables, packed_.data());
+}
+
+// A layer that has only ever seen few rows does not hold its tables twice.
+void PqLayer::prepare(int64_t rows) const {
+  if (few_rows_ && !by_row(rows)) {
+    std::call_once(packing_, [this] { pack(canonical_.data()); });
+  }
 }
 
 size_t PqLayer::parameter_bytes() const {
@@ -112,7 +119,7 @@ Fold PqLayer::fold(Clamp clamp, const Quantization& grid) const {
   return fold_quantization(scale_, bias_, clamp, make_grid(grid), int64_t{128} * shape_.books);
 }
 
-const char* PqLayer::method(int64_t rows) const {
+std::string PqLayer::method(int64_t rows) const {
   const bool tree = shape_.encoder == Encoder::kTree;
   if (by_row(rows)) return tree ? "tree, table rows" : "nearest, table rows";
   return tree ? "tree, shuffled tables" : "nearest, shuffled tables";
@@ -150,22 +157,44 @@ struct PqLayer::Sizes {
 size_t PqLayer::workspace_bytes(int64_t n, int64_t h, int64_t w, int threads, bool direct) const {
   const PatchSource source(geometry_, n, h, w);
   const Sizes s(*this, source, threads, direct);
-  if (!by_row(source.rows())) tables();  // packed when a plan is prepared, not when it runs
   return s.planes + s.shared + static_cast<size_t>(threads) * s.worker;
 }
 
-void PqLayer::run(const Call& call, uint8_t* workspace, ThreadPool& pool) const {
-  const ImageView* x = call.floats;
-  PatchSource source = x ? PatchSource(geometry_, x->n, x->h, x->w)
-                         : PatchSource(geometry_, call.bytes->n, call.bytes->h, call.bytes->w);
+struct PqLayer::Call {
+  const LayerOutput& output;
+  uint8_t* codes = nullptr;  // if not null, where codes are wanted
+};
+
+void PqLayer::run(const ByteView& x, const LayerOutput& output, uint8_t* workspace,
+                  ThreadPool& pool) const {
+  PatchSource source(geometry_, x.n, x.h, x.w);
+  run_loaded(source, {output}, workspace, pool, [&](uint8_t* workers, size_t stride) {
+    source.load(x, quantization_.zero, workspace, workers, stride, pool);
+  });
+}
+
+void PqLayer::run(const ImageView& x, const LayerOutput& output, uint8_t* codes, uint8_t* workspace,
+                  ThreadPool& pool) const {
+  PatchSource source(geometry_, x.n, x.h, x.w);
+  run_loaded(source, {output, codes}, workspace, pool, [&](uint8_t* workers, size_t stride) {
+    source.load(x, kernels_, grid_, workspace, workers, stride, pool);
+  });
+}
+
+void PqLayer::check_codes(const ImageView&, int64_t rows, const Codes& codes) const {
+  require(codes.shape == std::vector<int64_t>{shape_.books, rows} &&
+              (rows <= 1 || codes.strides[1] == 1) &&
+              (shape_.books == 1 || codes.strides[0] == rows),
+          "codes must have the shape (codebooks, rows) and no gaps");
+}
+
+template <class Load>
+void PqLayer::run_loaded(PatchSource& source, const Call& call, uint8_t* workspace,
+                         ThreadPool& pool, const Load& load) const {
   const Sizes s(*this, source, pool.threads(), TileOutput::direct(call.output.view));
   uint8_t* const codes = workspace + s.planes;
   uint8_t* const workers = codes + s.shared;
-  if (x) {
-    source.load(*x, kernels_, grid_, workspace, workers, s.worker, pool);
-  } else {
-    source.load(*call.bytes, quantization_.zero, workspace, workers, s.worker, pool);
-  }
+  load(workers, s.worker);
   if (by_row(source.rows())) {
     run_rows(call, source, s, codes, workers, pool);
   } else {
@@ -177,7 +206,7 @@ void PqLayer::run_tiles(const Call& call, const PatchSource& source, const Sizes
                         uint8_t* all_codes, uint8_t* workers, ThreadPool& pool) const {
   const int64_t tile = kernels_.row_tile, rows = source.rows();
   const TileOutput output(call.output, kernels_, nullptr, scale_.data(), bias_.data());
-  const uint8_t* const packed = tables();
+  const uint8_t* const packed = packed_.data();
   struct Memory {
     int32_t* row;
     uint8_t *codes, *scratch;
@@ -294,6 +323,48 @@ void PqLayer::run_rows(const Call& call, const PatchSource& source, const Sizes&
                         static_cast<int32_t>(first), static_cast<int32_t>(first + count), sums);
     output.row(r, sums, first, count, memory + kRowOutputs * sizeof(int32_t));
   });
+}
+
+namespace {
+
+std::unique_ptr<Layer> make_pq(const Kernels& kernels, const StepArgs& args, bool linear) {
+  const ConvGeometry geometry = row_geometry(args, linear);
+  const Tensor<int8_t> tables = args.tensor<int8_t>("tables", 3);
+  const bool nearest = args.has("centroids");
+  require(args.has("splits") != nearest && args.has("thresholds") != nearest,
+          "a layer has centroids, or splits and thresholds; give one of the two");
+  PqShape s{.books = static_cast<int32_t>(tables[0]),
+            .centroids = static_cast<int32_t>(tables[1]),
+            .outputs = static_cast<int32_t>(tables[2])};
+  EncoderData e;
+  if (nearest) {
+    const Tensor<uint8_t> centroids = args.tensor<uint8_t>("centroids", 3);
+    require(tables[0] == centroids[0] && tables[1] == centroids[1],
+            "centroids and tables differ in codebooks or K");
+    s.encoder = Encoder::kNearest;
+    s.dim = static_cast<int32_t>(centroids[2]);
+    e.centroids = centroids.data;
+  } else {
+    const Tensor<int32_t> splits = args.tensor<int32_t>("splits", 2);
+    const Tensor<uint8_t> thresholds = args.tensor<uint8_t>("thresholds", 2);
+    require(tables[0] == splits[0] && tables[0] == thresholds[0] &&
+                tables[1] == thresholds[1] + 1 &&
+                tables[1] == int64_t{1} << std::min<int64_t>(splits[1], 31),
+            "splits, thresholds and tables differ in codebooks or K");
+    s.encoder = Encoder::kTree;
+    e.splits = splits.data;
+    e.thresholds = thresholds.data;
+  }
+  return std::make_unique<PqLayer>(kernels, s, geometry, grid_of(args), e, tables.data,
+                                   per_output(args, "scale", tables[2]),
+                                   per_output(args, "bias", tables[2]), linear);
+}
+
+}  // namespace
+
+void pq_ops(OpRegistry& r) {
+  r.add("pq_conv2d", layer_operator(make_pq, false));
+  r.add("pq_linear", layer_operator(make_pq, true));
 }
 
 }  // namespace lutra

@@ -5,9 +5,9 @@
 
 #include "engine/core/fold.h"
 #include "engine/core/memory.h"
-#include "engine/layers/patches.h"
 #include "engine/core/quantization.h"
 #include "engine/core/step.h"
+#include "engine/layers/patches.h"
 
 namespace lutra {
 

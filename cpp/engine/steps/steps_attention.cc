@@ -1,10 +1,23 @@
+// Attention.
 #include <algorithm>
 
 #include "engine/core/memory.h"
-#include "engine/steps/steps_norm.h"
+#include "engine/core/op_registry.h"
+#include "engine/steps/function_tables.h"
 
 namespace lutra {
 namespace {
+
+// softmax(scale q k^T) v of every head; inputs q (N, T, D), k (N, S, D), v (N, S, D) and perhaps
+// a mask (N, S) of integers.
+struct AttentionSettings {
+  int64_t heads;
+  float scale;
+  bool causal;
+  int64_t offset[3] = {};  // the first feature of q, k and v that is read
+  int64_t width;           // how many are; -1: all of q
+  LineTable exp, reciprocal;
+};
 
 constexpr double kPerMicrosecond = 4e4;  // multiply-adds, a rough guess for one core
 constexpr int64_t kQueries = 32;         // work items are multiples of these
@@ -124,10 +137,23 @@ class AttentionStep : public Step {
   AttentionSettings s_;
 };
 
+int add_attention(PlanBuilder& plan, const StepArgs& args) {
+  auto [exp, reciprocal] = exp_tables(args);
+  require(!args.input_shapes[0].empty(), "attention: the shape of q has no axes");
+  AttentionSettings settings{.heads = args.integer("heads"),
+                             .scale = args.float32("scale"),
+                             .causal = args.flag("causal"),
+                             .width = args.input_shapes[0].back(),
+                             .exp = std::move(exp),
+                             .reciprocal = std::move(reciprocal)};
+  for (size_t i = 0; i < 3 && i < args.planes.size(); ++i) settings.offset[i] = args.planes[i];
+  return add_step<AttentionStep>(plan, args, plan.kernels(), std::move(settings));
+}
+
 }  // namespace
 
-StepPtr attention_step(const Kernels& kernels, AttentionSettings settings) {
-  return std::make_unique<AttentionStep>(kernels, std::move(settings));
+void attention_ops(OpRegistry& r) {
+  r.add("attention", {.build = add_attention, .inputs = 3, .most = 4, .reads_planes = true});
 }
 
 }  // namespace lutra

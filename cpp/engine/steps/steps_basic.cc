@@ -1,16 +1,12 @@
-#include "engine/steps/steps_basic.h"
-
+// Element-wise steps of constants, means, and steps of shapes. All are plain float32 code for the
+// baseline CPU.
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
+#include <limits>
+
+#include "engine/core/op_registry.h"
 
 namespace lutra {
-
-void require(bool ok, const std::string& what) {
-  if (!ok) throw std::invalid_argument(what);
-}
-
-size_t Step::workspace(const Shapes&, int) const { return 0; }
 
 namespace {
 
@@ -284,12 +280,14 @@ class ReshapeStep : public FloatStep {
 
 class PadStep : public FloatStep {
  public:
-  PadStep(std::vector<int64_t> before, std::vector<int64_t> after, float value)
-      : before_(std::move(before)), after_(std::move(after)), value_(value) {}
+  PadStep(Sizes pads, float value) : pads_(std::move(pads)), value_(value) {
+    for (const int64_t pad : pads_) require(pad >= 0, "pad: a pad is negative");
+  }
   Shape infer(const Shapes& in) const override {
-    require(before_.size() == static_cast<size_t>(in[0].rank), "pad: one pair per axis is needed");
+    require(pads_.size() == 2 * static_cast<size_t>(in[0].rank),
+            "pad: one pair per axis is needed");
     Shape y = in[0];
-    for (int i = 0; i < y.rank; ++i) y[i] += before_[i] + after_[i];
+    for (int i = 0; i < y.rank; ++i) y[i] += pads_[2 * i] + pads_[2 * i + 1];
     return y;
   }
   void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t*,
@@ -297,12 +295,12 @@ class PadStep : public FloatStep {
     const Dims to = storage_strides(y);
     std::fill(out, out + y.size(), value_);
     int64_t at = 0;
-    for (int i = 0; i < y.rank; ++i) at += before_[i] * to[i];
+    for (int i = 0; i < y.rank; ++i) at += pads_[2 * i] * to[i];
     copy_strided(shapes[0], in[0], storage_strides(shapes[0]), out + at, to);
   }
 
  private:
-  std::vector<int64_t> before_, after_;
+  Sizes pads_;  // before and after each axis
   float value_;
 };
 
@@ -368,23 +366,75 @@ class ConcatStep : public FloatStep {
   int axis_;
 };
 
+int add_relu(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<ClampStep>(plan, args, 0.0f, INFINITY);
+}
+
+int add_relu6(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<ClampStep>(plan, args, 0.0f, 6.0f);
+}
+
+// The largest float limits nothing: files hold no infinity.
+int add_clamp(PlanBuilder& plan, const StepArgs& args) {
+  constexpr double kNoLimit = std::numeric_limits<float>::max();
+  const double low = args.number("low"), high = args.number("high");
+  return add_step<ClampStep>(plan, args, low == -kNoLimit ? -INFINITY : static_cast<float>(low),
+                             high == kNoLimit ? INFINITY : static_cast<float>(high));
+}
+
+int add_affine(PlanBuilder& plan, const StepArgs& args) {
+  std::vector<float> scale = args.tensor<float>("scale", 1).values();
+  std::vector<float> bias = args.tensor<float>("bias", 1).values();
+  require(scale.size() == bias.size(), "scale and bias differ in length");
+  return add_step<AffineStep>(plan, args, std::move(scale), std::move(bias));
+}
+
+int add_mean(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<MeanStep>(plan, args, args.int32s("axes"), args.flag("keepdims"));
+}
+
+// To the shape of the output, of which one size may be known at run time only.
+int add_reshape(PlanBuilder& plan, const StepArgs& args) {
+  Sizes sizes = args.output_shape;
+  require(!sizes.empty(), "its output needs a batch axis");
+  sizes.erase(sizes.begin());
+  if (std::count(sizes.begin(), sizes.end(), -1) > 1) {
+    std::string text = "(N";
+    for (const int64_t size : sizes) text += size < 0 ? ", ?" : ", " + std::to_string(size);
+    require(false, "its output has the shape " + text +
+                       "), but only one size of it may be known at run time only");
+  }
+  return add_step<ReshapeStep>(plan, args, std::move(sizes));
+}
+
+int add_pad(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<PadStep>(plan, args, args.integers("pads"), args.float32("value"));
+}
+
+int add_slice(PlanBuilder& plan, const StepArgs& args) {
+  constexpr int64_t kToTheEnd = std::numeric_limits<int32_t>::max();
+  const int64_t stop = args.integer("stop");
+  return add_step<SliceStep>(plan, args, args.int32("axis"), args.integer("start"),
+                             stop == kToTheEnd ? -1 : stop, args.integer("step"));
+}
+
+int add_concat(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<ConcatStep>(plan, args, args.int32("axis"));
+}
+
 }  // namespace
 
-StepPtr clamp_step(float low, float high) { return std::make_unique<ClampStep>(low, high); }
-StepPtr affine_step(std::vector<float> scale, std::vector<float> bias) {
-  return std::make_unique<AffineStep>(std::move(scale), std::move(bias));
+void basic_ops(OpRegistry& r) {
+  r.add("relu", {.build = add_relu});
+  r.add("relu6", {.build = add_relu6});
+  r.add("clamp", {.build = add_clamp});
+  r.add("affine", {.build = add_affine});
+  r.add("mean", {.build = add_mean});
+  r.add("flatten", {.build = add_reshape});
+  r.add("reshape", {.build = add_reshape});
+  r.add("pad", {.build = add_pad});
+  r.add("slice", {.build = add_slice});
+  r.add("concat", {.build = add_concat, .most = kAnyInputs});
 }
-StepPtr mean_step(std::vector<int> axes, bool keepdims) {
-  return std::make_unique<MeanStep>(std::move(axes), keepdims);
-}
-StepPtr reshape_step(std::vector<int64_t> shape) {
-  return std::make_unique<ReshapeStep>(std::move(shape));
-}
-StepPtr pad_step(std::vector<int64_t> before, std::vector<int64_t> after, float value) {
-  return std::make_unique<PadStep>(std::move(before), std::move(after), value);
-}
-StepPtr slice_step(int axis, int64_t start, int64_t stop, int64_t step) {
-  return std::make_unique<SliceStep>(axis, start, stop, step);
-}
-StepPtr concat_step(int axis) { return std::make_unique<ConcatStep>(axis); }
+
 }  // namespace lutra

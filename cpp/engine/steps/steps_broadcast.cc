@@ -1,7 +1,8 @@
-#include "engine/steps/steps_broadcast.h"
-
+// Arithmetic of two values and with constants, and steps that only move values: transposing and
+// repeating.
 #include <algorithm>
 
+#include "engine/core/op_registry.h"
 #include "engine/steps/block_step.h"
 
 namespace lutra {
@@ -93,11 +94,6 @@ class PairStep : public BlockStep {
   F f_;
 };
 
-template <class F>
-StepPtr make_pair_step(const Kernels& kernels, const char* name, bool broadcast, F f) {
-  return std::make_unique<PairStep<F>>(kernels, name, broadcast, f);
-}
-
 class AffineScalar : public Elementwise {
  public:
   AffineScalar(float scale, float bias) : scale_(scale), bias_(bias) {}
@@ -178,39 +174,44 @@ class ExpandStep : public FloatStep {
   std::vector<int64_t> shape_;
 };
 
+// Of every pair of elements; F is the arithmetic. Equal shapes are equal in every run, also where
+// their sizes are not known yet.
+template <class F>
+Operator pair_operator(const char* name, F f) {
+  return {.build =
+              [=](PlanBuilder& plan, const StepArgs& args) {
+                const bool equal = args.input_shapes[0] == args.input_shapes[1];
+                return add_step<PairStep<F>>(plan, args, plan.kernels(), name, !equal, f);
+              },
+          .inputs = 2};
+}
+
+int add_affine_scalar(PlanBuilder& plan, const StepArgs& args) {
+  auto function = std::make_shared<AffineScalar>(args.float32("scale"), args.float32("bias"));
+  return plan.add_step(elementwise_step(plan.kernels(), std::move(function)), args.inputs);
+}
+
+int add_cast(PlanBuilder& plan, const StepArgs& args) { return add_step<CastStep>(plan, args); }
+
+int add_transpose(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<TransposeStep>(plan, args, args.int32s("axes"));
+}
+
+int add_expand(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<ExpandStep>(plan, args, args.integers("shape"));
+}
+
 }  // namespace
 
-Arithmetic arithmetic_of(const std::string& name) {
-  if (name == "add") return Arithmetic::kAdd;
-  if (name == "sub") return Arithmetic::kSub;
-  if (name == "mul") return Arithmetic::kMul;
-  require(name == "div", "unknown operation " + name + "; there are add, sub, mul and div");
-  return Arithmetic::kDiv;
-}
-
-StepPtr pair_step(const Kernels& kernels, Arithmetic operation, bool broadcast) {
-  switch (operation) {
-    case Arithmetic::kAdd:
-      return make_pair_step(kernels, "add", broadcast, [](float a, float b) { return a + b; });
-    case Arithmetic::kSub:
-      return make_pair_step(kernels, "sub", broadcast, [](float a, float b) { return a - b; });
-    case Arithmetic::kMul:
-      return make_pair_step(kernels, "mul", broadcast, [](float a, float b) { return a * b; });
-    case Arithmetic::kDiv:
-      break;
-  }
-  return make_pair_step(kernels, "div", broadcast, [](float a, float b) { return a / b; });
-}
-
-StepPtr affine_scalar_step(const Kernels& kernels, float scale, float bias) {
-  return elementwise_step(kernels, std::make_shared<AffineScalar>(scale, bias));
-}
-StepPtr cast_step() { return std::make_unique<CastStep>(); }
-StepPtr transpose_step(std::vector<int> axes) {
-  return std::make_unique<TransposeStep>(std::move(axes));
-}
-StepPtr expand_step(std::vector<int64_t> shape) {
-  return std::make_unique<ExpandStep>(std::move(shape));
+void arithmetic_ops(OpRegistry& r) {
+  r.add("add", pair_operator("add", [](float a, float b) { return a + b; }));
+  r.add("sub", pair_operator("sub", [](float a, float b) { return a - b; }));
+  r.add("mul", pair_operator("mul", [](float a, float b) { return a * b; }));
+  r.add("div", pair_operator("div", [](float a, float b) { return a / b; }));
+  r.add("affine_scalar", {.build = add_affine_scalar});
+  r.add("cast", {.build = add_cast});
+  r.add("transpose", {.build = add_transpose});
+  r.add("expand", {.build = add_expand});
 }
 
 }  // namespace lutra

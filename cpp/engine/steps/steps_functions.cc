@@ -1,9 +1,25 @@
-#include "engine/steps/steps_functions.h"
-
+// Functions of one variable and piecewise-linear tables of them.
+#include "engine/core/limits.h"
+#include "engine/core/op_registry.h"
 #include "engine/steps/block_step.h"
+#include "engine/steps/function_tables.h"
 
 namespace lutra {
 namespace {
+
+constexpr std::pair<const char*, Function> kFunctions[] = {
+    {"gelu", Function::kGelu},       {"gelu_tanh", Function::kGeluTanh},
+    {"silu", Function::kSilu},       {"tanh", Function::kTanh},
+    {"sigmoid", Function::kSigmoid}, {"exp", Function::kExp},
+    {"erf", Function::kErf},         {"sqrt", Function::kSqrt},
+    {"rsqrt", Function::kRsqrt},     {"reciprocal", Function::kReciprocal}};
+
+int32_t checked_entries(const char* what, int64_t slopes, int64_t intercepts) {
+  require(is_one_of(slopes, kFunctionEntries) && intercepts == slopes,
+          std::string(what) + ": a table needs 8, 16 or 32 slopes and as many intercepts, not " +
+              std::to_string(slopes) + " and " + std::to_string(intercepts));
+  return static_cast<int32_t>(slopes);
+}
 
 class FunctionOf : public Elementwise {
  public:
@@ -56,11 +72,81 @@ class ElementwiseStep : public BlockStep {
 StepPtr elementwise_step(const Kernels& kernels, ElementwisePtr function) {
   return std::make_unique<ElementwiseStep>(kernels, std::move(function));
 }
-StepPtr function_step(const Kernels& kernels, Function function) {
-  return elementwise_step(kernels, std::make_shared<FunctionOf>(kernels, function));
+
+Function function_named(const std::string& name) {
+  std::string list;
+  for (const auto& [known, f] : kFunctions) {
+    if (name == known) return f;
+    list += (list.empty() ? "" : ", ") + std::string(known);
+  }
+  throw std::invalid_argument("there is no function '" + name + "'; choose one of: " + list);
 }
-StepPtr piecewise_step(const Kernels& kernels, const Piecewise& table) {
-  return elementwise_step(kernels, std::make_shared<PiecewiseOf>(kernels, table));
+
+Segments checked_segments(const char* what, const Tensor<float>& slope,
+                          const Tensor<float>& intercept) {
+  return {.entries = checked_entries(what, slope[0], intercept[0]),
+          .slope = slope.data,
+          .intercept = intercept.data};
+}
+
+Piecewise checked_piecewise(const Tensor<float>& breakpoint, const Tensor<float>& slope,
+                            const Tensor<float>& intercept) {
+  const int32_t entries = checked_entries("piecewise", slope[0], intercept[0]);
+  require(breakpoint[0] == entries - 1, "piecewise: " + std::to_string(entries) + " entries need " +
+                                            std::to_string(entries - 1) + " breakpoints, not " +
+                                            std::to_string(breakpoint[0]));
+  for (int32_t i = 0; i < entries - 1; ++i) {
+    const float* const b = breakpoint.data;
+    require(b[i] == b[i] && (i == 0 || b[i - 1] <= b[i]),
+            "piecewise: the breakpoints must ascend, and entry " + std::to_string(i) + " does not");
+  }
+  return {.entries = entries,
+          .breakpoint = breakpoint.data,
+          .slope = slope.data,
+          .intercept = intercept.data};
+}
+
+LineTable line_table(const StepArgs& args, const std::string& function) {
+  if (!args.has(function + "_slope") && !args.has(function + "_intercept")) return {};
+  const Tensor<float> slope = args.tensor<float>(function + "_slope", 1);
+  const Tensor<float> intercept = args.tensor<float>(function + "_intercept", 1);
+  checked_segments(args.op.c_str(), slope, intercept);
+  return {slope.values(), intercept.values()};
+}
+
+ExpTables exp_tables(const StepArgs& args) {
+  ExpTables tables{line_table(args, "exp"), line_table(args, "reciprocal")};
+  require(tables.exp.empty() == tables.reciprocal.empty(),
+          args.op + ": exp and reciprocal are both tables, or neither is");
+  return tables;
+}
+
+namespace {
+
+int add_function(PlanBuilder& plan, const StepArgs& args) {
+  const bool tanh = args.op == "gelu" && args.text("approximate") == "tanh";
+  const Function function = tanh ? Function::kGeluTanh : function_named(args.op);
+  return plan.add_step(
+      elementwise_step(plan.kernels(), std::make_shared<FunctionOf>(plan.kernels(), function)),
+      args.inputs);
+}
+
+int add_piecewise(PlanBuilder& plan, const StepArgs& args) {
+  const Piecewise table =
+      checked_piecewise(args.tensor<float>("breakpoint", 1), args.tensor<float>("slope", 1),
+                        args.tensor<float>("intercept", 1));
+  return plan.add_step(
+      elementwise_step(plan.kernels(), std::make_shared<PiecewiseOf>(plan.kernels(), table)),
+      args.inputs);
+}
+
+}  // namespace
+
+void function_ops(OpRegistry& r) {
+  for (const auto& [name, function] : kFunctions) {
+    if (function != Function::kGeluTanh) r.add(name, {.build = add_function});
+  }
+  r.add("piecewise", {.build = add_piecewise});
 }
 
 }  // namespace lutra

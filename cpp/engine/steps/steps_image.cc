@@ -1,10 +1,22 @@
-#include "engine/steps/steps_image.h"
-
+// Steps that give images another size.
 #include <algorithm>
 #include <cmath>
 
+#include "engine/core/op_registry.h"
+
 namespace lutra {
 namespace {
+
+enum class Upsample { kNearest, kNearestExact, kBilinear };
+
+// The size of the output is given, or by scales, or it is that of the second input.
+struct Upsampling {
+  Upsample mode;
+  int64_t height = 0, width = 0;        // 0: not given
+  double scale_h = 0.0, scale_w = 0.0;  // 0: not given
+  bool align_corners = false;
+  bool like = false;
+};
 
 using Inputs = std::vector<const float*>;
 
@@ -263,9 +275,9 @@ StepPtr UpsampleStep::on_bytes() const {
   return std::make_unique<ByteUpsampleStep>(*this);
 }
 
-}  // namespace
-
-StepPtr pixel_shuffle_step(int64_t factor) { return std::make_unique<PixelShuffleStep>(factor); }
+int add_pixel_shuffle(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<PixelShuffleStep>(plan, args, args.integer("factor"));
+}
 
 Upsample upsample_mode(const std::string& name) {
   if (name == "nearest") return Upsample::kNearest;
@@ -274,8 +286,25 @@ Upsample upsample_mode(const std::string& name) {
   return Upsample::kBilinear;
 }
 
-StepPtr upsample_step(const Upsampling& settings) {
-  return std::make_unique<UpsampleStep>(settings);
+int add_upsample(PlanBuilder& plan, const StepArgs& args) {
+  Upsampling u{.mode = upsample_mode(args.text("mode")),
+               .scale_h = args.number("scale_h"),
+               .scale_w = args.number("scale_w"),
+               .align_corners = args.flag("align_corners"),
+               .like = args.inputs.size() > 1};
+  if (!args.integers("size").empty()) {
+    const std::array<int64_t, 2> size = args.pair("size");
+    u.height = size[0];
+    u.width = size[1];
+  }
+  return add_step<UpsampleStep>(plan, args, u);
+}
+
+}  // namespace
+
+void image_ops(OpRegistry& r) {
+  r.add("pixel_shuffle", {.build = add_pixel_shuffle});
+  r.add("upsample", {.build = add_upsample, .most = 2});
 }
 
 }  // namespace lutra

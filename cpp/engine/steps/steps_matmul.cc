@@ -1,14 +1,17 @@
-#include "engine/steps/steps_matmul.h"
-
+// Products of two values.
 #include <algorithm>
 
 #include "engine/core/memory.h"
+#include "engine/core/op_registry.h"
 
 namespace lutra {
 namespace {
 
 constexpr double kMultipliedPerMicrosecond = 2e4;  // a rough guess for one core
 
+// a (N, ..., M, K), b (N, ..., K, P) -> (N, ..., M, P); the last two axes of either may be swapped,
+// and the axes before them are equal or 1. Every sum is an fma chain in the order of k.
+//
 // The kernel multiplies a tile of rows, whose outputs it writes next to each other, with weights.
 // So the rows of the tiles are the axis of the output that is consecutive in memory, which is the
 // first of the two for rank 3 and the last for more; the other operand is packed as the weights.
@@ -160,10 +163,13 @@ class MatmulStep : public Step {
   bool transpose_a_, transpose_b_;
 };
 
+int add_matmul(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<MatmulStep>(plan, args, plan.kernels(), args.flag("transpose_a"),
+                              args.flag("transpose_b"));
+}
+
 }  // namespace
 
-StepPtr matmul_step(const Kernels& kernels, bool transpose_a, bool transpose_b) {
-  return std::make_unique<MatmulStep>(kernels, transpose_a, transpose_b);
-}
+void matmul_ops(OpRegistry& r) { r.add("matmul", {.build = add_matmul, .inputs = 2}); }
 
 }  // namespace lutra

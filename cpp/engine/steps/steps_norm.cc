@@ -1,8 +1,9 @@
-#include "engine/steps/steps_norm.h"
-
+// Norms and softmax.
 #include <algorithm>
 
 #include "engine/core/memory.h"
+#include "engine/core/op_registry.h"
+#include "engine/steps/function_tables.h"
 
 namespace lutra {
 namespace {
@@ -20,6 +21,9 @@ void from_planes(const float* from, int64_t rows, int64_t width, float* to) {
   copy_strided(Shape{rows, width}, from, Dims{1, kTile}, to, Dims{width, 1});
 }
 
+// Over the last axis, of the length of `weight`. A mean is taken off only with `center`; `bias` may
+// be empty.
+//
 // The features are planes where the rank is 2 or 3; else a row is consecutive in memory, and is
 // turned into planes and back.
 class NormStep : public Step {
@@ -188,15 +192,32 @@ class SoftmaxStep : public FloatStep {
   LineTable exp_, reciprocal_;
 };
 
+int add_layer_norm(PlanBuilder& plan, const StepArgs& args) {
+  std::vector<float> weight = args.tensor<float>("weight", 1).values();
+  std::vector<float> bias = args.tensor<float>("bias", 1).values();
+  require(weight.size() == bias.size(), "layer_norm: weight and bias differ in length");
+  return add_step<NormStep>(plan, args, plan.kernels(), true, std::move(weight), std::move(bias),
+                            args.float32("eps"), line_table(args, "rsqrt"));
+}
+
+int add_rms_norm(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<NormStep>(plan, args, plan.kernels(), false,
+                            args.tensor<float>("weight", 1).values(), std::vector<float>(),
+                            args.float32("eps"), line_table(args, "rsqrt"));
+}
+
+int add_softmax(PlanBuilder& plan, const StepArgs& args) {
+  auto [exp, reciprocal] = exp_tables(args);
+  return add_step<SoftmaxStep>(plan, args, plan.kernels(), args.int32("axis"), std::move(exp),
+                               std::move(reciprocal));
+}
+
 }  // namespace
 
-StepPtr norm_step(const Kernels& kernels, bool center, std::vector<float> weight,
-                  std::vector<float> bias, float eps, LineTable rsqrt) {
-  return std::make_unique<NormStep>(kernels, center, std::move(weight), std::move(bias), eps,
-                                    std::move(rsqrt));
-}
-StepPtr softmax_step(const Kernels& kernels, int axis, LineTable exp, LineTable reciprocal) {
-  return std::make_unique<SoftmaxStep>(kernels, axis, std::move(exp), std::move(reciprocal));
+void norm_ops(OpRegistry& r) {
+  r.add("layer_norm", {.build = add_layer_norm});
+  r.add("rms_norm", {.build = add_rms_norm});
+  r.add("softmax", {.build = add_softmax});
 }
 
 }  // namespace lutra

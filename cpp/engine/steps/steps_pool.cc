@@ -1,10 +1,14 @@
+// Pooling of images.
 #include <algorithm>
 #include <cmath>
 
-#include "engine/steps/steps_basic.h"
+#include "engine/core/op_registry.h"
+#include "engine/layers/conv_geometry.h"
 
 namespace lutra {
 namespace {
+
+enum class Pool { kMax, kAverage };
 
 using Inputs = std::vector<const float*>;
 
@@ -185,13 +189,31 @@ class AdaptivePoolStep : public FloatStep {
   int64_t h_, w_;
 };
 
+int add_max_pool(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<PoolStep>(plan, args, Pool::kMax, conv_geometry(args, 1, args.pair("kernel")),
+                            args.flag("ceil_mode"), false);
+}
+
+int add_average_pool(PlanBuilder& plan, const StepArgs& args) {
+  const ConvGeometry window =
+      conv_geometry(1, args.pair("kernel"), args.pair("stride"), args.pair("padding"), {1, 1});
+  return add_step<PoolStep>(plan, args, Pool::kAverage, window, args.flag("ceil_mode"),
+                            args.flag("count_include_pad"));
+}
+
+template <Pool kKind>
+int add_adaptive_pool(PlanBuilder& plan, const StepArgs& args) {
+  const std::array<int64_t, 2> size = args.pair("output_size");
+  return add_step<AdaptivePoolStep>(plan, args, kKind, size[0], size[1]);
+}
+
 }  // namespace
 
-StepPtr pool_step(Pool kind, const ConvGeometry& window, bool ceil_mode, bool count_include_pad) {
-  return std::make_unique<PoolStep>(kind, window, ceil_mode, count_include_pad);
-}
-StepPtr adaptive_pool_step(Pool kind, int64_t out_h, int64_t out_w) {
-  return std::make_unique<AdaptivePoolStep>(kind, out_h, out_w);
+void pool_ops(OpRegistry& r) {
+  r.add("max_pool2d", {.build = add_max_pool});
+  r.add("avg_pool2d", {.build = add_average_pool});
+  r.add("adaptive_max_pool2d", {.build = add_adaptive_pool<Pool::kMax>});
+  r.add("adaptive_avg_pool2d", {.build = add_adaptive_pool<Pool::kAverage>});
 }
 
 }  // namespace lutra

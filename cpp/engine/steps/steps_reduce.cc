@@ -1,7 +1,8 @@
-#include "engine/steps/steps_reduce.h"
-
+// Reductions over whole axes.
 #include <algorithm>
 #include <cmath>
+
+#include "engine/core/op_registry.h"
 
 namespace lutra {
 namespace {
@@ -36,7 +37,7 @@ struct Axis {
   bool reduced;
 };
 
-// What makes one value of all along some axes.
+// What makes one value of all along some axes, none of them 0.
 class ReduceStep : public FloatStep {
  public:
   ReduceStep(const char* name, const std::vector<int>& axes, bool keepdims)
@@ -111,6 +112,8 @@ class ReduceStep : public FloatStep {
   bool keepdims_;
 };
 
+// The largest value over the axes. NaN is passed over; where all are NaN the result is minus
+// infinity.
 class MaxStep : public ReduceStep {
  public:
   MaxStep(const std::vector<int>& axes, bool keepdims) : ReduceStep("max", axes, keepdims) {}
@@ -167,7 +170,7 @@ class ByteMaxStep : public Step {
 
 StepPtr MaxStep::on_bytes() const { return std::make_unique<ByteMaxStep>(*this); }
 
-// The squares are added in float64, in the order of memory.
+// The square root of the sum of the squares, which are added in float64, in the order of memory.
 class L2NormStep : public ReduceStep {
  public:
   L2NormStep(const std::vector<int>& axes, bool keepdims) : ReduceStep("l2_norm", axes, keepdims) {}
@@ -197,14 +200,16 @@ class L2NormStep : public ReduceStep {
   }
 };
 
-}  // namespace
-
-StepPtr max_step(const std::vector<int>& axes, bool keepdims) {
-  return std::make_unique<MaxStep>(axes, keepdims);
+template <class S>
+int add_reduction(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<S>(plan, args, args.int32s("axes"), args.flag("keepdims"));
 }
 
-StepPtr l2_norm_step(const std::vector<int>& axes, bool keepdims) {
-  return std::make_unique<L2NormStep>(axes, keepdims);
+}  // namespace
+
+void reduce_ops(OpRegistry& r) {
+  r.add("max", {.build = add_reduction<MaxStep>});
+  r.add("l2_norm", {.build = add_reduction<L2NormStep>});
 }
 
 }  // namespace lutra

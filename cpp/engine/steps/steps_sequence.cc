@@ -1,11 +1,11 @@
-#include "engine/steps/steps_sequence.h"
-
+// Steps that sequences need: tables read by ids, positions, means under a mask, picked entries.
 #include <algorithm>
 #include <cstring>
 #include <limits>
 #include <optional>
 
 #include "engine/core/memory.h"
+#include "engine/core/op_registry.h"
 
 namespace lutra {
 namespace {
@@ -28,6 +28,7 @@ struct Positions {
   }
 };
 
+// x (N, T, D) + weight[:T]; weight (length, D)
 class PositionStep : public FloatStep {
  public:
   PositionStep(int64_t length, int64_t features, const float* weight)
@@ -66,6 +67,9 @@ class PositionStep : public FloatStep {
   std::vector<float> planes_;  // (features, length)
 };
 
+// ids int32 (N, ...) -> (N, ..., D). The rows of the table (rows, D) are float32, or int8 with a
+// scale for each. run() throws std::invalid_argument for an id outside 0..rows-1.
+//
 // The id of every token in the order of the rows of the output: row-major for values of up to three
 // axes, in the order of memory for more.
 class EmbeddingStep : public FloatStep {
@@ -180,6 +184,7 @@ class EmbeddingStep : public FloatStep {
   std::vector<float> position_rows_;  // (length, features)
 };
 
+// x (N, T, D), mask int32 (N, T) -> sum(x * mask) / max(sum(mask), 1e-9), (N, D)
 class MaskedMeanStep : public FloatStep {
  public:
   bool reads_integers(size_t input) const override { return input == 1; }
@@ -236,6 +241,7 @@ class MaskedMeanStep : public FloatStep {
   }
 };
 
+// The entries `index` of an axis, in this order: numpy.take.
 class GatherStep : public FloatStep {
  public:
   GatherStep(std::vector<int32_t> index, int axis) : index_(std::move(index)), axis_(axis) {
@@ -273,24 +279,44 @@ class GatherStep : public FloatStep {
   int axis_;
 };
 
+int add_embedding(PlanBuilder& plan, const StepArgs& args) {
+  const auto found = args.tensors.find("weight");
+  if (found != args.tensors.end() && found->second.dtype == Dtype::kInt8) {
+    const Tensor<int8_t> weight = args.tensor<int8_t>("weight", 2);
+    require(args.has("scale") && args.tensor<float>("scale", 1)[0] == weight[0],
+            "an embedding of int8 needs a scale for each of its rows");
+    return add_step<EmbeddingStep>(plan, args, weight[0], weight[1], std::vector<float>(),
+                                   weight.values(), args.tensor<float>("scale", 1).values());
+  }
+  const bool other = found != args.tensors.end() && found->second.dtype != Dtype::kFloat32;
+  require(!other, "an embedding is float32 or int8");
+  const Tensor<float> weight = args.tensor<float>("weight", 2);
+  require(!args.has("scale"), "an embedding of float32 takes no scale");
+  return add_step<EmbeddingStep>(plan, args, weight[0], weight[1], weight.values(),
+                                 std::vector<int8_t>(), std::vector<float>());
+}
+
+int add_position_embedding(PlanBuilder& plan, const StepArgs& args) {
+  const Tensor<float> weight = args.tensor<float>("weight", 2);
+  return add_step<PositionStep>(plan, args, weight[0], weight[1], weight.data);
+}
+
+int add_masked_mean(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<MaskedMeanStep>(plan, args);
+}
+
+int add_gather(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<GatherStep>(plan, args, args.tensor<int32_t>("index", 1).values(),
+                              args.int32("axis"));
+}
+
 }  // namespace
 
-StepPtr embedding_step(int64_t rows, int64_t features, const float* weight) {
-  return std::make_unique<EmbeddingStep>(rows, features,
-                                         std::vector<float>(weight, weight + rows * features),
-                                         std::vector<int8_t>(), std::vector<float>());
-}
-StepPtr embedding_step(int64_t rows, int64_t features, const int8_t* weight, const float* scale) {
-  return std::make_unique<EmbeddingStep>(rows, features, std::vector<float>(),
-                                         std::vector<int8_t>(weight, weight + rows * features),
-                                         std::vector<float>(scale, scale + rows));
-}
-StepPtr position_embedding_step(int64_t length, int64_t features, const float* weight) {
-  return std::make_unique<PositionStep>(length, features, weight);
-}
-StepPtr masked_mean_step() { return std::make_unique<MaskedMeanStep>(); }
-StepPtr gather_step(std::vector<int32_t> index, int axis) {
-  return std::make_unique<GatherStep>(std::move(index), axis);
+void sequence_ops(OpRegistry& r) {
+  r.add("embedding", {.build = add_embedding});
+  r.add("position_embedding", {.build = add_position_embedding});
+  r.add("masked_mean", {.build = add_masked_mean, .inputs = 2});
+  r.add("gather", {.build = add_gather});
 }
 
 }  // namespace lutra

@@ -4,8 +4,8 @@
 #include <array>
 #include <cstdint>
 
-#include "kernels/kernels.h"
 #include "engine/core/thread_pool.h"
+#include "kernels/kernels.h"
 
 namespace lutra {
 

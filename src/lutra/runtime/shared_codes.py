@@ -6,30 +6,25 @@ tables are theirs side by side, and what each of them makes is a range of the st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 
-from lutra.graph import Graph
+from lutra.graph import Graph, same_codes
 from lutra.node import Array
+from lutra.ops import OPS
+from lutra.runtime.fuse import FusedNode
 
-if TYPE_CHECKING:
-    from lutra.runtime.plan import FusedNode
-
-__all__ = ["SHARED_LABEL", "Siblings", "find_siblings"]
+__all__ = ["SHARED_LABEL", "SharedStep", "share_codes"]
 
 #: Between the names of the nodes in the label of a step.
 SHARED_LABEL: Final = " + "
-#: Layers that encode, and the axis of their output that holds what they make.
-OUTPUT_AXES: Final = {"pq_conv2d": 1, "pq_linear": -1}
-_ENCODER: Final = ("centroids", "splits", "thresholds")
-_OUTPUTS: Final = ("tables", "scale", "bias")  # the last axis of each: one entry an output
 
 
 @dataclass(frozen=True)
-class Siblings:
+class SharedStep:
     """One step: a fused node, or several lookup layers that share their codes.
 
     Attributes:
@@ -48,62 +43,54 @@ class Siblings:
     @property
     def axis(self) -> int:
         """The axis of the step's output that the members share; negative counts from the end."""
-        return OUTPUT_AXES.get(self.members[0].node.op, 1)
+        return OPS[self.members[0].node.op].output_axis or 1
 
     def tensors(self, graph: Graph) -> dict[str, Array]:
         """The tensors of the step by role, C-contiguous: the members' tables side by side."""
         of_each = [graph.node_tensors(member.node) for member in self.members]
         tensors = dict(of_each[0])
         if len(of_each) > 1:
-            for role in _OUTPUTS:
+            for role in OPS[self.members[0].node.op].output_roles:
                 tensors[role] = np.concatenate([each[role] for each in of_each], axis=-1)
         return {role: np.ascontiguousarray(tensor) for role, tensor in tensors.items()}
 
 
-def find_siblings(graph: Graph, steps: Sequence[FusedNode]) -> list[Siblings]:
-    """Puts product-quantised layers together that make the same codes.
+def share_codes(graph: Graph, steps: Sequence[FusedNode]) -> list[SharedStep]:
+    """Puts layers together that make the same codes.
 
-    They read the same value with the same geometry, grid and clamp, their centroids (or splits and
-    thresholds) are equal, and they add nothing.
+    They read the same value with the same geometry, grid and clamp, the tensors that make their
+    codes (``OpSpec.encoder_roles``) are equal, and they add nothing.
 
     Args:
         graph: A valid graph.
         steps: Its steps in the order in which they run.
 
     Returns:
-        The steps in the order in which they run; siblings run where the first of them does.
+        The steps in the order in which they run; those of shared codes run where the first of them
+        does.
     """
     groups: list[list[FusedNode]] = []
-    alike: dict[tuple[object, ...], list[list[FusedNode]]] = {}
     for step in steps:
-        group = [step]
-        if step.node.op in OUTPUT_AXES and step.residual is None:
-            node = step.node
-            key = (node.op, node.inputs, step.clamp, *sorted(node.attrs.items()))
-            candidates = alike.setdefault(key, [])
-            first = next((c for c in candidates if _same_codes(graph, c[0], step)), None)
-            if first is not None:
-                first.append(step)
-                continue
-            candidates.append(group)
-        groups.append(group)
-    return [_siblings(graph, group) for group in groups]
+        group = next((group for group in groups if _share(graph, group[0], step)), None)
+        if group is None:
+            groups.append([step])
+        else:
+            group.append(step)
+    return [_shared_step(graph, group) for group in groups]
 
 
-def _siblings(graph: Graph, group: list[FusedNode]) -> Siblings:
+def _share(graph: Graph, a: FusedNode, b: FusedNode) -> bool:
+    """Whether two fused nodes are layers that share their codes."""
+    if (a.node.op, a.node.inputs, a.clamp) != (b.node.op, b.node.inputs, b.clamp):
+        return False
+    if not OPS[a.node.op].encoder_roles or (a.residual, b.residual) != (None, None):
+        return False
+    return same_codes(a.node, graph.node_tensors(a.node), b.node, graph.node_tensors(b.node))
+
+
+def _shared_step(graph: Graph, group: list[FusedNode]) -> SharedStep:
     if len(group) == 1:
-        return Siblings((group[0],), (0,))
-    counts = [len(graph.node_tensors(member.node)["scale"]) for member in group]
-    return Siblings(tuple(group), tuple(int(n) for n in np.cumsum([0, *counts[:-1]])))
-
-
-def _same_codes(graph: Graph, a: FusedNode, b: FusedNode) -> bool:
-    return all(
-        _equal(graph.node_tensors(a.node), graph.node_tensors(b.node), role) for role in _ENCODER
-    )
-
-
-def _equal(a: Mapping[str, Array], b: Mapping[str, Array], role: str) -> bool:
-    if role not in a or role not in b:
-        return role not in a and role not in b
-    return np.array_equal(a[role], b[role])
+        return SharedStep((group[0],), (0,))
+    roles = OPS[group[0].node.op].output_roles
+    counts = [graph.node_tensors(member.node)[roles[0]].shape[-1] for member in group]
+    return SharedStep(tuple(group), tuple(int(n) for n in np.cumsum([0, *counts[:-1]])))

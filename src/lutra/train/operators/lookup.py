@@ -79,7 +79,11 @@ def forward(
         sums, indices = portable_sums(x, geometry, grid, index, table)
         return sums * scale.view(-1, 1, 1), indices
     indices = torch.empty_like(x, dtype=torch.uint8)
-    layer = native.make_lookup(geometry, grid, index, table, scale, torch.zeros_like(scale))
+    layer = native.make_layer(
+        "lookup_conv2d",
+        {**native.conv_attrs(geometry, grid), "weight_bits": 8},
+        {"weight": index, "table": table, "scale": scale, "bias": torch.zeros_like(scale)},
+    )
     return native.run(layer, geometry, x, index.shape[0], indices), indices
 
 
@@ -118,14 +122,13 @@ def frozen_lookup(x: Tensor, node: FrozenNode, tensors: Mapping[str, Tensor]) ->
     """
     geometry, grid = Geometry.of_attrs(node.attrs, x.shape[1]), Grid.of_attrs(node.attrs)
     weight, table, scale, bias = (tensors[role] for role in ("weight", "table", "scale", "bias"))
-    bits = int(node.attrs["weight_bits"])  # type: ignore[arg-type]
     if x.device.type != "cpu":
+        bits = int(node.attrs["weight_bits"])  # type: ignore[arg-type]
         sums, _ = portable_sums(x, geometry, grid, unpack(weight, bits, geometry.depth), table)
         return sums * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
-
-    def make() -> native.Layer:
-        index = unpack(weight, bits, geometry.depth)
-        return native.make_lookup(geometry, grid, index, table, scale, bias)
-
-    layer = native.cached((weight, table, scale, bias), (geometry, grid, bits), make)
+    layer = native.cached(
+        (weight, table, scale, bias),
+        node,
+        lambda: native.make_layer(node.op, node.attrs, tensors),
+    )
     return native.run(layer, geometry, x, weight.shape[0], None)

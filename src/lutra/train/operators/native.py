@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lutra import _engine
+import lutra._engine as _engine
+from lutra.node import AttrValue
 from lutra.runtime.cpu import choose_isa
-from lutra.train.encoder import Encoder
 from lutra.train.geometry import Geometry, Grid
 from lutra.train.watch import Watch
 
@@ -48,58 +48,27 @@ def empty_output(x: Tensor, outputs: int, height: int, width: int) -> Tensor:
 
 
 def make_layer(
-    geometry: Geometry,
-    grid: Grid,
-    encoder: Encoder,
-    tables: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-) -> _engine.PqLayer:
-    """Packs a layer for the instruction set of this process."""
-    return _engine.PqLayer(
-        choose_isa(),
-        tables=_array(tables.contiguous()),
-        scale=_array(scale.contiguous()),
-        bias=_array(bias.contiguous()),
-        act_scale=grid.scale,
-        act_zero=grid.zero,
-        act_bits=grid.bits,
-        channels=geometry.channels,
-        kernel=geometry.kernel,
-        stride=geometry.stride,
-        padding=geometry.padding,
-        dilation=geometry.dilation,
-        **{role: _array(tensor.contiguous()) for role, tensor in encoder.tensors.items()},
-    )
+    op: str, attrs: Mapping[str, AttrValue], tensors: Mapping[str, Tensor]
+) -> _engine.Layer:
+    """Packs the layer of an operator for the instruction set of this process."""
+    arrays = {role: _array(tensor.contiguous()) for role, tensor in tensors.items()}
+    return _engine.Layer(op, choose_isa(), attrs, arrays)
 
 
-def make_lookup(
-    geometry: Geometry,
-    grid: Grid,
-    index: Tensor,
-    table: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-) -> _engine.LookupLayer:
-    """Packs a layer of response tables: weight indices (M, D), table (N_f, N_w)."""
-    return _engine.LookupLayer(
-        choose_isa(),
-        weight=_array(index.contiguous()),
-        table=_array(table.contiguous()),
-        scale=_array(scale.contiguous()),
-        bias=_array(bias.contiguous()),
-        act_scale=grid.scale,
-        act_zero=grid.zero,
-        act_bits=grid.bits,
-        channels=geometry.channels,
-        kernel=geometry.kernel,
-        stride=geometry.stride,
-        padding=geometry.padding,
-        dilation=geometry.dilation,
-    )
+def conv_attrs(geometry: Geometry, grid: Grid) -> dict[str, AttrValue]:
+    """The attributes of a convolution on a grid."""
+    return {
+        "in_channels": geometry.channels,
+        "kernel": geometry.kernel,
+        "stride": geometry.stride,
+        "padding": geometry.padding,
+        "dilation": geometry.dilation,
+        "act_scale": grid.scale,
+        "act_zero": grid.zero,
+        "act_bits": grid.bits,
+    }
 
 
-Layer: TypeAlias = "_engine.PqLayer | _engine.LookupLayer"
 _L = TypeVar("_L")
 _layers: dict[int, tuple[weakref.ref[Tensor], Watch, object, Any]] = {}
 
@@ -118,24 +87,9 @@ def cached(tensors: Sequence[Tensor], settings: object, make: Callable[[], _L]) 
     return layer
 
 
-def cached_layer(
-    geometry: Geometry,
-    grid: Grid,
-    encoder: Encoder,
-    tables: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-) -> _engine.PqLayer:
-    """`make_layer`, packed once for as long as none of the tensors is replaced or written."""
-    tensors = (tables, *encoder.tensors.values(), scale, bias)
-    return cached(
-        tensors,
-        (geometry, grid),
-        lambda: make_layer(geometry, grid, encoder, tables, scale, bias),
-    )
-
-
-def run(layer: Layer, geometry: Geometry, x: Tensor, outputs: int, codes: Tensor | None) -> Tensor:
+def run(
+    layer: _engine.Layer, geometry: Geometry, x: Tensor, outputs: int, codes: Tensor | None
+) -> Tensor:
     """y (N, M, H', W') of x (N, C, H, W) float32; fills `codes` if given, uint8: of codebooks
     (B, N*H'*W'), or activation indices in the shape and layout of x."""
     height, width = geometry.out_size(x.shape[2], x.shape[3])

@@ -36,7 +36,11 @@ def frozen_pq(x: Tensor, node: FrozenNode, tensors: Mapping[str, Tensor]) -> Ten
     if not _is_native(x):
         y = portable.forward(x, geometry, grid, encoder, tables, scale, bias)[0]
         return y.contiguous(memory_format=native.layout(x))
-    layer = native.cached_layer(geometry, grid, encoder, tables, scale, bias)
+    layer = native.cached(
+        (tables, *encoder.tensors.values(), scale, bias),
+        node,
+        lambda: native.make_layer(node.op, node.attrs, tensors),
+    )
     return native.run(layer, geometry, x, tables.shape[2], None)
 
 
@@ -54,7 +58,11 @@ def forward(
         return portable.forward(x, geometry, grid, encoder, tables, scale, bias)
     height, width = geometry.out_size(x.shape[2], x.shape[3])
     codes = torch.empty((tables.shape[0], x.shape[0] * height * width), dtype=torch.uint8)
-    layer = native.make_layer(geometry, grid, encoder, tables, scale, bias)
+    layer = native.make_layer(
+        "pq_conv2d",
+        native.conv_attrs(geometry, grid),
+        {**encoder.tensors, "tables": tables, "scale": scale, "bias": bias},
+    )
     return native.run(layer, geometry, x, tables.shape[2], codes), codes
 
 

@@ -1,6 +1,12 @@
-#include "engine/steps/steps_conv.h"
-
+// Dense convolutions and linear layers in float32.
 #include <algorithm>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "engine/core/memory.h"
+#include "engine/core/op_registry.h"
+#include "engine/layers/layer_step.h"
 
 namespace lutra {
 namespace {
@@ -9,104 +15,56 @@ namespace {
 constexpr double kCopiedPerMicrosecond = 2e3;
 constexpr double kMultipliedPerMicrosecond = 3e4;
 
-// The view of a stored value (N, C, H, W).
-template <class T>
-View<T> stored_image(const Shape& s, T* data) {
-  return {.data = data,
-          .n = s[0],
-          .c = s[1],
-          .h = s[2],
-          .w = s[3],
-          .sn = s.inner(),
-          .sc = s[0] * s.inner(),
-          .sh = s[3],
-          .sw = 1};
-}
+class ConvStep : public LayerStep {
+ public:
+  // weight (outputs, geometry.channels / groups, kernel_h, kernel_w), bias (outputs)
+  ConvStep(const Kernels& kernels, const ConvGeometry& geometry, int64_t outputs, int64_t groups,
+           const float* weight, const float* bias, bool residual, Clamp clamp);
+  size_t workspace(const Shapes& inputs, int threads) const override;
+  void run(const StepRun& r) const override;
+  std::string method(const Shapes&) const override { return "float32"; }
+  size_t parameter_bytes() const override { return weight_.size() * sizeof(float); }
 
-// The view of a stored value (N, ..., D) as rows of D: images of one pixel. Channel-first order
-// makes planes of (N, D) and (N, T, D), and leaves the last of more axes where it is.
-template <class T>
-View<T> stored_rows(const Shape& s, T* data) {
-  const Dims strides = storage_strides(s);
-  const int64_t features = s[s.rank - 1];
-  return {.data = data,
-          .n = s.size() / features,
-          .c = features,
-          .h = 1,
-          .w = 1,
-          .sn = plane_axis(s.rank) == s.rank - 1 ? 1 : features,
-          .sc = strides[s.rank - 1],
-          .sh = 1,
-          .sw = 1};
-}
+ private:
+  struct Sizes;
+  const Kernels& kernels_;
+  int64_t groups_;
+  std::vector<float> weight_, bias_;  // weight: packed, group after group
+  size_t group_weights_;              // packed floats per group
+};
 
-}  // namespace
-
-template <class T>
-View<T> LayerStep::view(const Shape& shape, T* data) const {
-  return linear_ ? stored_rows(shape, data) : stored_image(shape, data);
-}
-
-Shape LayerStep::infer(const Shapes& inputs) const {
-  const Shape& x = inputs[0];
-  Shape y = x;
-  if (linear_) {
-    require(x.rank >= 2 && x[x.rank - 1] == geometry_.channels,
-            "a linear layer of " + std::to_string(geometry_.channels) + " features got the shape " +
-                x.text());
-    y[y.rank - 1] = outputs_;
-  } else {
-    const ConvGeometry& g = geometry_;
-    require(x.rank == 4 && x[1] == g.channels, "a convolution over " + std::to_string(g.channels) +
-                                                   " channels got the shape " + x.text());
-    require(x[2] + 2 * g.pad_h >= g.dilation_h * (g.kernel_h - 1) + 1 &&
-                x[3] + 2 * g.pad_w >= g.dilation_w * (g.kernel_w - 1) + 1,
-            "the kernel is larger than the padded image " + x.text());
-    y = Shape{x[0], outputs_, g.out_h(x[2]), g.out_w(x[3])};
+// Few rows are multiplied one by one, many as the tiles of a convolution: the bits are the same.
+class LinearStep : public LayerStep {
+ public:
+  // weight (outputs, features), bias (outputs)
+  LinearStep(const Kernels& kernels, int64_t features, int64_t outputs, const float* weight,
+             const float* bias, bool residual, Clamp clamp);
+  void prepare(const Shapes& inputs) const override;
+  size_t workspace(const Shapes& inputs, int threads) const override {
+    return worker_floats(inputs) * sizeof(float) * static_cast<size_t>(threads);
   }
-  require(!residual_ || inputs[1] == y, "the added tensor's shape differs from the output's");
-  return y;
-}
+  void run(const StepRun& r) const override;
+  std::string method(const Shapes&) const override { return "float32"; }
+  size_t parameter_bytes() const override { return weight_.size() * sizeof(float); }
 
-LayerOutput LayerStep::output(const StepRun& r) const {
-  LayerOutput o;
-  o.view = view(r.out_shape, r.out);
-  o.residual = residual_ ? r.inputs[1] : nullptr;
-  o.clamp = clamp_;
-  o.function = function_.get();
-  o.fold = &fold_;
-  o.quantized = r.quantized;
-  for (int i = 0; i < r.quantized; ++i) {
-    o.q[i].grid = r.q[i].grid;
-    o.q[i].data = r.q[i].data;
-  }
-  return o;
-}
+ private:
+  bool by_row(const Shape& x) const { return rows(x) <= kFewRows; }
+  size_t worker_floats(const Shapes& inputs) const;
+  void run_rows(const StepRun& r) const;
+  void run_tiles(const StepRun& r) const;
+  int64_t padded() const;
 
-int64_t LayerStep::rows(const Shape& x) const {
-  return linear_ ? x.size() / geometry_.channels
-                 : x[0] * geometry_.out_h(x[2]) * geometry_.out_w(x[3]);
-}
+  static constexpr int64_t kFewRows = 8;
 
-template <class Layer>
-size_t QuantizedStep<Layer>::workspace(const Shapes& inputs, int threads) const {
-  const auto x = view<const uint8_t>(inputs[0], nullptr);
-  return layer_.workspace_bytes(x.n, x.h, x.w, threads, direct(inputs));
-}
-
-template <class Layer>
-void QuantizedStep<Layer>::run(const StepRun& r) const {
-  layer_.run(view(r.shapes[0], r.bytes), output(r), r.workspace, r.pool);
-}
-
-template <class Layer>
-void QuantizedStep<Layer>::set_outputs(const std::vector<Quantization>& grids, bool floats) {
-  if (can_fold(grids, floats)) fold_ = layer_.fold(clamp_, grids[0]);
-}
-
-template class QuantizedStep<PqLayer>;
-template class QuantizedStep<Int8Layer>;
-template class QuantizedStep<LookupLayer>;
+  const Kernels& kernels_;
+  int64_t features_;
+  std::vector<float> weight_, bias_;  // weight: packed for single rows
+  struct Packed {
+    std::once_flag once;
+    std::vector<float> weight;  // for tiles
+  };
+  std::unique_ptr<Packed> packed_ = std::make_unique<Packed>();
+};
 
 ConvStep::ConvStep(const Kernels& kernels, const ConvGeometry& geometry, int64_t outputs,
                    int64_t groups, const float* weight, const float* bias, bool residual,
@@ -200,7 +158,9 @@ int64_t LinearStep::padded() const {
   return (outputs_ + kLinearOutputs - 1) / kLinearOutputs * kLinearOutputs;
 }
 
-const std::vector<float>& LinearStep::tile_weight() const {
+// A step that has only ever seen few rows does not hold its weights twice.
+void LinearStep::prepare(const Shapes& inputs) const {
+  if (by_row(inputs[0])) return;
   std::call_once(packed_->once, [this] {
     const int64_t blocks = (outputs_ + kGemmOutputs - 1) / kGemmOutputs;
     packed_->weight.reserve(static_cast<size_t>(blocks * features_ * kGemmOutputs));
@@ -215,7 +175,6 @@ const std::vector<float>& LinearStep::tile_weight() const {
       }
     }
   });
-  return packed_->weight;
 }
 
 // What a worker needs: the sums of a row and its bytes, or a patch and the scratch of its outputs.
@@ -224,11 +183,6 @@ size_t LinearStep::worker_floats(const Shapes& inputs) const {
   const int64_t patch = features_ * kernels_.row_tile + static_cast<int64_t>(kSlack);
   return static_cast<size_t>(patch) +
          TileOutput::scratch_bytes(outputs_, kernels_.row_tile, direct(inputs)) / sizeof(float);
-}
-
-size_t LinearStep::workspace(const Shapes& inputs, int threads) const {
-  if (!by_row(inputs[0])) tile_weight();  // packed when a plan is prepared, not when it runs
-  return worker_floats(inputs) * sizeof(float) * static_cast<size_t>(threads);
 }
 
 void LinearStep::run(const StepRun& r) const {
@@ -291,38 +245,36 @@ void LinearStep::run_tiles(const StepRun& r) const {
                for (int64_t d = 0; d < features_; ++d) {  // lanes of no row
                  std::fill(patch + d * tile + count, patch + (d + 1) * tile, 0.0f);
                }
-               kernels_.gemm(patch, static_cast<size_t>(features_), tile_weight().data(),
+               kernels_.gemm(patch, static_cast<size_t>(features_), packed_->weight.data(),
                              static_cast<int32_t>(outputs_), target.begin(first, count, scratch));
                target.end(first, count, scratch, 0, outputs_);
              });
 }
 
-namespace {
+int add_conv(PlanBuilder& plan, const StepArgs& args) {
+  const Tensor<float> weight = args.tensor<float>("weight", 4);
+  const int64_t groups = args.integer("groups");
+  return plan.add_step(
+      std::make_unique<ConvStep>(
+          plan.kernels(), conv_geometry(args, weight[1] * groups, {weight[2], weight[3]}),
+          weight[0], groups, weight.data, per_output(args, "bias", weight[0]), args.residual >= 0,
+          args.clamp),
+      with_residual(args.inputs[0], args));
+}
 
-class QuantizeStep : public Step {
- public:
-  explicit QuantizeStep(const Kernels& kernels) : kernels_(kernels) {}
-  Shape infer(const Shapes& inputs) const override { return inputs[0]; }
-  int max_quantized() const override { return 1; }
-  std::string method(const Shapes&) const override { return "quantize"; }
-  void run(const StepRun& r) const override {
-    constexpr int64_t kBlock = 8192;
-    const int64_t size = r.shapes[0].size();
-    r.pool.run(static_cast<size_t>((size + kBlock - 1) / kBlock),
-               static_cast<double>(size) / kCopiedPerMicrosecond, [&](size_t i, int) {
-                 const int64_t first = static_cast<int64_t>(i) * kBlock;
-                 kernels_.quantize(r.inputs[0] + first,
-                                   static_cast<size_t>(std::min(kBlock, size - first)), r.q[0].grid,
-                                   r.q[0].data + first);
-               });
-  }
-
- private:
-  const Kernels& kernels_;
-};
+int add_linear(PlanBuilder& plan, const StepArgs& args) {
+  const Tensor<float> weight = args.tensor<float>("weight", 2);
+  return plan.add_step(std::make_unique<LinearStep>(
+                           plan.kernels(), weight[1], weight[0], weight.data,
+                           per_output(args, "bias", weight[0]), args.residual >= 0, args.clamp),
+                       with_residual(args.inputs[0], args));
+}
 
 }  // namespace
 
-StepPtr quantize_step(const Kernels& kernels) { return std::make_unique<QuantizeStep>(kernels); }
+void dense_ops(OpRegistry& r) {
+  r.add("conv2d", {.build = add_conv, .fuses = true});
+  r.add("linear", {.build = add_linear, .fuses = true});
+}
 
 }  // namespace lutra

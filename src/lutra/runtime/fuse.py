@@ -1,0 +1,89 @@
+"""Which nodes of a graph share a step of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lutra.graph import Graph
+from lutra.node import Node
+from lutra.ops import OPS
+from lutra.ops.elementwise import CLAMPS, limits
+
+__all__ = ["FusedNode", "fuse"]
+
+
+@dataclass(frozen=True)
+class FusedNode:
+    """A node and what its step takes over from the nodes behind it.
+
+    Attributes:
+        node: The node.
+        output: Name of the value that the step makes: the output of the last node in it.
+        residual: Name of the value that it adds, or None.
+        clamp: The limits that it clamps to in the end, or None.
+    """
+
+    node: Node
+    output: str
+    residual: str | None = None
+    clamp: tuple[float, float] | None = None
+
+
+def fuse(graph: Graph) -> list[FusedNode]:
+    """Decides which nodes share a step.
+
+    An operator that fuses (``OpSpec.fuses``) takes over an ``add`` of a value of the same shape
+    that alone reads its output, and after it a clamp that alone reads the sum. If the other operand
+    does not exist by then, the operator waits for it and runs where the ``add`` stands. Outputs of
+    the graph are read from outside and never disappear.
+
+    Args:
+        graph: A valid graph.
+
+    Returns:
+        The steps in the order in which they run.
+    """
+    readers: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        for name in node.inputs:
+            readers.setdefault(name, []).append(node)
+
+    def only_reader(name: str, ops: Sequence[str]) -> Node | None:
+        nodes = readers.get(name, [])
+        if name in graph.outputs or len(nodes) != 1 or nodes[0].op not in ops:
+            return None
+        return nodes[0]
+
+    made = {value.name for value in graph.inputs}
+    taken: set[str] = set()
+    waiting: dict[str, FusedNode] = {}  # by the name of the add
+    steps: list[FusedNode] = []
+
+    def emit(step: FusedNode) -> None:
+        clamp = only_reader(step.output, CLAMPS) if OPS[step.node.op].fuses else None
+        if clamp is not None:
+            step = replace(step, output=clamp.output, clamp=limits(clamp))
+            taken.add(clamp.name)
+        made.add(step.output)
+        steps.append(step)
+
+    for node in graph.nodes:
+        if node.name in waiting:
+            emit(waiting.pop(node.name))
+            continue
+        if node.name in taken:
+            continue
+        step = FusedNode(node, node.output)
+        add = only_reader(step.output, ("add",)) if OPS[node.op].fuses else None
+        if add is not None and len({graph.values[name].shape for name in add.inputs}) > 1:
+            add = None  # the step adds values of its own shape
+        if add is not None and add.name not in waiting and add.name not in taken:
+            (other,) = (name for name in add.inputs if name != step.output)
+            step = replace(step, output=add.output, residual=other)
+            if other not in made:
+                waiting[add.name] = step
+                continue
+            taken.add(add.name)
+        emit(step)
+    return steps
