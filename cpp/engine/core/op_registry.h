@@ -91,7 +91,7 @@ static inline const char* engine_abi() {
     for (const size_t size :
          {sizeof(Step), sizeof(StepRun), sizeof(StepArgs), sizeof(Operator), sizeof(OpRegistry),
           sizeof(ThreadPool), sizeof(Shape), sizeof(Kernels), sizeof(Grid), sizeof(std::string)}) {
-      text += " " + std::to_string(size);
+      text.append(" ").append(std::to_string(size));
     }
     return text;
   }();

@@ -1,7 +1,8 @@
 #include "engine/layers/gathered.h"
 
 #include <algorithm>
-#include <stdexcept>
+#include <utility>
+#include <vector>
 
 namespace lutra {
 namespace {
@@ -18,35 +19,15 @@ int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step;
 GatheredLayer::GatheredLayer(std::string name, const Kernels& kernels, const ConvGeometry& geometry,
                              int64_t outputs, int64_t groups, const Quantization& quantization,
                              int most_bits, const float* scale, const float* bias)
-    : kernels_(kernels),
-      geometry_(geometry),
-      outputs_(outputs),
-      groups_(groups),
-      quantization_(quantization),
-      name_(std::move(name)),
-      scale_(scale, scale + outputs),
-      bias_(bias, bias + outputs) {
-  const Quantization& q = quantization;
+    : Layer(std::move(name), kernels, geometry, outputs, quantization, most_bits, scale, bias),
+      groups_(groups) {
   require(groups >= 1 && geometry.channels % groups == 0 && outputs % groups == 0,
           "groups must divide the channels and the outputs");
-  require(q.bits >= 1 && q.bits <= most_bits, "activation bits must be 1.." +
-                                                  std::to_string(most_bits) + ", not " +
-                                                  std::to_string(q.bits));
-  require(q.zero >= 0 && q.zero <= q.qmax() && q.scale > 0,
-          "the zero point must be on the grid and its scale positive");
 }
 
-void GatheredLayer::require(bool ok, const std::string& what) const {
-  if (!ok) throw std::invalid_argument(name_ + " layer: " + what);
-}
-
-Fold GatheredLayer::fold(Clamp clamp, const Quantization& grid) const {
-  return fold_quantization(scale_, bias_, clamp, make_grid(grid), largest_sum());
-}
-
-// Workspace: planes, gathered values of all tiles (where tiles are few and shared out), workers.
+// Workspace: gathered values of all tiles (where tiles are few and shared out), workers.
 struct GatheredLayer::Sizes {
-  size_t planes, gathered, shared, worker;
+  size_t gathered, shared, worker;
   int64_t tiles;
   bool split;
 
@@ -54,7 +35,6 @@ struct GatheredLayer::Sizes {
     const int64_t tile = l.kernels_.row_tile;
     tiles = (source.rows() + tile - 1) / tile;
     split = threads > 1 && l.groups_ == 1 && tiles < 4 * threads && tiles % threads != 0;
-    planes = align64(source.bytes());
     gathered = align64(l.gathered_bytes());
     shared = split ? static_cast<size_t>(tiles) * gathered : 0;
     const size_t scratch = TileOutput::scratch_bytes(l.outputs_, l.kernels_.row_tile, direct);
@@ -65,34 +45,30 @@ struct GatheredLayer::Sizes {
   }
 };
 
-size_t GatheredLayer::workspace_bytes(int64_t n, int64_t h, int64_t w, int threads,
-                                      bool direct) const {
-  const PatchSource source(geometry_, n, h, w);
+Layer::Memory GatheredLayer::memory(const PatchSource& source, int threads, bool direct) const {
   const Sizes s(*this, source, threads, direct);
-  return s.planes + s.shared + static_cast<size_t>(threads) * s.worker;
-}
-
-void GatheredLayer::run(const ByteView& x, const LayerOutput& output, uint8_t* workspace,
-                        ThreadPool& pool) const {
-  PatchSource source(geometry_, x.n, x.h, x.w);
-  run_loaded(source, output, workspace, pool, [&](uint8_t* workers, size_t stride) {
-    source.load(x, quantization_.zero, workspace, workers, stride, pool);
-  });
+  return {s.shared, s.worker};
 }
 
 void GatheredLayer::run(const ImageView& x, const LayerOutput& output, uint8_t* codes,
                         uint8_t* workspace, ThreadPool& pool) const {
-  if (codes) quantize(x.data, x.pixels() * x.c, codes, pool);
+  if (!codes) return Layer::run(x, output, nullptr, workspace, pool);
+  const Grid grid = make_grid(quantization_);
+  const int64_t size = x.pixels() * x.c;
+  pool.run(static_cast<size_t>((size + kQuantizedBlock - 1) / kQuantizedBlock),
+           static_cast<double>(size) / kQuantizedPerMicrosecond, [&](size_t i, int) {
+             const int64_t first = static_cast<int64_t>(i) * kQuantizedBlock;
+             const int64_t n = std::min(kQuantizedBlock, size - first);
+             kernels_.quantize(x.data + first, static_cast<size_t>(n), grid, codes + first);
+           });
   // Lines that can be copied as they are. Without padding they would be read in place, but what a
   // caller gives has no slack.
-  if (codes && x.sw == 1 && x.sh == x.w && geometry_.taps() > 1) {
-    return run(ByteView{codes, x.n, x.c, x.h, x.w, x.sn, x.sc, x.sh, x.sw}, output, workspace,
+  if (x.sw == 1 && x.sh == x.w && geometry_.taps() > 1) {
+    Layer::run(ByteView{codes, x.n, x.c, x.h, x.w, x.sn, x.sc, x.sh, x.sw}, output, workspace,
                pool);
+  } else {
+    Layer::run(x, output, nullptr, workspace, pool);
   }
-  PatchSource source(geometry_, x.n, x.h, x.w);
-  run_loaded(source, output, workspace, pool, [&](uint8_t* workers, size_t stride) {
-    source.load(x, kernels_, make_grid(quantization_), workspace, workers, stride, pool);
-  });
 }
 
 void GatheredLayer::check_codes(const ImageView& x, int64_t, const Codes& codes) const {
@@ -112,35 +88,13 @@ void GatheredLayer::check_codes(const ImageView& x, int64_t, const Codes& codes)
   require(fits, "indices need the shape and the strides of x, and both without gaps");
 }
 
-void GatheredLayer::quantize(const float* x, int64_t count, uint8_t* codes,
-                             ThreadPool& pool) const {
-  const Grid grid = make_grid(quantization_);
-  pool.run(static_cast<size_t>((count + kQuantizedBlock - 1) / kQuantizedBlock),
-           static_cast<double>(count) / kQuantizedPerMicrosecond, [&](size_t i, int) {
-             const int64_t first = static_cast<int64_t>(i) * kQuantizedBlock;
-             const int64_t n = std::min(kQuantizedBlock, count - first);
-             kernels_.quantize(x + first, static_cast<size_t>(n), grid, codes + first);
-           });
-}
-
-template <class Load>
-void GatheredLayer::run_loaded(PatchSource& source, const LayerOutput& out, uint8_t* workspace,
-                               ThreadPool& pool, const Load& load) const {
-  const Sizes s(*this, source, pool.threads(), TileOutput::direct(out.view));
-  uint8_t* const shared = workspace + s.planes;
-  uint8_t* const workers = shared + s.shared;
-  load(workers, s.worker);
-  const int32_t* const offset = offset_.empty() ? nullptr : offset_.data();
-  const TileOutput output(out, kernels_, offset, scale_.data(), bias_.data());
-  if (by_row(source.rows())) {
-    run_rows(source, output, workers, s.worker, pool);
-  } else {
-    run_tiles(source, s, output, shared, workers, pool);
-  }
-}
-
-void GatheredLayer::run_tiles(const PatchSource& source, const Sizes& s, const TileOutput& output,
-                              uint8_t* shared, uint8_t* workers, ThreadPool& pool) const {
+void GatheredLayer::run_loaded(const Call& call) const {
+  const PatchSource& source = call.source;
+  const TileOutput& output = call.output;
+  uint8_t *const shared = call.shared, *const workers = call.workers;
+  ThreadPool& pool = call.pool;
+  const Sizes s(*this, source, pool.threads(), call.direct);
+  if (by_row(source.rows())) return run_rows(call, s.worker);
   const int64_t rows = source.rows(), tile = kernels_.row_tile;
   const int64_t channels = geometry_.channels / groups_, per_group = group_outputs();
   auto patch = [&](int64_t index, uint8_t* memory) {
@@ -189,26 +143,26 @@ void GatheredLayer::run_tiles(const PatchSource& source, const Sizes& s, const T
       });
 }
 
-void GatheredLayer::run_rows(const PatchSource& source, const TileOutput& output, uint8_t* workers,
-                             size_t stride, ThreadPool& pool) const {
+void GatheredLayer::run_rows(const Call& call, size_t stride) const {
+  const PatchSource& source = call.source;
   const int64_t rows = source.rows(), depth = geometry_.depth();
   const int64_t parts = (outputs_ + kRowOutputs - 1) / kRowOutputs;
   const size_t x_bytes = align64(static_cast<size_t>(depth));
   const double work = static_cast<double>(rows * depth) * static_cast<double>(outputs_);
-  pool.run(static_cast<size_t>(rows * parts), work / kWorkPerMicrosecond,
-           [&](size_t i, int worker) {
-             uint8_t* const x = workers + static_cast<size_t>(worker) * stride;
-             const int64_t r = static_cast<int64_t>(i) / parts;
-             const int64_t m = static_cast<int64_t>(i) % parts * kRowOutputs;
-             const int64_t count = std::min(kRowOutputs, outputs_ - m);
-             int32_t row;
-             const Patch p = source.tile(r, 1, 1, &row);
-             for (int64_t d = 0; d < depth; ++d) x[d] = p.planes[d * p.plane + p.tap[0]];
-             std::fill(x + depth, x + x_bytes, uint8_t{0});
-             int32_t* const sums = reinterpret_cast<int32_t*>(x + x_bytes);
-             multiply_row(x, m, m + count, sums);
-             output.row(r, sums, m, count, reinterpret_cast<uint8_t*>(sums + kRowOutputs));
-           });
+  call.pool.run(
+      static_cast<size_t>(rows * parts), work / kWorkPerMicrosecond, [&](size_t i, int worker) {
+        uint8_t* const x = call.workers + static_cast<size_t>(worker) * stride;
+        const int64_t r = static_cast<int64_t>(i) / parts;
+        const int64_t m = static_cast<int64_t>(i) % parts * kRowOutputs;
+        const int64_t count = std::min(kRowOutputs, outputs_ - m);
+        int32_t row;
+        const Patch p = source.tile(r, 1, 1, &row);
+        for (int64_t d = 0; d < depth; ++d) x[d] = p.planes[d * p.plane + p.tap[0]];
+        std::fill(x + depth, x + x_bytes, uint8_t{0});
+        int32_t* const sums = reinterpret_cast<int32_t*>(x + x_bytes);
+        multiply_row(x, m, m + count, sums);
+        call.output.row(r, sums, m, count, reinterpret_cast<uint8_t*>(sums + kRowOutputs));
+      });
 }
 
 }  // namespace lutra

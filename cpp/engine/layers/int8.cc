@@ -1,8 +1,44 @@
-#include "engine/layers/int8.h"
-
+// A dense convolution or linear layer in int8: u8 activations of at most 7 bits, s8 weights, exact
+// int32 sums.
 #include "engine/core/limits.h"
+#include "engine/layers/gathered.h"
 
 namespace lutra {
+namespace {
+
+class Int8Layer : public GatheredLayer {
+ public:
+  // weight (outputs, channels / groups, kernel_h, kernel_w), scale and bias (outputs); `geometry`
+  // is that of the whole layer. Throws std::invalid_argument if the sizes do not fit each other.
+  Int8Layer(const Kernels& kernels, const ConvGeometry& geometry, int64_t outputs, int64_t groups,
+            const Quantization& quantization, const int8_t* weight, const float* scale,
+            const float* bias);
+  size_t parameter_bytes() const override { return group_bytes_ * static_cast<size_t>(groups_); }
+
+ private:
+  int32_t narrow_depth() const { return static_cast<int32_t>(depth()); }
+  int32_t narrow_outputs() const { return static_cast<int32_t>(group_outputs()); }
+  size_t gathered_bytes() const override { return kernels_.gather8_bytes(narrow_depth()); }
+  void gather(const Patch& patch, uint8_t* gathered) const override {
+    kernels_.gather8(narrow_depth(), static_cast<int32_t>(geometry_.taps()), patch, gathered);
+  }
+  void multiply(int64_t group, const uint8_t* gathered, int64_t first, int64_t last,
+                const Epilogue& e) const override {
+    kernels_.dense8(narrow_depth(), narrow_outputs(),
+                    weight_.data() + static_cast<size_t>(group) * group_bytes_, gathered,
+                    static_cast<int32_t>(first), static_cast<int32_t>(last), e);
+  }
+  void multiply_row(const uint8_t* x, int64_t first, int64_t last, int32_t* sums) const override {
+    kernels_.dense8_row(narrow_depth(), narrow_outputs(), weight_.data(), x,
+                        static_cast<int32_t>(first), static_cast<int32_t>(last), sums);
+  }
+  int64_t largest_sum() const override {
+    return 127 * depth() * quantization_.qmax();  // |x - zero| <= qmax
+  }
+
+  size_t group_bytes_;  // of packed weights
+  AlignedBytes weight_;
+};
 
 Int8Layer::Int8Layer(const Kernels& kernels, const ConvGeometry& geometry, int64_t outputs,
                      int64_t groups, const Quantization& quantization, const int8_t* weight,
@@ -26,30 +62,6 @@ Int8Layer::Int8Layer(const Kernels& kernels, const ConvGeometry& geometry, int64
     offset_.push_back(-quantization.zero * sum);
   }
 }
-
-size_t Int8Layer::gathered_bytes() const { return kernels_.gather8_bytes(narrow_depth()); }
-
-void Int8Layer::gather(const Patch& patch, uint8_t* gathered) const {
-  kernels_.gather8(narrow_depth(), static_cast<int32_t>(geometry_.taps()), patch, gathered);
-}
-
-void Int8Layer::multiply(int64_t group, const uint8_t* gathered, int64_t first, int64_t last,
-                         const Epilogue& e) const {
-  kernels_.dense8(narrow_depth(), narrow_outputs(),
-                  weight_.data() + static_cast<size_t>(group) * group_bytes_, gathered,
-                  static_cast<int32_t>(first), static_cast<int32_t>(last), e);
-}
-
-void Int8Layer::multiply_row(const uint8_t* x, int64_t first, int64_t last, int32_t* sums) const {
-  kernels_.dense8_row(narrow_depth(), narrow_outputs(), weight_.data(), x,
-                      static_cast<int32_t>(first), static_cast<int32_t>(last), sums);
-}
-
-int64_t Int8Layer::largest_sum() const {
-  return 127 * depth() * quantization_.qmax();  // |x - zero| <= qmax
-}
-
-namespace {
 
 std::unique_ptr<Layer> make_int8(const Kernels& kernels, const StepArgs& args, bool linear) {
   const Tensor<int8_t> weight = args.tensor<int8_t>("weight", linear ? 2 : 4);

@@ -1,10 +1,42 @@
-#include "engine/layers/lookup.h"
-
+// A convolution or linear layer whose products are entries of one table, read at the index of an
+// activation and the index of a weight; exact int32 sums.
 #include <vector>
 
 #include "engine/core/limits.h"
+#include "engine/layers/gathered.h"
 
 namespace lutra {
+namespace {
+
+class LookupLayer : public GatheredLayer {
+ public:
+  // table (2^bits, weights), entries -127..127, zero for activations of zero; weight (outputs,
+  // channels, kernel_h, kernel_w): indices 0..weights-1; scale and bias (outputs). Throws
+  // std::invalid_argument, saying what is wrong, if they do not fit each other.
+  LookupLayer(const Kernels& kernels, const ConvGeometry& geometry, int64_t outputs,
+              const Quantization& quantization, int64_t weights, const int8_t* table,
+              const uint8_t* weight, const float* scale, const float* bias);
+  size_t parameter_bytes() const override { return kernels_.response_bytes(shape_); }
+
+ private:
+  size_t gathered_bytes() const override { return kernels_.index_bytes(shape_); }
+  void gather(const Patch& patch, uint8_t* gathered) const override {
+    kernels_.gather_indices(shape_, patch, gathered);
+  }
+  void multiply(int64_t, const uint8_t* gathered, int64_t first, int64_t last,
+                const Epilogue& e) const override {
+    kernels_.respond(shape_, packed_.data(), gathered, static_cast<int32_t>(first),
+                     static_cast<int32_t>(last), e);
+  }
+  void multiply_row(const uint8_t* x, int64_t first, int64_t last, int32_t* sums) const override {
+    kernels_.respond_row(shape_, packed_.data(), x, static_cast<int32_t>(first),
+                         static_cast<int32_t>(last), sums);
+  }
+  int64_t largest_sum() const override { return 127 * depth(); }
+
+  LookupShape shape_;
+  AlignedBytes packed_;
+};
 
 LookupLayer::LookupLayer(const Kernels& kernels, const ConvGeometry& geometry, int64_t outputs,
                          const Quantization& quantization, int64_t weights, const int8_t* table,
@@ -13,7 +45,6 @@ LookupLayer::LookupLayer(const Kernels& kernels, const ConvGeometry& geometry, i
                     bias) {
   const Quantization& q = quantization;
   const int64_t depth = this->depth(), levels = int64_t{1} << q.bits;
-  require(outputs >= 1, "it has no outputs");
   require(q.zero == 0 || q.zero == levels / 2, "the zero point must be 0 or " +
                                                    std::to_string(levels / 2) + ", not " +
                                                    std::to_string(q.zero));
@@ -44,32 +75,15 @@ LookupLayer::LookupLayer(const Kernels& kernels, const ConvGeometry& geometry, i
   kernels.pack_responses(shape_, table, weight, packed_.data());
 }
 
-void LookupLayer::gather(const Patch& patch, uint8_t* gathered) const {
-  kernels_.gather_indices(shape_, patch, gathered);
-}
-
-void LookupLayer::multiply(int64_t, const uint8_t* gathered, int64_t first, int64_t last,
-                           const Epilogue& e) const {
-  kernels_.respond(shape_, packed_.data(), gathered, static_cast<int32_t>(first),
-                   static_cast<int32_t>(last), e);
-}
-
-void LookupLayer::multiply_row(const uint8_t* x, int64_t first, int64_t last, int32_t* sums) const {
-  kernels_.respond_row(shape_, packed_.data(), x, static_cast<int32_t>(first),
-                       static_cast<int32_t>(last), sums);
-}
-
-namespace {
-
 // Indices of `bits` bits each, in rows of whole bytes -> one index a byte, (rows, depth).
 std::vector<uint8_t> unpacked(const Tensor<uint8_t>& packed, int64_t bits, int64_t depth) {
-  std::vector<uint8_t> indices;
-  indices.reserve(static_cast<size_t>(packed[0] * depth));
+  std::vector<uint8_t> indices(static_cast<size_t>(packed[0] * depth));
   const int mask = (1 << bits) - 1;
   for (int64_t row = 0; row < packed[0]; ++row) {
     const uint8_t* const from = packed.data + row * packed[1];
+    uint8_t* const to = indices.data() + row * depth;
     for (int64_t d = 0; d < depth; ++d) {
-      indices.push_back(static_cast<uint8_t>(from[d * bits / 8] >> d * bits % 8 & mask));
+      to[d] = static_cast<uint8_t>(from[d * bits / 8] >> d * bits % 8 & mask);
     }
   }
   return indices;
@@ -93,8 +107,10 @@ std::unique_ptr<Layer> make_lookup(const Kernels& kernels, const StepArgs& args,
   require(table[0] == int64_t{1} << grid.bits, "lookup layer: a table of the shape " +
                                                    text(table.shape) + " for activations of " +
                                                    std::to_string(1 << grid.bits) + " levels");
+  std::vector<uint8_t> indices;
+  if (bits < 8) indices = unpacked(weight, bits, depth);
   return std::make_unique<LookupLayer>(kernels, geometry, weight[0], grid, table[1], table.data,
-                                       unpacked(weight, bits, depth).data(),
+                                       bits < 8 ? indices.data() : weight.data,
                                        per_output(args, "scale", weight[0]),
                                        per_output(args, "bias", weight[0]));
 }

@@ -1,10 +1,11 @@
-#include "engine/layers/pq.h"
-
+// A product-quantised convolution or linear layer: per tile of rows, encode, look up, write.
 #include <algorithm>
-#include <stdexcept>
+#include <mutex>
 #include <string>
+#include <vector>
 
 #include "engine/core/limits.h"
+#include "engine/layers/layer.h"
 
 namespace lutra {
 namespace {
@@ -21,29 +22,62 @@ constexpr int64_t kRowOutputs = 512;  // outputs of one work item where rows are
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-void check(const PqShape& s, const ConvGeometry& geometry, const Quantization& q,
-           const EncoderData& encoder) {
-  auto require = [](bool ok, const std::string& what) {
-    if (!ok) throw std::invalid_argument("product-quantised layer: " + what);
-  };
+// What makes the codes: centroids, or splits and thresholds.
+struct EncoderData {
+  const uint8_t* centroids = nullptr;   // (books, K, V)
+  const int32_t* splits = nullptr;      // (books, log2 K): entries of the row
+  const uint8_t* thresholds = nullptr;  // (books, K - 1)
+};
+
+class PqLayer : public Layer {
+ public:
+  // tables (books, K, M), scale (M), bias (M); all arrays are copied. shape.taps and shape.depth
+  // are taken from the geometry. With `few_rows` it can run a few rows without packed tables.
+  // Throws std::invalid_argument if the sizes do not fit each other.
+  PqLayer(const Kernels& kernels, PqShape shape, const ConvGeometry& geometry,
+          const Quantization& quantization, const EncoderData& encoder, const int8_t* tables,
+          const float* scale, const float* bias, bool few_rows);
+
+  void prepare(int64_t rows) const override;
+  // Codes: canonical ones, (books, rows).
+  void check_codes(const ImageView& x, int64_t rows, const Codes& codes) const override;
+  std::string method(int64_t rows) const override;
+  size_t parameter_bytes() const override;
+
+ private:
+  struct Sizes;
+  void check(const EncoderData& encoder) const;
+  bool by_row(int64_t rows) const { return few_rows_ && rows <= kFewRows; }
+  void pack(const int8_t* tables) const;
+  Memory memory(const PatchSource& source, int threads, bool direct) const override;
+  int64_t largest_sum() const override { return int64_t{128} * shape_.books; }
+  void run_loaded(const Call& call) const override;
+  void run_rows(const Call& call, const Sizes& s) const;
+
+  static constexpr int64_t kFewRows = 4;  // a tile costs as much as about seven rows
+
+  PqShape shape_;
+  bool few_rows_;
+  AlignedBytes encoder_;
+  std::vector<int8_t> canonical_;  // tables, for few rows and until the others are packed
+  mutable std::once_flag packing_;
+  mutable AlignedBytes packed_;  // tables
+};
+
+void PqLayer::check(const EncoderData& encoder) const {
+  const PqShape& s = shape_;
+  const Quantization& q = quantization_;
   const int32_t k = s.centroids;
   require(is_one_of(k, kCentroidCounts), "K must be 8, 16, 32 or 64, not " + std::to_string(k));
-  require(s.outputs >= 1, "it has no outputs");
-  require(q.bits >= 1 && q.bits <= kMaxActBits, "activation bits must be 1.." +
-                                                    std::to_string(kMaxActBits) + ", not " +
-                                                    std::to_string(q.bits));
-  require(q.zero >= 0 && q.zero <= q.qmax(),
-          "zero point " + std::to_string(q.zero) + " is outside 0.." + std::to_string(q.qmax()));
-  require(q.scale > 0, "the activation scale must be positive");
   require(s.books >= 1 && s.books <= kMaxCodebooks,
           "codebooks must be 1.." + std::to_string(kMaxCodebooks) + ", for exact sums, not " +
               std::to_string(s.books));
-  require(geometry.depth() < (int64_t{1} << 31), "its rows are too long");
+  require(geometry_.depth() < (int64_t{1} << 31), "its rows are too long");
   const size_t codebooks = static_cast<size_t>(s.books);
   if (s.encoder == Encoder::kNearest) {
     require(s.dim >= 1 && s.dim <= kMaxSubvector,
             "V must be 1.." + std::to_string(kMaxSubvector) + ", not " + std::to_string(s.dim));
-    const int64_t books = (geometry.depth() + s.dim - 1) / s.dim;
+    const int64_t books = (geometry_.depth() + s.dim - 1) / s.dim;
     require(books == s.books,
             "it needs " + std::to_string(books) + " codebooks, not " + std::to_string(s.books));
     for (size_t i = 0; i < codebooks * k * s.dim; ++i) {
@@ -56,9 +90,9 @@ void check(const PqShape& s, const ConvGeometry& geometry, const Quantization& q
   size_t levels = 0;
   while ((1 << levels) < k) ++levels;
   for (size_t i = 0; i < codebooks * levels; ++i) {
-    require(encoder.splits[i] >= 0 && encoder.splits[i] < geometry.depth(),
+    require(encoder.splits[i] >= 0 && encoder.splits[i] < geometry_.depth(),
             "split " + std::to_string(encoder.splits[i]) + " is outside its rows of " +
-                std::to_string(geometry.depth()));
+                std::to_string(geometry_.depth()));
   }
   for (size_t i = 0; i < codebooks * (k - 1); ++i) {
     require(encoder.thresholds[i] <= q.qmax() + 1, "threshold " +
@@ -67,19 +101,15 @@ void check(const PqShape& s, const ConvGeometry& geometry, const Quantization& q
   }
 }
 
-}  // namespace
-
 PqLayer::PqLayer(const Kernels& kernels, PqShape shape, const ConvGeometry& geometry,
                  const Quantization& quantization, const EncoderData& encoder, const int8_t* tables,
                  const float* scale, const float* bias, bool few_rows)
-    : kernels_(kernels),
+    : Layer("product-quantised", kernels, geometry, shape.outputs, quantization, kMaxActBits, scale,
+            bias),
       shape_(shape),
-      geometry_(geometry),
-      quantization_(quantization),
-      grid_(make_grid(quantization)),
       few_rows_(few_rows) {
-  check(shape, geometry, quantization, encoder);
-  shape_.depth = static_cast<int32_t>(geometry.depth());
+  check(encoder);
+  shape_.depth = static_cast<int32_t>(geometry_.depth());
   shape_.taps = static_cast<int32_t>(geometry.taps());
   shape_.bits = quantization.bits;
   encoder_ = AlignedBytes(kernels.encoder_bytes(shape_));
@@ -94,8 +124,6 @@ PqLayer::PqLayer(const Kernels& kernels, PqShape shape, const ConvGeometry& geom
   } else {
     pack(tables);
   }
-  scale_.assign(scale, scale + shape_.outputs);
-  bias_.assign(bias, bias + shape_.outputs);
 }
 
 void PqLayer::pack(const int8_t* tables) const {
@@ -115,19 +143,15 @@ size_t PqLayer::parameter_bytes() const {
          static_cast<size_t>(shape_.books) * shape_.centroids * shape_.outputs;
 }
 
-Fold PqLayer::fold(Clamp clamp, const Quantization& grid) const {
-  return fold_quantization(scale_, bias_, clamp, make_grid(grid), int64_t{128} * shape_.books);
-}
-
 std::string PqLayer::method(int64_t rows) const {
   const bool tree = shape_.encoder == Encoder::kTree;
   if (by_row(rows)) return tree ? "tree, table rows" : "nearest, table rows";
   return tree ? "tree, shuffled tables" : "nearest, shuffled tables";
 }
 
-// Workspace: planes, codes of all tiles (or of each worker's tile), then what each worker needs.
+// Workspace: codes of all tiles (or of each worker's tile), then what each worker needs.
 struct PqLayer::Sizes {
-  size_t planes, codes, shared, tile, worker;
+  size_t codes, shared, tile, worker;
   int64_t tiles, group;
   bool split;  // tiles are few: their codebooks and outputs are shared out as well
 
@@ -139,7 +163,6 @@ struct PqLayer::Sizes {
     split = threads > 1 && tiles < 4 * threads && tiles % threads != 0;
     const int64_t share = threads == 1 ? tiles : tiles / (2 * threads);
     group = direct ? std::clamp<int64_t>(share, 1, kGroup) : 1;
-    planes = align64(source.bytes());
     codes = align64(k.code_bytes(s));
     const size_t row_codes = layer.by_row(rows) ? align64(static_cast<size_t>(s.books) * rows) : 0;
     const size_t sums = std::max(row_codes, align64(kRowOutputs * (2 * sizeof(float) + 1)));
@@ -154,31 +177,9 @@ struct PqLayer::Sizes {
   }
 };
 
-size_t PqLayer::workspace_bytes(int64_t n, int64_t h, int64_t w, int threads, bool direct) const {
-  const PatchSource source(geometry_, n, h, w);
+Layer::Memory PqLayer::memory(const PatchSource& source, int threads, bool direct) const {
   const Sizes s(*this, source, threads, direct);
-  return s.planes + s.shared + static_cast<size_t>(threads) * s.worker;
-}
-
-struct PqLayer::Call {
-  const LayerOutput& output;
-  uint8_t* codes = nullptr;  // if not null, where codes are wanted
-};
-
-void PqLayer::run(const ByteView& x, const LayerOutput& output, uint8_t* workspace,
-                  ThreadPool& pool) const {
-  PatchSource source(geometry_, x.n, x.h, x.w);
-  run_loaded(source, {output}, workspace, pool, [&](uint8_t* workers, size_t stride) {
-    source.load(x, quantization_.zero, workspace, workers, stride, pool);
-  });
-}
-
-void PqLayer::run(const ImageView& x, const LayerOutput& output, uint8_t* codes, uint8_t* workspace,
-                  ThreadPool& pool) const {
-  PatchSource source(geometry_, x.n, x.h, x.w);
-  run_loaded(source, {output, codes}, workspace, pool, [&](uint8_t* workers, size_t stride) {
-    source.load(x, kernels_, grid_, workspace, workers, stride, pool);
-  });
+  return {s.shared, s.worker};
 }
 
 void PqLayer::check_codes(const ImageView&, int64_t rows, const Codes& codes) const {
@@ -188,26 +189,16 @@ void PqLayer::check_codes(const ImageView&, int64_t rows, const Codes& codes) co
           "codes must have the shape (codebooks, rows) and no gaps");
 }
 
-template <class Load>
-void PqLayer::run_loaded(PatchSource& source, const Call& call, uint8_t* workspace,
-                         ThreadPool& pool, const Load& load) const {
-  const Sizes s(*this, source, pool.threads(), TileOutput::direct(call.output.view));
-  uint8_t* const codes = workspace + s.planes;
-  uint8_t* const workers = codes + s.shared;
-  load(workers, s.worker);
-  if (by_row(source.rows())) {
-    run_rows(call, source, s, codes, workers, pool);
-  } else {
-    run_tiles(call, source, s, codes, workers, pool);
-  }
-}
-
-void PqLayer::run_tiles(const Call& call, const PatchSource& source, const Sizes& s,
-                        uint8_t* all_codes, uint8_t* workers, ThreadPool& pool) const {
+void PqLayer::run_loaded(const Call& call) const {
+  const PatchSource& source = call.source;
+  const TileOutput& output = call.output;
+  uint8_t *const all_codes = call.shared, *const workers = call.workers;
+  ThreadPool& pool = call.pool;
+  const Sizes s(*this, source, pool.threads(), call.direct);
+  if (by_row(source.rows())) return run_rows(call, s);
   const int64_t tile = kernels_.row_tile, rows = source.rows();
-  const TileOutput output(call.output, kernels_, nullptr, scale_.data(), bias_.data());
   const uint8_t* const packed = packed_.data();
-  struct Memory {
+  struct Own {
     int32_t* row;
     uint8_t *codes, *scratch;
   };
@@ -215,9 +206,9 @@ void PqLayer::run_tiles(const Call& call, const PatchSource& source, const Sizes
     uint8_t* at = workers + static_cast<size_t>(worker) * s.worker;
     int32_t* const row = reinterpret_cast<int32_t*>(at);
     at += align64(kMaxRowTile * sizeof(int32_t));
-    return Memory{row, at, at + (s.split ? 0 : static_cast<size_t>(s.group) * s.codes)};
+    return Own{row, at, at + (s.split ? 0 : static_cast<size_t>(s.group) * s.codes)};
   };
-  auto encode = [&](int64_t index, int32_t first, int32_t last, const Memory& m, uint8_t* codes) {
+  auto encode = [&](int64_t index, int32_t first, int32_t last, const Own& m, uint8_t* codes) {
     const int64_t row = index * tile, count = std::min(tile, rows - row);
     const Patch patch = source.tile(row, count, static_cast<int32_t>(tile), m.row);
     kernels_.encode(shape_, encoder_.data(), patch, first, last, codes);
@@ -227,7 +218,7 @@ void PqLayer::run_tiles(const Call& call, const PatchSource& source, const Sizes
     kernels_.unpack_codes(shape_, codes, static_cast<int32_t>(count), call.codes + row,
                           static_cast<size_t>(rows));
   };
-  auto lookup = [&](int64_t index, int32_t first, int32_t last, const Memory& m,
+  auto lookup = [&](int64_t index, int32_t first, int32_t last, const Own& m,
                     const uint8_t* codes) {
     const int64_t row = index * tile, count = std::min(tile, rows - row);
     output.make(row, count, m.scratch, 0, first, last,
@@ -244,7 +235,7 @@ void PqLayer::run_tiles(const Call& call, const PatchSource& source, const Sizes
   if (!s.split) {
     const int64_t groups = (s.tiles + s.group - 1) / s.group;
     pool.run(static_cast<size_t>(groups), encoding + looking, [&](size_t i, int worker) {
-      const Memory m = memory(worker);
+      const Own m = memory(worker);
       const int64_t begin = static_cast<int64_t>(i) * s.group;
       const int64_t end = std::min(s.tiles, begin + s.group);
       for (int64_t t = begin; t < end; ++t) {
@@ -297,12 +288,11 @@ void PqLayer::run_tiles(const Call& call, const PatchSource& source, const Sizes
   });
 }
 
-void PqLayer::run_rows(const Call& call, const PatchSource& source, const Sizes& s, uint8_t* codes,
-                       uint8_t* workers, ThreadPool& pool) const {
-  const int64_t rows = source.rows(), books = shape_.books;
-  const TileOutput output(call.output, kernels_, nullptr, scale_.data(), bias_.data());
+void PqLayer::run_rows(const Call& call, const Sizes& s) const {
+  const int64_t rows = call.source.rows(), books = shape_.books;
+  uint8_t *const codes = call.shared, *const workers = call.workers;
   int32_t row[kMaxRowTile];
-  const Patch patch = source.tile(0, rows, kernels_.row_tile, row);
+  const Patch patch = call.source.tile(0, rows, kernels_.row_tile, row);
   kernels_.encode(shape_, encoder_.data(), patch, 0, shape_.books, codes);
   uint8_t* const canonical = codes + s.codes;  // (rows, books)
   kernels_.unpack_codes(shape_, codes, static_cast<int32_t>(rows), workers,
@@ -313,7 +303,7 @@ void PqLayer::run_rows(const Call& call, const PatchSource& source, const Sizes&
   if (call.codes) std::copy(workers, workers + books * rows, call.codes);
   const int64_t parts = (shape_.outputs + kRowOutputs - 1) / kRowOutputs;
   const double work = static_cast<double>(rows * books) * shape_.outputs / kWorkPerMicrosecond;
-  pool.run(static_cast<size_t>(rows * parts), work, [&](size_t i, int worker) {
+  call.pool.run(static_cast<size_t>(rows * parts), work, [&](size_t i, int worker) {
     const int64_t r = static_cast<int64_t>(i) / parts;
     const int64_t first = static_cast<int64_t>(i) % parts * kRowOutputs;
     const int64_t count = std::min<int64_t>(kRowOutputs, shape_.outputs - first);
@@ -321,11 +311,9 @@ void PqLayer::run_rows(const Call& call, const PatchSource& source, const Sizes&
     int32_t* const sums = reinterpret_cast<int32_t*>(memory);
     kernels_.lookup_row(shape_, canonical_.data(), canonical + r * books,
                         static_cast<int32_t>(first), static_cast<int32_t>(first + count), sums);
-    output.row(r, sums, first, count, memory + kRowOutputs * sizeof(int32_t));
+    call.output.row(r, sums, first, count, memory + kRowOutputs * sizeof(int32_t));
   });
 }
-
-namespace {
 
 std::unique_ptr<Layer> make_pq(const Kernels& kernels, const StepArgs& args, bool linear) {
   const ConvGeometry geometry = row_geometry(args, linear);
