@@ -44,7 +44,7 @@ struct LookupShape {
   int32_t taps;     // entries of a row that share a plane, as above
   int32_t outputs;  // M
   int32_t levels;   // activation indices: 4, 8, 16, 32 or 64
-  int32_t weights;  // weight indices: 2..33
+  int32_t weights;  // weight indices: odd, 3..33
 };
 
 // Where the activations of a tile are: an entry has an offset, a row has an offset, and their sum

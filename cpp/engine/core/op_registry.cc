@@ -5,6 +5,7 @@
 #include "engine/layers/layer.h"
 
 #ifdef _WIN32
+#define NOMINMAX
 #include <windows.h>
 #else
 #include <dlfcn.h>

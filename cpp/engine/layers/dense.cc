@@ -59,11 +59,8 @@ class LinearStep : public LayerStep {
   const Kernels& kernels_;
   int64_t features_;
   std::vector<float> weight_, bias_;  // weight: packed for single rows
-  struct Packed {
-    std::once_flag once;
-    std::vector<float> weight;  // for tiles
-  };
-  std::unique_ptr<Packed> packed_ = std::make_unique<Packed>();
+  mutable std::once_flag packing_;
+  mutable std::vector<float> tiles_;  // weight, packed for tiles
 };
 
 ConvStep::ConvStep(const Kernels& kernels, const ConvGeometry& geometry, int64_t outputs,
@@ -161,16 +158,16 @@ int64_t LinearStep::padded() const {
 // A step that has only ever seen few rows does not hold its weights twice.
 void LinearStep::prepare(const Shapes& inputs) const {
   if (by_row(inputs[0])) return;
-  std::call_once(packed_->once, [this] {
+  std::call_once(packing_, [this] {
     const int64_t blocks = (outputs_ + kGemmOutputs - 1) / kGemmOutputs;
-    packed_->weight.reserve(static_cast<size_t>(blocks * features_ * kGemmOutputs));
+    tiles_.reserve(static_cast<size_t>(blocks * features_ * kGemmOutputs));
     for (int64_t first = 0; first < outputs_; first += kGemmOutputs) {
       const float* const block = weight_.data() +
                                  first / kLinearOutputs * features_ * kLinearOutputs +
                                  first % kLinearOutputs;
       for (int64_t d = 0; d < features_; ++d) {
         for (int64_t m = 0; m < kGemmOutputs; ++m) {
-          packed_->weight.push_back(block[d * kLinearOutputs + m]);
+          tiles_.push_back(block[d * kLinearOutputs + m]);
         }
       }
     }
@@ -245,7 +242,7 @@ void LinearStep::run_tiles(const StepRun& r) const {
                for (int64_t d = 0; d < features_; ++d) {  // lanes of no row
                  std::fill(patch + d * tile + count, patch + (d + 1) * tile, 0.0f);
                }
-               kernels_.gemm(patch, static_cast<size_t>(features_), packed_->weight.data(),
+               kernels_.gemm(patch, static_cast<size_t>(features_), tiles_.data(),
                              static_cast<int32_t>(outputs_), target.begin(first, count, scratch));
                target.end(first, count, scratch, 0, outputs_);
              });
