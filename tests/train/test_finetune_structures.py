@@ -404,6 +404,7 @@ def test_features_may_be_in_tuples_and_must_be_called() -> None:
             feature_layers=["unused"])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_models_of_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
@@ -460,7 +461,7 @@ class Stream(IterableDataset[tuple[Tensor, Tensor]]):
             yield x[i] + 0.1 * torch.randn(6), y[i]
 
 
-@pytest.mark.parametrize("batch", [BATCH, None])
+@pytest.mark.parametrize("batch", [BATCH, pytest.param(None, marks=pytest.mark.slow)])
 def test_iterable_data_sets_resume_bit_equal(tmp_path: Path, batch: int | None) -> None:
     """Three batches an epoch; the run stops in each of them."""
 
