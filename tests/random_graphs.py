@@ -88,9 +88,9 @@ class _Grower:
         samples = r.choice([1, 1, 2, 3, 5])
         batch = samples if self.chance(0.2) else None
         image = (r.randint(1, 8), r.randint(3, 10), r.randint(3, 10))
+        rows = r.choice([(r.randint(2, 24),), (r.randint(1, 7), r.choice([4, 8, 12, 13]))])
         shapes = r.choice(
-            [[image], [image], [image], [image, image], [image, (r.randint(2, 20),)]]
-            + [[(r.randint(2, 24),)], [(r.randint(1, 7), r.choice([4, 8, 12, 13]))]]
+            [[image], [image], [image], [image, image], [image, rows], [rows], [rows]]
         )
         dtypes = ["int32" if self.chance(0.08) else "float32" for _ in shapes]
         self.b = Builder(

@@ -25,7 +25,6 @@ from random_graphs import random_graph
 
 from lutra import Session, runnable_isas
 from lutra.graph import Graph
-from lutra.ops import OPS
 from lutra.reference import run_node
 
 #: The operators whose results depend on the order of sums or on how a function is computed, and by
