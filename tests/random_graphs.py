@@ -350,7 +350,8 @@ class _Grower:
         wide = r.choice([3, 4, 8, 8])
         for _ in range(r.randint(2, 3)):
             own = wide if self.chance(0.5) else r.choice([1, 3, 5, 12])
-            ends.append(self.pq(x, attrs, encoder, own))
+            near = self.near(attrs, encoder) if self.chance(0.15) else (attrs, encoder)
+            ends.append(self.pq(x, *near, own))
             if self.chance(0.2):
                 self.single()
         for y in ends:
@@ -358,6 +359,23 @@ class _Grower:
                 self.tail(y, share=0.25)
             else:
                 self.open.append(self.add("relu", y, hidden=True) if alike == "clamp" else y)
+
+    def near(self, attrs: Grid, encoder: dict[str, Array]) -> tuple[Grid, dict[str, Array]]:
+        """What makes other codes than these, by one detail."""
+        attrs, encoder = dict(attrs), dict(encoder)
+        kinds = ["act_scale", "act_zero", "codebooks", *["padding", "stride"] * ("kernel" in attrs)]
+        kind = self.random.choice(kinds)
+        if kind == "act_scale":
+            attrs[kind] = float(np.float32(attrs[kind] * 0.75))
+        elif kind == "act_zero":
+            attrs[kind] = (attrs[kind] + 1) % 2 ** attrs["act_bits"]
+        elif kind == "codebooks":
+            role = "thresholds" if "thresholds" in encoder else "centroids"
+            encoder[role] = encoder[role].copy()
+            encoder[role].flat[0] = encoder[role].flat[0] == 0
+        else:
+            attrs[kind] = tuple(size + 1 for size in attrs[kind])
+        return attrs, encoder
 
     def fan(self) -> None:
         """Several readers of one value: layers on grids, moves in front of them, float steps."""
