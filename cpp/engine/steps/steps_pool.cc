@@ -101,8 +101,9 @@ class PoolStep : public FloatStep {
 
   int64_t out(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) const {
     const int64_t span = size + 2 * pad - dilation * (kernel - 1) - 1;
-    if (span < 0) return 0;
-    int64_t n = (span + (ceil_mode_ ? stride - 1 : 0)) / stride + 1;
+    const int64_t room = span + (ceil_mode_ ? stride - 1 : 0);
+    if (room < 0) return 0;
+    int64_t n = room / stride + 1;
     // A window must start inside the image or its left padding.
     if (ceil_mode_ && (n - 1) * stride >= size + pad) --n;
     return n;

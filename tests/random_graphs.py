@@ -1,0 +1,579 @@
+"""Random graphs for the property tests of the engine's plan: a seed gives a graph and its inputs.
+
+The plan decides which values are floats, which are integers on grids and who makes them, which
+steps take over the steps behind them, and which layers share their codes. The graphs are small and
+full of what these decisions depend on: values with many readers on different grids, branches that
+end in sums, layers with equal encoders, outputs that are also read inside. Every value is computed
+while the graph grows, so that the grids fit the values.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from graphs import Array, Builder, int8_tensors, lookup_tensors, pq_tensors, tree_tensors
+
+from lutra.graph import Graph
+from lutra.ops.lookup import bits_for
+from lutra.ops.pool import pooled_size
+from lutra.reference import run_node
+
+MAX_CHANNELS = 14
+MAX_SIDE = 12
+Grid = dict[str, Any]
+
+
+def random_graph(seed: int) -> tuple[Graph, dict[str, Array]]:
+    """A graph of some 4 to 30 nodes, with random weights, and an array for each of its inputs."""
+    return _Grower(seed).grow()
+
+
+@dataclass
+class _Geometry:
+    """The window of a convolution."""
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+
+@dataclass
+class _Grower:
+    """A graph that grows.
+
+    Attributes:
+        seed: Decides everything.
+        arrays: The array of every value, by name.
+        open: The values that new nodes may read. A value that is not among them has the readers
+            that it was made for, so that the plan may fuse it with them.
+    """
+
+    seed: int
+    arrays: dict[str, Array] = field(default_factory=dict)
+    open: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        self._grids: dict[str, list[Grid]] = {}
+        self._hub = ""
+
+    def chance(self, share: float) -> bool:
+        return self.random.random() < share
+
+    def grow(self) -> tuple[Graph, dict[str, Array]]:
+        feeds = self._begin()
+        ways: list[tuple[Callable[[], None], int]] = [
+            (self.block, 6),
+            (self.siblings, 3),
+            (self.fan, 4),
+            (self.chain, 3),
+            (self.single, 3),
+            (self.pair, 4),
+            (self.concat, 2),
+            (self.attention, 1),
+        ]
+        grow, weights = zip(*ways, strict=True)
+        size = self.random.randint(3, 22)
+        while len(self.b.nodes) < size:
+            self.random.choices(grow, weights)[0]()
+        return self.b.graph(*self._outputs()), feeds
+
+    def _begin(self) -> dict[str, Array]:
+        r = self.random
+        samples = r.choice([1, 1, 2, 3, 5])
+        batch = samples if self.chance(0.2) else None
+        image = (r.randint(1, 8), r.randint(3, 10), r.randint(3, 10))
+        rows = r.choice([(r.randint(2, 24),), (r.randint(1, 7), r.choice([4, 8, 12, 13]))])
+        shapes = r.choice(
+            [[image], [image], [image], [image, image], [image, rows], [rows], [rows]]
+        )
+        dtypes = ["int32" if self.chance(0.08) else "float32" for _ in shapes]
+        self.b = Builder(
+            *((f"x{i}", (batch, *s), dtypes[i]) for i, s in enumerate(shapes)), seed=self.seed
+        )
+        for value, shape, dtype in zip(self.b.inputs, shapes, dtypes, strict=True):
+            array = self.b.rng.normal(size=(samples, *shape)) * (3 if dtype == "int32" else 1)
+            self.arrays[value.name] = array.astype(dtype)
+        feeds = dict(self.arrays)
+        for name, array in feeds.items():
+            if array.dtype == np.int32:
+                self.add("cast", name)
+            else:
+                self.open.append(name)
+        return feeds
+
+    def _outputs(self) -> list[str]:
+        """Most ends of the graph, and some values that are read inside too."""
+        read = {name for node in self.b.nodes for name in node.inputs}
+        made = [node.output for node in self.b.nodes]
+        ends = [name for name in made if name not in read]
+        outputs = [name for name in ends if self.chance(0.93)] or ends[-1:]
+        share = self.random.choice([0.0, 0.05, 0.15, 0.4])
+        outputs += [name for name in made if name in read and self.chance(share)]
+        self.random.shuffle(outputs)
+        return outputs
+
+    # -- values
+
+    def add(
+        self,
+        op: str,
+        *inputs: str,
+        hidden: bool = False,
+        tensors: dict[str, Array] | None = None,
+        **attrs: Any,
+    ) -> str:
+        """Appends a node and computes its value; a hidden one is not for everybody to read."""
+        name = self.b.add(op, *inputs, tensors=tensors, **attrs)
+        self.arrays[name] = run_node(
+            self.b.nodes[-1], [self.arrays[x] for x in inputs], tensors or {}
+        )
+        if not hidden:
+            self.open.append(name)
+        return name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one sample."""
+        return self.arrays[name].shape[1:]
+
+    def pick(self, axes: int | None = None) -> str | None:
+        """A value to read, of so many axes a sample: often the last one, or one that many read."""
+        names = [x for x in self.open if axes is None or len(self.shape(x)) == axes]
+        if not names:
+            return None
+        if self._hub not in self.open or self.chance(0.15):
+            self._hub = self.random.choice(self.open)
+        if self._hub in names and self.chance(0.35):
+            return self._hub
+        return names[-1] if self.chance(0.4) else self.random.choice(names)
+
+    def any(self) -> str:
+        return self.pick() or self.open[-1]
+
+    def hide(self) -> bool:
+        return self.chance(0.8)
+
+    # -- layers
+
+    def grid(self, x: str, *, lookup: bool = False) -> Grid:
+        """A grid for a value: one that it has already, one that differs in a detail, or another."""
+        known = self._grids.setdefault(x, [])
+        fit = [g for g in known if not lookup or _fits_lookup(g)]
+        if fit and self.chance(0.4):
+            return self.random.choice(fit)
+        if fit and not lookup and self.chance(0.4):
+            grid = dict(self.random.choice(fit))
+            detail = self.random.choice(["act_scale", "act_zero", "act_bits"])
+            if detail == "act_scale":
+                grid[detail] = float(np.float32(grid[detail] * self.random.choice([0.5, 1.25])))
+            elif detail == "act_zero":
+                grid[detail] = (grid[detail] + 1) % 2 ** grid["act_bits"]
+            else:
+                grid[detail] = min(7, grid[detail] + 1)
+        else:
+            bits = self.random.randint(2, 6) if lookup else self.random.choice([3, 5, 6, 7, 7, 7])
+            zero = self.random.choice([0, 2 ** (bits - 1)])
+            if not lookup and self.chance(0.3):
+                zero = self.random.randint(0, 2**bits - 1)
+            top = float(np.abs(self.arrays[x]).max()) or 1.0
+            reach = max(zero, 2**bits - 1 - zero)
+            scale = top * self.random.uniform(0.4, 1.2) / reach
+            grid = {"act_scale": float(np.float32(scale)), "act_zero": zero, "act_bits": bits}
+        known.append(grid)
+        return grid
+
+    def geometry(self, x: str, *, keep: bool) -> _Geometry:
+        """The window of a convolution over x; with ``keep``, images keep their size."""
+        r = self.random
+        same = [
+            _Geometry(),
+            _Geometry((3, 3), padding=(1, 1)),
+            _Geometry((1, 3), padding=(0, 1)),
+            _Geometry((3, 3), padding=(2, 2), dilation=(2, 2)),
+        ]
+        g = r.choice(same)
+        if keep:
+            return g
+        height, width = self.shape(x)[1:]
+        kernel = (r.randint(1, min(3, height)), r.randint(1, min(3, width)))
+        return r.choice([g, _Geometry(kernel, (r.randint(1, 2), r.randint(1, 2)))])
+
+    def layer(
+        self, x: str, outputs: int | None = None, *, keep: bool = False, integers: bool = False
+    ) -> str:
+        """A layer of any family; its value is hidden."""
+        families = ["pq", "tree", "lookup", "int8", "int8"] + ["float"] * (not integers)
+        family = self.random.choice(families)
+        wide = outputs or self.random.choice([1, 3, 4, 5, 8, 8, 12])
+        if family in ("pq", "tree"):
+            return self.pq(x, *self.encoder(x, family, keep=keep), wide)
+        if len(self.shape(x)) != 3:
+            return self._rows(x, family, wide)
+        g = self.geometry(x, keep=keep)
+        channels, attrs = self.shape(x)[0], vars(g).copy()
+        kernel = attrs.pop("kernel")
+        if family == "lookup":
+            attrs.update(self.grid(x, lookup=True))
+            weights = self.random.choice([3, 15, 33])
+            length = channels * kernel[0] * kernel[1]
+            tensors = self._table(length, wide, weights, attrs)
+            attrs.update(kernel=kernel, in_channels=channels, weight_bits=bits_for(weights))
+            return self.add("lookup_conv2d", x, hidden=True, tensors=tensors, **attrs)
+        shared = [n for n in range(1, channels + 1) if channels % n == 0 and wide % n == 0]
+        groups = self.random.choice([1, 1, *shared[-1:], *shared])
+        shape = (wide, channels // groups, *kernel)
+        if family == "int8":
+            attrs.update(self.grid(x))
+            tensors = int8_tensors(self.b.rng, shape)
+        else:
+            tensors = self._floats(shape)
+        op = "int8_conv2d" if family == "int8" else "conv2d"
+        return self.add(op, x, hidden=True, tensors=tensors, groups=groups, **attrs)
+
+    def _rows(self, x: str, family: str, outputs: int) -> str:
+        features = self.shape(x)[-1]
+        if family == "lookup":
+            grid, weights = self.grid(x, lookup=True), self.random.choice([3, 15, 33])
+            tensors = self._table(features, outputs, weights, grid)
+            attrs = {**grid, "in_features": features, "weight_bits": bits_for(weights)}
+            return self.add("lookup_linear", x, hidden=True, tensors=tensors, **attrs)
+        if family == "int8":
+            tensors = int8_tensors(self.b.rng, (outputs, features))
+            return self.add("int8_linear", x, hidden=True, tensors=tensors, **self.grid(x))
+        return self.add("linear", x, hidden=True, tensors=self._floats((outputs, features)))
+
+    def _floats(self, shape: tuple[int, ...]) -> dict[str, Array]:
+        weight = self.b.rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]))
+        bias = self.b.rng.normal(size=shape[0])
+        return {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}
+
+    def _table(self, length: int, outputs: int, weights: int, grid: Grid) -> dict[str, Array]:
+        bits, zero = grid["act_bits"], grid["act_zero"]
+        return lookup_tensors(self.b.rng, length, outputs, bits=bits, weights=weights, zero=zero)
+
+    def encoder(
+        self, x: str, family: str | None = None, *, keep: bool = False
+    ) -> tuple[Grid, dict[str, Array]]:
+        """Attributes and tensors of product-quantised layers that read x; tables are for one."""
+        r, shape = self.random, self.shape(x)
+        attrs: Grid = dict(self.grid(x))
+        length = shape[-1]
+        if len(shape) == 3:
+            attrs.update(vars(self.geometry(x, keep=keep)), in_channels=shape[0])
+            length = shape[0] * attrs["kernel"][0] * attrs["kernel"][1]
+        else:
+            attrs["in_features"] = length
+        bits, count = attrs["act_bits"], r.choice([8, 16, 16, 32])
+        family = family or r.choice(["pq", "tree"])
+        attrs["encoder"] = "tree" if family == "tree" else "nearest"
+        if family == "tree":
+            books = r.randint(1, 4)
+            return attrs, tree_tensors(self.b.rng, length, 1, books=books, count=count, bits=bits)
+        width = r.choice([2, 3, 4, 9])
+        return attrs, pq_tensors(self.b.rng, length, 1, count=count, width=width, bits=bits)
+
+    def pq(self, x: str, attrs: Grid, encoder: dict[str, Array], outputs: int) -> str:
+        """A layer of that encoder with tables of its own; its value is hidden."""
+        rng, (books, count, _) = self.b.rng, encoder["tables"].shape
+        tensors = {
+            **encoder,
+            "tables": rng.integers(-128, 128, (books, count, outputs)).astype(np.int8),
+            "scale": rng.uniform(0.001, 0.01, outputs).astype(np.float32),
+            "bias": rng.normal(size=outputs).astype(np.float32),
+        }
+        op = "pq_conv2d" if len(self.shape(x)) == 3 else "pq_linear"
+        return self.add(op, x, hidden=True, tensors=tensors, **attrs)
+
+    def partner(self, name: str) -> str:
+        """A value of the same shape: one that exists, or one that is made now."""
+        shape, r = self.shape(name), self.random
+        alike = [x for x in self.open if self.shape(x) == shape and x != name]
+        if alike and self.chance(0.5):
+            return r.choice(alike)
+        sources = [
+            x
+            for x in self.open
+            if len(self.shape(x)) == len(shape) and len(shape) > 0
+            and self._places(x) == self._places(name)
+        ]  # fmt: skip
+        if sources and self.chance(0.7):
+            wide = shape[0] if len(shape) == 3 else shape[-1]
+            made = self.layer(r.choice(sources), wide, keep=True)
+            if self.chance(0.5):
+                made = self.function_or_clamp(made, hidden=True)
+            return self._maybe_open(made)
+        if alike:
+            return self.function_or_clamp(r.choice(alike), hidden=self.hide())
+        return name
+
+    def _places(self, name: str) -> tuple[int, ...]:
+        """The sizes that a layer keeps."""
+        shape = self.shape(name)
+        return shape[1:] if len(shape) == 3 else shape[:-1]
+
+    def _maybe_open(self, name: str, share: float = 0.2) -> str:
+        if name not in self.open and self.chance(share):
+            self.open.append(name)
+        return name
+
+    def tail(self, y: str, *, share: float = 0.4) -> str:
+        """What often stands behind a layer: a sum, a clamp, a function, in this order or not."""
+        if self.chance(share):
+            self._maybe_open(y)
+            other = self.partner(y)
+            if other != y or self.chance(0.2):
+                pair = [y, other]
+                self.random.shuffle(pair)
+                y = self.add("add", *pair, hidden=True)
+        if self.chance(0.4):
+            y = self.clamp(self._maybe_open(y), hidden=True)
+        if self.chance(0.3):
+            y = self.function(self._maybe_open(y), hidden=True)
+        if y not in self.open:
+            self.open.append(y)
+        return y
+
+    def block(self) -> None:
+        x = self.any()
+        self.tail(self.layer(x, keep=self.chance(0.5)))
+
+    def siblings(self) -> None:
+        """Layers that make the same codes of one value, and what is behind them."""
+        x, r = self.any(), self.random
+        attrs, encoder = self.encoder(x, keep=self.chance(0.6))
+        alike, ends = r.choice(["none", "clamp", "any", "any"]), []
+        wide = r.choice([3, 4, 8, 8])
+        for _ in range(r.randint(2, 3)):
+            own = wide if self.chance(0.5) else r.choice([1, 3, 5, 12])
+            near = self.near(attrs, encoder) if self.chance(0.15) else (attrs, encoder)
+            ends.append(self.pq(x, *near, own))
+            if self.chance(0.2):
+                self.single()
+        for y in ends:
+            if alike == "any":
+                self.tail(y, share=0.25)
+            else:
+                self.open.append(self.add("relu", y, hidden=True) if alike == "clamp" else y)
+
+    def near(self, attrs: Grid, encoder: dict[str, Array]) -> tuple[Grid, dict[str, Array]]:
+        """What makes other codes than these, by one detail."""
+        attrs, encoder = dict(attrs), dict(encoder)
+        kinds = ["act_scale", "act_zero", "codebooks", *["padding", "stride"] * ("kernel" in attrs)]
+        kind = self.random.choice(kinds)
+        if kind == "act_scale":
+            attrs[kind] = float(np.float32(attrs[kind] * 0.75))
+        elif kind == "act_zero":
+            attrs[kind] = (attrs[kind] + 1) % 2 ** attrs["act_bits"]
+        elif kind == "codebooks":
+            role = "thresholds" if "thresholds" in encoder else "centroids"
+            encoder[role] = encoder[role].copy()
+            encoder[role].flat[0] = encoder[role].flat[0] == 0
+        else:
+            attrs[kind] = tuple(size + 1 for size in attrs[kind])
+        return attrs, encoder
+
+    def fan(self) -> None:
+        """Several readers of one value: layers on grids, moves in front of them, float steps."""
+        x = self.any()
+        for _ in range(self.random.randint(2, 5)):
+            kind = self.random.choice(["layer", "layer", "moved", "moved", "float"])
+            if kind == "layer":
+                self.open.append(self.layer(x, integers=True))
+            elif kind == "moved":
+                y = self.move(x, hidden=True)
+                self.open.append(self.layer(y, integers=True))
+                self._maybe_open(y)
+            else:
+                self.function_or_clamp(x, hidden=False)
+
+    def chain(self) -> None:
+        """Moves one behind the other, with readers on the way."""
+        y = self.any()
+        for _ in range(self.random.randint(1, 3)):
+            y = self.move(y, hidden=True)
+            if self.chance(0.4):
+                self.open.append(self.layer(y, integers=True))
+            self._maybe_open(y, 0.3)
+        self.tail(self.layer(y)) if self.chance(0.6) else self._maybe_open(y, 1.0)
+
+    # -- steps
+
+    def single(self) -> None:
+        x = self.any()
+        kind = self.random.choice(["move", "function", "affine", "reduce", "norm"])
+        if kind == "move":
+            self.move(x, hidden=False)
+        elif kind == "function":
+            self.function_or_clamp(x, hidden=False)
+        elif kind == "affine":
+            self.affine(x)
+        elif kind == "norm":
+            self.norm(x)
+        elif len(self.shape(x)) > 1:
+            axes = self.random.choice([(1,), (2,), (2, 3)] if len(self.shape(x)) == 3 else [(1,)])
+            op, keepdims = self.random.choice(["mean", "max"]), self.chance(0.5)
+            self.add(op, x, axes=axes, keepdims=keepdims)
+
+    def clamp(self, x: str, *, hidden: bool) -> str:
+        op = self.random.choice(["relu", "relu", "relu6", "clamp"])
+        attrs = {"low": -0.75, "high": self.random.choice([0.5, 1.5])} if op == "clamp" else {}
+        return self.add(op, x, hidden=hidden, **attrs)
+
+    def function(self, x: str, *, hidden: bool) -> str:
+        return self.add(self.random.choice(["gelu", "silu", "sigmoid", "tanh"]), x, hidden=hidden)
+
+    def function_or_clamp(self, x: str, *, hidden: bool) -> str:
+        return (self.clamp if self.chance(0.5) else self.function)(x, hidden=hidden)
+
+    def affine(self, x: str) -> str:
+        if self.chance(0.3):
+            return self.add("affine_scalar", x, scale=self.random.uniform(-2, 2), bias=0.25)
+        size = self.shape(x)[0]
+        scale, bias = self.b.rng.uniform(-1.5, 1.5, size), self.b.rng.normal(size=size)
+        tensors = {"scale": scale.astype(np.float32), "bias": bias.astype(np.float32)}
+        return self.add("affine", x, tensors=tensors)
+
+    def norm(self, x: str) -> str:
+        size = self.shape(x)[-1]
+        if len(self.shape(x)) == 3 or self.chance(0.3):
+            return self.add("softmax", x, axis=self.random.randint(1, len(self.shape(x))))
+        weight, bias = self.b.rng.uniform(0.5, 1.5, size), self.b.rng.normal(size=size)
+        tensors = {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}
+        return self.add("layer_norm", x, tensors=tensors, eps=1e-5)
+
+    def pair(self) -> None:
+        """Two values put together, or one with itself, or with one of its means."""
+        x = self.any()
+        op = self.random.choice(["add", "add", "mul", "sub"])
+        other = x if self.chance(0.1) else self.partner(x)
+        if len(self.shape(x)) == 3 and self.chance(0.2):
+            other = self.add("mean", x, axes=(2, 3), keepdims=True, hidden=self.hide())
+            if self.chance(0.5):
+                other = self.layer(other, self.shape(x)[0], keep=True)
+                other = self.add("sigmoid", other, hidden=True)
+        tops = [float(np.abs(self.arrays[name]).max()) for name in (x, other)]
+        if op == "mul" and tops[0] * tops[1] > 50:
+            op = "add"
+        pair = [x, other]
+        self.random.shuffle(pair)
+        self.add(op, *pair)
+
+    def concat(self) -> None:
+        x = self.any()
+        shape = self.shape(x)
+        axis = self.random.randint(1, len(shape))
+        rest = [size for i, size in enumerate(shape, 1) if i != axis]
+        fit = [
+            y
+            for y in self.open
+            if len(self.shape(y)) == len(shape)
+            and [size for i, size in enumerate(self.shape(y), 1) if i != axis] == rest
+        ]
+        names = [x, *self.random.choices(fit, k=self.random.randint(1, 2))]
+        self.random.shuffle(names)
+        if sum(self.shape(y)[axis - 1] for y in names) <= 2 * MAX_CHANNELS:
+            self.add("concat", *names, axis=axis)
+
+    def attention(self) -> None:
+        """Attention of layers that may share their codes."""
+        x = self.pick(2)
+        if x is None:
+            return
+        attrs, encoder = self.encoder(x)
+        wide = self.random.choice([4, 8])
+        names = [
+            self.pq(x, attrs, encoder, wide) if self.chance(0.8) else self.layer(x, wide)
+            for _ in range(3)
+        ]
+        for name in names:
+            self._maybe_open(name)
+        self.add("attention", *names, heads=2, scale=0.5, causal=self.chance(0.3))
+
+    def move(self, x: str, *, hidden: bool) -> str:
+        """A step that only moves values, or takes one of several: the plan may do it on bytes."""
+        rank = len(self.shape(x))
+        kinds = [self._slice, self._slice, self._pad, self._reshape]
+        if rank == 3:
+            kinds += [self._max_pool, self._max_pool, self._max_pool, self._avg_pool]
+            kinds += [self._upsample, self._pixel_shuffle]
+        if rank == 2:
+            kinds.append(self._transpose)
+        return self.random.choice(kinds)(x, hidden)
+
+    def _slice(self, x: str, hidden: bool) -> str:
+        axis = self.random.randint(1, len(self.shape(x)))
+        size = self.shape(x)[axis - 1]
+        start = self.random.randint(0, (size - 1) // 2)
+        stop = self.random.randint(start + 1, size)
+        step = self.random.choice([1, 1, 2])
+        return self.add("slice", x, hidden=hidden, axis=axis, start=start, stop=stop, step=step)
+
+    def _pad(self, x: str, hidden: bool) -> str:
+        shape = self.shape(x)
+        most = 0 if self.chance(0.2) or max(shape) >= MAX_SIDE else 1
+        pads = (0, 0, *(self.random.randint(0, most) for _ in range(2 * len(shape))))
+        return self.add("pad", x, hidden=hidden, pads=pads, value=self.random.choice([0.0, 0.5]))
+
+    def _reshape(self, x: str, hidden: bool) -> str:
+        shape = self.shape(x)
+        total = int(np.prod(shape))
+        kind = self.random.choice(["flatten", "rows", "images", "tokens"])
+        if kind == "tokens" and len(shape) == 3:
+            return self.add("reshape", x, hidden=hidden, shape=(shape[0], -1))
+        if kind == "rows" and len(shape) > 1:
+            return self.add("flatten", x, hidden=hidden, start_axis=len(shape) - 1)
+        if kind == "images" and total % 4 == 0 and total <= 4 * MAX_CHANNELS:
+            return self.add("reshape", x, hidden=hidden, shape=(total // 4, 2, 2))
+        if total <= 400:
+            return self.add("flatten", x, hidden=hidden)
+        return self._slice(x, hidden)
+
+    def _window(self, x: str) -> Grid:
+        """The attributes of a pooling that fits."""
+        r = self.random
+        while True:
+            kernel = (r.randint(1, 3), r.randint(1, 3))
+            stride = r.choice([kernel, (1, 1), (2, 2)])
+            padding = tuple(r.choice([0, k // 2]) for k in kernel)
+            ceil = self.chance(0.3)
+            spans = zip(self.shape(x)[1:], kernel, stride, padding, strict=True)
+            if all(pooled_size(*span, 1, ceil) > 0 for span in spans):
+                return {"kernel": kernel, "stride": stride, "padding": padding, "ceil_mode": ceil}
+
+    def _max_pool(self, x: str, hidden: bool) -> str:
+        if self.chance(0.1):
+            return self.add("adaptive_max_pool2d", x, hidden=hidden, output_size=(2, 3))
+        return self.add("max_pool2d", x, hidden=hidden, **self._window(x))
+
+    def _avg_pool(self, x: str, hidden: bool) -> str:
+        if self.chance(0.3):
+            return self.add("adaptive_avg_pool2d", x, hidden=hidden, output_size=(2, 1))
+        return self.add("avg_pool2d", x, hidden=hidden, **self._window(x))
+
+    def _upsample(self, x: str, hidden: bool) -> str:
+        mode = self.random.choice(["nearest", "nearest", "nearest-exact", "bilinear"])
+        like = self.pick(3)
+        if like is not None and self.chance(0.4):
+            return self.add("upsample", x, like, hidden=hidden, mode=mode)
+        if max(self.shape(x)[1:]) > MAX_SIDE // 2 or self.chance(0.3):
+            return self.add("upsample", x, hidden=hidden, mode=mode, size=(5, 4))
+        return self.add("upsample", x, hidden=hidden, mode=mode, scale_h=2.0, scale_w=2.0)
+
+    def _pixel_shuffle(self, x: str, hidden: bool) -> str:
+        channels, height, width = self.shape(x)
+        if channels % 4 or max(height, width) > MAX_SIDE // 2:
+            return self._slice(x, hidden)
+        return self.add("pixel_shuffle", x, hidden=hidden, factor=2)
+
+    def _transpose(self, x: str, hidden: bool) -> str:
+        return self.add("transpose", x, hidden=hidden, axes=(0, 2, 1))
+
+
+def _fits_lookup(grid: Grid) -> bool:
+    bits, zero = grid["act_bits"], grid["act_zero"]
+    return bits <= 6 and zero in (0, 2 ** (bits - 1))
