@@ -24,6 +24,7 @@ from lutra.reference import run_node
 
 MAX_CHANNELS = 14
 MAX_SIDE = 12
+IDS = 7
 Grid = dict[str, Any]
 
 
@@ -92,20 +93,35 @@ class _Grower:
         shapes = r.choice(
             [[image], [image], [image], [image, image], [image, rows], [rows], [rows]]
         )
-        dtypes = ["int32" if self.chance(0.08) else "float32" for _ in shapes]
+        dtypes = ["int32" if self.chance(0.25 / len(s)) else "float32" for s in shapes]
         self.b = Builder(
             *((f"x{i}", (batch, *s), dtypes[i]) for i, s in enumerate(shapes)), seed=self.seed
         )
         for value, shape, dtype in zip(self.b.inputs, shapes, dtypes, strict=True):
-            array = self.b.rng.normal(size=(samples, *shape)) * (3 if dtype == "int32" else 1)
+            size = (samples, *shape)
+            ids = self.b.rng.integers(0, IDS, size)
+            array = ids if dtype == "int32" else self.b.rng.normal(size=size)
             self.arrays[value.name] = array.astype(dtype)
         feeds = dict(self.arrays)
         for name, array in feeds.items():
-            if array.dtype == np.int32:
-                self.add("cast", name)
-            else:
+            if array.dtype != np.int32:
                 self.open.append(name)
+            elif array.ndim == 2 and self.chance(0.7):
+                self.embedding(name)
+            else:
+                self.add("cast", name)
         return feeds
+
+    def embedding(self, ids: str) -> None:
+        wide, length = self.random.choice([4, 8, 13]), self.shape(ids)[0]
+        tensors = {"weight": self.normal(IDS, wide)}
+        y = self.add("embedding", ids, tensors=tensors, hidden=self.hide())
+        if self.chance(0.6):
+            tensors = {"weight": self.normal(length, wide)}
+            y = self.add("position_embedding", y, tensors=tensors, hidden=True)
+        self._maybe_open(y, 1.0)
+        if self.chance(0.4):
+            self.add("masked_mean", y, ids)
 
     def _outputs(self) -> list[str]:
         """Most ends of the graph, and some values that are read inside too."""
@@ -154,6 +170,9 @@ class _Grower:
 
     def any(self) -> str:
         return self.pick() or self.open[-1]
+
+    def normal(self, *shape: int) -> Array:
+        return self.b.rng.normal(size=shape).astype(np.float32)
 
     def hide(self) -> bool:
         return self.chance(0.8)
@@ -248,9 +267,8 @@ class _Grower:
         return self.add("linear", x, hidden=True, tensors=self._floats((outputs, features)))
 
     def _floats(self, shape: tuple[int, ...]) -> dict[str, Array]:
-        weight = self.b.rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]))
-        bias = self.b.rng.normal(size=shape[0])
-        return {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}
+        weight = self.normal(*shape) / np.float32(np.sqrt(np.prod(shape[1:])))
+        return {"weight": weight, "bias": self.normal(shape[0])}
 
     def _table(self, length: int, outputs: int, weights: int, grid: Grid) -> dict[str, Array]:
         bits, zero = grid["act_bits"], grid["act_zero"]
@@ -284,7 +302,7 @@ class _Grower:
             **encoder,
             "tables": rng.integers(-128, 128, (books, count, outputs)).astype(np.int8),
             "scale": rng.uniform(0.001, 0.01, outputs).astype(np.float32),
-            "bias": rng.normal(size=outputs).astype(np.float32),
+            "bias": self.normal(outputs),
         }
         op = "pq_conv2d" if len(self.shape(x)) == 3 else "pq_linear"
         return self.add(op, x, hidden=True, tensors=tensors, **attrs)
@@ -425,7 +443,12 @@ class _Grower:
         return self.add(op, x, hidden=hidden, **attrs)
 
     def function(self, x: str, *, hidden: bool) -> str:
-        return self.add(self.random.choice(["gelu", "silu", "sigmoid", "tanh"]), x, hidden=hidden)
+        op = self.random.choice(["gelu", "silu", "sigmoid", "tanh", "piecewise"])
+        if op != "piecewise":
+            return self.add(op, x, hidden=hidden)
+        tensors = {"slope": self.normal(8), "intercept": self.normal(8)}
+        tensors["breakpoint"] = np.sort(self.normal(7))
+        return self.add(op, x, hidden=hidden, tensors=tensors)
 
     def function_or_clamp(self, x: str, *, hidden: bool) -> str:
         return (self.clamp if self.chance(0.5) else self.function)(x, hidden=hidden)
@@ -434,17 +457,17 @@ class _Grower:
         if self.chance(0.3):
             return self.add("affine_scalar", x, scale=self.random.uniform(-2, 2), bias=0.25)
         size = self.shape(x)[0]
-        scale, bias = self.b.rng.uniform(-1.5, 1.5, size), self.b.rng.normal(size=size)
-        tensors = {"scale": scale.astype(np.float32), "bias": bias.astype(np.float32)}
+        tensors = {"scale": self.normal(size), "bias": self.normal(size)}
         return self.add("affine", x, tensors=tensors)
 
     def norm(self, x: str) -> str:
         size = self.shape(x)[-1]
         if len(self.shape(x)) == 3 or self.chance(0.3):
             return self.add("softmax", x, axis=self.random.randint(1, len(self.shape(x))))
-        weight, bias = self.b.rng.uniform(0.5, 1.5, size), self.b.rng.normal(size=size)
-        tensors = {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}
-        return self.add("layer_norm", x, tensors=tensors, eps=1e-5)
+        tensors = {"weight": self.normal(size)}
+        if self.chance(0.3):
+            return self.add("rms_norm", x, tensors=tensors, eps=1e-5)
+        return self.add("layer_norm", x, tensors={**tensors, "bias": self.normal(size)}, eps=1e-5)
 
     def pair(self) -> None:
         """Two values put together, or one with itself, or with one of its means."""
@@ -497,7 +520,7 @@ class _Grower:
     def move(self, x: str, *, hidden: bool) -> str:
         """A step that only moves values, or takes one of several: the plan may do it on bytes."""
         rank = len(self.shape(x))
-        kinds = [self._slice, self._slice, self._pad, self._reshape]
+        kinds = [self._slice, self._slice, self._pad, self._reshape, self._gather]
         if rank == 3:
             kinds += [self._max_pool, self._max_pool, self._max_pool, self._avg_pool]
             kinds += [self._upsample, self._pixel_shuffle]
@@ -512,6 +535,12 @@ class _Grower:
         stop = self.random.randint(start + 1, size)
         step = self.random.choice([1, 1, 2])
         return self.add("slice", x, hidden=hidden, axis=axis, start=start, stop=stop, step=step)
+
+    def _gather(self, x: str, hidden: bool) -> str:
+        axis = self.random.randint(1, len(self.shape(x)))
+        index = self.b.rng.integers(0, self.shape(x)[axis - 1], self.random.randint(1, 5))
+        tensors = {"index": index.astype(np.int32)}
+        return self.add("gather", x, hidden=hidden, tensors=tensors, axis=axis)
 
     def _pad(self, x: str, hidden: bool) -> str:
         shape = self.shape(x)
