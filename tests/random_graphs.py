@@ -11,63 +11,35 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-from graphs import Array, Builder, int8_tensors, lookup_tensors, pq_tensors, tree_tensors
+from graphs import Array, Builder
+from random_layers import Grid, LayerGrower
 
 from lutra.graph import Graph
-from lutra.ops.lookup import bits_for
 from lutra.ops.pool import pooled_size
-from lutra.reference import run_node
 
 MAX_CHANNELS = 14
 MAX_SIDE = 12
 IDS = 7
-Grid = dict[str, Any]
 
 
 def random_graph(seed: int) -> tuple[Graph, dict[str, Array]]:
     """A graph of some 4 to 30 nodes, with random weights, and an array for each of its inputs."""
-    return _Grower(seed).grow()
+    structure = random.Random(seed)
+    b, feeds = _inputs(seed, structure)
+    return _Grower(b, structure, dict(feeds)).grow(), feeds
 
 
 @dataclass
-class _Geometry:
-    """The window of a convolution."""
+class _Grower(LayerGrower):
+    """A graph that grows; its inputs are there."""
 
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    _hub: str = ""
 
-
-@dataclass
-class _Grower:
-    """A graph that grows.
-
-    Attributes:
-        seed: Decides everything.
-        arrays: The array of every value, by name.
-        open: The values that new nodes may read. A value that is not among them has the readers
-            that it was made for, so that the plan may fuse it with them.
-    """
-
-    seed: int
-    arrays: dict[str, Array] = field(default_factory=dict)
-    open: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.random = random.Random(self.seed)
-        self._grids: dict[str, list[Grid]] = {}
-        self._hub = ""
-
-    def chance(self, share: float) -> bool:
-        return self.random.random() < share
-
-    def grow(self) -> tuple[Graph, dict[str, Array]]:
-        feeds = self._begin()
+    def grow(self) -> Graph:
+        self._begin()
         ways: list[tuple[Callable[[], None], int]] = [
             (self.block, 6),
             (self.siblings, 3),
@@ -82,35 +54,16 @@ class _Grower:
         size = self.random.randint(3, 22)
         while len(self.b.nodes) < size:
             self.random.choices(grow, weights)[0]()
-        return self.b.graph(*self._outputs()), feeds
+        return self.b.graph(*self._outputs())
 
-    def _begin(self) -> dict[str, Array]:
-        r = self.random
-        samples = r.choice([1, 1, 2, 3, 5])
-        batch = samples if self.chance(0.2) else None
-        image = (r.randint(1, 8), r.randint(3, 10), r.randint(3, 10))
-        rows = r.choice([(r.randint(2, 24),), (r.randint(1, 7), r.choice([4, 8, 12, 13]))])
-        shapes = r.choice(
-            [[image], [image], [image], [image, image], [image, rows], [rows], [rows]]
-        )
-        dtypes = ["int32" if self.chance(0.25 / len(s)) else "float32" for s in shapes]
-        self.b = Builder(
-            *((f"x{i}", (batch, *s), dtypes[i]) for i, s in enumerate(shapes)), seed=self.seed
-        )
-        for value, shape, dtype in zip(self.b.inputs, shapes, dtypes, strict=True):
-            size = (samples, *shape)
-            ids = self.b.rng.integers(0, IDS, size)
-            array = ids if dtype == "int32" else self.b.rng.normal(size=size)
-            self.arrays[value.name] = array.astype(dtype)
-        feeds = dict(self.arrays)
-        for name, array in feeds.items():
+    def _begin(self) -> None:
+        for name, array in dict(self.arrays).items():
             if array.dtype != np.int32:
                 self.open.append(name)
             elif array.ndim == 2 and self.chance(0.7):
                 self.embedding(name)
             else:
                 self.add("cast", name)
-        return feeds
 
     def embedding(self, ids: str) -> None:
         wide, length = self.random.choice([4, 8, 13]), self.shape(ids)[0]
@@ -134,29 +87,6 @@ class _Grower:
         self.random.shuffle(outputs)
         return outputs
 
-    # -- values
-
-    def add(
-        self,
-        op: str,
-        *inputs: str,
-        hidden: bool = False,
-        tensors: dict[str, Array] | None = None,
-        **attrs: Any,
-    ) -> str:
-        """Appends a node and computes its value; a hidden one is not for everybody to read."""
-        name = self.b.add(op, *inputs, tensors=tensors, **attrs)
-        self.arrays[name] = run_node(
-            self.b.nodes[-1], [self.arrays[x] for x in inputs], tensors or {}
-        )
-        if not hidden:
-            self.open.append(name)
-        return name
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of one sample."""
-        return self.arrays[name].shape[1:]
-
     def pick(self, axes: int | None = None) -> str | None:
         """A value to read, of so many axes a sample: often the last one, or one that many read."""
         names = [x for x in self.open if axes is None or len(self.shape(x)) == axes]
@@ -171,141 +101,8 @@ class _Grower:
     def any(self) -> str:
         return self.pick() or self.open[-1]
 
-    def normal(self, *shape: int) -> Array:
-        return self.b.rng.normal(size=shape).astype(np.float32)
-
     def hide(self) -> bool:
         return self.chance(0.8)
-
-    # -- layers
-
-    def grid(self, x: str, *, lookup: bool = False) -> Grid:
-        """A grid for a value: one that it has already, one that differs in a detail, or another."""
-        known = self._grids.setdefault(x, [])
-        fit = [g for g in known if not lookup or _fits_lookup(g)]
-        if fit and self.chance(0.4):
-            return self.random.choice(fit)
-        if fit and not lookup and self.chance(0.4):
-            grid = dict(self.random.choice(fit))
-            detail = self.random.choice(["act_scale", "act_zero", "act_bits"])
-            if detail == "act_scale":
-                grid[detail] = float(np.float32(grid[detail] * self.random.choice([0.5, 1.25])))
-            elif detail == "act_zero":
-                grid[detail] = (grid[detail] + 1) % 2 ** grid["act_bits"]
-            else:
-                grid[detail] = min(7, grid[detail] + 1)
-        else:
-            bits = self.random.randint(2, 6) if lookup else self.random.choice([3, 5, 6, 7, 7, 7])
-            zero = self.random.choice([0, 2 ** (bits - 1)])
-            if not lookup and self.chance(0.3):
-                zero = self.random.randint(0, 2**bits - 1)
-            top = float(np.abs(self.arrays[x]).max()) or 1.0
-            reach = max(zero, 2**bits - 1 - zero)
-            scale = top * self.random.uniform(0.4, 1.2) / reach
-            grid = {"act_scale": float(np.float32(scale)), "act_zero": zero, "act_bits": bits}
-        known.append(grid)
-        return grid
-
-    def geometry(self, x: str, *, keep: bool) -> _Geometry:
-        """The window of a convolution over x; with ``keep``, images keep their size."""
-        r = self.random
-        same = [
-            _Geometry(),
-            _Geometry((3, 3), padding=(1, 1)),
-            _Geometry((1, 3), padding=(0, 1)),
-            _Geometry((3, 3), padding=(2, 2), dilation=(2, 2)),
-        ]
-        g = r.choice(same)
-        if keep:
-            return g
-        height, width = self.shape(x)[1:]
-        kernel = (r.randint(1, min(3, height)), r.randint(1, min(3, width)))
-        return r.choice([g, _Geometry(kernel, (r.randint(1, 2), r.randint(1, 2)))])
-
-    def layer(
-        self, x: str, outputs: int | None = None, *, keep: bool = False, integers: bool = False
-    ) -> str:
-        """A layer of any family; its value is hidden."""
-        families = ["pq", "tree", "lookup", "int8", "int8"] + ["float"] * (not integers)
-        family = self.random.choice(families)
-        wide = outputs or self.random.choice([1, 3, 4, 5, 8, 8, 12])
-        if family in ("pq", "tree"):
-            return self.pq(x, *self.encoder(x, family, keep=keep), wide)
-        if len(self.shape(x)) != 3:
-            return self._rows(x, family, wide)
-        g = self.geometry(x, keep=keep)
-        channels, attrs = self.shape(x)[0], vars(g).copy()
-        kernel = attrs.pop("kernel")
-        if family == "lookup":
-            attrs.update(self.grid(x, lookup=True))
-            weights = self.random.choice([3, 15, 33])
-            length = channels * kernel[0] * kernel[1]
-            tensors = self._table(length, wide, weights, attrs)
-            attrs.update(kernel=kernel, in_channels=channels, weight_bits=bits_for(weights))
-            return self.add("lookup_conv2d", x, hidden=True, tensors=tensors, **attrs)
-        shared = [n for n in range(1, channels + 1) if channels % n == 0 and wide % n == 0]
-        groups = self.random.choice([1, 1, *shared[-1:], *shared])
-        shape = (wide, channels // groups, *kernel)
-        if family == "int8":
-            attrs.update(self.grid(x))
-            tensors = int8_tensors(self.b.rng, shape)
-        else:
-            tensors = self._floats(shape)
-        op = "int8_conv2d" if family == "int8" else "conv2d"
-        return self.add(op, x, hidden=True, tensors=tensors, groups=groups, **attrs)
-
-    def _rows(self, x: str, family: str, outputs: int) -> str:
-        features = self.shape(x)[-1]
-        if family == "lookup":
-            grid, weights = self.grid(x, lookup=True), self.random.choice([3, 15, 33])
-            tensors = self._table(features, outputs, weights, grid)
-            attrs = {**grid, "in_features": features, "weight_bits": bits_for(weights)}
-            return self.add("lookup_linear", x, hidden=True, tensors=tensors, **attrs)
-        if family == "int8":
-            tensors = int8_tensors(self.b.rng, (outputs, features))
-            return self.add("int8_linear", x, hidden=True, tensors=tensors, **self.grid(x))
-        return self.add("linear", x, hidden=True, tensors=self._floats((outputs, features)))
-
-    def _floats(self, shape: tuple[int, ...]) -> dict[str, Array]:
-        weight = self.normal(*shape) / np.float32(np.sqrt(np.prod(shape[1:])))
-        return {"weight": weight, "bias": self.normal(shape[0])}
-
-    def _table(self, length: int, outputs: int, weights: int, grid: Grid) -> dict[str, Array]:
-        bits, zero = grid["act_bits"], grid["act_zero"]
-        return lookup_tensors(self.b.rng, length, outputs, bits=bits, weights=weights, zero=zero)
-
-    def encoder(
-        self, x: str, family: str | None = None, *, keep: bool = False
-    ) -> tuple[Grid, dict[str, Array]]:
-        """Attributes and tensors of product-quantised layers that read x; tables are for one."""
-        r, shape = self.random, self.shape(x)
-        attrs: Grid = dict(self.grid(x))
-        length = shape[-1]
-        if len(shape) == 3:
-            attrs.update(vars(self.geometry(x, keep=keep)), in_channels=shape[0])
-            length = shape[0] * attrs["kernel"][0] * attrs["kernel"][1]
-        else:
-            attrs["in_features"] = length
-        bits, count = attrs["act_bits"], r.choice([8, 16, 16, 32])
-        family = family or r.choice(["pq", "tree"])
-        attrs["encoder"] = "tree" if family == "tree" else "nearest"
-        if family == "tree":
-            books = r.randint(1, 4)
-            return attrs, tree_tensors(self.b.rng, length, 1, books=books, count=count, bits=bits)
-        width = r.choice([2, 3, 4, 9])
-        return attrs, pq_tensors(self.b.rng, length, 1, count=count, width=width, bits=bits)
-
-    def pq(self, x: str, attrs: Grid, encoder: dict[str, Array], outputs: int) -> str:
-        """A layer of that encoder with tables of its own; its value is hidden."""
-        rng, (books, count, _) = self.b.rng, encoder["tables"].shape
-        tensors = {
-            **encoder,
-            "tables": rng.integers(-128, 128, (books, count, outputs)).astype(np.int8),
-            "scale": rng.uniform(0.001, 0.01, outputs).astype(np.float32),
-            "bias": self.normal(outputs),
-        }
-        op = "pq_conv2d" if len(self.shape(x)) == 3 else "pq_linear"
-        return self.add(op, x, hidden=True, tensors=tensors, **attrs)
 
     def partner(self, name: str) -> str:
         """A value of the same shape: one that exists, or one that is made now."""
@@ -377,23 +174,6 @@ class _Grower:
                 self.tail(y, share=0.25)
             else:
                 self.open.append(self.add("relu", y, hidden=True) if alike == "clamp" else y)
-
-    def near(self, attrs: Grid, encoder: dict[str, Array]) -> tuple[Grid, dict[str, Array]]:
-        """What makes other codes than these, by one detail."""
-        attrs, encoder = dict(attrs), dict(encoder)
-        kinds = ["act_scale", "act_zero", "codebooks", *["padding", "stride"] * ("kernel" in attrs)]
-        kind = self.random.choice(kinds)
-        if kind == "act_scale":
-            attrs[kind] = float(np.float32(attrs[kind] * 0.75))
-        elif kind == "act_zero":
-            attrs[kind] = (attrs[kind] + 1) % 2 ** attrs["act_bits"]
-        elif kind == "codebooks":
-            role = "thresholds" if "thresholds" in encoder else "centroids"
-            encoder[role] = encoder[role].copy()
-            encoder[role].flat[0] = encoder[role].flat[0] == 0
-        else:
-            attrs[kind] = tuple(size + 1 for size in attrs[kind])
-        return attrs, encoder
 
     def fan(self) -> None:
         """Several readers of one value: layers on grids, moves in front of them, float steps."""
@@ -603,6 +383,19 @@ class _Grower:
         return self.add("transpose", x, hidden=hidden, axes=(0, 2, 1))
 
 
-def _fits_lookup(grid: Grid) -> bool:
-    bits, zero = grid["act_bits"], grid["act_zero"]
-    return bits <= 6 and zero in (0, 2 ** (bits - 1))
+def _inputs(seed: int, r: random.Random) -> tuple[Builder, dict[str, Array]]:
+    """A graph of one or two inputs and nothing else, and their arrays."""
+    samples = r.choice([1, 1, 2, 3, 5])
+    batch = samples if r.random() < 0.2 else None
+    image = (r.randint(1, 8), r.randint(3, 10), r.randint(3, 10))
+    rows = r.choice([(r.randint(2, 24),), (r.randint(1, 7), r.choice([4, 8, 12, 13]))])
+    shapes = r.choice([[image], [image], [image], [image, image], [image, rows], [rows], [rows]])
+    dtypes = ["int32" if r.random() < 0.25 / len(s) else "float32" for s in shapes]
+    b = Builder(*((f"x{i}", (batch, *s), dtypes[i]) for i, s in enumerate(shapes)), seed=seed)
+    feeds = {}
+    for value, shape in zip(b.inputs, shapes, strict=True):
+        size = (samples, *shape)
+        ids = b.rng.integers(0, IDS, size)
+        array = ids if value.dtype == "int32" else b.rng.normal(size=size)
+        feeds[value.name] = array.astype(value.dtype)
+    return b, feeds
