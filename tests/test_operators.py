@@ -163,6 +163,25 @@ def test_max_between_integer_layers_is_of_bytes(axes: tuple[int, ...]) -> None:
     assert [s.method for s in steps if s.op == "max"] == ["uint8"]
 
 
+# ---- pooling ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["max_pool2d", "avg_pool2d"])
+@pytest.mark.parametrize("integers", [False, True])
+def test_a_window_may_be_larger_than_the_image_with_ceil_mode(op: str, integers: bool) -> None:
+    torch = pytest.importorskip("torch")
+    b = Builder(("x", (None, 3, 1, 7)), seed=5)
+    y = b.add(op, "x", kernel=(2, 2), stride=(2, 2), ceil_mode=True)
+    graph = b.graph(b.int8_conv2d(y, 3, 4, (1, 1)) if integers else y)
+    x = b.rng.normal(size=(2, 3, 1, 7)).astype(F)
+    got = check(graph, x)
+    assert got.shape[2:] == (1, 4)
+    if not integers:
+        pool = getattr(torch.nn.functional, op)
+        want = pool(torch.from_numpy(x), 2, 2, ceil_mode=True)
+        np.testing.assert_allclose(got, want.numpy(), rtol=1e-6)
+
+
 # ---- pixel shuffle ------------------------------------------------------------------------------
 
 

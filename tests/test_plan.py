@@ -102,6 +102,32 @@ def test_rows_of_more_axes_are_fused_too() -> None:
     assert steps(b) == [("pq_linear", y, "x", True), ("linear", z, "x", True)]
 
 
+MOVES = {
+    "pooling": ("max_pool2d", {"kernel": (2, 2), "stride": (2, 2)}),
+    "slice": ("slice", {"axis": 1, "start": 1, "stop": 3}),
+    "reshape": ("reshape", {"shape": (4, 18, 2)}),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("reader", ["relu", "sigmoid", "output", "layer", "move"])
+def test_a_value_that_moves_as_bytes_keeps_its_floats_for_later_readers(
+    move: str, reader: str
+) -> None:
+    b = Builder(("x", (None, 4, 6, 6)))
+    y = b.int8_conv2d("x", 4, 4, padding=(1, 1), act_zero=64)
+    op, attrs = MOVES[move]
+    moved = b.add(op, y, **attrs)
+    layers = [b.int8_conv2d(moved, 2 if move == "slice" else 4, 3, (1, 1), act_scale=0.02)]
+    if reader == "layer":
+        layers.append(b.conv2d(y, 4, 3, (1, 1)))
+    elif reader == "move":
+        layers.append(b.add("sigmoid", b.add(op, y, **attrs)))
+    elif reader != "output":
+        layers.append(b.add(reader, y))
+    steps(b, *layers, *[y] * (reader == "output"))
+
+
 def test_seven_axes_are_refused() -> None:
     b = Builder(("x", (None, 1, 1, 1, 1, 1, 2)))
     b.add("relu", "x")

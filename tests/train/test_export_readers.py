@@ -65,10 +65,16 @@ JOINS: dict[str, Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("join", JOINS)
+QUICK = ("concat", "another pooling", "sliced output")
+
+
+@pytest.mark.parametrize(
+    "join",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in JOINS],
+)
 def test_a_value_is_pooled_for_integers_and_read_again(join: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    x = torch.randn(8, 3, 16, 16)
+    x = torch.randn(8, 3, 8, 8)
     check(Skip(JOINS[join]), Int8(), x, tmp_path / "skip.lutra")
 
 
@@ -97,13 +103,20 @@ class Gate(nn.Module):
         return self.gate(x) * self.last(self.hidden(x))
 
 
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("act", [nn.ReLU, nn.Identity, nn.SiLU])
+@pytest.mark.parametrize(
+    ("act", "share"),
+    [
+        (nn.ReLU, True),
+        (nn.ReLU, False),
+        pytest.param(nn.Identity, True, marks=pytest.mark.slow),
+        pytest.param(nn.SiLU, True, marks=pytest.mark.slow),
+    ],
+)
 def test_layers_that_share_codes_have_readers_of_integers(
     act: type[nn.Module], share: bool, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    x = torch.randn(8, 16, 15, 15)
+    x = torch.randn(4, 16, 7, 7)
     check(Branches(act()), PQ(v=4), x, tmp_path / "branches.lutra", share_encoders=share)
 
 
