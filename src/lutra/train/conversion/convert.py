@@ -133,6 +133,7 @@ def convert(
     }
     with Progress("learning codebooks", len(calibrated), show) as bar:
         fitted: dict[str, QuantizedLayer] = {}
+        shared = _tied(converted)
         for i, (name, layer) in enumerate(calibrated.items()):
             sample, start = samples.pop(name), time.perf_counter()
             if layer.method is None:  # the speed gate keeps it
@@ -143,7 +144,8 @@ def convert(
             if targets is not None:
                 rows_in = targets.inputs(converted, name, old, layer.geometry)
                 wanted = targets.of(name)
-            new = layer.fit(old, rows_in, leader, kmeans_steps, seed + i, wanted)
+            tied = id(old.weight) in shared
+            new = layer.fit(old, rows_in, leader, kmeans_steps, seed + i, wanted, tied)
             fitted[name] = new
             if targets is None:
                 replacements[old] = new
@@ -218,6 +220,7 @@ class Candidate:
         steps: int,
         seed: int,
         targets: Tensor | None = None,
+        keep_weight: bool = False,
     ) -> QuantizedLayer:
         """The new layer, calibrated; notes it in the report.
 
@@ -227,6 +230,7 @@ class Candidate:
             leader: a layer whose codes it shares.
             steps, seed: of the search for centroids.
             targets: what its outputs should be (n, M); None leaves it at its own weights.
+            keep_weight: whether another module has the same weights.
         """
         new = self.make(old)
         rows = rows.to(new.weight.device)
@@ -240,7 +244,7 @@ class Candidate:
             return new
         targets = targets.to(rows.device)
         start = output_error(new, rows, targets)
-        new.refit(rows, targets)
+        new.refit(rows, targets, keep_weight=keep_weight)
         error = output_error(new, rows, targets)
         self._note({**new.settle(rows), "error": error, "start_error": start})
         return new
@@ -328,6 +332,16 @@ def _leaders(layers: Mapping[str, Candidate], samples: Mapping[str, Reservoir]) 
             key = (own, layer.geometry, tuple(samples[name].sources), samples[name].input_shape)
             leaders[name] = first.setdefault(key, name)
     return leaders
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """The parameters, by `id`, that several modules hold."""
+    seen: set[int] = set()
+    tied: set[int] = set()
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            (tied if id(parameter) in seen else seen).add(id(parameter))
+    return tied
 
 
 def _check_recipe(recipe: Recipe, names: Mapping[nn.Module, list[str]], model: nn.Module) -> None:

@@ -239,12 +239,13 @@ class QuantizedLayer(nn.Module):
             seed: of everything random.
         """
 
-    def refit(self, rows: Tensor, targets: Tensor) -> None:
+    def refit(self, rows: Tensor, targets: Tensor, *, keep_weight: bool = False) -> None:
         """Fits the layer to outputs of the dense network; by default the bias alone.
 
         Args:
             rows: samples (n, D) of the input in the converted network.
             targets: the outputs (n, M) of the dense layer in the dense network, with its bias.
+            keep_weight: whether the weights are another module's as well, and must stay.
         """
         self._center(rows, targets)
 
@@ -254,8 +255,10 @@ class QuantizedLayer(nn.Module):
         mean = distributed.all_reduce((targets - self.of_rows(rows)).mean(0))
         if distributed.active():
             mean = mean / torch.distributed.get_world_size()
-        old = 0.0 if self.bias is None else self.bias.float()
-        self.bias = nn.Parameter((old + mean).to(self.weight.dtype))
+        if self.bias is not None:
+            mean = mean + self.bias.float()
+        trained = self.weight.requires_grad if self.bias is None else self.bias.requires_grad
+        self.bias = nn.Parameter(mean.to(self.weight.dtype), requires_grad=trained)
 
     @torch.no_grad()
     def of_rows(self, rows: Tensor) -> Tensor:

@@ -438,13 +438,13 @@ class _PQLayer(QuantizedLayer):
         self.table_residual.add_(trees.fit_tables(codes, tables, want) - tables)
 
     @torch.no_grad()
-    def refit(self, rows: Tensor, targets: Tensor) -> None:
+    def refit(self, rows: Tensor, targets: Tensor, *, keep_weight: bool = False) -> None:
         """Free tables by ridge regression; without them the weights, on the quantised input."""
         self._center(rows, targets)
         bias = 0.0 if self.bias is None else self.bias.float()
         if self.method.has_free_tables:
             self._fit_tables(rows, targets - bias)
-        elif not self.follows:
+        elif not keep_weight:
             self._fit_weight(rows, targets - bias)
         self._center(rows, targets)
 
@@ -463,7 +463,8 @@ class _PQLayer(QuantizedLayer):
         ridge = _WEIGHT_RIDGE * float(gram.trace()) / len(gram) + 1e-12
         gram.diagonal().add_(ridge)
         change = torch.linalg.solve(gram.double(), moments.double()).t().float()
-        self.weight = nn.Parameter((weight + change).view_as(self.weight).to(self.weight.dtype))
+        fitted = (weight + change).view_as(self.weight).to(self.weight.dtype)
+        self.weight = nn.Parameter(fitted, requires_grad=self.weight.requires_grad)
 
     @torch.no_grad()
     def settle(self, rows: Tensor) -> dict[str, Any]:
