@@ -82,7 +82,7 @@ def images() -> Tensor:
 
 
 def quick(model: nn.Module, images: Tensor, gate: Any, **recipe: Any) -> Any:
-    settings = {"rows": 256, "kmeans_steps": 3, "speed_gate": gate}
+    settings = {"rows": 256, "kmeans_steps": 3, "speed_gate": gate, "calibration": "parallel"}
     return convert(model, recipe or {"stem": Keep(), "*": PQ()}, images.split(8), **settings)
 
 

@@ -78,6 +78,9 @@ class PQ(Method, name="pq"):
             tables. "dense" passes the gradients of the dense layer to input and weights and none to
             the codebooks, which `reconstruction` trains (eLUT-NN, ASPLOS 2024). "soft" is the
             softmax of LUT-NN over distances, with a learned temperature.
+        free_tables: whether tables are trained beyond the products of centroids and weights, where
+            they begin. Calibration can then fit them to the dense network. None: trees only, which
+            have no other tables. Files of free tables cannot be stored as compact tables.
         reconstruction: weight of the mean squared difference between the layer and its dense
             product in the loss (see `lutra.train.reconstruction_loss`); eLUT-NN takes 1e-3 for
             BERT. 0 leaves it out.
@@ -108,6 +111,12 @@ class PQ(Method, name="pq"):
     temperature: float = 0.065
     encoder: EncoderName = "nearest"
     reconstruction: float = 0.0
+    free_tables: bool | None = None
+
+    @property
+    def has_free_tables(self) -> bool:
+        """Whether tables are more than products of centroids and weights."""
+        return self.encoder == "tree" if self.free_tables is None else self.free_tables
 
     def __post_init__(self) -> None:
         def require(ok: bool, what: str) -> None:

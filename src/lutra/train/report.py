@@ -57,7 +57,9 @@ class LayerReport:
     `method` is the name of the recipe's method, such as "pq", or None where the layer was kept, and
     `label` says more of it. `stored` has what the exported layer holds in place of its weights,
     with bytes. `error` is the mean squared output error relative to the output's variance, on
-    calibration rows with the integers of the engine, before fine-tuning. `gate` has the times and
+    calibration rows with the integers of the engine, before fine-tuning. After sequential
+    calibration it is the difference from the dense network, with the errors of all layers before in
+    it, and `start_error` is that before the layer was fitted to it. `gate` has the times and
     the decision of the speed gate, where it was asked.
 
     The other fields are of one family each: encoder, v, k, codebooks and the share of `used`
@@ -79,6 +81,7 @@ class LayerReport:
     lookups_per_row: int = 0
     multiplies_per_row: int = 0
     error: float | None = None
+    start_error: float | None = None
     used: float | None = None
     method: str | None = None
     int8_bytes: int = 0

@@ -54,27 +54,34 @@ class Reservoir:
         if not len(candidates):
             return
         keys = keys[candidates]
-        picked = self._patches(x, candidates.to(x.device), height, width).to("cpu", torch.float32)
+        picked = patches(x, g, candidates.to(x.device), height, width).to("cpu", torch.float32)
         self.rows, self.keys = torch.cat([self.rows, picked]), torch.cat([self.keys, keys])
         if len(self.keys) > self.capacity:
             best = self.keys.topk(self.capacity, largest=False).indices
             self.rows, self.keys = self.rows[best], self.keys[best]
 
-    def _patches(self, x: Tensor, index: Tensor, height: int, width: int) -> Tensor:
-        g = self.geometry
-        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = g.kernel, g.stride, g.padding, g.dilation
-        padded = F.pad(x, (pw, pw, ph, ph))
-        column, row = index % width, index // width % height
-        image = index // (width * height)
-        ys = row[:, None] * sh + torch.arange(kh, device=x.device) * dh
-        xs = column[:, None] * sw + torch.arange(kw, device=x.device) * dw
-        patch = padded.permute(0, 2, 3, 1)[
-            image[:, None, None], ys[:, :, None], xs[:, None, :]
-        ]  # (rows, kh, kw, C)
-        return patch.permute(0, 3, 1, 2).reshape(len(index), g.depth)
+
+def patches(x: Tensor, geometry: Geometry, index: Tensor, height: int, width: int) -> Tensor:
+    """Some rows (rows, D) of images x (N, C, H, W).
+
+    Args:
+        index: int64 (rows): output pixels, counted by image, row and column.
+        height, width: of the output.
+    """
+    g = geometry
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = g.kernel, g.stride, g.padding, g.dilation
+    padded = F.pad(x, (pw, pw, ph, ph))
+    column, row = index % width, index // width % height
+    image = index // (width * height)
+    ys = row[:, None] * sh + torch.arange(kh, device=x.device) * dh
+    xs = column[:, None] * sw + torch.arange(kw, device=x.device) * dw
+    patch = padded.permute(0, 2, 3, 1)[
+        image[:, None, None], ys[:, :, None], xs[:, None, :]
+    ]  # (rows, kh, kw, C)
+    return patch.permute(0, 3, 1, 2).reshape(len(index), g.depth)
 
 
-def _images(layer: nn.Module, name: str, x: Tensor) -> Tensor:
+def images_of(layer: nn.Module, name: str, x: Tensor) -> Tensor:
     """The input of a layer as (N, C, H, W); rows of a linear layer are images of one pixel."""
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1])[:, :, None, None]
@@ -169,7 +176,7 @@ def collect(
             if not reservoirs[name].input_shape:
                 reservoirs[name].input_shape = _sample_shape(x, samples)
             reservoirs[name].sources.append(source_of(x))
-            reservoirs[name].add(_images(layer, name, x))
+            reservoirs[name].add(images_of(layer, name, x))
 
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     training = {m: m.training for m in model.modules()}

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lutra.errors import LutraError
 from lutra.train import distributed
 from lutra.train.conversion.calibrate import Reservoir, collect
+from lutra.train.conversion.sequential import Batches, Targets, output_error
 from lutra.train.conversion.speed_gate import SpeedGate, attach, decide, record, rival
 from lutra.train.functions.swap import FunctionSwap
 from lutra.train.geometry import Geometry
@@ -22,6 +23,8 @@ from lutra.train.progress import Progress
 from lutra.train.recipe import Function, Keep, Method, Recipe, fits, match
 from lutra.train.report import FLOAT32, LOOKUP, ConversionReport, Decision, LayerReport
 
+#: Whether layers are fitted to the dense network one after the other, or each for itself.
+Calibration = Literal["sequential", "parallel"]
 _REPLACED = "the recipe names it"
 
 
@@ -37,6 +40,7 @@ def convert(
     progress: bool | None = None,
     speed_gate: bool | SpeedGate = False,
     share_encoders: bool = True,
+    calibration: Calibration = "sequential",
 ) -> tuple[nn.Module, ConversionReport]:
     """Replaces layers by lookups, or by int8 arithmetic, and calibrates them.
 
@@ -46,7 +50,7 @@ def convert(
             first match wins, and what no pattern names is kept. An embedding becomes int8 where
             `Int8()` names it and stays as it is elsewhere. Every pattern must name some layer.
             A layer that the model holds in several places is replaced in all of them.
-        calibration_data: batches, run once in eval mode: tensors, tuples of positional arguments,
+        calibration_data: batches, run in eval mode: tensors, tuples of positional arguments,
             or mappings of keyword arguments. A tuple gives `forward` as many entries as it takes;
             a last one with one number for each sample is taken as targets and left out, unless
             `forward` requires it (`lutra.train.batches.BatchReader` has the rule). A thousand
@@ -64,6 +68,10 @@ def convert(
         share_encoders: let PQ layers that read the same tensor in the same way (q, k and v of an
             attention) share one set of codebooks, so that the engine makes the codes once. They
             then hold the same parameters.
+        calibration: "sequential" fits each layer, in the order of the model, on the inputs that the
+            layers converted before it give, to the outputs of the dense network: weights or free
+            tables by ridge regression, biases by their mean. It keeps the batches, and runs the
+            model once more for each layer. "parallel" calibrates every layer for itself.
 
     Returns:
         The converted copy, ready for fine-tuning, and a report with one entry per convolution,
@@ -88,6 +96,11 @@ def convert(
     show = progress if distributed.rank() == 0 else False
     layers = choose(model, recipe)
     functions = FunctionSwap(model, recipe)
+    if calibration not in get_args(Calibration):
+        raise LutraError(
+            f"convert: calibration={calibration!r} is not one of {list(get_args(Calibration))}"
+        )
+    batches = list(calibration_data) if calibration == "sequential" else calibration_data
     calibrated = {layer.name: layer for layer in layers if layer.is_calibrated}
     if not any(layer.method for layer in layers) and not functions.wanted:
         raise LutraError(
@@ -101,13 +114,17 @@ def convert(
                 model,
                 {name: layer.module for name, layer in calibrated.items()},
                 {name: layer.geometry for name, layer in calibrated.items()},
-                calibration_data,
+                batches,
                 rows=rows, memory_bytes=memory_bytes, seed=seed + distributed.rank(),
                 progress=bar.update,
             )  # fmt: skip
     gate = SpeedGate() if speed_gate is True else speed_gate or None
     decisions = {} if gate is None else _gate(gate, calibrated, samples, show)
     leaders = _leaders(calibrated, samples) if share_encoders else {}
+    targets = None
+    if isinstance(batches, list) and calibrated:
+        targets = Targets(Batches(batches, rows, seed))
+        targets.collect(model, {name: layer.module for name, layer in calibrated.items()})
     converted = copy.deepcopy(model)
     replacements = {
         converted.get_submodule(layer.name): layer.embed()
@@ -116,14 +133,24 @@ def convert(
     }
     with Progress("learning codebooks", len(calibrated), show) as bar:
         fitted: dict[str, QuantizedLayer] = {}
+        shared = _tied(converted)
         for i, (name, layer) in enumerate(calibrated.items()):
             sample, start = samples.pop(name), time.perf_counter()
             if layer.method is None:  # the speed gate keeps it
                 continue
             old = converted.get_submodule(name)
             leader = fitted.get(leaders.get(name, ""))
-            fitted[name] = layer.fit(old, sample.rows, leader, kmeans_steps, seed + i)
-            replacements[old] = fitted[name]
+            rows_in, wanted = sample.rows, None
+            if targets is not None:
+                rows_in = targets.inputs(converted, name, old, layer.geometry)
+                wanted = targets.of(name)
+            tied = id(old.weight) in shared
+            new = layer.fit(old, rows_in, leader, kmeans_steps, seed + i, wanted, tied)
+            fitted[name] = new
+            if targets is None:
+                replacements[old] = new
+            else:
+                converted = _replace(converted, {old: new})
             bar.update(i + 1, f"{name} {time.perf_counter() - start:.1f} s")
     converted, swapped = functions.apply(_replace(converted, replacements))
     entry = None if gate is None else record(gate, decisions)
@@ -186,7 +213,14 @@ class Candidate:
         return new
 
     def fit(
-        self, old: nn.Module, rows: Tensor, leader: QuantizedLayer | None, steps: int, seed: int
+        self,
+        old: nn.Module,
+        rows: Tensor,
+        leader: QuantizedLayer | None,
+        steps: int,
+        seed: int,
+        targets: Tensor | None = None,
+        keep_weight: bool = False,
     ) -> QuantizedLayer:
         """The new layer, calibrated; notes it in the report.
 
@@ -195,6 +229,8 @@ class Candidate:
             rows: samples of its input (n, D).
             leader: a layer whose codes it shares.
             steps, seed: of the search for centroids.
+            targets: what its outputs should be (n, M); None leaves it at its own weights.
+            keep_weight: whether another module has the same weights.
         """
         new = self.make(old)
         rows = rows.to(new.weight.device)
@@ -203,7 +239,14 @@ class Candidate:
             new.learn(rows, steps=steps, seed=seed)
         else:
             new.share(leader)
-        self._note(new.settle(rows))
+        if targets is None:
+            self._note(new.settle(rows))
+            return new
+        targets = targets.to(rows.device)
+        start = output_error(new, rows, targets)
+        new.refit(rows, targets, keep_weight=keep_weight)
+        error = output_error(new, rows, targets)
+        self._note({**new.settle(rows), "error": error, "start_error": start})
         return new
 
     def embed(self) -> nn.Module:
@@ -289,6 +332,16 @@ def _leaders(layers: Mapping[str, Candidate], samples: Mapping[str, Reservoir]) 
             key = (own, layer.geometry, tuple(samples[name].sources), samples[name].input_shape)
             leaders[name] = first.setdefault(key, name)
     return leaders
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """The parameters, by `id`, that several modules hold."""
+    seen: set[int] = set()
+    tied: set[int] = set()
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            (tied if id(parameter) in seen else seen).add(id(parameter))
+    return tied
 
 
 def _check_recipe(recipe: Recipe, names: Mapping[nn.Module, list[str]], model: nn.Module) -> None:

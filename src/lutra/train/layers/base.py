@@ -8,7 +8,7 @@ registry and the methods of `QuantizedLayer`, and name no family.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lutra.errors import LutraError
 from lutra.node import Array
 from lutra.ops import op_spec
+from lutra.train import distributed
 from lutra.train.geometry import Geometry, Grid
 from lutra.train.operators.frozen import FrozenNode, frozen
 from lutra.train.recipe import Method
@@ -160,6 +161,12 @@ class FrozenLayer(nn.Module):
         """The buffers by role, in the order of the node."""
         return {role: getattr(self, role) for role in self.node.roles}
 
+    def with_geometry(self, geometry: Geometry) -> FrozenLayer:
+        """The same layer with another stride, padding or dilation."""
+        attrs = {name: self.node.attrs[name] for name in self.node.attrs}
+        own = {**attrs, **geometry.attrs(attrs)}
+        return FrozenLayer(self.name, self.node.op, geometry, self.grid, self.tensors, own)
+
     def arrays(self) -> dict[str, Array]:
         """The buffers as arrays."""
         return {role: tensor.cpu().numpy() for role, tensor in self.tensors.items()}
@@ -231,6 +238,37 @@ class QuantizedLayer(nn.Module):
             steps: of the search for centroids.
             seed: of everything random.
         """
+
+    def refit(self, rows: Tensor, targets: Tensor, *, keep_weight: bool = False) -> None:
+        """Fits the layer to outputs of the dense network; by default the bias alone.
+
+        Args:
+            rows: samples (n, D) of the input in the converted network.
+            targets: the outputs (n, M) of the dense layer in the dense network, with its bias.
+            keep_weight: whether the weights are another module's as well, and must stay.
+        """
+        self._center(rows, targets)
+
+    @torch.no_grad()
+    def _center(self, rows: Tensor, targets: Tensor) -> None:
+        """Moves the bias so that the mean of the outputs is the mean of the targets."""
+        mean = distributed.all_reduce((targets - self.of_rows(rows)).mean(0))
+        if distributed.active():
+            mean = mean / torch.distributed.get_world_size()
+        if self.bias is not None:
+            mean = mean + self.bias.float()
+        trained = self.weight.requires_grad if self.bias is None else self.bias.requires_grad
+        self.bias = nn.Parameter(mean.to(self.weight.dtype), requires_grad=trained)
+
+    @torch.no_grad()
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """The outputs (n, M) for rows (n, D) of the input, as the engine computes them."""
+        geometry, frozen = self.geometry, self.freeze()
+        if frozen.linear:
+            return cast(Tensor, frozen(rows))
+        one = replace(geometry, stride=(1, 1), padding=(0, 0), dilation=(1, 1))
+        x = rows.view(len(rows), geometry.channels, *geometry.kernel)
+        return cast(Tensor, frozen.with_geometry(one)(x)).flatten(1)
 
     def settle(self, rows: Tensor) -> Mapping[str, Any]:
         """What the report says of the layer; see the fields of `LayerReport`.

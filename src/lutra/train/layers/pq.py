@@ -39,6 +39,7 @@ from lutra.train.operators import portable
 from lutra.train.operators import pq as ops
 from lutra.train.recipe import PQ
 
+_WEIGHT_RIDGE = 1e-2  # relative to the mean square of an entry of the quantised input
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -156,16 +157,17 @@ class _PQLayer(QuantizedLayer):
             self.register_buffer("splits", first.repeat(1, levels).to(weight.device))
             middle = torch.full((self.codebooks, method.k - 1), float(1 << (method.act_bits - 1)))
             self.register_buffer("thresholds", middle.to(weight.device))
+            self.register_buffer("tree_age", torch.zeros((), dtype=torch.int64))
+        if method.has_free_tables:
             residual = torch.zeros((self.codebooks, method.k, self.outputs), device=weight.device)
             self.table_residual = nn.Parameter(residual)
-            self.register_buffer("tree_age", torch.zeros((), dtype=torch.int64))
         if method.centroids == "average":
             self.register_buffer(
                 "cluster_counts", torch.zeros((self.codebooks, method.k), device=weight.device)
             )
         if method.gradient == "projected":
             start = torch.eye(self.v, device=weight.device).repeat(self.codebooks, 1, 1)
-            if method.encoder == "tree":
+            if method.has_free_tables:
                 start = torch.zeros((self.codebooks, method.k, self.v), device=weight.device)
             self.register_buffer("projection", start)
             self.register_buffer("projection_age", torch.zeros((), dtype=torch.int64))
@@ -222,7 +224,7 @@ class _PQLayer(QuantizedLayer):
         if isinstance(encoder, Nearest):
             values = _rounded(values, self._centroid_values(encoder.centroids))
         product = torch.bmm(values, self.weight_blocks().float())
-        return product if isinstance(encoder, Nearest) else product + self.table_residual.float()
+        return product + self.table_residual.float() if self.method.has_free_tables else product
 
     def _centroid_values(self, grid_centroids: Tensor) -> Tensor:
         """Real values (B, K, V) of centroids on the grid; missing entries are 0."""
@@ -296,9 +298,9 @@ class _PQLayer(QuantizedLayer):
         rows = self.weight.float().reshape(self.outputs, -1)
         if self.method.gradient == "projected":
             projection = self.projection.float().transpose(1, 2)
-            # of a tree: codes from sub-vectors, which its free tables turn into outputs
-            tree = self.method.encoder == "tree"
-            blocks = torch.bmm(projection, tables if tree else self.weight_blocks().float())
+            # of free tables: codes from sub-vectors, which the tables turn into outputs
+            free = self.method.has_free_tables
+            blocks = torch.bmm(projection, tables if free else self.weight_blocks().float())
             rows = blocks.permute(2, 0, 1).reshape(self.outputs, -1)[:, : geometry.depth]
         return rows.view(self.outputs, geometry.channels, *geometry.kernel)
 
@@ -316,7 +318,7 @@ class _PQLayer(QuantizedLayer):
         geometry, grid = self.geometry, self.grid()
         part = self._sample(x)
         _, codes = ops.forward(part, geometry, grid, encoder, int8_tables, scale)
-        if isinstance(encoder, Tree):
+        if not isinstance(encoder, Nearest) or self.method.has_free_tables:
             kinds = torch.arange(self.method.k, dtype=torch.uint8, device=codes.device)[:, None]
             quantized = (codes[:, None] == kinds).float()  # (B, K, rows)
         else:
@@ -424,9 +426,45 @@ class _PQLayer(QuantizedLayer):
         self.centroids.copy_(centroids)
         self.splits.copy_(entries.gather(1, taps))
         self.thresholds.copy_(thresholds)
+        self._fit_tables(rows, rows @ self.weight.float().reshape(self.outputs, -1).t())
+
+    def _fit_tables(self, rows: Tensor, want: Tensor) -> None:
+        """Sets what the tables have beyond centroids times weights.
+
+        Args:
+            rows: samples (n, D). want: sums of table rows for them (n, M).
+        """
         codes, tables = self._codes(rows), self.tables(self.encoder())
-        want = rows @ self.weight.float().reshape(self.outputs, -1).t()
-        self.table_residual.copy_(trees.fit_tables(codes, tables, want) - tables)
+        self.table_residual.add_(trees.fit_tables(codes, tables, want) - tables)
+
+    @torch.no_grad()
+    def refit(self, rows: Tensor, targets: Tensor, *, keep_weight: bool = False) -> None:
+        """Free tables by ridge regression; without them the weights, on the quantised input."""
+        self._center(rows, targets)
+        bias = 0.0 if self.bias is None else self.bias.float()
+        if self.method.has_free_tables:
+            self._fit_tables(rows, targets - bias)
+        elif not keep_weight:
+            self._fit_weight(rows, targets - bias)
+        self._center(rows, targets)
+
+    def _fit_weight(self, rows: Tensor, want: Tensor) -> None:
+        encoder = self.encoder()
+        assert isinstance(encoder, Nearest)
+        values = self._centroid_values(encoder.centroids)
+        codes = self._codes(rows).long()
+        picked = torch.stack([v[c] for v, c in zip(values, codes, strict=True)], 1)  # (n, B, V)
+        x = picked.flatten(1)[:, : self.geometry.depth]
+        weight = self.weight.float().reshape(self.outputs, -1)
+        rest = want - x @ weight.t()
+        gram, moments = x.t() @ x, x.t() @ rest
+        distributed.all_reduce(gram)
+        distributed.all_reduce(moments)
+        ridge = _WEIGHT_RIDGE * float(gram.trace()) / len(gram) + 1e-12
+        gram.diagonal().add_(ridge)
+        change = torch.linalg.solve(gram.double(), moments.double()).t().float()
+        fitted = (weight + change).view_as(self.weight).to(self.weight.dtype)
+        self.weight = nn.Parameter(fitted, requires_grad=self.weight.requires_grad)
 
     @torch.no_grad()
     def settle(self, rows: Tensor) -> dict[str, Any]:
@@ -485,8 +523,10 @@ class _PQLayer(QuantizedLayer):
         """The temperature of the soft gradient."""
         return [self.inverse_temperature_logit] if self.method.gradient == "soft" else []
 
-    def compact_weight(self) -> Tensor:
-        """The weights of the dense layer."""
+    def compact_weight(self) -> Tensor | None:
+        """The weights of the dense layer; free tables are more than their products."""
+        if self.method.has_free_tables:
+            return None
         return self.weight.detach().float().reshape(self.outputs, -1)
 
     def extra_repr(self) -> str:

@@ -1,0 +1,145 @@
+"""Sequential calibration: each layer is fitted to the dense network behind the ones before it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lutra.errors import LutraError
+from lutra.train import PQ, Int8, Lookup, convert
+from lutra.train.conversion.convert import Calibration
+from lutra.train.conversion.sequential import Batches, Targets, output_rows
+from lutra.train.geometry import Geometry
+
+RECIPES: dict[str, Any] = {
+    "nearest": PQ(v=9),
+    "free": PQ(v=9, free_tables=True),
+    "tree": PQ(v=9, encoder="tree"),
+    "lookup": Lookup(4, 3),
+    "int8": Int8(act_bits=3),
+}
+
+
+def network() -> nn.Module:
+    """Four layers, so that errors of the first reach the last."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.Conv2d(12, 16, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 16, 10),
+    )  # fmt: skip
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.5, 2.0)
+    return model.eval()
+
+
+def images(count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, 4, 4, generator=generator)
+    return nn.functional.interpolate(coarse, scale_factor=2, mode="bilinear")
+
+
+def error(model: nn.Module, dense: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        want = dense(x)
+        return float((model.eval()(x) - want).square().mean() / want.var())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_layers_are_fitted_to_the_dense_network(name: str) -> None:
+    dense, x = network(), images(160, 1)
+    _, report = convert(dense, {"*": RECIPES[name]}, x.split(40), kmeans_steps=5)
+    for layer in report.replaced:
+        assert layer.error is not None
+        assert layer.start_error is not None
+        assert layer.error < layer.start_error
+
+
+@pytest.mark.parametrize("name", ["nearest", "lookup"])
+def test_it_is_nearer_to_the_dense_network_on_other_data(name: str) -> None:
+    dense, x = network(), images(160, 1)
+    errors = {}
+    for calibration in get_args(Calibration):
+        recipe = {"*": RECIPES[name]}
+        model, _ = convert(dense, recipe, x.split(40), calibration=calibration, kmeans_steps=5)
+        errors[calibration] = error(model, dense, images(64, 2))
+    assert errors["sequential"] < 0.9 * errors["parallel"]
+
+
+def test_rows_of_input_and_target_belong_together() -> None:
+    dense, x = network(), images(24, 3)
+    layers = {"3": dense[3], "8": dense[8]}
+    targets = Targets(Batches(x.split(8), 40, 0))
+    targets.collect(dense, layers)
+    for name, layer in layers.items():
+        rows = targets.inputs(dense, name, layer, Geometry.of(layer))
+        want = targets.of(name)
+        assert len(rows) == len(want) <= 3 * 14
+        got = rows @ layer.weight.flatten(1).t() + layer.bias
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_is_called_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.last = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.inner(torch.relu(self.inner(x))))
+
+    torch.manual_seed(0)
+    dense, x = Twice().eval(), torch.randn(200, 8)
+    model, report = convert(dense, {"*": PQ(v=2)}, x.split(50), rows=120)
+    assert len(report.replaced) == 2
+    assert error(model, dense, torch.randn(50, 8)) < 0.5
+
+
+def test_the_same_data_and_seed_give_the_same_layers() -> None:
+    dense, x = network(), images(80, 1)
+    states = []
+    for _ in range(2):
+        model, _ = convert(dense, {"*": PQ(v=3)}, iter(x.split(20)), rows=500, seed=7)
+        states.append(model.state_dict())
+    assert all(torch.equal(a, states[1][key]) for key, a in states[0].items())
+
+
+def test_the_given_model_and_frozen_parameters_stay_as_they_are() -> None:
+    dense, x = network(), images(40, 1)
+    dense[3].requires_grad_(False)
+    before = copy.deepcopy(dense.state_dict())
+    model, _ = convert(dense, {"3": PQ(v=3)}, [x])
+    assert all(torch.equal(before[key], value) for key, value in dense.state_dict().items())
+    assert not model[3].weight.requires_grad
+    assert not model[3].bias.requires_grad
+
+
+def test_codes_that_are_shared_stay_shared() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(12, 6), nn.Linear(12, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x) * self.k(x)
+
+    torch.manual_seed(0)
+    model, report = convert(Attention().eval(), {"*": PQ(v=4)}, [torch.randn(300, 12)])
+    assert model.q.centroids is model.k.centroids
+    assert all(layer.error < layer.start_error for layer in report.replaced)
+
+
+def test_output_rows_are_in_the_order_of_input_rows() -> None:
+    y = torch.arange(2 * 3 * 2 * 2.0).view(2, 3, 2, 2)
+    rows = output_rows(nn.Conv2d(1, 3, 1), y)
+    np.testing.assert_array_equal(rows[1], y[0, :, 0, 1])
+
+
+def test_other_calibrations_are_refused() -> None:
+    with pytest.raises(LutraError, match=r"calibration='later' is not one of"):
+        convert(network(), {"*": PQ()}, [images(40, 1)], calibration="later")  # type: ignore[arg-type]
