@@ -241,7 +241,7 @@ def test_packed_layers_follow_their_tensors() -> None:
 def test_packed_layers_are_freed_with_their_tensors() -> None:
     frozen = make_conv(Case(v=9)).freeze()
     frozen(images(Case(v=9)))
-    key = id(frozen.tables)
+    key = id(frozen.centroids)
     assert key in native._layers
     del frozen
     assert key not in native._layers

@@ -33,6 +33,7 @@ from lutra.reference.pq import quantise
 from lutra.runtime.cpu import runnable_isas
 from lutra.runtime.session import Session
 from lutra.train import Keep, convert, export, finetune, recipe_from_json, recipe_to_json
+from lutra.train import recipe as recipes
 from lutra.train.layers import base
 from lutra.train.layers.base import Family, FrozenLayer, RowLayer
 from lutra.train.layers.pq import quantize_tables
@@ -57,6 +58,9 @@ class Index(Method, name="index"):
     """A table of activation index and output."""
 
     act_bits: int = 4
+
+
+del recipes._METHODS["index"]  # other tests must not meet the family; see the fixture
 
 
 def check(node: Node, tensors: Mapping[str, Array]) -> None:
@@ -158,12 +162,14 @@ class IndexLinear(RowLayer):
 def _family() -> Iterator[None]:
     """Registered for one test: others must not meet it."""
     load_index_family()
+    recipes._METHODS["index"] = Index
     register(SPEC)
     reference.register(OP, index_linear)
     frozen_kernel(OP)(frozen_index)
     base.register(Family(Index, {nn.Linear: IndexLinear}))
     yield
     del OPS[OP], reference.KERNELS[OP], operators._KERNELS[OP], base._FAMILIES["index"]
+    del recipes._METHODS["index"]
 
 
 def model_and_data() -> tuple[nn.Module, Tensor, Tensor]:

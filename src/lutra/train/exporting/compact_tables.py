@@ -28,18 +28,21 @@ class CompactTables:
     factor: Array
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """The float weights (M, D) of every lookup layer, under each path that leads to it."""
-    found = {}
+def weights_of(model: nn.Module) -> dict[str, Tensor | str]:
+    """The float weights (M, D) of every lookup layer, under each path that leads to it, or the
+    reason why its tables cannot be built from weights."""
+    found: dict[str, Tensor | str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         weight = module.compact_weight() if isinstance(module, QuantizedLayer) else None
         if weight is not None:
-            found[path] = weight.cpu()
+            found[path] = weight.cpu() if isinstance(weight, Tensor) else weight
     return found
 
 
 @torch.no_grad()
-def compact_tables_of(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, CompactTables]:
+def compact_tables_of(
+    model: nn.Module, weights: Mapping[str, Tensor | str]
+) -> dict[str, CompactTables | str]:
     """Rounds the weights of frozen layers to int8, each output with a step of its own.
 
     Args:
@@ -47,17 +50,22 @@ def compact_tables_of(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[s
         weights: What `weights_of` found before they were frozen.
 
     Returns:
-        Compact tables by the name of the tables that they replace, in the state of the model.
+        Compact tables by the name of the tables that they replace, in the state of the model; or
+        the reason why there are none.
     """
-    result: dict[str, CompactTables] = {}
+    result: dict[str, CompactTables | str] = {}
     for path, weight in weights.items():
         frozen = model.get_submodule(path)
         if not isinstance(frozen, FrozenLayer) or frozen.node.spec.table_role != _TABLES:
             continue
+        tables = f"{path}.{_TABLES}" if path else _TABLES
+        if isinstance(weight, str):
+            result[tables] = weight
+            continue
         rows = weight.double().numpy()
         scale = frozen.tensors["scale"].double().cpu().numpy()
         step = np.maximum(np.abs(rows).max(axis=1), 1e-30) / INT8_MAX
-        result[f"{path}.{_TABLES}" if path else _TABLES] = CompactTables(
+        result[tables] = CompactTables(
             np.rint(rows / step[:, None]).astype(np.int8),
             np.minimum(step * frozen.grid.scale / scale, _MOST).astype(np.float32),
         )
@@ -65,7 +73,7 @@ def compact_tables_of(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[s
 
 
 def with_compact_tables(
-    graph: Graph, compact: Mapping[str, CompactTables]
+    graph: Graph, compact: Mapping[str, CompactTables | str]
 ) -> tuple[Graph, dict[str, Any]]:
     """Puts compact tables in the place of tables, wherever that makes the file smaller.
 
@@ -93,12 +101,12 @@ def with_compact_tables(
     for node in graph.nodes:
         name = node.tensors.get(_TABLES)
         if name is not None:
-            reason = _reason(graph, node, compact)
-            if reason:
-                kept[node.name] = reason
+            found = _usable(graph, node, compact)
+            if isinstance(found, str):
+                kept[node.name] = found
             else:
                 if name not in roles:
-                    roles[name] = _store(arrays, name, compact[name])
+                    roles[name] = _store(arrays, name, found)
                 others = {role: n for role, n in node.tensors.items() if role != _TABLES}
                 node = replace(node, tensors={**others, **roles[name]})
         nodes.append(node)
@@ -116,20 +124,15 @@ def with_compact_tables(
     return made, {"form": "compact", "layers": layers, "stored": kept}
 
 
-def _reason(graph: Graph, node: Node, compact: Mapping[str, CompactTables]) -> str | None:
-    """Why a layer keeps its tables, or None."""
-    tensors = graph.node_tensors(node)
-    if node.tensors[_TABLES] not in compact:
-        return "its weights are not known"
-    if "centroids" not in tensors:
-        return (
-            f"encoder '{node.attrs.get('encoder')}': its tables are more than products of "
-            "centroids and weights"
-        )
-    _, count, width = tensors["centroids"].shape
-    if width >= count:
-        return f"V={width} is not less than K={count}: its tables are no larger"
-    return None
+def _usable(
+    graph: Graph, node: Node, compact: Mapping[str, CompactTables | str]
+) -> CompactTables | str:
+    """The compact tables of a layer, or the reason why it keeps its tables."""
+    found = compact.get(node.tensors[_TABLES], "its weights are not known")
+    if isinstance(found, str):
+        return found
+    _, k, v = graph.node_tensors(node)["centroids"].shape
+    return f"V={v} is not less than K={k}: its tables are no larger" if v >= k else found
 
 
 def _store(arrays: dict[str, Array], tables: str, compact: CompactTables) -> dict[str, str]:

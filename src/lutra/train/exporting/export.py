@@ -152,7 +152,7 @@ def _metadata(model: nn.Module, given: Mapping[str, Any] | None) -> dict[str, An
 
 def _compacted(
     graph: Graph,
-    compact: Mapping[str, CompactTables],
+    compact: Mapping[str, CompactTables | str],
     feeds: Mapping[str, Array],
     check: Check,
     tolerance: float,

@@ -303,8 +303,9 @@ class QuantizedLayer(nn.Module):
     def anneal(self, progress: float) -> None:
         """Called before every training step with the share of training that is done."""
 
-    def compact_weight(self) -> Tensor | None:
-        """Float weights (M, D) from which tables can be built again; None where they cannot."""
+    def compact_weight(self) -> Tensor | str | None:
+        """Float weights (M, D) from which tables can be built again, or the reason why they cannot;
+        None for layers without such tables."""
         return None
 
     # ---- the grid -------------------------------------------------------------------------------

@@ -523,10 +523,11 @@ class _PQLayer(QuantizedLayer):
         """The temperature of the soft gradient."""
         return [self.inverse_temperature_logit] if self.method.gradient == "soft" else []
 
-    def compact_weight(self) -> Tensor | None:
+    def compact_weight(self) -> Tensor | str:
         """The weights of the dense layer; free tables are more than their products."""
         if self.method.has_free_tables:
-            return None
+            kind = "free_tables=True" if self.method.free_tables else "encoder 'tree'"
+            return f"{kind}: its tables are more than products of centroids and weights"
         return self.weight.detach().float().reshape(self.outputs, -1)
 
     def extra_repr(self) -> str:
