@@ -1,10 +1,10 @@
 """Operators that choose, compare and bend values one by one.
 
 ``maximum``, ``minimum``, ``greater``, ``greater_equal`` and ``equal`` put two values together as
-``add`` does (see ``lutra.ops.elementwise``). A comparison gives 1 where it holds and 0 where it does
-not; NaN is greater than nothing and equal to nothing. ``where`` takes a condition, which holds where
-it is not 0, and two values. ``constant`` gives the same numbers for every sample; of its input it
-needs the size of the batch only.
+``add`` does (see ``lutra.ops.elementwise``). A comparison gives 1 where it holds and 0 where it
+does not; NaN is greater than nothing and equal to nothing. ``where`` takes a condition, which holds
+where it is not 0, and two values. ``constant`` gives the same numbers for every sample; of its
+input it needs the size of the batch only.
 """
 
 from __future__ import annotations

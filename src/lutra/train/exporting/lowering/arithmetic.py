@@ -86,6 +86,8 @@ def _positions(ctx: Lowering, x: Any, what: Any, factor: Number) -> Ref | View |
     """Add what differs from position to position: (T, D) or (1, T, D) to (N, T, D)."""
     if not isinstance(x, (Ref, View)) or isinstance(what, (Ref, View)) or x.rank != 3:
         return None
+    if views.sizes_of(ctx, x)[1] != ctx.result_sizes[1]:
+        return None  # one row becomes many
     rows: Tensor | None = None
     if isinstance(what, Deferred):
         rows = table(ctx, what, -2)

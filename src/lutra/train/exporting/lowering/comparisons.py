@@ -75,17 +75,17 @@ def _not(ctx: Lowering, self: Any) -> Ref | View:
     return together(ctx, "equal", (operand(ctx, self), 0.0))
 
 
-@lowers("aten.logical_and.default", "aten.bitwise_and.Tensor", takes=_BOTH)
+@lowers("aten.logical_and.default", "aten.bitwise_and.Tensor", "aten.__and__.Tensor", takes=_BOTH)
 def _and(ctx: Lowering, self: Any, other: Any) -> Ref | View:
     return together(ctx, "mul", (_holds(ctx, 0, self), _holds(ctx, 1, other)))
 
 
-@lowers("aten.logical_or.default", "aten.bitwise_or.Tensor", takes=_BOTH)
+@lowers("aten.logical_or.default", "aten.bitwise_or.Tensor", "aten.__or__.Tensor", takes=_BOTH)
 def _or(ctx: Lowering, self: Any, other: Any) -> Ref | View:
     return together(ctx, "maximum", (_holds(ctx, 0, self), _holds(ctx, 1, other)))
 
 
-@lowers("aten.logical_xor.default", "aten.bitwise_xor.Tensor", takes=_BOTH)
+@lowers("aten.logical_xor.default", "aten.bitwise_xor.Tensor", "aten.__xor__.Tensor", takes=_BOTH)
 def _xor(ctx: Lowering, self: Any, other: Any) -> Ref | View:
     equal = together(ctx, "equal", (_holds(ctx, 0, self), _holds(ctx, 1, other)))
     return affine(ctx, equal, -1.0, 1.0)

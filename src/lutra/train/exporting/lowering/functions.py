@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
+from lutra.ops.elementwise import NO_LIMIT
 from lutra.train.exporting.lowering.arguments import Number, need_constant
 from lutra.train.exporting.lowering.core import Lowering, Ref, UnsupportedUse, lowers
 from lutra.train.exporting.lowering.operands import constant
@@ -17,6 +19,11 @@ def line(ctx: Lowering, x: Ref, scale: float, bias: float) -> Ref:
         return x
     attrs = {"scale": float(scale), "bias": float(bias)}
     return ctx.emit("affine_scalar", x, x.shape, attrs=attrs)
+
+
+def _below(ctx: Lowering, x: Ref) -> Ref:
+    """Emit min(x, 0)."""
+    return ctx.emit("clamp", x, x.shape, attrs={"low": -NO_LIMIT, "high": 0.0})
 
 
 @lowers("aten.gelu.default", works="each")
@@ -53,10 +60,7 @@ def _exp2(ctx: Lowering, self: Ref) -> Ref:
 def _expm1(ctx: Lowering, self: Ref) -> Ref:
     # elu has the bits of small numbers below 0, where the other would lose them
     above = ctx.emit("exp", ctx.emit("relu", self), self.shape)
-    below = ctx.emit("clamp", self, self.shape, attrs={"high": 0.0})
-    return ctx.emit(
-        "add", (line(ctx, above, 1.0, -1.0), ctx.emit("elu", below, self.shape)), self.shape
-    )
+    return ctx.emit("add", (line(ctx, above, 1.0, -1.0), ctx.emit("elu", _below(ctx, self))))
 
 
 @lowers("aten.erf.default", "aten.special_erf.default", works="each")
@@ -158,11 +162,10 @@ def _prelu(ctx: Lowering, self: Ref, weight: Tensor) -> Ref:
     slopes = need_constant(weight, "the weight").reshape(-1).float()
     if slopes.numel() == 1:
         return _leaky_relu(ctx, self, float(slopes))
-    scaled = ctx.emit(
-        "affine",
-        ctx.emit("clamp", self, attrs={"high": 0.0}),
-        tensors={"scale": slopes, "bias": slopes.new_zeros(slopes.shape)},
-    )
+    tensors = {"scale": slopes, "bias": torch.zeros_like(slopes)}
+    if bool((slopes <= 1).all()):
+        return ctx.emit("maximum", (self, ctx.emit("affine", self, tensors=tensors)))
+    scaled = ctx.emit("affine", _below(ctx, self), tensors=tensors)
     return ctx.emit("add", (ctx.emit("relu", self), scaled))
 
 
@@ -171,7 +174,7 @@ def _elu(ctx: Lowering, self: Ref, alpha: Number, scale: Number, input_scale: Nu
     if alpha == 1 and input_scale == 1:
         return line(ctx, ctx.emit("elu", self), scale, 0.0)
     above = line(ctx, ctx.emit("relu", self), scale, 0.0)
-    below = ctx.emit("clamp", self, attrs={"high": 0.0})
+    below = _below(ctx, self)
     below = ctx.emit("elu", line(ctx, below, input_scale, 0.0))
     return ctx.emit("add", (above, line(ctx, below, alpha * scale, 0.0)))
 

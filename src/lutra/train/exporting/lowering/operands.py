@@ -117,8 +117,9 @@ def _common(ctx: Lowering, op: str, refs: Sequence[Ref]) -> Sizes:
             for x, y in zip(shape, ref.shape, strict=True)
         )
         if not fits:
+            word = _WORDS.get(op, "puts together")
             raise UnsupportedUse(
-                f"it {_WORDS.get(op, "puts together")} shapes {text(refs[0])} and {text(ref)}; operands "
+                f"it {word} shapes {text(refs[0])} and {text(ref)}; operands "
                 "must have equal shapes, or sizes of 1"
             )
         shape = tuple(y if x == 1 else x for x, y in zip(shape, ref.shape, strict=True))

@@ -106,9 +106,7 @@ def _mean(ctx: Lowering, self: Any, dim: Any, keepdim: bool) -> Ref | View:
 
 @lowers("aten.sum.dim_IntList", takes=_SELF)
 def _sum(ctx: Lowering, self: Any, dim: Any, keepdim: bool) -> Ref | View:
-    return reduced(
-        ctx, self, dim, keepdim, "it adds up", lambda x, a, k: emit_sum(ctx, x, a, k)
-    )
+    return reduced(ctx, self, dim, keepdim, "it adds up", lambda x, a, k: emit_sum(ctx, x, a, k))
 
 
 @lowers("aten.mean.default", "aten.sum.default", "aten.max.default", "aten.min.default")
