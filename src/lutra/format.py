@@ -119,20 +119,21 @@ def file_version(graph: Graph) -> int:
     A reader of version 1 can so read whatever it understands, and says of everything else that it
     is newer. Version 2 has int32 inputs, the operators of sequences and functions, tables of
     functions, and sums and products of values whose shapes differ; version 3 has comparisons,
-    choices, constants, cumulative sums and more functions.
+    choices, constants, cumulative sums, more functions, and embeddings of computed ids.
 
     Args:
         graph: A valid graph.
     """
-    if any(value.dtype != "float32" for value in graph.inputs):
-        return 2
-    values, version = graph.values, 1
+    floats = all(value.dtype == "float32" for value in graph.inputs)
+    values, version = graph.values, 1 if floats else 2
     for node in graph.nodes:
         spec = OPS[node.op]
         roles = (spec.tensors[role].since for role in node.tensors if role in spec.tensors)
         version = max(version, spec.since, *roles, 1)
         if node.op in PAIRS and len({values[name].shape for name in node.inputs}) > 1:
             version = max(version, 2)
+        if node.op == "embedding" and values[node.inputs[0]].dtype == "float32":
+            version = max(version, 3)
     return version
 
 
