@@ -49,9 +49,7 @@ def zeros(dtype: str, *shape: int) -> Any:
 
 def test_every_op_is_covered_by_the_test_graph():
     graph = every_op_graph()
-    nodes = (
-        graph.nodes + every_sequence_op_graph().nodes + every_pointwise_op_graph().nodes
-    )
+    nodes = graph.nodes + every_sequence_op_graph().nodes + every_pointwise_op_graph().nodes
     assert {node.op for node in nodes} == set(OPS)
     assert [shape_of(graph), graph.values[graph.outputs[1]].shape] == [(None, 5), (None, 10)]
 

@@ -157,7 +157,13 @@ PAIRS = {
     "lerp_tensor": call(lambda m, x, y, w: torch.lerp(x, y, w), ROW, ROW, ROW),
     "outer": call(lambda m, x, y: x[:, :, None] * y[:, None, :], ROW, (4,)),
     "add_constant_rows": call(lambda m, x: x[:, None] + m.c, ROW, c=_numbers(3, 6)),
-    "squared_distance": call(lambda m, x: (x[:, None] - m.c).square().sum(-1), ROW, c=_numbers(3, 6)),
+    "squared_distance": call(
+        lambda m, x: (x[:, None] - m.c).square().sum(-1), ROW, c=_numbers(3, 6)
+    ),
+    "remainder": call(lambda m, x: (x * 5).remainder(2)),
+    "fmod": call(lambda m, x: torch.fmod(x * 5, 2)),
+    "div_floor": call(lambda m, x: torch.div(x * 5, 2, rounding_mode="floor")),
+    "floor_divide": call(lambda m, x, y: x // y, ROW, ROW, positive=True),
     "hypot": call(lambda m, x, y: torch.hypot(x, y), ROW, ROW),
 }
 MASKS = {
@@ -226,9 +232,7 @@ SHAPES = {
     "slice_negative": call(lambda m, x: x[:, -3:, :-1]),
     "slice_ellipsis": call(lambda m, x: x[..., -2]),
     "index_list": call(lambda m, x: x[:, [2, 0, 1]]),
-    "index_mask": call(
-        lambda m, x: x[:, m.c], ROW, c=_numbers(6) > 0, refused="indices as a list"
-    ),
+    "index_mask": call(lambda m, x: x[:, m.c], ROW, c=_numbers(6) > 0, refused="indices as a list"),
     "permute": call(lambda m, x: x.permute(0, 2, 3, 1)),
     "channel_shuffle": module(lambda: nn.ChannelShuffle(2)),
     "channel_shuffle_views": call(
@@ -253,7 +257,9 @@ PADS = {
     "replicate_2d": module(lambda: nn.ReplicationPad2d(2)),
     "circular_2d": module(lambda: nn.CircularPad2d(2)),
     "conv_reflect": module(lambda: nn.Conv2d(4, 3, 3, padding=1, padding_mode="reflect")),
-    "conv_replicate_1d": module(lambda: nn.Conv1d(4, 3, 3, padding=1, padding_mode="replicate"), SIGNAL),
+    "conv_replicate_1d": module(
+        lambda: nn.Conv1d(4, 3, 3, padding=1, padding_mode="replicate"), SIGNAL
+    ),
     "max_pool_behind_infinity": call(
         lambda m, x: F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=float("-inf")), 3, 2)
     ),
@@ -285,7 +291,9 @@ REDUCTIONS = {
     "pairwise_distance": call(lambda m, x, y: F.pairwise_distance(x, y), ROW, ROW),
     "cumsum": call(lambda m, x: x.cumsum(-1), TOKENS),
     "cumsum_channels": call(lambda m, x: x.cumsum(1)),
-    "standardised": call(lambda m, x: (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True), TOKENS),
+    "standardised": call(
+        lambda m, x: (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True), TOKENS
+    ),
     "batch_first_axis": call(lambda m, x: x.transpose(0, 1).mean(0), TOKENS),
     "over_the_batch": call(lambda m, x: x.sum(0, keepdim=True), refused="over the batch"),
 }
@@ -301,7 +309,9 @@ PRODUCTS = {
     "einsum_scores": call(
         lambda m, x, y: torch.einsum("bthd,bshd->bhts", x, y), (5, 2, 3), (7, 2, 3)
     ),
-    "einsum_linear": call(lambda m, x: torch.einsum("btd,od->bto", x, m.c), TOKENS, c=_numbers(4, 6)),
+    "einsum_linear": call(
+        lambda m, x: torch.einsum("btd,od->bto", x, m.c), TOKENS, c=_numbers(4, 6)
+    ),
     "einsum_channels": call(lambda m, x: torch.einsum("nchw,oc->nohw", x, m.c), c=_numbers(3, 4)),
     "einsum_heads": call(
         lambda m, x: torch.einsum("bthd,hde->bthe", x, m.c), (5, 2, 3), c=_numbers(2, 3, 4)
@@ -311,9 +321,7 @@ PRODUCTS = {
     "einsum_outer": call(lambda m, x, y: torch.einsum("bi,bj->bij", x, y), ROW, (4,)),
     "einsum_dot": call(lambda m, x, y: torch.einsum("bi,bi->b", x, y), ROW, ROW),
     "einsum_diagonal": call(lambda m, x: torch.einsum("bii->bi", x), (4, 4), refused="diagonal"),
-    "attention": call(
-        lambda m, x: F.scaled_dot_product_attention(x, x, x), (2, 5, 6)
-    ),
+    "attention": call(lambda m, x: F.scaled_dot_product_attention(x, x, x), (2, 5, 6)),
 }
 LAYERS = {
     "conv1d": module(lambda: nn.Conv1d(4, 6, 3), SIGNAL),
@@ -337,7 +345,9 @@ PENDING = {
     "group_norm": module(lambda: nn.GroupNorm(2, 4), refused="batch norm"),
     "instance_norm": module(lambda: nn.InstanceNorm2d(4), refused="batch norm"),
     "conv_transpose2d": module(lambda: nn.ConvTranspose2d(4, 3, 2, 2), refused="transposed"),
-    "conv_transpose1d": module(lambda: nn.ConvTranspose1d(4, 3, 2, 2), SIGNAL, refused="transposed"),
+    "conv_transpose1d": module(
+        lambda: nn.ConvTranspose1d(4, 3, 2, 2), SIGNAL, refused="transposed"
+    ),
     "bicubic": call(
         lambda m, x: F.interpolate(x, scale_factor=2, mode="bicubic"), refused="bilinear"
     ),

@@ -212,8 +212,8 @@ class OpSpec:
         max_inputs: Largest number of inputs; None for any.
         check_sizes: ``check_sizes(node, inputs, sized)`` raises GraphError where the inputs of one
             run, ``sized``, are not what ``inputs``, which may be dynamic, promised.
-        dtypes: The dtype of each input, or several with ``|`` between them; those that are not named
-            are float32. The output always is.
+        dtypes: The dtype of each input, or several with ``|`` between them; those that are not
+            named are float32. The output always is.
         since: The version of the file format that the operator came with.
         output_axis: The axis of the output that holds the outputs of a layer: 1 for images, -1 for
             rows; None for operators that are no layer.

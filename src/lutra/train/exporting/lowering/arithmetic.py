@@ -78,6 +78,50 @@ def div(ctx: Lowering, self: Any, other: Any) -> Ref | View:
     return inverse if a is not None and _is_one(a) else affine(ctx, inverse, a, 0.0)
 
 
+# ---- whole quotients ----------------------------------------------------------------------------
+
+
+@lowers("aten.div.Tensor_mode", "aten.div.Scalar_mode", takes=_BOTH)
+def _div_mode(ctx: Lowering, self: Any, other: Any, rounding_mode: str | None) -> Ref | View:
+    if rounding_mode is None:
+        return div(ctx, self, other)
+    return _quotient(ctx, operand(ctx, self), operand(ctx, other), rounding_mode == "trunc")
+
+
+@lowers("aten.floor_divide.default", "aten.floor_divide.Scalar", takes=_BOTH)
+def _floor_divide(ctx: Lowering, self: Any, other: Any) -> Ref | View:
+    return _quotient(ctx, operand(ctx, self), operand(ctx, other), False)
+
+
+@lowers("aten.remainder.Scalar", "aten.remainder.Tensor", takes=_BOTH)
+def _remainder(ctx: Lowering, self: Any, other: Any) -> Ref | View:
+    return _rest(ctx, operand(ctx, self), operand(ctx, other), False)
+
+
+@lowers("aten.fmod.Scalar", "aten.fmod.Tensor", takes=_BOTH)
+def _fmod(ctx: Lowering, self: Any, other: Any) -> Ref | View:
+    return _rest(ctx, operand(ctx, self), operand(ctx, other), True)
+
+
+def _quotient(ctx: Lowering, a: Any, b: Any, towards_zero: bool) -> Ref | View:
+    """a / b as a whole number; a quotient, so that multiples of b are exact."""
+    exact = together(ctx, "div", (a, b))
+
+    def whole(x: Ref) -> Ref:
+        if not towards_zero:
+            return ctx.emit("floor", x, x.shape)
+        size = ctx.emit("floor", ctx.emit("abs", x, x.shape), x.shape)
+        return ctx.emit("mul", (size, ctx.emit("sign", x, x.shape)), x.shape)
+
+    return views.on_each(ctx, (exact,), whole)
+
+
+def _rest(ctx: Lowering, a: Any, b: Any, towards_zero: bool) -> Ref | View:
+    """What is left of a: a - b * (a / b as a whole number)."""
+    whole = _quotient(ctx, a, b, towards_zero)
+    return together(ctx, "sub", (a, together(ctx, "mul", (whole, b))))
+
+
 def _is_one(x: Any) -> bool:
     return not isinstance(x, Tensor) or (x.numel() == 1 and float(x) == 1.0)
 

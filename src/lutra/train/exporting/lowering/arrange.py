@@ -286,8 +286,8 @@ def _pixel_unshuffle(ctx: Lowering, self: Any, downscale_factor: int) -> Ref | V
     need_rank(ctx.realise(x), 4)
     n, c, h, w = views.sizes_of(ctx, x)
     factor = downscale_factor
-    cut = (n, c, h / factor, factor, w / factor, factor)
-    cut = tuple(int(size) if isinstance(size, float) else size for size in cut)
+    rows, columns = (size // factor if isinstance(size, int) else size / factor for size in (h, w))
+    cut = (n, c, rows, factor, columns, factor)
     return _regrouped(ctx, x, cut, (0, 1, 3, 5, 2, 4))
 
 

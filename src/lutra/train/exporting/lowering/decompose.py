@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 from torch._ops import OpOverload
 from torch.export import ExportedProgram, default_decompositions
 
+from lutra.train.exporting.capture import quiet
 from lutra.train.exporting.lowering.core import LOWERINGS
 from lutra.train.exporting.lowering.hints import has_hint
 from lutra.train.exporting.lowering.sources import Sources
@@ -33,7 +35,8 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
         known = default_decompositions()
         if not all(target in known and not has_hint(str(target)) for target in missing):
             return program
-        made = made.run_decompositions({target: known[target] for target in missing})
+        with quiet(), torch.no_grad():
+            made = made.run_decompositions({target: known[target] for target in missing})
     return program if _missing(made) else made
 
 

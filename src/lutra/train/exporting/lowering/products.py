@@ -111,16 +111,14 @@ def _addcdiv(ctx: Lowering, self: Any, tensor1: Any, tensor2: Any, value: Number
 @lowers("aten.lerp.Scalar", "aten.lerp.Tensor", takes=("self", "end", "weight"))
 def _lerp(ctx: Lowering, self: Any, end: Any, weight: Any) -> Ref | View:
     first, last, share = (operand(ctx, x) for x in (self, end, weight))
-    if not is_activation(share):
-        share = torch.as_tensor(share)
-        rest = 1.0 - share
-    else:
-        rest = affine(ctx, share, -1.0, 1.0)
+    rest: Any = (
+        affine(ctx, share, -1.0, 1.0) if is_activation(share) else 1.0 - torch.as_tensor(share)
+    )
     parts = [
         mul(ctx, x, by) if is_activation(x) or is_activation(by) else x * by
         for x, by in ((first, rest), (last, share))
     ]
-    return add(ctx, *parts, 1)
+    return add(ctx, parts[0], parts[1], 1)
 
 
 @lowers("aten.baddbmm.default", takes=("self", "batch1", "batch2"))
