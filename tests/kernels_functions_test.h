@@ -43,7 +43,7 @@ void test_floats_to_floats(const Kernels& k, size_t n, const Run& run) {
 }
 
 void test_function(const Kernels& k) {
-  for (int f = 0; f <= static_cast<int>(Function::kReciprocal); ++f) {
+  for (int f = 0; f <= static_cast<int>(Function::kMish); ++f) {
     for (size_t n = 0; n <= 69; ++n) {
       const size_t size = n < 68 ? n : 3000;
       begin("function %d of %zu values", f, size);

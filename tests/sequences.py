@@ -95,6 +95,23 @@ def every_sequence_op_graph(seed: int = 0) -> Graph:
     return b.graph(b.add("add", pooled, b.add("concat", y, y, axis=1)))
 
 
+def every_pointwise_op_graph() -> Graph:
+    """Floats (N, 5, 6) to (N, 5, 6): the operators of version 3 of the file format."""
+    b = Builder(("x", (None, 5, 6)))
+    half = b.add("constant", "x", tensors={"value": np.full(1, 0.5, F)}, shape=(1, 1))
+    row = b.add("constant", "x", tensors={"value": np.arange(6).astype(F)}, shape=(6,))
+    row = b.add("reshape", row, shape=(1, 6))
+    y = b.add("leaky_relu", b.add("hardswish", "x"), slope=0.2)
+    y = b.add("maximum", b.add("minimum", y, row), half)
+    y = b.add("softplus", b.add("mish", b.add("elu", b.add("log", y))))
+    y = b.add("cumsum", b.add("abs", y), axis=1)
+    more = b.add("greater", "x", half)
+    more = b.add("mul", more, b.add("greater_equal", row, half))
+    whole = [b.add(op, "x") for op in ("floor", "ceil", "round", "sign")]
+    z = b.add("equal", b.add("add", *whole[:2]), b.add("mul", *whole[2:]))
+    return b.graph(b.add("where", more, y, z))
+
+
 def check(graph: Graph, *inputs: Array, tolerance: float = 2e-6, finite: bool = True) -> Array:
     """The reference's output, after comparing the engine with it.
 

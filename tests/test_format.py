@@ -231,7 +231,7 @@ def test_a_deep_header():
 def test_a_newer_file_says_so():
     refused(
         forge(version="7"),
-        r"written by a newer lutra \(format version 7; this lutra reads up to 2\); "
+        r"written by a newer lutra \(format version 7; this lutra reads up to 3\); "
         r"upgrade with pip install -U lutra",
     )
     # even when nothing else of it is understood

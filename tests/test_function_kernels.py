@@ -29,6 +29,8 @@ def _gelu_tanh(x: Array) -> Array:
     return x * _sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
 
+TINY = float(np.finfo(np.float32).tiny)
+
 #: What each computes, in float64, and how far it may be off: units in the last place, or absolute
 #: where those are smaller.
 FUNCTIONS: dict[str, tuple[Callable[[Array], Array], float, float]] = {
@@ -42,6 +44,10 @@ FUNCTIONS: dict[str, tuple[Callable[[Array], Array], float, float]] = {
     "sqrt": (np.sqrt, 0.5, 0.0),
     "rsqrt": (lambda x: 1 / np.sqrt(x), 1.5, 0.0),
     "reciprocal": (lambda x: 1 / x, 0.5, 0.0),
+    "log": (lambda x: np.log(np.where((x > 0) & (x < TINY), TINY, x)), 2, 0.0),
+    "elu": (lambda x: np.where(x < 0, np.expm1(np.minimum(x, 0)), x), 4, 0.0),
+    "softplus": (lambda x: np.logaddexp(0.0, x), 4, 1e-37),
+    "mish": (lambda x: x * np.tanh(np.logaddexp(0.0, x)), 6, 1e-36),
 }
 LIMITS = {  # at -inf, -0, 0, inf
     "gelu": (0.0, 0.0, 0.0, np.inf),
@@ -54,6 +60,10 @@ LIMITS = {  # at -inf, -0, 0, inf
     "sqrt": (np.nan, 0.0, 0.0, np.inf),
     "rsqrt": (np.nan, -np.inf, np.inf, 0.0),
     "reciprocal": (0.0, -np.inf, np.inf, 0.0),
+    "log": (np.nan, -np.inf, -np.inf, np.inf),
+    "elu": (-1.0, 0.0, 0.0, np.inf),
+    "softplus": (0.0, float(np.float32(np.log(2))), float(np.float32(np.log(2))), np.inf),
+    "mish": (0.0, 0.0, 0.0, np.inf),
 }
 
 

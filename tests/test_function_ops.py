@@ -43,6 +43,10 @@ FORMULAS: dict[str, tuple[Callable[[Array], Array], float, float]] = {
     "sqrt": (np.sqrt, 1e-6, 1e6),
     "rsqrt": (lambda x: 1 / np.sqrt(x), 1e-6, 1e6),
     "reciprocal": (lambda x: 1 / x, 1e-6, 1e6),
+    "log": (np.log, 1e-6, 1e6),
+    "elu": (lambda x: np.where(x < 0, np.expm1(np.minimum(x, 0)), x), -30, 30),
+    "softplus": (lambda x: np.logaddexp(0, x), -30, 30),
+    "mish": (lambda x: x * np.tanh(np.logaddexp(0, x)), -30, 30),
 }
 
 
@@ -96,6 +100,10 @@ LIMITS = {
     "sqrt": (math.nan, math.inf),
     "rsqrt": (math.nan, 0.0),
     "reciprocal": (-0.0, 0.0),
+    "log": (math.nan, math.inf),
+    "elu": (-1.0, math.inf),
+    "softplus": (0.0, math.inf),
+    "mish": (0.0, math.inf),
 }
 
 
@@ -111,6 +119,7 @@ def test_limits_and_nan(name: str) -> None:
         assert not np.isnan(y[0, 3:]).any()
     zero = np.zeros((1, 1), F)
     wanted = {"sigmoid": 0.5, "exp": 1.0, "rsqrt": math.inf, "reciprocal": math.inf}
+    wanted |= {"log": -math.inf, "softplus": float(F(math.log(2)))}
     for y in (run_reference(graph, [zero])["node.out"], Session(graph)(zero)):
         assert y[0, 0] == wanted.get(name, 0.0)
 

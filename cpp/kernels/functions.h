@@ -26,16 +26,23 @@ constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;  // 16 bits, and the rest
 constexpr float kLargest = 3.40282347e38f;
 
-// e^x = y 2^n for |x| < 2^20; 1 ulp. Gives y.
+// e^x = (1 + p r) 2^n for |x| < 2^20, with |r| <= log(2) / 2. Gives p.
 template <class X>
-LUTRA_INLINE X power_of_e(const X& x, X& n) {
+LUTRA_INLINE X powers_of_e(const X& x, X& n, X& r) {
   n = sub(fmadd(x, splat(kLog2E), splat(kMagic)), splat(kMagic));
-  const X r = fnmadd(n, splat(kLn2Low), fnmadd(n, splat(kLn2High), x));
+  r = fnmadd(n, splat(kLn2Low), fnmadd(n, splat(kLn2High), x));
   X p = fmadd(splat(0.00138145395f), r, splat(0.00836874545f));
   p = fmadd(p, r, splat(0.0416683890f));
   p = fmadd(p, r, splat(0.166665211f));
   p = fmadd(p, r, splat(0.499999940f));
-  p = fmadd(p, r, splat(1.0f));
+  return fmadd(p, r, splat(1.0f));
+}
+
+// e^x = y 2^n for |x| < 2^20; 1 ulp. Gives y.
+template <class X>
+LUTRA_INLINE X power_of_e(const X& x, X& n) {
+  X r;
+  const X p = powers_of_e(x, n, r);
   return fmadd(p, r, splat(1.0f));
 }
 
@@ -183,6 +190,76 @@ struct Reciprocal {
   }
 };
 
+// log(x) = n log(2) + log(1 + t) with 1 + t in [sqrt(1/2), sqrt(2)), for numbers from 2^-126 on.
+template <class X>
+LUTRA_INLINE X log_of_positive(const X& x) {
+  // With the bits of sqrt(1/2) where those of 1 were, the exponent is n + 127.
+  const auto moved = add(bits(x), splat(0x3f800000 - 0x3f3504f3));
+  const auto n = either(shift_right<23>(moved), splat(0x4b000000));  // as a float, 2^23 + n + 127
+  const auto e = sub(floats(n), splat(8388735.0f));
+  const X t = sub(floats(add(both(moved, splat(0x007fffff)), splat(0x3f3504f3))), splat(1.0f));
+  const X u = mul(t, t);
+  X p = fmadd(splat(7.0376836292e-2f), t, splat(-1.1514610310e-1f));
+  p = fmadd(p, t, splat(1.1676998740e-1f));
+  p = fmadd(p, t, splat(-1.2420140846e-1f));
+  p = fmadd(p, t, splat(1.4249322787e-1f));
+  p = fmadd(p, t, splat(-1.6668057665e-1f));
+  p = fmadd(p, t, splat(2.0000714765e-1f));
+  p = fmadd(p, t, splat(-2.4999993993e-1f));
+  p = fmadd(p, t, splat(3.3333331174e-1f));
+  X y = mul(mul(p, t), u);
+  y = fmadd(e, splat(kLn2Low), y);
+  y = fnmadd(splat(0.5f), u, y);
+  return fmadd(e, splat(kLn2High), add(t, y));
+}
+
+constexpr float kSmallest = 1.17549435e-38f;  // of the floats with 24 bits
+
+struct Log {
+  template <class X>
+  LUTRA_INLINE X operator()(const X& x) const {
+    const X y = log_of_positive(X(minimum(splat(kLargest), maximum(splat(kSmallest), x))));
+    const auto infinity = splat(__builtin_inff()), nan = splat(__builtin_nanf(""));
+    const X high = choose(at_least(x, infinity), infinity, y);
+    const X low = choose(at_least(splat(0.0f), x), sub(splat(0.0f), infinity), high);
+    const X below = choose(less(x, splat(0.0f)), nan, low);
+    return choose(unordered(x), x, below);
+  }
+};
+
+struct Elu {
+  template <class X>
+  LUTRA_INLINE X operator()(const X& x) const {
+    const X inside = maximum(splat(-87.0f), minimum(splat(0.0f), x));
+    X n, r;
+    const X p = powers_of_e(inside, n, r);
+    const X far = sub(scale(fmadd(p, r, splat(1.0f)), n), splat(1.0f));
+    const X y = choose(at_least(inside, splat(-0.34f)), mul(p, inside), far);
+    return choose(less(x, splat(0.0f)), y, x);
+  }
+};
+
+struct Softplus {  // max(x, 0) + log(1 + e^-|x|)
+  template <class X>
+  LUTRA_INLINE X operator()(const X& x) const {
+    const X e = exp_of(X(sub(splat(0.0f), magnitude(x)))), u = add(e, splat(1.0f));
+    // What rounding took from e on the way to u is made up for by the quotient.
+    const X kept = sub(u, splat(1.0f));
+    const X y = div(mul(log_of_positive(u), e), maximum(splat(kSmallest), kept));
+    const X small = choose(at_least(splat(0.0f), kept), e, y);
+    return choose(unordered(x), x, X(add(maximum(splat(0.0f), x), small)));
+  }
+};
+
+struct Mish {  // with n = e^x (e^x + 2): x n / (n + 2)
+  template <class X>
+  LUTRA_INLINE X operator()(const X& x) const {
+    const X inside = maximum(splat(-kLargest), x);
+    const X e = exp_of(X(minimum(splat(20.0f), x))), n = mul(e, add(e, splat(2.0f)));
+    return mul(inside, div(n, add(n, splat(2.0f))));
+  }
+};
+
 // y[i] = f(x[i])
 template <class F>
 void each(const float* x, size_t n, float* y, const F& f) {
@@ -224,6 +301,14 @@ void function(Function f, const float* x, size_t n, float* y) {
       return each(x, n, y, Rsqrt());
     case Function::kReciprocal:
       return each(x, n, y, Reciprocal());
+    case Function::kLog:
+      return each(x, n, y, Log());
+    case Function::kElu:
+      return each(x, n, y, Elu());
+    case Function::kSoftplus:
+      return each(x, n, y, Softplus());
+    case Function::kMish:
+      return each(x, n, y, Mish());
   }
 }
 

@@ -109,7 +109,8 @@ struct Epilogue {
 };
 
 // Functions of one variable, good to a few units in the last place (gelu, and erf where it is not
-// small: to 1e-7), for every float: NaN gives NaN, infinities the limit.
+// small: to 1e-7), for every float: NaN gives NaN, infinities the limit. Of numbers that are too
+// small for a mantissa of 24 bits, the logarithm is that of the smallest that is not.
 enum class Function : int32_t {
   kGelu,      // x Phi(x)
   kGeluTanh,  // 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
@@ -121,6 +122,10 @@ enum class Function : int32_t {
   kSqrt,
   kRsqrt,
   kReciprocal,
+  kLog,
+  kElu,       // x, or e^x - 1 below 0
+  kSoftplus,  // log(1 + e^x)
+  kMish,      // x tanh(softplus(x))
 };
 
 // A piecewise-linear function of 8, 16 or 32 entries:

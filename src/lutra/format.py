@@ -3,7 +3,7 @@
 The metadata of the file are strings::
 
     format    "lutra"
-    version   "1", or "2" where the graph has something that version 1 lacks
+    version   "1", or "2" or "3" where the graph has something that earlier versions lack
     graph     JSON: inputs, outputs, nodes
     metadata  JSON: the metadata of the graph
     sha256    hex digest of version, graph, metadata and every tensor, see _digest
@@ -46,7 +46,7 @@ __all__ = [
 PathLike: TypeAlias = str | os.PathLike[str]
 
 #: The newest format version, which this code reads and writes; see ``file_version``.
-VERSION: Final = 2
+VERSION: Final = 3
 _KEYS: Final = frozenset({"format", "version", "graph", "metadata", "sha256"})
 _DTYPES: Final = {"F32": "<f4", "I32": "<i4", "I8": "|i1", "U8": "|u1"}
 _MAX_HEADER: Final = 100_000_000  # the limit of safetensors itself
@@ -118,20 +118,22 @@ def file_version(graph: Graph) -> int:
 
     A reader of version 1 can so read whatever it understands, and says of everything else that it
     is newer. Version 2 has int32 inputs, the operators of sequences and functions, tables of
-    functions, and sums and products of values whose shapes differ.
+    functions, and sums and products of values whose shapes differ; version 3 has comparisons,
+    choices, constants, cumulative sums, more functions, and embeddings of computed ids.
 
     Args:
         graph: A valid graph.
     """
-    if any(value.dtype != "float32" for value in graph.inputs):
-        return 2
-    values, version = graph.values, 1
+    floats = all(value.dtype == "float32" for value in graph.inputs)
+    values, version = graph.values, 1 if floats else 2
     for node in graph.nodes:
         spec = OPS[node.op]
         roles = (spec.tensors[role].since for role in node.tensors if role in spec.tensors)
         version = max(version, spec.since, *roles, 1)
         if node.op in PAIRS and len({values[name].shape for name in node.inputs}) > 1:
             version = max(version, 2)
+        if node.op == "embedding" and values[node.inputs[0]].dtype == "float32":
+            version = max(version, 3)
     return version
 
 

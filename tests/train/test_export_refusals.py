@@ -20,17 +20,21 @@ from lutra.errors import InputError, UnsupportedModelError
 from lutra.train.exporting.export import export
 
 
+class LogGamma(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.abs().lgamma()
+
+
 class Unsupported(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")
-        self.act = nn.Sequential(nn.Mish(), nn.ReLU(), nn.Mish())
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.act = nn.Sequential(LogGamma(), nn.ReLU(), LogGamma())
         self.gru = nn.GRU(8, 8, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.conv(x))
         x = torch.fft.fft(x).real
-        x = torch.einsum("nchw,ncvw->nchv", x, x)[:, :, :, :8]
         y, _ = self.gru(x.mean(1))
         return y * x.mean(1) + x.mean((0, 1))
 
@@ -41,11 +45,9 @@ def test_all_unsupported_operators_are_listed(tmp_path: Path) -> None:
         export(Unsupported(), path, torch.randn(2, 3, 9, 8))
     items = caught.value.items
     for part in (
-        "aten.pad.default in conv: it pads with mode 'reflect'",
-        "aten.mish.default in act.0: use ReLU",
-        "aten.mish.default in act.2",
+        "aten.lgamma.default in act.0: rewrite it",
+        "aten.lgamma.default in act.2",
         "aten.fft_fft.default in the model itself",
-        "aten.einsum.default",
         "aten.gru.input in gru: recurrent layers",
     ):
         assert any(part in item for item in items), (part, items)

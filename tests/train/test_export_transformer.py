@@ -453,7 +453,7 @@ REFUSED: list[tuple[Callable[..., Any], Sequence[Tensor], str]] = [
         (torch.randn(N, T, T),),
         "computed from activations",
     ),
-    (lambda m, x, mask: x * mask.cumsum(1).unsqueeze(-1), (torch.ones(N, T).long(),), "cumsum"),
+    (lambda m, x, mask: x * mask.cumprod(1).unsqueeze(-1), (torch.ones(N, T).long(),), "cumprod"),
     (
         lambda m, x, mask: x + (x.shape[1] - torch.arange(x.shape[1]))[:, None],
         (torch.ones(N, T).long(),),

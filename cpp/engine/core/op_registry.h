@@ -33,6 +33,8 @@ class PlanBuilder {
   virtual const Kernels& kernels() const = 0;
   // The number of the step's output. A step whose first input is quantised() gets its bytes.
   virtual int add_step(StepPtr step, std::vector<int> inputs) = 0;
+  // Whether a value is an input of int32.
+  virtual bool is_integer_input(int value) const = 0;
   // The value on a grid, for steps that read integers.
   virtual int quantized(int value, const Quantization& grid) = 0;
 

@@ -32,7 +32,10 @@ class Plan final : public PlanBuilder {
   const Kernels& kernels() const override { return kernels_; }
   int threads() const { return pool_.threads(); }
   int input_count() const { return inputs_; }
-  bool is_integer_input(int input) const { return values_[static_cast<size_t>(input)].integers; }
+  bool is_integer_input(int value) const override {
+    return value >= 0 && value < static_cast<int>(values_.size()) &&
+           values_[static_cast<size_t>(value)].integers;
+  }
   // Shared with the arrays that live in it.
   const std::shared_ptr<OutputPool>& output_pool() const { return output_pool_; }
 

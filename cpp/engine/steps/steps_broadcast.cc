@@ -1,6 +1,7 @@
-// Arithmetic of two values and with constants, and steps that only move values: transposing and
-// repeating.
+// Arithmetic and comparisons of two values, choices between two by a third, constants, and steps
+// that only move values: transposing and repeating.
 #include <algorithm>
+#include <array>
 
 #include "engine/core/op_registry.h"
 #include "engine/steps/block_step.h"
@@ -92,6 +93,91 @@ class PairStep : public BlockStep {
   const char* name_;
   bool broadcast_;
   F f_;
+};
+
+// a where the condition is not 0, else b; sizes of 1 are repeated.
+class WhereStep : public BlockStep {
+ public:
+  using BlockStep::BlockStep;
+
+  Shape infer(const Shapes& in) const override {
+    Shape y = in[0];
+    for (const Shape& x : in) {
+      bool fits = x.rank == y.rank;
+      for (int i = 0; fits && i < y.rank; ++i) {
+        if (y[i] == 1) y[i] = x[i];
+        fits = x[i] == y[i] || x[i] == 1;
+      }
+      require(fits, "where: the shapes " + in[0].text() + ", " + in[1].text() + " and " +
+                        in[2].text() + " do not fit each other: ranks must be equal, and sizes " +
+                        "equal or 1");
+    }
+    return y;
+  }
+
+  void run(const StepRun& r) const override {
+    const Shape& y = r.out_shape;
+    std::array<Dims, 3> strides{};
+    for (size_t k = 0; k < 3; ++k) {
+      strides[k] = storage_strides(r.shapes[k]);
+      for (int i = 0; i < y.rank; ++i) {
+        if (r.shapes[k][i] == 1) strides[k][i] = 0;
+      }
+    }
+    const int last = storage_axis(y.rank, y.rank - 1);
+    const int64_t line = y[last];
+    in_blocks(r, [&](int64_t first, int64_t count, float* to) {
+      for (int64_t done = 0; done < count;) {
+        const int64_t column = (first + done) % line, some = std::min(line - column, count - done);
+        std::array<const float*, 3> at{};
+        for (size_t k = 0; k < 3; ++k) {
+          at[k] = r.inputs[k] + column * strides[k][last];
+          int64_t rest = (first + done) / line;
+          for (int j = y.rank - 2; j >= 0; --j) {
+            const int axis = storage_axis(y.rank, j);
+            at[k] += rest % y[axis] * strides[k][axis];
+            rest /= y[axis];
+          }
+        }
+        const int64_t sc = strides[0][last], sa = strides[1][last], sb = strides[2][last];
+        for (int64_t i = 0; i < some; ++i) {
+          to[done + i] = at[0][i * sc] != 0.0f ? at[1][i * sa] : at[2][i * sb];
+        }
+        done += some;
+      }
+    });
+  }
+};
+
+// The same numbers for every sample of the batch of its input, of which nothing else matters.
+class ConstantStep : public FloatStep {
+ public:
+  ConstantStep(std::vector<float> value, const std::vector<int64_t>& shape)
+      : value_(std::move(value)) {
+    shape_.rank = 1 + static_cast<int>(shape.size());
+    require(shape_.rank <= kMaxRank, "constant: more than 6 axes");
+    shape_[0] = 1;
+    for (int i = 1; i < shape_.rank; ++i) shape_[i] = shape[static_cast<size_t>(i - 1)];
+    require(
+        shape_.size() == static_cast<int64_t>(value_.size()),
+        "constant: " + std::to_string(value_.size()) + " numbers for the shape " + shape_.text());
+  }
+  Shape infer(const Shapes& in) const override {
+    Shape y = shape_;
+    y[0] = in[0].batch();
+    return y;
+  }
+  void run(const Shapes&, const Inputs&, const Shape& y, float* out, uint8_t*,
+           ThreadPool&) const override {
+    Dims from = row_major_strides(shape_);
+    from[0] = 0;
+    copy_strided(y, value_.data(), from, out, storage_strides(y));
+  }
+  size_t parameter_bytes() const override { return value_.size() * sizeof(float); }
+
+ private:
+  std::vector<float> value_;
+  Shape shape_;
 };
 
 class AffineScalar : public Elementwise {
@@ -186,6 +272,15 @@ Operator pair_operator(const char* name, F f) {
           .inputs = 2};
 }
 
+int add_where(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<WhereStep>(plan, args, plan.kernels());
+}
+
+int add_constant(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<ConstantStep>(plan, args, args.tensor<float>("value", 1).values(),
+                                args.integers("shape"));
+}
+
 int add_affine_scalar(PlanBuilder& plan, const StepArgs& args) {
   auto function = std::make_shared<AffineScalar>(args.float32("scale"), args.float32("bias"));
   return plan.add_step(elementwise_step(plan.kernels(), std::move(function)), args.inputs);
@@ -208,6 +303,17 @@ void arithmetic_ops(OpRegistry& r) {
   r.add("sub", pair_operator("sub", [](float a, float b) { return a - b; }));
   r.add("mul", pair_operator("mul", [](float a, float b) { return a * b; }));
   r.add("div", pair_operator("div", [](float a, float b) { return a / b; }));
+  // NaN where one is NaN
+  r.add("maximum",
+        pair_operator("maximum", [](float a, float b) { return a > b || a != a ? a : b; }));
+  r.add("minimum",
+        pair_operator("minimum", [](float a, float b) { return a < b || a != a ? a : b; }));
+  r.add("greater", pair_operator("greater", [](float a, float b) { return a > b ? 1.0f : 0.0f; }));
+  r.add("greater_equal",
+        pair_operator("greater_equal", [](float a, float b) { return a >= b ? 1.0f : 0.0f; }));
+  r.add("equal", pair_operator("equal", [](float a, float b) { return a == b ? 1.0f : 0.0f; }));
+  r.add("where", {.build = add_where, .inputs = 3});
+  r.add("constant", {.build = add_constant});
   r.add("affine_scalar", {.build = add_affine_scalar});
   r.add("cast", {.build = add_cast});
   r.add("transpose", {.build = add_transpose});

@@ -8,11 +8,13 @@ namespace lutra {
 namespace {
 
 constexpr std::pair<const char*, Function> kFunctions[] = {
-    {"gelu", Function::kGelu},       {"gelu_tanh", Function::kGeluTanh},
-    {"silu", Function::kSilu},       {"tanh", Function::kTanh},
-    {"sigmoid", Function::kSigmoid}, {"exp", Function::kExp},
-    {"erf", Function::kErf},         {"sqrt", Function::kSqrt},
-    {"rsqrt", Function::kRsqrt},     {"reciprocal", Function::kReciprocal}};
+    {"gelu", Function::kGelu},         {"gelu_tanh", Function::kGeluTanh},
+    {"silu", Function::kSilu},         {"tanh", Function::kTanh},
+    {"sigmoid", Function::kSigmoid},   {"exp", Function::kExp},
+    {"erf", Function::kErf},           {"sqrt", Function::kSqrt},
+    {"rsqrt", Function::kRsqrt},       {"reciprocal", Function::kReciprocal},
+    {"log", Function::kLog},           {"elu", Function::kElu},
+    {"softplus", Function::kSoftplus}, {"mish", Function::kMish}};
 
 int32_t checked_entries(const char* what, int64_t slopes, int64_t intercepts) {
   require(is_one_of(slopes, kFunctionEntries) && intercepts == slopes,

@@ -1,4 +1,4 @@
-// Reductions over whole axes.
+// Reductions over whole axes, and cumulative sums.
 #include <algorithm>
 #include <cmath>
 
@@ -200,6 +200,38 @@ class L2NormStep : public ReduceStep {
   }
 };
 
+// The sums of everything up to each entry of an axis, added in float32 one after the other.
+class CumulativeSumStep : public FloatStep {
+ public:
+  explicit CumulativeSumStep(int axis) : axis_(axis) {
+    require(axis >= 1 && axis < kMaxRank, "cumsum: axis " + std::to_string(axis) + " is not 1..5");
+  }
+  Shape infer(const Shapes& in) const override {
+    require(axis_ < in[0].rank, "cumsum: no axis " + std::to_string(axis_) + " in " + in[0].text());
+    return in[0];
+  }
+  void run(const Shapes& shapes, const Inputs& in, const Shape&, float* out, uint8_t*,
+           ThreadPool& pool) const override {
+    const int64_t size = shapes[0][axis_], step = storage_strides(shapes[0])[axis_];
+    const int64_t outer = shapes[0].size() / std::max<int64_t>(size * step, 1);
+    pool.run(static_cast<size_t>(outer), static_cast<double>(shapes[0].size()) / kPerMicrosecond,
+             [&](size_t item, int) {
+               const int64_t first = static_cast<int64_t>(item) * size * step;
+               std::copy_n(in[0] + first, step, out + first);
+               for (int64_t i = step; i < size * step; ++i) {
+                 out[first + i] = out[first + i - step] + in[0][first + i];
+               }
+             });
+  }
+
+ private:
+  int axis_;
+};
+
+int add_cumsum(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<CumulativeSumStep>(plan, args, args.int32("axis"));
+}
+
 template <class S>
 int add_reduction(PlanBuilder& plan, const StepArgs& args) {
   return add_step<S>(plan, args, args.int32s("axes"), args.flag("keepdims"));
@@ -210,6 +242,7 @@ int add_reduction(PlanBuilder& plan, const StepArgs& args) {
 void reduce_ops(OpRegistry& r) {
   r.add("max", {.build = add_reduction<MaxStep>});
   r.add("l2_norm", {.build = add_reduction<L2NormStep>});
+  r.add("cumsum", {.build = add_cumsum});
 }
 
 }  // namespace lutra

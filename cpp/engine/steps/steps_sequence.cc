@@ -1,5 +1,6 @@
 // Steps that sequences need: tables read by ids, positions, means under a mask, picked entries.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <optional>
@@ -67,16 +68,18 @@ class PositionStep : public FloatStep {
   std::vector<float> planes_;  // (features, length)
 };
 
-// ids int32 (N, ...) -> (N, ..., D). The rows of the table (rows, D) are float32, or int8 with a
-// scale for each. run() throws std::invalid_argument for an id outside 0..rows-1.
+// ids (N, ...) -> (N, ..., D): int32, or floats that are whole numbers, or are rounded to them. The
+// rows of the table (rows, D) are float32, or int8 with a scale for each. run() throws
+// std::invalid_argument for an id outside 0..rows-1.
 //
 // The id of every token in the order of the rows of the output: row-major for values of up to three
 // axes, in the order of memory for more.
 class EmbeddingStep : public FloatStep {
  public:
-  EmbeddingStep(int64_t rows, int64_t features, std::vector<float> weight,
+  EmbeddingStep(bool integers, int64_t rows, int64_t features, std::vector<float> weight,
                 std::vector<int8_t> bytes, std::vector<float> scale)
-      : rows_(rows),
+      : integers_(integers),
+        rows_(rows),
         features_(features),
         weight_(std::move(weight)),
         bytes_(std::move(bytes)),
@@ -85,7 +88,7 @@ class EmbeddingStep : public FloatStep {
     require(rows <= std::numeric_limits<int32_t>::max(), "an embedding has too many rows");
   }
 
-  bool reads_integers(size_t) const override { return true; }
+  bool reads_integers(size_t) const override { return integers_; }
   Shape infer(const Shapes& in) const override {
     Shape y = in[0];
     require(y.rank < kMaxRank, "an embedding of ids " + y.text() + " has more than 6 axes");
@@ -126,6 +129,7 @@ class EmbeddingStep : public FloatStep {
     }
     float* const sorted = reinterpret_cast<float*>(workspace);
     copy_strided(order, in[0], from, sorted, to);
+    if (!integers_) round_ids(sorted, count);
     const int32_t* const id = integers_of(sorted);
     for (int64_t i = 0; i < count; ++i) {
       require(id[i] >= 0 && id[i] < rows_, "the id " + std::to_string(id[i]) +
@@ -176,6 +180,17 @@ class EmbeddingStep : public FloatStep {
     for (int64_t d = 0; d < features_; ++d) to[d] = to[d] + row[d];
   }
 
+  // Floats to int32 in their place; -1 for NaN, and 2^31 - 1 for what is larger.
+  static void round_ids(float* values, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      const float whole = std::nearbyint(values[i]);
+      int32_t id = whole >= 2147483648.0f ? std::numeric_limits<int32_t>::max() : -1;
+      if (whole >= 0.0f && whole < 2147483648.0f) id = static_cast<int32_t>(whole);
+      std::memcpy(values + i, &id, sizeof(id));
+    }
+  }
+
+  bool integers_;
   int64_t rows_, features_;
   std::vector<float> weight_;  // or
   std::vector<int8_t> bytes_;
@@ -280,19 +295,20 @@ class GatherStep : public FloatStep {
 };
 
 int add_embedding(PlanBuilder& plan, const StepArgs& args) {
+  const bool integers = plan.is_integer_input(args.inputs[0]);
   const auto found = args.tensors.find("weight");
   if (found != args.tensors.end() && found->second.dtype == Dtype::kInt8) {
     const Tensor<int8_t> weight = args.tensor<int8_t>("weight", 2);
     require(args.has("scale") && args.tensor<float>("scale", 1)[0] == weight[0],
             "an embedding of int8 needs a scale for each of its rows");
-    return add_step<EmbeddingStep>(plan, args, weight[0], weight[1], std::vector<float>(),
+    return add_step<EmbeddingStep>(plan, args, integers, weight[0], weight[1], std::vector<float>(),
                                    weight.values(), args.tensor<float>("scale", 1).values());
   }
   const bool other = found != args.tensors.end() && found->second.dtype != Dtype::kFloat32;
   require(!other, "an embedding is float32 or int8");
   const Tensor<float> weight = args.tensor<float>("weight", 2);
   require(!args.has("scale"), "an embedding of float32 takes no scale");
-  return add_step<EmbeddingStep>(plan, args, weight[0], weight[1], weight.values(),
+  return add_step<EmbeddingStep>(plan, args, integers, weight[0], weight[1], weight.values(),
                                  std::vector<int8_t>(), std::vector<float>());
 }
 

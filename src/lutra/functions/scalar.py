@@ -111,6 +111,7 @@ KNOWN: Final = {
         Scalar(
             "reciprocal", lambda x: 1.0 / x, domain=(float(np.finfo(np.float32).tiny), math.inf)
         ),
+        Scalar("log", np.log, domain=(float(np.finfo(np.float32).tiny), math.inf)),
         Scalar("sqrt", np.sqrt, domain=(0.0, math.inf)),
         Scalar("rsqrt", lambda x: x**-0.5, domain=(float(np.finfo(np.float32).tiny), math.inf)),
     )

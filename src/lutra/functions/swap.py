@@ -26,7 +26,7 @@ _COMPOSITE: Final = {
     "rms_norm": ("rsqrt",),
 }
 #: Operators without asymptotes: their tables are for the range of calibration data only.
-_RANGED: Final = ("exp", "sqrt", "rsqrt", "reciprocal")
+_RANGED: Final = ("exp", "log", "sqrt", "rsqrt", "reciprocal")
 #: What is swapped unless the caller names others.
 SWAPPED: Final = (*(name for name in FUNCTIONS if name not in _RANGED), *_COMPOSITE)
 
@@ -47,8 +47,8 @@ def swap_functions(
         method: How tables of one function are fitted, see `lutra.functions.fit`.
         feeds: Batches of inputs, arrays by input name. Each activation is then fitted to what
             flows into it. None fits for all inputs alike.
-        functions: Names of operators. "exp", "sqrt", "rsqrt" and "reciprocal" can be among them
-            where there are feeds; beyond the range that these give they are constant.
+        functions: Names of operators. "exp", "log", "sqrt", "rsqrt" and "reciprocal" can be among
+            them where there are feeds; beyond the range that these give they are constant.
 
     Returns:
         The graph with tables. Golden outputs, where there are any, are those of the new graph;

@@ -46,7 +46,13 @@ NO_LIMIT: Final = float(np.finfo(np.float32).max)
 CLAMPS: Final = ("relu", "relu6", "clamp")
 #: The operators that put two values together element by element.
 PAIRS: Final = ("add", "sub", "mul", "div")
-_DOES: Final = {"add": "adds", "sub": "subtracts", "mul": "multiplies", "div": "divides"}
+_DOES: Final = {
+    "add": "adds",
+    "sub": "subtracts",
+    "mul": "multiplies",
+    "div": "divides",
+    "matmul": "multiplies",
+}
 
 
 def limits(node: Node) -> tuple[float, float]:
@@ -114,13 +120,14 @@ def _differ(node: Node, inputs: Sequence[Value]) -> GraphError:
     a, b = inputs
     return node_error(
         node,
-        f"{_DOES.get(node.op, 'multiplies')} {a.name!r} of shape {shape_text(a.shape)} and "
+        f"{_DOES.get(node.op, 'compares')} {a.name!r} of shape {shape_text(a.shape)} and "
         f"{b.name!r} of shape {shape_text(b.shape)}",
         "the shapes must be the same, or 1 where they differ",
     )
 
 
-def _infer_pair(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+def infer_pair(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    """The output of an operator that puts two values together by ``broadcast``."""
     a, b = inputs
     shape = broadcast(a.shape, b.shape)
     if shape is None:
@@ -228,7 +235,7 @@ SPECS: Final = (
     *(
         OpSpec(
             name,
-            infer=_infer_pair,
+            infer=infer_pair,
             cost=cost,
             min_inputs=2,
             max_inputs=2,

@@ -46,7 +46,13 @@ FUNCTIONS: Final = {
     "sqrt": 1,
     "rsqrt": 2,
     "reciprocal": 1,
+    "log": 14,
+    "elu": 10,
+    "softplus": 24,
+    "mish": 14,
 }
+#: Those that version 3 of the file format brought.
+_NEWER: Final = ("log", "elu", "softplus", "mish")
 
 
 def table_roles(*functions: str) -> dict[str, TensorRole]:
@@ -157,7 +163,13 @@ _ATTRS: Final = {"gelu": {"approximate": Attr(str, default="none", choices=("non
 
 SPECS: Final = (
     *(
-        OpSpec(name, attrs=_ATTRS.get(name, {}), infer=infer_same, cost=_cost, since=2)
+        OpSpec(
+            name,
+            attrs=_ATTRS.get(name, {}),
+            infer=infer_same,
+            cost=_cost,
+            since=3 if name in _NEWER else 2,
+        )
         for name in FUNCTIONS
     ),
     OpSpec(

@@ -8,7 +8,19 @@ from typing import Final
 
 from lutra.node import Array, Node, Value
 from lutra.ops.limits import MAX_EXTENT
-from lutra.ops.spec import Attr, Cost, OpSpec, flag, inner, ints, need_rank, node_error, pair
+from lutra.ops.spec import (
+    Attr,
+    Cost,
+    OpSpec,
+    flag,
+    inner,
+    integer,
+    ints,
+    need_axis,
+    need_rank,
+    node_error,
+    pair,
+)
 
 
 def pooled_size(
@@ -105,6 +117,18 @@ def _cost_mean(
     return Cost(float_adds=math.prod(inner(inputs[0])), float_muls=math.prod(inner(output)))
 
 
+def _infer_cumsum(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    (x,) = inputs
+    need_axis(node, x, "axis", integer(node, "axis"))
+    return x.with_shape(node.output, x.shape)
+
+
+def _cost_cumsum(
+    node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]
+) -> Cost:
+    return Cost(float_adds=math.prod(inner(output)))
+
+
 _WINDOW: Final = {
     "kernel": Attr(tuple, low=1, high=MAX_EXTENT, length=2),
     "stride": Attr(tuple, low=1, high=MAX_EXTENT, length=2),
@@ -139,4 +163,12 @@ SPECS: Final = (
     OpSpec("adaptive_max_pool2d", attrs=_OUTPUT_SIZE, infer=_infer_adaptive),
     OpSpec("mean", attrs=REDUCED, infer=infer_reduced, cost=_cost_mean),
     OpSpec("max", attrs=REDUCED, infer=infer_reduced),
+    OpSpec(
+        "cumsum",
+        attrs={"axis": Attr(int, low=1, high=7)},
+        infer=_infer_cumsum,
+        cost=_cost_cumsum,
+        exact_floats=True,
+        since=3,
+    ),
 )

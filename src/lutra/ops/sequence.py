@@ -9,6 +9,7 @@
                          p[n, t, j] = exp(s[n, t, j] - max_j s[n, t, j]) over the keys that t sees
                          y[n, t]    = sum_j p[n, t, j] * v[n, j] / sum_j p[n, t, j]
 
+Ids are an input of integers, or floats that are computed from one and rounded to whole numbers.
 A token sees the keys whose mask is not 0, and with ``causal`` only those of index ``j <= t``. The
 others have weight 0, exactly; a token that sees no key gives 0. The exp and the reciprocal of the
 sum may be read from tables, see ``lutra.ops.functions``.
@@ -208,7 +209,7 @@ SPECS: Final = (
         check=_check_embedding,
         infer=_infer_embedding,
         cost=_cost_embedding,
-        dtypes=("int32",),
+        dtypes=("int32|float32",),
         since=2,
     ),
     OpSpec(

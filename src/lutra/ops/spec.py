@@ -212,7 +212,8 @@ class OpSpec:
         max_inputs: Largest number of inputs; None for any.
         check_sizes: ``check_sizes(node, inputs, sized)`` raises GraphError where the inputs of one
             run, ``sized``, are not what ``inputs``, which may be dynamic, promised.
-        dtypes: The dtype of each input; those that are not named are float32. The output always is.
+        dtypes: The dtype of each input, or several with ``|`` between them; those that are not
+            named are float32. The output always is.
         since: The version of the file format that the operator came with.
         output_axis: The axis of the output that holds the outputs of a layer: 1 for images, -1 for
             rows; None for operators that are no layer.
@@ -311,7 +312,7 @@ class OpSpec:
         """
         for index, value in enumerate(inputs):
             wanted = self.dtypes[index] if index < len(self.dtypes) else "float32"
-            if value.dtype != wanted:
+            if value.dtype not in wanted.split("|"):
                 fix = "'cast' makes floats of it" if wanted == "float32" else "only inputs of the "
                 fix += "" if wanted == "float32" else "graph have it"
                 raise node_error(

@@ -18,6 +18,7 @@ from lutra.inputs import dtype_complaint, int32_array
 from lutra.node import Array, Node
 from lutra.ops import op_spec
 from lutra.ops.functions import FUNCTIONS
+from lutra.ops.pointwise import BENDS, CHOICES
 from lutra.reference import (
     dense,
     elementwise,
@@ -27,6 +28,7 @@ from lutra.reference import (
     lookup,
     matmul,
     norm,
+    pointwise,
     pool,
     pq,
     sequence,
@@ -70,12 +72,18 @@ KERNELS: Final[dict[str, Kernel]] = {
     "affine_scalar": elementwise.affine_scalar,
     "affine": elementwise.affine,
     "softmax": elementwise.softmax,
+    **dict.fromkeys(CHOICES, pointwise.choice),
+    **dict.fromkeys(BENDS, pointwise.bend),
+    "leaky_relu": pointwise.leaky_relu,
+    "where": pointwise.where,
+    "constant": pointwise.constant,
     "max_pool2d": pool.max_pool2d,
     "avg_pool2d": pool.avg_pool2d,
     "adaptive_avg_pool2d": pool.adaptive_avg_pool2d,
     "adaptive_max_pool2d": pool.adaptive_max_pool2d,
     "mean": pool.mean,
     "max": pool.max_,
+    "cumsum": pool.cumsum,
     "pixel_shuffle": image.pixel_shuffle,
     "upsample": image.upsample,
     "flatten": shape.flatten,

@@ -40,6 +40,8 @@ _EXP_TERMS: Final = tuple(
 #: Below this exp is 0, and beyond the other it stays what it is there.
 EXP_LOW: Final = np.float32(-87.0)
 EXP_HIGH: Final = np.float32(88.0)
+#: The smallest float32 with 24 bits: the logarithm takes smaller ones for it.
+_SMALLEST: Final = float(np.finfo(np.float32).tiny)
 
 
 def _erf(x: Array) -> Array:
@@ -64,6 +66,24 @@ def _silu(x: Array) -> Array:
     return _limit(x, x * _sigmoid(x))
 
 
+def _log(x: Array) -> Array:
+    result: Array = np.log(np.where((x > 0) & (x < _SMALLEST), _SMALLEST, x))
+    return result
+
+
+def _elu(x: Array) -> Array:
+    return np.where(x < 0, np.expm1(np.minimum(x, 0)), x)
+
+
+def _softplus(x: Array) -> Array:
+    result: Array = np.logaddexp(0.0, x)
+    return result
+
+
+def _mish(x: Array) -> Array:
+    return _limit(x, x * np.tanh(_softplus(x)))
+
+
 def _limit(x: Array, y: Array) -> Array:
     """What tends to 0 on the left, there too where floats make NaN of infinity times 0."""
     return np.where(np.isneginf(x), 0.0, y)
@@ -81,6 +101,10 @@ EXACT: Final[dict[str, Callable[[Array], Array]]] = {
     "sqrt": np.sqrt,
     "rsqrt": lambda x: 1 / np.sqrt(x),
     "reciprocal": lambda x: 1 / x,
+    "log": _log,
+    "elu": _elu,
+    "softplus": _softplus,
+    "mish": _mish,
 }
 
 

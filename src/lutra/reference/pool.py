@@ -8,7 +8,7 @@ import numpy as np
 
 from lutra.node import Array, Node
 from lutra.ops.pool import pooled_size
-from lutra.ops.spec import flag, ints, pair
+from lutra.ops.spec import flag, integer, ints, pair
 from lutra.reference.windows import windows
 
 
@@ -87,6 +87,13 @@ def max_(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> A
     (x,) = inputs
     known = np.where(np.isnan(x), np.float32(-np.inf), x)
     result: Array = known.max(axis=ints(node, "axes"), keepdims=flag(node, "keepdims"))
+    return result
+
+
+def cumsum(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
+    """The sums of everything up to each entry of an axis, in float32 one after the other."""
+    with np.errstate(all="ignore"):
+        result: Array = np.add.accumulate(inputs[0], axis=integer(node, "axis"), dtype=np.float32)
     return result
 
 

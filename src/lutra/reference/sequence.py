@@ -13,13 +13,16 @@ from lutra.reference.functions import exp_of_score, exp_table, reciprocal_table
 
 
 def embedding(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
-    """int32 (N, ...) to (N, ..., D).
+    """Ids (N, ...) to (N, ..., D); floats are rounded to whole numbers, NaN is no id.
 
     Raises:
         InputError: If an id has no row.
     """
     (ids,) = inputs
     weight = tensors["weight"]
+    if ids.dtype == np.float32:
+        whole = np.nan_to_num(np.rint(ids), nan=-1.0, posinf=2.0**31 - 1, neginf=-1.0)
+        ids = whole.astype(np.int64)
     check_ids("run_reference", node.name, ids, weight.shape[0])
     picked: Array = weight[ids]
     if "scale" not in tensors:

@@ -140,7 +140,7 @@ def capture(
         if failure is not None:
             raise fixed from failure
     try:
-        with _quiet(), _plain_attention(), torch.no_grad():
+        with quiet(), _plain_attention(), torch.no_grad():
             program = torch.export.export(model, example, dynamic_shapes=dynamic, strict=False)
             # An empty table decomposes nothing; it only turns in-place operators into pure ones.
             functional: ExportedProgram = program.run_decompositions({})
@@ -245,7 +245,7 @@ def _plain_attention() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence what torch says about its own internals; nothing a user could act on."""
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = logger.level

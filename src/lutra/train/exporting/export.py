@@ -35,7 +35,7 @@ from lutra.train.exporting.compact_tables import (
     with_compact_tables,
 )
 from lutra.train.exporting.fold import fold_program, with_biases
-from lutra.train.exporting.lowering import lower
+from lutra.train.exporting.lowering import decomposed, lower
 from lutra.train.exporting.parity import (
     Check,
     check_engine,
@@ -122,7 +122,7 @@ def export(
     compact = compact_tables_of(frozen, weights)  # before norms go into the scales
     names = _input_names(frozen, len(example), input_names)
     axes = dynamic_axes_of(dynamic_axes, names, example)
-    program = capture(frozen, example, axes)
+    program = decomposed(capture(frozen, example, axes))
     wanted = outputs_of(given, example)
     rounding = rounding_share(program, example, wanted)
     fold_program(frozen, program)

@@ -403,7 +403,10 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):
-            self.recorded[n.name] = result.detach().numpy().copy()
+            values = result.detach().numpy()
+            # what holds or not is 1 or 0 in graphs
+            is_bool = n.op == "call_function" and result.dtype == torch.bool
+            self.recorded[n.name] = values.astype(np.float32) if is_bool else values.copy()
         return result
 
 

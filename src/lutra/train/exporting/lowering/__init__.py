@@ -13,7 +13,9 @@ from torch.export import ExportedProgram
 
 from lutra.train.exporting.lowering import (  # noqa: F401  (they register)
     arithmetic,
+    arrange,
     attention,
+    comparisons,
     dense,
     elementwise,
     frozen,
@@ -21,16 +23,19 @@ from lutra.train.exporting.lowering import (  # noqa: F401  (they register)
     image,
     norm,
     pool,
+    products,
+    reduce,
     sequence,
     shape,
     tables,
 )
 from lutra.train.exporting.lowering.core import Lowered, Lowering, Ref, UnsupportedUse, lowers
+from lutra.train.exporting.lowering.decompose import decomposed
 from lutra.train.exporting.lowering.patterns import combine
 from lutra.train.exporting.lowering.points import without_detours
 from lutra.train.exporting.lowering.walk import Walk
 
-__all__ = ["Lowered", "Lowering", "Ref", "UnsupportedUse", "lower", "lowers"]
+__all__ = ["Lowered", "Lowering", "Ref", "UnsupportedUse", "decomposed", "lower", "lowers"]
 
 
 def lower(

@@ -18,99 +18,108 @@ from lutra.train.exporting.lowering.core import (
     View,
     lowers,
 )
-from lutra.train.exporting.lowering.deferred import computed, table
+from lutra.train.exporting.lowering.deferred import table
+from lutra.train.exporting.lowering.operands import operand, together
 
-_WORDS = {"add": "adds", "sub": "subtracts", "mul": "multiplies", "div": "divides"}
 _BOTH = ("self", "other")
 
 
 @lowers("aten.add.Tensor", "aten.add.Scalar", takes=_BOTH)
-def _add(ctx: Lowering, self: Any, other: Any, alpha: Number) -> Ref | View:
+def add(ctx: Lowering, self: Any, other: Any, alpha: Number) -> Ref | View:
+    if ctx.node.meta["val"].dtype == torch.bool:
+        raise UnsupportedUse("it adds masks; join them with | or torch.logical_or")
     for x, what, factor in ((self, other, alpha), (other, self, 1)):
         placed = _positions(ctx, x, what, factor) if alpha == 1 or x is self else None
         if placed is not None:
             return placed
-    a, b = _operand(ctx, self), _operand(ctx, other)
+    a, b = operand(ctx, self), operand(ctx, other)
     if isinstance(b, (Ref, View)) and not isinstance(a, (Ref, View)):
-        return _affine(ctx, b, alpha, a)
+        return affine(ctx, b, alpha, a)
     x = activation(ctx, a)
     if not isinstance(b, (Ref, View)):
-        return _affine(ctx, x, 1.0, torch.as_tensor(b) * alpha)
+        return affine(ctx, x, 1.0, torch.as_tensor(b) * alpha)
     if alpha in (1, -1):
-        return _pair(ctx, "add" if alpha == 1 else "sub", x, b)
-    return _pair(ctx, "add", x, _affine(ctx, b, alpha, 0.0))
+        return together(ctx, "add" if alpha == 1 else "sub", (x, b))
+    return together(ctx, "add", (x, affine(ctx, b, alpha, 0.0)))
 
 
 @lowers("aten.sub.Tensor", "aten.sub.Scalar", takes=_BOTH)
-def _sub(ctx: Lowering, self: Any, other: Any, alpha: Number) -> Ref | View:
-    return _add(ctx, self, other, -alpha)
+def sub(ctx: Lowering, self: Any, other: Any, alpha: Number) -> Ref | View:
+    return add(ctx, self, other, -alpha)
 
 
 @lowers("aten.rsub.Scalar", "aten.rsub.Tensor", takes=_BOTH)
 def _rsub(ctx: Lowering, self: Any, other: Any, alpha: Number) -> Ref | View:
-    return _add(ctx, other, self, -alpha)
+    return add(ctx, other, self, -alpha)
 
 
 @lowers("aten.neg.default", takes=("self",))
 def _neg(ctx: Lowering, self: Any) -> Ref | View:
-    return _affine(ctx, activation(ctx, self), -1.0, 0.0)
+    return affine(ctx, activation(ctx, self), -1.0, 0.0)
 
 
 @lowers("aten.mul.Tensor", "aten.mul.Scalar", takes=_BOTH)
-def _mul(ctx: Lowering, self: Any, other: Any) -> Ref | View:
-    a, b = _operand(ctx, self), _operand(ctx, other)
+def mul(ctx: Lowering, self: Any, other: Any) -> Ref | View:
+    a, b = operand(ctx, self), operand(ctx, other)
     if not isinstance(a, (Ref, View)):
         a, b = b, a
     x = activation(ctx, a)
-    return _pair(ctx, "mul", x, b) if isinstance(b, (Ref, View)) else _affine(ctx, x, b, 0.0)
+    return together(ctx, "mul", (x, b)) if isinstance(b, (Ref, View)) else affine(ctx, x, b, 0.0)
 
 
 @lowers("aten.div.Tensor", "aten.div.Scalar", takes=_BOTH)
-def _div(ctx: Lowering, self: Any, other: Any) -> Ref | View:
-    a, b = _operand(ctx, self), _operand(ctx, other)
+def div(ctx: Lowering, self: Any, other: Any) -> Ref | View:
+    a, b = operand(ctx, self), operand(ctx, other)
     if not isinstance(b, (Ref, View)):
-        return _affine(ctx, activation(ctx, a), 1.0 / torch.as_tensor(b, dtype=torch.float64), 0.0)
+        return affine(ctx, activation(ctx, a), 1.0 / torch.as_tensor(b, dtype=torch.float64), 0.0)
     if isinstance(a, (Ref, View)):
-        return _pair(ctx, "div", a, b)
+        return together(ctx, "div", (a, b))
     inverse = views.on_each(ctx, (b,), lambda ref: ctx.emit("reciprocal", ref, ref.shape))
-    return inverse if a is not None and _is_one(a) else _affine(ctx, inverse, a, 0.0)
+    return inverse if a is not None and _is_one(a) else affine(ctx, inverse, a, 0.0)
 
 
-@lowers("aten.square.default", takes=("self",))
-def _square(ctx: Lowering, self: Any) -> Ref | View:
-    return _pow(ctx, self, 2)
+# ---- whole quotients ----------------------------------------------------------------------------
 
 
-@lowers("aten.pow.Tensor_Scalar", takes=("self",))
-def _pow(ctx: Lowering, self: Any, exponent: Number) -> Ref | View:
-    x = activation(ctx, self)
-    roots = {0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}
-    if float(exponent) in roots:
-        name = roots[float(exponent)]
-        return views.on_each(ctx, (x,), lambda ref: ctx.emit(name, ref, ref.shape))
-    if float(exponent) not in (1.0, 2.0, 3.0, 4.0):
-        raise UnsupportedUse(f"it raises to the power of {exponent}; use 2, 3, 4, 0.5, -0.5 or -1")
-    powers = {1: x}
-    for _ in range(int(exponent) - 1):
-        powers[len(powers) + 1] = _pair(ctx, "mul", powers[len(powers)], x)
-    return powers[int(exponent)]
+@lowers("aten.div.Tensor_mode", "aten.div.Scalar_mode", takes=_BOTH)
+def _div_mode(ctx: Lowering, self: Any, other: Any, rounding_mode: str | None) -> Ref | View:
+    if rounding_mode is None:
+        return div(ctx, self, other)
+    return _quotient(ctx, operand(ctx, self), operand(ctx, other), rounding_mode == "trunc")
 
 
-@lowers("aten.masked_fill.Scalar", takes=("self", "mask"))
-def _masked_fill(ctx: Lowering, self: Any, mask: Any, value: Number) -> Ref | View:
-    if not isinstance(mask, Deferred) or not math.isfinite(value):
-        raise UnsupportedUse(
-            "it fills in where activations say so, or infinity; fill in finite numbers where a "
-            "mask of integers says so"
-        )
-    x, drop = activation(ctx, self), computed(ctx, mask)
-    keep = _affine(ctx, drop, -1.0, 1.0) if isinstance(drop, (Ref, View)) else 1.0 - drop.float()
-    kept = _mul(ctx, x, keep)
-    return kept if value == 0 else _add(ctx, kept, _mul(ctx, drop, float(value)), 1)
+@lowers("aten.floor_divide.default", "aten.floor_divide.Scalar", takes=_BOTH)
+def _floor_divide(ctx: Lowering, self: Any, other: Any) -> Ref | View:
+    return _quotient(ctx, operand(ctx, self), operand(ctx, other), False)
 
 
-def _operand(ctx: Lowering, x: Any) -> Any:
-    return computed(ctx, x) if isinstance(x, Deferred) else x
+@lowers("aten.remainder.Scalar", "aten.remainder.Tensor", takes=_BOTH)
+def _remainder(ctx: Lowering, self: Any, other: Any) -> Ref | View:
+    return _rest(ctx, operand(ctx, self), operand(ctx, other), False)
+
+
+@lowers("aten.fmod.Scalar", "aten.fmod.Tensor", takes=_BOTH)
+def _fmod(ctx: Lowering, self: Any, other: Any) -> Ref | View:
+    return _rest(ctx, operand(ctx, self), operand(ctx, other), True)
+
+
+def _quotient(ctx: Lowering, a: Any, b: Any, towards_zero: bool) -> Ref | View:
+    """a / b as a whole number; a quotient, so that multiples of b are exact."""
+    exact = together(ctx, "div", (a, b))
+
+    def whole(x: Ref) -> Ref:
+        if not towards_zero:
+            return ctx.emit("floor", x, x.shape)
+        size = ctx.emit("floor", ctx.emit("abs", x, x.shape), x.shape)
+        return ctx.emit("mul", (size, ctx.emit("sign", x, x.shape)), x.shape)
+
+    return views.on_each(ctx, (exact,), whole)
+
+
+def _rest(ctx: Lowering, a: Any, b: Any, towards_zero: bool) -> Ref | View:
+    """What is left of a: a - b * (a / b as a whole number)."""
+    whole = _quotient(ctx, a, b, towards_zero)
+    return together(ctx, "sub", (a, together(ctx, "mul", (whole, b))))
 
 
 def _is_one(x: Any) -> bool:
@@ -121,6 +130,8 @@ def _positions(ctx: Lowering, x: Any, what: Any, factor: Number) -> Ref | View |
     """Add what differs from position to position: (T, D) or (1, T, D) to (N, T, D)."""
     if not isinstance(x, (Ref, View)) or isinstance(what, (Ref, View)) or x.rank != 3:
         return None
+    if views.sizes_of(ctx, x)[1] != ctx.result_sizes[1]:
+        return None  # one row becomes many
     rows: Tensor | None = None
     if isinstance(what, Deferred):
         rows = table(ctx, what, -2)
@@ -143,40 +154,7 @@ def _positions(ctx: Lowering, x: Any, what: Any, factor: Number) -> Ref | View |
     return ctx.emit("position_embedding", x, x.shape, tensors={"weight": rows.contiguous()})
 
 
-def _pair(ctx: Lowering, op: str, a: Ref | View, b: Ref | View) -> Ref | View:
-    """An operator on two activations, of which one may have sizes of 1 where the other has not."""
-    small = [views.unrepeated(ctx, x) for x in (a, b)]
-    if all(views.is_sample(ctx, x) for x in small):
-        first, second = (ctx.realise(x) for x in small)
-        shape = _common(ctx, op, first, second)
-        wanted = ctx.result_shape if _broadcast(shape, ctx.result_shape) else shape
-        result = ctx.emit(op, (first, second), shape)
-        if wanted != shape:  # both repeat values along one axis
-            return views.expanded(ctx, result, ctx.result_sizes)
-        return result
-    return views.on_each(ctx, (a, b), lambda *refs: ctx.emit(op, refs, refs[0].shape))
-
-
-def _broadcast(small: tuple[Any, ...], large: tuple[Any, ...]) -> bool:
-    return len(small) == len(large) and any(
-        s == 1 != size for s, size in zip(small, large, strict=True)
-    )
-
-
-def _common(ctx: Lowering, op: str, a: Ref, b: Ref) -> tuple[Any, ...]:
-    fits = a.rank == b.rank and all(
-        x == y or 1 in (x, y) or not (isinstance(x, int) and isinstance(y, int))
-        for x, y in zip(a.shape, b.shape, strict=True)
-    )
-    if not fits:
-        raise UnsupportedUse(
-            f"it {_WORDS[op]} shapes {text(a)} and {text(b)}; operands must have equal shapes, or "
-            "sizes of 1"
-        )
-    return tuple(y if x == 1 else x for x, y in zip(a.shape, b.shape, strict=True))
-
-
-def _affine(ctx: Lowering, x: Ref | View, scale: Any, bias: Any) -> Ref | View:
+def affine(ctx: Lowering, x: Ref | View, scale: Any, bias: Any) -> Ref | View:
     """Emit y = x * scale + bias for constants."""
     scale, bias = torch.as_tensor(scale), torch.as_tensor(bias)
     if scale.numel() == 1 and bias.numel() == 1 and max(scale.ndim, bias.ndim) <= x.rank:
@@ -189,6 +167,8 @@ def _affine(ctx: Lowering, x: Ref | View, scale: Any, bias: Any) -> Ref | View:
         return _channels(ctx, ref, scale, bias)
     sizes = ref.shape[1:]
     small = all(_fits(constant, sizes) for constant in (scale, bias))
+    if not small and all(isinstance(size, int) for size in ctx.result_shape[1:]):
+        return _spread(ctx, ref, scale, bias)
     if not small or not all(isinstance(size, int) for size in sizes):
         raise UnsupportedUse(
             f"a constant of shape {tuple(varying.shape)} meets an activation of shape {text(ref)}; "
@@ -206,6 +186,14 @@ def _affine(ctx: Lowering, x: Ref | View, scale: Any, bias: Any) -> Ref | View:
         ),
     )
     return views.emit_reshape(ctx, made, ref.shape, "shaped")
+
+
+def _spread(ctx: Lowering, x: Ref, scale: Tensor, bias: Tensor) -> Ref | View:
+    """x * scale + bias where the constants repeat what x holds."""
+    made: Ref | View = x
+    if scale.numel() > 1 or float(scale) != 1.0:
+        made = together(ctx, "mul", (made, scale))
+    return together(ctx, "add", (made, bias)) if bool((bias != 0).any()) else made
 
 
 def _number(ctx: Lowering, x: Ref, scale: float, bias: float) -> Ref:

@@ -216,6 +216,8 @@ _MOVES = (
     "aten.clone.",
     "aten.alias.",
     "aten.detach.",
+    "aten.unflatten.",
+    "aten.flatten.",
 )
 _OWN: dict[str, Callable[[Lowering, list[Any], torch.dtype], Any]] = {
     "aten._to_copy.default": _cast,

@@ -25,8 +25,9 @@ from lutra.train.exporting.lowering.core import (
     View,
     lowers,
 )
+from lutra.train.exporting.lowering.operands import constant
 from lutra.train.exporting.lowering.points import as_image
-from lutra.train.exporting.lowering.values import Atom
+from lutra.train.exporting.lowering.values import Atom, Sizes
 
 
 @lowers("aten.conv2d.default")
@@ -186,25 +187,49 @@ def _mm(ctx: Lowering, self: Any, mat2: Any) -> Ref | View:
 
 @lowers("aten.matmul.default", takes=("self", "other"))
 def _matmul(ctx: Lowering, self: Any, other: Any) -> Ref | View:
+    return matmul(ctx, self, other)
+
+
+def matmul(ctx: Lowering, self: Any, other: Any, sizes: Sizes | None = None) -> Ref | View:
+    """The product of two matrices, or of many.
+
+    Args:
+        ctx: The walk.
+        self: An activation or a constant.
+        other: The same.
+        sizes: Of the result; those of the torch operator's when left out.
+    """
+    sizes = ctx.result_sizes if sizes is None else sizes
     a = activation(ctx, self) if isinstance(self, Deferred) else self
     b = activation(ctx, other) if isinstance(other, Deferred) else other
     if isinstance(b, Tensor):
         need_activation(a)
-        if b.ndim != 2:
-            raise UnsupportedUse(f"the second factor has shape {tuple(b.shape)}; make it 2-D")
+        if b.ndim == 1:
+            row = views.on_last(ctx, a, lambda x: _linear(ctx, x, b[None], None))
+            made = views.reshaped(ctx, row, sizes)
+            assert made is not None  # a size of 1 is left out
+            return made
+        if b.ndim > 2:
+            like = ctx.realise(a)
+            weight = constant(ctx, b, like, like.rank)
+            return product(ctx, views.view_of(ctx, a), views.view_of(ctx, weight), sizes)
         return views.on_last(ctx, a, lambda x: _linear(ctx, x, b.t(), None))
     if isinstance(a, Tensor):
-        if a.ndim != 2:
+        if a.ndim > 2:
+            like = ctx.realise(b)
+            weight = constant(ctx, a, like, like.rank)
+            return product(ctx, views.view_of(ctx, weight), views.view_of(ctx, b), sizes)
+        if a.ndim != 2 or b.rank < 3:
             raise UnsupportedUse(f"the first factor has shape {tuple(a.shape)}; make it 2-D")
         last = (*range(b.rank - 2), b.rank - 1, b.rank - 2)
         turned = views.permuted(ctx, b, last)
         made = views.on_last(ctx, turned, lambda x: _linear(ctx, x, a, None))
         return views.permuted(ctx, made, last)
-    return _product(ctx, views.view_of(ctx, a), views.view_of(ctx, b))
+    return product(ctx, views.view_of(ctx, a), views.view_of(ctx, b), sizes)
 
 
-def _product(ctx: Lowering, a: View, b: View) -> Ref | View:
-    """The product of two activations (N, ..., M, K) and (N, ..., K, P)."""
+def product(ctx: Lowering, a: View, b: View, wanted: Sizes) -> Ref | View:
+    """The product of two activations (N, ..., M, K) and (N, ..., K, P), of the sizes wanted."""
     leading = [[atom for axis in x.axes[:-2] for atom in axis] for x in (a, b)]
     sizes = [[atom.size for atom in atoms] for atoms in leading]
     if a.rank != b.rank or a.rank < 3 or any(not s or s[0] != ctx.batch for s in sizes):
@@ -219,7 +244,7 @@ def _product(ctx: Lowering, a: View, b: View) -> Ref | View:
         for x, atoms in zip((a, b), leading, strict=True)
     ]
     made = _emit_product(ctx, *apart_views)
-    result = views.reshaped(ctx, made, ctx.result_sizes)
+    result = views.reshaped(ctx, made, wanted)
     if result is None:
         raise UnsupportedUse("it multiplies activations in an order of axes that lutra has not")
     return result

@@ -6,12 +6,22 @@ import builtins
 import math
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 
 from lutra.ops.elementwise import NO_LIMIT
 from lutra.train.exporting.lowering import views
 from lutra.train.exporting.lowering.arguments import Number, activation
-from lutra.train.exporting.lowering.core import Lowering, Ref, UnsupportedUse, View, lowers
+from lutra.train.exporting.lowering.arithmetic import affine
+from lutra.train.exporting.lowering.core import (
+    Deferred,
+    Lowering,
+    Ref,
+    UnsupportedUse,
+    View,
+    lowers,
+)
+from lutra.train.exporting.lowering.operands import together
 
 
 @lowers(
@@ -39,7 +49,12 @@ def _dropout(ctx: Lowering, input: Any, train: bool) -> Ref | View:
     takes=("self",),
 )
 def _same(ctx: Lowering, self: Any) -> Ref | View:
-    return activation(ctx, self)
+    x = activation(ctx, self)
+    source = ctx.node.args[0]
+    was = source.meta["val"].dtype if isinstance(source, fx.Node) else None
+    if ctx.node.meta["val"].dtype == torch.bool != was and not isinstance(self, Deferred):
+        return affine(ctx, together(ctx, "equal", (x, 0.0)), -1.0, 1.0)
+    return x
 
 
 @lowers("aten.relu.default", works="each")
@@ -133,3 +148,8 @@ def _softmax(ctx: Lowering, self: Any, dim: int) -> Ref | View:
     if axis == 0:
         raise UnsupportedUse("it works over the batch (axis 0); use another axis")
     return ctx.emit("softmax", x, attrs={"axis": axis})
+
+
+@lowers("aten.softmin.int", takes=("self",))
+def _softmin(ctx: Lowering, self: Any, dim: int) -> Ref | View:
+    return _softmax(ctx, affine(ctx, activation(ctx, self), -1.0, 0.0), dim)

@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
-from lutra.train.exporting.lowering.core import Lowering, Ref, lowers
+import math
+
+import torch
+from torch import Tensor
+
+from lutra.ops.elementwise import NO_LIMIT
+from lutra.train.exporting.lowering.arguments import Number, need_constant
+from lutra.train.exporting.lowering.core import Lowering, Ref, UnsupportedUse, lowers
+from lutra.train.exporting.lowering.operands import constant
+
+
+def line(ctx: Lowering, x: Ref, scale: float, bias: float) -> Ref:
+    """Emit x * scale + bias; nothing where that is x."""
+    if (scale, bias) == (1.0, 0.0):
+        return x
+    attrs = {"scale": float(scale), "bias": float(bias)}
+    return ctx.emit("affine_scalar", x, x.shape, attrs=attrs)
+
+
+def _below(ctx: Lowering, x: Ref) -> Ref:
+    """Emit min(x, 0)."""
+    return ctx.emit("clamp", x, x.shape, attrs={"low": -NO_LIMIT, "high": 0.0})
 
 
 @lowers("aten.gelu.default", works="each")
@@ -20,7 +41,7 @@ def _tanh(ctx: Lowering, self: Ref) -> Ref:
     return ctx.emit("tanh", self)
 
 
-@lowers("aten.sigmoid.default", works="each")
+@lowers("aten.sigmoid.default", "aten.special_expit.default", works="each")
 def _sigmoid(ctx: Lowering, self: Ref) -> Ref:
     return ctx.emit("sigmoid", self)
 
@@ -30,9 +51,26 @@ def _exp(ctx: Lowering, self: Ref) -> Ref:
     return ctx.emit("exp", self)
 
 
+@lowers("aten.exp2.default", "aten.special_exp2.default", works="each")
+def _exp2(ctx: Lowering, self: Ref) -> Ref:
+    return ctx.emit("exp", line(ctx, self, math.log(2), 0.0))
+
+
+@lowers("aten.expm1.default", "aten.special_expm1.default", works="each")
+def _expm1(ctx: Lowering, self: Ref) -> Ref:
+    # elu has the bits of small numbers below 0, where the other would lose them
+    above = ctx.emit("exp", ctx.emit("relu", self), self.shape)
+    return ctx.emit("add", (line(ctx, above, 1.0, -1.0), ctx.emit("elu", _below(ctx, self))))
+
+
 @lowers("aten.erf.default", "aten.special_erf.default", works="each")
 def _erf(ctx: Lowering, self: Ref) -> Ref:
     return ctx.emit("erf", self)
+
+
+@lowers("aten.erfc.default", "aten.special_erfc.default", works="each")
+def _erfc(ctx: Lowering, self: Ref) -> Ref:
+    return line(ctx, ctx.emit("erf", self), -1.0, 1.0)
 
 
 @lowers("aten.sqrt.default", works="each")
@@ -48,3 +86,165 @@ def _rsqrt(ctx: Lowering, self: Ref) -> Ref:
 @lowers("aten.reciprocal.default", works="each")
 def _reciprocal(ctx: Lowering, self: Ref) -> Ref:
     return ctx.emit("reciprocal", self)
+
+
+# ---- logarithms ---------------------------------------------------------------------------------
+
+
+@lowers("aten.log.default", works="each")
+def _log(ctx: Lowering, self: Ref) -> Ref:
+    return ctx.emit("log", self)
+
+
+@lowers("aten.log2.default", works="each")
+def _log2(ctx: Lowering, self: Ref) -> Ref:
+    return line(ctx, ctx.emit("log", self), 1 / math.log(2), 0.0)
+
+
+@lowers("aten.log10.default", works="each")
+def _log10(ctx: Lowering, self: Ref) -> Ref:
+    return line(ctx, ctx.emit("log", self), 1 / math.log(10), 0.0)
+
+
+@lowers("aten.log1p.default", "aten.special_log1p.default", works="each")
+def _log1p(ctx: Lowering, self: Ref) -> Ref:
+    return ctx.emit("log", line(ctx, self, 1.0, 1.0))
+
+
+@lowers("aten.softplus.default", works="each")
+def _softplus(ctx: Lowering, self: Ref, beta: Number) -> Ref:
+    # torch's threshold only saves it from infinity, which the operator does not run into
+    return line(ctx, ctx.emit("softplus", line(ctx, self, beta, 0.0)), 1 / beta, 0.0)
+
+
+@lowers("aten.log_sigmoid.default", works="each")
+def _log_sigmoid(ctx: Lowering, self: Ref) -> Ref:
+    return line(ctx, ctx.emit("softplus", line(ctx, self, -1.0, 0.0)), -1.0, 0.0)
+
+
+@lowers("aten.log_sigmoid_forward.default")
+def _log_sigmoid_forward(ctx: Lowering, self: Ref) -> tuple[Ref, None]:
+    return _log_sigmoid(ctx, self), None
+
+
+# ---- activations --------------------------------------------------------------------------------
+
+
+@lowers("aten.mish.default", works="each")
+def _mish(ctx: Lowering, self: Ref) -> Ref:
+    return ctx.emit("mish", self)
+
+
+@lowers("aten.hardswish.default", works="each")
+def _hardswish(ctx: Lowering, self: Ref) -> Ref:
+    return ctx.emit("hardswish", self)
+
+
+@lowers("aten.hardsigmoid.default", works="each")
+def _hardsigmoid(ctx: Lowering, self: Ref) -> Ref:
+    return ctx.emit("clamp", line(ctx, self, 1 / 6, 0.5), attrs={"low": 0.0, "high": 1.0})
+
+
+@lowers("aten.leaky_relu.default", works="each")
+def _leaky_relu(ctx: Lowering, self: Ref, negative_slope: Number) -> Ref:
+    return ctx.emit("leaky_relu", self, attrs={"slope": float(negative_slope)})
+
+
+@lowers("aten.rrelu.default", works="each")
+def _rrelu(ctx: Lowering, self: Ref, lower: Number, upper: Number, training: bool) -> Ref:
+    if training:
+        raise UnsupportedUse("its slopes are random in eval mode too; leave training=False")
+    return _leaky_relu(ctx, self, (lower + upper) / 2)
+
+
+@lowers("aten.prelu.default", "aten._prelu_kernel.default")
+def _prelu(ctx: Lowering, self: Ref, weight: Tensor) -> Ref:
+    slopes = need_constant(weight, "the weight").reshape(-1).float()
+    if slopes.numel() == 1:
+        return _leaky_relu(ctx, self, float(slopes))
+    tensors = {"scale": slopes, "bias": torch.zeros_like(slopes)}
+    if bool((slopes <= 1).all()):
+        return ctx.emit("maximum", (self, ctx.emit("affine", self, tensors=tensors)))
+    scaled = ctx.emit("affine", _below(ctx, self), tensors=tensors)
+    return ctx.emit("add", (ctx.emit("relu", self), scaled))
+
+
+@lowers("aten.elu.default", works="each")
+def _elu(ctx: Lowering, self: Ref, alpha: Number, scale: Number, input_scale: Number) -> Ref:
+    if alpha == 1 and input_scale == 1:
+        return line(ctx, ctx.emit("elu", self), scale, 0.0)
+    above = line(ctx, ctx.emit("relu", self), scale, 0.0)
+    below = _below(ctx, self)
+    below = ctx.emit("elu", line(ctx, below, input_scale, 0.0))
+    return ctx.emit("add", (above, line(ctx, below, alpha * scale, 0.0)))
+
+
+@lowers("aten.selu.default", works="each")
+def _selu(ctx: Lowering, self: Ref) -> Ref:
+    return _elu(ctx, self, 1.6732632423543772848170429916717, 1.0507009873554804934193349852946, 1)
+
+
+@lowers("aten.celu.default", works="each")
+def _celu(ctx: Lowering, self: Ref, alpha: Number) -> Ref:
+    return line(ctx, ctx.emit("elu", line(ctx, self, 1 / alpha, 0.0)), alpha, 0.0)
+
+
+@lowers("aten.threshold.default", works="each")
+def _threshold(ctx: Lowering, self: Ref, threshold: Number, value: Number) -> Ref:
+    if (threshold, value) == (0, 0):
+        return ctx.emit("relu", self)
+    numbers = [constant(ctx, number, self, self.rank) for number in (threshold, value)]
+    above = ctx.emit("greater", (self, numbers[0]))
+    return ctx.emit("where", (above, self, numbers[1]))
+
+
+@lowers("aten.softshrink.default", works="each")
+def _softshrink(ctx: Lowering, self: Ref, lambd: Number) -> Ref:
+    inside = ctx.emit("clamp", self, attrs={"low": -float(lambd), "high": float(lambd)})
+    return ctx.emit("sub", (self, inside))
+
+
+@lowers("aten.hardshrink.default", works="each")
+def _hardshrink(ctx: Lowering, self: Ref, lambd: Number) -> Ref:
+    limit, zero = (constant(ctx, number, self, self.rank) for number in (lambd, 0.0))
+    outside = ctx.emit("greater", (ctx.emit("abs", self), limit))
+    return ctx.emit("where", (outside, self, zero))
+
+
+# ---- signs and whole numbers --------------------------------------------------------------------
+
+
+@lowers("aten.abs.default", works="each")
+def _abs(ctx: Lowering, self: Ref) -> Ref:
+    return ctx.emit("abs", self)
+
+
+@lowers("aten.sign.default", "aten.sgn.default", works="each")
+def _sign(ctx: Lowering, self: Ref) -> Ref:
+    return ctx.emit("sign", self)
+
+
+@lowers("aten.floor.default", works="each")
+def _floor(ctx: Lowering, self: Ref) -> Ref:
+    return ctx.emit("floor", self)
+
+
+@lowers("aten.ceil.default", works="each")
+def _ceil(ctx: Lowering, self: Ref) -> Ref:
+    return ctx.emit("ceil", self)
+
+
+@lowers("aten.round.default", works="each")
+def _round(ctx: Lowering, self: Ref) -> Ref:
+    return ctx.emit("round", self)
+
+
+@lowers("aten.trunc.default", "aten.fix.default", works="each")
+def _trunc(ctx: Lowering, self: Ref) -> Ref:
+    whole = ctx.emit("floor", ctx.emit("abs", self))
+    return ctx.emit("mul", (whole, ctx.emit("sign", self)))
+
+
+@lowers("aten.frac.default", works="each")
+def _frac(ctx: Lowering, self: Ref) -> Ref:
+    return ctx.emit("sub", (self, _trunc(ctx, self)))

@@ -9,19 +9,10 @@ _BATCH_STATISTICS = (
 
 _TABLE = [
     (
-        "hardswish leaky_relu elu mish softplus hardsigmoid prelu celu selu",
-        "use ReLU, GELU or SiLU and fine-tune",
-    ),
-    (
         "group_norm native_group_norm instance_norm",
         "use batch norm, which export folds into the layer before it, or layer norm",
     ),
-    (
-        "baddbmm einsum",
-        "write the product as torch.matmul, or attention as F.scaled_dot_product_attention",
-    ),
     ("gru lstm rnn_tanh rnn_relu", "recurrent layers have no lutra op; use convolutions over time"),
-    ("channel_shuffle", "use reshape and transpose"),
     (
         "conv3d max_pool3d avg_pool3d",
         "only the 1-D and 2-D forms exist",
@@ -37,16 +28,25 @@ _TABLE = [
     ),
     ("_native_batch_norm_legit _native_batch_norm_legit_functional", _BATCH_STATISTICS),
     ("native_dropout bernoulli rand rand_like randn_like", "remove what is random in eval mode"),
-    ("log_softmax _log_softmax", "export the logits, or use softmax"),
     (
-        "where masked_fill",
-        "choose by a mask that is an input of integers, or multiply with one",
+        "argmax argmin topk sort argsort",
+        "return the scores and do this in NumPy; max and min along an axis work with their values",
     ),
-    ("cumsum", "compute it outside the model and give it as an input"),
-    ("argmax topk sort", "return the scores and do this in NumPy"),
+    ("gather take_along_dim scatter", "pick by constant indices, as x[:, [0, 2]] does"),
+    (
+        "grid_sampler grid_sampler_2d grid_sampler_3d affine_grid_generator",
+        "lutra samples images on a regular grid only, as F.interpolate does",
+    ),
+    ("sin cos tan", "compute it outside the model and give it as an input"),
 ]
 
 _HINTS = {name: hint for names, hint in _TABLE for name in names.split()}
+
+
+def has_hint(target: str) -> bool:
+    """Whether there is a hint for this very operator."""
+    parts = target.split(".")
+    return len(parts) > 1 and parts[1].rstrip("_") in _HINTS
 
 
 def hint_for(target: str) -> str:

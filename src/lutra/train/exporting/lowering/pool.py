@@ -1,11 +1,10 @@
-"""Pools, means and maxima."""
+"""Pools."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from lutra.train.exporting.lowering.arguments import need_rank, pair, single, text
+from lutra.train.exporting.lowering.arguments import need_rank, pair, single
 from lutra.train.exporting.lowering.core import Lowering, Ref, UnsupportedUse, lowers
 from lutra.train.exporting.lowering.points import as_image
 
@@ -86,37 +85,6 @@ def _adaptive_max_pool2d(ctx: Lowering, self: Ref, output_size: Any) -> tuple[Re
     return ctx.emit("adaptive_max_pool2d", self, attrs={"output_size": pair(output_size)}), None
 
 
-@lowers("aten.mean.dim")
-def _mean(ctx: Lowering, self: Ref, dim: list[int] | None, keepdim: bool) -> Ref:
-    axes = _axes(self, dim, "averages")
-    return ctx.emit("mean", self, attrs={"axes": axes, "keepdims": keepdim})
-
-
-@lowers("aten.sum.dim_IntList")
-def _sum(ctx: Lowering, self: Ref, dim: list[int] | None, keepdim: bool) -> Ref:
-    axes = _axes(self, dim, "adds up")
-    sizes = [self.shape[axis] for axis in axes]
-    if not all(isinstance(size, int) for size in sizes):
-        raise UnsupportedUse(
-            f"it adds up axes {list(axes)} of {text(self)}, whose sizes are known at run time "
-            "only; use a mean, or lutra.train.masked_mean for the tokens that a mask keeps"
-        )
-    mean = ctx.emit("mean", self, attrs={"axes": axes, "keepdims": keepdim}, suffix="mean")
-    attrs = {"scale": float(math.prod(sizes)), "bias": 0.0}
-    return ctx.emit("affine_scalar", mean, attrs=attrs)
-
-
-@lowers("aten.amax.default")
-def _amax(ctx: Lowering, self: Ref, dim: list[int] | None, keepdim: bool) -> Ref:
-    axes = _axes(self, dim, "takes the maximum")
-    return ctx.emit("max", self, attrs={"axes": axes, "keepdims": keepdim})
-
-
-@lowers("aten.max.dim")
-def _max(ctx: Lowering, self: Ref, dim: int, keepdim: bool) -> tuple[Ref, None]:
-    return _amax(ctx, self, [dim], keepdim), None
-
-
 @lowers("aten.adaptive_max_pool1d.default")
 def _adaptive_max_pool1d(ctx: Lowering, self: Ref, output_size: Any) -> tuple[Ref, None]:
     return _adaptive_pool1d(ctx, self, output_size, "max"), None
@@ -176,10 +144,3 @@ def _line(kernel: Any, stride: Any, padding: Any, ceil_mode: bool) -> dict[str, 
         "padding": (0, single(padding)),
         "ceil_mode": ceil_mode,
     }
-
-
-def _axes(x: Ref, dim: list[int] | None, what: str) -> tuple[int, ...]:
-    axes = tuple(sorted(axis % x.rank for axis in dim or range(x.rank)))
-    if axes[0] == 0:
-        raise UnsupportedUse(f"it {what} over the batch (axis 0); name the other axes")
-    return axes

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
-from lutra.train.exporting.lowering.arguments import need_constant
+from lutra.train.exporting.lowering.arguments import activation, need_constant
 from lutra.train.exporting.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, lowers
 
 
@@ -21,11 +21,13 @@ def _int8_embedding(ctx: Lowering, ids: Any, weight: Tensor, scale: Tensor) -> R
 
 
 def _rows(ctx: Lowering, indices: Any, tensors: dict[str, Tensor]) -> Ref:
-    ids = _integers(ctx, indices)
-    if ids is None:
+    ids: Any = _integers(ctx, indices)
+    if ids is None and isinstance(indices, Deferred) and indices.inputs:
+        ids = ctx.realise(activation(ctx, indices))
+    if not isinstance(ids, Ref):
         raise UnsupportedUse(
-            "its indices are computed from an input; give them as an input of int64, or let them "
-            "depend on sizes only, such as positions that count from 0"
+            "its indices are computed from activations; compute them from an input of int64, or "
+            "let them depend on sizes only, such as positions that count from 0"
         )
     return ctx.emit("embedding", ids, (*ids.shape, tensors["weight"].shape[1]), tensors=tensors)
 
@@ -39,11 +41,11 @@ def _masked_mean(ctx: Lowering, x: Ref, mask: Any) -> Ref:
 
 
 def _integers(ctx: Lowering, x: Any) -> Ref | None:
-    """The input of integers that something is, casts between integers aside."""
+    """The input of integers that something is, casts and views that change nothing aside."""
     if not isinstance(x, Deferred):
         return None
     node = x.node
-    while node.op == "call_function" and str(node.target) in _CASTS:
+    while node.op == "call_function" and (str(node.target) in _CASTS or _changes_nothing(node)):
         value = node.meta["val"]
         if value.is_floating_point() or value.is_complex() or not node.all_input_nodes:
             return None
@@ -54,6 +56,25 @@ def _integers(ctx: Lowering, x: Any) -> Ref | None:
     return ctx.integer_input(node)
 
 
+def _changes_nothing(node: fx.Node) -> bool:
+    """Whether it is a view of integers in their own shape."""
+    source = node.args[0] if node.args else None
+    if str(node.target) not in _VIEWS or not isinstance(source, fx.Node):
+        return False
+    shapes = [
+        [size if isinstance(size, int) else size.node.expr for size in each.meta["val"].shape]
+        for each in (node, source)
+    ]
+    return shapes[0] == shapes[1]
+
+
+_VIEWS = (
+    "aten.view.default",
+    "aten.reshape.default",
+    "aten._unsafe_view.default",
+    "aten.view_as.default",
+    "aten.expand.default",
+)
 _CASTS = (
     "aten._to_copy.default",
     "aten.to.dtype",

@@ -1,15 +1,12 @@
-"""Reshapes, transposes, pads, slices, gathering and concatenation."""
+"""Reshapes, transposes and slices."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lutra.ops.shape import TO_THE_END
 from lutra.train.exporting.lowering import views
-from lutra.train.exporting.lowering.arguments import Number, activation, need_constant, text
+from lutra.train.exporting.lowering.arguments import activation, text
 from lutra.train.exporting.lowering.core import (
     Lowering,
     Ref,
@@ -84,50 +81,6 @@ def _swap_last(ctx: Lowering, self: Any) -> Ref | View:
 @lowers("aten.expand.default", "aten.expand_as.default", takes=("self",))
 def _expand(ctx: Lowering, self: Any) -> Ref | View:
     return views.expanded(ctx, activation(ctx, self), ctx.result_sizes)
-
-
-@lowers("aten.index_select.default")
-def _index_select(ctx: Lowering, self: Ref, dim: int, index: Any) -> Ref:
-    axis = dim % self.rank
-    index = need_constant(index, "the index")
-    size = self.shape[axis]
-    if axis == 0:
-        raise UnsupportedUse("it picks samples of the batch; index other axes only")
-    if not isinstance(size, int) and int(index.min()) < 0:
-        raise UnsupportedUse("it counts from an end that is known at run time only")
-    index = torch.where(index < 0, index + size, index) if isinstance(size, int) else index
-    return ctx.emit("gather", self, attrs={"axis": axis}, tensors={"index": index.int()})
-
-
-@lowers("aten.index.Tensor")
-def _index(ctx: Lowering, self: Ref, indices: list[Any]) -> Ref:
-    given = [axis for axis, index in enumerate(indices) if index is not None]
-    if len(given) != 1 or not isinstance(indices[given[0]], Tensor) or indices[given[0]].ndim != 1:
-        raise UnsupportedUse("it picks by several tensors, or by one that is not a constant row")
-    return _index_select(ctx, self, given[0], indices[given[0]])
-
-
-@lowers("aten.pad.default")
-def _pad(ctx: Lowering, self: Ref, pad: list[int], mode: str, value: Number | None) -> Ref:
-    if mode != "constant":
-        raise UnsupportedUse(f"it pads with mode {mode!r}; lutra pads with a constant only")
-    return _constant_pad(ctx, self, pad, value or 0)
-
-
-@lowers("aten.constant_pad_nd.default")
-def _constant_pad(ctx: Lowering, self: Ref, pad: list[int], value: Number) -> Ref:
-    if any(amount < 0 for amount in pad):
-        raise UnsupportedUse(f"it crops with negative pads {list(pad)}; use a slice for that")
-    if not any(pad):
-        return self
-    # torch names the last axis first; lutra goes from axis 0 on.
-    ends = [(0, 0)] * self.rank
-    for position in range(len(pad) // 2):
-        ends[self.rank - 1 - position] = (pad[2 * position], pad[2 * position + 1])
-    if any(ends[0]):
-        raise UnsupportedUse("it pads the batch (axis 0); pad other axes only")
-    pads = tuple(amount for pair in ends for amount in pair)
-    return ctx.emit("pad", self, attrs={"pads": pads, "value": float(value)})
 
 
 @lowers("aten.slice.Tensor", takes=("self",))
@@ -235,16 +188,6 @@ def _split_sizes(ctx: Lowering, self: Ref, split_sizes: list[int], dim: int) -> 
     starts = [sum(split_sizes[:i]) for i in range(len(split_sizes))]
     pieces = zip(starts, split_sizes, strict=True)
     return tuple(_cut(ctx, self, axis, start, start + size, 1) for start, size in pieces)
-
-
-@lowers("aten.cat.default")
-def _cat(ctx: Lowering, tensors: list[Any], dim: int) -> Ref:
-    if not all(isinstance(tensor, Ref) for tensor in tensors):
-        raise UnsupportedUse("it joins an activation with a constant; use a pad for constants")
-    axis = dim % tensors[0].rank
-    if axis == 0:
-        raise UnsupportedUse("it joins along the batch (axis 0); join along another axis")
-    return ctx.emit("concat", tensors, attrs={"axis": axis})
 
 
 def _cut_base(ctx: Lowering, x: View, axis: int, start: int, stop: int) -> Ref | View | None:

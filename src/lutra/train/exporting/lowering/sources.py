@@ -23,6 +23,15 @@ SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 #: What makes activations of integer inputs.
 _EMBEDS = ("aten.embedding.default", "lutra.int8_embedding.default")
+#: What looks at the shape of an activation or of integers only, and the number that it fills in.
+_FILLS: dict[str, int | None] = {
+    "aten.zeros_like.default": 0,
+    "aten.ones_like.default": 1,
+    "aten.full_like.default": None,
+    "aten.new_zeros.default": 0,
+    "aten.new_ones.default": 1,
+    "aten.new_full.default": None,
+}
 
 
 @dataclass(frozen=True)
@@ -157,6 +166,9 @@ class Sources:
             return int(number) if isinstance(value, torch.SymInt) else number
         if isinstance(value, (int, float, bool)):
             return value
+        if str(node.target) in _FILLS:
+            shape = [size_at(size, sizes) for size in node.meta["val"].shape]
+            return torch.full(shape, _filled(node), dtype=node.meta["val"].dtype)
         given: Any = fx.map_arg((node.args, node.kwargs), lambda n: results[n])
         args, kwargs = given
         if node.target is operator.getitem:
@@ -173,7 +185,8 @@ class Sources:
             if each in wanted or each.op != "call_function":
                 continue
             wanted.add(each)
-            if not isinstance(each.meta.get("val"), SYMBOLIC):
+            fills = str(each.target) in _FILLS
+            if not fills and not isinstance(each.meta.get("val"), SYMBOLIC):
                 stack.extend(each.all_input_nodes)
         return [each for each in self._graph.nodes if each in wanted]
 
@@ -192,6 +205,8 @@ class Sources:
     def _of_call(self, node: fx.Node) -> _Source:
         if isinstance(node.meta.get("val"), SYMBOLIC):
             return _Source(sizes=True)
+        if str(node.target) in _FILLS and isinstance(_filled(node), (int, float, bool)):
+            return _Source(sizes=True)
         sources = [self._sources.get(each, _Source()) for each in node.all_input_nodes]
         inputs: frozenset[fx.Node] = frozenset().union(*(source.inputs for source in sources))
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
@@ -201,6 +216,12 @@ class Sources:
             inputs=inputs,
             sizes=any(source.sizes for source in sources),
         )
+
+
+def _filled(node: fx.Node) -> Any:
+    """The number that one of `_FILLS` fills in."""
+    number = _FILLS[str(node.target)]
+    return node.args[-1] if number is None else number
 
 
 def constant_of(program: ExportedProgram, target: str) -> Tensor:

@@ -202,7 +202,7 @@ class Walk(Lowering):
         before = len(self._nodes)
         try:
             first = _first(node.meta["val"])
-            if first.dtype != torch.float32:
+            if first.dtype not in (torch.float32, torch.bool):
                 raise UnsupportedUse(
                     f"its result is {first.dtype}, but activations are float32; remove the cast"
                 )

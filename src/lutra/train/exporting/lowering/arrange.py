@@ -1,0 +1,367 @@
+"""Joining, stacking, repeating, turning over and padding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lutra.ops.elementwise import NO_LIMIT
+from lutra.train.exporting.lowering import views
+from lutra.train.exporting.lowering.arguments import (
+    Number,
+    activation,
+    need_constant,
+    need_rank,
+    text,
+)
+from lutra.train.exporting.lowering.core import Lowering, Ref, UnsupportedUse, View, lowers
+from lutra.train.exporting.lowering.operands import constant, is_activation, operand
+from lutra.train.exporting.lowering.values import REPEATED, Atom
+
+_POOLS = (
+    "aten.max_pool1d.default",
+    "aten.max_pool2d.default",
+    "aten.max_pool2d_with_indices.default",
+)
+
+
+# ---- joining ------------------------------------------------------------------------------------
+
+
+def _join(ctx: Lowering, parts: Sequence[Any], axis: int) -> Ref:
+    """Join activations and constants along an axis."""
+    given = [operand(ctx, part) for part in parts]
+    refs = [ctx.realise(x) if is_activation(x) else x for x in given]
+    like = next((x for x in refs if isinstance(x, Ref)), None)
+    if like is None:
+        raise UnsupportedUse("it joins what is the same for every input; make that a buffer")
+    made = [
+        x if isinstance(x, Ref) else constant(ctx, _one_sample(x), like, like.rank) for x in refs
+    ]
+    if axis == 0:
+        raise UnsupportedUse("it joins along the batch (axis 0); join along another axis")
+    parts_of_axis = [ref.shape[axis] for ref in made]
+    size = parts_of_axis[0]
+    for part in parts_of_axis[1:]:
+        size = size + part
+    shape = (*like.shape[:axis], size, *like.shape[axis + 1 :])
+    return ctx.emit("concat", made, shape, attrs={"axis": axis})
+
+
+def _one_sample(values: Tensor) -> Tensor:
+    if values.ndim and values.shape[0] > 1 and bool((values == values[:1]).all()):
+        return values[:1]
+    return values
+
+
+@lowers("aten.cat.default", takes=("tensors",))
+def _cat(ctx: Lowering, tensors: list[Any], dim: int) -> Ref:
+    rank = len(ctx.result_sizes)
+    # torch leaves out what is empty, of whatever shape
+    parts = [x for x in tensors if not (isinstance(x, Tensor) and x.numel() == 0)]
+    return _join(ctx, parts, dim % rank)
+
+
+@lowers("aten.stack.default", takes=("tensors",))
+def _stack(ctx: Lowering, tensors: list[Any], dim: int) -> Ref | View:
+    rank = len(ctx.result_sizes)
+    axis = dim % rank
+    place = max(axis, 1)  # behind the batch; a view shows it in front of it
+    parts: list[Any] = []
+    for tensor in tensors:
+        x = operand(ctx, tensor)
+        if is_activation(x):
+            ref = ctx.realise(x)
+            x = views.emit_reshape(ctx, ref, (*ref.shape[:place], 1, *ref.shape[place:]), "row")
+        else:
+            x = _one_sample(x).unsqueeze(place)
+        parts.append(x)
+    joined = _join(ctx, parts, place)
+    if axis > 0:
+        return joined
+    return views.permuted(ctx, joined, (1, 0, *range(2, rank)))
+
+
+# ---- repeating ----------------------------------------------------------------------------------
+
+
+@lowers("aten.repeat.default", "aten.tile.default", takes=("self",))
+def _repeat(ctx: Lowering, self: Any) -> Ref | View:
+    x = activation(ctx, self)
+    old, new = views.sizes_of(ctx, x), ctx.result_sizes
+    view = views.view_of(ctx, x)
+    if len(new) > len(old):
+        view = View(view.base, (*((),) * (len(new) - len(old)), *view.axes), ctx.node)
+        old = (1,) * (len(new) - len(old)) + tuple(old)
+    axes = []
+    for axis, before, after in zip(view.axes, old, new, strict=True):
+        times = _times(after, before)
+        axes.append(axis if times == 1 else (Atom(REPEATED, 1, times), *axis))
+    return views.simplest(ctx, View(view.base, tuple(axes), ctx.node))
+
+
+def _times(after: Any, before: Any) -> Any:
+    if after == before:
+        return 1
+    if isinstance(before, int) and before == 1:
+        return after
+    if isinstance(before, int) and isinstance(after, int):
+        return after // before
+    ratio = after / before
+    if not getattr(ratio, "is_Integer", False):
+        raise UnsupportedUse("it repeats as often as is known at run time only; use constants")
+    return int(ratio)
+
+
+@lowers("aten.repeat_interleave.self_int", takes=("self",))
+def _repeat_interleave(ctx: Lowering, self: Any, repeats: int, dim: int | None) -> Ref | View:
+    x = activation(ctx, self)
+    if dim is None:
+        raise UnsupportedUse("it repeats the elements of the whole batch; name an axis, not 0")
+    axis = dim % x.rank
+    view = views.view_of(ctx, x)
+    if views.sizes_of(ctx, x)[axis] == ctx.batch:
+        raise UnsupportedUse(f"it repeats samples of the batch (axis {axis}); name another axis")
+    inside = (*view.axes[axis], Atom(REPEATED, 1, repeats)) if repeats > 1 else view.axes[axis]
+    axes = (*view.axes[:axis], inside, *view.axes[axis + 1 :])
+    return views.simplest(ctx, View(view.base, axes, ctx.node))
+
+
+# ---- turning over, and picking by constants -----------------------------------------------------
+
+
+def pick(ctx: Lowering, x: Ref, axis: int, index: Tensor) -> Ref:
+    """Emit a gather of an axis by a constant row of indices."""
+    if axis == 0:
+        raise UnsupportedUse("it picks samples of the batch; index other axes only")
+    shape = (*x.shape[:axis], index.numel(), *x.shape[axis + 1 :])
+    return ctx.emit(
+        "gather", x, shape, attrs={"axis": axis}, tensors={"index": index.int().contiguous()}
+    )
+
+
+def _fixed(x: Ref, axis: int, what: str) -> int:
+    size = x.shape[axis]
+    if size is None:
+        raise UnsupportedUse(f"{what} the batch (axis 0); use other axes")
+    if not isinstance(size, int):
+        raise UnsupportedUse(
+            f"{what} axis {axis} of {text(x)}, whose size is known at run time only; take that "
+            "axis out of dynamic_axes"
+        )
+    return size
+
+
+@lowers("aten.flip.default", takes=("self",))
+def _flip(ctx: Lowering, self: Any, dims: list[int]) -> Ref:
+    x = ctx.realise(activation(ctx, self))
+    for dim in dims:
+        axis = dim % x.rank
+        x = pick(ctx, x, axis, torch.arange(_fixed(x, axis, "it turns over")).flip(0))
+    return x
+
+
+@lowers("aten.roll.default", takes=("self",))
+def _roll(ctx: Lowering, self: Any, shifts: Any, dims: Any) -> Ref:
+    x = ctx.realise(activation(ctx, self))
+    if not dims:
+        raise UnsupportedUse("it rolls the whole batch as one row; name the axes in dims")
+    for shift, dim in zip(shifts, dims, strict=True):
+        axis = dim % x.rank
+        size = _fixed(x, axis, "it rolls")
+        first = -shift % size
+        if first:
+            left, right = (
+                ctx.emit(
+                    "slice",
+                    x,
+                    (*x.shape[:axis], stop - start, *x.shape[axis + 1 :]),
+                    attrs={"axis": axis, "start": start, "stop": stop, "step": 1},
+                    suffix="slice",
+                )
+                for start, stop in ((0, first), (first, size))
+            )
+            x = ctx.emit("concat", (right, left), x.shape, attrs={"axis": axis})
+    return x
+
+
+@lowers("aten.index_select.default")
+def _index_select(ctx: Lowering, self: Ref, dim: int, index: Any) -> Ref:
+    axis = dim % self.rank
+    index = need_constant(index, "the index")
+    size = self.shape[axis]
+    if axis == 0:
+        raise UnsupportedUse("it picks samples of the batch; index other axes only")
+    if not isinstance(size, int) and int(index.min()) < 0:
+        raise UnsupportedUse("it counts from an end that is known at run time only")
+    index = torch.where(index < 0, index + size, index) if isinstance(size, int) else index
+    return pick(ctx, self, axis, index)
+
+
+@lowers("aten.index.Tensor")
+def _index(ctx: Lowering, self: Ref, indices: list[Any]) -> Ref:
+    given = [axis for axis, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or not isinstance(indices[given[0]], Tensor) or indices[given[0]].ndim != 1:
+        raise UnsupportedUse("it picks by several tensors, or by one that is not a constant row")
+    index = indices[given[0]]
+    if index.dtype == torch.bool:
+        raise UnsupportedUse("it picks by a mask of bools; write the indices as a list of integers")
+    return _index_select(ctx, self, given[0], index)
+
+
+@lowers("aten.unfold.default", takes=("self",))
+def _unfold(ctx: Lowering, self: Any, dimension: int, size: int, step: int) -> Ref | View:
+    x = ctx.realise(activation(ctx, self))
+    axis = dimension % x.rank
+    length = _fixed(x, axis, "it cuts windows of")
+    starts = torch.arange(0, length - size + 1, step)
+    index = (starts[:, None] + torch.arange(size)).reshape(-1)
+    picked = pick(ctx, x, axis, index)
+    sizes = views.sizes_of(ctx, picked)
+    cut = views.reshaped(ctx, picked, (*sizes[:axis], len(starts), size, *sizes[axis + 1 :]))
+    assert cut is not None
+    order = [*range(axis + 1), *range(axis + 2, x.rank + 1), axis + 1]
+    return views.permuted(ctx, cut, order)
+
+
+@lowers("aten.tril.default", "aten.triu.default", takes=("self",))
+def _triangle(ctx: Lowering, self: Any, diagonal: int) -> Ref:
+    x = ctx.realise(activation(ctx, self))
+    rows, columns = (_fixed(x, axis, "it cuts a triangle of") for axis in (x.rank - 2, x.rank - 1))
+    cut = torch.tril if ".tril." in str(ctx.node.target) else torch.triu
+    keep = constant(ctx, cut(torch.ones(rows, columns), diagonal), x, x.rank)
+    zero = constant(ctx, 0.0, x, x.rank)
+    return ctx.emit("where", (keep, x, zero), x.shape)
+
+
+@lowers("aten.glu.default", takes=("self",))
+def _glu(ctx: Lowering, self: Any, dim: int) -> Ref | View:
+    x = ctx.realise(activation(ctx, self))
+    axis = dim % x.rank
+    half = _fixed(x, axis, "it halves") // 2
+    shape = (*x.shape[:axis], half, *x.shape[axis + 1 :])
+    value, gate = (
+        ctx.emit(
+            "slice",
+            x,
+            shape,
+            attrs={"axis": axis, "start": start, "stop": start + half, "step": 1},
+            suffix="slice",
+        )
+        for start in (0, half)
+    )
+    return ctx.emit("mul", (value, ctx.emit("sigmoid", gate, shape)), shape)
+
+
+# ---- channels and pixels ------------------------------------------------------------------------
+
+
+def _regrouped(
+    ctx: Lowering, x: Ref | View, cut: Sequence[Any], order: Sequence[int]
+) -> Ref | View:
+    """A view that is cut into axes, which change places, and made the result."""
+    apart = views.reshaped(ctx, x, tuple(cut))
+    turned = None if apart is None else views.permuted(ctx, apart, order)
+    made = None if turned is None else views.reshaped(ctx, turned, ctx.result_sizes)
+    if made is None:
+        raise UnsupportedUse("it cuts up axes whose sizes are known at run time only")
+    return made
+
+
+@lowers("aten.channel_shuffle.default", "aten.native_channel_shuffle.default", takes=("self",))
+def _channel_shuffle(ctx: Lowering, self: Any, groups: int) -> Ref | View:
+    x = activation(ctx, self)
+    sizes = views.sizes_of(ctx, x)
+    cut = (sizes[0], groups, sizes[1] // groups, *sizes[2:])
+    return _regrouped(ctx, x, cut, (0, 2, 1, *range(3, len(cut))))
+
+
+@lowers("aten.pixel_unshuffle.default", takes=("self",))
+def _pixel_unshuffle(ctx: Lowering, self: Any, downscale_factor: int) -> Ref | View:
+    x = activation(ctx, self)
+    need_rank(ctx.realise(x), 4)
+    n, c, h, w = views.sizes_of(ctx, x)
+    factor = downscale_factor
+    rows, columns = (size // factor if isinstance(size, int) else size / factor for size in (h, w))
+    cut = (n, c, rows, factor, columns, factor)
+    return _regrouped(ctx, x, cut, (0, 1, 3, 5, 2, 4))
+
+
+# ---- padding ------------------------------------------------------------------------------------
+
+
+@lowers("aten.pad.default", takes=("self",))
+def _pad(ctx: Lowering, self: Any, pad: list[int], mode: str, value: Number | None) -> Ref:
+    if mode == "constant":
+        return _constant_pad(ctx, self, pad, value or 0)
+    return _mirrored(ctx, self, pad, mode)
+
+
+@lowers(
+    "aten.reflection_pad1d.default",
+    "aten.reflection_pad2d.default",
+    takes=("self",),
+)
+def _reflection_pad(ctx: Lowering, self: Any, padding: list[int]) -> Ref:
+    return _mirrored(ctx, self, padding, "reflect")
+
+
+@lowers(
+    "aten.replication_pad1d.default",
+    "aten.replication_pad2d.default",
+    takes=("self",),
+)
+def _replication_pad(ctx: Lowering, self: Any, padding: list[int]) -> Ref:
+    return _mirrored(ctx, self, padding, "replicate")
+
+
+def _mirrored(ctx: Lowering, x: Any, pad: list[int], mode: str) -> Ref:
+    """Padding with what is in the activation, one axis after the other."""
+    ref = ctx.realise(activation(ctx, x))
+    for position in range(len(pad) // 2):
+        before, after = pad[2 * position : 2 * position + 2]
+        axis = ref.rank - 1 - position
+        if not (before or after):
+            continue
+        size = _fixed(ref, axis, f"it pads with mode {mode!r}")
+        index = torch.arange(-before, size + after)
+        if mode == "circular":
+            index = index % size
+        elif mode == "replicate":
+            index = index.clamp(0, size - 1)
+        else:
+            index = (size - 1) - ((size - 1) - index.abs()).abs()
+        ref = pick(ctx, ref, axis, index)
+    return ref
+
+
+@lowers("aten.constant_pad_nd.default", takes=("self",))
+def _constant_pad(ctx: Lowering, self: Any, pad: list[int], value: Number) -> Ref:
+    x = ctx.realise(activation(ctx, self))
+    if any(amount < 0 for amount in pad):
+        raise UnsupportedUse(f"it crops with negative pads {list(pad)}; use a slice for that")
+    if not any(pad):
+        return x
+    # torch names the last axis first; lutra goes from axis 0 on.
+    ends = [(0, 0)] * x.rank
+    for position in range(len(pad) // 2):
+        ends[x.rank - 1 - position] = (pad[2 * position], pad[2 * position + 1])
+    if any(ends[0]):
+        raise UnsupportedUse("it pads the batch (axis 0); pad other axes only")
+    pads = tuple(amount for pair in ends for amount in pair)
+    return ctx.emit("pad", x, attrs={"pads": pads, "value": _finite(ctx, float(value))})
+
+
+def _finite(ctx: Lowering, value: float) -> float:
+    """The number to pad with; minus infinity in front of a maximum is the smallest number."""
+    if math.isfinite(value):
+        return value
+    if value == -math.inf and all(str(user.target) in _POOLS for user in ctx.node.users):
+        return -NO_LIMIT
+    raise UnsupportedUse(
+        f"it pads with {value}; pad with a finite number, or with -inf in front of max pooling only"
+    )

@@ -1,0 +1,126 @@
+"""Operators on several operands, element by element: activations, views of them and constants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lutra.train.exporting.lowering import views
+from lutra.train.exporting.lowering.arguments import text
+from lutra.train.exporting.lowering.core import (
+    Deferred,
+    Lowering,
+    Ref,
+    Sizes,
+    UnsupportedUse,
+    View,
+)
+from lutra.train.exporting.lowering.deferred import computed
+
+_WORDS = {"add": "adds", "sub": "subtracts", "mul": "multiplies", "div": "divides"}
+
+
+def operand(ctx: Lowering, x: Any) -> Any:
+    """An argument as an activation, a view or a constant."""
+    return computed(ctx, x) if isinstance(x, Deferred) else x
+
+
+def is_activation(x: Any) -> bool:
+    return isinstance(x, (Ref, View))
+
+
+def constant(ctx: Lowering, values: Any, like: Ref, rank: int) -> Ref:
+    """Emit an activation that holds constants, the same for every sample.
+
+    Args:
+        ctx: The walk.
+        values: A number, or a tensor that broadcasts to `rank` axes.
+        like: An activation, which has the batch.
+        rank: Axes of the result; those that the values lack are of size 1.
+
+    Raises:
+        UnsupportedUse: The values differ from sample to sample, or are not finite.
+    """
+    tensor = torch.as_tensor(values).detach().float()
+    if tensor.ndim > rank or (tensor.ndim == rank and tensor.shape[0] != 1):
+        raise UnsupportedUse(
+            f"a constant of shape {tuple(tensor.shape)} meets the batch (axis 0); give it a size "
+            "of 1 there"
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise UnsupportedUse("its constant holds infinity or NaN; use finite numbers such as -1e9")
+    sizes = (1,) * (rank - 1 - tensor.ndim) + tuple(tensor.shape)
+    sizes = sizes[-(rank - 1) :] if rank > 1 else ()
+    return ctx.emit(
+        "constant",
+        like,
+        (like.shape[0], *sizes),
+        attrs={"shape": sizes},
+        tensors={"value": tensor.reshape(-1).contiguous()},
+        suffix="constant",
+    )
+
+
+def together(ctx: Lowering, op: str, operands: Sequence[Any]) -> Ref | View:
+    """Emit an operator on operands that broadcasting puts together.
+
+    Args:
+        ctx: The walk.
+        op: Its name.
+        operands: Activations, views, numbers and constants; one is an activation at least.
+    """
+    small = [views.unrepeated(ctx, x) if is_activation(x) else x for x in operands]
+    given = [x for x in small if is_activation(x)]
+    if all(views.is_sample(ctx, x) for x in given):
+        rank = max(x.rank for x in given)
+        refs = [ctx.realise(x) if is_activation(x) else x for x in small]
+        like = next(x for x in refs if isinstance(x, Ref))
+        made = [x if isinstance(x, Ref) else constant(ctx, x, like, rank) for x in refs]
+        shape = _common(ctx, op, made)
+        wanted = ctx.result_shape if _repeats(shape, ctx.result_shape) else shape
+        result = ctx.emit(op, made, shape)
+        if wanted != shape:  # all repeat values along one axis
+            return views.expanded(ctx, result, ctx.result_sizes)
+        return result
+    several = [x for x in operands if is_activation(x)]
+    numbers = [x for x in operands if not is_activation(x)]
+    if any(isinstance(x, Tensor) and x.numel() > 1 for x in numbers):
+        raise UnsupportedUse("it puts a constant and samples that lie in axis 1 together")
+
+    def make(*bases: Ref) -> Ref:
+        rest = iter(bases)
+        refs = [
+            next(rest)
+            if is_activation(x)
+            else constant(ctx, torch.as_tensor(x).reshape(()), bases[0], bases[0].rank)
+            for x in operands
+        ]
+        return ctx.emit(op, refs, bases[0].shape)
+
+    return views.on_each(ctx, several, make)
+
+
+def _repeats(small: Sizes, large: Sizes) -> bool:
+    return len(small) == len(large) and any(
+        s == 1 != size for s, size in zip(small, large, strict=True)
+    )
+
+
+def _common(ctx: Lowering, op: str, refs: Sequence[Ref]) -> Sizes:
+    shape = refs[0].shape
+    for ref in refs[1:]:
+        fits = len(shape) == ref.rank and all(
+            x == y or 1 in (x, y) or not (isinstance(x, int) and isinstance(y, int))
+            for x, y in zip(shape, ref.shape, strict=True)
+        )
+        if not fits:
+            word = _WORDS.get(op, "puts together")
+            raise UnsupportedUse(
+                f"it {word} shapes {text(refs[0])} and {text(ref)}; operands "
+                "must have equal shapes, or sizes of 1"
+            )
+        shape = tuple(y if x == 1 else x for x, y in zip(shape, ref.shape, strict=True))
+    return shape

@@ -1,0 +1,84 @@
+"""Every operator by itself: exported, and computed by the engine as by torch, or refused."""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from operator_cases import CASES, Case
+from torch import Tensor
+
+from lutra import Session, runnable_isas
+from lutra.errors import UnsupportedModelError
+from lutra.format import load_graph
+from lutra.reference import run_reference
+from lutra.reference.compare import difference
+from lutra.train.exporting.export import export
+
+#: One of each kind; the others are slow.
+QUICK = (
+    "activations-prelu_channels",
+    "functions-pow_fraction",
+    "pairs-addcmul",
+    "masks-where_number",
+    "masks-masked_fill_infinity",
+    "shapes-class_token",
+    "shapes-stack_first_mean",
+    "pads-reflect_2d",
+    "pads-max_pool_behind_infinity",
+    "reductions-std",
+    "reductions-cosine_similarity",
+    "products-einsum_heads",
+)
+
+
+def inputs_of(case: Case, batch: int, seed: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = (torch.randn(batch, *shape, generator=generator) for shape in case.shapes)
+    return tuple(x.abs() + 0.1 if case.positive else x for x in drawn)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+)
+def test_single_operators(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    torch.manual_seed(0)
+    model = case.make().eval()
+    path = tmp_path / "model.lutra"
+    write = functools.partial(export, model, path, inputs_of(case, 2, 1))
+    if case.refused is not None:
+        with pytest.raises(UnsupportedModelError, match=re.escape(case.refused)):
+            write()
+        assert not path.exists()
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write()
+    graph = load_graph(path)
+    for batch in (1, 3):
+        inputs = inputs_of(case, batch, 2 + batch)
+        want: np.ndarray[Any, Any] = model(*(x.clone() for x in inputs)).detach().numpy()
+        feeds = {v.name: x.numpy() for v, x in zip(graph.inputs, inputs, strict=True)}
+        (expected,) = run_reference(graph, feeds).values()
+        assert difference(expected, want) < 1e-5
+        first: np.ndarray[Any, Any] | None = None
+        for isa in runnable_isas():
+            (got,) = Session(graph, isa=isa).run(None, feeds)
+            assert got.shape == want.shape
+            assert difference(got, want) < 1e-5, isa
+            first = got if first is None else first
+            np.testing.assert_array_equal(got.view(np.int32), first.view(np.int32), isa)
+
+
+def test_the_sweep_is_as_large_as_it_says() -> None:
+    assert len(CASES) >= 120
+    assert sum(case.refused is None for case in CASES.values()) >= 110
+    assert set(QUICK) <= set(CASES)
