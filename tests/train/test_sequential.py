@@ -66,8 +66,11 @@ def test_it_is_nearer_to_the_dense_network_on_other_data(name: str) -> None:
     errors = {}
     for calibration in get_args(Calibration):
         recipe = {"*": RECIPES[name]}
-        model, _ = convert(dense, recipe, x.split(40), calibration=calibration, kmeans_steps=5)
+        data = list(x.split(40))
+        model, report = convert(dense, recipe, data, calibration=calibration, kmeans_steps=5)
         errors[calibration] = error(model, dense, images(64, 2))
+        fitted = [layer.start_error is not None for layer in report.replaced]
+        assert all(fitted) if calibration == "sequential" else not any(fitted)
     assert errors["sequential"] < 0.9 * errors["parallel"]
 
 

@@ -100,7 +100,8 @@ def convert(
         raise LutraError(
             f"convert: calibration={calibration!r} is not one of {list(get_args(Calibration))}"
         )
-    batches = list(calibration_data) if calibration == "sequential" else calibration_data
+    sequential = calibration == "sequential"
+    batches = list(calibration_data) if sequential else calibration_data
     calibrated = {layer.name: layer for layer in layers if layer.is_calibrated}
     if not any(layer.method for layer in layers) and not functions.wanted:
         raise LutraError(
@@ -122,8 +123,8 @@ def convert(
     decisions = {} if gate is None else _gate(gate, calibrated, samples, show)
     leaders = _leaders(calibrated, samples) if share_encoders else {}
     targets = None
-    if isinstance(batches, list) and calibrated:
-        targets = Targets(Batches(batches, rows, seed))
+    if sequential and calibrated:
+        targets = Targets(Batches(list(batches), rows, seed))
         targets.collect(model, {name: layer.module for name, layer in calibrated.items()})
     converted = copy.deepcopy(model)
     replacements = {
