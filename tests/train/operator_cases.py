@@ -64,6 +64,15 @@ def _numbers(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(5))
 
 
+def _written(x: Tensor, number: float | None) -> Tensor:
+    y = x.clone()
+    if number is None:
+        y[:, :2] = y[:, :2] * 2
+    else:
+        y[:, 0] = number
+    return y
+
+
 ACTIVATIONS = {
     "relu": module(nn.ReLU),
     "relu6": module(nn.ReLU6),
@@ -323,6 +332,75 @@ PRODUCTS = {
     "einsum_diagonal": call(lambda m, x: torch.einsum("bii->bi", x), (4, 4), refused="diagonal"),
     "attention": call(lambda m, x: F.scaled_dot_product_attention(x, x, x), (2, 5, 6)),
 }
+#: The batch in axis 1, as nn.MultiheadAttention has it.
+TURNED = {
+    name: call(
+        lambda m, x, f=function: f(m, x.transpose(0, 1)).transpose(0, 1), TOKENS, c=_numbers(6)
+    )
+    for name, function in {
+        "where": lambda m, x: torch.where(x > 0, x, 0.5),
+        "maximum": lambda m, x: torch.maximum(x, m.c),
+        "cat": lambda m, x: torch.cat([x, x * 2], 0),
+        "cat_constant": lambda m, x: torch.cat([m.c.expand(1, x.shape[1], -1), x], 0),
+        "flip": lambda m, x: x.flip(0),
+        "cumsum": lambda m, x: x.cumsum(0),
+        "chunk": lambda m, x: x.chunk(2, -1)[0],
+        "glu": lambda m, x: F.glu(x, -1),
+        "pad": lambda m, x: F.pad(x, (1, 0)),
+        "reflect": lambda m, x: F.pad(x, (1, 2), mode="reflect"),
+        "index": lambda m, x: x[:, :, [0, 2]],
+        "slice": lambda m, x: x[1::2],
+        "std": lambda m, x: x.std(0, keepdim=True),
+    }.items()
+}
+MORE = {
+    "sinh": call(lambda m, x: torch.sinh(x) + torch.cosh(x)),
+    "logaddexp": call(lambda m, x, y: torch.logaddexp(x, y), ROW, ROW),
+    "logit": call(lambda m, x: torch.logit(x.sigmoid())),
+    "prod": call(lambda m, x: x.prod(1)),
+    "lp_pool": call(lambda m, x: F.lp_pool2d(x, 2, 2), positive=True),
+    "local_response_norm": module(lambda: nn.LocalResponseNorm(3)),
+    "unfold_windows": call(lambda m, x: F.unfold(x, 3, padding=1, stride=2)),
+    "interpolate_1d": call(lambda m, x: F.interpolate(x, scale_factor=2), SIGNAL),
+    "interpolate_1d_linear": call(lambda m, x: F.interpolate(x, size=13, mode="linear"), SIGNAL),
+    "layer_norm_image": module(lambda: nn.LayerNorm(IMAGE)),
+    "hstack": call(lambda m, x, y: torch.hstack([x, y]), ROW, ROW),
+    "rot90": call(lambda m, x: torch.rot90(x, 1, (2, 3))),
+    "tensordot": call(
+        lambda m, x: torch.tensordot(x, m.c, dims=([2], [0])), TOKENS, c=_numbers(6, 3)
+    ),
+    "diff": call(lambda m, x: torch.diff(x, dim=-1)),
+    "tensor_split": call(lambda m, x: torch.tensor_split(x, 2, 1)[1]),
+    "learnt_queries": call(
+        lambda m, x: F.scaled_dot_product_attention(m.c.expand(x.shape[0], -1, -1, -1), x, x),
+        (2, 5, 6),
+        c=_numbers(1, 2, 3, 6),
+    ),
+    "masked_softmax": call(
+        lambda m, x: x.masked_fill(m.c, float("-inf")).softmax(-1),
+        (5, 5),
+        c=torch.ones(5, 5).triu(1) > 0,
+    ),
+    "masked_mean": call(lambda m, x: (x * (x > 0)).sum(-1) / (x > 0).sum(-1).clamp(min=1), TOKENS),
+    "whole_numbers": call(lambda m, x: (x * 3).int().float() + (x > 0).long()),
+    "index_two": call(lambda m, x: x[:, m.c, m.c], c=torch.tensor([3, 0])),
+    "index_matrix": call(lambda m, x: x[:, m.c], c=torch.tensor([[3, 0], [1, 2]])),
+    "diagonal": call(lambda m, x: x.diagonal(dim1=-2, dim2=-1), (5, 5)),
+    "write_zero": call(lambda m, x: _written(x, 0)),
+    "write_half": call(lambda m, x: _written(x, None)),
+    "aminmax": call(lambda m, x: torch.aminmax(x, dim=1)[0]),
+    "gem": call(
+        lambda m, x: x.clamp(min=1e-6).pow(m.c).mean((-2, -1)).pow(1 / m.c), c=torch.tensor([3.0])
+    ),
+    "rotary": call(
+        lambda m, x: x * m.c + torch.cat([-x[..., 3:], x[..., :3]], -1) * m.d,
+        TOKENS,
+        c=_numbers(5, 6),
+        d=_numbers(5, 6),
+    ),
+    "focus": call(lambda m, x: torch.cat([x[..., ::2, ::2], x[..., 1::2, 1::2]], 1)),
+    "float64": call(lambda m, x: x.double().float(), refused="float64"),
+}
 LAYERS = {
     "conv1d": module(lambda: nn.Conv1d(4, 6, 3), SIGNAL),
     "conv2d": module(lambda: nn.Conv2d(4, 6, 3, 2, 1)),
@@ -372,6 +450,8 @@ FAMILIES = {
     "pads": PADS,
     "reductions": REDUCTIONS,
     "products": PRODUCTS,
+    "turned": TURNED,
+    "more": MORE,
     "layers": LAYERS,
     "pending": PENDING,
 }

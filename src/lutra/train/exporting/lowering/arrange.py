@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from lutra.train.exporting.lowering.core import Lowering, Ref, UnsupportedUse, V
 from lutra.train.exporting.lowering.operands import constant, is_activation, operand
 from lutra.train.exporting.lowering.values import REPEATED, Atom
 
+_OPEN_END = 2**31  # torch writes the open end of a slice as the largest int64
 _POOLS = (
     "aten.max_pool1d.default",
     "aten.max_pool2d.default",
@@ -58,7 +60,13 @@ def _one_sample(values: Tensor) -> Tensor:
     return values
 
 
-@lowers("aten.cat.default", takes=("tensors",))
+@lowers(
+    "aten.cat.default",
+    "aten.concat.default",
+    "aten.concatenate.default",
+    takes=("tensors",),
+    axes=("dim",),
+)
 def _cat(ctx: Lowering, tensors: list[Any], dim: int) -> Ref:
     rank = len(ctx.result_sizes)
     # torch leaves out what is empty, of whatever shape
@@ -144,6 +152,13 @@ def pick(ctx: Lowering, x: Ref, axis: int, index: Tensor) -> Ref:
     )
 
 
+def cut(ctx: Lowering, x: Ref, axis: int, start: int, stop: int) -> Ref:
+    """Emit a slice of an axis."""
+    shape = (*x.shape[:axis], stop - start, *x.shape[axis + 1 :])
+    attrs = {"axis": axis, "start": start, "stop": stop, "step": 1}
+    return ctx.emit("slice", x, shape, attrs=attrs, suffix="slice")
+
+
 def _fixed(x: Ref, axis: int, what: str) -> int:
     size = x.shape[axis]
     if size is None:
@@ -156,7 +171,7 @@ def _fixed(x: Ref, axis: int, what: str) -> int:
     return size
 
 
-@lowers("aten.flip.default", takes=("self",))
+@lowers("aten.flip.default", takes=("self",), axes=("dims",))
 def _flip(ctx: Lowering, self: Any, dims: list[int]) -> Ref:
     x = ctx.realise(activation(ctx, self))
     for dim in dims:
@@ -165,7 +180,7 @@ def _flip(ctx: Lowering, self: Any, dims: list[int]) -> Ref:
     return x
 
 
-@lowers("aten.roll.default", takes=("self",))
+@lowers("aten.roll.default", takes=("self",), axes=("dims",))
 def _roll(ctx: Lowering, self: Any, shifts: Any, dims: Any) -> Ref:
     x = ctx.realise(activation(ctx, self))
     if not dims:
@@ -175,21 +190,12 @@ def _roll(ctx: Lowering, self: Any, shifts: Any, dims: Any) -> Ref:
         size = _fixed(x, axis, "it rolls")
         first = -shift % size
         if first:
-            left, right = (
-                ctx.emit(
-                    "slice",
-                    x,
-                    (*x.shape[:axis], stop - start, *x.shape[axis + 1 :]),
-                    attrs={"axis": axis, "start": start, "stop": stop, "step": 1},
-                    suffix="slice",
-                )
-                for start, stop in ((0, first), (first, size))
-            )
+            left, right = cut(ctx, x, axis, 0, first), cut(ctx, x, axis, first, size)
             x = ctx.emit("concat", (right, left), x.shape, attrs={"axis": axis})
     return x
 
 
-@lowers("aten.index_select.default")
+@lowers("aten.index_select.default", axes=("dim",))
 def _index_select(ctx: Lowering, self: Ref, dim: int, index: Any) -> Ref:
     axis = dim % self.rank
     index = need_constant(index, "the index")
@@ -202,15 +208,132 @@ def _index_select(ctx: Lowering, self: Ref, dim: int, index: Any) -> Ref:
     return pick(ctx, self, axis, index)
 
 
-@lowers("aten.index.Tensor")
-def _index(ctx: Lowering, self: Ref, indices: list[Any]) -> Ref:
+@lowers("aten.index.Tensor", takes=("self",))
+def _index(ctx: Lowering, self: Any, indices: list[Any]) -> Ref | View:
     given = [axis for axis, index in enumerate(indices) if index is not None]
-    if len(given) != 1 or not isinstance(indices[given[0]], Tensor) or indices[given[0]].ndim != 1:
-        raise UnsupportedUse("it picks by several tensors, or by one that is not a constant row")
-    index = indices[given[0]]
-    if index.dtype == torch.bool:
+    rows = [need_constant(indices[axis], "the index") for axis in given]
+    if any(row.dtype == torch.bool for row in rows):
         raise UnsupportedUse("it picks by a mask of bools; write the indices as a list of integers")
-    return _index_select(ctx, self, given[0], index)
+    if given != list(range(given[0], given[-1] + 1)):
+        raise UnsupportedUse("it picks along axes that are not neighbours; pick in two steps")
+    x = activation(ctx, self)
+    order = views.batch_first(ctx, x)
+    if order[0] in given:
+        raise UnsupportedUse(f"it picks samples of the batch (axis {order[0]}); index other axes")
+    ref = ctx.realise(views.permuted(ctx, x, order))
+    first = order.index(given[0])
+    sizes = [ref.shape[first + i] for i in range(len(given))]
+    shape = np.broadcast_shapes(*(tuple(row.shape) for row in rows))
+    rows = [row.expand(shape) for row in rows]
+    if len(given) > 1:
+        fixed = [_fixed(ref, first + i, "it picks along") for i in range(len(given))]
+        flat = torch.zeros_like(rows[0])
+        for row, size in zip(rows, fixed, strict=True):
+            flat = flat * size + torch.where(row < 0, row + size, row)
+        merged = (*ref.shape[:first], math.prod(fixed), *ref.shape[first + len(given) :])
+        ref = views.emit_reshape(ctx, ref, merged, "flat")
+    else:
+        (flat,), (size,) = rows, sizes
+        if not isinstance(size, int) and int(flat.min()) < 0:
+            raise UnsupportedUse("it counts from an end that is known at run time only")
+        flat = torch.where(flat < 0, flat + size, flat) if isinstance(size, int) else flat
+    picked = pick(ctx, ref, first, flat.reshape(-1))
+    if flat.ndim == 1 and len(given) == 1:
+        return views.put_back(ctx, picked, order)
+    if order[0] != 0:
+        raise UnsupportedUse("it picks by several numbers, with the batch not in axis 0")
+    return views.emit_reshape(ctx, picked, ctx.result_shape, "picked")
+
+
+@lowers("aten.diagonal.default", takes=("self",))
+def _diagonal(ctx: Lowering, self: Any, offset: int, dim1: int, dim2: int) -> Ref:
+    x = activation(ctx, self)
+    axes = (dim1 % x.rank, dim2 % x.rank)
+    order = [*(axis for axis in range(x.rank) if axis not in axes), *axes]
+    ref = ctx.realise(views.permuted(ctx, x, order))
+    rows, columns = (_fixed(ref, axis, "it takes a diagonal of") for axis in (-2, -1))
+    index = torch.arange(rows * columns).reshape(rows, columns).diagonal(offset)
+    flat = views.emit_reshape(ctx, ref, (*ref.shape[:-2], rows * columns), "flat")
+    return pick(ctx, flat, flat.rank - 1, index)
+
+
+# ---- writing into a part ------------------------------------------------------------------------
+
+
+@lowers("aten.fill.Tensor", takes=("self",))
+def _fill(ctx: Lowering, self: Any, value: Any) -> Ref | View:
+    number = float(need_constant(value, "what it fills in"))
+    attrs = {"low": number, "high": number}  # of NaN too
+    x = activation(ctx, self)
+    return views.on_each(ctx, (x,), lambda ref: ctx.emit("clamp", ref, ref.shape, attrs=attrs))
+
+
+@lowers("aten.copy.default", takes=("self", "src"))
+def _copy(ctx: Lowering, self: Any, src: Any) -> Ref | View:
+    x, part = activation(ctx, self), operand(ctx, src)
+    if not is_activation(part):
+        ref = ctx.realise(x)
+        return _spread(ctx, part, ref, ref.shape)
+    return views.expanded(ctx, part, ctx.result_sizes)
+
+
+@lowers("aten.slice_scatter.default", takes=("self", "src"), axes=("dim",))
+def _slice_scatter(
+    ctx: Lowering, self: Any, src: Any, dim: int, start: int | None, end: int | None, step: int
+) -> Ref | View:
+    x, axis = activation(ctx, self), dim % len(ctx.node.meta["val"].shape)
+    ref = ctx.realise(x)
+    size = ref.shape[axis]
+    if not isinstance(size, int):
+        if (start or 0) == 0 and (end is None or end >= _OPEN_END) and step == 1:
+            return _in_place_of(ctx, ref, operand(ctx, src))
+        _fixed(ref, axis, "it writes into a part of")
+    first, stop, step = slice(start, end, step).indices(size)
+    if (first, stop, step) == (0, size, 1):
+        return _in_place_of(ctx, ref, operand(ctx, src))
+    if step != 1:
+        raise UnsupportedUse(f"it writes into every {step}th entry; write with torch.where")
+    return _written(ctx, ref, axis, first, stop, operand(ctx, src))
+
+
+@lowers("aten.select_scatter.default", takes=("self", "src"))
+def _select_scatter(ctx: Lowering, self: Any, src: Any, dim: int, index: int) -> Ref:
+    ref = ctx.realise(activation(ctx, self))
+    axis = dim % ref.rank
+    first = index % _fixed(ref, axis, "it writes into an entry of")
+    part = operand(ctx, src)
+    if is_activation(part):
+        row = ctx.realise(part)
+        part = views.emit_reshape(ctx, row, (*ref.shape[:axis], 1, *ref.shape[axis + 1 :]), "row")
+    else:
+        part = part.unsqueeze(axis)
+    return _written(ctx, ref, axis, first, first + 1, part)
+
+
+def _in_place_of(ctx: Lowering, x: Ref, part: Any) -> Ref:
+    return ctx.realise(part) if is_activation(part) else _spread(ctx, part, x, x.shape)
+
+
+def _written(ctx: Lowering, x: Ref, axis: int, first: int, stop: int, part: Any) -> Ref:
+    """An activation with a part of an axis from somewhere else."""
+    size = x.shape[axis]
+    shape = (*x.shape[:axis], stop - first, *x.shape[axis + 1 :])
+    middle = ctx.realise(part) if is_activation(part) else _spread(ctx, part, x, shape)
+    parts = [
+        middle if (start, end) == (first, stop) else cut(ctx, x, axis, start, end)
+        for start, end in ((0, first), (first, stop), (stop, size))
+        if end > start
+    ]
+    return ctx.emit("concat", parts, x.shape, attrs={"axis": axis}) if len(parts) > 1 else middle
+
+
+def _spread(ctx: Lowering, values: Tensor, like: Ref, shape: tuple[Any, ...]) -> Ref:
+    """A constant in a shape that it is repeated to."""
+    made = constant(ctx, _one_sample(values), like, len(shape))
+    if made.shape == shape:
+        return made
+    sizes = [0 if a == b else b for a, b in zip(made.shape, shape, strict=True)][1:]
+    return ctx.emit("expand", made, shape, attrs={"shape": sizes})
 
 
 @lowers("aten.unfold.default", takes=("self",))
@@ -238,23 +361,13 @@ def _triangle(ctx: Lowering, self: Any, diagonal: int) -> Ref:
     return ctx.emit("where", (keep, x, zero), x.shape)
 
 
-@lowers("aten.glu.default", takes=("self",))
+@lowers("aten.glu.default", takes=("self",), axes=("dim",))
 def _glu(ctx: Lowering, self: Any, dim: int) -> Ref | View:
     x = ctx.realise(activation(ctx, self))
     axis = dim % x.rank
     half = _fixed(x, axis, "it halves") // 2
-    shape = (*x.shape[:axis], half, *x.shape[axis + 1 :])
-    value, gate = (
-        ctx.emit(
-            "slice",
-            x,
-            shape,
-            attrs={"axis": axis, "start": start, "stop": start + half, "step": 1},
-            suffix="slice",
-        )
-        for start in (0, half)
-    )
-    return ctx.emit("mul", (value, ctx.emit("sigmoid", gate, shape)), shape)
+    value, gate = cut(ctx, x, axis, 0, half), cut(ctx, x, axis, half, 2 * half)
+    return ctx.emit("mul", (value, ctx.emit("sigmoid", gate, gate.shape)), gate.shape)
 
 
 # ---- channels and pixels ------------------------------------------------------------------------
@@ -273,11 +386,10 @@ def _regrouped(
 
 
 @lowers("aten.channel_shuffle.default", "aten.native_channel_shuffle.default", takes=("self",))
-def _channel_shuffle(ctx: Lowering, self: Any, groups: int) -> Ref | View:
-    x = activation(ctx, self)
-    sizes = views.sizes_of(ctx, x)
-    cut = (sizes[0], groups, sizes[1] // groups, *sizes[2:])
-    return _regrouped(ctx, x, cut, (0, 2, 1, *range(3, len(cut))))
+def _channel_shuffle(ctx: Lowering, self: Any, groups: int) -> Ref:
+    x = ctx.realise(activation(ctx, self))
+    channels = torch.arange(_fixed(x, 1, "it shuffles"))
+    return pick(ctx, x, 1, channels.reshape(groups, -1).t().reshape(-1))
 
 
 @lowers("aten.pixel_unshuffle.default", takes=("self",))
@@ -295,7 +407,7 @@ def _pixel_unshuffle(ctx: Lowering, self: Any, downscale_factor: int) -> Ref | V
 
 
 @lowers("aten.pad.default", takes=("self",))
-def _pad(ctx: Lowering, self: Any, pad: list[int], mode: str, value: Number | None) -> Ref:
+def _pad(ctx: Lowering, self: Any, pad: list[int], mode: str, value: Number | None) -> Ref | View:
     if mode == "constant":
         return _constant_pad(ctx, self, pad, value or 0)
     return _mirrored(ctx, self, pad, mode)
@@ -306,7 +418,7 @@ def _pad(ctx: Lowering, self: Any, pad: list[int], mode: str, value: Number | No
     "aten.reflection_pad2d.default",
     takes=("self",),
 )
-def _reflection_pad(ctx: Lowering, self: Any, padding: list[int]) -> Ref:
+def _reflection_pad(ctx: Lowering, self: Any, padding: list[int]) -> Ref | View:
     return _mirrored(ctx, self, padding, "reflect")
 
 
@@ -315,16 +427,18 @@ def _reflection_pad(ctx: Lowering, self: Any, padding: list[int]) -> Ref:
     "aten.replication_pad2d.default",
     takes=("self",),
 )
-def _replication_pad(ctx: Lowering, self: Any, padding: list[int]) -> Ref:
+def _replication_pad(ctx: Lowering, self: Any, padding: list[int]) -> Ref | View:
     return _mirrored(ctx, self, padding, "replicate")
 
 
-def _mirrored(ctx: Lowering, x: Any, pad: list[int], mode: str) -> Ref:
+def _mirrored(ctx: Lowering, x: Any, pad: list[int], mode: str) -> Ref | View:
     """Padding with what is in the activation, one axis after the other."""
-    ref = ctx.realise(activation(ctx, x))
+    view = activation(ctx, x)
+    order = views.batch_first(ctx, view)
+    ref = ctx.realise(views.permuted(ctx, view, order))
     for position in range(len(pad) // 2):
         before, after = pad[2 * position : 2 * position + 2]
-        axis = ref.rank - 1 - position
+        axis = order.index(ref.rank - 1 - position)
         if not (before or after):
             continue
         size = _fixed(ref, axis, f"it pads with mode {mode!r}")
@@ -336,24 +450,31 @@ def _mirrored(ctx: Lowering, x: Any, pad: list[int], mode: str) -> Ref:
         else:
             index = (size - 1) - ((size - 1) - index.abs()).abs()
         ref = pick(ctx, ref, axis, index)
-    return ref
+    return views.put_back(ctx, ref, order)
 
 
 @lowers("aten.constant_pad_nd.default", takes=("self",))
-def _constant_pad(ctx: Lowering, self: Any, pad: list[int], value: Number) -> Ref:
-    x = ctx.realise(activation(ctx, self))
+def _constant_pad(ctx: Lowering, self: Any, pad: list[int], value: Number) -> Ref | View:
+    view = activation(ctx, self)
     if any(amount < 0 for amount in pad):
         raise UnsupportedUse(f"it crops with negative pads {list(pad)}; use a slice for that")
     if not any(pad):
-        return x
+        return view
+    order = views.batch_first(ctx, view)
+    x = ctx.realise(views.permuted(ctx, view, order))
     # torch names the last axis first; lutra goes from axis 0 on.
     ends = [(0, 0)] * x.rank
     for position in range(len(pad) // 2):
-        ends[x.rank - 1 - position] = (pad[2 * position], pad[2 * position + 1])
+        ends[order.index(x.rank - 1 - position)] = (pad[2 * position], pad[2 * position + 1])
     if any(ends[0]):
         raise UnsupportedUse("it pads the batch (axis 0); pad other axes only")
     pads = tuple(amount for pair in ends for amount in pair)
-    return ctx.emit("pad", x, attrs={"pads": pads, "value": _finite(ctx, float(value))})
+    shape = tuple(
+        size if size is None else size + before + after
+        for size, (before, after) in zip(x.shape, ends, strict=True)
+    )
+    attrs = {"pads": pads, "value": _finite(ctx, float(value))}
+    return views.put_back(ctx, ctx.emit("pad", x, shape, attrs=attrs), order)
 
 
 def _finite(ctx: Lowering, value: float) -> float:

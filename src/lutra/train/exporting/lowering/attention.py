@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx
 
 from lutra.train.exporting.lowering import views
-from lutra.train.exporting.lowering.arguments import activation
 from lutra.train.exporting.lowering.core import (
     Deferred,
     Lowering,
@@ -20,6 +19,7 @@ from lutra.train.exporting.lowering.core import (
     View,
     lowers,
 )
+from lutra.train.exporting.lowering.operands import base_of, constant, is_activation, operand
 from lutra.train.exporting.lowering.sources import Sources, size_at
 from lutra.train.exporting.lowering.values import Sizes
 
@@ -89,7 +89,15 @@ def _attend(
     tables: Mapping[str, Tensor] | None,
 ) -> Ref | View:
     """Emit one node for attention; its tables, if any, take the place of exp and 1/x."""
-    q, k, v = (views.view_of(ctx, activation(ctx, x)) for x in (query, key, value))
+    given = [operand(ctx, x) for x in (query, key, value)]
+    first = next((x for x in given if is_activation(x)), None)
+    if first is None:
+        raise UnsupportedUse("it works on what is the same for every input; make that a buffer")
+    # queries that are learnt, say
+    q, k, v = (
+        views.view_of(ctx, x if is_activation(x) else constant(ctx, x, base_of(first), x.ndim))
+        for x in given
+    )
     sizes = [views.sizes_of(ctx, x) for x in (q, k, v)]
     width, heads = sizes[0][-1], _heads(q)
     if not all(

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from lutra.ops.elementwise import NO_LIMIT
+from lutra.train.exporting.lowering import views
 from lutra.train.exporting.lowering.arguments import Number
 from lutra.train.exporting.lowering.arithmetic import add, affine, mul
 from lutra.train.exporting.lowering.core import (
@@ -24,6 +26,14 @@ from lutra.train.exporting.lowering.deferred import computed
 from lutra.train.exporting.lowering.operands import is_activation, operand, together
 
 _BOTH = ("self", "other")
+_TURNED = {"scale": -1.0, "bias": 0.0}
+_SOFTMAX = (
+    "aten.softmax.int",
+    "aten._softmax.default",
+    "aten.amax.default",
+    "aten.max.dim",
+    "lutra.table_softmax.default",
+)
 
 
 def _compared(ctx: Lowering, op: str, a: Any, b: Any) -> Ref | View:
@@ -72,7 +82,23 @@ def _isnan(ctx: Lowering, self: Any) -> Ref | View:
 
 @lowers("aten.logical_not.default", "aten.bitwise_not.default", takes=("self",))
 def _not(ctx: Lowering, self: Any) -> Ref | View:
+    if ctx.node.meta["val"].dtype != torch.bool:
+        raise UnsupportedUse("it computes with the bits of integers")
     return together(ctx, "equal", (operand(ctx, self), 0.0))
+
+
+@lowers("aten.logaddexp.default", takes=_BOTH)
+def _logaddexp(ctx: Lowering, self: Any, other: Any) -> Ref | View:
+    # max(a, b) + log(1 + e^-|a - b|)
+    a, b = operand(ctx, self), operand(ctx, other)
+    apart = together(ctx, "sub", (a, b))
+
+    def extra(x: Ref) -> Ref:
+        down = ctx.emit("affine_scalar", ctx.emit("abs", x, x.shape), x.shape, attrs=_TURNED)
+        return ctx.emit("softplus", down, x.shape)
+
+    more = views.on_each(ctx, (apart,), extra)
+    return together(ctx, "add", (together(ctx, "maximum", (a, b)), more))
 
 
 @lowers("aten.logical_and.default", "aten.bitwise_and.Tensor", "aten.__and__.Tensor", takes=_BOTH)
@@ -93,6 +119,8 @@ def _xor(ctx: Lowering, self: Any, other: Any) -> Ref | View:
 
 def _holds(ctx: Lowering, index: int, x: Any) -> Any:
     """An argument that is a mask, or what is not 0 in it as one."""
+    if ctx.node.meta["val"].dtype != torch.bool:
+        raise UnsupportedUse("it computes with the bits of integers")
     made = operand(ctx, x)
     if not is_activation(made):
         return torch.as_tensor(made) != 0
@@ -142,14 +170,30 @@ def _clamp(ctx: Lowering, self: Any, min: Any, max: Any) -> Ref | View:
     takes=("condition", *_BOTH),
 )
 def _where(ctx: Lowering, condition: Any, self: Any, other: Any) -> Ref | View:
-    return together(ctx, "where", [operand(ctx, x) for x in (condition, self, other)])
+    given = [operand(ctx, x) for x in (condition, self, other)]
+    numbers = [isinstance(x, (int, float)) or getattr(x, "ndim", 1) == 0 for x in given]
+    made = [
+        _finite(ctx, float(x)) if is_number else x
+        for x, is_number in zip(given, numbers, strict=True)
+    ]
+    return together(ctx, "where", made)
+
+
+def _finite(ctx: Lowering, number: float) -> float:
+    """The number to fill in; minus infinity in front of a softmax is the smallest number."""
+    if math.isfinite(number):
+        return number
+    if number == -math.inf and all(str(user.target) in _SOFTMAX for user in ctx.node.users):
+        return -NO_LIMIT
+    raise UnsupportedUse(
+        f"it fills in {number}; fill in a finite number, such as -1e9, or -inf in front of a "
+        "softmax or a maximum only"
+    )
 
 
 @lowers("aten.masked_fill.Scalar", "aten.masked_fill.Tensor", takes=("self", "mask"))
 def _masked_fill(ctx: Lowering, self: Any, mask: Any, value: Any) -> Ref | View:
-    number = float(value)
-    if not math.isfinite(number):
-        raise UnsupportedUse("it fills in infinity; fill in a finite number, such as -1e9")
+    number = _finite(ctx, float(value))
     x = operand(ctx, self)
     if not isinstance(mask, Deferred) or not is_activation(x):
         return together(ctx, "where", (operand(ctx, mask), number, x))

@@ -66,6 +66,7 @@ class Entry:
     takes_sizes: bool
     takes: frozenset[str]
     works: Literal["", "each", "last"]
+    axes: tuple[str, ...] = ()
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -78,6 +79,7 @@ def lowers(
     takes_sizes: bool = False,
     takes: Sequence[str] = (),
     works: Literal["", "each", "last"] = "",
+    axes: Sequence[str] = (),
 ) -> Callable[[_F], _F]:
     """Register a function as the lowering of torch operators such as `"aten.relu.default"`.
 
@@ -89,6 +91,8 @@ def lowers(
             Others are made a `Ref` (or a tensor) before the function is called.
         works: "each" for an operator that treats every element alike, "last" for one along the
             last axis: it is called with the base of a view where the batch is not in axis 0.
+        axes: Names of arguments that number axes, of an operator whose result has the axes of its
+            operands. Where the batch is not in axis 0 it is called with the axes in another order.
 
     The function is called as `fn(ctx, **arguments)`, the arguments named as in the operator's
     schema (only those the function takes). It returns a `Ref` or a `View`, or a tuple for operators
@@ -102,7 +106,7 @@ def lowers(
                     f"lowers: {target} has a lowering already "
                     f"({LOWERINGS[target].function.__qualname__}); remove one of the two."
                 )
-            LOWERINGS[target] = Entry(function, takes_sizes, frozenset(takes), works)
+            LOWERINGS[target] = Entry(function, takes_sizes, frozenset(takes), works, tuple(axes))
         return function
 
     return register

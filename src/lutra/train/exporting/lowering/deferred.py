@@ -103,11 +103,13 @@ def _constant(ctx: Lowering, x: Deferred) -> Tensor:
     results = []
     for shift, batch in ((0, 2), (1, 3), (4, 1)):
         values = ctx.sources.evaluate(x.node, ctx.sources.sizes(shift=shift, first=batch), {})
-        shape = x.node.meta["val"].shape
-        if shape and not isinstance(shape[0], int) and values.shape[0] == batch:
-            if not torch.equal(values, values[:1].expand_as(values)):
+        for axis, size in enumerate(x.node.meta["val"].shape):
+            if isinstance(size, int) or size.node.expr != ctx.batch:
+                continue
+            one = values.narrow(axis, 0, 1)
+            if not torch.equal(values, one.expand_as(values)):
                 raise UnsupportedUse("it computes with the number of a sample in the batch")
-            values = values[:1]
+            values = one
         results.append(values)
     first = results[0]
     if any(each.shape != first.shape or not torch.equal(each, first) for each in results):

@@ -10,7 +10,6 @@ from torch import Tensor
 from lutra.train.exporting.lowering import views
 from lutra.train.exporting.lowering.arguments import (
     Number,
-    activation,
     need_activation,
     need_constant,
     need_rank,
@@ -18,14 +17,13 @@ from lutra.train.exporting.lowering.arguments import (
     single,
 )
 from lutra.train.exporting.lowering.core import (
-    Deferred,
     Lowering,
     Ref,
     UnsupportedUse,
     View,
     lowers,
 )
-from lutra.train.exporting.lowering.operands import constant
+from lutra.train.exporting.lowering.operands import base_of, constant, operand
 from lutra.train.exporting.lowering.points import as_image
 from lutra.train.exporting.lowering.values import Atom, Sizes
 
@@ -200,8 +198,7 @@ def matmul(ctx: Lowering, self: Any, other: Any, sizes: Sizes | None = None) -> 
         sizes: Of the result; those of the torch operator's when left out.
     """
     sizes = ctx.result_sizes if sizes is None else sizes
-    a = activation(ctx, self) if isinstance(self, Deferred) else self
-    b = activation(ctx, other) if isinstance(other, Deferred) else other
+    a, b = operand(ctx, self), operand(ctx, other)
     if isinstance(b, Tensor):
         need_activation(a)
         if b.ndim == 1:
@@ -210,14 +207,12 @@ def matmul(ctx: Lowering, self: Any, other: Any, sizes: Sizes | None = None) -> 
             assert made is not None  # a size of 1 is left out
             return made
         if b.ndim > 2:
-            like = ctx.realise(a)
-            weight = constant(ctx, b, like, like.rank)
+            weight = constant(ctx, b, base_of(a), a.rank)
             return product(ctx, views.view_of(ctx, a), views.view_of(ctx, weight), sizes)
         return views.on_last(ctx, a, lambda x: _linear(ctx, x, b.t(), None))
     if isinstance(a, Tensor):
         if a.ndim > 2:
-            like = ctx.realise(b)
-            weight = constant(ctx, a, like, like.rank)
+            weight = constant(ctx, a, base_of(b), b.rank)
             return product(ctx, views.view_of(ctx, weight), views.view_of(ctx, b), sizes)
         if a.ndim != 2 or b.rank < 3:
             raise UnsupportedUse(f"the first factor has shape {tuple(a.shape)}; make it 2-D")

@@ -21,6 +21,7 @@ from lutra.train.exporting.lowering.core import (
     View,
     lowers,
 )
+from lutra.train.exporting.lowering.functions import truncated
 from lutra.train.exporting.lowering.operands import together
 
 
@@ -52,8 +53,13 @@ def _same(ctx: Lowering, self: Any) -> Ref | View:
     x = activation(ctx, self)
     source = ctx.node.args[0]
     was = source.meta["val"].dtype if isinstance(source, fx.Node) else None
-    if ctx.node.meta["val"].dtype == torch.bool != was and not isinstance(self, Deferred):
+    made = ctx.node.meta["val"].dtype
+    if made == was or isinstance(self, Deferred) or was is None:
+        return x
+    if made == torch.bool:
         return affine(ctx, together(ctx, "equal", (x, 0.0)), -1.0, 1.0)
+    if was.is_floating_point and not made.is_floating_point:
+        return views.on_each(ctx, (x,), lambda ref: truncated(ctx, ref))
     return x
 
 

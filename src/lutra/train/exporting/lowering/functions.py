@@ -21,6 +21,12 @@ def line(ctx: Lowering, x: Ref, scale: float, bias: float) -> Ref:
     return ctx.emit("affine_scalar", x, x.shape, attrs=attrs)
 
 
+def truncated(ctx: Lowering, x: Ref) -> Ref:
+    """Emit x without what is behind the point."""
+    whole = ctx.emit("floor", ctx.emit("abs", x, x.shape), x.shape)
+    return ctx.emit("mul", (whole, ctx.emit("sign", x, x.shape)), x.shape)
+
+
 def _below(ctx: Lowering, x: Ref) -> Ref:
     """Emit min(x, 0)."""
     return ctx.emit("clamp", x, x.shape, attrs={"low": -NO_LIMIT, "high": 0.0})
@@ -241,10 +247,26 @@ def _round(ctx: Lowering, self: Ref) -> Ref:
 
 @lowers("aten.trunc.default", "aten.fix.default", works="each")
 def _trunc(ctx: Lowering, self: Ref) -> Ref:
-    whole = ctx.emit("floor", ctx.emit("abs", self))
-    return ctx.emit("mul", (whole, ctx.emit("sign", self)))
+    return truncated(ctx, self)
 
 
 @lowers("aten.frac.default", works="each")
 def _frac(ctx: Lowering, self: Ref) -> Ref:
-    return ctx.emit("sub", (self, _trunc(ctx, self)))
+    return ctx.emit("sub", (self, truncated(ctx, self)))
+
+
+@lowers("aten.sinh.default", works="each")
+def _sinh(ctx: Lowering, self: Ref) -> Ref:
+    return _halves(ctx, self, "sub")
+
+
+@lowers("aten.cosh.default", works="each")
+def _cosh(ctx: Lowering, self: Ref) -> Ref:
+    return _halves(ctx, self, "add")
+
+
+def _halves(ctx: Lowering, x: Ref, op: str) -> Ref:
+    """(e^x + e^-x) / 2, or the difference."""
+    up = ctx.emit("exp", x, x.shape)
+    down = ctx.emit("exp", line(ctx, x, -1.0, 0.0), x.shape)
+    return line(ctx, ctx.emit(op, (up, down), x.shape), 0.5, 0.0)

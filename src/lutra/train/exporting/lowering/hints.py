@@ -14,7 +14,7 @@ _TABLE = [
     ),
     ("gru lstm rnn_tanh rnn_relu", "recurrent layers have no lutra op; use convolutions over time"),
     (
-        "conv3d max_pool3d avg_pool3d",
+        "conv3d max_pool3d",
         "only the 1-D and 2-D forms exist",
     ),
     (
@@ -22,8 +22,7 @@ _TABLE = [
         "lutra has no transposed convolution; use upsampling or nn.PixelShuffle and a convolution",
     ),
     (
-        "upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa upsample_nearest1d "
-        "upsample_linear1d upsample_trilinear3d",
+        "upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa upsample_trilinear3d",
         "lutra has nearest and bilinear upsampling of images, without antialiasing",
     ),
     ("_native_batch_norm_legit _native_batch_norm_legit_functional", _BATCH_STATISTICS),

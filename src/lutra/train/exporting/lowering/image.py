@@ -1,18 +1,99 @@
-"""Operators that give images another size."""
+"""Operators that give images another size, and windows of images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from lutra.train.exporting.lowering.arguments import need_rank
+import torch
+
+from lutra.train.exporting.lowering import views
+from lutra.train.exporting.lowering.arguments import need_rank, pair
 from lutra.train.exporting.lowering.core import Lowering, Ref, UnsupportedUse, is_dynamic, lowers
+from lutra.train.exporting.lowering.points import as_image
 
 
 @lowers("aten.pixel_shuffle.default")
 def _pixel_shuffle(ctx: Lowering, self: Ref, upscale_factor: int) -> Ref:
     need_rank(self, 4)
     return ctx.emit("pixel_shuffle", self, attrs={"factor": upscale_factor})
+
+
+@lowers("aten.im2col.default")
+def _im2col(
+    ctx: Lowering,
+    self: Ref,
+    kernel_size: list[int],
+    dilation: list[int],
+    padding: list[int],
+    stride: list[int],
+) -> Ref:
+    """Windows as columns: a convolution whose filters each take one value."""
+    need_rank(self, 4)
+    channels, size = self.shape[1], kernel_size[0] * kernel_size[1]
+    one = torch.eye(size).reshape(size, 1, *kernel_size)
+    rows, columns = (
+        (length + 2 * pad - spread * (kernel - 1) - 1) // step + 1
+        for length, pad, spread, kernel, step in zip(
+            self.shape[2:], padding, dilation, kernel_size, stride, strict=True
+        )
+    )
+    made = ctx.emit(
+        "conv2d",
+        self,
+        (None, channels * size, rows, columns),
+        attrs={
+            "stride": pair(stride),
+            "padding": pair(padding),
+            "dilation": pair(dilation),
+            "groups": channels,
+        },
+        tensors={
+            "weight": one.repeat(channels, 1, 1, 1),
+            "bias": torch.zeros(channels * size),
+        },
+    )
+    return views.emit_reshape(ctx, made, ctx.result_shape, "columns")
+
+
+@lowers("aten.upsample_nearest1d.vec", takes_sizes=True)
+def _nearest1d(ctx: Lowering, input: Ref, scale_factors: Any) -> Ref:
+    return _upsample1d(ctx, input, scale_factors, "nearest", False)
+
+
+@lowers("aten._upsample_nearest_exact1d.vec", takes_sizes=True)
+def _nearest_exact1d(ctx: Lowering, input: Ref, scale_factors: Any) -> Ref:
+    return _upsample1d(ctx, input, scale_factors, "nearest-exact", False)
+
+
+@lowers("aten.upsample_linear1d.vec", takes_sizes=True)
+def _linear1d(ctx: Lowering, input: Ref, align_corners: bool, scale_factors: Any) -> Ref:
+    return _upsample1d(ctx, input, scale_factors, "bilinear", align_corners)
+
+
+def _upsample1d(
+    ctx: Lowering, x: Ref, scales: Sequence[Any] | None, mode: str, align_corners: bool
+) -> Ref:
+    need_rank(x, 3)
+    attrs: dict[str, Any] = {"mode": mode, "align_corners": align_corners}
+    size = ctx.result_shape[2]
+    if scales is None and is_dynamic(size):
+        ratio = _multiple(size, x.shape[2])
+        scales = None if ratio is None else [ratio]
+    if scales is not None:
+        return as_image(
+            ctx,
+            x,
+            "upsample",
+            attrs={**attrs, "size": (), "scale_h": 1.0, "scale_w": float(scales[0])},
+        )
+    if is_dynamic(size):
+        raise UnsupportedUse(
+            "its size is computed from sizes that are known at run time only; give a scale_factor"
+        )
+    return as_image(
+        ctx, x, "upsample", attrs={**attrs, "size": (1, size), "scale_h": 0.0, "scale_w": 0.0}
+    )
 
 
 @lowers("aten.upsample_nearest2d.vec", takes_sizes=True)

@@ -32,6 +32,11 @@ def is_activation(x: Any) -> bool:
     return isinstance(x, (Ref, View))
 
 
+def base_of(x: Ref | View) -> Ref:
+    """The graph value of an activation or a view."""
+    return x.base if isinstance(x, View) else x
+
+
 def constant(ctx: Lowering, values: Any, like: Ref, rank: int) -> Ref:
     """Emit an activation that holds constants, the same for every sample.
 
@@ -86,9 +91,8 @@ def together(ctx: Lowering, op: str, operands: Sequence[Any]) -> Ref | View:
             return views.expanded(ctx, result, ctx.result_sizes)
         return result
     several = [x for x in operands if is_activation(x)]
-    numbers = [x for x in operands if not is_activation(x)]
-    if any(isinstance(x, Tensor) and x.numel() > 1 for x in numbers):
-        raise UnsupportedUse("it puts a constant and samples that lie in axis 1 together")
+    if any(isinstance(x, Tensor) and x.numel() > 1 for x in operands):
+        return _turned(ctx, op, small)
 
     def make(*bases: Ref) -> Ref:
         rest = iter(bases)
@@ -101,6 +105,26 @@ def together(ctx: Lowering, op: str, operands: Sequence[Any]) -> Ref | View:
         return ctx.emit(op, refs, bases[0].shape)
 
     return views.on_each(ctx, several, make)
+
+
+def _turned(ctx: Lowering, op: str, operands: Sequence[Any]) -> Ref | View:
+    """Operands with constants among them, with the batch put in front."""
+    first = next(x for x in operands if is_activation(x) and not views.is_sample(ctx, x))
+    order = views.batch_first(ctx, first)
+    rank = len(order)
+    refs: list[Any] = []
+    for x in operands:
+        if is_activation(x):
+            if x.rank != rank:
+                raise UnsupportedUse("its operands have different numbers of axes; unsqueeze them")
+            refs.append(ctx.realise(views.permuted(ctx, x, order)))
+        else:
+            values = torch.as_tensor(x)
+            spread = values.reshape((1,) * (rank - values.ndim) + tuple(values.shape))
+            refs.append(spread.permute(order))
+    like = next(x for x in refs if isinstance(x, Ref))
+    made = [x if isinstance(x, Ref) else constant(ctx, x, like, rank) for x in refs]
+    return views.put_back(ctx, ctx.emit(op, made, _common(ctx, op, made)), order)
 
 
 def _repeats(small: Sizes, large: Sizes) -> bool:

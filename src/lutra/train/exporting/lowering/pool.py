@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lutra.train.exporting.lowering import views
 from lutra.train.exporting.lowering.arguments import need_rank, pair, single
 from lutra.train.exporting.lowering.core import Lowering, Ref, UnsupportedUse, lowers
 from lutra.train.exporting.lowering.points import as_image
@@ -83,6 +84,37 @@ def _adaptive_avg_pool2d(ctx: Lowering, self: Ref, output_size: Any) -> Ref:
 def _adaptive_max_pool2d(ctx: Lowering, self: Ref, output_size: Any) -> tuple[Ref, None]:
     need_rank(self, 4)
     return ctx.emit("adaptive_max_pool2d", self, attrs={"output_size": pair(output_size)}), None
+
+
+@lowers("aten.avg_pool3d.default")
+def _avg_pool3d(
+    ctx: Lowering,
+    self: Ref,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Ref:
+    steps = list(stride or kernel_size)
+    flat = [*kernel_size[1:], *steps[1:]] == [1, 1, 1, 1] and not any(padding[1:])
+    if self.rank != 5 or not flat or divisor_override is not None:
+        raise UnsupportedUse(
+            "it averages over volumes; only means over the first of the three axes exist, as in "
+            "nn.LocalResponseNorm"
+        )
+    rows = views.emit_reshape(ctx, self, (*self.shape[:3], self.shape[3] * self.shape[4]), "rows")
+    depth = ctx.result_shape[2]
+    attrs = {
+        "kernel": (kernel_size[0], 1),
+        "stride": (steps[0], 1),
+        "padding": (padding[0], 0),
+        "ceil_mode": ceil_mode,
+        "count_include_pad": count_include_pad,
+    }
+    made = ctx.emit("avg_pool2d", rows, (*rows.shape[:2], depth, rows.shape[3]), attrs=attrs)
+    return views.emit_reshape(ctx, made, ctx.result_shape, "volumes")
 
 
 @lowers("aten.adaptive_max_pool1d.default")

@@ -8,6 +8,7 @@ from typing import Any
 
 from lutra.train.exporting.lowering import views
 from lutra.train.exporting.lowering.arguments import Number, activation, text
+from lutra.train.exporting.lowering.arrange import cut
 from lutra.train.exporting.lowering.core import (
     Lowering,
     Ref,
@@ -19,6 +20,8 @@ from lutra.train.exporting.lowering.core import (
 from lutra.train.exporting.lowering.functions import line
 
 _SELF = ("self",)
+_MOST_FACTORS = 64
+_INSTEAD = "use a mean, or lutra.train.masked_mean for the tokens that a mask keeps"
 
 
 def _axes(x: Ref | View, dim: Any) -> tuple[int, ...]:
@@ -81,19 +84,19 @@ def emit_reduced(ctx: Lowering, op: str, x: Ref, axes: tuple[int, ...], keepdim:
     return ctx.emit(op, x, shape_without(x, axes, keepdim), attrs=attrs)
 
 
-def count(x: Ref, axes: Sequence[int], what: str) -> int:
+def count(x: Ref, axes: Sequence[int], what: str, instead: str) -> int:
     """The number of elements that become one."""
     sizes = [x.shape[axis] for axis in axes]
     if not all(isinstance(size, int) for size in sizes):
         raise UnsupportedUse(
             f"{what} over axes {list(axes)} of {text(x)}, whose sizes are known at run time only; "
-            "use a mean, or lutra.train.masked_mean for the tokens that a mask keeps"
+            f"{instead}"
         )
     return math.prod(sizes)
 
 
 def emit_sum(ctx: Lowering, x: Ref, axes: tuple[int, ...], keepdim: bool) -> Ref:
-    number = count(x, axes, "it adds up")
+    number = count(x, axes, "it adds up", _INSTEAD)
     return line(ctx, emit_reduced(ctx, "mean", x, axes, keepdim), number, 0.0)
 
 
@@ -167,7 +170,7 @@ def _emit_variance(
     spread = emit_reduced(ctx, "mean", ctx.emit("mul", (away, away), x.shape), axes, keepdim)
     if correction == 0:
         return spread
-    number = count(x, axes, "it corrects a variance")
+    number = count(x, axes, "it corrects a variance", "use correction=0, or unbiased=False")
     if number <= correction:
         raise UnsupportedUse(
             f"it takes the variance of {number} numbers with a correction of {correction}, which "
@@ -280,10 +283,30 @@ def _norm(ctx: Lowering, self: Any, p: Any, dim: Any, keepdim: bool) -> Ref | Vi
     return _vector_norm(ctx, self, 2 if p is None else p, dim, keepdim)
 
 
+# ---- products -----------------------------------------------------------------------------------
+
+
+@lowers("aten.prod.dim_int", takes=_SELF)
+def _prod(ctx: Lowering, self: Any, dim: int, keepdim: bool) -> Ref | View:
+    def make(x: Ref, axes: tuple[int, ...], keep: bool) -> Ref:
+        (axis,) = axes
+        size = count(x, axes, "it multiplies", "multiply in a fixed axis")
+        if size > _MOST_FACTORS:
+            raise UnsupportedUse(
+                f"it multiplies {size} numbers with each other; {_MOST_FACTORS} are the most"
+            )
+        made, *others = (cut(ctx, x, axis, i, i + 1) for i in range(size))
+        for other in others:
+            made = ctx.emit("mul", (made, other), made.shape)
+        return made if keep else views.emit_reshape(ctx, made, shape_without(x, axes, False))
+
+    return reduced(ctx, self, dim, keepdim, "it multiplies", make)
+
+
 # ---- cumulative sums ----------------------------------------------------------------------------
 
 
-@lowers("aten.cumsum.default", takes=_SELF)
+@lowers("aten.cumsum.default", takes=_SELF, axes=("dim",))
 def _cumsum(ctx: Lowering, self: Any, dim: int) -> Ref:
     x = ctx.realise(activation(ctx, self))
     axis = dim % x.rank

@@ -98,6 +98,14 @@ def _slice(
         cut = _cut_base(ctx, x, axis, first, stop)
         if cut is not None:
             return cut
+    if not views.is_sample(ctx, x):
+        if not isinstance(size, int):
+            raise UnsupportedUse(f"it cuts the batch (axis {axis}); slice other axes only")
+        order = views.batch_first(ctx, x)
+        ref = ctx.realise(views.permuted(ctx, x, order))
+        first, stop, step = slice(start, end, step).indices(size)
+        cut = _cut(ctx, ref, order.index(axis), first, max(first, stop), step)
+        return views.put_back(ctx, cut, order)
     x = ctx.realise(x)
     size = x.shape[axis]
     if size is None:
@@ -134,6 +142,10 @@ def _select(ctx: Lowering, self: Any, dim: int, index: int) -> Ref | View:
                 view = views.view_of(ctx, row)
                 axes = (*view.axes[:axis], *view.axes[axis + 1 :])
                 return views.simplest(ctx, View(view.base, axes, ctx.node))
+            if not views.is_sample(ctx, x):
+                row = views.view_of(ctx, _slice(ctx, x, axis, index % size, index % size + 1, 1))
+                axes = (*row.axes[:axis], *row.axes[axis + 1 :])
+                return views.simplest(ctx, View(row.base, axes, ctx.node))
         x = ctx.realise(x)
     size = x.shape[axis]
     if size is None:
@@ -159,7 +171,7 @@ def _unbind(ctx: Lowering, self: Any, dim: int) -> tuple[Ref | View, ...]:
     return tuple(_select(ctx, x, dim, index) for index in range(size))
 
 
-@lowers("aten.chunk.default")
+@lowers("aten.chunk.default", axes=("dim",))
 def _chunk(ctx: Lowering, self: Ref, chunks: int, dim: int) -> tuple[Ref, ...]:
     size = self.shape[dim % self.rank]
     if not isinstance(size, int):
@@ -167,7 +179,7 @@ def _chunk(ctx: Lowering, self: Ref, chunks: int, dim: int) -> tuple[Ref, ...]:
     return _split(ctx, self, -(-size // chunks), dim)
 
 
-@lowers("aten.split.Tensor")
+@lowers("aten.split.Tensor", "aten.unsafe_split.Tensor", axes=("dim",))
 def _split(ctx: Lowering, self: Ref, split_size: int, dim: int) -> tuple[Ref, ...]:
     size = self.shape[dim % self.rank]
     if size is None:
@@ -180,7 +192,7 @@ def _split(ctx: Lowering, self: Ref, split_size: int, dim: int) -> tuple[Ref, ..
     return _split_sizes(ctx, self, sizes, dim)
 
 
-@lowers("aten.split_with_sizes.default")
+@lowers("aten.split_with_sizes.default", axes=("dim",))
 def _split_sizes(ctx: Lowering, self: Ref, split_sizes: list[int], dim: int) -> tuple[Ref, ...]:
     axis = dim % self.rank
     if axis == 0:

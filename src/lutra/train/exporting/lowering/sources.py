@@ -31,6 +31,7 @@ _FILLS: dict[str, int | None] = {
     "aten.new_zeros.default": 0,
     "aten.new_ones.default": 1,
     "aten.new_full.default": None,
+    "aten.fill.Scalar": None,
 }
 
 

@@ -113,6 +113,17 @@ def is_sample(ctx: Lowering, x: Ref | View) -> bool:
     return len(first) == 1 and first[0].axis == 0
 
 
+def batch_first(ctx: Lowering, x: Ref | View) -> list[int]:
+    """The order of the axes of a view that has the batch in front."""
+    batch = next((i for i, size in enumerate(sizes_of(ctx, x)) if size == ctx.batch), 0)
+    return [batch, *(i for i in range(x.rank) if i != batch)]
+
+
+def put_back(ctx: Lowering, x: Ref | View, order: Sequence[int]) -> Ref | View:
+    """A view with its axes as they were before `permuted` by `order`."""
+    return permuted(ctx, x, [order.index(i) for i in range(len(order))])
+
+
 def realise(ctx: Lowering, view: View) -> Ref:
     """Make the nodes that give a view's values.
 

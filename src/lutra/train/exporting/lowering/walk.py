@@ -202,11 +202,11 @@ class Walk(Lowering):
         before = len(self._nodes)
         try:
             first = _first(node.meta["val"])
-            if first.dtype not in (torch.float32, torch.bool):
+            if first.dtype not in (torch.float32, *_INTEGERS):
                 raise UnsupportedUse(
                     f"its result is {first.dtype}, but activations are float32; remove the cast"
                 )
-            if not (entry.takes or entry.works):
+            if not (entry.takes or entry.works or entry.axes):
                 _ = self.result_shape  # which says what is wrong with the batch
             result = self._apply(entry, _bind(node, args, entry.function))
         except _Reported:
@@ -235,6 +235,10 @@ class Walk(Lowering):
         }
         if entry.works and not all(views.is_sample(self, x) for x in tensors.values()):
             return self._apply_to_bases(entry, arguments, tensors)
+        if entry.axes:
+            turned = self._apply_turned(entry, arguments)
+            if turned is not None:
+                return turned
         plain = {
             name: value if name in entry.takes else self._plain(value)
             for name, value in arguments.items()
@@ -262,6 +266,38 @@ class Walk(Lowering):
             return views.on_each(self, tuple(tensors.values()), make)
         (x,) = tensors.values()
         return views.on_last(self, x, make)
+
+    def _apply_turned(self, entry: Entry, arguments: Mapping[str, Any]) -> Any:
+        """Call a lowering with the batch in front; None where it is there already."""
+        seen = [leaf for leaf in flatten(arguments) if isinstance(leaf, View)]
+        first = next((x for x in seen if not views.is_sample(self, x)), None)
+        if first is None:
+            return None
+        order = views.batch_first(self, first)
+
+        def turn(value: Any) -> Any:
+            if isinstance(value, (tuple, list)):
+                return [turn(each) for each in value]
+            value = computed(self, value) if isinstance(value, Deferred) else value
+            if isinstance(value, (Ref, View)):
+                return self.realise(views.permuted(self, value, order))
+            is_alike = isinstance(value, Tensor) and value.ndim == len(order)
+            return value.permute(order) if is_alike else value
+
+        def renumber(dim: Any) -> Any:
+            if isinstance(dim, (tuple, list)):
+                return [renumber(each) for each in dim]
+            return order.index(dim % len(order))
+
+        given = {
+            name: renumber(value) if name in entry.axes else turn(value)
+            for name, value in arguments.items()
+        }
+        with self.making(self.shape_of_sizes(tuple(self.result_sizes[i] for i in order))):
+            made = entry.function(self, **given)
+        if isinstance(made, tuple):
+            return tuple(None if x is None else views.put_back(self, x, order) for x in made)
+        return views.put_back(self, made, order)
 
     def _plain(self, value: Any) -> Any:
         if isinstance(value, (tuple, list)):
