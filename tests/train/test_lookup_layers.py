@@ -514,3 +514,22 @@ def test_nan_is_the_lowest_index() -> None:
     x = torch.zeros(1, 3, 3, 3)
     x[0, 0, 0, 0] = float("nan")
     assert torch.isfinite(conv(x)).all()  # the grid's lowest index, as in the engine
+
+
+@pytest.mark.parametrize(("outputs", "depth", "weights"), [(40, 100, 15), (7, 9, 3), (3, 1, 33)])
+def test_weight_scales_have_the_least_error_of_all_candidates(
+    outputs: int, depth: int, weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookup, "_BLOCK", 16 * depth)  # several blocks
+    rows = torch.randn(outputs, depth, generator=torch.Generator().manual_seed(0))
+    rows[0] = 0.0
+    rows[1, 0] = 30.0
+    peak = rows.abs().amax(1).clamp_min(1e-8)
+    scales = torch.linspace(0.1, 1.0, 64)[:, None] * peak
+    made = [
+        weight_steps(weights)[lookup.weight_index(rows, scale, weights).int()] * scale[:, None]
+        for scale in scales
+    ]
+    errors = torch.stack([(values - rows).double().square().sum(1) for values in made])
+    want = scales.gather(0, errors.argmin(0)[None])[0]
+    assert torch.equal(lookup._weight_scale(rows, weights), want)
