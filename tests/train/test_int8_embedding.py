@@ -34,7 +34,7 @@ def test_rows_are_rounded_with_a_scale_each() -> None:
     error = (layer(ids()) - dense(ids())).abs()
     assert bool((error <= dense.weight.abs().amax(1)[ids()][..., None] / 127 * 0.5001).all())
     assert float(layer(torch.tensor([4])).abs().max()) == 0.0
-    assert layer.weight.dtype == torch.int8
+    assert layer.int8_weight.dtype == torch.int8
 
 
 def test_int8_names_an_embedding_and_other_methods_leave_it() -> None:

@@ -90,8 +90,9 @@ class Geometry:
         )
 
     @classmethod
-    def of(cls, layer: nn.Conv2d | nn.Linear, *, grouped: bool = False) -> Geometry:
-        """Geometry of a dense layer.
+    def of(cls, layer: nn.Module, *, grouped: bool = False) -> Geometry:
+        """Geometry of a dense layer. A convolution of lines is one of images of one row; what is
+        no convolution is a linear layer.
 
         Args:
             grouped: whether a grouped convolution will do.
@@ -101,6 +102,9 @@ class Geometry:
         """
         if isinstance(layer, nn.Linear):
             return cls(layer.in_features)
+        if not isinstance(layer, nn.Conv1d | nn.Conv2d):
+            weight: Any = layer.weight
+            return cls(weight.shape[0])
         if layer.groups != 1 and not grouped:
             raise LutraError(
                 f"a convolution with groups={layer.groups} cannot be looked up; "
@@ -111,7 +115,11 @@ class Geometry:
                 f"a convolution with padding_mode={layer.padding_mode!r} cannot be converted; "
                 "keep it, or pad with zeros"
             )
-        kernel, dilation = pair(layer.kernel_size), pair(layer.dilation)
+
+        def spread(value: tuple[int, ...], before: int) -> Pair:
+            return (before, int(value[0])) if isinstance(layer, nn.Conv1d) else pair(value)
+
+        kernel, dilation = spread(layer.kernel_size, 1), spread(layer.dilation, 1)
         if layer.padding == "same":
             spans = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
             if any(span % 2 for span in spans):
@@ -124,8 +132,9 @@ class Geometry:
             padding = (0, 0)
         else:
             assert not isinstance(layer.padding, str)
-            padding = pair(layer.padding)
-        return cls(layer.in_channels, kernel, pair(layer.stride), padding, dilation, layer.groups)
+            padding = spread(layer.padding, 0)
+        stride = spread(layer.stride, 1)
+        return cls(layer.in_channels, kernel, stride, padding, dilation, layer.groups)
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,9 @@ def candidates(name: str, layer: QuantizedLayer, shape: tuple[int, ...]) -> dict
     layer.randomize()
     frozen = layer.freeze()
     linear, geometry = frozen.linear, layer.geometry
-    weight = layer.weight.detach().cpu().float()
+    weight = layer.kernel_weight.detach().cpu().float()
+    if not linear:
+        weight = weight.reshape(len(weight), -1, *geometry.kernel)
     arrays = {"weight": weight.numpy(), "bias": frozen.arrays()["bias"]}
     op = "linear" if linear else "conv2d"
     graphs = {

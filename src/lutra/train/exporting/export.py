@@ -46,6 +46,8 @@ from lutra.train.exporting.parity import (
     outputs_of,
     rounding_share,
 )
+from lutra.train.layers.base import FrozenLayer, QuantizedLayer
+from lutra.train.layers.dropin import copy_forward_hooks
 
 _GOLDEN_SAMPLES = 8
 
@@ -228,7 +230,12 @@ def _frozen(module: nn.Module) -> nn.Module | None:
         return None
     with torch.no_grad():
         frozen = freeze()
-    return frozen.eval() if isinstance(frozen, nn.Module) and frozen is not module else None
+    if not isinstance(frozen, nn.Module) or frozen is module:
+        return None
+    copy_forward_hooks(frozen, module)
+    if isinstance(frozen, FrozenLayer) and isinstance(module, QuantizedLayer):
+        frozen.show_weight(module.weight)
+    return frozen.eval()
 
 
 def _producer() -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lutra.errors import LutraError
@@ -19,6 +20,8 @@ from lutra.node import Array
 from lutra.ops import op_spec
 from lutra.train import distributed
 from lutra.train.geometry import Geometry, Grid
+from lutra.train.layers.dropin import adopt_attributes
+from lutra.train.layers.forms import CONV2D, Form, form_of, why_kept
 from lutra.train.operators.frozen import FrozenNode, frozen
 from lutra.train.recipe import Method
 from lutra.train.watch import Watch
@@ -48,7 +51,8 @@ class Family:
 
 
 _FAMILIES: dict[str, Family] = {}
-#: The modules that can be replaced, and how reports call them.
+#: The dense layers that can be replaced, and how reports call them. Other modules are seen as one
+#: of them, see `lutra.train.layers.forms`.
 KINDS: Mapping[type[nn.Module], str] = {
     nn.Conv2d: "conv2d",
     nn.Linear: "linear",
@@ -82,11 +86,14 @@ def family_of(method: Method) -> Family | None:
     return _FAMILIES.get(method.name)
 
 
-def check_input(x: Tensor, geometry: Geometry, linear: bool, name: str) -> None:
+def check_input(
+    x: Tensor, geometry: Geometry, linear: bool, name: str, form: Form = CONV2D
+) -> None:
     """Refuses inputs that a layer does not take.
 
     Args:
         name: of the layer's class.
+        form: of the module that it replaces.
 
     Raises:
         LutraError: wrong rank, channels or features, or an image smaller than the kernel.
@@ -99,12 +106,13 @@ def check_input(x: Tensor, geometry: Geometry, linear: bool, name: str) -> None:
                 f"layer has {channels} input features"
             )
         return
-    if len(shape) != 4 or shape[1] != channels:
+    sizes = "L" if form.line else "H, W"
+    if len(shape) != (3 if form.line else 4) or shape[1] != channels:
         raise LutraError(
-            f"{name}: the input has shape {shape}; give (N, {channels}, H, W), as the "
+            f"{name}: the input has shape {shape}; give (N, {channels}, {sizes}), as the "
             f"layer has {channels} input channels"
         )
-    if min(geometry.out_size(shape[2], shape[3])) < 1:
+    if min(geometry.out_size(*form.enter(x).shape[2:])) < 1:
         raise LutraError(
             f"{name}: the input has shape {shape}, smaller than the kernel "
             f"{geometry.kernel} with dilation {geometry.dilation} and padding {geometry.padding}; "
@@ -129,6 +137,8 @@ class FrozenLayer(nn.Module):
         tensors: by role; they become buffers.
         attrs: attributes of the operator beside those of geometry and grid.
     """
+
+    form = CONV2D  # of the dense layer
 
     def __init__(
         self,
@@ -159,7 +169,13 @@ class FrozenLayer(nn.Module):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The buffers by role, in the order of the node."""
-        return {role: getattr(self, role) for role in self.node.roles}
+        buffers: dict[str, Any] = self._buffers  # an attribute may hide one
+        return {role: buffers[role] for role in self.node.roles}
+
+    def show_weight(self, weight: Tensor) -> None:
+        """Lets `weight` be the float weight of the dense layer, for code that reads its dtype or
+        device; the tensors of the layer stay what they are."""
+        self.__dict__["weight"] = weight.detach()
 
     def with_geometry(self, geometry: Geometry) -> FrozenLayer:
         """The same layer with another stride, padding or dilation."""
@@ -173,8 +189,9 @@ class FrozenLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shapes as the layer that was frozen."""
-        check_input(x, self.geometry, self.linear, self.name)
-        return cast(Tensor, frozen(x, list(self.tensors.values()), self._text))
+        check_input(x, self.geometry, self.linear, self.name, self.form)
+        y = frozen(self.form.enter(x), list(self.tensors.values()), self._text)
+        return self.form.leave(cast(Tensor, y))
 
     def extra_repr(self) -> str:
         return self.node.op
@@ -187,11 +204,12 @@ class QuantizedLayer(nn.Module):
     """A layer with the weights of a dense one, whose forward pass is that of the engine.
 
     State: `weight` and `bias` of the dense layer, and `act_scale` and `signed`, which make the
-    activation grid.
+    activation grid. Other attributes of the dense layer, such as `kernel_size`, are kept too.
     """
 
     op: ClassVar[str]  # operator of the graph
     takes_groups: ClassVar[bool] = False  # whether a grouped convolution will do
+    form: Form = CONV2D  # of the module that it replaces
     geometry: Geometry
     method: Any  # the method of the family
     weight: nn.Parameter
@@ -217,10 +235,18 @@ class QuantizedLayer(nn.Module):
         Raises:
             LutraError: the family has no form of this layer.
         """
-        return cls(layer.weight, layer.bias, cls.geometry_of(layer), method)
+        form = form_of(layer)
+        if form is None:
+            raise LutraError(f"{cls.__name__}: {why_kept(layer)}; keep it")
+        new = cls(form.kernel(layer.weight), layer.bias, cls.geometry_of(layer), method)
+        if form.transposed:
+            new.weight = nn.Parameter(layer.weight.detach().clone())
+        new.form = form
+        adopt_attributes(new, layer)
+        return new
 
     @classmethod
-    def geometry_of(cls, layer: nn.Conv2d | nn.Linear) -> Geometry:
+    def geometry_of(cls, layer: nn.Module) -> Geometry:
         """The geometry of a dense layer that this one can replace.
 
         Raises:
@@ -327,8 +353,13 @@ class QuantizedLayer(nn.Module):
         self.act_scale.fill_(step)
 
     @property
+    def kernel_weight(self) -> Tensor:
+        """The weight with the outputs on its first axis: (M, C / G, ...) or (M, D)."""
+        return self.form.kernel(self.weight)
+
+    @property
     def outputs(self) -> int:
-        return self.weight.shape[0]
+        return self.kernel_weight.shape[0]
 
     def grid(self) -> Grid:
         """The activation grid; read from the device again only after it was written."""
@@ -358,7 +389,11 @@ class QuantizedLayer(nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         linear = op_spec(self.op).output_axis == -1
-        check_input(x, self.geometry, linear, type(self).__name__)
+        check_input(x, self.geometry, linear, type(self).__name__, self.form)
+
+    def dense_forward(self, x: Tensor) -> Tensor:
+        """The output of the dense layer with the float weights."""
+        raise NotImplementedError
 
     def freeze(self) -> FrozenLayer:
         """The layer as the engine runs it: integers in place of the weights."""
@@ -371,7 +406,10 @@ class QuantizedLayer(nn.Module):
         scale = tensors["scale"]
         bias = torch.zeros_like(scale) if self.bias is None else self.bias.float().clone()
         name, every = type(self).__name__, {**tensors, "bias": bias}
-        return kind(name, self.op, self.geometry, self.grid(), every, attrs)
+        made = kind(name, self.op, self.geometry, self.grid(), every, attrs)
+        made.form = self.form
+        adopt_attributes(made, self)
+        return made
 
     def frozen(self) -> nn.Module:
         """`freeze()`, kept until a parameter or buffer is written or replaced."""
@@ -399,14 +437,24 @@ class QuantizedLayer(nn.Module):
 
 
 class ImageLayer(QuantizedLayer):
-    """The form of a layer that replaces `nn.Conv2d`."""
+    """The form of a layer that replaces `nn.Conv2d` or `nn.Conv1d`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """y (N, M, H', W') of x (N, C, H, W): frozen where no gradient is asked for."""
+        """y (N, M, H', W') of x (N, C, H, W): frozen where no gradient is asked for. In place of
+        `nn.Conv1d` y (N, M, L') of x (N, C, L)."""
         if self.training or torch.is_grad_enabled():
             self._check_input(x)
-            return self._run(x)
+            return self.form.leave(self._run(self.form.enter(x)))
         return cast(Tensor, self.frozen()(x))
+
+    def dense_forward(self, x: Tensor) -> Tensor:
+        """As `forward`, with the float weights."""
+        g, weight = self.geometry, self.kernel_weight
+        kernel = weight.reshape(len(weight), -1, *g.kernel)
+        y = F.conv2d(
+            self.form.enter(x), kernel, self.bias, g.stride, g.padding, g.dilation, g.groups
+        )
+        return self.form.leave(y)
 
 
 class RowLayer(QuantizedLayer):
@@ -419,6 +467,10 @@ class RowLayer(QuantizedLayer):
             y = self._run(x.reshape(-1, x.shape[-1])[:, :, None, None])
             return y.reshape(*x.shape[:-1], self.outputs)
         return cast(Tensor, self.frozen()(x))
+
+    def dense_forward(self, x: Tensor) -> Tensor:
+        """As `forward`, with the float weights."""
+        return F.linear(x, self.kernel_weight, self.bias)
 
 
 def quantized_layers(model: nn.Module) -> Iterator[QuantizedLayer]:

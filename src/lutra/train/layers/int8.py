@@ -90,7 +90,7 @@ class Int8Layer(QuantizedLayer):
 
     def _kernel(self) -> Tensor:
         """Weights (M, C / G, kh, kw)."""
-        return self.weight.view(self.outputs, -1, *self.geometry.kernel)
+        return self.kernel_weight.reshape(self.outputs, -1, *self.geometry.kernel)
 
     def _run(self, x: Tensor) -> Tensor:
         """y (N, M, H', W') of x (N, C, H, W), in float32."""
@@ -114,7 +114,8 @@ class Int8Layer(QuantizedLayer):
             torch.no_grad(),
             torch.autocast(device, enabled=False),
         ):
-            weight, scale = quantize_weight(self.weight.float(), self.grid())
+            weight = self.kernel_weight if self.weight.dim() == 2 else self._kernel()
+            weight, scale = quantize_weight(weight.float(), self.grid())
             return self._freeze(FrozenInt8, {"weight": weight, "scale": scale})
 
     @torch.no_grad()

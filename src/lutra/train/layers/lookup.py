@@ -236,7 +236,7 @@ class LookupLayer(QuantizedLayer):
         return [self.log_weight_scale, self.log_act_scale, *self.response.parameters()]
 
     def _rows(self) -> Tensor:
-        return self.weight.reshape(self.outputs, -1).float()
+        return self.kernel_weight.reshape(self.outputs, -1).float()
 
     @property
     def entries(self) -> int:

@@ -192,7 +192,7 @@ class _PQLayer(QuantizedLayer):
 
     def weight_blocks(self) -> Tensor:
         """Weights by codebook: (B, V, M), zero where the last sub-vector is short."""
-        rows = self.weight.reshape(self.outputs, -1)
+        rows = self.kernel_weight.reshape(self.outputs, -1)
         missing = self.codebooks * self.v - rows.shape[1]
         if missing:
             rows = F.pad(rows, (0, missing))
@@ -279,7 +279,7 @@ class _PQLayer(QuantizedLayer):
         with torch.no_grad():
             y, codes = ops.forward(x, geometry, grid, encoder, int8_tables, scale)
         keep.append(codes)
-        return _rounded(reconstruction.dense_product(x, self.weight, geometry), y)
+        return _rounded(reconstruction.dense_product(x, self.kernel_weight, geometry), y)
 
     def _reconstruct(self, x: Tensor, y: Tensor, tables: Tensor, codes: Tensor) -> None:
         """Keeps the loss of y (without bias) against the dense product."""
@@ -288,14 +288,14 @@ class _PQLayer(QuantizedLayer):
             return
         if self.method.gradient == "dense":  # y does not lead to the tables
             y = TableSum.apply(y.detach(), tables, codes)  # type: ignore[no-untyped-call]
-        dense = reconstruction.dense_product(x, self.weight, self.geometry)
+        dense = reconstruction.dense_product(x, self.kernel_weight, self.geometry)
         reconstruction.keep(self, share * reconstruction.two_sided(y, dense))
 
     @torch.no_grad()
     def _gradient_weight(self, tables: Tensor) -> Tensor:
         """Weights (M, C, kh, kw) of the input gradient."""
         geometry = self.geometry
-        rows = self.weight.float().reshape(self.outputs, -1)
+        rows = self.kernel_weight.float().reshape(self.outputs, -1)
         if self.method.gradient == "projected":
             projection = self.projection.float().transpose(1, 2)
             # of free tables: codes from sub-vectors, which the tables turn into outputs
@@ -426,7 +426,7 @@ class _PQLayer(QuantizedLayer):
         self.centroids.copy_(centroids)
         self.splits.copy_(entries.gather(1, taps))
         self.thresholds.copy_(thresholds)
-        self._fit_tables(rows, rows @ self.weight.float().reshape(self.outputs, -1).t())
+        self._fit_tables(rows, rows @ self.kernel_weight.float().reshape(self.outputs, -1).t())
 
     def _fit_tables(self, rows: Tensor, want: Tensor) -> None:
         """Sets what the tables have beyond centroids times weights.
@@ -455,7 +455,7 @@ class _PQLayer(QuantizedLayer):
         codes = self._codes(rows).long()
         picked = torch.stack([v[c] for v, c in zip(values, codes, strict=True)], 1)  # (n, B, V)
         x = picked.flatten(1)[:, : self.geometry.depth]
-        weight = self.weight.float().reshape(self.outputs, -1)
+        weight = self.kernel_weight.float().reshape(self.outputs, -1)
         rest = want - x @ weight.t()
         gram, moments = x.t() @ x, x.t() @ rest
         distributed.all_reduce(gram)
@@ -463,7 +463,8 @@ class _PQLayer(QuantizedLayer):
         ridge = _WEIGHT_RIDGE * float(gram.trace()) / len(gram) + 1e-12
         gram.diagonal().add_(ridge)
         change = torch.linalg.solve(gram.double(), moments.double()).t().float()
-        fitted = (weight + change).view_as(self.weight).to(self.weight.dtype)
+        fitted = self.form.kernel(weight + change) if self.form.transposed else weight + change
+        fitted = fitted.view_as(self.weight).to(self.weight.dtype)
         self.weight = nn.Parameter(fitted, requires_grad=self.weight.requires_grad)
 
     @torch.no_grad()
@@ -502,7 +503,7 @@ class _PQLayer(QuantizedLayer):
         codes = self._codes(rows)
         tables, scale = quantize_tables(self.tables(self.encoder()))
         got = portable.lookup(codes, tables).float() * scale
-        want = rows @ self.weight.float().reshape(self.outputs, -1).t()
+        want = rows @ self.kernel_weight.float().reshape(self.outputs, -1).t()
         variance = want.var(correction=0).clamp_min(1e-12)
         return distributed.mean(float((got - want).square().mean() / variance)), codes
 
@@ -528,7 +529,7 @@ class _PQLayer(QuantizedLayer):
         if self.method.has_free_tables:
             kind = "free_tables=True" if self.method.free_tables else "encoder 'tree'"
             return f"{kind}: its tables are more than products of centroids and weights"
-        return self.weight.detach().float().reshape(self.outputs, -1)
+        return self.kernel_weight.detach().float().reshape(self.outputs, -1)
 
     def extra_repr(self) -> str:
         g, m = self.geometry, self.method
