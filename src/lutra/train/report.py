@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -144,16 +145,20 @@ class ConversionReport:
     """All layers that could have been replaced. `print` it for a table.
 
     `speed_gate` is what the gate did, as it stands in the metadata of an exported file.
-    `functions` has an entry for each function table.
+    `functions` has an entry for each function table. `small` has the modules whose weights are
+    vectors, such as norms: they are kept, and do not count as layers. `notes` says what happened to
+    the model beside that, one sentence each.
     """
 
     layers: tuple[LayerReport, ...] = field(default_factory=tuple)
     seed: int = 0
     speed_gate: dict[str, Any] | None = None
     functions: tuple[FunctionReport, ...] = ()
+    small: tuple[LayerReport, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> LayerReport:
-        for layer in self.layers:
+        for layer in (*self.layers, *self.small):
             if layer.name == name:
                 return layer
         raise KeyError(name)
@@ -178,7 +183,12 @@ class ConversionReport:
             for row in rows
         ]
         lines.append(f"{len(self.replaced)} of {len(self.layers)} layers replaced; {self._bytes()}")
+        if self.small:
+            kinds = Counter(entry.kind for entry in self.small)
+            held = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+            lines.append(f"kept beside these, with vectors for weights: {held}")
         lines += [str(function) for function in self.functions]
+        lines += self.notes
         return "\n".join(lines)
 
     def _bytes(self) -> str:

@@ -14,6 +14,7 @@ from lutra.errors import LutraError
 from lutra.train.batches import BatchReader
 from lutra.train.geometry import Geometry
 from lutra.train.layers.finite import describe, is_finite
+from lutra.train.layers.forms import form_of
 
 _FLOAT_BYTES = 4
 _LEAST_ROWS = 64  # fewer rows than centroids make no codebook
@@ -83,14 +84,16 @@ def patches(x: Tensor, geometry: Geometry, index: Tensor, height: int, width: in
 
 def images_of(layer: nn.Module, name: str, x: Tensor) -> Tensor:
     """The input of a layer as (N, C, H, W); rows of a linear layer are images of one pixel."""
-    if isinstance(layer, nn.Linear):
+    form = form_of(layer)
+    if form is None or form.dense is nn.Linear:
         return x.reshape(-1, x.shape[-1])[:, :, None, None]
-    if x.dim() != 4:
+    if x.dim() != (3 if form.line else 4):
         raise LutraError(
             f"calibration: the input of layer '{name}' has shape {tuple(x.shape)}; lookup "
-            "convolutions take (N, C, H, W): give batches, or keep the layer"
+            f"convolutions take (N, C, {'L' if form.line else 'H, W'}): give batches, or keep the "
+            "layer"
         )
-    return x
+    return form.enter(x)
 
 
 def _samples(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -167,16 +170,19 @@ def collect(
         def hook(
             layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
         ) -> None:
-            x = args[0] if args else kwargs["input"]
+            x = args[0] if args else next(iter(kwargs.values()))
             if not is_finite(x):
                 raise LutraError(
                     f"calibration: the input of layer '{name}' holds NaN or infinity "
                     f"({describe(x)}); check the model and the calibration data"
                 )
+            images = images_of(layer, name, x)
             if not reservoirs[name].input_shape:
-                reservoirs[name].input_shape = _sample_shape(x, samples)
+                form = form_of(layer)
+                seen = x if form is None else form.enter(x)
+                reservoirs[name].input_shape = _sample_shape(seen, samples)
             reservoirs[name].sources.append(source_of(x))
-            reservoirs[name].add(images_of(layer, name, x))
+            reservoirs[name].add(images)
 
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     training = {m: m.training for m in model.modules()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,11 +13,25 @@ from torch import Tensor, nn
 from lutra.errors import LutraError
 from lutra.train import distributed
 from lutra.train.conversion.calibrate import Reservoir, collect
+from lutra.train.conversion.check import check_calls
+from lutra.train.conversion.kept import kept_modules, replaceable, weight_bytes
+from lutra.train.conversion.prepare import (
+    CalibrationData,
+    copy_model,
+    leave_fast_path,
+    lost_hook,
+    prepare,
+    projection_paths,
+    replace_modules,
+)
 from lutra.train.conversion.sequential import Batches, Targets, output_error
 from lutra.train.conversion.speed_gate import SpeedGate, attach, decide, record, rival
 from lutra.train.functions.swap import FunctionSwap
 from lutra.train.geometry import Geometry
-from lutra.train.layers.base import KINDS, QuantizedLayer, families, family_of
+from lutra.train.layers.attention import Attention
+from lutra.train.layers.base import QuantizedLayer, families, family_of
+from lutra.train.layers.dropin import move_hooks
+from lutra.train.layers.forms import form_of
 from lutra.train.progress import Progress
 from lutra.train.recipe import Function, Keep, Method, Recipe, fits, match
 from lutra.train.report import FLOAT32, LOOKUP, ConversionReport, Decision, LayerReport
@@ -45,11 +58,15 @@ def convert(
     """Replaces layers by lookups, or by int8 arithmetic, and calibrates them.
 
     Args:
-        model: any module; it is not modified, and it need not be traceable.
+        model: any module; it is not modified, and it need not be traceable. A compiled model is
+            taken without its compilation, one in float16 or bfloat16 is converted to float32; the
+            report says so.
         recipe: glob patterns of module paths -> `PQ(...)`, `Lookup(...)`, `Int8()` or `Keep()`; the
             first match wins, and what no pattern names is kept. An embedding becomes int8 where
             `Int8()` names it and stays as it is elsewhere. Every pattern must name some layer.
-            A layer that the model holds in several places is replaced in all of them.
+            A layer that the model holds in several places is replaced in all of them. A pattern
+            that names an `nn.MultiheadAttention` names its projections (`q_proj`, `k_proj`,
+            `v_proj`, `out_proj`); weights that are computed, as by weight norm, are folded.
         calibration_data: batches, run in eval mode: tensors, tuples of positional arguments,
             or mappings of keyword arguments. A tuple gives `forward` as many entries as it takes;
             a last one with one number for each sample is taken as targets and left out, unless
@@ -74,11 +91,11 @@ def convert(
             model once more for each layer. "parallel" calibrates every layer for itself.
 
     Returns:
-        The converted copy, ready for fine-tuning, and a report with one entry per convolution,
-        linear layer and embedding.
+        The converted copy, ready for fine-tuning, and a report of every module that has a weight.
 
     Raises:
-        LutraError: a pattern matches nothing, a layer cannot be replaced, or the data is unusable.
+        LutraError: a pattern matches nothing, a layer cannot be replaced, the data is unusable, or
+            code of the model goes past a new layer, as it reads its weight without calling it.
 
     Examples:
         >>> import torch
@@ -94,14 +111,18 @@ def convert(
         [('0', 'int8'), ('2', 'pq')]
     """
     show = progress if distributed.rank() == 0 else False
-    layers = choose(model, recipe)
+    ready = prepare(model, recipe, lambda method: family_of(method) is not None)
+    model, recipe = ready.model, ready.recipe
+    layers = choose(model, recipe, ready.folded)
+    kept, small = kept_modules(model, recipe)
+    data = CalibrationData(calibration_data, ready.was_half)
     functions = FunctionSwap(model, recipe)
     if calibration not in get_args(Calibration):
         raise LutraError(
             f"convert: calibration={calibration!r} is not one of {list(get_args(Calibration))}"
         )
     sequential = calibration == "sequential"
-    batches = list(calibration_data) if sequential else calibration_data
+    batches = list(data) if sequential else data
     calibrated = {layer.name: layer for layer in layers if layer.is_calibrated}
     if not any(layer.method for layer in layers) and not functions.wanted:
         raise LutraError(
@@ -126,12 +147,16 @@ def convert(
     if sequential and calibrated:
         targets = Targets(Batches(list(batches), rows, seed))
         targets.collect(model, {name: layer.module for name, layer in calibrated.items()})
-    converted = copy.deepcopy(model)
-    replacements = {
+    converted = copy_model(model)
+    paths = {module: name for name, module in converted.named_modules()}
+    replacements: dict[nn.Module, nn.Module] = {
         converted.get_submodule(layer.name): layer.embed()
         for layer in layers
         if layer.method is not None and not layer.is_calibrated
     }
+    notes = list(ready.notes)
+    for old, stand_in in replacements.items():
+        notes += [lost_hook(kind, paths[old]) for kind in move_hooks(stand_in, old)]
     with Progress("learning codebooks", len(calibrated), show) as bar:
         fitted: dict[str, QuantizedLayer] = {}
         shared = _tied(converted)
@@ -148,17 +173,25 @@ def convert(
             tied = id(old.weight) in shared
             new = layer.fit(old, rows_in, leader, kmeans_steps, seed + i, wanted, tied)
             fitted[name] = new
+            notes += [lost_hook(kind, name) for kind in move_hooks(new, old)]
             if targets is None:
                 replacements[old] = new
             else:
-                converted = _replace(converted, {old: new})
+                converted = replace_modules(converted, {old: new})
             bar.update(i + 1, f"{name} {time.perf_counter() - start:.1f} s")
-    converted, swapped = functions.apply(_replace(converted, replacements))
+    converted = replace_modules(converted, replacements)
+    leave_fast_path(converted)
+    if fitted and data.first is not None:
+        pairs = {n: (calibrated[n].module, new) for n, new in fitted.items()}
+        check_calls(model, converted, pairs, data.first)
+    converted, swapped = functions.apply(converted)
     entry = None if gate is None else record(gate, decisions)
     if entry is not None:
         attach(converted, entry)
-    reports = tuple(layer.report for layer in layers)
-    return converted, ConversionReport(reports, seed, entry, swapped)
+    order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    reports = sorted((*(a.report for a in layers), *kept), key=lambda entry: order[entry.name])
+    report = ConversionReport(tuple(reports), seed, entry, swapped, tuple(small), tuple(notes))
+    return converted, report
 
 
 @dataclass
@@ -182,7 +215,9 @@ class Candidate:
         assert self.method is not None
         family = family_of(self.method)
         assert family is not None  # `choose` asked for it
-        return family.layers[type(self.module)]
+        form = form_of(self.module)
+        assert form is not None
+        return family.layers[form.dense]
 
     @property
     def is_calibrated(self) -> bool:
@@ -270,29 +305,41 @@ class Candidate:
         self.report = replace(self.report, replaced=True, method=self.method.name, **fields)
 
 
-def choose(model: nn.Module, recipe: Recipe) -> list[Candidate]:
+def choose(
+    model: nn.Module, recipe: Recipe, folded: Mapping[str, str] | None = None
+) -> list[Candidate]:
     """The layers that could be replaced, in the order of the model, and their methods.
+
+    Args:
+        model: from `prepare`.
+        recipe: patterns of paths.
+        folded: what computed the weights of layers that have plain ones now, by path.
 
     Raises:
         LutraError: a pattern matches nothing, or a layer cannot be replaced.
     """
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) in KINDS:  # subclasses may compute something else
-            names.setdefault(module, []).append(name)
+    names = replaceable(model)
+    for aliases in names.values():  # patterns that name an attention name its layers
+        for path in list(aliases):
+            parent, _, part = path.rpartition(".")
+            if part and isinstance(model.get_submodule(parent), Attention):
+                aliases += [p for p in projection_paths([parent], part) if p not in aliases]
     _check_recipe(recipe, names, model)
     layer_recipe = {p: m for p, m in recipe.items() if not isinstance(m, Function)}
     found = []
     for module, aliases in names.items():
         method = match(layer_recipe, *aliases)
-        kind, family = KINDS[type(module)], family_of(method)
+        form, family = form_of(module), family_of(method)
+        assert form is not None
         reason = method.reason if isinstance(method, Keep) else _REPLACED
-        if family is not None and type(module) not in family.layers:
-            able = [f.method.__name__ for f in families() if type(module) in f.layers]
-            reason = f"{kind}s take {' or '.join(f'{name}()' for name in able)} only"
+        if folded and aliases[0] in folded:
+            reason += f"; its weight is what {folded[aliases[0]]} computed"
+        if family is not None and form.dense not in family.layers:
+            able = [f.method.__name__ for f in families() if form.dense in f.layers]
+            reason = f"{form.name}s take {' or '.join(f'{name}()' for name in able)} only"
             family = None
-        weight: Any = module.weight
-        report = LayerReport(aliases[0], kind, False, reason, weight_bytes=4 * weight.numel())
+        size = weight_bytes(module)
+        report = LayerReport(aliases[0], form.name, False, reason, weight_bytes=size)
         layer = Candidate(module, aliases[0], None if family is None else method, report)
         if layer.is_calibrated:
             _ = layer.geometry  # which says what is wrong with it
@@ -362,20 +409,17 @@ def _check_recipe(recipe: Recipe, names: Mapping[nn.Module, list[str]], model: n
                 "model itself has the path '', and what it holds that of its attributes"
             )
         if not fits(pattern, *paths):
+            for entry in (entry for entries in kept_modules(model, recipe) for entry in entries):
+                if fits(pattern, entry.name):
+                    raise LutraError(
+                        f"recipe: pattern {pattern!r} names '{entry.name}' ({entry.kind}), which "
+                        f"cannot be replaced: {entry.reason}"
+                    )
             known = ", ".join(f"'{path}'" for path in paths[:8]) or "none"
             raise LutraError(
                 f"recipe: pattern {pattern!r} matches no convolution, linear layer or embedding of "
                 f"{type(model).__name__}; its layers are: {known}{', ...' * (len(paths) > 8)}"
             )
-
-
-def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Puts the new modules in all places where the model holds the old ones."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and child in replacements:
-                parent._modules[name] = replacements[child]
-    return replacements.get(model, model)
 
 
 def _activation_range(rows: Tensor, bits: int) -> tuple[float, float]:

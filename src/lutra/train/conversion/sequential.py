@@ -19,7 +19,9 @@ from lutra.train import distributed
 from lutra.train.batches import BatchReader
 from lutra.train.conversion.calibrate import images_of, patches
 from lutra.train.geometry import Geometry
+from lutra.train.layers.attention import plain_attention
 from lutra.train.layers.base import QuantizedLayer
+from lutra.train.layers.forms import form_of
 
 
 class _Reached(Exception):
@@ -50,7 +52,8 @@ class Batches:
                 enter(number)
                 args, kwargs = reader.inputs(batch, device)
                 try:
-                    model(*args, **kwargs)
+                    with plain_attention():
+                        model(*args, **kwargs)
                 except _Reached:
                     continue
         finally:
@@ -132,7 +135,7 @@ class Targets:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             batch, call = position["batch"], position["call"]
             position["call"] += 1
-            x = images_of(module, name, args[0] if args else kwargs["input"])
+            x = images_of(module, name, args[0] if args else next(iter(kwargs.values())))
             height, width = geometry.out_size(x.shape[2], x.shape[3])
             where = self._batches.places(name, batch, call, x.shape[0] * height * width)
             found.append(patches(x, geometry, where.to(x.device), height, width).to("cpu"))
@@ -167,6 +170,8 @@ def output_error(layer: QuantizedLayer, rows: Tensor, targets: Tensor) -> float:
 
 def output_rows(layer: nn.Module, output: Tensor) -> Tensor:
     """The output of a dense layer as rows (R, M), in the order of the rows of its input."""
-    if isinstance(layer, nn.Linear):
+    form = form_of(layer)
+    if form is None or form.dense is nn.Linear:
         return output.reshape(-1, output.shape[-1])
+    output = form.enter(output)
     return output.permute(0, 2, 3, 1).reshape(-1, output.shape[1])

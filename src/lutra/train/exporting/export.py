@@ -232,10 +232,11 @@ def _frozen(module: nn.Module) -> nn.Module | None:
         frozen = freeze()
     if not isinstance(frozen, nn.Module) or frozen is module:
         return None
-    copy_forward_hooks(frozen, module)
+    made: nn.Module = frozen
+    copy_forward_hooks(made, module)
     if isinstance(frozen, FrozenLayer) and isinstance(module, QuantizedLayer):
         frozen.show_weight(module.weight)
-    return frozen.eval()
+    return made.eval()
 
 
 def _producer() -> str:

@@ -53,7 +53,7 @@ def move_hooks(new: nn.Module, old: nn.Module) -> list[str]:
             if old in owners(hook):
                 lost.append(kind.strip("_").replace("_", " ").removesuffix("s"))
             elif isinstance(hook, _WrappedHook) and hook.with_module:
-                place[key] = _WrappedHook(hook.hook, new)  # type: ignore[no-untyped-call]
+                place[key] = _WrappedHook(hook.hook, new)
             else:
                 place[key] = hook
     if getattr(old, _FULL, None) is not None:

@@ -396,7 +396,7 @@ def _weight_scale(rows: Tensor, count: int) -> Tensor:
     level = torch.arange(1, half + 1, dtype=torch.float64, device=device)
     bounds = torch.outer(shares, (level - 0.5) / half).flatten()
     scales = []
-    for block in rows.split(max(1, _BLOCK // rows.shape[1])):
+    for block in torch.split(rows, max(1, _BLOCK // rows.shape[1])):
         size = _sorted(block.abs())
         peak = size[:, -1:].clamp_min(_LEAST_SCALE)
         sums = F.pad(size.double().cumsum(1), (1, 0))
