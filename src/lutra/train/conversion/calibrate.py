@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lutra.errors import LutraError
 from lutra.train.batches import BatchReader
 from lutra.train.geometry import Geometry
+from lutra.train.layers.attention import plain_attention
 from lutra.train.layers.finite import describe, is_finite
 from lutra.train.layers.forms import form_of
 
@@ -194,7 +195,8 @@ def collect(
         for batch in data:
             args, kwargs = reader.inputs(batch, device)
             samples = _samples(args, kwargs)
-            model(*args, **kwargs)
+            with plain_attention():
+                model(*args, **kwargs)
             batches += 1
             if progress is not None:
                 progress(batches)

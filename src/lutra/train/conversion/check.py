@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lutra.errors import LutraError
 from lutra.train.batches import BatchReader
+from lutra.train.layers.attention import plain_attention
 from lutra.train.layers.base import QuantizedLayer
 
 
@@ -42,13 +43,9 @@ def check_calls(
     device = next((p.device for p in dense.parameters()), torch.device("cpu"))
     args, kwargs = BatchReader(dense, "calibration data").inputs(batch, device)
     before: Counter[str] = Counter()
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # on which no layer is called
-    try:
-        with _counting({name: old for name, (old, _) in layers.items()}, before), _eval(dense):
-            dense(*args, **kwargs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    old = {name: layer for name, (layer, _) in layers.items()}
+    with plain_attention(), _counting(old, before), _eval(dense):
+        dense(*args, **kwargs)
     after: Counter[str] = Counter()
     new = {name: made for name, (_, made) in layers.items()}
     reads = _Reads(_own_weights(converted, new))
@@ -65,12 +62,10 @@ def check_calls(
     missed = [n for n in before if not after[n] or (after[n] < before[n] and reads.seen[n])]
     if missed:
         names = ", ".join(f"'{name}'" for name in missed[:8])
-        read = any(reads.seen[name] for name in missed)
-        why = "their weights are read without a call" if read else "the dense layers are called"
         raise LutraError(
-            f"convert: the model goes past the new layers {names}{', ...' * (len(missed) > 8)}: "
-            f"{why} in code that holds them in another way than as submodules that it calls; "
-            "keep these layers, or change that code"
+            f"convert: the model goes past the new layers {names}{', ...' * (len(missed) > 8)}, as "
+            "its code reads their weights without calling them, or holds them in another way than "
+            "as submodules; keep these layers, or change that code"
         )
 
 

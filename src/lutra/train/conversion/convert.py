@@ -17,7 +17,6 @@ from lutra.train.conversion.check import check_calls
 from lutra.train.conversion.kept import kept_modules, replaceable, weight_bytes
 from lutra.train.conversion.prepare import (
     CalibrationData,
-    copy_model,
     leave_fast_path,
     lost_hook,
     prepare,
@@ -30,7 +29,7 @@ from lutra.train.functions.swap import FunctionSwap
 from lutra.train.geometry import Geometry
 from lutra.train.layers.attention import Attention
 from lutra.train.layers.base import QuantizedLayer, families, family_of
-from lutra.train.layers.dropin import move_hooks
+from lutra.train.layers.dropin import copy_model, move_hooks
 from lutra.train.layers.forms import form_of
 from lutra.train.progress import Progress
 from lutra.train.recipe import Function, Keep, Method, Recipe, fits, match
@@ -111,7 +110,7 @@ def convert(
         [('0', 'int8'), ('2', 'pq')]
     """
     show = progress if distributed.rank() == 0 else False
-    ready = prepare(model, recipe, lambda method: family_of(method) is not None)
+    ready = prepare(model, recipe, _makes_layers)
     model, recipe = ready.model, ready.recipe
     layers = choose(model, recipe, ready.folded)
     kept, small = kept_modules(model, recipe)
@@ -282,6 +281,7 @@ class Candidate:
         start = output_error(new, rows, targets)
         new.refit(rows, targets, keep_weight=keep_weight)
         error = output_error(new, rows, targets)
+        new.forget_frozen()
         self._note({**new.settle(rows), "error": error, "start_error": start})
         return new
 
@@ -345,6 +345,10 @@ def choose(
             _ = layer.geometry  # which says what is wrong with it
         found.append(layer)
     return found
+
+
+def _makes_layers(method: Any) -> bool:
+    return isinstance(method, Method) and family_of(method) is not None
 
 
 def _gate(

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 from lutra.train.layers.attention import why_no_projections
 from lutra.train.layers.base import QuantizedLayer, family_of
 from lutra.train.layers.forms import form_of, is_parametrized, why_kept
-from lutra.train.recipe import Keep, Recipe, match
+from lutra.train.recipe import Function, Keep, Recipe, match
 from lutra.train.report import LayerReport
 
 _PART = "it is a part of a layer"
@@ -31,6 +31,7 @@ def kept_modules(model: nn.Module, recipe: Recipe) -> tuple[list[LayerReport], l
         Those with a matrix among the parameters, and those without, such as norms.
     """
     fixed = _fixed(model)
+    recipe = {pattern: m for pattern, m in recipe.items() if not isinstance(m, Function)}
     large: list[LayerReport] = []
     small: list[LayerReport] = []
     for name, module in model.named_modules():

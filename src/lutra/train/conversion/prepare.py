@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +15,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from lutra.errors import LutraError
 from lutra.train.layers.attention import PROJECTIONS, Attention, why_no_projections
-from lutra.train.layers.base import quantized_layers
-from lutra.train.layers.dropin import adopt_attributes, hooks_of, move_hooks, owners
+from lutra.train.layers.base import QuantizedLayer
+from lutra.train.layers.dropin import adopt_attributes, copy_model, hooks_of, move_hooks
 from lutra.train.layers.forms import WEIGHT_HOOKS, form_of, is_parametrized
 from lutra.train.recipe import Method, Recipe, match
 
@@ -68,7 +67,8 @@ def prepare(model: Any, recipe: Recipe, is_replaced: Callable[[Method], bool]) -
         made.model = _uncompiled(copy_model(_inside(model)))
     if made.was_half:
         made.notes.append("the weights were float16 or bfloat16; the converted model is in float32")
-        made.model = (made.model if compiled else copy_model(model)).float()
+        made.model = made.model if compiled else copy_model(model)
+        made.model._apply(_float)  # type: ignore[no-untyped-call]
     names: dict[nn.Module, list[str]] = {}
     for name, module in made.model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -149,23 +149,6 @@ def lost_hook(kind: str, name: str) -> str:
     return f"a {kind} of '{name}' is lost, as it belongs to the dense layer itself"
 
 
-def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy that calls the same hooks, where these are no methods of its modules.
-
-    Weights that were computed from others, as by weight norm, are copied too.
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for hook in hooks_of(module):
-            bound = [owner for owner in owners(hook) if isinstance(owner, nn.Module)]
-            if not bound and not hasattr(hook, "with_module"):
-                memo[id(hook)] = hook
-        for value in module.__dict__.values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
-
-
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Puts new modules in all places where a model holds old ones."""
     for parent in list(model.modules()):
@@ -176,13 +159,13 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 
 
 def leave_fast_path(model: nn.Module) -> None:
-    """Keeps the encoders of torch.nn that hold replaced layers off PyTorch's fast path, which reads
-    the weights of these layers and does not call them. The mark is an ordinary attribute that only
+    """Keeps the encoders of torch.nn that hold new modules off PyTorch's fast path, which reads
+    the weights of layers and does not call them. The mark is an ordinary attribute that only
     the choice of the path reads, so copies and pickles have it too."""
     for module in model.modules():
         if not isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
             continue
-        if any(True for _ in quantized_layers(module)):
+        if any(isinstance(part, QuantizedLayer | Attention) for part in module.modules()):
             if isinstance(module, nn.TransformerEncoderLayer):
                 module.activation_relu_or_gelu = 0
             else:
@@ -213,9 +196,14 @@ def _fold(module: nn.Module) -> str:
     module.eval()
     if parametrize.is_parametrized(module):
         parametrizations: Any = module.parametrizations
-        for tensor, steps in list(parametrizations.items()):
-            done += [type(step).__name__.strip("_") for step in steps]
-            parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
+        values = {tensor: getattr(module, tensor).detach().clone() for tensor in parametrizations}
+        done += [type(s).__name__.strip("_") for steps in parametrizations.values() for s in steps]
+        trained = any(p.requires_grad for p in parametrizations.parameters())
+        # torch's own way takes the property off the class, which the original shares.
+        module.__class__ = type(module).__bases__[0]
+        del module.parametrizations
+        for tensor, value in values.items():
+            module.register_parameter(tensor, nn.Parameter(value, requires_grad=trained))
     for hook in [h for h in module._forward_pre_hooks.values() if isinstance(h, WEIGHT_HOOKS)]:
         done.append(type(hook).__name__)
         if isinstance(hook, WeightNorm):
@@ -248,10 +236,14 @@ class CalibrationData:
             yield made
 
 
+def _float(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in _HALF else tensor
+
+
 def _floats(value: Any) -> Any:
     """A structure with float32 in place of float16 and bfloat16."""
     if isinstance(value, Tensor):
-        return value.float() if value.dtype in _HALF else value
+        return _float(value)
     if isinstance(value, Mapping):
         return {name: _floats(entry) for name, entry in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):

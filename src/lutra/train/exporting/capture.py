@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import re
@@ -16,6 +15,8 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from lutra.errors import InputError, LutraError, UnsupportedModelError
+from lutra.train.layers.attention import plain_attention
+from lutra.train.layers.dropin import copy_model
 
 ExampleInput = Tensor | Sequence[Tensor]
 #: The torch operator of the layers that compute in integers.
@@ -74,7 +75,7 @@ def prepare_copy(model: nn.Module) -> nn.Module:
     while isinstance(model, parallel) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
         model = model.module if isinstance(model, parallel) else model._orig_mod  # type: ignore[assignment]
     try:
-        clone = copy.deepcopy(model)
+        clone = copy_model(model)
     except Exception as error:
         raise LutraError(
             f"export: the {type(model).__name__} cannot be copied ({_first_line(error)}); make "
@@ -140,7 +141,7 @@ def capture(
         if failure is not None:
             raise fixed from failure
     try:
-        with quiet(), _plain_attention(), torch.no_grad():
+        with quiet(), plain_attention(), torch.no_grad():
             program = torch.export.export(model, example, dynamic_shapes=dynamic, strict=False)
             # An empty table decomposes nothing; it only turns in-place operators into pure ones.
             functional: ExportedProgram = program.run_decompositions({})
@@ -234,24 +235,13 @@ def _dynamic_shapes(model: nn.Module, axes: Sequence[tuple[int, ...]]) -> dict[s
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Have torch.nn's attention and encoder layers compute with the operators that others use."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-@contextmanager
 def quiet() -> Iterator[None]:
     """Silence what torch says about its own internals; nothing a user could act on."""
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = logger.level
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*LeafSpec.*", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=r".*were assigned during export.*")
+        warnings.filterwarnings("ignore", message=r".*(was|were) assigned during export.*")
         logger.setLevel(logging.ERROR)
         try:
             yield

@@ -120,6 +120,8 @@ def find_folds(model: nn.Module, program: ExportedProgram) -> list[Fold]:
     folds: list[Fold] = []
     for node in program.graph.nodes:
         layer = node.args[0] if str(node.target) in _NORM_OPS else None
+        if isinstance(layer, fx.Node) and _leaves_line(layer):
+            layer = layer.args[0]
         if not isinstance(layer, fx.Node) or str(layer.target) not in _LAYER_OPS:
             continue
         fold = Fold(node_module(layer), node_module(node))
@@ -135,6 +137,12 @@ def find_folds(model: nn.Module, program: ExportedProgram) -> list[Fold]:
         ):
             folds.append(fold)
     return folds
+
+
+def _leaves_line(node: fx.Node) -> bool:
+    """Whether a node turns images of one row into lines, for a norm alone."""
+    squeezes = str(node.target) == "aten.squeeze.dim" and node.args[1:] == (2,)
+    return squeezes and len(node.users) == 1
 
 
 def _is_foldable(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,18 @@ def why_no_projections(attention: nn.Module) -> str | None:
     if attention.add_zero_attn:
         return "an attention with add_zero_attn=True has no lookup form"
     return None
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Keeps the attentions and encoders of torch.nn off PyTorch's fast path: they call their layers
+    and compute with the operators that others use."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 class Attention(nn.Module):

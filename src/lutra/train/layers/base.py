@@ -289,7 +289,7 @@ class QuantizedLayer(nn.Module):
     @torch.no_grad()
     def of_rows(self, rows: Tensor) -> Tensor:
         """The outputs (n, M) for rows (n, D) of the input, as the engine computes them."""
-        geometry, frozen = self.geometry, self.freeze()
+        geometry, frozen = self.geometry, cast(FrozenLayer, self.frozen())
         if frozen.linear:
             return cast(Tensor, frozen(rows))
         one = replace(geometry, stride=(1, 1), padding=(0, 0), dilation=(1, 1))

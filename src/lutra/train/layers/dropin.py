@@ -1,7 +1,8 @@
-"""What a new layer takes over from the module in whose place it stands: attributes and hooks."""
+"""What stays when a layer takes the place of another: attributes, hooks, and copies with them."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from collections.abc import Iterator
@@ -67,12 +68,29 @@ def copy_forward_hooks(new: nn.Module, old: nn.Module) -> None:
         getattr(new, kind).update(getattr(old, kind))
 
 
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy that calls the same hooks, where these are no methods of its modules.
+
+    Weights that were computed from others, as by weight norm, are copied too.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for hook in hooks_of(module):
+            bound = [owner for owner in owners(hook) if isinstance(owner, nn.Module)]
+            if not bound:
+                memo[id(hook)] = hook
+        for value in module.__dict__.values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
 def hooks_of(module: nn.Module) -> Iterator[Any]:
-    """All hooks of a module."""
+    """All functions that are registered as hooks of a module."""
     for kind in (*_FORWARD_HOOKS, *_OTHER_HOOKS):
         for hook in getattr(module, kind, {}).values():
             if callable(hook):  # other dicts say which hooks take keywords
-                yield hook
+                yield hook.hook if isinstance(hook, _WrappedHook) else hook
 
 
 def owners(hook: Any) -> list[Any]:

@@ -55,8 +55,9 @@ def cell_factor(counts: Tensor) -> Tensor:
 def weight_index(weight: Tensor, scale: Tensor, count: int) -> Tensor:
     """Indices (M, D) uint8 of weights (M, D), with scale (M) of the largest."""
     half = count // 2
-    unit = (weight / scale[:, None]).clamp(-1.0, 1.0)
-    return ((unit + 1.0) * half).round().to(torch.uint8)
+    with torch.no_grad():
+        unit = (weight / scale[:, None]).clamp_(-1.0, 1.0)
+        return unit.add_(1.0).mul_(half).round_().to(torch.uint8)
 
 
 class WeightLevels(torch.autograd.Function):
@@ -311,7 +312,7 @@ class LookupLayer(QuantizedLayer):
     def settle(self, rows: Tensor) -> dict[str, Any]:
         """Fields of the report."""
         levels, weights = self.method.levels, self.method.weights
-        index_bytes = self.freeze().tensors["weight"].numel()
+        index_bytes = self.outputs * -(-self.geometry.depth * bits_for(weights) // 8)
         stored = (("response tables", levels * weights), ("indices", index_bytes))
         return {
             "label": f"lookup {levels}x{weights}",

@@ -463,8 +463,7 @@ class _PQLayer(QuantizedLayer):
         ridge = _WEIGHT_RIDGE * float(gram.trace()) / len(gram) + 1e-12
         gram.diagonal().add_(ridge)
         change = torch.linalg.solve(gram.double(), moments.double()).t().float()
-        fitted = self.form.kernel(weight + change) if self.form.transposed else weight + change
-        fitted = fitted.view_as(self.weight).to(self.weight.dtype)
+        fitted = self.form.kernel(weight + change).view_as(self.weight).to(self.weight.dtype)
         self.weight = nn.Parameter(fitted, requires_grad=self.weight.requires_grad)
 
     @torch.no_grad()
