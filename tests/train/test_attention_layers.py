@@ -124,7 +124,7 @@ def test_what_cannot_be_replaced_is_said(setting: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "recipe", [{"*": PQ(v=2, k=8)}, {"*.linear1": Int8(2)}, {"layers.1.self_attn": PQ(v=2, k=8)}]
+    "recipe", [{"*": PQ(v=2, k=8)}, {"layers.0.linear1": Int8(2)}, {"layers.0.self_attn": PQ(v=2, k=8)}]
 )
 def test_encoders_never_take_the_fast_path(recipe: Any) -> None:
     torch.manual_seed(0)
@@ -137,7 +137,8 @@ def test_encoders_never_take_the_fast_path(recipe: Any) -> None:
     for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with torch.no_grad():
             each.load_state_dict(model.state_dict())
-            torch.testing.assert_close(each(x, src_key_padding_mask=padding), with_gradient)
+            got = each(x, src_key_padding_mask=padding)
+            torch.testing.assert_close(got, with_gradient, rtol=0.0, atol=1e-4)
             assert float((each(x) - dense(x)).abs().max()) > 1e-3
             each.train().eval()
             assert float((each(x) - dense(x)).abs().max()) > 1e-3

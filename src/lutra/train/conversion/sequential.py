@@ -105,7 +105,8 @@ class Targets:
                 where = self._batches.places(name, position["batch"], call, len(rows))
                 self.outputs[name].append(rows[where.to(rows.device)].to("cpu", torch.float32))
 
-            handles.append(layer.register_forward_hook(hook))
+            # before the hooks of the model, which may change the output
+            handles.append(layer.register_forward_hook(hook, prepend=True))
         try:
             self._batches.run(model, enter)
         finally:
