@@ -124,7 +124,8 @@ def test_what_cannot_be_replaced_is_said(setting: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "recipe", [{"*": PQ(v=2, k=8)}, {"layers.0.linear1": Int8(2)}, {"layers.0.self_attn": PQ(v=2, k=8)}]
+    "recipe",
+    [{"*": PQ(v=2, k=8)}, {"layers.0.linear1": Int8(2)}, {"layers.0.self_attn": PQ(v=2, k=8)}],
 )
 def test_encoders_never_take_the_fast_path(recipe: Any) -> None:
     torch.manual_seed(0)
