@@ -89,7 +89,9 @@ def pack_weights(index: Array, bits: int) -> Array:
     share = 8 // bits  # indices of one byte
     padded = np.zeros((index.shape[0], -(-index.shape[1] // share), share), np.uint8)
     padded.reshape(index.shape[0], -1)[:, : index.shape[1]] = index
-    packed: Array = np.bitwise_or.reduce(padded << _shifts(bits), axis=2)
+    packed: Array = padded[:, :, 0].copy()
+    for place in range(1, share):
+        packed |= padded[:, :, place] << np.uint8(place * bits)
     return packed
 
 
