@@ -79,7 +79,8 @@ def test_run_refuses_arrays(refuse: Any, model: str) -> None:
         refuse("run", model, "-i", "x.npy", "-o", "y.npy", match=match)
 
     x = floats()
-    bad(x.astype(np.float64), r"float64 values but the input 'x' takes float32")
+    bad(x.astype(np.float64) * 1e39, r"'x.npy' holds .*e\+3\d, which is beyond float32")
+    bad(x.astype(np.int64), r"int64 values but the input 'x' takes float32")
     bad(x.astype(np.int8), "int8")
     bad(x.astype(np.complex64), "must hold numbers|float32")
     bad(np.array(["a", "b"]), "must hold numbers")
