@@ -91,6 +91,7 @@ _TRAIN: Final = (
     "TableLayerNorm",
     "TableRMSNorm",
     "TableSoftmax",
+    "auto_recipe",
     "check_finite",
     "convert",
     "export",

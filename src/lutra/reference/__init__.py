@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, TypeAlias
 
-import numpy as np
-
 from lutra.errors import GraphError, InputError
 from lutra.formatting import did_you_mean, shape_text
 from lutra.graph import Graph, fits

@@ -64,7 +64,7 @@ class LayerReport:
 
     The other fields are of one family each: encoder, v, k, codebooks and the share of `used`
     centroids of product quantisation; levels, weights and index_bytes of lookup layers; int8_bytes
-    of int8 layers.
+    of int8 layers. `fallback` says why the layer has another method than the recipe names first.
     """
 
     name: str
@@ -90,6 +90,7 @@ class LayerReport:
     weights: int | None = None
     stored: tuple[tuple[str, int], ...] = ()
     gate: Decision | None = None
+    fallback: str = ""
 
     def cells(self) -> tuple[str, ...]:
         """The layer as a row of the table."""
@@ -178,6 +179,7 @@ class ConversionReport:
             for row in rows
         ]
         lines.append(f"{len(self.replaced)} of {len(self.layers)} layers replaced; {self._bytes()}")
+        lines += [f"{layer.name}: {layer.fallback}" for layer in self.layers if layer.fallback]
         lines += [str(function) for function in self.functions]
         return "\n".join(lines)
 

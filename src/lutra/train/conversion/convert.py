@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from lutra.errors import LutraError
 from lutra.train import distributed
+from lutra.train.conversion.auto import resolve
 from lutra.train.conversion.calibrate import Reservoir, collect
+from lutra.train.conversion.fallback import only, settle
 from lutra.train.conversion.sequential import Batches, Targets, output_error
 from lutra.train.conversion.speed_gate import SpeedGate, attach, decide, record, rival
 from lutra.train.functions.swap import FunctionSwap
 from lutra.train.geometry import Geometry
-from lutra.train.layers.base import KINDS, QuantizedLayer, families, family_of
+from lutra.train.layers.base import KINDS, QuantizedLayer, family_of
 from lutra.train.progress import Progress
 from lutra.train.recipe import Function, Keep, Method, Recipe, fits, match
 from lutra.train.report import FLOAT32, LOOKUP, ConversionReport, Decision, LayerReport
@@ -30,7 +32,7 @@ _REPLACED = "the recipe names it"
 
 def convert(
     model: nn.Module,
-    recipe: Recipe,
+    recipe: Recipe | Literal["auto"],
     calibration_data: Iterable[Any],
     *,
     rows: int = 8192,
@@ -49,7 +51,8 @@ def convert(
         recipe: glob patterns of module paths -> `PQ(...)`, `Lookup(...)`, `Int8()` or `Keep()`; the
             first match wins, and what no pattern names is kept. An embedding becomes int8 where
             `Int8()` names it and stays as it is elsewhere. Every pattern must name some layer.
-            A layer that the model holds in several places is replaced in all of them.
+            A layer that the model holds in several places is replaced in all of them. "auto" is
+            `lutra.train.auto_recipe(model)`.
         calibration_data: batches, run in eval mode: tensors, tuples of positional arguments,
             or mappings of keyword arguments. A tuple gives `forward` as many entries as it takes;
             a last one with one number for each sample is taken as targets and left out, unless
@@ -94,6 +97,7 @@ def convert(
         [('0', 'int8'), ('2', 'pq')]
     """
     show = progress if distributed.rank() == 0 else False
+    recipe = resolve(model, recipe)
     layers = choose(model, recipe)
     functions = FunctionSwap(model, recipe)
     if calibration not in get_args(Calibration):
@@ -284,15 +288,16 @@ def choose(model: nn.Module, recipe: Recipe) -> list[Candidate]:
     layer_recipe = {p: m for p, m in recipe.items() if not isinstance(m, Function)}
     found = []
     for module, aliases in names.items():
-        method = match(layer_recipe, *aliases)
+        method, fallback = settle(match(layer_recipe, *aliases), module, type(module))
         kind, family = KINDS[type(module)], family_of(method)
         reason = method.reason if isinstance(method, Keep) else _REPLACED
         if family is not None and type(module) not in family.layers:
-            able = [f.method.__name__ for f in families() if type(module) in f.layers]
-            reason = f"{kind}s take {' or '.join(f'{name}()' for name in able)} only"
-            family = None
+            reason, family = only(type(module)), None
         weight: Any = module.weight
-        report = LayerReport(aliases[0], kind, False, reason, weight_bytes=4 * weight.numel())
+        report = LayerReport(
+            aliases[0], kind, False, fallback or reason, weight_bytes=4 * weight.numel(),
+            fallback=fallback,
+        )  # fmt: skip
         layer = Candidate(module, aliases[0], None if family is None else method, report)
         if layer.is_calibrated:
             _ = layer.geometry  # which says what is wrong with it
