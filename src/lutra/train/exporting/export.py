@@ -7,7 +7,7 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import torch
@@ -47,7 +47,10 @@ from lutra.train.exporting.parity import (
     rounding_share,
 )
 
-_GOLDEN_SAMPLES = 8
+_SAMPLES: Final = 8  # of the check
+#: Golden data take so many bytes at most, or this share of the parameters, whichever is more.
+_GOLDEN_BYTES: Final = 16 * 1024
+_GOLDEN_SHARE: Final = 10
 
 #: "factors" is an old name of "compact".
 Tables = Literal["stored", "compact", "factors"]
@@ -86,8 +89,10 @@ def export(
             `(0, 2, 3)` for images of any height and width. Axis 0 is always among them. The
             example must have at least 2 entries on each; the file is then checked on an example of
             twice the size too. Tables of positions are as long as the model allows, or 2048.
-        golden: Store the samples with the engine's outputs, so that `lutra verify` can check
-            anywhere that the file still gives them.
+        golden: Store samples with the engine's outputs, so that `lutra verify` can check anywhere
+            that the file still gives them: as many of those of the check as take a tenth of the
+            parameters or 16 KB, whichever is more. If not even one does, the file has none, and
+            its metadata (`golden`) say why.
         tolerance: The largest difference from torch allowed, as a share of the largest output.
         tables: "stored" writes the tables. "compact" writes int8 weights instead, from which a
             session builds its tables: a smaller file where V < K, slower to load, and other
@@ -115,7 +120,7 @@ def export(
     """
     if tables not in get_args(Tables):
         raise InputError(f"export: tables={tables!r} is not one of {list(get_args(Tables))}")
-    example = tuple(tensor[:_GOLDEN_SAMPLES] for tensor in example_tensors(example_input))
+    example = tuple(tensor[:_SAMPLES] for tensor in example_tensors(example_input))
     given = prepare_copy(model)
     weights = weights_of(given)
     frozen = with_biases(freeze_lookup_layers(prepare_copy(model)))
@@ -138,10 +143,28 @@ def export(
     if tables != "stored":
         graph = _compacted(graph, compact, feeds, check, tolerance)
     if golden:
-        outputs = tuple(Session(graph).run(None, feeds))
-        graph = replace(graph, golden=(tuple(feeds.values()), outputs))
+        graph = _with_golden(graph, feeds)
     save_graph(graph, path)
     return graph
+
+
+def _with_golden(graph: Graph, feeds: Mapping[str, Array]) -> Graph:
+    """The graph with as many samples as golden data may have, or with why there are none."""
+    session = Session(graph)
+    room = max(_GOLDEN_BYTES, graph.parameter_bytes() // _GOLDEN_SHARE)
+    one = {name: array[:1] for name, array in feeds.items()}
+    outputs = session.run(None, one)
+    size = sum(array.nbytes for array in (*one.values(), *outputs))
+    count = min(room // size, len(next(iter(feeds.values()))))
+    if count == 0:
+        reason = f"one sample takes {size} bytes, and golden data {room} at most"
+        return replace(
+            graph, metadata={"golden": {"samples": 0, "reason": reason}, **graph.metadata}
+        )
+    if count > 1:
+        one = {name: array[:count] for name, array in feeds.items()}
+        outputs = session.run(None, one)
+    return replace(graph, golden=(tuple(one.values()), tuple(outputs)))
 
 
 def _metadata(model: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any]:
