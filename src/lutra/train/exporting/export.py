@@ -46,6 +46,7 @@ from lutra.train.exporting.parity import (
     outputs_of,
     rounding_share,
 )
+from lutra.train.threads import threads_for
 
 _SAMPLES: Final = 8  # of the check
 #: Golden data take so many bytes at most, or this share of the parameters, whichever is more.
@@ -123,25 +124,26 @@ def export(
     example = tuple(tensor[:_SAMPLES] for tensor in example_tensors(example_input))
     given = prepare_copy(model)
     weights = weights_of(given)
-    frozen = with_biases(freeze_lookup_layers(prepare_copy(model)))
-    compact = compact_tables_of(frozen, weights)  # before norms go into the scales
-    names = _input_names(frozen, len(example), input_names)
-    axes = dynamic_axes_of(dynamic_axes, names, example)
-    program = decomposed(capture(frozen, example, axes))
-    wanted = outputs_of(given, example)
-    rounding = rounding_share(program, example, wanted)
-    fold_program(frozen, program)
-    lowered = lower(program, names, output_names, _metadata(model, metadata))
-    graph = lowered.graph
-    graph.validate()
-    check = Check(example, wanted, rounding)
-    check_graph(lowered, program, check, tolerance=tolerance)
-    if any(axes):
-        other = other_size(program, example, axes)
-        check_other_size(lowered, program, given, other, tolerance=tolerance, rounding=rounding)
-    feeds = feeds_of(graph, example)
-    if tables != "stored":
-        graph = _compacted(graph, compact, feeds, check, tolerance)
+    with threads_for(given, example):
+        frozen = with_biases(freeze_lookup_layers(prepare_copy(model)))
+        compact = compact_tables_of(frozen, weights)  # before norms go into the scales
+        names = _input_names(frozen, len(example), input_names)
+        axes = dynamic_axes_of(dynamic_axes, names, example)
+        program = decomposed(capture(frozen, example, axes))
+        wanted = outputs_of(given, example)
+        rounding = rounding_share(program, example, wanted)
+        fold_program(frozen, program)
+        lowered = lower(program, names, output_names, _metadata(model, metadata))
+        graph = lowered.graph
+        graph.validate()
+        check = Check(example, wanted, rounding)
+        check_graph(lowered, program, check, tolerance=tolerance)
+        if any(axes):
+            other = other_size(program, example, axes)
+            check_other_size(lowered, program, given, other, tolerance=tolerance, rounding=rounding)
+        feeds = feeds_of(graph, example)
+        if tables != "stored":
+            graph = _compacted(graph, compact, feeds, check, tolerance)
     if golden:
         graph = _with_golden(graph, feeds)
     save_graph(graph, path)
