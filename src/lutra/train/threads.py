@@ -18,6 +18,7 @@ from torch.utils import _pytree
 
 #: Training steps of fewer products than this take one thread: some milliseconds.
 SMALL_STEP: Final = 2**28
+_CENTROIDS: Final = 64
 #: Seconds that a model may take on one thread before it gets them all.
 _LONG: Final = 1.0
 
@@ -39,12 +40,32 @@ class StepThreads:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Sets the threads that there were."""
         _set(self._all)
 
     def fit(self, batch: Any) -> None:
         """Sets the threads for a step on a batch."""
         if self._matters:
             _set(1 if self._weights * _positions(batch) < SMALL_STEP else self._all)
+
+
+@contextmanager
+def threads_for_rows(values: int) -> Iterator[None]:
+    """One thread for as long as the block runs, if it learns from few values.
+
+    Args:
+        values: in the rows that are learned from; each makes up to 64 products at a time.
+    """
+    everything = torch.get_num_threads()
+    if values * _CENTROIDS < SMALL_STEP:
+        _set(1)
+    try:
+        yield
+    finally:
+        _set(everything)
 
 
 @contextmanager

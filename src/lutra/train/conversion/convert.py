@@ -24,6 +24,7 @@ from lutra.train.layers.base import KINDS, QuantizedLayer, family_of
 from lutra.train.progress import Progress
 from lutra.train.recipe import Function, Keep, Method, Recipe, fits, match
 from lutra.train.report import FLOAT32, LOOKUP, ConversionReport, Decision, LayerReport
+from lutra.train.threads import threads_for_rows
 
 #: Whether layers are fitted to the dense network one after the other, or each for itself.
 Calibration = Literal["sequential", "parallel"]
@@ -150,7 +151,8 @@ def convert(
                 rows_in = targets.inputs(converted, name, old, layer.geometry)
                 wanted = targets.of(name)
             tied = id(old.weight) in shared
-            new = layer.fit(old, rows_in, leader, kmeans_steps, seed + i, wanted, tied)
+            with threads_for_rows(rows_in.numel()):
+                new = layer.fit(old, rows_in, leader, kmeans_steps, seed + i, wanted, tied)
             fitted[name] = new
             if targets is None:
                 replacements[old] = new
