@@ -155,7 +155,7 @@ def assign(words: Sequence[str], names: Sequence[str], kind: str) -> dict[str, s
     missing = [name for name in names if name not in result]
     if missing and kind == "input":
         raise UserError(
-            f"--input lacks {', '.join(missing)}; give -i NAME=FILE for each of {', '.join(names)}"
+            f"--input lacks {', '.join(missing)}; give NAME=FILE for each of {', '.join(names)}"
         )
     return result
 

@@ -59,7 +59,8 @@ def functional(program: ExportedProgram) -> ExportedProgram:
     if called <= _FRESH | _VIEWS:
         return program
     # An empty table decomposes nothing; it only turns in-place operators into pure ones.
-    return program.run_decompositions({})
+    made: ExportedProgram = program.run_decompositions({})
+    return made
 
 
 def replace_in_place(program: ExportedProgram) -> None:
