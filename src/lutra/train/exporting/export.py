@@ -36,6 +36,7 @@ from lutra.train.exporting.compact_tables import (
 )
 from lutra.train.exporting.fold import fold_program, with_biases
 from lutra.train.exporting.lowering import decomposed, lower
+from lutra.train.exporting.lowering.modules import check_modules
 from lutra.train.exporting.parity import (
     Check,
     check_engine,
@@ -105,8 +106,9 @@ def export(
 
     Raises:
         InputError: An example or names that do not fit the model.
-        UnsupportedModelError: Operators that lutra cannot run, all of them listed; or a model that
-            works for one size only of an axis that should be dynamic.
+        UnsupportedModelError: Operators that lutra cannot run, all of them listed (modules that it
+            cannot run are found first, before the model is traced); or a model that works for one
+            size only of an axis that should be dynamic.
         EngineError: The engine cannot run the graph.
         LutraError: The graph computes something else than torch, the file cannot be written, or
             no lookup layer has the weights that compact tables need.
@@ -129,6 +131,7 @@ def export(
         compact = compact_tables_of(frozen, weights)  # before norms go into the scales
         names = _input_names(frozen, len(example), input_names)
         axes = dynamic_axes_of(dynamic_axes, names, example)
+        check_modules(frozen, example)
         program = decomposed(capture(frozen, example, axes))
         wanted = outputs_of(given, example)
         rounding = rounding_share(program, example, wanted)

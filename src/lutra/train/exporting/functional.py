@@ -12,6 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.export.graph_signature import TensorArgument
 
 _ACTIVATIONS: Final = (
     "relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "sigmoid", "tanh", "silu",
@@ -78,6 +79,10 @@ def replace_in_place(program: ExportedProgram) -> None:
             written.replace_all_uses_with(
                 node, delete_user_cb=lambda user, place=place: order[user] > place
             )
+    (end,) = [node for node in program.graph.nodes if node.op == "output"]
+    for result, spec in zip(end.args[0], program.graph_signature.output_specs, strict=True):
+        if isinstance(result, fx.Node) and isinstance(spec.arg, TensorArgument):
+            spec.arg.name = result.name
     program.graph.lint()
     program.graph_module.recompile()
 
