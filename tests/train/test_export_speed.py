@@ -211,7 +211,7 @@ def test_modules_without_a_lowering_are_found_before_the_trace(
     assert [node.op for node in graph.nodes] == ["linear"]
     monkeypatch.setitem(LOWERINGS, NEEDS[nn.LSTM][-1], LOWERINGS["aten.relu.default"])
     monkeypatch.setattr(torch.export, "export", trace)
-    with pytest.raises(UnsupportedModelError, match="could not trace Recurrent .traced."):
+    with pytest.raises(UnsupportedModelError, match=r"could not trace Recurrent .traced."):
         export(Recurrent(nn.LSTM), tmp_path / "m.lutra", torch.randn(2, 5, 4))
 
 
