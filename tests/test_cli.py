@@ -245,3 +245,17 @@ def test_inspect_keeps_the_terminal_safe(capture: Any, folder: Path) -> None:
     assert code == 0
     assert out.isascii()
     assert "\x1b" not in out
+
+
+def test_help_loads_next_to_nothing() -> None:
+    code = (
+        "import sys\n"
+        "from lutra.cli import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit:\n    pass\n"
+        "heavy = {'numpy', 'torch', 'safetensors', 'importlib.metadata', 'lutra.graph'}\n"
+        "print('loaded', sorted(heavy & set(sys.modules)))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines()[-1] == "loaded []"
+    assert "convert a PyTorch model" in said.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,60 @@ def test_a_fixed_batch_is_filled_up(capture: Any, folder: Path) -> None:
     assert (report["psnr"], report["images"], report["batch"]) == (MAX_PSNR, 6, 4)
 
 
+def chooser() -> Graph:
+    """Scores (N, 3) of ids and a mask, and their rows, of which the mask takes all but the last."""
+    rng = np.random.default_rng(0)
+    b = Builder(("ids", (None, 5), "int32"), ("mask", (None, 5), "int32"))
+    rows = b.add(
+        "embedding", "ids", tensors={"weight": rng.standard_normal((9, 3)).astype(np.float32)}
+    )
+    scores = b.add("masked_mean", rows, "mask")
+    return replace(b.graph(scores, rows), outputs=(scores, rows))
+
+
+def test_integers_and_several_inputs_and_outputs(capture: Any, refuse: Any, folder: Path) -> None:
+    graph = chooser()
+    save_graph(graph, "m.lutra")
+    session = lutra.Session("m.lutra")
+    rng = np.random.default_rng(1)
+    ids, mask = rng.integers(0, 9, (11, 5)), rng.integers(0, 2, (11, 5)).astype(bool)
+    mask[:, 0] = True
+    labels = session.run([graph.outputs[0]], {"ids": ids, "mask": mask})[0].argmax(axis=1)
+    labels[3] = (labels[3] + 1) % 3
+    files = [f"ids={save('i.npy', ids)}", f"mask={save('m.npy', mask)}"]
+    words = ["eval", "m.lutra", "--inputs", files[0], "--inputs", files[1]]
+    words += ["--labels", save("y.npy", labels)]
+    chosen = ["--output", graph.outputs[0]]
+    code, out, err = capture(*words, *chosen, "--batch", "4", "--json")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert (report["correct"], report["images"], report["batch"]) == (10, 11, 4)
+    report = json.loads(capture(*words, *chosen, "--limit", "3", "--json")[1])
+    assert (report["correct"], report["images"]) == (3, 3)
+
+    refuse(*words, match=f"the model has the outputs {', '.join(graph.outputs)}; say which")
+    refuse(*words, "--output", graph.outputs[0] + "_", match=f"did you mean '{graph.outputs[0]}'")
+    refuse(*words, "--output", graph.outputs[1], match=r"an output \(N, classes\); the output")
+    refuse(*words[:4], *words[-2:], *chosen, match="--input lacks mask; give")
+    refuse(*words, "--inputs", files[0], *chosen, match="'ids' twice")
+    save("i.npy", ids[:5])
+    refuse(*words, *chosen, match=r"'i.npy' has shape \(5, 5\) and 'y.npy' 11 entries")
+    save("i.npy", ids.astype(np.float32))
+    refuse(*words, *chosen, match="has dtype float32; the model takes int32")
+    save("i.npy", ids + 9)
+    refuse(*words, *chosen, match=r"ids must be in 0\.\.8")
+
+    b = Builder(("ids", (4, 5), "int32"))
+    rows = b.add("embedding", "ids", tensors={"weight": np.eye(9, 3, dtype=np.float32)})
+    b.add("mean", rows, axes=(1,))
+    save_graph(b.graph(), "one.lutra")
+    labels = np.concatenate([lutra.Session("one.lutra")(x) for x in (ids[:4], ids[4:8], ids[7:])])
+    labels = np.delete(labels, 8, axis=0).argmax(axis=1)
+    more = ["--inputs", save("i.npy", ids), "--labels", save("y.npy", labels)]
+    report = json.loads(capture("eval", "one.lutra", *more, "--json")[1])
+    assert (report["correct"], report["images"], report["batch"]) == (11, 11, 4)
+
+
 def test_eval_refuses(refuse: Any, folder: Path) -> None:
     save_graph(image_to_image(), "m.lutra")
     images = planes((6, 7), (9, 5))
@@ -223,7 +278,7 @@ def test_eval_refuses(refuse: Any, folder: Path) -> None:
     bad(good_x, good_y, "--peak is for float targets", "--peak", "1")
     bad(good_x, good_y, "not a number above 0", "--peak", "0")
     bad(good_x, good_y, "at least 0", "--border", "-1")
-    bad(good_x, good_y, "one output .N, classes.", metric="top1")
+    bad(good_x, good_y, "an output .N, classes.; the output", metric="top1")
     bad(good_x, good_y, "invalid choice", metric="ssim")
     bad(good_x, save_all("z.npz", planes((6, 7))), "2 and 1 images, or images of other names")
     bad(good_x, save_all("z.npz", {"a": images["0000"], "b": images["0001"]}), "other names")

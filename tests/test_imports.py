@@ -26,7 +26,10 @@ ORDER: Final[tuple[tuple[str, ...], ...]] = (
     ("lutra.train.functions",),
     ("lutra.train.operators",),
     ("lutra.train.recipe", "lutra.train.report", "lutra.train.geometry", "lutra.train.encoder"),
-    ("lutra.train.watch", "lutra.train.distributed", "lutra.train.progress", "lutra.train.batches"),
+    (
+        "lutra.train.watch", "lutra.train.distributed", "lutra.train.progress",
+        "lutra.train.batches", "lutra.train.threads",
+    ),
     ("lutra.sentences",),
     ("lutra.stream",),
     ("lutra.functions",),
@@ -37,7 +40,7 @@ ORDER: Final[tuple[tuple[str, ...], ...]] = (
     ("lutra.ops",),
     ("lutra.node",),
     ("lutra.atomic", "lutra.errors", "lutra.formatting", "lutra._engine", "lutra._moved"),
-)
+)  # fmt: skip
 LINE: Final = {room: line for line, rooms in enumerate(ORDER) for room in rooms}
 #: The only module that may import the package root: it prints the version.
 READS_VERSION: Final = "lutra.cli"

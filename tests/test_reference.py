@@ -402,10 +402,12 @@ def test_bad_inputs():
     graph, x = tiny_graph(), normal(2, 3)
     cases: list[tuple[Any, str]] = [
         ({}, "exactly"),
-        ({"y": x}, "exactly"),
+        ({"y": x}, r"got the inputs \['y'\]; give exactly"),
+        ({"X": x}, r"did you mean 'x'\? give exactly"),
         ({"x": x, "y": x}, "exactly"),
         ([x, x], "got 2 inputs"),
-        ([x.astype(np.float64)], "float64"),
+        ([x.astype(np.float64) * 1e39], "beyond float32"),
+        ([x.astype(np.int64)], "int64"),
         ([x.tolist()], "list"),
         ([x[:, :2]], r"shape \(2, 2\); it must be \(2, 3\)"),
         ([x[0]], "shape"),

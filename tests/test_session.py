@@ -132,8 +132,13 @@ def test_outputs_by_name() -> None:
     assert same_bits(both[0], swapped[1])
     assert same_bits(both[1], swapped[0])
     assert len(session.run([graph.outputs[1]], feeds)) == 1
+    assert session.inputs == tuple(session.get_inputs()) == graph.inputs
+    assert session.outputs == tuple(graph.values[name] for name in graph.outputs)
     with pytest.raises(InputError, match="no output 'z'"):
         session.run(["z"], feeds)
+    near = graph.outputs[1][:-1] + "_"
+    with pytest.raises(InputError, match=f"no output '{near}'; did you mean '{graph.outputs[1]}'"):
+        session.run([near], feeds)
     with pytest.raises(InputError, match=r"2 inputs and 2 outputs.*session\.run"):
         session(feeds["a"])
     with pytest.raises(InputError, match="batch of 2 and an input before it one of 3"):
@@ -141,9 +146,9 @@ def test_outputs_by_name() -> None:
 
 
 BAD = {
-    "float64": (np.zeros((1, 3)), r"dtype float64.*\.astype\(np\.float32\)"),
-    "float16": (np.zeros((1, 3), np.float16), r"dtype float16.*astype"),
-    "int": (np.zeros((1, 3), np.int64), r"dtype int64.*astype"),
+    "float64": (np.full((1, 3), -1e39), r"holds -1e\+39, which is beyond float32; give numbers in"),
+    "int": (np.zeros((1, 3), np.int64), r"dtype int64.*if these numbers are meant.*astype"),
+    "uint16": (np.zeros((1, 3), np.uint16), r"dtype uint16.*if these numbers are meant.*astype"),
     "bool": (np.zeros((1, 3), bool), r"dtype bool.*astype"),
     "byte order": (np.zeros((1, 3), ">f4"), r"dtype >f4.*astype"),
     "complex": (np.zeros((1, 3), np.complex64), r"dtype complex64.*astype"),
@@ -166,11 +171,41 @@ def test_bad_inputs(case: str) -> None:
         session(x)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float64", "uint8", "int8", "int16"])
+def test_other_dtypes_are_cast(dtype: str) -> None:
+    graph = tiny_graph()
+    session = Session(graph, threads=1)
+    info = np.iinfo(dtype) if np.dtype(dtype).kind in "iu" else None
+    numbers = [-1.0 / 3, 1e-3, 2.5] if info is None else [info.min, info.max, 7]
+    x = np.array([numbers, numbers[::-1]]).astype(dtype)
+    plain = x.astype(F)
+    assert same_bits(session(x), session(plain))
+    (got,), (want,) = (run_reference(graph, [array]).values() for array in (x, plain))
+    np.testing.assert_array_equal(got, want)
+    assert same_bits(session(np.asfortranarray(x)), session(plain))
+
+
+def test_casts_keep_nan_and_refuse_what_becomes_infinite() -> None:
+    x = np.array([[np.nan, np.inf, -np.inf]])
+    with pytest.raises(InputError, match="holds 3 values of 3 that are NaN or infinite"):
+        Session(tiny_graph())(x)
+    session = Session(tiny_graph(), check_finite=False)
+    np.testing.assert_array_equal(session(x), session(x.astype(F)))
+    x[0, 1] = float(np.finfo(F).max) * (1 + 2.0**-26)  # rounds to the largest float32
+    session(x)
+    x[0, 1] = -float(np.finfo(F).max) * (1 + 2.0**-24)
+    for run in (session, lambda x: run_reference(tiny_graph(), [x])):
+        with pytest.raises(InputError, match="beyond float32"):
+            run(x)
+
+
 def test_bad_names() -> None:
     session = Session(tiny_graph(), threads=1)
     x = np.zeros((1, 3), F)
     with pytest.raises(InputError, match=r"no input 'y'; the model has \['x'\]"):
         session.run(None, {"x": x, "y": x})
+    with pytest.raises(InputError, match=r"no input 'X'; did you mean 'x'\? the model has \['x'\]"):
+        session.run(None, {"X": x})
     with pytest.raises(InputError, match="'x' is missing"):
         session.run(None, {})
     with pytest.raises(InputError, match="give a dict"):

@@ -12,31 +12,32 @@ Making one needs PyTorch: ``lutra.convert``, ``lutra.finetune`` and ``lutra.expo
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final
 
 from lutra._moved import MOVED, install
-from lutra.errors import (
-    EngineError,
-    FormatError,
-    GraphError,
-    InputError,
-    LutraError,
-    UnsupportedCpuError,
-    UnsupportedModelError,
-)
-from lutra.format import load_graph, save_graph
-from lutra.graph import Graph
-from lutra.node import Node, Value
-from lutra.reference import run_reference
-from lutra.runtime.cpu import cpu_info, runnable_isas
-from lutra.runtime.profile import Profile, StepProfile
-from lutra.runtime.session import Session
-from lutra.sentences import SentenceEncoder
-from lutra.stream import Stream
 
 if TYPE_CHECKING:
+    from lutra.errors import (
+        EngineError,
+        FormatError,
+        GraphError,
+        InputError,
+        LutraError,
+        UnsupportedCpuError,
+        UnsupportedModelError,
+    )
+    from lutra.format import load_graph, save_graph
+    from lutra.graph import Graph
+    from lutra.node import Node, Value
+    from lutra.reference import run_reference
+    from lutra.runtime.cpu import cpu_info, runnable_isas
+    from lutra.runtime.profile import Profile, StepProfile
+    from lutra.runtime.session import Session
+    from lutra.sentences import SentenceEncoder
+    from lutra.stream import Stream
     from lutra.train import *  # noqa: F403
+
+    __version__: str
 
 __all__ = [
     "EngineError",
@@ -62,6 +63,35 @@ __all__ = [
     "save_graph",
 ]
 
+#: The module of each name. They are imported when one of their names is first used, so that
+#: ``lutra --help`` waits for none.
+_PLACES: Final = {
+    "EngineError": "errors",
+    "FormatError": "errors",
+    "Graph": "graph",
+    "GraphError": "errors",
+    "InputError": "errors",
+    "LutraError": "errors",
+    "Node": "node",
+    "Profile": "runtime.profile",
+    "SentenceEncoder": "sentences",
+    "Session": "runtime.session",
+    "StepProfile": "runtime.profile",
+    "Stream": "stream",
+    "UnsupportedCpuError": "errors",
+    "UnsupportedModelError": "errors",
+    "Value": "node",
+    "cpu_info": "runtime.cpu",
+    "load_graph": "format",
+    "run_reference": "reference",
+    "runnable_isas": "runtime.cpu",
+    "save_graph": "format",
+}
+#: Modules that are attributes of the package without an import of their own.
+_MODULES: Final = (
+    "errors", "format", "formatting", "functions", "graph", "inputs", "node", "ops", "preprocess",
+    "reference", "runtime", "sentences", "stream",
+)  # fmt: skip
 #: The names of lutra.train that are here too. Listed, not asked for: asking imports PyTorch.
 _TRAIN: Final = (
     "PQ",
@@ -91,6 +121,7 @@ _TRAIN: Final = (
     "TableLayerNorm",
     "TableRMSNorm",
     "TableSoftmax",
+    "auto_recipe",
     "check_finite",
     "convert",
     "export",
@@ -102,16 +133,24 @@ _TRAIN: Final = (
     "reconstruction_loss",
 )
 
-try:
-    __version__ = version("lutra")
-except PackageNotFoundError:  # run from a source tree that is not installed
-    __version__ = "0+unknown"
-
 install(MOVED)
 
 
 def __getattr__(name: str) -> Any:
-    """Fetches the names of lutra.train on first use."""
+    """Fetches a name on first use."""
+    if name in _PLACES:
+        value = getattr(import_module(f"lutra.{_PLACES[name]}"), name)
+    elif name in _MODULES:
+        value = import_module(f"lutra.{name}")
+    elif name == "__version__":
+        value = _version()
+    else:
+        return _of_training(name)
+    globals()[name] = value
+    return value
+
+
+def _of_training(name: str) -> Any:
     if name not in _TRAIN and name != "train":
         raise AttributeError(f"module 'lutra' has no attribute {name!r}")
     try:
@@ -125,5 +164,14 @@ def __getattr__(name: str) -> Any:
     return train if name == "train" else getattr(train, name)
 
 
+def _version() -> str:
+    metadata = import_module("importlib.metadata")
+    try:
+        found: str = metadata.version("lutra")
+    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        return "0+unknown"
+    return found
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_TRAIN})
+    return sorted({*globals(), *_PLACES, *_MODULES, *_TRAIN, "__version__"})

@@ -13,15 +13,13 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, Final
 
-__all__ = ["MOVED", "MOVED_TRAINING", "forward", "install"]
+__all__ = ["MOVED", "MOVED_OPS", "MOVED_TRAINING", "forward", "install"]
 
 #: Old path -> new path of the modules that need no PyTorch.
 MOVED: Final = {
     "lutra.audio": "lutra.preprocess.audio",
     "lutra.cpu": "lutra.runtime.cpu",
     "lutra.files": "lutra.atomic",
-    "lutra.ops.factors": "lutra.ops.compact_tables",
-    "lutra.ops.registry": "lutra.ops.spec",
     "lutra.plan": "lutra.runtime.plan",
     "lutra.profile": "lutra.runtime.profile",
     "lutra.session": "lutra.runtime.session",
@@ -29,6 +27,12 @@ MOVED: Final = {
     "lutra.steps": "lutra.runtime.steps",
     "lutra.text": "lutra.formatting",
     "lutra.tokens": "lutra.preprocess.text",
+}
+
+#: The same inside lutra.ops.
+MOVED_OPS: Final = {
+    "lutra.ops.factors": "lutra.ops.compact_tables",
+    "lutra.ops.registry": "lutra.ops.spec",
 }
 
 #: Old path -> new path of the modules that need PyTorch.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 
 def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
@@ -34,3 +35,10 @@ def shape_text(shape: Sequence[int | None]) -> str:
     if shape and shape[0] is None:
         sizes[0] = "N"
     return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question that names the closest of the known names; empty where none is close."""
+    lower = {other.lower(): other for other in known}
+    close = get_close_matches(str(name).lower(), lower, n=1, cutoff=0.6)
+    return f"did you mean {lower[close[0]]!r}? " if close else ""

@@ -232,6 +232,13 @@ class Graph:
         """Nodes whose tensors were built, and these tensors; filled by ``node_tensors``."""
         return {}
 
+    @property
+    def no_golden(self) -> str:
+        """Why there are no golden data, as the exporter noted it; empty where it noted nothing."""
+        entry = self.metadata.get("golden")
+        reason = entry.get("reason") if isinstance(entry, Mapping) else None
+        return reason if self.golden is None and isinstance(reason, str) else ""
+
     def cost(self, sizes: Sizes | None = None) -> dict[str, Cost]:
         """Work and bytes of every node for one sample, by node name.
 

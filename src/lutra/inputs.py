@@ -1,7 +1,16 @@
-"""What a caller may give for the inputs of a graph that are integers: token ids and masks.
+"""What a caller may give for the inputs of a graph, and the casts that are made.
 
-Values of dtype int32 are inputs only; operators read them and make float32. An input is ids where
-an ``embedding`` reads it, whose table has a row for each id, and a mask otherwise.
+An array is cast where its dtype says that it is meant, and where no number changes beyond the
+rounding of float32:
+
+* for a float32 input: float16, uint8, int8 and int16 exactly; float64 to the nearest float32,
+  refused where a number is beyond float32's range;
+* for an int32 input: bool, uint8, int8, uint16 and int16 exactly; int64, uint64 and uint32 where
+  every number fits.
+
+Everything else is refused with what to do. Values of dtype int32 are inputs only, token ids and
+masks; operators read them and make float32. An input is ids where an ``embedding`` reads it, whose
+table has a row for each id, and a mask otherwise.
 """
 
 from __future__ import annotations
@@ -15,10 +24,16 @@ from lutra.errors import InputError
 from lutra.graph import Graph
 from lutra.node import Array, Value
 
-__all__ = ["IdRange", "check_ids", "dtype_complaint", "id_ranges", "int32_array", "random_ints"]
+__all__ = ["IdRange", "cast_input", "check_ids", "dtype_complaint", "id_ranges", "random_ints"]
 
 _INT32: Final = np.iinfo(np.int32)
-_TAKEN: Final = ("int32", "int64", "bool")
+_FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
+#: Dtypes that become int32; the numbers of those that do not all fit are checked.
+_TO_INT32: Final = (
+    "int32", "bool", "uint8", "int8", "uint16", "int16", "int64", "uint64", "uint32"
+)  # fmt: skip
+#: Dtypes that become float32: all but the last exactly.
+_TO_FLOAT32: Final = ("float32", "float16", "uint8", "int8", "int16", "float64")
 
 
 class IdRange(NamedTuple):
@@ -64,30 +79,53 @@ def check_ids(where: str, node: str, ids: Array, rows: int) -> None:
 
 
 def dtype_complaint(value: Value, dtype: Any) -> str | None:
-    """Says what is wrong with the dtype of an array for an input, or None where it fits."""
+    """Says what is wrong with the dtype of an array for an input, or None where it is cast."""
     if value.dtype == "int32":
-        if dtype.name in _TAKEN and dtype.isnative:
+        if dtype.name in _TO_INT32 and dtype.isnative:
             return None
         return (
-            f"has dtype {dtype}; the model takes int32 for it (int64 and bool are converted): "
-            "give ids or a mask as integers, such as x.astype(np.int32)"
+            f"has dtype {dtype}; the model takes int32 for it (other integers and bool are "
+            "converted): give ids or a mask as integers, such as x.astype(np.int32)"
         )
-    if dtype == np.float32:
+    if dtype.name in _TO_FLOAT32 and dtype.isnative:
         return None
-    return f"has dtype {dtype}; the model takes float32: convert it with .astype(np.float32)"
+    wide = dtype.kind in "iub" and dtype.isnative
+    return (
+        f"has dtype {dtype}; the model takes float32: "
+        f"{'if these numbers are meant, ' if wide else ''}convert it with .astype(np.float32)"
+    )
 
 
-def int32_array(where: str, array: Array) -> Array:
-    """An array that ``dtype_complaint`` has nothing against, as int32.
+def cast_input(where: str, value: Value, array: Any) -> Array:
+    """An array as an input takes it, by the casts that the head of this module lists.
 
     Args:
-        where: What the array is, for the error.
-        array: int32, int64 or bool.
+        where: What the array is, for errors.
+        value: The input.
+        array: What was given.
+
+    Returns:
+        float32 or int32; the array itself where it has that dtype.
 
     Raises:
-        InputError: If a number does not fit into int32.
+        InputError: If it is no array, or of another dtype, or if it holds a number that the dtype
+            of the input cannot hold.
     """
-    if array.dtype == np.int64 and array.size:
+    if not isinstance(array, np.ndarray):
+        raise InputError(
+            f"{where} is a {type(array).__name__}; give a numpy array, "
+            f"such as np.asarray(x, dtype=np.{value.dtype})"
+        )
+    complaint = dtype_complaint(value, array.dtype)
+    if complaint is not None:
+        raise InputError(f"{where} {complaint}")
+    if value.dtype == "int32":
+        return _int32_array(where, array)
+    return _float32_array(where, array)
+
+
+def _int32_array(where: str, array: Array) -> Array:
+    if array.size and array.dtype.kind in "iu" and array.dtype.itemsize >= 4:
         low, high = int(array.min()), int(array.max())
         if low < _INT32.min or high > _INT32.max:
             worst = low if low < _INT32.min else high
@@ -96,6 +134,20 @@ def int32_array(where: str, array: Array) -> Array:
                 f"{_INT32.min}..{_INT32.max}"
             )
     return array.astype(np.int32, copy=False)
+
+
+def _float32_array(where: str, array: Array) -> Array:
+    if array.dtype != np.float64:
+        return array.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):
+        made = array.astype(np.float32)
+    lost = np.isinf(made) & np.isfinite(array)
+    if lost.any():
+        raise InputError(
+            f"{where} holds {float(array[lost][0])!r}, which is beyond float32; give numbers in "
+            f"-{_FLOAT32_MAX:.6g}..{_FLOAT32_MAX:.6g}"
+        )
+    return made
 
 
 def random_ints(

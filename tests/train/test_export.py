@@ -21,6 +21,7 @@ from exported import (
 from torch import Tensor, nn
 
 import lutra.train.exporting.parity as check
+from lutra.cli import main
 from lutra.errors import InputError, LutraError
 from lutra.format import load_graph
 from lutra.graph import Graph
@@ -145,6 +146,42 @@ def test_metadata_and_golden(tmp_path: Path) -> None:
     np.testing.assert_array_equal(Session(graph)(inputs[0]), outputs[0])
     export(model, path, torch.randn(2, 4), golden=False)
     assert load_graph(path).golden is None
+
+
+@pytest.mark.parametrize(
+    ("model", "features", "samples"),
+    [
+        (nn.Linear(8, 2), 8, 8),  # little of anything: all samples
+        (nn.Linear(1000, 24), 1000, 4),  # 4096 bytes a sample, 16 KB
+        (nn.Linear(1000, 600), 1000, 8),  # a tenth of 2.4 MB
+        (nn.Sequential(nn.Linear(5000, 1), nn.Linear(1, 5000)), 5000, 0),
+    ],
+)
+def test_golden_data_stay_small(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: nn.Module, features: int,
+    samples: int,
+) -> None:  # fmt: skip
+    path = str(tmp_path / "m.lutra")
+    export(model, path, torch.randn(8, features))
+    graph = load_graph(path)
+    if samples:
+        assert graph.golden is not None
+        (x,), (y,) = graph.golden
+        assert len(x) == len(y) == samples
+        assert x.nbytes + y.nbytes <= max(16384, (tmp_path / "m.lutra").stat().st_size / 10)
+        np.testing.assert_array_equal(Session(graph)(x), y)
+        assert "golden" not in graph.metadata
+        assert graph.no_golden == ""
+        return
+    assert graph.golden is None
+    reason = "one sample takes 40000 bytes, and golden data 16384 at most"
+    assert graph.metadata["golden"] == {"samples": 0, "reason": reason}
+    assert main(["inspect", path]) == main(["verify", path]) == 0
+    said = capsys.readouterr().out
+    assert f"no golden data ({reason})" in said
+    assert f"note: the file holds no golden data ({reason}), so only random" in said
+    assert main(["verify", path, "--samples", "0"]) == 2
+    assert f"no golden data ({reason}); give --samples" in capsys.readouterr().err
 
 
 # ---- the check ----------------------------------------------------------------------------------

@@ -223,13 +223,17 @@ def read_archive(path: str, name: str) -> Array:
     return arrays[name]
 
 
-def read_arrays(path: str) -> dict[str, Array]:
-    """All arrays of a .npz file, which must hold numbers, by name.
+def read_arrays(path: str, wanted: Callable[[list[str]], list[str]] = list) -> dict[str, Array]:
+    """Arrays of a .npz file, which must hold numbers, by name.
+
+    Args:
+        path: The file.
+        wanted: Picks those to read from all names; it may raise InputError.
 
     Raises:
         InputError: If it cannot be read, is something else, is empty or holds anything but numbers.
     """
-    arrays = _open_archive(path, list, f"np.savez({path!r}, **arrays)")
+    arrays = _open_archive(path, wanted, f"np.savez({path!r}, **arrays)")
     for name, array in arrays.items():
         if array.dtype.kind not in "fiub":
             raise InputError(
@@ -254,6 +258,8 @@ def _open_archive(
                 if name not in names:
                     raise ValueError(f"it has no array {name!r}, only {names}")
                 arrays[name] = archive[name]
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(
             f"cannot read {path!r}: {error.strerror or error}; check the path"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -12,8 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-import numpy as np
-
+from lutra.cli.calibration import in_batches, read_inputs
 from lutra.cli.common import (
     UserError,
     at_least,
@@ -28,12 +28,14 @@ from lutra.errors import InputError, LutraError
 from lutra.format import load_graph, save_graph
 from lutra.formatting import counted
 from lutra.functions import swap_functions
-from lutra.node import Array
 from lutra.ops.limits import CENTROID_COUNTS, FUNCTION_ENTRIES
 from lutra.ops.pq import ENCODERS
 
 _BATCH: Final = 64
 _EXAMPLES: Final = 8
+METHODS: Final = ("pq", "lookup", "int8", "auto")
+#: Activation and weight indices of lookup layers, by bits.
+_LOOKUP_BITS: Final = {2: (4, 3), 3: (8, 7), 4: (16, 15)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,22 +47,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data",
-        metavar="D.npz",
-        help="holds x, float32 calibration inputs; of a file, its inputs by name (optional)",
+        metavar="D",
+        help="calibration inputs: .npy of the one input, or .npz with an array for each argument "
+        "of forward (x is the first argument of any model); of a file, its inputs by name "
+        "(optional)",
     )
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the .lutra file")
-    parser.add_argument("--method", choices=["pq"], default="pq", help="default: pq")
     parser.add_argument(
-        "--v", type=at_least(1), metavar="V", help="values per sub-vector (default: per layer)"
+        "--recipe",
+        metavar="FILE.json",
+        help="methods by pattern of module path, as lutra.recipe_to_json writes them; all settings "
+        "of all methods are for this file",
     )
     parser.add_argument(
-        "--k", type=int, choices=CENTROID_COUNTS, default=16, help="centroids (default: 16)"
+        "--method",
+        choices=METHODS,
+        help="of all layers, without --recipe; auto fits any network (default: pq)",
+    )
+    parser.add_argument(
+        "--v", type=at_least(1), metavar="V", help="pq: values per sub-vector (default: per layer)"
+    )
+    parser.add_argument(
+        "--k", type=int, choices=CENTROID_COUNTS, help="pq: centroids (default: 16)"
     )
     parser.add_argument(
         "--encoder",
         choices=ENCODERS,
-        default="nearest",
-        help="what makes codes; tree: faster, less accurate (default: nearest)",
+        help="pq: what makes codes; tree: faster, less accurate (default: nearest)",
+    )
+    parser.add_argument(
+        "--bits",
+        type=int,
+        choices=sorted(_LOOKUP_BITS),
+        help="lookup: bits of a weight and of an activation (default: 4)",
     )
     parser.add_argument(
         "--keep", action="append", default=[], metavar="GLOB", help="layers to leave as they are"
@@ -99,37 +118,42 @@ def run(args: argparse.Namespace) -> int:
     if args.model.endswith(".lutra"):
         return _swap(args)
     if args.data is None:
-        raise UserError("convert needs calibration inputs; give --data D.npz with an array x")
+        raise UserError(
+            "convert needs calibration inputs; give --data D.npz with an array for each argument, "
+            "or x"
+        )
     torch, train = _training()
     check_writable(args.output)
-    x = _calibration(args.data)
-    recipe = {glob: train.Keep() for glob in args.keep}
-    if "*" in recipe:
-        raise UserError("--keep '*' leaves no layer to convert; name the layers to leave")
-    recipe["*"] = train.PQ(v=args.v, k=args.k, encoder=args.encoder)
-    if args.functions is not None:
-        recipe["**"] = train.Function(entries=args.functions)
+    _check_flags(args)
+    given = None if args.recipe is None else _read_recipe(args.recipe, train)
     torch.manual_seed(args.seed)
     model = _build(args.model)
     if not isinstance(model, torch.nn.Module):
         raise UserError(
             f"{args.model!r} gave a {type(model).__name__}; it must return a torch.nn.Module"
         )
-    batches = [torch.from_numpy(x[i : i + _BATCH]) for i in range(0, len(x), _BATCH)]
+    recipe = _recipe(args, given, model, train)
+    batches = [
+        tuple(torch.from_numpy(array) for array in batch)
+        for batch in in_batches(read_inputs(args.data, model.forward), _BATCH)
+    ]
     try:
         converted, report = train.convert(
-            model, recipe, batches, seed=args.seed, speed_gate=args.speed_gate
+            # arguments in a tuple of their own: none of them is taken for targets
+            model,
+            recipe,
+            [(batch,) for batch in batches],
+            seed=args.seed,
+            speed_gate=args.speed_gate,
         )
         details = report.to_dict()
         del details["speed_gate"]  # the exporter writes it
         metadata = {
             "recipe": {
-                "method": args.method,
-                "v": args.v,
-                "k": args.k,
-                "encoder": args.encoder,
+                "method": args.method or ("recipe" if given else "pq"),
                 "keep": list(args.keep),
                 "functions": args.functions,
+                "patterns": train.recipe_to_json(recipe),
             },
             "seed": args.seed,
             "report": details,
@@ -137,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
         graph = train.export(
             converted,
             args.output,
-            batches[0][:_EXAMPLES],
+            tuple(tensor[:_EXAMPLES] for tensor in batches[0]),
             metadata=metadata,
             dynamic_axes=args.dynamic_axes,
             tables=args.tables,
@@ -218,15 +242,69 @@ def _training() -> tuple[Any, Any]:
         ) from error
 
 
-def _calibration(path: str) -> Array:
-    """The array x of the archive, float32."""
-    x = read_archive(path, "x")
-    if x.dtype != np.float32:
-        raise InputError(f"{path!r} holds x of dtype {x.dtype}; it must be float32")
-    if x.ndim < 2 or x.size == 0:
-        raise InputError(f"{path!r} holds x of shape {x.shape}; it must be (N, ...) and not empty")
-    need_finite(path, x)
-    return np.ascontiguousarray(x)
+def _check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError about settings of another method than the one that is used."""
+    if "*" in args.keep:
+        raise UserError("--keep '*' leaves no layer to convert; name the layers to leave")
+    settings = {"v": "pq", "k": "pq", "encoder": "pq", "bits": "lookup"}
+    given = {name: owner for name, owner in settings.items() if getattr(args, name) is not None}
+    if args.recipe is not None:
+        given = {**given, **({} if args.method is None else {"method": ""})}
+        if given:
+            raise UserError(
+                f"--recipe says which layer gets which method; leave out --{next(iter(given))}, or "
+                "write it into the file"
+            )
+    for name, owner in given.items():
+        if owner != (args.method or METHODS[0]):
+            raise UserError(f"--{name} is for --method {owner}; leave it out, or give that method")
+
+
+def _recipe(
+    args: argparse.Namespace, given: Mapping[str, Any] | None, model: Any, train: Any
+) -> dict[str, Any]:
+    """The recipe of a file or of the flags; --keep comes first."""
+    recipe = {glob: train.Keep() for glob in args.keep}
+    if given is not None:
+        rest = dict(given)
+    elif args.method == "auto":
+        rest = train.auto_recipe(model)
+    elif args.method == "int8":
+        rest = {"*": train.Int8()}
+    elif args.method == "lookup":
+        rest = {"*": train.Lookup(*_LOOKUP_BITS[args.bits or 4])}
+    else:
+        settings = {"v": args.v, "k": args.k, "encoder": args.encoder}
+        rest = {"*": train.PQ(**{name: v for name, v in settings.items() if v is not None})}
+    recipe.update({pattern: method for pattern, method in rest.items() if pattern not in recipe})
+    if args.functions is not None:
+        recipe["**"] = train.Function(entries=args.functions)
+    return recipe
+
+
+def _read_recipe(path: str, train: Any) -> Mapping[str, Any]:
+    """The recipe in a JSON file.
+
+    Raises:
+        UserError: If it cannot be read, or is no recipe.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path!r}: {error.strerror or error}; check the path"
+        ) from error
+    except ValueError as error:  # no JSON, or no text at all
+        raise UserError(
+            f"cannot read {path!r} as JSON: {error}; write it with lutra.recipe_to_json"
+        ) from error
+    try:
+        recipe: Mapping[str, Any] = train.recipe_from_json(data)
+    except LutraError as error:
+        raise UserError(f"{path!r}: {error}") from error
+    if not recipe:
+        raise UserError(f'{path!r} holds no pattern; give at least one, such as "*"')
+    return recipe
 
 
 def _build(target: str) -> Any:

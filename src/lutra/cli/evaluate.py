@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,14 @@ from lutra.cli.common import (
     read_array,
     read_arrays,
 )
-from lutra.cli.metrics import Metric, Psnr, Top1, classes_of, need_images
+from lutra.cli.metrics import Metric, Psnr, Top1, classes_of, need_images, output_of
+from lutra.cli.run import assign
 from lutra.errors import InputError
 from lutra.graph import Graph
+from lutra.inputs import cast_input
 from lutra.node import Array
 from lutra.preprocess.audio import AudioPreprocess
+from lutra.preprocess.text import takes_text
 from lutra.runtime.session import Session
 
 _EPILOG = """\
@@ -39,6 +42,8 @@ classifiers of sound, X with waveforms (N, samples), or a folder with a folder f
   lutra eval FILE --wav FOLDER
 classifiers of text, X with a label, a tab and a text on each line:
   lutra eval FILE --text X.tsv
+several inputs, of integers too; of several outputs one:
+  lutra eval FILE --inputs ids=A.npy --inputs mask=B.npy --labels Y.npy --output logits
 images from images, of several sizes (an array for each, the same names in both archives):
   lutra eval FILE --metric psnr --images X.npz --targets Y.npz --border 2
 """
@@ -59,9 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images",
         "--inputs",
         dest="inputs",
-        metavar="X",
-        help=".npy: uint8 (N, H, W, C), int16 (N, samples), or float32 as the model takes it; "
-        ".npz: an array without the axis N for each sample, of any size",
+        action="append",
+        metavar="[NAME=]X",
+        help=".npy: uint8 (N, H, W, C), int16 (N, samples), or floats or integers as the model "
+        "takes them, with NAME= for each input where it has several; .npz: an array without the "
+        "axis N for each sample, of any size",
+    )
+    parser.add_argument(
+        "--output", metavar="NAME", help="what is measured, where the model has several outputs"
     )
     parser.add_argument(
         "--labels",
@@ -107,9 +117,10 @@ def run(args: argparse.Namespace) -> int:
     if args.wav is None and not (args.inputs and args.targets):
         raise UserError("eval needs --images X and --labels Y, or --wav FOLDER, or --text X.tsv")
     graph, session = open_model(args.file, args.threads, args.isa)
-    inputs, metric = (_images if args.metric == "psnr" else _labelled)(args, graph)
-    name = args.wav or args.inputs
-    report = evaluate(graph, session, inputs, metric, batch=args.batch, name=name)
+    output = output_of(graph, args.output)
+    inputs, metric = (_images if args.metric == "psnr" else _labelled)(args, graph, output)
+    name = args.wav or args.inputs[0]
+    report = evaluate(graph, session, inputs, metric, batch=args.batch, name=name, output=output)
     if args.json:
         print_json({"file": args.file, **report})
     else:
@@ -123,22 +134,25 @@ def run(args: argparse.Namespace) -> int:
 def evaluate(
     graph: Graph,
     session: Session,
-    inputs: Array | Sequence[Array],
+    inputs: Array | Sequence[Array] | Mapping[str, Array],
     metric: Metric,
     *,
     batch: int = 64,
     name: str = "images",
+    output: str | None = None,
 ) -> dict[str, Any]:
-    """Runs a model of one input and one output on samples, and measures its outputs.
+    """Runs a model on samples, and measures one of its outputs.
 
     Args:
         graph: The model.
         session: A session for it.
-        inputs: float32 as the model takes it, or what its front end prepares: uint8 (N, H, W, C),
-            int16 (N, samples); or a list of samples of any size, each with N = 1.
+        inputs: As ``Session.run`` takes them, or what the front end of a model of one input
+            prepares: uint8 (N, H, W, C), int16 (N, samples); or a list of samples of any size, each
+            with N = 1. Arrays by name where the model has several inputs.
         metric: What to measure.
         batch: Samples per run; a batch that the model fixes wins, and a list is run one by one.
         name: What to call the inputs in errors.
+        output: Which output; by default the first.
 
     Returns:
         ``metric``, its entries, ``images`` (how many), ``ms_per_image`` (time inside the engine
@@ -148,38 +162,62 @@ def evaluate(
         InputError: If the inputs do not fit the model.
         FormatError: If the metadata of the model are not sound.
     """
-    value = graph.inputs[0]
-    preprocess = preprocess_of(graph)
-    fixed = value.shape[0]
-    batch = fixed or (1 if isinstance(inputs, list) else min(batch, len(inputs)))
+    count = len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
+    measured = [graph.outputs[0] if output is None else output]
+    fixed = graph.inputs[0].shape[0]
+    batch = fixed or (1 if isinstance(inputs, list) else min(batch, count))
     spent, known = 0.0, None
-    for part in _parts(inputs, batch):
-        _check(part, name, preprocess)
-        ready = part if preprocess is None else preprocess.apply(part, (None, *value.shape[1:]))
-        if fixed and len(ready) < fixed:  # the last samples again, to fill it up
-            ready = np.resize(ready, (fixed, *ready.shape[1:]))
-        ready = np.ascontiguousarray(ready)
-        if ready.shape[1:] != known:  # the first run of a size is slower than the others
-            session.run(None, {value.name: ready})
-            known = ready.shape[1:]
+    for feeds, samples in _ready(graph, inputs, batch, name):
+        sizes = [array.shape[1:] for array in feeds.values()]
+        if sizes != known:  # the first run of a size is slower than the others
+            session.run(measured, feeds)
+            known = sizes
         start = time.perf_counter()
-        (outputs,) = session.run(None, {value.name: ready})
+        (outputs,) = session.run(measured, feeds)
         spent += time.perf_counter() - start
-        metric.add(outputs[: len(part)])
+        metric.add(outputs[:samples])
     return {
         "metric": metric.name,
-        "images": len(inputs),
+        "images": count,
         **metric.entries(),
-        "ms_per_image": 1000 * spent / len(inputs),
+        "ms_per_image": 1000 * spent / count,
         "batch": batch,
         "threads": session.threads,
         "isa": session.isa,
     }
 
 
-def _parts(inputs: Array | Sequence[Array], batch: int) -> Iterator[Array]:
+def _ready(
+    graph: Graph, inputs: Array | Sequence[Array] | Mapping[str, Array], batch: int, name: str
+) -> Iterator[tuple[dict[str, Array], int]]:
+    """What every run is given, and how many samples of it count."""
+    value, fixed = graph.inputs[0], graph.inputs[0].shape[0]
+    single = len(graph.inputs) == 1 and not isinstance(inputs, Mapping)
+    preprocess = preprocess_of(graph) if single and value.dtype == "float32" else None
+    for part in _parts(inputs, batch):
+        feeds: dict[str, Array] = {}
+        for end in graph.inputs:
+            array = part[end.name] if isinstance(part, Mapping) else part
+            samples = len(array)
+            if end.dtype == "float32":
+                _check(array, name, preprocess)
+            if preprocess is not None:
+                array = preprocess.apply(array, (None, *end.shape[1:]))
+            array = cast_input(repr(name), end, array)
+            if fixed and len(array) < fixed:  # the last samples again, to fill it up
+                array = np.resize(array, (fixed, *array.shape[1:]))
+            feeds[end.name] = np.ascontiguousarray(array)
+        yield feeds, samples
+
+
+def _parts(
+    inputs: Array | Sequence[Array] | Mapping[str, Array], batch: int
+) -> Iterator[Array | Mapping[str, Array]]:
     """The inputs of every run."""
-    if isinstance(inputs, np.ndarray):
+    if isinstance(inputs, Mapping):
+        for first in range(0, len(next(iter(inputs.values()))), batch):
+            yield {name: np.asarray(x[first : first + batch]) for name, x in inputs.items()}
+    elif isinstance(inputs, np.ndarray):
         for first in range(0, len(inputs), batch):
             yield np.asarray(inputs[first : first + batch])
     else:
@@ -196,7 +234,7 @@ def _check(part: Array, name: str, preprocess: object) -> None:
             f"{name!r} holds uint8 images, but the model does not say how to prepare them; give "
             "float32 inputs, or export the model with metadata={'preprocess': ...}"
         )
-    if part.dtype not in (np.uint8, np.float32):
+    if part.dtype != np.uint8 and part.dtype.kind != "f":
         raise InputError(f"{name!r} holds {part.dtype} values; give uint8 images or float32")
     need_finite(name, part)
 
@@ -240,38 +278,74 @@ def _no_image_flags(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} is for --metric psnr; leave it out, or give --metric psnr")
 
 
-def _labelled(args: argparse.Namespace, graph: Graph) -> tuple[Array | list[Array], Metric]:
+def _labelled(
+    args: argparse.Namespace, graph: Graph, output: str
+) -> tuple[Array | list[Array] | dict[str, Array], Metric]:
     """Inputs and labels of the same, positive number."""
     _no_image_flags(args)
-    classes = classes_of(graph)
+    classes = classes_of(graph, output)
     if args.wav is not None:
         clips, labels = sound.read_folder(args.wav, graph, args.limit)
         return clips, Top1(labels, classes, args.wav)
-    inputs, _ = _read(args.inputs, None)
     labels = read_array(args.targets)
     metric = Top1(labels[: args.limit], classes, args.targets)
+    if len(graph.inputs) > 1:
+        return _several(args, graph, len(labels)), metric
+    path = _only_input(args, graph)
+    inputs, _ = _read(path, None)
     if len(inputs) != len(labels) or getattr(inputs, "ndim", 2) < 2:
         held = f"{len(inputs)} arrays" if isinstance(inputs, list) else f"shape {inputs.shape}"
         raise InputError(
-            f"{args.inputs!r} has {held} and {args.targets!r} has shape {labels.shape}; give one "
+            f"{path!r} has {held} and {args.targets!r} has shape {labels.shape}; give one "
             "label for each image"
         )
     inputs = inputs[: args.limit]
-    _need_samples(args.inputs, len(inputs))
+    _need_samples(path, len(inputs))
     return _as_batches(inputs, graph), metric
 
 
-def _images(args: argparse.Namespace, graph: Graph) -> tuple[Array | list[Array], Metric]:
+def _several(args: argparse.Namespace, graph: Graph, count: int) -> dict[str, Array]:
+    """The arrays of a model of several inputs, with an entry for each of ``count`` targets."""
+    names = [value.name for value in graph.inputs]
+    if takes_text(graph.metadata) and not any("=" in word for word in args.inputs):
+        raise UserError(
+            "the model takes text; give --text, or its inputs as numbers, as NAME=FILE for each of "
+            f"{', '.join(names)}"
+        )
+    files = assign(args.inputs, names, "input")
+    arrays = {}
+    for name, path in files.items():
+        array = read_array(path)
+        if array.ndim < 1 or len(array) != count:
+            raise InputError(
+                f"{path!r} has shape {array.shape} and {args.targets!r} {count} entries; give one "
+                "target for each sample"
+            )
+        arrays[name] = array[: args.limit]
+    _need_samples(args.targets, len(next(iter(arrays.values()))))
+    return arrays
+
+
+def _only_input(args: argparse.Namespace, graph: Graph) -> str:
+    """The file of a model of one input."""
+    value = graph.inputs[0]
+    return assign(args.inputs, [value.name], "input")[value.name]
+
+
+def _images(
+    args: argparse.Namespace, graph: Graph, output: str
+) -> tuple[Array | list[Array], Metric]:
     """Input images and the images that they should become."""
-    need_images(graph)
-    inputs, names = _read(args.inputs, args.limit)
+    need_images(graph, output)
+    path = _only_input(args, graph)
+    inputs, names = _read(path, args.limit)
     targets, target_names = _read(args.targets, args.limit)
     if names != target_names:
         raise InputError(
-            f"{args.inputs!r} and {args.targets!r} hold {len(names)} and {len(target_names)} "
+            f"{path!r} and {args.targets!r} hold {len(names)} and {len(target_names)} "
             "images, or images of other names; give one target of the same name for each input"
         )
-    _need_samples(args.inputs, len(inputs))
+    _need_samples(path, len(inputs))
     for name, target in zip(names, targets, strict=True):
         if args.peak is not None and target.dtype == np.uint8:
             raise UserError(

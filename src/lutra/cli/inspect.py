@@ -182,6 +182,13 @@ def _function_entries(arrays: Mapping[str, Array]) -> int | None:
     return slopes[0].shape[0] if slopes else None
 
 
+def _golden_text(report: Mapping[str, Any], graph: Graph) -> str:
+    if graph.no_golden:
+        return f"no golden data ({plain(graph.no_golden)})"
+    size = bytes_text(report["sizes"]["golden_bytes"])
+    return f"golden data {size} ({counted(report['golden_samples'], 'sample')})"
+
+
 def _text(report: dict[str, Any], graph: Graph, by_layer: bool) -> str:
     totals, sizes = report["totals"], report["sizes"]
     compact = sum(layer["tables"] == "compact" for layer in report["layers"])
@@ -200,8 +207,7 @@ def _text(report: dict[str, Any], graph: Graph, by_layer: bool) -> str:
             **_work_text(report, graph, by_layer),
             "sizes": f"file {bytes_text(sizes['file_bytes'])}, parameters "
             f"{bytes_text(sizes['parameter_bytes'])}, tables "
-            f"{bytes_text(sizes['table_bytes'])}{built}; golden data "
-            f"{bytes_text(sizes['golden_bytes'])} ({report['golden_samples']} samples)",
+            f"{bytes_text(sizes['table_bytes'])}{built}; {_golden_text(report, graph)}",
         }
     )
     parts = [f"lutra file, format version {report['format_version']}", head, "", _layers(report)]

@@ -11,9 +11,9 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from lutra.cli.common import UserError, need_finite
+from lutra.cli.common import UserError, need_finite, plain
 from lutra.errors import InputError
-from lutra.formatting import shape_text
+from lutra.formatting import counted, did_you_mean, shape_text
 from lutra.graph import Graph
 from lutra.node import Array
 
@@ -156,33 +156,54 @@ class Psnr:
         return f"PSNR {np.mean(self._values):.2f} dB (mean of {count} images)"
 
 
-def classes_of(graph: Graph) -> int:
+def output_of(graph: Graph, name: str | None) -> str:
+    """The output that is measured: the only one, or the one of this name.
+
+    Raises:
+        UserError: If there is no such output, or several to choose from.
+    """
+    names = list(graph.outputs)
+    if name is None and len(names) > 1:
+        raise UserError(
+            f"the model has the outputs {', '.join(map(plain, names))}; say which one to measure: "
+            "--output NAME"
+        )
+    if name is not None and name not in names:
+        raise UserError(
+            f"there is no output {name!r}; {did_you_mean(name, names)}the model has "
+            f"{', '.join(map(plain, names))}"
+        )
+    return names[0] if name is None else name
+
+
+def classes_of(graph: Graph, output: str) -> int:
     """How many classes a classifier tells apart.
 
     Raises:
         UserError: If the model is none.
     """
-    shapes = [graph.values[name].shape for name in graph.outputs]
-    count = shapes[0][-1] if shapes and shapes[0] else None
-    if len(graph.inputs) != 1 or len(shapes) != 1 or len(shapes[0]) != 2 or count is None:
+    shape = graph.values[output].shape
+    count = shape[-1]
+    if len(shape) != 2 or count is None:
         raise UserError(
-            f"eval needs a model with one input and one output (N, classes); this one has "
-            f"{len(graph.inputs)} inputs and the outputs {', '.join(map(shape_text, shapes))}"
+            "eval needs an output (N, classes); the output "
+            f"{plain(output)} of this model is {shape_text(shape)}"
         )
     return count
 
 
-def need_images(graph: Graph) -> None:
+def need_images(graph: Graph, output: str) -> None:
     """Checks that a model makes one image of one image.
 
     Raises:
         UserError: If it does not.
     """
-    shapes = [graph.values[name].shape for name in graph.outputs]
-    if len(graph.inputs) != 1 or len(shapes) != 1 or len(shapes[0]) != 4:
+    shape = graph.values[output].shape
+    if len(graph.inputs) != 1 or len(shape) != 4:
         raise UserError(
-            f"--metric psnr needs a model with one input and one output (N, C, H, W); this one has "
-            f"{len(graph.inputs)} inputs and the outputs {', '.join(map(shape_text, shapes))}"
+            "--metric psnr needs a model with one input and an output (N, C, H, W); this one has "
+            f"{counted(len(graph.inputs), 'input')}, and its output {plain(output)} is "
+            f"{shape_text(shape)}"
         )
 
 

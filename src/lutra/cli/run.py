@@ -24,7 +24,7 @@ from lutra.cli.common import (
 )
 from lutra.errors import InputError
 from lutra.graph import Graph
-from lutra.inputs import dtype_complaint
+from lutra.inputs import cast_input
 from lutra.node import Array, Value
 from lutra.preprocess.audio import AudioPreprocess
 
@@ -88,24 +88,21 @@ def read_input(path: str, value: Value, graph: Graph) -> Array:
     """One input of a model from a .npy file.
 
     Args:
-        path: The file: float32 or integers as the model takes them, or what the metadata of the
-            model say how to prepare: uint8 images (N, H, W, C), int16 waveforms (N, samples), 8-bit
-            features.
+        path: The file: floats or integers as ``Session.run`` takes them, or what the metadata of
+            the model say how to prepare: uint8 images (N, H, W, C), int16 waveforms (N, samples),
+            8-bit features. Integers for a float32 input need such metadata.
         value: The input.
         graph: The model.
 
     Returns:
-        Contiguous, of a dtype that ``Session.run`` takes.
+        Contiguous, float32 or int32.
 
     Raises:
         InputError: If the array does not fit.
     """
     array = read_array(path)
     if value.dtype == "int32":
-        complaint = dtype_complaint(value, array.dtype)
-        if complaint is not None:
-            raise InputError(f"{path!r} {complaint}")
-        return np.ascontiguousarray(array)
+        return np.ascontiguousarray(cast_input(repr(path), value, array))
     if array.dtype in (np.uint8, np.int8, np.int16):
         preprocess = preprocess_of(graph)
         if preprocess is None and array.dtype == np.uint8:
@@ -117,13 +114,13 @@ def read_input(path: str, value: Value, graph: Graph) -> Array:
             array.dtype == np.uint8 or isinstance(preprocess, AudioPreprocess)
         ):
             return preprocess.apply(array, value.shape)
-    if array.dtype != np.float32:
+    if array.dtype.kind != "f":
         raise InputError(
             f"{path!r} holds {array.dtype} values but the input {value.name!r} takes float32; "
             "save it with x.astype(np.float32)"
         )
     need_finite(path, array)
-    return np.ascontiguousarray(array)
+    return np.ascontiguousarray(cast_input(repr(path), value, array))
 
 
 def assign(words: Sequence[str], names: Sequence[str], kind: str) -> dict[str, str]:
@@ -158,7 +155,7 @@ def assign(words: Sequence[str], names: Sequence[str], kind: str) -> dict[str, s
     missing = [name for name in names if name not in result]
     if missing and kind == "input":
         raise UserError(
-            f"--input lacks {', '.join(missing)}; give -i NAME=FILE for each of {', '.join(names)}"
+            f"--input lacks {', '.join(missing)}; give NAME=FILE for each of {', '.join(names)}"
         )
     return result
 

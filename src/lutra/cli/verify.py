@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command; 1 where anything differs."""
     graph = load_graph(args.file)
     if graph.golden is None and not args.samples:
-        raise UserError(f"{args.file!r} holds no golden data; give --samples above 0")
+        raise UserError(f"{args.file!r} holds no golden data{_why(graph)}; give --samples above 0")
     isas = runnable_isas() if args.isa == "all" else [args.isa]
     sizes = with_batch(graph, read_sizes(args.shape, graph), args.samples)
     if args.samples and sizes is None and graph.nominal_sizes() is None:
@@ -306,6 +306,10 @@ def _written_by(graph: Graph) -> str:
     return f"written by {plain(producer)}" if producer else "the file does not say what wrote it"
 
 
+def _why(graph: Graph) -> str:
+    return f" ({plain(graph.no_golden)})" if graph.no_golden else ""
+
+
 def _share(amount: float) -> str:
     return f"{amount:.1e}" if amount else "equal"
 
@@ -332,7 +336,9 @@ def _text(path: str, graph: Graph, results: Sequence[Result], golden: int, sampl
         table(rows, left=2),
     ]
     if not golden:
-        lines.append("note: the file holds no golden data, so only random inputs were checked")
+        lines.append(
+            f"note: the file holds no golden data{_why(graph)}, so only random inputs were checked"
+        )
     for result in results:
         lines += [f"{result.isa}: {problem}" for problem in result.problems[:_MOST_PROBLEMS]]
         if len(result.problems) > _MOST_PROBLEMS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
+from lutra._moved import MOVED_OPS, install
 from lutra.errors import GraphError
 from lutra.ops import (
     dense,
@@ -77,3 +78,6 @@ def op_spec(name: str, where: str = "the graph") -> OpSpec:
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(OPS))}"
         raise GraphError(f"{where} uses the unknown operator {name[:80]!r}; {hint}")
     return spec
+
+
+install(MOVED_OPS)

@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, TypeAlias
 
-import numpy as np
-
 from lutra.errors import GraphError, InputError
-from lutra.formatting import shape_text
+from lutra.formatting import did_you_mean, shape_text
 from lutra.graph import Graph, fits
-from lutra.inputs import dtype_complaint, int32_array
+from lutra.inputs import cast_input
 from lutra.node import Array, Node
 from lutra.ops import op_spec
 from lutra.ops.functions import FUNCTIONS
@@ -118,9 +116,9 @@ def run_reference(
 
     Args:
         graph: The graph.
-        inputs: Arrays by input name, or in the order of the graph's inputs: float32, or for inputs
-            of dtype int32 int32, int64 or bool. NaN and infinity are allowed: grids quantise NaN to
-            0 and clamp infinity.
+        inputs: Arrays by input name, or in the order of the graph's inputs, of the dtypes that
+            ``Session.run`` takes. NaN and infinity are allowed: grids quantise NaN to 0 and clamp
+            infinity.
         intermediates: Whether to return every value instead of the outputs only.
 
     Returns:
@@ -166,20 +164,16 @@ def _named(graph: Graph, inputs: Mapping[str, Array] | Sequence[Array]) -> dict[
             )
         inputs = dict(zip(names, inputs, strict=True))
     if set(inputs) != set(names):
-        raise InputError(f"run_reference: got the inputs {list(inputs)}; give exactly {names}")
+        unknown = next((name for name in inputs if name not in names), "")
+        raise InputError(
+            f"run_reference: got the inputs {list(inputs)}; {did_you_mean(unknown, names)}"
+            f"give exactly {names}"
+        )
     batch: int | None = None
     result: dict[str, Array] = {}
     for value in graph.inputs:
-        array = inputs[value.name]
+        array = cast_input(f"run_reference: input {value.name!r}", value, inputs[value.name])
         want = value.shape
-        where = f"run_reference: input {value.name!r}"
-        if not isinstance(array, np.ndarray):
-            raise InputError(f"{where} is a {type(array).__name__}; give a {value.dtype} array")
-        complaint = dtype_complaint(value, array.dtype)
-        if complaint is not None:
-            raise InputError(f"{where} {complaint}")
-        if value.dtype == "int32":
-            array = int32_array(where, array)
         if want[0] is None and array.ndim:
             batch = array.shape[0] if batch is None else batch
             want = (batch, *want[1:])

@@ -14,9 +14,9 @@ import numpy as np
 from lutra._engine import all_finite
 from lutra.errors import EngineError, GraphError, InputError
 from lutra.format import load_graph
-from lutra.formatting import counted, shape_text
+from lutra.formatting import counted, did_you_mean, shape_text
 from lutra.graph import Graph, Sizes, sized
-from lutra.inputs import check_ids, dtype_complaint, id_ranges, int32_array
+from lutra.inputs import cast_input, check_ids, id_ranges
 from lutra.node import Array, Value
 from lutra.runtime.cpu import choose_isa, choose_threads, usable_memory
 from lutra.runtime.plan import build_plan
@@ -130,28 +130,39 @@ class Session:
         """Number of threads, the caller's included."""
         return self._threads
 
-    def get_inputs(self) -> list[Value]:
+    @property
+    def inputs(self) -> tuple[Value, ...]:
         """Name, dtype and shape of every input; None is an axis of any size."""
-        return list(self._graph.inputs)
+        return tuple(self._graph.inputs)
+
+    @property
+    def outputs(self) -> tuple[Value, ...]:
+        """Name, dtype and shape of every output; None is an axis of any size."""
+        return tuple(self._outputs)
+
+    def get_inputs(self) -> list[Value]:
+        """``inputs`` as a list."""
+        return list(self.inputs)
 
     def get_outputs(self) -> list[Value]:
-        """Name, dtype and shape of every output; None is an axis of any size."""
-        return list(self._outputs)
+        """``outputs`` as a list."""
+        return list(self.outputs)
 
     def run(self, output_names: Sequence[str] | None, feeds: Mapping[str, Array]) -> list[Array]:
         """Runs the model once.
 
         Args:
             output_names: The outputs to return, in this order; None for all.
-            feeds: An array for every input, by name: float32, or for inputs of dtype int32 (token
-                ids, masks) int32, int64 or bool.
+            feeds: An array for every input, by name. A float32 input takes float32, float16, uint8,
+                int8 and int16, which are cast exactly, and float64, which is rounded. An int32
+                input (token ids, masks) takes integers of any width that fit, and bool.
 
         Returns:
             New float32 arrays.
 
         Raises:
-            InputError: If a name is unknown or missing, or an array has the wrong dtype, shape or
-                content.
+            InputError: If a name is unknown or missing, an array has the wrong dtype, shape or
+                content, or a number does not fit into the dtype of its input.
             MemoryError: If one sample takes more memory than the session may use, or the outputs
                 do not fit in memory.
         """
@@ -161,7 +172,8 @@ class Session:
             for name in output_names:
                 if name not in names:
                     raise InputError(
-                        f"Session.run: there is no output {name!r}; the model has {names}"
+                        f"Session.run: there is no output {name!r}; {did_you_mean(name, names)}"
+                        f"the model has {names}"
                     )
             picked = [names.index(name) for name in output_names]
         results = self._execute(self._checked(feeds))
@@ -397,7 +409,10 @@ class Session:
             )
         for name in feeds:
             if name not in names:
-                raise InputError(f"Session.run: there is no input {name!r}; the model has {names}")
+                raise InputError(
+                    f"Session.run: there is no input {name!r}; {did_you_mean(name, names)}"
+                    f"the model has {names}"
+                )
         batch: int | None = None
         arrays: list[Array] = []
         for value in self._graph.inputs:
@@ -405,15 +420,15 @@ class Session:
                 raise InputError(
                     f"Session.run: the input {value.name!r} is missing; give all of {names}"
                 )
-            array = feeds[value.name]
-            _check_input(value, array, batch)
+            where = f"Session.run: input {value.name!r}"
+            given = feeds[value.name]
+            _check_shape(where, value, given, batch)
+            array = cast_input(where, value, given)
             if value.shape[0] is None:
                 batch = array.shape[0]
-            if value.dtype == "int32":
-                array = int32_array(f"Session.run: input {value.name!r}", array)
-                if value.name in self._ids:
-                    node, rows = self._ids[value.name]
-                    check_ids(f"Session.run: input {value.name!r}", node, array, rows)
+            if value.name in self._ids:
+                node, rows = self._ids[value.name]
+                check_ids(where, node, array, rows)
             plain = np.require(array, requirements=("C", "A"))
             if value.dtype == "float32" and self._check_finite and not all_finite(plain):
                 raise _not_finite(value.name, array)
@@ -421,17 +436,10 @@ class Session:
         return arrays
 
 
-def _check_input(value: Value, array: object, batch: int | None) -> None:
-    """Raises InputError unless it is an array of the right dtype and shape."""
-    where = f"Session.run: input {value.name!r}"
+def _check_shape(where: str, value: Value, array: object, batch: int | None) -> None:
+    """Raises InputError about an array of the wrong shape; what is no array is left alone."""
     if not isinstance(array, np.ndarray):
-        raise InputError(
-            f"{where} is a {type(array).__name__}; give a numpy array, "
-            f"such as np.asarray(x, dtype=np.{value.dtype})"
-        )
-    complaint = dtype_complaint(value, array.dtype)
-    if complaint is not None:
-        raise InputError(f"{where} {complaint}")
+        return
     takes = f"the model takes {shape_text(value.shape)}"
     if array.ndim != len(value.shape):
         raise InputError(

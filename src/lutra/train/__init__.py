@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lutra._moved import MOVED_TRAINING, install
+from lutra.train.conversion.auto import auto_recipe
 from lutra.train.conversion.convert import convert
 from lutra.train.conversion.speed_gate import SpeedGate
 from lutra.train.exporting.export import export
@@ -53,6 +54,7 @@ __all__ = [
     "TableLayerNorm",
     "TableRMSNorm",
     "TableSoftmax",
+    "auto_recipe",
     "check_finite",
     "convert",
     "export",

@@ -43,14 +43,40 @@ class Method:
         _METHODS[name] = cls
 
     def settings(self) -> dict[str, Any]:
-        """The fields by name, as JSON holds them."""
+        """The fields by name, as JSON holds them; without an `otherwise` that is None."""
         entries: Any = self
-        return dataclasses.asdict(entries)
+        settings = dataclasses.asdict(entries)
+        if _OTHERWISE in settings:
+            other: Method | None = entries.otherwise
+            settings.pop(_OTHERWISE)
+            if other is not None:
+                settings[_OTHERWISE] = _entry(other)
+        return settings
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Method:
-        """The inverse of `settings`."""
-        return cls(**settings)
+        """The inverse of `settings`.
+
+        Raises:
+            LutraError: an `otherwise` with an unknown method.
+            TypeError: a setting that the method does not have.
+        """
+        entries = dict(settings)
+        if isinstance(entries.get(_OTHERWISE), Mapping):
+            entries[_OTHERWISE] = _method(_OTHERWISE, entries[_OTHERWISE])
+        return cls(**entries)
+
+
+_OTHERWISE = "otherwise"  # the setting that says what a layer becomes that the method cannot have
+
+
+def _check_otherwise(owner: str, other: Any) -> None:
+    """Raises LutraError unless this is None or a method of layers."""
+    if other is not None and (not isinstance(other, Method) or isinstance(other, Function)):
+        raise LutraError(
+            f"{owner}: otherwise={other!r} is no method of layers; give Int8(), Lookup(...), "
+            "PQ(...) or Keep()"
+        )
 
 
 _METHODS: dict[str, type[Method]] = {}
@@ -91,6 +117,9 @@ class PQ(Method, name="pq"):
         encoder: how codes are found. "nearest" searches the nearest centroid; "tree" asks a
             decision tree, as in MADDNESS (arXiv 2106.10860): log2(k) comparisons instead of k * v
             products, for some accuracy (see docs/training.md). Not with the soft gradient.
+        otherwise: what a layer becomes that cannot be looked up: a grouped convolution, one with
+            another padding than zeros on both sides alike, one that is too deep, an embedding.
+            None makes these an error.
 
     Raises:
         LutraError: a value is out of range.
@@ -112,6 +141,7 @@ class PQ(Method, name="pq"):
     encoder: EncoderName = "nearest"
     reconstruction: float = 0.0
     free_tables: bool | None = None
+    otherwise: Method | None = None
 
     @property
     def has_free_tables(self) -> bool:
@@ -167,6 +197,7 @@ class PQ(Method, name="pq"):
         )
         require(0.0 <= self.decay < 1.0, f"decay={self.decay} is not in [0, 1)")
         require(0.0 < self.temperature < 1.0, f"temperature={self.temperature} is not in (0, 1)")
+        _check_otherwise("PQ", self.otherwise)
 
 
 @dataclass(frozen=True)
@@ -178,6 +209,7 @@ class Int8(Method, name="int8"):
 
     Args:
         act_bits: bits of the activation grid, 1..7.
+        otherwise: what a layer becomes that cannot be computed so, as of `PQ`.
 
     Raises:
         LutraError: a value is out of range.
@@ -189,6 +221,7 @@ class Int8(Method, name="int8"):
     """
 
     act_bits: int = MAX_ACT_BITS
+    otherwise: Method | None = None
 
     def __post_init__(self) -> None:
         if type(self.act_bits) is not int or not 1 <= self.act_bits <= MAX_ACT_BITS:
@@ -196,6 +229,7 @@ class Int8(Method, name="int8"):
                 f"Int8: act_bits={self.act_bits!r} is not an integer in 1..{MAX_ACT_BITS}; "
                 f"leave it out for {MAX_ACT_BITS}"
             )
+        _check_otherwise("Int8", self.otherwise)
 
 
 @dataclass(frozen=True)
@@ -219,6 +253,7 @@ class Lookup(Method, name="lookup"):
             fine-tuning; between them it changes geometrically.
         rescale: whether the gradient of an entry is divided by the square root of the number of
             its reads, so that rare entries learn as fast as frequent ones (LLT, CVPR 2022).
+        otherwise: what a layer becomes that cannot be looked up, as of `PQ`.
 
     Raises:
         LutraError: a value is out of range.
@@ -237,6 +272,7 @@ class Lookup(Method, name="lookup"):
     entries: int | None = None
     temperature: tuple[float, float] = (1.0, 1.0)
     rescale: bool = True
+    otherwise: Method | None = None
 
     def __post_init__(self) -> None:
         def require(ok: bool, what: str) -> None:
@@ -273,6 +309,7 @@ class Lookup(Method, name="lookup"):
             f"temperature={ends!r} is not a pair of numbers in (0, 100]",
         )
         object.__setattr__(self, "temperature", (float(ends[0]), float(ends[1])))  # JSON has lists
+        _check_otherwise("Lookup", self.otherwise)
 
     @property
     def act_bits(self) -> int:
@@ -390,9 +427,7 @@ def fits(pattern: str, *names: str) -> bool:
 
 def recipe_to_json(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """A recipe as plain JSON values, in the order of its patterns."""
-    return {
-        pattern: {"method": method.name, **method.settings()} for pattern, method in recipe.items()
-    }
+    return {pattern: _entry(method) for pattern, method in recipe.items()}
 
 
 def recipe_from_json(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Method]:
@@ -401,18 +436,34 @@ def recipe_from_json(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Method]
     Raises:
         LutraError: unknown method or setting.
     """
+    if not isinstance(data, Mapping):
+        raise LutraError(
+            f"recipe: it is a {type(data).__name__}; give an object with a method for each pattern"
+        )
     recipe: dict[str, Method] = {}
     for pattern, entry in data.items():
-        settings = dict(entry) if isinstance(entry, Mapping) else {"method": entry}
-        name = settings.pop("method", None)
-        method = _METHODS.get(name) if isinstance(name, str) else None
-        if method is None:
-            raise LutraError(
-                f"recipe: pattern {pattern!r} has the method {name!r}; "
-                f"choose one of {sorted(_METHODS)}"
-            )
         try:
-            recipe[pattern] = method.from_settings(settings)
+            recipe[pattern] = _method(f"recipe: pattern {pattern!r}", entry)
         except TypeError as error:
             raise LutraError(f"recipe: pattern {pattern!r}: {error}") from None
     return recipe
+
+
+def _entry(method: Method) -> dict[str, Any]:
+    """A method as plain JSON values."""
+    return {"method": method.name, **method.settings()}
+
+
+def _method(where: str, entry: object) -> Method:
+    """The method that `_entry` wrote, or of which only the name is given.
+
+    Args:
+        where: what has it, for errors.
+        entry: the JSON value.
+    """
+    settings = dict(entry) if isinstance(entry, Mapping) else {"method": entry}
+    name = settings.pop("method", None)
+    method = _METHODS.get(name) if isinstance(name, str) else None
+    if method is None:
+        raise LutraError(f"{where} has the method {name!r}; choose one of {sorted(_METHODS)}")
+    return method.from_settings(settings)

@@ -65,7 +65,7 @@ class LayerReport:
 
     The other fields are of one family each: encoder, v, k, codebooks and the share of `used`
     centroids of product quantisation; levels, weights and index_bytes of lookup layers; int8_bytes
-    of int8 layers.
+    of int8 layers. `fallback` says why the layer has another method than the recipe names first.
     """
 
     name: str
@@ -91,6 +91,7 @@ class LayerReport:
     weights: int | None = None
     stored: tuple[tuple[str, int], ...] = ()
     gate: Decision | None = None
+    fallback: str = ""
 
     def cells(self) -> tuple[str, ...]:
         """The layer as a row of the table."""
@@ -187,6 +188,7 @@ class ConversionReport:
             kinds = Counter(entry.kind for entry in self.small)
             held = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
             lines.append(f"kept beside these, with vectors for weights: {held}")
+        lines += [f"{layer.name}: {layer.fallback}" for layer in self.layers if layer.fallback]
         lines += [str(function) for function in self.functions]
         lines += self.notes
         return "\n".join(lines)

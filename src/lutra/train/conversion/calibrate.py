@@ -16,6 +16,7 @@ from lutra.train.geometry import Geometry
 from lutra.train.layers.attention import plain_attention
 from lutra.train.layers.finite import describe, is_finite
 from lutra.train.layers.forms import form_of
+from lutra.train.threads import StepThreads
 
 _FLOAT_BYTES = 4
 _LEAST_ROWS = 64  # fewer rows than centroids make no codebook
@@ -190,17 +191,19 @@ def collect(
     model.eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     reader = BatchReader(model, "calibration data")
-    batches = 0
+    batches, threads = 0, StepThreads(model)
     try:
         for batch in data:
             args, kwargs = reader.inputs(batch, device)
             samples = _samples(args, kwargs)
+            threads.fit((args, kwargs))
             with plain_attention():
                 model(*args, **kwargs)
             batches += 1
             if progress is not None:
                 progress(batches)
     finally:
+        threads.restore()
         for handle in handles:
             handle.remove()
         for module, mode in training.items():

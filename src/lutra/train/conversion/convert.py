@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from lutra.errors import LutraError
 from lutra.train import distributed
+from lutra.train.conversion.auto import resolve
 from lutra.train.conversion.calibrate import Reservoir, collect
 from lutra.train.conversion.check import check_calls
+from lutra.train.conversion.fallback import only, settle
 from lutra.train.conversion.kept import kept_modules, replaceable, weight_bytes
 from lutra.train.conversion.prepare import (
     CalibrationData,
@@ -28,12 +30,13 @@ from lutra.train.conversion.speed_gate import SpeedGate, attach, decide, record,
 from lutra.train.functions.swap import FunctionSwap
 from lutra.train.geometry import Geometry
 from lutra.train.layers.attention import Attention
-from lutra.train.layers.base import QuantizedLayer, families, family_of
+from lutra.train.layers.base import QuantizedLayer, family_of
 from lutra.train.layers.dropin import copy_model, move_hooks
 from lutra.train.layers.forms import form_of
 from lutra.train.progress import Progress
 from lutra.train.recipe import Function, Keep, Method, Recipe, fits, match
 from lutra.train.report import FLOAT32, LOOKUP, ConversionReport, Decision, LayerReport
+from lutra.train.threads import threads_for_rows
 
 #: Whether layers are fitted to the dense network one after the other, or each for itself.
 Calibration = Literal["sequential", "parallel"]
@@ -42,7 +45,7 @@ _REPLACED = "the recipe names it"
 
 def convert(
     model: nn.Module,
-    recipe: Recipe,
+    recipe: Recipe | Literal["auto"],
     calibration_data: Iterable[Any],
     *,
     rows: int = 8192,
@@ -66,6 +69,7 @@ def convert(
             A layer that the model holds in several places is replaced in all of them. A pattern
             that names an `nn.MultiheadAttention` names its projections (`q_proj`, `k_proj`,
             `v_proj`, `out_proj`); weights that are computed, as by weight norm, are folded.
+            "auto" is `lutra.train.auto_recipe(model)`.
         calibration_data: batches, run in eval mode: tensors, tuples of positional arguments,
             or mappings of keyword arguments. A tuple gives `forward` as many entries as it takes;
             a last one with one number for each sample is taken as targets and left out, unless
@@ -110,6 +114,7 @@ def convert(
         [('0', 'int8'), ('2', 'pq')]
     """
     show = progress if distributed.rank() == 0 else False
+    recipe = resolve(model, recipe)
     ready = prepare(model, recipe, _makes_layers)
     model, recipe = ready.model, ready.recipe
     layers = choose(model, recipe, ready.folded)
@@ -170,7 +175,8 @@ def convert(
                 rows_in = targets.inputs(converted, name, old, layer.geometry)
                 wanted = targets.of(name)
             tied = id(old.weight) in shared
-            new = layer.fit(old, rows_in, leader, kmeans_steps, seed + i, wanted, tied)
+            with threads_for_rows(rows_in.numel()):
+                new = layer.fit(old, rows_in, leader, kmeans_steps, seed + i, wanted, tied)
             fitted[name] = new
             notes += [lost_hook(kind, name) for kind in move_hooks(new, old)]
             if targets is None:
@@ -328,18 +334,19 @@ def choose(
     layer_recipe = {p: m for p, m in recipe.items() if not isinstance(m, Function)}
     found = []
     for module, aliases in names.items():
-        method = match(layer_recipe, *aliases)
-        form, family = form_of(module), family_of(method)
+        form = form_of(module)
         assert form is not None
+        method, fallback = settle(match(layer_recipe, *aliases), module, form.dense)
+        family = family_of(method)
         reason = method.reason if isinstance(method, Keep) else _REPLACED
         if folded and aliases[0] in folded:
             reason += f"; its weight is what {folded[aliases[0]]} computed"
         if family is not None and form.dense not in family.layers:
-            able = [f.method.__name__ for f in families() if form.dense in f.layers]
-            reason = f"{form.name}s take {' or '.join(f'{name}()' for name in able)} only"
-            family = None
-        size = weight_bytes(module)
-        report = LayerReport(aliases[0], form.name, False, reason, weight_bytes=size)
+            reason, family = only(form.dense), None
+        report = LayerReport(
+            aliases[0], form.name, False, fallback or reason, weight_bytes=weight_bytes(module),
+            fallback=fallback,
+        )  # fmt: skip
         layer = Candidate(module, aliases[0], None if family is None else method, report)
         if layer.is_calibrated:
             _ = layer.geometry  # which says what is wrong with it

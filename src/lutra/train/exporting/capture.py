@@ -8,19 +8,22 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from lutra.errors import InputError, LutraError, UnsupportedModelError
+from lutra.train.exporting.functional import functional
 from lutra.train.layers.attention import plain_attention
 from lutra.train.layers.dropin import copy_model
 
 ExampleInput = Tensor | Sequence[Tensor]
 #: The torch operator of the layers that compute in integers.
 FROZEN_OP = "lutra.frozen.default"
+#: Samples of the example that a model is traced with.
+_TRACED: Final = 2
 
 
 def example_tensors(example_input: ExampleInput) -> tuple[Tensor, ...]:
@@ -116,6 +119,7 @@ def capture(
     """
     name = type(model).__name__
     batch = example[0].shape[0]
+    whole, example = example, tuple(tensor[:_TRACED] for tensor in example)
     fixed = UnsupportedModelError(
         f"export: {name} works for one batch size only ({batch} in the example); write sizes that "
         "depend on the batch as x.size(0) or -1, for example x.flatten(1) in place of "
@@ -129,9 +133,11 @@ def capture(
             f"take ({_first_line(error)}); give one tensor per positional argument."
         ) from error
     failure = _run(model, example)
+    if failure is not None and batch > _TRACED and _run(model, whole) is None:
+        raise fixed from failure
     if failure is not None:
         raise InputError(
-            f"export: {name} fails on example_input of shapes {[tuple(t.shape) for t in example]} "
+            f"export: {name} fails on example_input of shapes {[tuple(t.shape) for t in whole]} "
             f"({_first_line(failure)}); give an example that the model takes."
         ) from failure
     if batch == 1:
@@ -143,9 +149,7 @@ def capture(
     try:
         with quiet(), plain_attention(), torch.no_grad():
             program = torch.export.export(model, example, dynamic_shapes=dynamic, strict=False)
-            # An empty table decomposes nothing; it only turns in-place operators into pure ones.
-            functional: ExportedProgram = program.run_decompositions({})
-            return functional
+            return functional(program)
     except Exception as error:
         if "Constraints violated" in str(error):
             others = sorted(set(re.findall(r"\.size\(\)\[([1-9])\]", str(error))))

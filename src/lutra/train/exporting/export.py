@@ -7,7 +7,7 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from lutra.train.exporting.compact_tables import (
 )
 from lutra.train.exporting.fold import fold_program, with_biases
 from lutra.train.exporting.lowering import decomposed, lower
+from lutra.train.exporting.lowering.modules import check_modules
 from lutra.train.exporting.parity import (
     Check,
     check_engine,
@@ -48,8 +49,12 @@ from lutra.train.exporting.parity import (
 )
 from lutra.train.layers.base import FrozenLayer, QuantizedLayer
 from lutra.train.layers.dropin import copy_forward_hooks
+from lutra.train.threads import threads_for
 
-_GOLDEN_SAMPLES = 8
+_SAMPLES: Final = 8  # of the check
+#: Golden data take so many bytes at most, or this share of the parameters, whichever is more.
+_GOLDEN_BYTES: Final = 16 * 1024
+_GOLDEN_SHARE: Final = 10
 
 #: "factors" is an old name of "compact".
 Tables = Literal["stored", "compact", "factors"]
@@ -88,8 +93,10 @@ def export(
             `(0, 2, 3)` for images of any height and width. Axis 0 is always among them. The
             example must have at least 2 entries on each; the file is then checked on an example of
             twice the size too. Tables of positions are as long as the model allows, or 2048.
-        golden: Store the samples with the engine's outputs, so that `lutra verify` can check
-            anywhere that the file still gives them.
+        golden: Store samples with the engine's outputs, so that `lutra verify` can check anywhere
+            that the file still gives them: as many of those of the check as take a tenth of the
+            parameters or 16 KB, whichever is more. If not even one does, the file has none, and
+            its metadata (`golden`) say why.
         tolerance: The largest difference from torch allowed, as a share of the largest output.
         tables: "stored" writes the tables. "compact" writes int8 weights instead, from which a
             session builds its tables: a smaller file where V < K, slower to load, and other
@@ -101,8 +108,9 @@ def export(
 
     Raises:
         InputError: An example or names that do not fit the model.
-        UnsupportedModelError: Operators that lutra cannot run, all of them listed; or a model that
-            works for one size only of an axis that should be dynamic.
+        UnsupportedModelError: Operators that lutra cannot run, all of them listed (modules that it
+            cannot run are found first, before the model is traced); or a model that works for one
+            size only of an axis that should be dynamic.
         EngineError: The engine cannot run the graph.
         LutraError: The graph computes something else than torch, the file cannot be written, or
             no lookup layer has the weights that compact tables need.
@@ -117,33 +125,53 @@ def export(
     """
     if tables not in get_args(Tables):
         raise InputError(f"export: tables={tables!r} is not one of {list(get_args(Tables))}")
-    example = tuple(tensor[:_GOLDEN_SAMPLES] for tensor in example_tensors(example_input))
+    example = tuple(tensor[:_SAMPLES] for tensor in example_tensors(example_input))
     given = prepare_copy(model)
     weights = weights_of(given)
-    frozen = with_biases(freeze_lookup_layers(prepare_copy(model)))
-    compact = compact_tables_of(frozen, weights)  # before norms go into the scales
-    names = _input_names(frozen, len(example), input_names)
-    axes = dynamic_axes_of(dynamic_axes, names, example)
-    program = decomposed(capture(frozen, example, axes))
-    wanted = outputs_of(given, example)
-    rounding = rounding_share(program, example, wanted)
-    fold_program(frozen, program)
-    lowered = lower(program, names, output_names, _metadata(model, metadata))
-    graph = lowered.graph
-    graph.validate()
-    check = Check(example, wanted, rounding)
-    check_graph(lowered, program, check, tolerance=tolerance)
-    if any(axes):
-        other = other_size(program, example, axes)
-        check_other_size(lowered, program, given, other, tolerance=tolerance, rounding=rounding)
-    feeds = feeds_of(graph, example)
-    if tables != "stored":
-        graph = _compacted(graph, compact, feeds, check, tolerance)
+    with threads_for(given, example):
+        frozen = with_biases(freeze_lookup_layers(prepare_copy(model)))
+        compact = compact_tables_of(frozen, weights)  # before norms go into the scales
+        names = _input_names(frozen, len(example), input_names)
+        axes = dynamic_axes_of(dynamic_axes, names, example)
+        check_modules(frozen, example)
+        program = decomposed(capture(frozen, example, axes))
+        wanted = outputs_of(given, example)
+        rounding = rounding_share(program, example, wanted)
+        fold_program(frozen, program)
+        lowered = lower(program, names, output_names, _metadata(model, metadata))
+        graph = lowered.graph
+        graph.validate()
+        check = Check(example, wanted, rounding)
+        check_graph(lowered, program, check, tolerance=tolerance)
+        if any(axes):
+            other = other_size(program, example, axes)
+            check_other_size(lowered, program, given, other, tolerance=tolerance, rounding=rounding)
+        feeds = feeds_of(graph, example)
+        if tables != "stored":
+            graph = _compacted(graph, compact, feeds, check, tolerance)
     if golden:
-        outputs = tuple(Session(graph).run(None, feeds))
-        graph = replace(graph, golden=(tuple(feeds.values()), outputs))
+        graph = _with_golden(graph, feeds)
     save_graph(graph, path)
     return graph
+
+
+def _with_golden(graph: Graph, feeds: Mapping[str, Array]) -> Graph:
+    """The graph with as many samples as golden data may have, or with why there are none."""
+    session = Session(graph)
+    room = max(_GOLDEN_BYTES, graph.parameter_bytes() // _GOLDEN_SHARE)
+    one = {name: array[:1] for name, array in feeds.items()}
+    outputs = session.run(None, one)
+    size = sum(array.nbytes for array in (*one.values(), *outputs))
+    count = min(room // size, len(next(iter(feeds.values()))))
+    if count == 0:
+        reason = f"one sample takes {size} bytes, and golden data {room} at most"
+        return replace(
+            graph, metadata={"golden": {"samples": 0, "reason": reason}, **graph.metadata}
+        )
+    if count > 1:
+        one = {name: array[:count] for name, array in feeds.items()}
+        outputs = session.run(None, one)
+    return replace(graph, golden=(tuple(one.values()), tuple(outputs)))
 
 
 def _metadata(model: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any]:

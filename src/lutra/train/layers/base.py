@@ -221,6 +221,7 @@ class QuantizedLayer(nn.Module):
         self, weight: Tensor, bias: Tensor | None, geometry: Geometry, method: Method
     ) -> None:
         super().__init__()
+        self.check(geometry, method)
         self.geometry = geometry
         self.method = method
         self.weight = nn.Parameter(weight.detach().clone())
@@ -253,6 +254,14 @@ class QuantizedLayer(nn.Module):
             LutraError: it cannot replace it.
         """
         return Geometry.of(layer, grouped=cls.takes_groups)
+
+    @classmethod
+    def check(cls, geometry: Geometry, method: Any) -> None:
+        """Refuses what the family cannot compute.
+
+        Raises:
+            LutraError: a layer of this geometry cannot have this method.
+        """
 
     # ---- what conversion, training and export ask -----------------------------------------------
 

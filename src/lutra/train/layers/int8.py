@@ -77,10 +77,9 @@ class Int8Layer(QuantizedLayer):
     method: Int8
     takes_groups = True
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, geometry: Geometry, method: Int8
-    ) -> None:
-        super().__init__(weight, bias, geometry, method)
+    @classmethod
+    def check(cls, geometry: Geometry, method: Int8) -> None:
+        """Refuses layers whose sums int32 may not hold."""
         depth = geometry.depth // geometry.groups
         if depth > MAX_INT8_DEPTH:
             raise LutraError(

@@ -204,13 +204,17 @@ class LookupLayer(QuantizedLayer):
         self, weight: Tensor, bias: Tensor | None, geometry: Geometry, method: Lookup
     ) -> None:
         super().__init__(weight, bias, geometry, method)
+        self.log_weight_scale = nn.Parameter(_weight_scale(self._rows(), method.weights).log())
+        self.response = Response(method, weight.device)
+
+    @classmethod
+    def check(cls, geometry: Geometry, method: Lookup) -> None:
+        """Refuses layers whose sums int32 may not hold."""
         if geometry.depth > MAX_LOOKUP_DEPTH:
             raise LutraError(
                 f"a layer that adds up {geometry.depth} table entries for each output cannot be "
                 f"Lookup: int32 holds {MAX_LOOKUP_DEPTH} for certain; keep it"
             )
-        self.log_weight_scale = nn.Parameter(_weight_scale(self._rows(), method.weights).log())
-        self.response = Response(method, weight.device)
 
     def _hold_grid(self, device: torch.device) -> None:
         self.log_act_scale = nn.Parameter(torch.zeros((), device=device))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lutra.errors import LutraError
-from lutra.ops.limits import INT8_MAX, MAX_SUBVECTOR
+from lutra.ops.limits import INT8_MAX, MAX_CODEBOOKS, MAX_SUBVECTOR
 from lutra.train import distributed
 from lutra.train.encoder import Encoder, Nearest, Tree
 from lutra.train.geometry import Geometry
@@ -119,6 +119,11 @@ class TableSum(torch.autograd.Function):
         return None, ops.table_gradient(codes, gradient, ctx.centroids), None
 
 
+def _subvector(geometry: Geometry, method: PQ) -> int:
+    """Values in a sub-vector."""
+    return method.v or (geometry.taps if geometry.taps > 1 else 4)
+
+
 class _PQLayer(QuantizedLayer):
     """What `PQConv2d` and `PQLinear` share. Build them with `from_float`.
 
@@ -140,13 +145,7 @@ class _PQLayer(QuantizedLayer):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry, method: PQ) -> None:
         super().__init__(weight, bias, geometry, method)
-        self.v = method.v or (geometry.taps if geometry.taps > 1 else 4)
-        if self.v > MAX_SUBVECTOR:
-            raise LutraError(
-                f"a {geometry.kernel[0]}x{geometry.kernel[1]} kernel has {self.v} entries, more "
-                f"than a sub-vector may hold ({MAX_SUBVECTOR}); set v, for example "
-                f"PQ(v={min(geometry.kernel[1], MAX_SUBVECTOR)})"
-            )
+        self.v = _subvector(geometry, method)
         self.codebooks = -(-geometry.depth // self.v)
         centroids = torch.zeros((self.codebooks, method.k, self.v), device=weight.device)
         self.centroids = nn.Parameter(centroids, requires_grad=method.centroids == "gradient")
@@ -177,6 +176,22 @@ class _PQLayer(QuantizedLayer):
             inverse = 1.0 / method.temperature
             logit = math.log(math.expm1(inverse - 1.0)) if inverse - 1.0 < 30 else inverse - 1.0
             self.inverse_temperature_logit = nn.Parameter(torch.tensor(logit, device=weight.device))
+
+    @classmethod
+    def check(cls, geometry: Geometry, method: PQ) -> None:
+        """Refuses sub-vectors that are too long and rows that have too many of them."""
+        v = _subvector(geometry, method)
+        if v > MAX_SUBVECTOR:
+            raise LutraError(
+                f"a {geometry.kernel[0]}x{geometry.kernel[1]} kernel has {v} entries, more "
+                f"than a sub-vector may hold ({MAX_SUBVECTOR}); set v, for example "
+                f"PQ(v={min(geometry.kernel[1], MAX_SUBVECTOR)})"
+            )
+        if -(-geometry.depth // v) > MAX_CODEBOOKS:
+            raise LutraError(
+                f"a layer of {geometry.depth} values for each output has more than "
+                f"{MAX_CODEBOOKS} sub-vectors of {v}; set a larger v, or give it Int8()"
+            )
 
     def share(self, leader: _PQLayer) -> None:
         """Takes the codebooks and the grid of a layer that reads the same input (nearest only).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -290,13 +290,18 @@ class Emitter:
 
     def _raise_unsupported(self) -> None:
         if self._unsupported:
-            lines = [str(item) for item in self._unsupported]
-            count = "an operator" if len(lines) == 1 else f"{len(lines)} operators"
-            raise UnsupportedModelError(
-                f"export: lutra has no counterpart for {count} of the model; change or remove:\n"
-                + "\n".join(f"  - {line}" for line in lines),
-                lines,
-            )
+            raise unsupported_model(self._unsupported)
+
+
+def unsupported_model(found: Collection[UnsupportedOp]) -> UnsupportedModelError:
+    """The error that lists operators without a counterpart."""
+    lines = [str(item) for item in found]
+    count = "an operator" if len(lines) == 1 else f"{len(lines)} operators"
+    return UnsupportedModelError(
+        f"export: lutra has no counterpart for {count} of the model; change or remove:\n"
+        + "\n".join(f"  - {line}" for line in lines),
+        lines,
+    )
 
 
 def flatten(args: Any) -> list[Any]:

@@ -1,0 +1,61 @@
+"""Modules that cannot be exported, found before a trace: tracing some of them takes a minute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from lutra.train.exporting.lowering.core import LOWERINGS
+from lutra.train.exporting.lowering.emitter import UnsupportedOp, unsupported_model
+from lutra.train.exporting.lowering.hints import hint_for
+
+#: The operators of a module; one of them must have a lowering. The first stands in errors.
+NEEDS: Final[Mapping[type[nn.Module], tuple[str, ...]]] = {
+    nn.LSTM: ("aten.lstm.input", "lutra.lstm.default"),
+    nn.GRU: ("aten.gru.input", "lutra.gru.default"),
+    nn.RNN: ("aten.rnn_tanh.input", "aten.rnn_relu.input"),
+    nn.Conv3d: ("aten.conv3d.default",),
+    nn.ConvTranspose3d: ("aten.conv_transpose3d.input",),
+    nn.MaxPool3d: ("aten.max_pool3d.default",),
+    nn.AvgPool3d: ("aten.avg_pool3d.default",),
+}
+
+
+def check_modules(model: nn.Module, example: tuple[Tensor, ...]) -> None:
+    """Refuses a model that calls modules without a lowering.
+
+    Args:
+        model: The model, in eval mode.
+        example: Its arguments; one sample is run if there is such a module.
+
+    Raises:
+        UnsupportedModelError: Such modules, all of them listed.
+    """
+    lacking = {
+        module: NEEDS[type(module)][0]
+        for module in model.modules()
+        if type(module) in NEEDS and not LOWERINGS.keys() & set(NEEDS[type(module)])
+    }
+    if not lacking:
+        return
+    called: dict[nn.Module, None] = {}
+
+    def note(module: nn.Module, _: Any) -> None:
+        called[module] = None
+
+    handles = [module.register_forward_pre_hook(note) for module in lacking]
+    try:
+        with torch.no_grad():
+            model(*(tensor[:1].clone() for tensor in example))
+    except Exception:  # a model that fails is for `capture` to refuse, with the whole example
+        return
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = {module: name for name, module in model.named_modules()}
+    found = [UnsupportedOp(lacking[m], names[m], hint_for(lacking[m])) for m in called]
+    if found:
+        raise unsupported_model(found)
