@@ -160,6 +160,15 @@ def test_the_graph_of_all_in_a_file() -> None:
     check(again, np.random.default_rng(0).normal(size=(3, 5, 6)).astype(F))
 
 
+@pytest.mark.parametrize("op", ["leaky_relu", "hardswish", "abs", "elu", "softplus", "mish"])
+def test_behind_layers(op: str) -> None:
+    b = Builder(("x", (None, 4, 9, 8)))
+    y = b.add(op, b.pq_conv2d("x", 4, 7, (3, 3), padding=(1, 1)))
+    y = b.add(op, b.int8_conv2d(y, 7, 6))
+    graph = b.graph(b.add("mean", y, axes=(2, 3)))
+    check(graph, np.random.default_rng(0).normal(size=(3, 4, 9, 8)).astype(F), tolerance=2e-5)
+
+
 # ---- computed ids -------------------------------------------------------------------------------
 
 

@@ -194,7 +194,7 @@ MASKS = {
         lambda m, x: x.masked_fill(m.c, -1e4), TOKENS, c=_numbers(5, 6) > 0
     ),
     "masked_fill_infinity": call(
-        lambda m, x: x.masked_fill(x < 0, float("-inf")), refused="fills in infinity"
+        lambda m, x: x.masked_fill(x < 0, float("-inf")), refused="fills in -inf"
     ),
     "logical": call(lambda m, x: (~(x > 1) & (x > -1) | (x < -2)).float()),
     "logical_functions": call(

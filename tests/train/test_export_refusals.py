@@ -82,7 +82,12 @@ def test_all_unsupported_operators_are_listed(tmp_path: Path) -> None:
         (lambda m, x: x / x.size(0), "computes with the batch size"),
         (lambda m, x: x + x.shape[0], "computes with the batch size"),
         (lambda m, x: F.avg_pool2d(x.flatten(2), 2), "4 axes"),
-        (lambda m, x: F.interpolate(x.flatten(2), size=4), "upsampling of images"),
+        (lambda m, x: x.masked_fill(x > 0, float("-inf")), "fills in -inf; fill in a finite"),
+        (lambda m, x: F.pad(x, (1, 1), value=float("inf")), "pads with inf; pad with a finite"),
+        (lambda m, x: x.cumsum(0), "over the batch"),
+        (lambda m, x: x.flip(0), "turns over the batch"),
+        (lambda m, x: x.max(1)[1], "indices"),
+        (lambda m, x: torch.einsum("nchw,mchw->nm", x, x), "keep samples apart"),
     ],
 )
 def test_unsupported_uses_say_what_to_do(

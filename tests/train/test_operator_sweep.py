@@ -78,6 +78,44 @@ def test_single_operators(name: str, tmp_path: Path) -> None:
             np.testing.assert_array_equal(got.view(np.int32), first.view(np.int32), isa)
 
 
+#: Operators whose sizes may differ from run to run: the case, and the axes.
+SIZES = {
+    "masks-where_number": (0, 2, 3),
+    "masks-zeros_like": (0, 2, 3),
+    "shapes-class_token": (0, 1),
+    "reductions-max_values": (0, 2, 3),
+    "shapes-channel_shuffle": (0, 2, 3),
+    "pairs-maximum": (0, 2, 3),
+    "reductions-cumsum": (0, 1),
+    "reductions-std_population": (0, 2, 3),
+    "reductions-logsumexp": (0, 2, 3),
+    "activations-log_softmax_channels": (0, 2, 3),
+    "products-einsum_linear": (0, 1),
+    "pads-zeros": (0, 2, 3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIZES)
+def test_operators_of_any_size(name: str, tmp_path: Path) -> None:
+    case, axes = CASES[name], SIZES[name]
+    model = case.make().eval()
+    path = tmp_path / "model.lutra"
+    export(model, path, inputs_of(case, 2, 1), dynamic_axes=axes)
+    graph = load_graph(path)
+    for more in (0, 3):
+        shapes = tuple(
+            tuple(size + more * (axis in axes) for axis, size in enumerate(shape, 1))
+            for shape in case.shapes
+        )
+        inputs = inputs_of(Case(case.make, shapes, None, case.positive), 3, 4)
+        want = model(*inputs).detach().numpy()
+        feeds = {v.name: x.numpy() for v, x in zip(graph.inputs, inputs, strict=True)}
+        (got,) = Session(graph).run(None, feeds)
+        assert got.shape == want.shape
+        assert difference(got, want) < 1e-5
+
+
 def test_the_sweep_is_as_large_as_it_says() -> None:
     assert len(CASES) >= 120
     assert sum(case.refused is None for case in CASES.values()) >= 110

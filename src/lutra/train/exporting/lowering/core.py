@@ -125,6 +125,10 @@ class Lowering(Emitter, ABC):
         """Return the graph value of an input of integers, or None for any other torch node."""
         return self._integers.get(node)
 
+    def is_integers(self, value: Ref) -> bool:
+        """Return whether a graph value is an input of integers."""
+        return any(value.name == each.name for each in self._integers.values())
+
     def constant(self, node: fx.Node) -> Tensor:
         """Return the constant that a torch node stands for.
 

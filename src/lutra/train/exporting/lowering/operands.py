@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from lutra.train.exporting.lowering.core import (
     Sizes,
     UnsupportedUse,
     View,
+    is_dynamic,
 )
 from lutra.train.exporting.lowering.deferred import computed
 
@@ -25,7 +27,30 @@ _WORDS = {"add": "adds", "sub": "subtracts", "mul": "multiplies", "div": "divide
 
 def operand(ctx: Lowering, x: Any) -> Any:
     """An argument as an activation, a view or a constant."""
-    return computed(ctx, x) if isinstance(x, Deferred) else x
+    if not isinstance(x, Deferred):
+        return x
+    filled = _filled(ctx, x)
+    return computed(ctx, x) if filled is None else filled
+
+
+def _filled(ctx: Lowering, x: Deferred) -> Ref | None:
+    """One number in a shape that is known at run time only, where an activation has that shape."""
+    value = x.node.meta["val"]
+    sizes = tuple(size if isinstance(size, int) else size.node.expr for size in value.shape)
+    if x.inputs or not any(is_dynamic(size) and size != ctx.batch for size in sizes):
+        return None
+    values = ctx.sources.evaluate(x.node, ctx.sources.sizes(), {}).float()
+    number = float(values.reshape(-1)[0]) if values.numel() else 0.0
+    if not math.isfinite(number) or not bool((values == number).all()):
+        return None
+    shape = (None, *sizes[1:])
+    if sizes[0] != ctx.batch:
+        return None
+    like = ctx.find(lambda ref: ref.shape == shape and not ctx.is_integers(ref))
+    if like is None:
+        return None
+    attrs = {"low": number, "high": number}  # of NaN too
+    return ctx.emit("clamp", like, shape, attrs=attrs, suffix="filled")
 
 
 def is_activation(x: Any) -> bool:

@@ -226,11 +226,11 @@ def _std_mean(
 # ---- logarithms of sums -------------------------------------------------------------------------
 
 
-def _powers(ctx: Lowering, x: Ref, axes: tuple[int, ...]) -> tuple[Ref, Ref, Ref]:
+def _powers(ctx: Lowering, x: Ref, axes: tuple[int, ...], keepdim: bool) -> tuple[Ref, Ref, Ref]:
     """The largest value, what each is below it, and the sum of the powers of that."""
     top = emit_reduced(ctx, "max", x, axes, True)
     below = ctx.emit("sub", (x, top), x.shape)
-    total = emit_sum(ctx, ctx.emit("exp", below, x.shape), axes, True)
+    total = emit_sum(ctx, ctx.emit("exp", below, x.shape), axes, keepdim)
     return top, below, total
 
 
@@ -240,7 +240,7 @@ def _log_softmax(ctx: Lowering, self: Any, dim: int) -> Ref | View:
     axis = dim % x.rank
 
     def make(ref: Ref) -> Ref:
-        _, below, total = _powers(ctx, ref, (axis,))
+        _, below, total = _powers(ctx, ref, (axis,), True)
         return ctx.emit("sub", (below, ctx.emit("log", total, total.shape)), ref.shape)
 
     if axis == x.rank - 1:
@@ -253,9 +253,9 @@ def _log_softmax(ctx: Lowering, self: Any, dim: int) -> Ref | View:
 @lowers("aten.logsumexp.default", takes=_SELF)
 def _logsumexp(ctx: Lowering, self: Any, dim: Any, keepdim: bool) -> Ref | View:
     def make(x: Ref, axes: tuple[int, ...], keep: bool) -> Ref:
-        top, _, total = _powers(ctx, x, axes)
-        made = ctx.emit("add", (ctx.emit("log", total, total.shape), top), total.shape)
-        return made if keep else views.emit_reshape(ctx, made, shape_without(x, axes, False))
+        top, _, total = _powers(ctx, x, axes, keep)
+        top = top if keep else emit_reduced(ctx, "max", x, axes, False)
+        return ctx.emit("add", (ctx.emit("log", total, total.shape), top), total.shape)
 
     return reduced(ctx, self, dim, keepdim, "it adds up", make)
 

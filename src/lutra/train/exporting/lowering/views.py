@@ -171,12 +171,31 @@ def emit_reshape(ctx: Lowering, x: Ref, shape: Sizes, suffix: str = "") -> Ref:
     if 1 <= axis < x.rank and shape[:-1] == x.shape[:axis]:
         return ctx.emit("flatten", x, shape, attrs={"start_axis": axis}, suffix=suffix)
     if sum(is_dynamic(size) for size in shape) > 1:
+        dropped = _dropped(x.shape, shape)
+        if dropped:  # a mean of one number is that number
+            return ctx.emit(
+                "mean", x, shape, attrs={"axes": dropped, "keepdims": False}, suffix=suffix
+            )
         raise UnsupportedUse(
             f"it changes {_text(x.shape)} into several axes whose sizes are known at run time "
             "only; take all but one out of dynamic_axes"
         )
     sizes = [REST if is_dynamic(size) else size for size in shape[1:]]
     return ctx.emit("reshape", x, shape, attrs={"shape": sizes}, suffix=suffix)
+
+
+def _dropped(old: Sizes, new: Sizes) -> tuple[int, ...]:
+    """The axes of size 1 that are left out, if nothing else changes."""
+    rest = list(new)
+    dropped = []
+    for axis, size in enumerate(old):
+        if rest and rest[0] == size:
+            rest.pop(0)
+        elif axis > 0 and size == 1:
+            dropped.append(axis)
+        else:
+            return ()
+    return () if rest else tuple(dropped)
 
 
 def on_each(ctx: Lowering, xs: Sequence[Ref | View], make: Callable[..., Ref]) -> Ref | View:
