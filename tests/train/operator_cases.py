@@ -235,6 +235,7 @@ SHAPES = {
     "flip_two": call(lambda m, x: torch.flip(x, (2, 3))),
     "roll": call(lambda m, x: x.roll((1, -2), (2, 3))),
     "narrow": call(lambda m, x: x.narrow(2, 1, 4)),
+    "select_channel": call(lambda m, x: x[:, 1]),
     "select": call(lambda m, x: x.select(2, -1)),
     "unflatten": call(lambda m, x: x.unflatten(1, (2, 2))),
     "slice_strided": call(lambda m, x: x[:, :, ::2, 1::3]),

@@ -83,6 +83,7 @@ SIZES = {
     "masks-where_number": (0, 2, 3),
     "masks-zeros_like": (0, 2, 3),
     "shapes-class_token": (0, 1),
+    "shapes-select_channel": (0, 2, 3),
     "reductions-max_values": (0, 2, 3),
     "shapes-channel_shuffle": (0, 2, 3),
     "pairs-maximum": (0, 2, 3),
