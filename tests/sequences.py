@@ -112,6 +112,37 @@ def every_pointwise_op_graph() -> Graph:
     return b.graph(b.add("where", more, y, z))
 
 
+def every_selection_graph() -> Graph:
+    """Images (N, 4, 6, 6) to (N, 4), by the operators that resample, select and go through time."""
+    b = Builder(("x", (None, 4, 6, 6)))
+
+    def vector(*shape: int) -> Array:
+        return (b.rng.normal(size=shape) / np.sqrt(shape[-1])).astype(F)
+
+    def gates(count: int, features: int, hidden: int) -> dict[str, Array]:
+        rows = count * hidden
+        sides = {"weight_ih": vector(rows, features), "weight_hh": vector(rows, hidden)}
+        return {**sides, "bias_ih": vector(rows), "bias_hh": vector(rows)}
+
+    up = {"weight": vector(6, 2, 3, 3), "bias": vector(6)}
+    y = b.add("conv_transpose2d", "x", tensors=up, stride=(2, 2), padding=(1, 1), groups=2)
+    y = b.add("group_norm", y, tensors={"weight": vector(6), "bias": vector(6)}, groups=3, eps=1e-5)
+    y = b.add("upsample_bicubic", y, size=(8, 8))  # (6, 8, 8)
+    grid = b.add("slice", "x", axis=3, start=0, stop=2, step=1)  # (4, 6, 2)
+    y = b.add("grid_sample", y, grid)  # (6, 4, 6)
+    y = b.add("reshape", y, shape=(6, 24))
+    angles = {name: vector(9, 12) for name in ("cos", "sin")}
+    y = b.add("rotary", y, tensors=angles, heads=2)
+    scores = b.add("reshape", b.add("matmul", y, y, transpose_b=True), shape=(1, 6, 6))
+    scores = b.add("relative_bias", scores, tensors={"weight": vector(1, 13)})
+    y = b.add("matmul", b.add("reshape", scores, shape=(6, 6)), y)
+    order = b.add("topk", b.add("mean", y, axes=(2,), keepdims=True), k=3, axis=1, indices=True)
+    y = b.add("take_along", y, order, axis=1)  # (3, 24)
+    y = b.add("gru", y, tensors=gates(3, 24, 5), reverse=True)
+    y = b.add("lstm", y, tensors=gates(4, 5, 4))
+    return b.graph(b.add("from_end", y, axis=1, back=1))
+
+
 def check(graph: Graph, *inputs: Array, tolerance: float = 2e-6, finite: bool = True) -> Array:
     """The reference's output, after comparing the engine with it.
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cli_support import save
 from graphs import Array, Builder, tiny_graph, with_golden
-from sequences import every_sequence_op_graph, reduced_table, single
+from sequences import every_selection_graph, every_sequence_op_graph, reduced_table, single
 
 import lutra.format
 from lutra import FormatError, GraphError, InputError, Session, load_graph, run_reference
@@ -238,6 +238,7 @@ def softmax(**tables: Array) -> Graph:
         (single("gelu", ("x", (None, 4))), 2),
         (single("cast", ("x", (None, 4), "int32")), 2),
         (every_sequence_op_graph(), 2),
+        (every_selection_graph(), 3),
     ],
 )
 def test_files_have_the_oldest_version_that_can_hold_them(
@@ -252,7 +253,9 @@ def test_files_have_the_oldest_version_that_can_hold_them(
     if version == 1:
         graph_from_bytes(data)
     else:
-        with pytest.raises(FormatError, match=r"newer lutra \(format version 2; .*up to 1"):
+        with pytest.raises(
+            FormatError, match=rf"newer lutra \(format version {version}; .*up to 1"
+        ):
             graph_from_bytes(data)
 
 

@@ -3,7 +3,7 @@
 The metadata of the file are strings::
 
     format    "lutra"
-    version   "1", or "2" or "3" where the graph has something that earlier versions lack
+    version   "1", "2" or "3": the first that has all that is in the graph
     graph     JSON: inputs, outputs, nodes
     metadata  JSON: the metadata of the graph
     sha256    hex digest of version, graph, metadata and every tensor, see _digest
@@ -119,7 +119,9 @@ def file_version(graph: Graph) -> int:
     A reader of version 1 can so read whatever it understands, and says of everything else that it
     is newer. Version 2 has int32 inputs, the operators of sequences and functions, tables of
     functions, and sums and products of values whose shapes differ; version 3 has comparisons,
-    choices, constants, cumulative sums, more functions, and embeddings of computed ids.
+    choices, constants, cumulative sums, more functions, embeddings of computed ids, transposed
+    convolutions, norms over groups of channels, recurrent layers, positions, and operators that
+    choose entries or read images between their pixels.
 
     Args:
         graph: A valid graph.

@@ -419,29 +419,43 @@ LAYERS = {
         lambda m, x: F.interpolate(x, size=(5, 9), mode="bilinear", align_corners=False)
     ),
 }
-#: What needs operators that the engine lacks.
-PENDING = {
-    "group_norm": module(lambda: nn.GroupNorm(2, 4), refused="batch norm"),
-    "instance_norm": module(lambda: nn.InstanceNorm2d(4), refused="batch norm"),
-    "conv_transpose2d": module(lambda: nn.ConvTranspose2d(4, 3, 2, 2), refused="transposed"),
-    "conv_transpose1d": module(
-        lambda: nn.ConvTranspose1d(4, 3, 2, 2), SIGNAL, refused="transposed"
+
+
+class Recurrent(nn.Module):
+    """The sequence of a recurrent layer."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer = kind(6, 4, batch_first=True)  # type: ignore[call-arg]
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.layer(x)[0]
+        return made
+
+
+RESAMPLING = {
+    "group_norm": module(lambda: nn.GroupNorm(2, 4)),
+    "instance_norm": module(lambda: nn.InstanceNorm2d(4)),
+    "conv_transpose2d": module(lambda: nn.ConvTranspose2d(4, 3, 2, 2)),
+    "conv_transpose1d": module(lambda: nn.ConvTranspose1d(4, 3, 2, 2), SIGNAL),
+    "bicubic": call(lambda m, x: F.interpolate(x, scale_factor=2, mode="bicubic")),
+    "bicubic_antialiased": call(
+        lambda m, x: F.interpolate(x, scale_factor=2, mode="bicubic", antialias=True),
+        refused="without antialiasing",
     ),
-    "bicubic": call(
-        lambda m, x: F.interpolate(x, scale_factor=2, mode="bicubic"), refused="bilinear"
-    ),
-    "grid_sample": call(
-        lambda m, x, g: F.grid_sample(x, g, align_corners=False),
-        IMAGE,
-        (5, 5, 2),
-        refused="grid_sampler",
-    ),
-    "gru": call(lambda m, x: x, TOKENS),
-    "gather": call(lambda m, x: x.gather(1, x.argmax(1, keepdim=True)), refused="gather"),
-    "topk": call(lambda m, x: x.topk(2, 1)[0], refused="topk"),
+    "nearest_1d": call(lambda m, x: F.interpolate(x, scale_factor=2), SIGNAL),
+    "linear_1d": call(lambda m, x: F.interpolate(x, size=14, mode="linear"), SIGNAL),
+    "grid_sample": call(lambda m, x, g: F.grid_sample(x, g, align_corners=False), IMAGE, (5, 5, 2)),
+    "lstm": module(lambda: Recurrent(nn.LSTM), TOKENS),
+    "gru": module(lambda: Recurrent(nn.GRU), TOKENS),
+    "adaptive_max_pool2d": module(lambda: nn.AdaptiveMaxPool2d((3, 5))),
+    "adaptive_avg_pool1d": module(lambda: nn.AdaptiveAvgPool1d(4), SIGNAL),
+    "gather_topk": call(lambda m, x: x.gather(1, x.topk(2, 1)[1])),
+    "gather_argmax": call(lambda m, x: x.gather(1, x.argmax(1, keepdim=True)), refused="topk"),
+    "topk": call(lambda m, x: x.topk(2, 1)[0]),
     "conv3d": module(lambda: nn.Conv3d(1, 2, 2), (1, 4, 5, 6), refused="1-D and 2-D"),
+    "rnn": module(lambda: Recurrent(nn.RNN), TOKENS, refused="use nn.GRU"),
 }
-del PENDING["gru"]
 FAMILIES = {
     "activations": ACTIVATIONS,
     "functions": FUNCTIONS,
@@ -454,7 +468,7 @@ FAMILIES = {
     "turned": TURNED,
     "more": MORE,
     "layers": LAYERS,
-    "pending": PENDING,
+    "resampling": RESAMPLING,
 }
 CASES = {
     f"{family}-{name}": case for family, cases in FAMILIES.items() for name, case in cases.items()

@@ -431,15 +431,6 @@ REFUSED: list[tuple[Callable[..., Any], Sequence[Tensor], str]] = [
     (
         lambda m, x, mask: joined(
             F.scaled_dot_product_attention(
-                heads(x), heads(x), heads(x), mask[:, None, None, :] * 0.1
-            )
-        ),
-        (torch.ones(N, T, dtype=torch.int64),),
-        "adds other numbers to the scores",
-    ),
-    (
-        lambda m, x, mask: joined(
-            F.scaled_dot_product_attention(
                 heads(x), heads(x), heads(x), mask[:, None, None, :] == 0
             )
         ),

@@ -7,9 +7,11 @@ from difflib import get_close_matches
 from lutra._moved import MOVED_OPS, install
 from lutra.errors import GraphError
 from lutra.ops import (
+    conv_transpose,
     dense,
     elementwise,
     functions,
+    group_norm,
     image,
     int8,
     lookup,
@@ -17,7 +19,11 @@ from lutra.ops import (
     norm,
     pointwise,
     pool,
+    positions,
     pq,
+    recurrent,
+    resample,
+    select,
     sequence,
     shape,
 )
@@ -33,14 +39,20 @@ OPS: dict[str, OpSpec] = {
         lookup,
         int8,
         dense,
+        conv_transpose,
         matmul,
         elementwise,
         functions,
         pointwise,
         norm,
+        group_norm,
         sequence,
+        positions,
+        recurrent,
+        select,
         pool,
         image,
+        resample,
         shape,
     )
     for spec in family.SPECS

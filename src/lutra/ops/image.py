@@ -40,6 +40,14 @@ from lutra.ops.spec import (
 #: How ``upsample`` finds values between those that it has.
 MODES: Final = ("nearest", "nearest-exact", "bilinear")
 
+#: The attributes of an operator that gives images a size, scales of theirs, or the size of others.
+SCALED: Final = {
+    "size": Attr(tuple, default=(), low=1, high=MAX_EXTENT),
+    "scale_h": Attr(float, default=0.0, low=0, high=MAX_FACTOR),
+    "scale_w": Attr(float, default=0.0, low=0, high=MAX_FACTOR),
+    "align_corners": Attr(bool, default=False),
+}
+
 
 def _infer_pixel_shuffle(
     node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]
@@ -57,7 +65,8 @@ def _infer_pixel_shuffle(
     return x.with_shape(node.output, (x.shape[0], channels // factor**2, *sizes))
 
 
-def _check_upsample(node: Node, tensors: Mapping[str, Array]) -> None:
+def check_scaled(node: Node, tensors: Mapping[str, Array]) -> None:
+    """Raises GraphError unless a node says in one way how large its result is, see ``SCALED``."""
     scales = (number(node, "scale_h"), number(node, "scale_w"))
     size = ints(node, "size")
     given = [bool(size), any(scales), len(node.inputs) == 2]
@@ -68,6 +77,10 @@ def _check_upsample(node: Node, tensors: Mapping[str, Array]) -> None:
             "inputs",
             "give one of these: a size (height, width), two scales above 0, or a second input",
         )
+
+
+def _check_upsample(node: Node, tensors: Mapping[str, Array]) -> None:
+    check_scaled(node, tensors)
     if flag(node, "align_corners") and text(node, "mode") != "bilinear":
         raise node_error(node, "has align_corners=True", "that goes with mode 'bilinear' only")
 
@@ -77,7 +90,8 @@ def upsampled_size(size: int, scale: float) -> int:
     return math.floor(size * scale)
 
 
-def _infer_upsample(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+def infer_scaled(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    """The output of an operator with the attributes ``SCALED``."""
     x, *like = inputs
     need_rank(node, x, 4, 4)
     sizes: list[int | None] = list(ints(node, "size"))
@@ -116,13 +130,10 @@ SPECS: Final = (
         "upsample",
         attrs={
             "mode": Attr(str, choices=MODES),
-            "size": Attr(tuple, default=(), low=1, high=MAX_EXTENT),
-            "scale_h": Attr(float, default=0.0, low=0, high=MAX_FACTOR),
-            "scale_w": Attr(float, default=0.0, low=0, high=MAX_FACTOR),
-            "align_corners": Attr(bool, default=False),
+            **SCALED,
         },
         check=_check_upsample,
-        infer=_infer_upsample,
+        infer=infer_scaled,
         cost=_cost_upsample,
         max_inputs=2,
     ),

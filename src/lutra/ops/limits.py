@@ -21,7 +21,9 @@ MAX_EXTENT: Final = 4096
 MAX_GROUPS: Final = 2**24
 #: Heads of an attention.
 MAX_HEADS: Final = 4096
-#: Factor of a pixel shuffle or an upsampling.
+#: Entries of an axis whose indices are values of the graph: float32 holds them exactly.
+MAX_INDEXED: Final = 2**24
+#: Factor of a pixel shuffle or an upsampling, and stride of a transposed convolution.
 MAX_FACTOR: Final = 64
 
 #: Bits of an activation grid: with 7, sums of two products with int8 fit int16.

@@ -18,6 +18,7 @@ from lutra.errors import InputError, LutraError, UnsupportedModelError
 from lutra.train.exporting.functional import functional
 from lutra.train.layers.attention import plain_attention
 from lutra.train.layers.dropin import copy_model
+from lutra.train.operators.recurrent import whole_recurrent_layers
 
 ExampleInput = Tensor | Sequence[Tensor]
 #: The torch operator of the layers that compute in integers.
@@ -147,7 +148,7 @@ def capture(
         if failure is not None:
             raise fixed from failure
     try:
-        with quiet(), plain_attention(), torch.no_grad():
+        with quiet(), plain_attention(), whole_recurrent_layers(), torch.no_grad():
             program = torch.export.export(model, example, dynamic_shapes=dynamic, strict=False)
             return functional(program)
     except Exception as error:

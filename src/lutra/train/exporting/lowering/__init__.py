@@ -15,16 +15,22 @@ from lutra.train.exporting.lowering import (  # noqa: F401  (they register)
     arithmetic,
     arrange,
     attention,
+    bias,
     comparisons,
+    conv_transpose,
     dense,
     elementwise,
     frozen,
     functions,
+    group_norm,
     image,
     norm,
     pool,
     products,
+    recurrent,
     reduce,
+    rotary,
+    select,
     sequence,
     shape,
     tables,
@@ -61,4 +67,6 @@ def lower(
         UnsupportedModelError: Operators that lutra cannot run, all of them in one message.
     """
     combine(program)
+    bias.combine_biases(program)
+    rotary.combine_rotary(program)
     return Walk(program).run(input_names, output_names, metadata or {}, without_detours)

@@ -16,6 +16,7 @@ from lutra.train.exporting.lowering.arguments import (
     pair,
     single,
 )
+from lutra.train.exporting.lowering.conv_transpose import conv_transpose1d, conv_transpose2d
 from lutra.train.exporting.lowering.core import (
     Lowering,
     Ref,
@@ -147,10 +148,13 @@ def _convolution(
     padding: Any,
     dilation: Any,
     transposed: bool,
+    output_padding: Any,
     groups: int,
 ) -> Ref:
     if transposed:
-        raise UnsupportedUse("lutra has no transposed convolution; keep this part in torch")
+        rows = isinstance(weight, Tensor) and weight.ndim == 3
+        make = conv_transpose1d if rows else conv_transpose2d
+        return make(ctx, input, weight, bias, stride, padding, output_padding, groups, dilation)
     if isinstance(weight, Tensor) and weight.ndim == 3:
         return _conv1d(ctx, input, weight, bias, stride, padding, dilation, groups)
     return _conv2d(ctx, input, weight, bias, stride, padding, dilation, groups)

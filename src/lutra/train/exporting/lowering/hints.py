@@ -8,34 +8,24 @@ _BATCH_STATISTICS = (
 )
 
 _TABLE = [
-    (
-        "group_norm native_group_norm instance_norm",
-        "use batch norm, which export folds into the layer before it, or layer norm",
-    ),
-    ("gru lstm rnn_tanh rnn_relu", "recurrent layers have no lutra op; use convolutions over time"),
+    ("rnn_tanh rnn_relu", "use nn.GRU or nn.LSTM"),
     (
         "conv3d max_pool3d",
         "only the 1-D and 2-D forms exist",
     ),
+    ("conv_transpose3d", "only the 1-D and 2-D forms exist"),
     (
-        "conv_transpose2d conv_transpose1d",
-        "lutra has no transposed convolution; use upsampling or nn.PixelShuffle and a convolution",
-    ),
-    (
-        "upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa upsample_trilinear3d",
-        "lutra has nearest and bilinear upsampling of images, without antialiasing",
+        "_upsample_bilinear2d_aa _upsample_bicubic2d_aa upsample_trilinear3d",
+        "lutra has nearest, bilinear and bicubic upsampling of images, without antialiasing",
     ),
     ("_native_batch_norm_legit _native_batch_norm_legit_functional", _BATCH_STATISTICS),
     ("native_dropout bernoulli rand rand_like randn_like", "remove what is random in eval mode"),
     (
-        "argmax argmin topk sort argsort",
-        "return the scores and do this in NumPy; max and min along an axis work with their values",
+        "argmax argmin sort argsort",
+        "return the scores and do this in NumPy, or use topk, max or min along an axis",
     ),
-    ("gather take_along_dim scatter", "pick by constant indices, as x[:, [0, 2]] does"),
-    (
-        "grid_sampler grid_sampler_2d grid_sampler_3d affine_grid_generator",
-        "lutra samples images on a regular grid only, as F.interpolate does",
-    ),
+    ("scatter", "put values in their places by torch.cat or torch.where"),
+    ("grid_sampler_3d affine_grid_generator", "make the grid outside the model: (N, H, W, 2)"),
     ("sin cos tan", "compute it outside the model and give it as an input"),
 ]
 

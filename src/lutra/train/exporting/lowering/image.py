@@ -111,12 +111,45 @@ def _bilinear(ctx: Lowering, input: Ref, align_corners: bool, scale_factors: Any
     return _upsample(ctx, input, scale_factors, "bilinear", align_corners)
 
 
+@lowers("aten.upsample_bicubic2d.vec", takes_sizes=True)
+def _bicubic(ctx: Lowering, input: Ref, align_corners: bool, scale_factors: Any) -> Ref:
+    return _scaled(ctx, input, scale_factors, "upsample_bicubic", {"align_corners": align_corners})
+
+
+@lowers("aten.grid_sampler.default", "aten.grid_sampler_2d.default")
+def _grid_sampler(
+    ctx: Lowering,
+    input: Ref,
+    grid: Any,
+    interpolation_mode: int,
+    padding_mode: int,
+    align_corners: bool,
+) -> Ref:
+    if not isinstance(input, Ref) or not isinstance(grid, Ref):
+        raise UnsupportedUse("its image or its grid is a constant; both must be activations")
+    need_rank(input, 4)
+    if interpolation_mode > 1:
+        raise UnsupportedUse("it samples bicubically; use mode='bilinear'")
+    attrs = {
+        "mode": ("bilinear", "nearest")[interpolation_mode],
+        "padding": ("zeros", "border", "reflection")[padding_mode],
+        "align_corners": bool(align_corners),
+    }
+    return ctx.emit("grid_sample", (input, grid), attrs=attrs)
+
+
 def _upsample(
     ctx: Lowering, x: Ref, scales: Sequence[Any] | None, mode: str, align_corners: bool
 ) -> Ref:
+    return _scaled(ctx, x, scales, "upsample", {"mode": mode, "align_corners": align_corners})
+
+
+def _scaled(
+    ctx: Lowering, x: Ref, scales: Sequence[Any] | None, op: str, how: dict[str, Any]
+) -> Ref:
+    """Emit an operator that gives images the size that torch's result has."""
     need_rank(x, 4)
-    attrs: dict[str, Any] = {"mode": mode, "align_corners": align_corners}
-    attrs |= {"size": (), "scale_h": 0.0, "scale_w": 0.0}
+    attrs = {**how, "size": (), "scale_h": 0.0, "scale_w": 0.0}
     sizes = ctx.result_shape[2:]
     if scales is None and any(map(is_dynamic, sizes)):
         # whole multiples have the same steps as sizes
@@ -124,16 +157,16 @@ def _upsample(
         scales = None if None in ratios else ratios
     if scales is not None:
         rows, columns = map(float, scales)
-        return ctx.emit("upsample", x, attrs={**attrs, "scale_h": rows, "scale_w": columns})
+        return ctx.emit(op, x, attrs={**attrs, "scale_h": rows, "scale_w": columns})
     if not any(map(is_dynamic, sizes)):
-        return ctx.emit("upsample", x, attrs={**attrs, "size": sizes})
+        return ctx.emit(op, x, attrs={**attrs, "size": sizes})
     like = ctx.find(lambda ref: ref.rank == 4 and ref.shape[2:] == sizes)
     if like is None:
         raise UnsupportedUse(
             "its size is computed from sizes that are known at run time only; give a scale_factor, "
             "or the size of another activation as size=y.shape[2:]"
         )
-    return ctx.emit("upsample", (x, like), attrs=attrs)
+    return ctx.emit(op, (x, like), attrs=attrs)
 
 
 def _multiple(new: Any, old: Any) -> int | None:

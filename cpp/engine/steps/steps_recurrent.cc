@@ -1,0 +1,283 @@
+// Recurrent layers: LSTM and GRU, one layer in one direction.
+#include <algorithm>
+#include <vector>
+
+#include "engine/core/memory.h"
+#include "engine/core/op_registry.h"
+
+namespace lutra {
+namespace {
+
+constexpr double kMultipliedPerMicrosecond = 1e4;  // a rough guess for one core
+constexpr int64_t kFewRows = 8;                    // of so few each is multiplied on its own
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// y = W x + bias for rows x, each output an fma chain over the inputs, then the bias. The bits do
+// not depend on the number of rows.
+class Matrix {
+ public:
+  // weight (outputs, depth), bias (outputs)
+  Matrix(const Kernels& kernels, const Tensor<float>& weight, std::vector<float> bias)
+      : kernels_(kernels),
+        outputs_(weight[0]),
+        depth_(weight[1]),
+        rows_(pack(weight, kLinearOutputs)),
+        tiles_(pack(weight, kGemmOutputs)),
+        bias_(std::move(bias)) {}
+
+  int64_t outputs() const { return outputs_; }
+  int64_t depth() const { return depth_; }
+  size_t bytes() const { return (rows_.size() + tiles_.size() + bias_.size()) * sizeof(float); }
+  // Floats from one row of results to the next.
+  int64_t stride() const { return round_up(outputs_, kLinearOutputs); }
+  // Floats of scratch that multiply() needs.
+  int64_t scratch() const {
+    const int64_t patch = depth_ * kernels_.row_tile + static_cast<int64_t>(kSlack);
+    return round_up(patch + outputs_ * kernels_.row_tile, 16);
+  }
+
+  // Row r of at most row_tile rows is x[r * row_step + d * depth_step], and its results go to
+  // y[r * stride() + m].
+  void multiply(const float* x, int64_t row_step, int64_t depth_step, int64_t rows, float* y,
+                float* scratch) const {
+    if (rows <= kFewRows) {
+      for (int64_t r = 0; r < rows; ++r) {
+        kernels_.linear(x + r * row_step, static_cast<size_t>(depth_step),
+                        static_cast<size_t>(depth_), rows_.data(), bias_.data(),
+                        static_cast<int32_t>(outputs_), y + r * stride());
+      }
+      return;
+    }
+    const int64_t tile = kernels_.row_tile;
+    copy_strided(Shape{depth_, rows}, x, {depth_step, row_step}, scratch, {tile, 1});
+    for (int64_t d = 0; rows < tile && d < depth_; ++d) {  // lanes of no row
+      std::fill(scratch + d * tile + rows, scratch + (d + 1) * tile, 0.0f);
+    }
+    float* const planes = scratch + depth_ * tile + static_cast<int64_t>(kSlack);
+    kernels_.gemm(scratch, static_cast<size_t>(depth_), tiles_.data(),
+                  static_cast<int32_t>(outputs_),
+                  {.bias = bias_.data(),
+                   .out = planes,
+                   .out_stride = static_cast<size_t>(tile),
+                   .rows = static_cast<int32_t>(rows)});
+    copy_strided(Shape{outputs_, rows}, planes, {tile, 1}, y, {1, stride()});
+  }
+
+ private:
+  // (ceil(outputs / block), depth, block), zero padded
+  static std::vector<float> pack(const Tensor<float>& weight, int64_t block) {
+    const int64_t depth = weight[1];
+    std::vector<float> packed(static_cast<size_t>(round_up(weight[0], block) * depth), 0.0f);
+    for (int64_t m = 0; m < weight[0]; ++m) {
+      float* const to = packed.data() + m / block * block * depth + m % block;
+      for (int64_t d = 0; d < depth; ++d) to[d * block] = weight.data[m * depth + d];
+    }
+    return packed;
+  }
+
+  const Kernels& kernels_;
+  int64_t outputs_, depth_;
+  std::vector<float> rows_, tiles_, bias_;  // of the kernels `linear` and `gemm`
+};
+
+// x (N, T, C), and states (N, H) before the first step or zeros -> (N, T, H): what all steps have.
+// Of every step the part of x is a row of products for all tokens, made first; then each sample
+// goes through its steps alone.
+class RecurrentStep : public FloatStep {
+ public:
+  RecurrentStep(const Kernels& kernels, const StepArgs& args, int64_t gates, size_t states,
+                int64_t parts)
+      : name_(args.op),
+        kernels_(kernels),
+        from_input_(matrix(kernels, args, "ih", gates)),
+        from_state_(matrix(kernels, args, "hh", gates)),
+        hidden_(from_state_.depth()),
+        gates_(gates),
+        states_(states),
+        parts_(parts),
+        reverse_(args.flag("reverse")) {
+    const int64_t wanted = gates * hidden_;
+    require(from_state_.outputs() == wanted && from_input_.outputs() == wanted,
+            name_ + ": for " + std::to_string(hidden_) + " hidden values both weights must have " +
+                std::to_string(wanted) + " rows");
+    require(args.inputs.size() == 1 || args.inputs.size() == 1 + states,
+            name_ + " takes an input and " + std::to_string(states) + " states, or no state");
+  }
+
+  Shape infer(const Shapes& in) const override {
+    const Shape& x = in[0];
+    require(x.rank == 3 && x[2] == from_input_.depth(), name_ + " of " +
+                                                            std::to_string(from_input_.depth()) +
+                                                            " features got the shape " + x.text());
+    for (size_t i = 1; i < in.size(); ++i) {
+      require(in[i].rank == 2 && in[i][0] == x[0] && in[i][1] == hidden_,
+              name_ + " of " + std::to_string(hidden_) + " hidden values got a state " +
+                  in[i].text() + " for the input " + x.text());
+    }
+    return {x[0], x[1], parts_ * hidden_};
+  }
+  size_t parameter_bytes() const override { return from_input_.bytes() + from_state_.bytes(); }
+  size_t workspace(const Shapes& in, int threads) const override {
+    const int64_t tokens = in[0][0] * in[0][1];
+    return static_cast<size_t>(shared_floats(tokens) + threads * worker_floats()) * sizeof(float);
+  }
+
+ protected:
+  // One step of one sample: updates h and c (hidden). `input` and `state` are the products of the
+  // input and of h (gates * hidden), which it may overwrite.
+  virtual void advance(float* input, float* state, float* h, float* c) const = 0;
+
+  void run(const Shapes& shapes, const std::vector<const float*>& in, const Shape&, float* out,
+           uint8_t* workspace, ThreadPool& pool) const override {
+    const int64_t batch = shapes[0][0], length = shapes[0][1], tokens = batch * length;
+    if (tokens == 0) return;
+    const int64_t tile = kernels_.row_tile, width = parts_ * hidden_;
+    float* const products = reinterpret_cast<float*>(workspace);
+    float* const made = products + tokens * from_input_.stride();
+    float* const workers = products + shared_floats(tokens);
+    const auto scratch = [&](int worker) { return workers + worker * worker_floats(); };
+    const double macs = static_cast<double>(tokens) * static_cast<double>(gates_ * hidden_);
+    const auto in_tiles = [&](double work, const auto& f) {
+      pool.run(static_cast<size_t>((tokens + tile - 1) / tile), work, [&](size_t item, int worker) {
+        const int64_t first = static_cast<int64_t>(item) * tile;
+        f(first, std::min(tile, tokens - first), worker);
+      });
+    };
+    in_tiles(macs * static_cast<double>(from_input_.depth()) / kMultipliedPerMicrosecond,
+             [&](int64_t first, int64_t count, int worker) {
+               from_input_.multiply(in[0] + first, 1, tokens, count,
+                                    products + first * from_input_.stride(), scratch(worker));
+             });
+    const int64_t block =
+        std::clamp<int64_t>((batch + pool.threads() - 1) / pool.threads(), 1, tile);
+    pool.run(static_cast<size_t>((batch + block - 1) / block),
+             macs * static_cast<double>(hidden_) / kMultipliedPerMicrosecond,
+             [&](size_t item, int worker) {
+               const int64_t first = static_cast<int64_t>(item) * block;
+               samples(in, batch, length, first, std::min(block, batch - first), products, made,
+                       scratch(worker));
+             });
+    in_tiles(static_cast<double>(tokens * width) / kMultipliedPerMicrosecond,
+             [&](int64_t first, int64_t count, int) {
+               copy_strided(Shape{width, count}, made + first * width, {1, width}, out + first,
+                            {tokens, 1});
+             });
+  }
+
+  int64_t hidden() const { return hidden_; }
+  void function(Function f, float* x, int64_t count) const {
+    kernels_.function(f, x, static_cast<size_t>(count), x);
+  }
+
+ private:
+  static Matrix matrix(const Kernels& kernels, const StepArgs& args, const std::string& side,
+                       int64_t gates) {
+    const Tensor<float> weight = args.tensor<float>("weight_" + side, 2);
+    const Tensor<float> bias = args.tensor<float>("bias_" + side, 1);
+    require(weight[0] == bias[0] && weight[0] % gates == 0,
+            args.op + ": weight_" + side + " and bias_" + side + " must have a row for each gate");
+    return {kernels, weight, bias.values()};
+  }
+
+  int64_t shared_floats(int64_t tokens) const {
+    return round_up(tokens * (from_input_.stride() + parts_ * hidden_), 16);
+  }
+  // Scratch of the products; h and c, and the products of the states, of a tile of samples.
+  int64_t worker_floats() const {
+    const int64_t states = kernels_.row_tile * (2 * hidden_ + from_state_.stride());
+    return std::max(from_input_.scratch(), from_state_.scratch()) + round_up(states, 16);
+  }
+
+  void samples(const std::vector<const float*>& in, int64_t batch, int64_t length, int64_t first,
+               int64_t count, float* products, float* made, float* memory) const {
+    float* const scratch = memory;
+    float* const h = memory + std::max(from_input_.scratch(), from_state_.scratch());
+    float* const c = h + count * hidden_;
+    float* const from_state = c + count * hidden_;
+    std::fill(h, from_state, 0.0f);
+    for (size_t i = 1; i < in.size(); ++i) {
+      copy_strided(Shape{hidden_, count}, in[i] + first, {batch, 1}, i == 1 ? h : c, {1, hidden_});
+    }
+    for (int64_t step = 0; step < length; ++step) {
+      const int64_t t = reverse_ ? length - 1 - step : step;
+      from_state_.multiply(h, hidden_, 1, count, from_state, scratch);
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t token = (first + k) * length + t;
+        advance(products + token * from_input_.stride(), from_state + k * from_state_.stride(),
+                h + k * hidden_, c + k * hidden_);
+        float* const to = made + token * parts_ * hidden_;
+        std::copy_n(h + k * hidden_, hidden_, to);
+        if (parts_ > 1) std::copy_n(c + k * hidden_, hidden_, to + hidden_);
+      }
+    }
+  }
+
+  std::string name_;
+  const Kernels& kernels_;
+  Matrix from_input_, from_state_;
+  int64_t hidden_, gates_;
+  size_t states_;
+  int64_t parts_;
+  bool reverse_;
+};
+
+// The gates are i, f, g, o; each is (W_hh h + b_hh) + (W_ih x + b_ih).
+//   c = sigmoid(f) c + sigmoid(i) tanh(g);  h = sigmoid(o) tanh(c)
+// With `cells` the output is (N, T, 2 H): h and c of every step.
+class LstmStep : public RecurrentStep {
+ public:
+  LstmStep(const Kernels& kernels, const StepArgs& args)
+      : RecurrentStep(kernels, args, 4, 2, args.flag("cells") ? 2 : 1) {}
+
+ protected:
+  void advance(float* input, float* state, float* h, float* c) const override {
+    const int64_t n = hidden();
+    for (int64_t i = 0; i < 4 * n; ++i) input[i] = state[i] + input[i];
+    function(Function::kSigmoid, input, 2 * n);
+    function(Function::kTanh, input + 2 * n, n);
+    function(Function::kSigmoid, input + 3 * n, n);
+    const float *in = input, *forget = input + n, *cell = input + 2 * n, *out = input + 3 * n;
+    for (int64_t i = 0; i < n; ++i) c[i] = forget[i] * c[i] + in[i] * cell[i];
+    std::copy_n(c, n, state);
+    function(Function::kTanh, state, n);
+    for (int64_t i = 0; i < n; ++i) h[i] = out[i] * state[i];
+  }
+};
+
+// The gates are r, z, n. With s = W_hh h + b_hh and x = W_ih x + b_ih:
+//   r = sigmoid(s_r + x_r);  z = sigmoid(s_z + x_z);  n = tanh(x_n + r s_n)
+//   h = (1 - z) n + z h
+class GruStep : public RecurrentStep {
+ public:
+  GruStep(const Kernels& kernels, const StepArgs& args) : RecurrentStep(kernels, args, 3, 1, 1) {}
+
+ protected:
+  void advance(float* input, float* state, float* h, float*) const override {
+    const int64_t n = hidden();
+    for (int64_t i = 0; i < 2 * n; ++i) input[i] = state[i] + input[i];
+    function(Function::kSigmoid, input, 2 * n);
+    const float *reset = input, *update = input + n;
+    float* const fresh = input + 2 * n;
+    for (int64_t i = 0; i < n; ++i) fresh[i] = fresh[i] + reset[i] * state[2 * n + i];
+    function(Function::kTanh, fresh, n);
+    for (int64_t i = 0; i < n; ++i) h[i] = (1.0f - update[i]) * fresh[i] + update[i] * h[i];
+  }
+};
+
+int add_lstm(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<LstmStep>(plan, args, plan.kernels(), args);
+}
+
+int add_gru(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<GruStep>(plan, args, plan.kernels(), args);
+}
+
+}  // namespace
+
+void recurrent_ops(OpRegistry& r) {
+  r.add("lstm", {.build = add_lstm, .most = 3});
+  r.add("gru", {.build = add_gru, .most = 2});
+}
+
+}  // namespace lutra

@@ -1,0 +1,266 @@
+"""Attention whose scores get other numbers than a mask: biases of relative positions.
+
+Such an attention is written as its products, sums and softmax. A bias of fixed size is a constant,
+however it was gathered from a table; one whose size is known at run time only is a table of
+distances.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from lutra.train.exporting.lowering import views
+from lutra.train.exporting.lowering.arguments import activation
+from lutra.train.exporting.lowering.attention import find_mask, is_mask
+from lutra.train.exporting.lowering.core import (
+    Deferred,
+    Lowering,
+    Ref,
+    UnsupportedUse,
+    View,
+    lowers,
+)
+from lutra.train.exporting.lowering.deferred import LONGEST
+from lutra.train.exporting.lowering.sources import Sources
+from lutra.train.operators.scores import LOWEST
+
+_aten = torch.ops.aten
+_ATTENTION = "aten.scaled_dot_product_attention.default"
+_CHANGE_NOTHING = ("aten.clone.default", "aten.contiguous.default", "aten.alias.default")
+_PRODUCTS = ("aten.matmul.default", "aten.bmm.default", "aten.baddbmm.default")
+#: What is written here, after it was found out where everything comes from.
+_WRITTEN = ("lutra.relative_bias.default", "lutra.masked_scores.default")
+_SCALES = (
+    "aten.mul.Tensor",
+    "aten.mul.Scalar",
+    "aten.div.Tensor",
+    "aten.div.Scalar",
+    "aten.add.Tensor",
+    "aten.view.default",
+    "aten._unsafe_view.default",
+    *_WRITTEN,
+)
+_WHERE = ("aten.where.ScalarOther", "aten.where.self")
+#: A score that gets this added has no weight left.
+_MASKED = -1e4
+
+
+def combine_biases(program: ExportedProgram) -> None:
+    """Write each attention that adds numbers to its scores in its parts, in place."""
+    sources = Sources(program)
+    for node in list(program.graph.nodes):
+        if str(node.target) == "aten.add.Tensor":
+            _rewrite_sum(program.graph, sources, node)
+        if str(node.target) != _ATTENTION:
+            continue
+        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        if isinstance(mask, fx.Node) and _adds_numbers(sources, mask):
+            _take_apart(program.graph, sources, node, mask)
+
+
+def _rewrite_sum(graph: fx.Graph, sources: Sources, node: fx.Node) -> None:
+    """Write a sum of scores and of a bias whose size is known at run time only as one operator."""
+    if node.kwargs.get("alpha", 1) != 1 or not all(isinstance(x, fx.Node) for x in node.args[:2]):
+        return
+    scores: Any
+    term: Any
+    for scores, term in (node.args[:2], node.args[1::-1]):
+        if _are_scores(sources, scores) and not sources.is_activation(term):
+            target = _added(sources, scores, term)
+            deferred = sources.deferred(term)
+            if deferred is not None and deferred.inputs and _is_mask(sources, term):
+                target = torch.ops.lutra.masked_scores.default
+            if target is _aten.add.Tensor:
+                return
+            with graph.inserting_before(node):
+                made = graph.call_function(target, (scores, term))
+            made.meta = dict(node.meta)
+            node.replace_all_uses_with(made)
+            return
+
+
+def _are_scores(sources: Sources, node: Any) -> bool:
+    """Whether an activation is a product of two, perhaps scaled or with terms added."""
+    while isinstance(node, fx.Node) and _is_activation(sources, node):
+        if str(node.target) in _PRODUCTS:
+            return True
+        if str(node.target) not in _SCALES:
+            return False
+        first, *others = node.args
+        other = others[0] if others else None
+        both = isinstance(first, fx.Node) and _is_activation(sources, first)
+        node = first if both else other
+    return False
+
+
+def _is_activation(sources: Sources, node: fx.Node) -> bool:
+    return sources.is_activation(node) or str(node.target) in _WRITTEN
+
+
+def _adds_numbers(sources: Sources, mask: fx.Node) -> bool:
+    """Whether a mask is more than a mask, and depends on constants, sizes and integers only."""
+    floats = mask.meta["val"].is_floating_point()
+    return floats and not sources.is_activation(mask) and not _is_mask(sources, mask)
+
+
+def _is_mask(sources: Sources, mask: fx.Node) -> bool:
+    """Whether there is nothing in it but 0 and numbers that leave no weight."""
+    sizes = sources.sizes()
+    given = sources.random(sizes, 2, torch.Generator().manual_seed(0))
+    try:
+        return is_mask(sources.evaluate(mask, sizes, given))
+    except UnsupportedUse:
+        return True  # the attention says in words of its own what is wrong
+
+
+def _take_apart(graph: fx.Graph, sources: Sources, node: fx.Node, mask: fx.Node) -> None:
+    query, key, value = node.args[:3]
+    causal = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)
+    dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    if causal or dropout or not all(isinstance(x, fx.Node) for x in (query, key, value)):
+        return
+    scale: Any = node.kwargs.get("scale")
+    width = query.meta["val"].shape[-1]  # type: ignore[union-attr]
+    factor = 1 / math.sqrt(width) if scale is None else float(scale)
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        made = graph.call_function(target, args, kwargs)
+        values: Any = fx.map_arg(args, lambda each: each.meta["val"])
+        place = {k: node.meta[k] for k in ("nn_module_stack",) if k in node.meta}
+        made.meta = {**place, "val": target(*values, **kwargs)}
+        return made
+
+    with graph.inserting_before(node):
+        turned = call(_aten.transpose.int, key, -2, -1)
+        scores = call(_aten.matmul.default, query, turned)
+        scores = call(_aten.mul.Tensor, scores, factor) if factor != 1 else scores
+        for term, keeps in _terms(sources, mask):
+            target = torch.ops.lutra.masked_scores.default
+            scores = call(target if keeps else _added(sources, scores, term), scores, term)
+        weights = call(_aten.softmax.int, scores, -1)
+        made = call(_aten.matmul.default, weights, value)
+        if made.meta["val"].ndim == 4:  # whose memory is in the order (N, T, H, d), for views of it
+            made = call(_aten.transpose.int, made, 1, 2)
+            made = call(_aten.clone.default, made, memory_format=torch.contiguous_format)
+            made = call(_aten.transpose.int, made, 1, 2)
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+
+
+def _terms(sources: Sources, mask: Any) -> list[tuple[fx.Node, bool]]:
+    """What is added to scores, one after the other, and whether it is a mask of what to keep.
+
+    Sums of which only some terms depend on inputs are taken apart, and choices between a bias and a
+    number that leaves no weight.
+    """
+    while str(mask.target) in _CHANGE_NOTHING:
+        mask = mask.args[0]
+    deferred = sources.deferred(mask)
+    if deferred is None or not deferred.inputs:
+        return [(mask, False)]
+    target, args = str(mask.target), mask.args
+    both = all(isinstance(part, fx.Node) for part in args[:2])
+    if target == "aten.add.Tensor" and mask.kwargs.get("alpha", 1) == 1 and both:
+        return [term for part in args[:2] for term in _terms(sources, part)]
+    if target in _WHERE and isinstance(args[1], fx.Node) and _is_masked(sources, args[2]):
+        return [*_terms(sources, args[1]), (args[0], True)]
+    return [(mask, not _adds_numbers(sources, mask))]
+
+
+def _is_masked(sources: Sources, number: Any) -> bool:
+    if isinstance(number, fx.Node):
+        if sources.is_activation(number) or sources.deferred(number) is not None:
+            return False
+        number = sources.evaluate(number, {}, {})
+        return number.numel() == 1 and float(number) <= _MASKED
+    return isinstance(number, (int, float)) and number <= _MASKED
+
+
+def _added(sources: Sources, scores: fx.Node, term: fx.Node) -> Any:
+    """The operator that adds a term: one of its own for a bias whose size is not known."""
+    deferred, shape = sources.deferred(term), scores.meta["val"].shape
+    sizes = term.meta["val"].shape[-2:]
+    known = len(sizes) < 2 or any(isinstance(size, int) for size in sizes)
+    if deferred is None or deferred.inputs or known or len(shape) != 4:
+        return _aten.add.Tensor
+    return torch.ops.lutra.relative_bias.default
+
+
+@lowers("lutra.relative_bias.default", takes=("bias",))
+def _relative_bias(ctx: Lowering, x: Ref, bias: Any) -> Ref | View:
+    scores = ctx.realise(activation(ctx, x))
+    heads = scores.shape[1]
+    if not isinstance(heads, int) or not isinstance(bias, Deferred):
+        raise UnsupportedUse("its heads are known at run time only")
+    symbols = [size for size in scores.shape[2:] if not isinstance(size, int)]
+    longest = min([LONGEST, *(ctx.sources.range_of(s)[1] or LONGEST for s in symbols)])
+    weight = _distances(_bias_at(ctx, bias, symbols, longest))
+    for length in {2, 3, longest // 2}:
+        part = _bias_at(ctx, bias, symbols, length)
+        first = longest - length
+        if part.shape[-1] > longest or not torch.equal(
+            _distances(part), weight[:, first : first + 2 * length - 1]
+        ):
+            raise UnsupportedUse(
+                "it adds numbers to its scores that depend on more than the distance of two "
+                "positions; fix the length of the input"
+            )
+    weight = weight.clamp(min=LOWEST).expand(heads, -1).contiguous()
+    return ctx.emit("relative_bias", scores, scores.shape, tensors={"weight": weight})
+
+
+@lowers("lutra.masked_scores.default", takes=("keep",))
+def _masked_scores(ctx: Lowering, x: Ref, keep: Any) -> Ref | View:
+    scores = ctx.realise(activation(ctx, x))
+    if scores.rank != 4 or not isinstance(scores.shape[1], int):
+        raise UnsupportedUse("its scores must be (N, heads, T, S), with a fixed number of heads")
+    batch, heads, queries, keys = ctx.result_sizes
+    found = find_mask(ctx.sources, keep, (batch, heads, queries, 1), keys, heads)
+    if found.causal:
+        later = torch.zeros(heads, 2 * LONGEST - 1)
+        later[:, LONGEST:] = LOWEST
+        scores = ctx.emit("relative_bias", scores, scores.shape, tensors={"weight": later})
+    given = None if found.keys is None else ctx.integer_input(found.keys)
+    if given is None:
+        return scores
+    mask = ctx.emit("cast", given, given.shape, suffix="cast")
+    kept = ctx.emit("mul", (mask, mask), given.shape, suffix="kept")
+    kept = ctx.emit("clamp", kept, given.shape, attrs={"low": 0.0, "high": 1.0}, suffix="kept")
+    attrs = {"scale": -LOWEST, "bias": LOWEST}
+    added = ctx.emit("affine_scalar", kept, given.shape, attrs=attrs, suffix="added")
+    added = views.emit_reshape(ctx, added, (None, 1, 1, given.shape[1]), "added")
+    return ctx.emit("add", (scores, added), scores.shape)
+
+
+def _bias_at(ctx: Lowering, bias: Deferred, symbols: list[Any], length: int) -> Tensor:
+    """(H or 1, length, length): the bias of sequences of one length."""
+    sizes = {**ctx.sources.sizes(), **dict.fromkeys(symbols, length)}
+    values = ctx.sources.evaluate(bias.node, sizes, {}).float()
+    while values.ndim > 3:
+        if not torch.equal(values, values[:1].expand_as(values)):
+            raise UnsupportedUse("it adds other numbers to each sample of the batch")
+        values = values[0]
+    values = values[None] if values.ndim == 2 else values
+    return values.expand(-1, length, length)
+
+
+def _distances(bias: Tensor) -> Tensor:
+    """(H, 2 L - 1) of a bias (H, L, L): its number for every distance, j - i rising.
+
+    Raises:
+        UnsupportedUse: There are several for one distance.
+    """
+    length = bias.shape[-1]
+    made = torch.cat([bias[:, 1:, 0].flip(1), bias[:, 0]], 1)
+    place = torch.arange(length) - torch.arange(length)[:, None] + length - 1
+    if not torch.equal(made[:, place], bias):
+        raise UnsupportedUse(
+            "it adds numbers to its scores that depend on more than the distance of two positions; "
+            "fix the length of the input"
+        )
+    return made
