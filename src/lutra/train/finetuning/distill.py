@@ -50,6 +50,8 @@ class FeatureMatch:
         return self
 
     def _keep(self, layer: nn.Module, _: Any, output: Any) -> None:
+        if not any(layer in pair for pair in self._pairs):
+            return  # a copy of the model has the hooks too
         found = first_tensor(output)
         if found is not None:
             self._outputs[layer] = found
