@@ -111,11 +111,25 @@ class Twice(nn.Module):
         return torch.sigmoid(y), y.add_(1.0)
 
 
+class Returned(nn.Module):
+    """Returns what it wrote into, beside an operator that takes a second trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.a(x)
+        y.relu_()
+        return y, y.transpose(2, 3) + 1.0
+
+
 MODELS: dict[str, tuple[Any, bool]] = {  # whether one trace is enough
     "mobilenet": (small_mobilenet, True),
     "gated": (Gated, True),
     "seen": (Seen, False),
     "twice": (Twice, True),
+    "returned": (Returned, False),
 }
 
 
