@@ -96,13 +96,11 @@ def _positions(batch: Any) -> int:
     """The most places at which a weight may be used: pixels, tokens or rows of all samples."""
     most = 1
     for leaf in _pytree.tree_leaves(batch):
-        if not isinstance(leaf, Tensor) or not leaf.ndim:
-            continue
-        size = leaf.numel()
-        if leaf.is_floating_point():
-            size //= min(leaf.shape[1:2] + leaf.shape[-1:]) or 1 if leaf.ndim > 2 else 1
-            size = leaf.shape[0] if leaf.ndim == 2 else size
-        most = max(most, size)
+        if isinstance(leaf, Tensor):
+            channels = 1
+            if leaf.is_floating_point() and leaf.ndim > 1:  # on axis 1 or on the last one
+                channels = max(1, min(leaf.shape[1], leaf.shape[-1]))
+            most = max(most, leaf.numel() // channels)
     return most
 
 
