@@ -105,6 +105,27 @@ def test_auto_converts_whole_networks() -> None:
     assert [layer.method for layer in report.layers] == ["int8", "pq", "int8"]
 
 
+def test_auto_knows_all_kinds_of_layers() -> None:
+    model = nn.Sequential(
+        nn.Conv1d(40, 64, 3, padding=1), nn.Conv1d(64, 256, 5, padding=2),
+        nn.Conv1d(256, 256, 3, groups=4), nn.Flatten(1), nn.Linear(256 * 6, 40),
+    )  # fmt: skip
+    assert plain(auto_recipe(model)) == {
+        "0": "int8", "1": "pq", "2": "int8", "4": "int8", "*": "pq"
+    }  # fmt: skip
+    data = [torch.randn(16, 40, 8)]
+    _, report = convert(model, "auto", data, progress=False)
+    assert [layer.method for layer in report.layers] == ["int8", "pq", "int8", "int8"]
+    blocks = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(256, 4, 64, batch_first=True), 2, enable_nested_tensor=False
+    )
+    recipe = plain(auto_recipe(blocks))
+    assert recipe["layers.1.self_attn"] == recipe["layers.1.linear1"] == "pq16"
+    assert (recipe["layers.0.linear2"], recipe["layers.1.linear2"]) == ("pq", "int8")
+    _, report = convert(blocks, "auto", [torch.randn(8, 6, 256)], progress=False)
+    assert {layer.method for layer in report.layers} == {"int8", "pq"}
+
+
 def test_names_that_look_like_patterns_stand_for_themselves() -> None:
     model = nn.ModuleDict({"a*": nn.Linear(64, 64), "a?": nn.Linear(64, 64), "ab": nn.Linear(9, 9)})
     assert list(auto_recipe(model)) == ["a[*]", "a[?]", "ab", "*"]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from torch import nn
 
 from lutra.errors import LutraError
-from lutra.train.layers.base import KINDS
+from lutra.train.layers.forms import form_of
 from lutra.train.recipe import PQ, Int8, Keep, Method, Recipe
 
 #: Layers with fewer inputs or outputs gain nothing from lookups: finding codes is most of the work.
@@ -38,8 +38,8 @@ def auto_recipe(model: nn.Module) -> dict[str, Method]:
         model: any module; it is only looked at.
 
     Returns:
-        One pattern for each layer, its path, and `"*"` at the end. Change it as you like, and see
-        it with `recipe_to_json`. `convert(model, "auto", data)` is the short form.
+        One pattern for each layer and attention, its path, and `"*"` at the end. Change it as you
+        like, and see it with `recipe_to_json`. `convert(model, "auto", data)` is the short form.
 
     Raises:
         LutraError: the model has no layer that can be replaced.
@@ -60,7 +60,7 @@ def auto_recipe(model: nn.Module) -> dict[str, Method]:
         )
     while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
         model = inner  # what torch.compile wraps
-    layers = [(name, module) for name, module in model.named_modules() if type(module) in KINDS]
+    layers = [(name, module) for name, module in model.named_modules() if _is_layer(module)]
     if not layers:
         raise LutraError(
             f"auto_recipe: {type(model).__name__} has no convolution, linear layer or embedding "
@@ -90,17 +90,25 @@ def resolve(model: nn.Module, recipe: Recipe | Literal["auto"]) -> Recipe:
     return auto_recipe(model)
 
 
+def _is_layer(module: nn.Module) -> bool:
+    return form_of(module) is not None or type(module) is nn.MultiheadAttention
+
+
 def _by_width(module: nn.Module) -> Method:
-    if isinstance(module, nn.Embedding):
+    """The method of a layer in the middle of a network."""
+    form, size = form_of(module), getattr(module, "embed_dim", 0)
+    if form is None:  # an attention, whose projections follow it
+        widths, v = (size, size), _WIDE_V if size >= WIDE else None
+    elif form.dense is nn.Embedding:
         return _EXACT
-    if isinstance(module, nn.Linear):
-        widths = (module.in_features, module.out_features)
-        v = _WIDE_V if module.in_features >= WIDE else None
     else:
-        assert isinstance(module, nn.Conv2d)
-        widths, v = (module.in_channels, module.out_channels), None
-        if module.groups > 1:
+        weight: Any = module.weight
+        outputs, inputs = weight.shape[:2][::-1] if form.transposed else weight.shape[:2]
+        if getattr(module, "groups", 1) > 1:
             return _EXACT
+        widths, v = (inputs, outputs), None
+        if form.dense is nn.Linear and inputs >= WIDE:
+            v = _WIDE_V
     return _EXACT if min(widths) < NARROW else PQ(v=v, otherwise=_EXACT)
 
 
