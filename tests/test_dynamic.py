@@ -226,7 +226,7 @@ def test_halved_and_doubled_sizes_meet_at_even_sizes_only() -> None:
         (np.zeros((0, 3, 4, 4), F), "which is empty"),
         (np.zeros((3, 4, 4), F), "3 axes"),
         (np.zeros((1, 4, 4, 4), F), "axis 1 must be 3.*dynamic_axes"),
-        (np.zeros((1, 3, 4, 4)), "float64"),
+        (np.zeros((1, 3, 4, 4), complex), "complex128"),
         (np.full((1, 3, 4, 4), np.nan, F), "48 values of 48 that are NaN"),
     ],
 )
