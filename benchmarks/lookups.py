@@ -115,19 +115,19 @@ class Pq:
         pointwise = isinstance(layer, Conv) and layer.kernel == 1
         width = self.POINTWISE_V if pointwise else self.v
         length = row_length(layer)
-        books = -(-length // width)
+        codebooks = -(-length // width)
         tensors = {}
         if self.encoder == "tree":
             tensors["splits"] = self._splits(rng, length, width)
-            tensors["thresholds"] = self._activations(rng, was, books, self.k - 1)
+            tensors["thresholds"] = self._activations(rng, was, codebooks, self.k - 1)
         else:
-            centroids = self._activations(rng, was, books, self.k, width)
-            centroids[-1, :, length - (books - 1) * width :] = 0
+            centroids = self._activations(rng, was, codebooks, self.k, width)
+            centroids[-1, :, length - (codebooks - 1) * width :] = 0
             tensors["centroids"] = centroids
         # Normal entries, the largest of each output 127.
-        shape = (books, self.k, layer.outputs)
+        shape = (codebooks, self.k, layer.outputs)
         tensors["tables"], unit = to_int8(rng.standard_normal(shape, np.float32), (0, 1))
-        tensors["scale"] = (unit / np.sqrt(books)).astype(np.float32)
+        tensors["scale"] = (unit / np.sqrt(codebooks)).astype(np.float32)
         tensors["bias"] = np.zeros(layer.outputs, np.float32)
         attrs = {**was.grid(self.ACT_BITS), "encoder": self.encoder, **row_attrs(layer)}
         return Parts("pq_conv2d" if isinstance(layer, Conv) else "pq_linear", attrs, tensors)
@@ -138,7 +138,7 @@ class Pq:
         return was.on_grid(x if was.signed else np.abs(x), self.ACT_BITS)
 
     def _splits(self, rng: np.random.Generator, length: int, width: int) -> Array:
-        """The entry of the row that each level of each book's tree compares, int32 (B, L)."""
+        """The entry of the row that each level of each codebook's tree compares, int32 (B, L)."""
         levels = self.k.bit_length() - 1
         splits = []
         for first in range(0, length, width):

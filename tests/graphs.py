@@ -29,12 +29,12 @@ def pq_tensors(
     Returns:
         centroids uint8 (B, K, V), tables int8 (B, K, M), scale float32 (M,), bias float32 (M,)
     """
-    books = -(-length // width)
-    centroids = rng.integers(0, 2**bits, (books, count, width), dtype=np.uint8)
-    centroids[-1, :, length - (books - 1) * width :] = 0
+    codebooks = -(-length // width)
+    centroids = rng.integers(0, 2**bits, (codebooks, count, width), dtype=np.uint8)
+    centroids[-1, :, length - (codebooks - 1) * width :] = 0
     return {
         "centroids": centroids,
-        "tables": rng.integers(-128, 128, (books, count, outputs)).astype(np.int8),
+        "tables": rng.integers(-128, 128, (codebooks, count, outputs)).astype(np.int8),
         "scale": rng.uniform(0.001, 0.01, outputs).astype(np.float32),
         "bias": rng.normal(size=outputs).astype(np.float32),
     }
@@ -81,7 +81,7 @@ def tree_tensors(
     length: int,
     outputs: int,
     *,
-    books: int = 3,
+    codebooks: int = 3,
     count: int = 16,
     bits: int = 7,
 ) -> dict[str, Array]:
@@ -92,9 +92,9 @@ def tree_tensors(
         bias float32 (M,)
     """
     return {
-        "splits": rng.integers(0, length, (books, count.bit_length() - 1), dtype=np.int32),
-        "thresholds": rng.integers(0, 2**bits + 1, (books, count - 1), dtype=np.uint8),
-        "tables": rng.integers(-128, 128, (books, count, outputs)).astype(np.int8),
+        "splits": rng.integers(0, length, (codebooks, count.bit_length() - 1), dtype=np.int32),
+        "thresholds": rng.integers(0, 2**bits + 1, (codebooks, count - 1), dtype=np.uint8),
+        "tables": rng.integers(-128, 128, (codebooks, count, outputs)).astype(np.int8),
         "scale": rng.uniform(0.001, 0.01, outputs).astype(np.float32),
         "bias": rng.normal(size=outputs).astype(np.float32),
     }

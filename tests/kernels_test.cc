@@ -75,10 +75,10 @@ struct PqCase {
 void begin_pq(const PqCase& c, const char* what) {
   const PqShape& s = c.shape;
   begin(
-      "%s, %s %d, depth %d, taps %d, books %d, K %d, V %d, outputs %d, bits %d, rows %d of %d "
+      "%s, %s %d, depth %d, taps %d, codebooks %d, K %d, V %d, outputs %d, bits %d, rows %d of %d "
       "from %d, fill %d, tables %d, " MAP_FORMAT,
       what, s.encoder == Encoder::kNearest ? "nearest" : "tree", c.encoder, s.depth, s.taps,
-      s.books, s.centroids, s.dim, s.outputs, s.bits, c.rows, c.map.rows(), c.first,
+      s.codebooks, s.centroids, s.dim, s.outputs, s.bits, c.rows, c.map.rows(), c.first,
       static_cast<int>(c.fill), static_cast<int>(c.tables), MAP_VALUES(c.map));
 }
 
@@ -89,7 +89,7 @@ int levels(const PqShape& s) {
 }
 
 Guarded<int8_t> make_tables(const PqShape& s, Tables kind) {
-  Guarded<int8_t> t(static_cast<size_t>(s.books) * s.centroids * s.outputs);
+  Guarded<int8_t> t(static_cast<size_t>(s.codebooks) * s.centroids * s.outputs);
   for (size_t i = 0; i < t.size(); ++i) {
     int v = 0;
     if (kind == Tables::kRandom) v = pick(-127, 127);
@@ -106,14 +106,14 @@ Guarded<int8_t> make_tables(const PqShape& s, Tables kind) {
 void pack_encoder(const Kernels& k, const PqCase& c, Canvas<uint8_t>& mine, Canvas<uint8_t>& want) {
   const PqShape& s = c.shape;
   const int qmax = (1 << s.bits) - 1;
-  const size_t books = static_cast<size_t>(s.books);
+  const size_t codebooks = static_cast<size_t>(s.codebooks);
   auto value = [&] { return c.encoder == 2 ? qmax : c.encoder == 3 ? 0 : pick(0, qmax); };
   if (s.encoder == Encoder::kNearest) {
     const size_t dim = static_cast<size_t>(s.dim), centroids = static_cast<size_t>(s.centroids);
-    Guarded<uint8_t> v(books * centroids * dim);
+    Guarded<uint8_t> v(codebooks * centroids * dim);
     for (size_t i = 0; i < v.size(); ++i) v[i] = static_cast<uint8_t>(value());
     if (c.encoder == 1) {  // few different centroids: most scores occur several times
-      for (size_t row = 0; row < books * centroids; ++row) {
+      for (size_t row = 0; row < codebooks * centroids; ++row) {
         const size_t from = row / centroids * centroids + random_bits() % 3;
         std::memmove(&v[row * dim], &v[from * dim], dim);
       }
@@ -122,9 +122,9 @@ void pack_encoder(const Kernels& k, const PqCase& c, Canvas<uint8_t>& mine, Canv
     kScalar.pack_nearest(s, v.data(), want.data());
     return;
   }
-  Guarded<int32_t> splits(books * static_cast<size_t>(levels(s)));
+  Guarded<int32_t> splits(codebooks * static_cast<size_t>(levels(s)));
   fill_integers(splits, 0, s.depth - 1);
-  Guarded<uint8_t> thresholds(books * static_cast<size_t>(s.centroids - 1));
+  Guarded<uint8_t> thresholds(codebooks * static_cast<size_t>(s.centroids - 1));
   for (size_t i = 0; i < thresholds.size(); ++i) {
     thresholds[i] = static_cast<uint8_t>(c.encoder == 1 ? pick(0, 255) : value());
   }
@@ -134,7 +134,7 @@ void pack_encoder(const Kernels& k, const PqCase& c, Canvas<uint8_t>& mine, Canv
 
 void test_lookup_row(const Kernels& k, const PqShape& s, const Guarded<int8_t>& tables,
                      const Canvas<uint8_t>& codes, size_t code_stride, int row) {
-  Guarded<uint8_t> one(static_cast<size_t>(s.books));
+  Guarded<uint8_t> one(static_cast<size_t>(s.codebooks));
   for (size_t b = 0; b < one.size(); ++b) one[b] = codes.data()[b * code_stride + row];
   for (auto [first, last] : parts(s.outputs, k.output_tile)) {
     const size_t n = static_cast<size_t>(last - first);
@@ -157,7 +157,7 @@ void test_pq(const Kernels& k, const PqCase& c, const Mode* mode = nullptr) {
 
   Canvas<uint8_t> codes(k.code_bytes(s));
   std::memset(codes.data(), any_of({0, 0x3f, 0xa5, 0xff}), codes.size());
-  for (auto [first, last] : parts(s.books, k.book_tile)) {
+  for (auto [first, last] : parts(s.codebooks, k.codebook_tile)) {
     k.encode(s, packed_encoder.data(), tile.patch(), first, last, codes.data());
   }
   if (!check(codes.intact(), "encode wrote outside its memory")) return;
@@ -165,19 +165,19 @@ void test_pq(const Kernels& k, const PqCase& c, const Mode* mode = nullptr) {
   const int chunks = (c.rows + kScalar.row_tile - 1) / kScalar.row_tile;
   std::vector<uint8_t> plain_codes(plain_bytes * static_cast<size_t>(chunks));
   const size_t stride = static_cast<size_t>(c.rows + any_of({0, 1, 40}));
-  const size_t books = static_cast<size_t>(s.books), rows = static_cast<size_t>(c.rows);
+  const size_t codebooks = static_cast<size_t>(s.codebooks), rows = static_cast<size_t>(c.rows);
   const size_t shift = static_cast<size_t>(pick(0, 9));
-  Canvas<uint8_t> mine(books, stride, rows, shift), want(books, stride, rows, shift);
+  Canvas<uint8_t> mine(codebooks, stride, rows, shift), want(codebooks, stride, rows, shift);
   for (int i = 0; i < chunks; ++i) {
     uint8_t* const to = plain_codes.data() + plain_bytes * static_cast<size_t>(i);
     const Patch part = tile.part(i * kScalar.row_tile);
-    kScalar.encode(s, plain_encoder.data(), part, 0, s.books, to);
+    kScalar.encode(s, plain_encoder.data(), part, 0, s.codebooks, to);
     kScalar.unpack_codes(s, to, part.rows, want.data() + i * kScalar.row_tile, stride);
   }
   const Exact packed_codes(codes);
   k.unpack_codes(s, packed_codes.data(), c.rows, mine.data(), stride);
   const int before = failed;
-  mine.expect(want, "codes (plane = book)");
+  mine.expect(want, "codes (plane = codebook)");
   if (failed != before) return;  // the sums would be wrong with them
 
   const Guarded<int8_t> tables = make_tables(s, c.tables);
@@ -202,17 +202,18 @@ void test_pq(const Kernels& k, const PqCase& c, const Mode* mode = nullptr) {
   test_lookup_row(k, s, tables, want, stride, pick(0, c.rows - 1));
 }
 
-// About `books` codebooks of `dim` on a random map; the last sub-vector is often cut off.
-PqCase random_pq(const Kernels& k, Encoder encoder, int centroids, int dim, int books, int bits) {
+// About `codebooks` codebooks of `dim` on a random map; the last sub-vector is often cut off.
+PqCase random_pq(const Kernels& k, Encoder encoder, int centroids, int dim, int codebooks,
+                 int bits) {
   PqCase c;
   c.map = random_map(any_of({1, 1, 2, 3, 3, 5, 7}));
   random_rows(k, c.map, &c.first, &c.rows);
   const int taps = c.map.taps();
   const int missing = coin() ? pick(0, dim - 1) : 0;
-  const int depth = std::max(1, (books * dim - missing) / taps) * taps;
+  const int depth = std::max(1, (codebooks * dim - missing) / taps) * taps;
   c.shape = {.depth = depth,
              .taps = taps,
-             .books = (depth + dim - 1) / dim,
+             .codebooks = (depth + dim - 1) / dim,
              .centroids = centroids,
              .dim = dim,
              .outputs = pick(1, 9),
@@ -227,7 +228,7 @@ void test_encode(const Kernels& k) {
                   18, 19, 20, 23, 24, 25, 27, 31, 32, 33, 36, 47, 48, 49, 63, 64}) {
     for (int centroids : {8, 16, 32, 64}) {
       begin("draw");
-      const int most = std::min(2 * k.book_tile + 1, std::max(2, 160 / dim));
+      const int most = std::min(2 * k.codebook_tile + 1, std::max(2, 160 / dim));
       test_pq(k, random_pq(k, Encoder::kNearest, centroids, dim, pick(1, most), pick(1, 7)));
       begin("draw");
       PqCase c = random_pq(k, Encoder::kNearest, centroids, dim, pick(1, 2), 7);
@@ -240,7 +241,7 @@ void test_encode(const Kernels& k) {
       c.first = pick(0, 196 - c.rows);
       c.shape.depth = 2 * dim;
       c.shape.taps = 1;
-      c.shape.books = 2;
+      c.shape.codebooks = 2;
       test_pq(k, c);
     }
   }
@@ -280,7 +281,7 @@ void test_maps(const Kernels& k) {
           const int total = m.rows(), most = std::min(k.row_tile, total);
           const PqShape s{.depth = depth,
                           .taps = m.taps(),
-                          .books = (depth + dim - 1) / dim,
+                          .codebooks = (depth + dim - 1) / dim,
                           .centroids = any_of({8, 16, 16, 32, 64}),
                           .dim = dim,
                           .outputs = 3,
@@ -324,7 +325,7 @@ void test_deep(const Kernels& k) {
         const int depth = channels * m.taps(), dim = m.taps() == 1 ? 16 : 9;
         const PqShape s{.depth = depth,
                         .taps = m.taps(),
-                        .books = (depth + dim - 1) / dim,
+                        .codebooks = (depth + dim - 1) / dim,
                         .centroids = encoder == Encoder::kTree ? any_of({16, 64}) : 16,
                         .dim = dim,
                         .outputs = 3,
@@ -338,7 +339,7 @@ void test_deep(const Kernels& k) {
   begin("draw");
   const PqShape s{.depth = 70000,
                   .taps = 1,
-                  .books = 40,
+                  .codebooks = 40,
                   .centroids = 16,
                   .dim = 4,
                   .outputs = 5,
@@ -348,17 +349,17 @@ void test_deep(const Kernels& k) {
 }
 
 void test_lookup(const Kernels& k) {
-  for (int books : {1, 2, 3, 4, 5, 8, 63, 64, 65, 255, 256, 257, 511, 513, 600}) {
+  for (int codebooks : {1, 2, 3, 4, 5, 8, 63, 64, 65, 255, 256, 257, 511, 513, 600}) {
     for (int centroids : {8, 16, 32, 64}) {
       for (int tables = 0; tables < 5; ++tables) {
         begin("draw");
         // A linear layer: 21 entries in planes of their own.
         const PqShape s{.depth = 21,
                         .taps = 1,
-                        .books = books,
+                        .codebooks = codebooks,
                         .centroids = centroids,
                         .dim = 4,
-                        .outputs = pick(1, books * centroids > 4000 ? 9 : 70),
+                        .outputs = pick(1, codebooks * centroids > 4000 ? 9 : 70),
                         .bits = 7,
                         .encoder = Encoder::kTree};
         const Map m{.width = 100, .height = 1, .images = 1};
@@ -386,10 +387,10 @@ void test_lookup(const Kernels& k) {
 // More outputs than kernels of one row hold in registers at once.
 void test_wide(const Kernels& k) {
   for (int outputs : {96, 127, 128, 129, 192, 193, 200, 255, 256, 257, 320, 513}) {
-    for (int books : {1, 2, 3, 4, 5, 7, 8, 9, 13}) {
+    for (int codebooks : {1, 2, 3, 4, 5, 7, 8, 9, 13}) {
       begin("draw");
       PqCase c = random_pq(k, Encoder::kTree, any_of({8, 16, 64}), 4, 3, 7);
-      c.shape.books = books;
+      c.shape.codebooks = codebooks;
       c.shape.outputs = outputs;
       c.rows = pick(1, std::min(c.rows, 18));
       c.tables = static_cast<Tables>(pick(0, 4));
@@ -400,18 +401,20 @@ void test_wide(const Kernels& k) {
 
 // --- training -----------------------------------------------------------------------------------
 
-void test_table_grad(const Kernels& k, int books, int centroids, int count, int outputs) {
-  begin("table_grad, books %d, K %d, rows %d, outputs %d", books, centroids, count, outputs);
+void test_table_grad(const Kernels& k, int codebooks, int centroids, int count, int outputs) {
+  begin("table_grad, codebooks %d, K %d, rows %d, outputs %d", codebooks, centroids, count,
+        outputs);
   const size_t stride = static_cast<size_t>(count + pick(0, 9)), n = static_cast<size_t>(count);
-  Guarded<uint8_t> codes(static_cast<size_t>(books - 1) * stride + n);
+  Guarded<uint8_t> codes(static_cast<size_t>(codebooks - 1) * stride + n);
   fill_integers(codes, 0, centroids - 1);
   Guarded<float> rows(n * static_cast<size_t>(outputs));
   fill_floats(rows, 10.0f);
-  const size_t size = static_cast<size_t>(books) * centroids * outputs;
+  const size_t size = static_cast<size_t>(codebooks) * centroids * outputs;
   Canvas<float> mine(1, size, size, 1), want(1, size, size, 1);
   for (size_t i = 0; i < size; ++i) mine.data()[i] = want.data()[i] = uniform(10.0f);
-  k.table_grad(codes.data(), stride, books, centroids, rows.data(), count, outputs, mine.data());
-  kScalar.table_grad(codes.data(), stride, books, centroids, rows.data(), count, outputs,
+  k.table_grad(codes.data(), stride, codebooks, centroids, rows.data(), count, outputs,
+               mine.data());
+  kScalar.table_grad(codes.data(), stride, codebooks, centroids, rows.data(), count, outputs,
                      want.data());
   mine.expect(want, "gradient");
 }
@@ -419,8 +422,8 @@ void test_table_grad(const Kernels& k, int books, int centroids, int count, int 
 void test_table_grad(const Kernels& k) {
   for (int outputs = 1; outputs <= 70; ++outputs) test_table_grad(k, 3, 16, 23, outputs);
   for (int centroids : {8, 16, 32, 64}) {
-    for (int books : {1, 2, 5}) {
-      for (int count : {1, 2, 3, 64, 130}) test_table_grad(k, books, centroids, count, 37);
+    for (int codebooks : {1, 2, 5}) {
+      for (int count : {1, 2, 3, 64, 130}) test_table_grad(k, codebooks, centroids, count, 37);
     }
   }
   for (int outputs : {96, 127, 128, 129, 192, 255, 256, 257, 513}) {
@@ -464,7 +467,7 @@ void test_kernels(const Kernels& k) {
   begin("constants");
   check(k.row_tile >= 1 && k.row_tile <= kMaxRowTile, "row_tile is %d", k.row_tile);
   check(k.row_tile % kScalar.row_tile == 0, "row_tile is %d", k.row_tile);
-  check(k.book_tile >= 1, "book_tile is %d", k.book_tile);
+  check(k.codebook_tile >= 1, "codebook_tile is %d", k.codebook_tile);
   check(k.output_tile >= 1, "output_tile is %d", k.output_tile);
   test_quantize(k);
   test_encode(k);

@@ -128,9 +128,9 @@ def run_native(
     step = 2 if order.endswith("*") else 1
     flat, memory = guarded((*(shape[axis] for axis in axes), step), np.float32, CANARY)
     out = memory[..., 0].transpose(np.argsort(axes))
-    books = layer.tensors["tables"].shape[0]
+    codebooks = layer.tensors["tables"].shape[0]
     rows = shape[0] * shape[2] * shape[3]
-    flat_codes, codes = guarded((books, rows), np.uint8, 0xEE)
+    flat_codes, codes = guarded((codebooks, rows), np.uint8, 0xEE)
     layer.native(isa).run(_engine.ThreadPool(threads), layer.x, out, codes)
     result = out.copy()
     out[...] = CANARY

@@ -181,17 +181,19 @@ class LayerGrower:
         family = family or r.choice(["pq", "tree"])
         attrs["encoder"] = "tree" if family == "tree" else "nearest"
         if family == "tree":
-            books = r.randint(1, 4)
-            return attrs, tree_tensors(self.b.rng, length, 1, books=books, count=count, bits=bits)
+            codebooks = r.randint(1, 4)
+            return attrs, tree_tensors(
+                self.b.rng, length, 1, codebooks=codebooks, count=count, bits=bits
+            )
         width = r.choice([2, 3, 4, 9])
         return attrs, pq_tensors(self.b.rng, length, 1, count=count, width=width, bits=bits)
 
     def pq(self, x: str, attrs: Grid, encoder: dict[str, Array], outputs: int) -> str:
         """A layer of that encoder with tables of its own; its value is hidden."""
-        rng, (books, count, _) = self.b.rng, encoder["tables"].shape
+        rng, (codebooks, count, _) = self.b.rng, encoder["tables"].shape
         tensors = {
             **encoder,
-            "tables": rng.integers(-128, 128, (books, count, outputs)).astype(np.int8),
+            "tables": rng.integers(-128, 128, (codebooks, count, outputs)).astype(np.int8),
             "scale": rng.uniform(0.001, 0.01, outputs).astype(np.float32),
             "bias": self.normal(outputs),
         }

@@ -26,8 +26,8 @@ pytest_plugins = ["cli_support"]
 
 def slow_tables(centroids: Array, zero: int, weight: Array, factor: Array) -> Array:
     """The definition, entry by entry."""
-    (books, count, width), (outputs, length) = centroids.shape, weight.shape
-    tables = np.zeros((books, count, outputs), np.int8)
+    (codebooks, count, width), (outputs, length) = centroids.shape, weight.shape
+    tables = np.zeros((codebooks, count, outputs), np.int8)
     for b, k, m in np.ndindex(tables.shape):
         acc = 0
         for v in range(width):
@@ -39,9 +39,9 @@ def slow_tables(centroids: Array, zero: int, weight: Array, factor: Array) -> Ar
 
 
 def pq_compact(rng: np.random.Generator, length: int, outputs: int, width: int) -> dict[str, Array]:
-    books = -(-length // width)
-    centroids = rng.integers(0, 128, (books, 16, width), dtype=np.uint8)
-    centroids[-1, :, length - (books - 1) * width :] = 0
+    codebooks = -(-length // width)
+    centroids = rng.integers(0, 128, (codebooks, 16, width), dtype=np.uint8)
+    centroids[-1, :, length - (codebooks - 1) * width :] = 0
     return {
         "centroids": centroids,
         "weight": rng.integers(-128, 128, (outputs, length)).astype(np.int8),
@@ -204,7 +204,7 @@ WRONG: Mapping[str, tuple[dict[str, Any], str]] = {
     ),
     "row": ({"weight": np.zeros((4, 26), np.int8)}, r"need \(outputs, 27\)"),
     "factor": ({"factor": np.zeros(5, np.float32)}, r"factor of shape \(5,\)"),
-    "books": ({"centroids": np.zeros((2, 16, 9), np.uint8)}, "has 2 codebooks .* it needs 3"),
+    "codebooks": ({"centroids": np.zeros((2, 16, 9), np.uint8)}, "has 2 codebooks .* it needs 3"),
     "width": ({"centroids": np.zeros((1, 16, 65), np.uint8)}, "at most 64"),
     "centroid": ({"centroids": np.full((3, 16, 9), 128, np.uint8)}, "centroid value of 128"),
     "outputs": (

@@ -158,7 +158,7 @@ def test_every_instruction_set_has_every_kernel() -> None:
 def test_sessions_of_all_isas_in_many_threads_agree() -> None:
     b = Builder(("x", (None, 6, 10, 10)), seed=3)
     y = b.add("relu", b.pq_conv2d("x", 6, 12, padding=(1, 1), act_zero=64))
-    trees = tree_tensors(b.rng, 108, 9, books=10)
+    trees = tree_tensors(b.rng, 108, 9, codebooks=10)
     grid = {"act_scale": 0.05, "act_zero": 0, "act_bits": 7}
     y = b.add("pq_conv2d", y, tensors=trees, in_channels=12, kernel=(3, 3), encoder="tree", **grid)
     y = b.add("mean", b.conv2d(b.int8_conv2d(y, 9, 11), 11, 7), axes=(2, 3))

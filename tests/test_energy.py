@@ -73,7 +73,7 @@ def test_product_quantisation() -> None:
 def test_trees_compare() -> None:
     b = Builder(("x", (None, 9)))
     grid = {"act_scale": 0.1, "act_zero": 0, "act_bits": 7, "encoder": "tree"}
-    b.add("pq_linear", "x", tensors=tree_tensors(b.rng, 9, 6, books=3), in_features=9, **grid)
+    b.add("pq_linear", "x", tensors=tree_tensors(b.rng, 9, 6, codebooks=3), in_features=9, **grid)
     assert operations(b.graph()) == (18, 18, 0, 3 * 4, 15, 15)
     assert only(b.graph()).sram == pytest.approx(18 * 1.35 + 12 * 0.03 + 15 * FP32)
 

@@ -21,12 +21,12 @@ def tree_tensors(
     rng: np.random.Generator, length: int, outputs: int, count: int, bits: int
 ) -> dict[str, Array]:
     """Random splits, thresholds and tables of as many codebooks as V = 9 would need."""
-    books = -(-length // 9)
+    codebooks = -(-length // 9)
     tensors = pq_tensors(rng, length, outputs, count=count, bits=bits)
     del tensors["centroids"]
     levels = count.bit_length() - 1
-    tensors["splits"] = rng.integers(0, length, (books, levels), dtype=np.int32)
-    tensors["thresholds"] = rng.integers(0, 2**bits + 1, (books, count - 1)).astype(np.uint8)
+    tensors["splits"] = rng.integers(0, length, (codebooks, levels), dtype=np.int32)
+    tensors["thresholds"] = rng.integers(0, 2**bits + 1, (codebooks, count - 1)).astype(np.uint8)
     return tensors
 
 

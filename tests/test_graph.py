@@ -34,7 +34,7 @@ def shape_of(graph: Graph) -> tuple[int | None, ...]:
 
 
 def pq_graph(**changes: Any) -> Graph:
-    """A pq_conv2d of 5 channels, 2x2, in sub-vectors of 8: three books, the last one of 4."""
+    """A pq_conv2d of 5 channels, 2x2, in sub-vectors of 8: three codebooks, the last one of 4."""
     b = Builder(("x", (None, 5, 6, 6)))
     b.pq_conv2d("x", 5, 7, (2, 2), width=8, act_bits=6)
     node = b.nodes[0]
@@ -95,12 +95,12 @@ def test_lists_become_tuples():
 def test_cost_of_a_pq_convolution():
     graph = pq_graph()
     (cost,) = graph.cost().values()
-    rows, books, count, width, outputs = 25, 3, 16, 8, 7
-    assert cost.lookups == rows * books * outputs
-    assert cost.encode_ops == rows * books * count * width
+    rows, codebooks, count, width, outputs = 25, 3, 16, 8, 7
+    assert cost.lookups == rows * codebooks * outputs
+    assert cost.encode_ops == rows * codebooks * count * width
     assert cost.dense_macs == rows * 20 * outputs
     assert cost.macs == 0
-    assert cost.table_bytes == books * count * outputs
+    assert cost.table_bytes == codebooks * count * outputs
     assert (
         cost.weight_bytes
         == graph.parameter_bytes()
@@ -192,17 +192,17 @@ def test_rules_of_pq(changes: dict[str, Any], message: str):
 
 
 def test_too_many_codebooks():
-    books = 2**17 + 1
+    codebooks = 2**17 + 1
     graph = one(
         "pq_linear",
-        (None, books),
-        in_features=books,
+        (None, codebooks),
+        in_features=codebooks,
         act_scale=1.0,
         act_zero=0,
         act_bits=7,
         tensors={
-            "centroids": zeros("uint8", books, 8, 1),
-            "tables": zeros("int8", books, 8, 1),
+            "centroids": zeros("uint8", codebooks, 8, 1),
+            "tables": zeros("int8", codebooks, 8, 1),
             "scale": zeros("float32", 1),
             "bias": zeros("float32", 1),
         },

@@ -42,9 +42,9 @@ def test_rows_at_tile_edges(isa: str, rows: int) -> None:
 
 
 @each_isa
-@sweep("books", [1, 2, 3, 4, 5, 6, 257, 300])
-def test_numbers_of_codebooks(isa: str, books: int) -> None:
-    check(random_layer(books, size=(33, 1, 1), channels=books * 2, width=2, outputs=6), isa)
+@sweep("codebooks", [1, 2, 3, 4, 5, 6, 257, 300])
+def test_numbers_of_codebooks(isa: str, codebooks: int) -> None:
+    check(random_layer(codebooks, size=(33, 1, 1), channels=codebooks * 2, width=2, outputs=6), isa)
 
 
 @each_isa
@@ -142,9 +142,9 @@ def test_activation_bits(isa: str, bits: int, zero: int) -> None:
 
 @each_isa
 @pytest.mark.parametrize("entry", [-128, 127])
-@pytest.mark.parametrize("books", [255, 256, 257, 513])
-def test_extreme_tables(isa: str, entry: int, books: int) -> None:
-    layer = random_layer(1, size=(70, 1, 1), channels=books, width=1, outputs=5)
+@pytest.mark.parametrize("codebooks", [255, 256, 257, 513])
+def test_extreme_tables(isa: str, entry: int, codebooks: int) -> None:
+    layer = random_layer(1, size=(70, 1, 1), channels=codebooks, width=1, outputs=5)
     layer.tensors["tables"][...] = entry
     check(layer, isa)
     layer.tensors["tables"][:, ::2] = -1 - entry
@@ -424,14 +424,14 @@ def test_fused_tails(isa: str, tail: str, op: str) -> None:
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_table_gradient(outputs: int, layout: str) -> None:
     rng = np.random.default_rng(outputs)
-    books, count, size = 5, 16, (3, 7, 11)
+    codebooks, count, size = 5, 16, (3, 7, 11)
     rows = size[0] * size[1] * size[2]
-    codes = rng.integers(0, count, (books, rows)).astype(np.uint8)
+    codes = rng.integers(0, count, (codebooks, rows)).astype(np.uint8)
     gradient = rng.normal(size=(*size, outputs)).astype(np.float32)  # NHWC
-    want = np.zeros((books, count, outputs), np.float32)
+    want = np.zeros((codebooks, count, outputs), np.float32)
     flat = gradient.reshape(rows, outputs)
-    for book in range(books):
-        np.add.at(want[book], codes[book], flat)  # in the order of the rows
+    for codebook in range(codebooks):
+        np.add.at(want[codebook], codes[codebook], flat)  # in the order of the rows
     image = gradient.transpose(0, 3, 1, 2)
     if layout == "NCHW":
         image = np.ascontiguousarray(image)
@@ -458,14 +458,16 @@ def test_cluster_sums(width: int, stride: tuple[int, int]) -> None:
         act_zero=64,
     )
     codes = layer.reference_codes()
-    books, count, _ = layer.tensors["centroids"].shape
+    codebooks, count, _ = layer.tensors["centroids"].shape
     rows = layer.quantised_rows()
-    rows = np.pad(rows, ((0, 0), (0, books * width - rows.shape[1]))).astype(np.int64)
-    sums = np.zeros((books, count, width), np.int64)
-    counts = np.zeros((books, count), np.int64)
-    for book in range(books):
-        np.add.at(sums[book], codes[book], rows[:, book * width : (book + 1) * width])
-        np.add.at(counts[book], codes[book], 1)
+    rows = np.pad(rows, ((0, 0), (0, codebooks * width - rows.shape[1]))).astype(np.int64)
+    sums = np.zeros((codebooks, count, width), np.int64)
+    counts = np.zeros((codebooks, count), np.int64)
+    for codebook in range(codebooks):
+        np.add.at(
+            sums[codebook], codes[codebook], rows[:, codebook * width : (codebook + 1) * width]
+        )
+        np.add.at(counts[codebook], codes[codebook], 1)
     for isa in ISAS:
         memory, got_sums = guarded(sums.shape, np.int64, -7)
         got_counts = np.full_like(counts, -7)

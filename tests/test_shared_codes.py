@@ -19,10 +19,10 @@ GRID = {"act_scale": 0.05, "act_zero": 64, "act_bits": 7}
 
 def outputs_of(rng: np.random.Generator, tensors: dict[str, Array], outputs: int) -> dict[str, Any]:
     """The tensors of another layer with the same codes."""
-    books, count, _ = tensors["tables"].shape
+    codebooks, count, _ = tensors["tables"].shape
     return {
         **tensors,
-        "tables": rng.integers(-128, 128, (books, count, outputs)).astype(np.int8),
+        "tables": rng.integers(-128, 128, (codebooks, count, outputs)).astype(np.int8),
         "scale": rng.uniform(0.001, 0.01, outputs).astype(F),
         "bias": rng.normal(size=outputs).astype(F),
     }

@@ -29,7 +29,7 @@ def random_tree_layer(
     size: tuple[int, int, int] = (2, 7, 6),
     channels: int = 4,
     outputs: int = 5,
-    books: int = 3,
+    codebooks: int = 3,
     count: int = 16,
     kernel: tuple[int, int] = (3, 3),
     act_bits: int = 7,
@@ -39,7 +39,7 @@ def random_tree_layer(
     """A layer whose inputs often lie right on a threshold; ``size`` is (N, H, W)."""
     rng = np.random.default_rng(seed)
     length = channels * kernel[0] * kernel[1]
-    tensors = tree_tensors(rng, length, outputs, books=books, count=count, bits=act_bits)
+    tensors = tree_tensors(rng, length, outputs, codebooks=codebooks, count=count, bits=act_bits)
     n, height, width = size
     top = 2**act_bits
     # steps of the grid, and beyond it on both sides
@@ -87,11 +87,11 @@ def test_thresholds_at_the_ends_of_the_grid() -> None:
     [
         {"size": (1, 3, 3), "padding": (0, 0)},  # one row
         {"size": (3, 9, 11), "padding": (1, 1), "act_zero": 40},  # padding is not zero
-        {"size": (2, 9, 8), "stride": (2, 2), "padding": (1, 1), "books": 1},
+        {"size": (2, 9, 8), "stride": (2, 2), "padding": (1, 1), "codebooks": 1},
         {"size": (2, 9, 10), "stride": (1, 3), "dilation": (2, 1), "padding": (2, 0)},
-        {"size": (65, 1, 1), "kernel": (1, 1), "channels": 37, "books": 70, "outputs": 17},
-        {"size": (64, 1, 1), "kernel": (1, 1), "channels": 1, "books": 5, "outputs": 1},
-        {"size": (1, 8, 16), "padding": (1, 1), "act_bits": 3, "act_zero": 2, "books": 9},
+        {"size": (65, 1, 1), "kernel": (1, 1), "channels": 37, "codebooks": 70, "outputs": 17},
+        {"size": (64, 1, 1), "kernel": (1, 1), "channels": 1, "codebooks": 5, "outputs": 1},
+        {"size": (1, 8, 16), "padding": (1, 1), "act_bits": 3, "act_zero": 2, "codebooks": 9},
     ],
 )
 def test_the_engine_is_exact(isa: str, count: int, settings: dict[str, Any]) -> None:
@@ -105,7 +105,9 @@ def test_the_engine_is_exact(isa: str, count: int, settings: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_rows_longer_than_a_block_of_patches(isa: str) -> None:
-    layer = random_tree_layer(3, size=(70, 1, 1), channels=900, kernel=(1, 1), books=400, count=8)
+    layer = random_tree_layer(
+        3, size=(70, 1, 1), channels=900, kernel=(1, 1), codebooks=400, count=8
+    )
     got, codes = run_native(layer, isa)
     np.testing.assert_array_equal(codes, layer.reference_codes())
     assert same_bits(got, layer.reference())
@@ -139,7 +141,7 @@ def test_the_engine_refuses_what_does_not_fit(change: dict[str, Any], match: str
 def tree_graph(**changes: Any) -> Graph:
     """A network with both encoders; changes are tensors or attributes of its first layer."""
     b = Builder(("x", (None, 4, 7, 6)), seed=4)
-    tensors = tree_tensors(b.rng, 36, 8, books=5, bits=6)
+    tensors = tree_tensors(b.rng, 36, 8, codebooks=5, bits=6)
     attrs: dict[str, Any] = {"act_scale": 0.05, "act_zero": 3, "act_bits": 6, "encoder": "tree"}
     for name, value in changes.items():
         if name in attrs:
@@ -153,7 +155,7 @@ def tree_graph(**changes: Any) -> Graph:
     )
     y = b.add("relu", y)
     y = b.add("flatten", b.pq_conv2d(y, 8, 3, (1, 1), width=4), start_axis=1)
-    tail = tree_tensors(b.rng, 126, 10, books=7, count=64)
+    tail = tree_tensors(b.rng, 126, 10, codebooks=7, count=64)
     plain = {"act_scale": 0.05, "act_zero": 64, "act_bits": 7, "encoder": "tree"}
     return b.graph(b.add("pq_linear", y, tensors=tail, in_features=126, **plain))
 

@@ -160,7 +160,7 @@ void bind_layers(nb::module_& m) {
                     static_cast<int64_t>(codes.shape(1)) == g.n * g.h * g.w &&
                     static_cast<int64_t>(out.shape(2)) == g.c,
                 "codes, gradient and out do not fit each other");
-        const PqShape s{.books = static_cast<int32_t>(out.shape(0)),
+        const PqShape s{.codebooks = static_cast<int32_t>(out.shape(0)),
                         .centroids = static_cast<int32_t>(out.shape(1)),
                         .dim = 1,
                         .outputs = static_cast<int32_t>(out.shape(2))};
@@ -180,14 +180,14 @@ void bind_layers(nb::module_& m) {
          Pair dilation, OutArray<int64_t, 3> sums, OutArray<int64_t, 2> counts) {
         const ImageView in = image(x);
         const ConvGeometry g = conv_geometry(in.c, kernel, stride, padding, dilation);
-        const PqShape s{.books = static_cast<int32_t>(sums.shape(0)),
+        const PqShape s{.codebooks = static_cast<int32_t>(sums.shape(0)),
                         .centroids = static_cast<int32_t>(sums.shape(1)),
                         .dim = static_cast<int32_t>(sums.shape(2)),
                         .outputs = 1};
         require(counts.shape(0) == sums.shape(0) && counts.shape(1) == sums.shape(1) &&
                     codes.shape(0) == sums.shape(0) &&
                     static_cast<int64_t>(codes.shape(1)) == in.n * g.out_h(in.h) * g.out_w(in.w) &&
-                    (g.depth() + s.dim - 1) / s.dim == s.books,
+                    (g.depth() + s.dim - 1) / s.dim == s.codebooks,
                 "codes, sums and counts do not fit the layer");
         const Kernels& kernels = find_kernels(isa);
         nb::gil_scoped_release release;

@@ -39,11 +39,11 @@ void piecewise(const Piecewise& p, const float* x, size_t n, float* y) {
   piecewise_by_levels<32>(p, x, n, y);
 }
 
-void table_grad(const uint8_t* codes, size_t code_stride, int32_t books, int32_t centroids,
+void table_grad(const uint8_t* codes, size_t code_stride, int32_t codebooks, int32_t centroids,
                 const float* rows, int32_t count, int32_t outputs, float* grad) {
   for (int32_t r = 0; r < count; ++r) {
     const float* const y = rows + static_cast<size_t>(r) * outputs;
-    for (int32_t b = 0; b < books; ++b) {
+    for (int32_t b = 0; b < codebooks; ++b) {
       const size_t cell = static_cast<size_t>(b) * centroids + codes[b * code_stride + r];
       float* const g = grad + cell * outputs;
       int32_t m = 0;
@@ -60,7 +60,7 @@ void table_grad(const uint8_t* codes, size_t code_stride, int32_t books, int32_t
 constinit const Kernels kAvx2 = {.name = "avx2",
                                  .needs = kFeatureAvx2,
                                  .row_tile = kRows,
-                                 .book_tile = 4,
+                                 .codebook_tile = 4,
                                  .output_tile = kBlock,
                                  .quantize = quantize,
                                  .encoder_bytes = encoder_bytes,

@@ -1,6 +1,6 @@
 // AVX2: codes of a tile, by nearest centroid or by tree. Private to avx2.cc.
 //
-// Codes: sub-tile after sub-tile (32 rows, or 16 if no more are left), each (books, its rows).
+// Codes: sub-tile after sub-tile (32 rows, or 16 if no more are left), each (codebooks, its rows).
 #pragma once
 
 #include "avx2_common.h"
@@ -8,12 +8,12 @@
 namespace lutra {
 namespace {
 
-LUTRA_INLINE int32_t padded_books(const PqShape& s) { return round_up(s.books, 2); }
+LUTRA_INLINE int32_t padded_codebooks(const PqShape& s) { return round_up(s.codebooks, 2); }
 LUTRA_INLINE uint8_t* sub_tile(const PqShape& s, uint8_t* codes, int32_t row) {
-  return codes + static_cast<size_t>(padded_books(s)) * row;
+  return codes + static_cast<size_t>(padded_codebooks(s)) * row;
 }
 
-size_t code_bytes(const PqShape& s) { return static_cast<size_t>(padded_books(s)) * kRows; }
+size_t code_bytes(const PqShape& s) { return static_cast<size_t>(padded_codebooks(s)) * kRows; }
 
 // --- nearest centroid ----------------------------------------------------------------------------
 //
@@ -23,22 +23,22 @@ size_t code_bytes(const PqShape& s) { return static_cast<size_t>(padded_books(s)
 // x there can be. Where it does (decided per codebook, from its centroids), the search runs in 16
 // bits, modulo 2^16: intermediate sums may wrap. Elsewhere it runs in 32 bits.
 //
-// A packed book, in dwords: 1 if narrow scores fit, then
+// A packed codebook, in dwords: 1 if narrow scores fit, then
 //   16 bits: [4 centroids][initial score twice | (c'_2i, c'_2i+1) twice for each pair i][4]
 //   32 bits: [centroid][key | (c'_4i .. c'_4i+3) for each quad i]
 
 constexpr int32_t kKeyBits = 6;  // a 32-bit key is score * 64 + 63 - k: max finds the lowest best k
 
 LUTRA_INLINE int32_t value_pairs(const PqShape& s) { return (s.dim + 1) / 2; }
-LUTRA_INLINE size_t book_words(const PqShape& s) {
+LUTRA_INLINE size_t codebook_words(const PqShape& s) {
   return 1 + static_cast<size_t>(s.centroids) * (1 + value_pairs(s));
 }
 LUTRA_INLINE int32_t tree_levels(const PqShape& s) { return 31 - __builtin_clz(s.centroids); }
 LUTRA_INLINE size_t threshold_bytes(const PqShape& s) { return round_up(s.centroids, 16); }
 
 size_t encoder_bytes(const PqShape& s) {
-  if (s.encoder == Encoder::kNearest) return s.books * book_words(s) * sizeof(int32_t);
-  return s.books * (tree_levels(s) * 2 * sizeof(int32_t) + threshold_bytes(s));
+  if (s.encoder == Encoder::kNearest) return s.codebooks * codebook_words(s) * sizeof(int32_t);
+  return s.codebooks * (tree_levels(s) * 2 * sizeof(int32_t) + threshold_bytes(s));
 }
 
 struct Centred {  // one codebook
@@ -48,24 +48,25 @@ struct Centred {  // one codebook
 };
 
 // Entries beyond D count as 0 and so do their c'. Their part of |c|^2 remains.
-void centre(const PqShape& s, const uint8_t* book, int32_t valid, Centred* to) {
+void centre(const PqShape& s, const uint8_t* codebook, int32_t valid, Centred* to) {
   const int32_t largest = (1 << s.bits) - 1;
   for (int32_t k = 0; k < s.centroids; ++k) {
     int32_t norm = 0;
-    for (int32_t v = 0; v < s.dim; ++v) norm += int32_t{book[k * s.dim + v]} * book[k * s.dim + v];
+    for (int32_t v = 0; v < s.dim; ++v)
+      norm += int32_t{codebook[k * s.dim + v]} * codebook[k * s.dim + v];
     to->initial[k] = -(norm >> 1);
     for (int32_t v = 0; v < 64; ++v) to->c[k][v] = 0;
   }
   for (int32_t v = 0; v < valid; ++v) {
     int32_t low = 255, high = 0;
     for (int32_t k = 0; k < s.centroids; ++k) {
-      const int32_t c = book[k * s.dim + v];
+      const int32_t c = codebook[k * s.dim + v];
       low = c < low ? c : low;
       high = c > high ? c : high;
     }
     const int32_t middle = (low + high + 1) / 2;
     for (int32_t k = 0; k < s.centroids; ++k) {
-      to->c[k][v] = static_cast<int8_t>(book[k * s.dim + v] - middle);
+      to->c[k][v] = static_cast<int8_t>(codebook[k * s.dim + v] - middle);
     }
   }
   int32_t low = INT32_MAX, high = INT32_MIN;  // of the scores that any x can have
@@ -83,32 +84,33 @@ void centre(const PqShape& s, const uint8_t* book, int32_t valid, Centred* to) {
 
 void pack_nearest(const PqShape& s, const uint8_t* centroids, uint8_t* packed) {
   const int32_t pairs = value_pairs(s), quads = (s.dim + 3) / 4;
-  Centred book;
-  for (int32_t b = 0; b < s.books; ++b) {
+  Centred codebook;
+  for (int32_t b = 0; b < s.codebooks; ++b) {
     const int32_t left = s.depth - b * s.dim, valid = left < s.dim ? left : s.dim;
-    centre(s, centroids + static_cast<size_t>(b) * s.centroids * s.dim, valid, &book);
-    uint32_t* const to = reinterpret_cast<uint32_t*>(packed) + b * book_words(s);
-    to[0] = book.fits;
+    centre(s, centroids + static_cast<size_t>(b) * s.centroids * s.dim, valid, &codebook);
+    uint32_t* const to = reinterpret_cast<uint32_t*>(packed) + b * codebook_words(s);
+    to[0] = codebook.fits;
     for (int32_t k = 0; k < s.centroids; ++k) {
-      if (book.fits) {
+      if (codebook.fits) {
         uint32_t* const at = to + 1 + (k / 4) * 4 * (1 + pairs) + k % 4;
-        at[0] = static_cast<uint16_t>(book.initial[k]) * 0x10001u;
+        at[0] = static_cast<uint16_t>(codebook.initial[k]) * 0x10001u;
         for (int32_t i = 0; i < pairs; ++i) {
           uint16_t pair;
-          __builtin_memcpy(&pair, &book.c[k][2 * i], sizeof pair);
+          __builtin_memcpy(&pair, &codebook.c[k][2 * i], sizeof pair);
           at[4 * (1 + i)] = pair * 0x10001u;
         }
       } else {
         uint32_t* const at = to + 1 + k * (1 + quads);
-        at[0] = static_cast<uint32_t>(book.initial[k] * (1 << kKeyBits) + (1 << kKeyBits) - 1 - k);
-        __builtin_memcpy(at + 1, book.c[k], 4 * quads);
+        at[0] =
+            static_cast<uint32_t>(codebook.initial[k] * (1 << kKeyBits) + (1 << kKeyBits) - 1 - k);
+        __builtin_memcpy(at + 1, codebook.c[k], 4 * quads);
       }
     }
   }
 }
 
-// The values of a book's entries, two per 16-bit lane. 32 rows are two registers (rows 0..7, 16..23
-// and 8..15, 24..31), 16 rows are one.
+// The values of a codebook's entries, two per 16-bit lane. 32 rows are two registers (rows
+// 0..7, 16..23 and 8..15, 24..31), 16 rows are one.
 template <int kHalves, typename Loader>
 LUTRA_INLINE void load_pairs(const Loader& rows, const uint8_t* const* entries, int32_t dim,
                              __m256i (*x)[kHalves]) {
@@ -175,18 +177,18 @@ struct Best {
 // Four centroids at a time. 32 rows: eight sums in registers; a load of x serves four
 // multiply-adds, a broadcast two. Multiplications and additions limit it, about evenly.
 template <int kHalves>
-[[gnu::noinline]] __m256i search16(const uint32_t* book, int32_t pairs, int32_t centroids,
+[[gnu::noinline]] __m256i search16(const uint32_t* codebook, int32_t pairs, int32_t centroids,
                                    const __m256i (*x)[kHalves]) {
   Best<kHalves> best;
   for (int32_t k = 0; k < centroids; k += 4) {
     __m256i s[4][kHalves];
     for (int32_t j = 0; j < 4; ++j) {
-      for (__m256i& h : s[j]) h = broadcast_word(book + j);
+      for (__m256i& h : s[j]) h = broadcast_word(codebook + j);
     }
-    book += 4;
-    for (int32_t i = 0; i < pairs; ++i, book += 4) {
+    codebook += 4;
+    for (int32_t i = 0; i < pairs; ++i, codebook += 4) {
       for (int32_t j = 0; j < 4; ++j) {
-        const __m256i c = broadcast_word(book + j);
+        const __m256i c = broadcast_word(codebook + j);
         for (int32_t h = 0; h < kHalves; ++h) {
           s[j][h] = _mm256_add_epi16(s[j][h], _mm256_maddubs_epi16(x[i][h], c));
         }
@@ -198,18 +200,18 @@ template <int kHalves>
 }
 
 // 16 rows would be limited by loads; of 9 values (3x3) x fits in registers.
-[[gnu::noinline]] __m256i search16_narrow9(const uint32_t* book, int32_t centroids,
+[[gnu::noinline]] __m256i search16_narrow9(const uint32_t* codebook, int32_t centroids,
                                            const __m256i (*pairs)[1]) {
   __m256i x[5];
   for (int32_t i = 0; i < 5; ++i) keep(x[i] = pairs[i][0]);
   Best<1> best;
   for (int32_t k = 0; k < centroids; k += 4) {
     __m256i s[4][1];
-    for (int32_t j = 0; j < 4; ++j, ++book) keep(s[j][0] = broadcast_word(book));
+    for (int32_t j = 0; j < 4; ++j, ++codebook) keep(s[j][0] = broadcast_word(codebook));
 #pragma GCC unroll 5
     for (int32_t i = 0; i < 5; ++i) {
-      for (int32_t j = 0; j < 4; ++j, ++book) {
-        const __m256i part = _mm256_maddubs_epi16(x[i], broadcast_word(book));
+      for (int32_t j = 0; j < 4; ++j, ++codebook) {
+        const __m256i part = _mm256_maddubs_epi16(x[i], broadcast_word(codebook));
         keep(s[j][0] = _mm256_add_epi16(s[j][0], part));
       }
     }
@@ -220,7 +222,7 @@ template <int kHalves>
 
 // Four values per dword, 8 rows a register. A pair of products cannot saturate (2 * 127 * 128).
 template <int kHalves>
-[[gnu::noinline]] __m256i search32(const uint32_t* book, int32_t pairs, int32_t dim,
+[[gnu::noinline]] __m256i search32(const uint32_t* codebook, int32_t pairs, int32_t dim,
                                    int32_t centroids, const __m256i (*x)[kHalves]) {
   const int32_t quads = (dim + 3) / 4;
   __m256i q[16][2 * kHalves];
@@ -238,9 +240,9 @@ template <int kHalves>
   for (int32_t k = 0; k < centroids; ++k) {
     __m256i s[2 * kHalves];
     for (__m256i& v : s) v = _mm256_setzero_si256();
-    const __m256i key = broadcast_word(book++);
+    const __m256i key = broadcast_word(codebook++);
     for (int32_t i = 0; i < quads; ++i) {
-      const __m256i c = broadcast_word(book++);
+      const __m256i c = broadcast_word(codebook++);
       for (int32_t j = 0; j < 2 * kHalves; ++j) {
         const __m256i part = _mm256_madd_epi16(_mm256_maddubs_epi16(q[i][j], c), ones);
         s[j] = _mm256_add_epi32(s[j], part);
@@ -260,7 +262,7 @@ template <int kHalves>
 }
 
 template <int kHalves>
-void nearest(const PqShape& s, const uint32_t* book, const Rows& rows,
+void nearest(const PqShape& s, const uint32_t* codebook, const Rows& rows,
              const uint8_t* const* entries, uint8_t* codes) {
   const int32_t pairs = value_pairs(s), k = s.centroids;
   __m256i x[32][kHalves];
@@ -268,14 +270,14 @@ void nearest(const PqShape& s, const uint32_t* book, const Rows& rows,
     if (s.dim == 9) return load_pairs<kHalves>(loader, entries, 9, x);  // unrolled
     load_pairs<kHalves>(loader, entries, s.dim, x);
   });
-  if (!book[0]) {
-    store_codes<kHalves>(codes, search32<kHalves>(book + 1, pairs, s.dim, k, x));
+  if (!codebook[0]) {
+    store_codes<kHalves>(codes, search32<kHalves>(codebook + 1, pairs, s.dim, k, x));
     return;
   }
   if constexpr (kHalves == 1) {
-    if (pairs == 5) return store_codes<1>(codes, search16_narrow9(book + 1, k, x));
+    if (pairs == 5) return store_codes<1>(codes, search16_narrow9(codebook + 1, k, x));
   }
-  store_codes<kHalves>(codes, search16<kHalves>(book + 1, pairs, k, x));
+  store_codes<kHalves>(codes, search16<kHalves>(codebook + 1, pairs, k, x));
 }
 
 void encode_nearest(const PqShape& s, const uint8_t* packed, const Patch& p, const Rows* rows,
@@ -286,13 +288,14 @@ void encode_nearest(const PqShape& s, const uint8_t* packed, const Patch& p, con
     for (int32_t v = 0; v < s.dim; ++v) {
       entries[v] = b * s.dim + v < s.depth ? walk.next() : entries[0];  // or times zero
     }
-    const uint32_t* const book = reinterpret_cast<const uint32_t*>(packed) + b * book_words(s);
+    const uint32_t* const codebook =
+        reinterpret_cast<const uint32_t*>(packed) + b * codebook_words(s);
     for (int32_t row = 0; row < p.rows; row += kSubRows) {
       uint8_t* const to = sub_tile(s, codes, row);
       if (narrow(p.rows - row)) {
-        nearest<1>(s, book, rows[row / kSubRows], entries, to + b * kRowBlock);
+        nearest<1>(s, codebook, rows[row / kSubRows], entries, to + b * kRowBlock);
       } else {
-        nearest<2>(s, book, rows[row / kSubRows], entries, to + b * kSubRows);
+        nearest<2>(s, codebook, rows[row / kSubRows], entries, to + b * kSubRows);
       }
     }
   }
@@ -303,19 +306,19 @@ void encode_nearest(const PqShape& s, const uint8_t* packed, const Patch& p, con
 // The path is a node's number in the heap that begins with 1: path = 2 path + bit. Its low four
 // bits index 16 bytes of thresholds: one register holds levels 0..3, one level 4, two level 5.
 //
-// Packed: (books, levels) pairs of the split's plane and tap, then (books, 16 or K) thresholds in
-// heap order, less 1: x >= t is x > t - 1, for which there is a signed comparison.
+// Packed: (codebooks, levels) pairs of the split's plane and tap, then (codebooks, 16 or K)
+// thresholds in heap order, less 1: x >= t is x > t - 1, for which there is a signed comparison.
 
 void pack_tree(const PqShape& s, const int32_t* splits, const uint8_t* thresholds,
                uint8_t* packed) {
-  const int32_t count = s.books * tree_levels(s);
+  const int32_t count = s.codebooks * tree_levels(s);
   int32_t* const to = reinterpret_cast<int32_t*>(packed);
   for (int32_t i = 0; i < count; ++i) {
     to[2 * i] = splits[i] / s.taps;
     to[2 * i + 1] = splits[i] % s.taps;
   }
   int8_t* rest = reinterpret_cast<int8_t*>(to + 2 * count);
-  for (int32_t b = 0; b < s.books; ++b, thresholds += s.centroids - 1) {
+  for (int32_t b = 0; b < s.codebooks; ++b, thresholds += s.centroids - 1) {
     for (int32_t i = 0; i < static_cast<int32_t>(threshold_bytes(s)); ++i) {
       const int32_t t = i > 0 && i < s.centroids ? thresholds[i - 1] : 0;
       *rest++ = static_cast<int8_t>((t < 128 ? t : 128) - 1);
@@ -343,7 +346,7 @@ LUTRA_INLINE __m256i descend(const __m256i* x, const __m256i* thresholds) {
 
 constexpr int32_t kTreeBooks = 32;  // whose splits' addresses are found at a time
 
-// Codes of `count` books for 32 rows; at: (books, levels) addresses.
+// Codes of `count` codebooks for 32 rows; at: (codebooks, levels) addresses.
 template <int kLevels, typename Loader>
 LUTRA_INLINE void tree_wide(const Loader& rows, const uint8_t* const* at, const uint8_t* thresholds,
                             int32_t count, uint8_t* codes) {
@@ -356,7 +359,7 @@ LUTRA_INLINE void tree_wide(const Loader& rows, const uint8_t* const* at, const 
   }
 }
 
-// The same for 16 rows, with two books in the lanes.
+// The same for 16 rows, with two codebooks in the lanes.
 template <int kLevels, typename Loader>
 LUTRA_INLINE void tree_narrow(const Loader& rows, const uint8_t* const* at,
                               const uint8_t* thresholds, int32_t count, uint8_t* codes) {
@@ -385,7 +388,7 @@ void encode_tree(const PqShape& s, const uint8_t* packed, const Patch& p, const 
                  int32_t first, int32_t last, uint8_t* codes) {
   const int32_t* const splits = reinterpret_cast<const int32_t*>(packed);
   const uint8_t* const thresholds =
-      packed + static_cast<size_t>(s.books) * kLevels * 2 * sizeof(int32_t);
+      packed + static_cast<size_t>(s.codebooks) * kLevels * 2 * sizeof(int32_t);
   const uint8_t* at[kTreeBooks * kLevels];
   for (int32_t b = first; b < last; b += kTreeBooks) {
     const int32_t count = last - b < kTreeBooks ? last - b : kTreeBooks;
@@ -426,8 +429,8 @@ void unpack_codes(const PqShape& s, const uint8_t* codes, int32_t rows, uint8_t*
   for (int32_t row = 0; row < rows; row += kSubRows) {
     const int32_t left = rows - row, width = narrow(left) ? kRowBlock : kSubRows;
     const int32_t count = left < width ? left : width;
-    const uint8_t* from = codes + static_cast<size_t>(padded_books(s)) * row;
-    for (int32_t b = 0; b < s.books; ++b, from += width) {
+    const uint8_t* from = codes + static_cast<size_t>(padded_codebooks(s)) * row;
+    for (int32_t b = 0; b < s.codebooks; ++b, from += width) {
       for (int32_t r = 0; r < count; ++r) out[b * stride + row + r] = from[r];
     }
   }

@@ -8,25 +8,26 @@ namespace {
 
 // --- lookup of a tile ----------------------------------------------------------------------------
 //
-// vpshufb reads 32 rows of a book, as bytes v (the value less the least of its book and output). A
-// byte cannot hold the sum S of many books, and widening every v to 16 bits costs three
-// instructions. Instead, up to 64 bytes are summed twice in bytes: modulo 256 (vpaddb), and
+// vpshufb reads 32 rows of a codebook, as bytes v (the value less the least of its codebook and
+// output). A byte cannot hold the sum S of many codebooks, and widening every v to 16 bits costs
+// three instructions. Instead, up to 64 bytes are summed twice in bytes: modulo 256 (vpaddb), and
 // approximately, by a tree of rounding means (vpavgb). A mean of two is rounded up by half a unit
 // at most, so the root A of a tree of n levels has T = 2^n A = S + e with 0 <= e <= n 2^(n-1): at
 // most 192 for 6 levels. e is therefore known from its low byte, and S is exact. That makes three
 // instructions for 32 lookups, and two loads.
 //
-// Where the ranges of two books add up to 255 or less, for all four outputs of a block, their bytes
-// are added first and share a leaf of the tree: 2.5 instructions, which is near the limit of the
-// loads and of vpshufb alone. Trained tables have many small ranges, so that nearly all books pair.
+// Where the ranges of two codebooks add up to 255 or less, for all four outputs of a block, their
+// bytes are added first and share a leaf of the tree: 2.5 instructions, which is near the limit of
+// the loads and of vpshufb alone. Trained tables have many small ranges, so that nearly all
+// codebooks pair.
 //
-// Books come in units of two, (2u, 2u + 1), so that a narrow sub-tile (16 rows) can read a unit at
-// once, a book in each lane; it adds the lanes at the end. They are summed in chunks of 64 units,
-// whose codes and tables stay in the first-level cache for all sub-tiles and some blocks of
+// Codebooks come in units of two, (2u, 2u + 1), so that a narrow sub-tile (16 rows) can read a unit
+// at once, a codebook in each lane; it adds the lanes at the end. They are summed in chunks of 64
+// units, whose codes and tables stay in the first-level cache for all sub-tiles and some blocks of
 // outputs.
 //
 // Packed tables: (blocks of 4 outputs, chunks), each a Chunk and its entries:
-// [slice of 16 centroids][output][book of the unit][16 bytes].
+// [slice of 16 centroids][output][codebook of the unit][16 bytes].
 
 constexpr int32_t kChunkUnits = 64;
 constexpr int32_t kMaxEntries = kChunkUnits + kChunkUnits / 4;
@@ -45,32 +46,32 @@ struct Chunk {
 };
 static_assert(sizeof(Chunk) % 64 == 0);
 
-LUTRA_INLINE int32_t units_of(int32_t books) { return (books + 1) / 2; }
-LUTRA_INLINE int32_t chunks_of(int32_t books) {
-  return (units_of(books) + kChunkUnits - 1) / kChunkUnits;
+LUTRA_INLINE int32_t units_of(int32_t codebooks) { return (codebooks + 1) / 2; }
+LUTRA_INLINE int32_t chunks_of(int32_t codebooks) {
+  return (units_of(codebooks) + kChunkUnits - 1) / kChunkUnits;
 }
-LUTRA_INLINE int32_t max_entries(int32_t books) {
-  const int32_t units = units_of(books) < kChunkUnits ? units_of(books) : kChunkUnits;
+LUTRA_INLINE int32_t max_entries(int32_t codebooks) {
+  const int32_t units = units_of(codebooks) < kChunkUnits ? units_of(codebooks) : kChunkUnits;
   return round_up(units + units / 4, 4);
 }
 LUTRA_INLINE int32_t table_slices(const PqShape& s) { return (s.centroids + 15) / 16; }
 LUTRA_INLINE int32_t entry_bytes(int32_t slices) { return slices * kBlock * 32; }
-LUTRA_INLINE size_t chunk_bytes(int32_t books, int32_t slices) {
-  return sizeof(Chunk) + static_cast<size_t>(max_entries(books)) * entry_bytes(slices);
+LUTRA_INLINE size_t chunk_bytes(int32_t codebooks, int32_t slices) {
+  return sizeof(Chunk) + static_cast<size_t>(max_entries(codebooks)) * entry_bytes(slices);
 }
-LUTRA_INLINE size_t block_bytes(int32_t books, int32_t slices) {
-  return chunks_of(books) * chunk_bytes(books, slices);
+LUTRA_INLINE size_t block_bytes(int32_t codebooks, int32_t slices) {
+  return chunks_of(codebooks) * chunk_bytes(codebooks, slices);
 }
 
 size_t table_bytes(const PqShape& s) {
-  return (s.outputs + kBlock - 1) / kBlock * block_bytes(s.books, table_slices(s));
+  return (s.outputs + kBlock - 1) / kBlock * block_bytes(s.codebooks, table_slices(s));
 }
 
-// The least value and the range of a book and an output; both 0 for those that do not exist.
+// The least value and the range of a codebook and an output; both 0 for those that do not exist.
 void find_range(const PqShape& s, const int8_t* tables, int32_t b, int32_t m, int32_t* least,
                 int32_t* range) {
   *least = *range = 0;
-  if (b >= s.books || m >= s.outputs) return;
+  if (b >= s.codebooks || m >= s.outputs) return;
   int32_t low = 127, high = -128;
   for (int32_t k = 0; k < s.centroids; ++k) {
     const int32_t v = tables[(static_cast<size_t>(b) * s.centroids + k) * s.outputs + m];
@@ -83,7 +84,7 @@ void find_range(const PqShape& s, const int8_t* tables, int32_t b, int32_t m, in
 
 struct UnitRange {
   int32_t unit;
-  uint8_t range[2 * kBlock];  // of its two books for the outputs of a block
+  uint8_t range[2 * kBlock];  // of its two codebooks for the outputs of a block
 };
 
 LUTRA_INLINE bool fit(const UnitRange& a, const UnitRange& b) {
@@ -131,20 +132,20 @@ void order_units(const UnitRange* sorted, int32_t count, int32_t limit, Chunk* c
   while (n % 4 != 0) chunk->unit[n++] = -1;
 }
 
-// One book of one output of an entry.
+// One codebook of one output of an entry.
 void pack_entry(const PqShape& s, const int8_t* tables, int32_t b, int32_t m, uint8_t* to) {
   int32_t least, range;
   find_range(s, tables, b, m, &least, &range);
   for (int32_t k = 0; k < 16 * table_slices(s); ++k) {
     const size_t at = (static_cast<size_t>(b) * s.centroids + k) * s.outputs + m;
-    const bool there = b < s.books && m < s.outputs && k < s.centroids;
+    const bool there = b < s.codebooks && m < s.outputs && k < s.centroids;
     to[k / 16 * kBlock * 32 + k % 16] = there ? static_cast<uint8_t>(tables[at] - least) : 0;
   }
 }
 
 void pack_chunk(const PqShape& s, const int8_t* tables, int32_t block, int32_t first, int32_t* base,
                 Chunk* chunk) {
-  const int32_t left = units_of(s.books) - first;
+  const int32_t left = units_of(s.codebooks) - first;
   const int32_t count = left < kChunkUnits ? left : kChunkUnits;
   UnitRange units[kChunkUnits], sorted[kChunkUnits];
   for (int32_t u = 0; u < count; ++u) {
@@ -157,12 +158,12 @@ void pack_chunk(const PqShape& s, const int8_t* tables, int32_t block, int32_t f
     }
   }
   sort_units(units, count, sorted);
-  order_units(sorted, count, max_entries(s.books), chunk);
+  order_units(sorted, count, max_entries(s.codebooks), chunk);
   uint8_t* to = reinterpret_cast<uint8_t*>(chunk + 1);
   for (int32_t entry = 0; entry < round_up(chunk->entries, 4);
        ++entry, to += entry_bytes(table_slices(s))) {
     const bool empty = chunk->unit[entry] < 0;
-    const int32_t b = empty ? s.books : 2 * (first + chunk->unit[entry]);
+    const int32_t b = empty ? s.codebooks : 2 * (first + chunk->unit[entry]);
     if (empty) chunk->unit[entry] = 0;
     for (int32_t i = 0; i < 2 * kBlock; ++i) {
       pack_entry(s, tables, b + i % 2, block + i / 2, to + 16 * i);
@@ -174,9 +175,9 @@ void pack_tables(const PqShape& s, const int8_t* tables, uint8_t* packed) {
   for (int32_t block = 0; block < s.outputs; block += kBlock) {
     int32_t* const base = reinterpret_cast<Chunk*>(packed)->base;
     for (int32_t j = 0; j < kBlock; ++j) base[j] = 0;
-    for (int32_t first = 0; first < units_of(s.books); first += kChunkUnits) {
+    for (int32_t first = 0; first < units_of(s.codebooks); first += kChunkUnits) {
       pack_chunk(s, tables, block, first, base, reinterpret_cast<Chunk*>(packed));
-      packed += chunk_bytes(s.books, table_slices(s));
+      packed += chunk_bytes(s.codebooks, table_slices(s));
     }
   }
 }
@@ -356,9 +357,9 @@ LUTRA_INLINE void add_chunk(const Chunk& chunk, const uint8_t* codes, const uint
 template <int kSlices>
 void lookup_blocks(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32_t m,
                    int32_t last, const Finish& finish) {
-  const size_t block_size = block_bytes(s.books, kSlices);
-  const size_t chunk_size = chunk_bytes(s.books, kSlices);
-  const int32_t chunks = chunks_of(s.books), rows = finish.e.rows;
+  const size_t block_size = block_bytes(s.codebooks, kSlices);
+  const size_t chunk_size = chunk_bytes(s.codebooks, kSlices);
+  const int32_t chunks = chunks_of(s.codebooks), rows = finish.e.rows;
   const bool large = table_bytes(s) > kCachedBytes;
   const int32_t blocks = (last - m + kBlock - 1) / kBlock;
   Total total[kBlocksTogether][kRows / kSubRows][kBlock];
@@ -372,7 +373,7 @@ void lookup_blocks(const PqShape& s, const uint8_t* tables, const uint8_t* codes
           *reinterpret_cast<const Chunk*>(tables + i * block_size + c * chunk_size);
       for (int32_t row = 0; row < rows; row += kSubRows) {
         const uint8_t* const later = large && row == 0 ? after : nullptr;
-        const uint8_t* const from = codes + static_cast<size_t>(padded_books(s)) * row;
+        const uint8_t* const from = codes + static_cast<size_t>(padded_codebooks(s)) * row;
         Total* const to = total[i][row / kSubRows];
         if (narrow(rows - row)) {
           add_chunk<kSlices, true>(chunk, from + c * kChunkUnits * 2 * kRowBlock, later, c == 0,
@@ -405,7 +406,7 @@ void lookup_slices(const PqShape& s, const uint8_t* tables, const uint8_t* codes
   const Finish finish(e);
   constexpr int32_t kTogether = kBlocksTogether * kBlock;
   for (int32_t m = first; m < last; m += kTogether) {
-    lookup_blocks<kSlices>(s, tables + m / kBlock * block_bytes(s.books, kSlices), codes, m,
+    lookup_blocks<kSlices>(s, tables + m / kBlock * block_bytes(s.codebooks, kSlices), codes, m,
                            last - m < kTogether ? last : m + kTogether, finish);
   }
 }
@@ -425,13 +426,13 @@ void lookup(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32
 // --- one row -------------------------------------------------------------------------------------
 //
 // Bound by memory: each code selects a row of M bytes, mostly in a page of its own, which hardware
-// prefetchers do not follow. Eight books are walked together, outputs in the lanes, and the rows of
-// later books are prefetched meanwhile.
+// prefetchers do not follow. Eight codebooks are walked together, outputs in the lanes, and the
+// rows of later codebooks are prefetched meanwhile.
 
 constexpr int32_t kRowBooks = 8;
 constexpr int32_t kRowAhead = 16384;  // bytes of rows to be under way, at least
 
-// sums[0..31] += rows[0..7][at..at+31]: bytes of two books side by side, added by vpmaddubsw.
+// sums[0..31] += rows[0..7][at..at+31]: bytes of two codebooks side by side, added by vpmaddubsw.
 LUTRA_INLINE void add_rows(const int8_t* const* rows, int32_t at, int32_t* sums) {
   const __m256i ones = _mm256_set1_epi8(1);
   __m256i low = _mm256_setzero_si256(), high = low;
@@ -450,18 +451,18 @@ LUTRA_INLINE void add_rows(const int8_t* const* rows, int32_t at, int32_t* sums)
 void lookup_row(const PqShape& s, const int8_t* tables, const uint8_t* codes, int32_t first,
                 int32_t last, int32_t* sums) {
   const int32_t count = last - first;
-  const size_t book = static_cast<size_t>(s.centroids) * s.outputs;
+  const size_t codebook = static_cast<size_t>(s.centroids) * s.outputs;
   for (int32_t m = 0; m < count; ++m) sums[m] = 0;
   tables += first;
   const int32_t groups_ahead = 1 + kRowAhead / (kRowBooks * (count + 64));
   int32_t b = 0;
-  for (; b + kRowBooks <= s.books; b += kRowBooks) {
+  for (; b + kRowBooks <= s.codebooks; b += kRowBooks) {
     const int8_t *rows[kRowBooks], *later[kRowBooks];
     for (int32_t i = 0; i < kRowBooks; ++i) {
       const int32_t ahead = b + i + groups_ahead * kRowBooks;
-      const int32_t next = ahead < s.books ? ahead : b + i;
-      rows[i] = tables + (b + i) * book + static_cast<size_t>(codes[b + i]) * s.outputs;
-      later[i] = tables + next * book + static_cast<size_t>(codes[next]) * s.outputs;
+      const int32_t next = ahead < s.codebooks ? ahead : b + i;
+      rows[i] = tables + (b + i) * codebook + static_cast<size_t>(codes[b + i]) * s.outputs;
+      later[i] = tables + next * codebook + static_cast<size_t>(codes[next]) * s.outputs;
     }
     int32_t m = 0;
     for (; m + 32 <= count; m += 32) {
@@ -474,8 +475,8 @@ void lookup_row(const PqShape& s, const int8_t* tables, const uint8_t* codes, in
       for (const int8_t* row : rows) sums[m] += row[m];
     }
   }
-  for (; b < s.books; ++b) {
-    const int8_t* const row = tables + b * book + static_cast<size_t>(codes[b]) * s.outputs;
+  for (; b < s.codebooks; ++b) {
+    const int8_t* const row = tables + b * codebook + static_cast<size_t>(codes[b]) * s.outputs;
     int32_t m = 0;
     for (; m + 8 <= count; m += 8) {
       const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + m));

@@ -35,7 +35,7 @@ void quantize(const float* x, size_t n, const Grid& grid, uint8_t* q) {
 constinit const Kernels kAvx512 = {.name = "avx512",
                                    .needs = kFeatureAvx512,
                                    .row_tile = kRows,
-                                   .book_tile = kBooks,
+                                   .codebook_tile = kBooks,
                                    .output_tile = kOutputs,
                                    .quantize = quantize,
                                    .encoder_bytes = encoder_bytes,

@@ -26,14 +26,14 @@ __mmask16 lane_mask(int32_t left) {
 
 __mmask64 byte_mask(int32_t left) { return left >= 64 ? ~0ull : (1ull << left) - 1; }
 
-// Codes of a tile: [group of 4 books][block of 16 rows][64 bytes], as many blocks as the tile has.
-// Dword i belongs to row i of the block, byte j to book 4 c + j, and holds
-// (code & 15) | j << 4 | (code >> 4) << 6: as it is, the index of vpermb and vpermi2b into a
-// register of 4 books x 16 entries.
+// Codes of a tile: [group of 4 codebooks][block of 16 rows][64 bytes], as many blocks as the tile
+// has. Dword i belongs to row i of the block, byte j to codebook 4 c + j, and holds (code & 15) | j
+// << 4 | (code >> 4) << 6: as it is, the index of vpermb and vpermi2b into a register of 4
+// codebooks x 16 entries.
 constexpr int32_t kBookBits = 0x30201000;  // byte j: j << 4
 
-uint8_t* codes_at(uint8_t* codes, int32_t book, int32_t blocks) {
-  return codes + static_cast<size_t>(book / kBooks) * blocks * 64;
+uint8_t* codes_at(uint8_t* codes, int32_t codebook, int32_t blocks) {
+  return codes + static_cast<size_t>(codebook / kBooks) * blocks * 64;
 }
 
 // dword 4 j + q <- dword 4 q + j: undoes what the pack and unpack instructions do, which work

@@ -231,13 +231,13 @@ void linear(const float* x, size_t x_stride, size_t depth, const float* weights,
 
 // --- gradient of tables ---------------------------------------------------------------------
 
-// 16 * kVectors outputs from `first` on; the vectors of a row stay in registers over the books.
+// 16 * kVectors outputs from `first` on; the vectors of a row stay in registers over the codebooks.
 // Full vectors do without masks, because masked stores do not forward to the loads that follow.
 template <int kVectors, bool kFull>
-void add_rows(const uint8_t* codes, size_t code_stride, int32_t books, int32_t centroids,
+void add_rows(const uint8_t* codes, size_t code_stride, int32_t codebooks, int32_t centroids,
               const float* rows, int32_t count, int32_t outputs, int32_t first, float* grad) {
   const __mmask16 mask = lane_mask(outputs - first - 16 * (kVectors - 1));  // of the last vector
-  const size_t book_size = static_cast<size_t>(centroids) * outputs;
+  const size_t codebook_size = static_cast<size_t>(centroids) * outputs;
   for (int32_t r = 0; r < count; ++r) {
     const float* row = rows + static_cast<size_t>(r) * outputs + first;
     __m512 y[kVectors];
@@ -246,10 +246,10 @@ void add_rows(const uint8_t* codes, size_t code_stride, int32_t books, int32_t c
       y[q] = kFull || q + 1 < kVectors ? _mm512_loadu_ps(row + 16 * q)
                                        : _mm512_maskz_loadu_ps(mask, row + 16 * q);
     }
-    float* book = grad + first;
+    float* codebook = grad + first;
     const uint8_t* code = codes + r;
-    for (int32_t b = 0; b < books; ++b, book += book_size, code += code_stride) {
-      float* g = book + static_cast<size_t>(*code) * outputs;
+    for (int32_t b = 0; b < codebooks; ++b, codebook += codebook_size, code += code_stride) {
+      float* g = codebook + static_cast<size_t>(*code) * outputs;
       for (int32_t q = 0; q < kVectors - (kFull ? 0 : 1); ++q) {
         _mm512_storeu_ps(g + 16 * q, _mm512_add_ps(_mm512_loadu_ps(g + 16 * q), y[q]));
       }
@@ -261,7 +261,7 @@ void add_rows(const uint8_t* codes, size_t code_stride, int32_t books, int32_t c
   }
 }
 
-void table_grad(const uint8_t* codes, size_t code_stride, int32_t books, int32_t centroids,
+void table_grad(const uint8_t* codes, size_t code_stride, int32_t codebooks, int32_t centroids,
                 const float* rows, int32_t count, int32_t outputs, float* grad) {
   for (int32_t m = 0; m < outputs; m += 64) {
     const int32_t left = outputs - m;
@@ -273,7 +273,7 @@ void table_grad(const uint8_t* codes, size_t code_stride, int32_t books, int32_t
                 : left > 16  ? add_rows<2, false>
                 : left == 16 ? add_rows<1, true>
                              : add_rows<1, false>;
-    run(codes, code_stride, books, centroids, rows, count, outputs, m, grad);
+    run(codes, code_stride, codebooks, centroids, rows, count, outputs, m, grad);
   }
 }
 

@@ -33,13 +33,13 @@ Cut cut_of(const PqShape& s) {
   return c;
 }
 
-// Packed book: for each centroid, in the order of the search, `groups` dwords of centred values and
-// the initial accumulator.
+// Packed codebook: for each centroid, in the order of the search, `groups` dwords of centred values
+// and the initial accumulator.
 size_t nearest_words(const PqShape& s) {
   return static_cast<size_t>(s.centroids) * (ceil_div(s.dim, 4) + 1);
 }
 
-void pack_centroid(const PqShape& s, const Cut& cut, int32_t book, const uint8_t* c,
+void pack_centroid(const PqShape& s, const Cut& cut, int32_t codebook, const uint8_t* c,
                    int32_t* words) {
   int32_t norm = 0;
   for (int32_t g = 0; g < cut.groups; ++g) {
@@ -48,7 +48,7 @@ void pack_centroid(const PqShape& s, const Cut& cut, int32_t book, const uint8_t
       const int32_t v = g * cut.size + t;
       if (v >= s.dim) break;
       norm += int32_t{c[v]} * c[v];
-      if (book * s.dim + v >= s.depth) continue;  // x counts as zero there
+      if (codebook * s.dim + v >= s.depth) continue;  // x counts as zero there
       const int32_t value = (c[v] - cut.centre) * (1 << cut.down);
       word |= static_cast<uint32_t>(value & 0xff) << 8 * t;
     }
@@ -61,7 +61,7 @@ void pack_nearest(const PqShape& s, const uint8_t* centroids, uint8_t* packed) {
   const Cut cut = cut_of(s);
   int32_t* words = reinterpret_cast<int32_t*>(packed);
   const int32_t rounds = 1 << cut.outer_bits, turns = 1 << cut.inner;
-  for (int32_t b = 0; b < s.books; ++b) {
+  for (int32_t b = 0; b < s.codebooks; ++b) {
     for (int32_t j = 0; j < rounds; ++j) {
       for (int32_t t = 0; t < turns; ++t, words += cut.groups + 1) {
         const size_t k = static_cast<size_t>(b) * s.centroids + t * rounds + j;
@@ -153,9 +153,9 @@ void search_long(const __m512i* x, const int32_t* words, const Cut& cut, __m512i
 
 // Keys -> indices of the lookup, into byte b % 4 of the dwords.
 template <int kBlocks>
-void store_codes(const __m512i* key, int32_t centroids, int32_t book, uint8_t* to) {
+void store_codes(const __m512i* key, int32_t centroids, int32_t codebook, uint8_t* to) {
   const __m512i code_bits = _mm512_set1_epi32(centroids - 1);
-  const __m128i slot = _mm_cvtsi32_si128(8 * (book % kBooks));
+  const __m128i slot = _mm_cvtsi32_si128(8 * (codebook % kBooks));
 #pragma GCC unroll 4
   for (int32_t i = 0; i < kBlocks; ++i) {
     __m512i code = _mm512_andnot_si512(key[i], code_bits);  // K - 1 - (K - 1 - k)
@@ -164,7 +164,7 @@ void store_codes(const __m512i* key, int32_t centroids, int32_t book, uint8_t* t
       code = _mm512_or_si512(low, _mm512_slli_epi32(_mm512_sub_epi32(code, low), 2));
     }
     const __m512i others =
-        book % kBooks ? _mm512_loadu_si512(to + 64 * i) : _mm512_set1_epi32(kBookBits);
+        codebook % kBooks ? _mm512_loadu_si512(to + 64 * i) : _mm512_set1_epi32(kBookBits);
     _mm512_storeu_si512(to + 64 * i, _mm512_or_si512(others, _mm512_sll_epi32(code, slot)));
   }
 }
@@ -175,10 +175,10 @@ bool all_single(const Quad* quads, int32_t groups) {
   return sources == groups;
 }
 
-// Books first .. last - 1; kGroups == 0: any number of quads.
+// Codebooks first .. last - 1; kGroups == 0: any number of quads.
 template <int kGroups, int kBlocks>
-void nearest_books(const PqShape& s, const uint8_t* packed, const Patch& p, int32_t first,
-                   int32_t last, uint8_t* codes) {
+void nearest_codebooks(const PqShape& s, const uint8_t* packed, const Patch& p, int32_t first,
+                       int32_t last, uint8_t* codes) {
   const Cut cut = cut_of(s);
   Rows rows;
   find_rows(p, rows);
@@ -186,9 +186,9 @@ void nearest_books(const PqShape& s, const uint8_t* packed, const Patch& p, int3
   find_byte_rows(p, bytes);
   QuadFinder finder(p, s.depth, s.taps, s.dim, cut.size, 63 - rows.reach);
   const __m128i up = _mm_cvtsi32_si128(cut.up);
-  const size_t book_words = nearest_words(s);
-  const int32_t* words = reinterpret_cast<const int32_t*>(packed) + first * book_words;
-  for (int32_t b = first; b < last; ++b, words += book_words) {
+  const size_t codebook_words = nearest_words(s);
+  const int32_t* words = reinterpret_cast<const int32_t*>(packed) + first * codebook_words;
+  for (int32_t b = first; b < last; ++b, words += codebook_words) {
     const uint8_t* planes;
     const Quad* quads;
     finder.next(b, planes, quads);
@@ -237,13 +237,13 @@ void nearest_blocks(const PqShape& s, const uint8_t* packed, const Patch& p, int
                     int32_t last, uint8_t* codes) {
   switch (row_blocks(p.rows)) {
     case 1:
-      return nearest_books<kGroups, 1>(s, packed, p, first, last, codes);
+      return nearest_codebooks<kGroups, 1>(s, packed, p, first, last, codes);
     case 2:
-      return nearest_books<kGroups, 2>(s, packed, p, first, last, codes);
+      return nearest_codebooks<kGroups, 2>(s, packed, p, first, last, codes);
     case 3:
-      return nearest_books<kGroups, 3>(s, packed, p, first, last, codes);
+      return nearest_codebooks<kGroups, 3>(s, packed, p, first, last, codes);
     default:
-      return nearest_books<kGroups, 4>(s, packed, p, first, last, codes);
+      return nearest_codebooks<kGroups, 4>(s, packed, p, first, last, codes);
   }
 }
 
@@ -267,11 +267,11 @@ void encode_nearest(const PqShape& s, const uint8_t* packed, const Patch& p, int
 
 size_t encoder_bytes(const PqShape& s) {
   if (s.encoder == Encoder::kTree) return tree_bytes(s);
-  return static_cast<size_t>(s.books) * nearest_words(s) * sizeof(int32_t);
+  return static_cast<size_t>(s.codebooks) * nearest_words(s) * sizeof(int32_t);
 }
 
 size_t code_bytes(const PqShape& s) {
-  return static_cast<size_t>(ceil_div(s.books, kBooks)) * kBooks * kRows;
+  return static_cast<size_t>(ceil_div(s.codebooks, kBooks)) * kBooks * kRows;
 }
 
 void encode(const PqShape& s, const uint8_t* packed, const Patch& p, int32_t first, int32_t last,
@@ -286,13 +286,13 @@ void unpack_codes(const PqShape& s, const uint8_t* codes, int32_t rows, uint8_t*
   alignas(64) uint8_t planes[64];
   for (int32_t i = 0; i < 64; ++i) planes[i] = static_cast<uint8_t>(4 * (i % 16) + i / 16);
   const __m512i order = _mm512_load_si512(planes);
-  for (int32_t b = 0; b < s.books; b += kBooks) {
+  for (int32_t b = 0; b < s.codebooks; b += kBooks) {
     for (int32_t i = 0; i < blocks; ++i, codes += 64) {
       const __m512i x = _mm512_permutexvar_epi8(order, _mm512_loadu_si512(codes));
       const __m512i low = _mm512_and_si512(x, _mm512_set1_epi8(15));
       const __m512i high = _mm512_and_si512(_mm512_srli_epi16(x, 2), _mm512_set1_epi8(0x30));
       _mm512_store_si512(planes, _mm512_or_si512(low, high));
-      for (int32_t j = 0; j < kBooks && b + j < s.books; ++j) {
+      for (int32_t j = 0; j < kBooks && b + j < s.codebooks; ++j) {
         const __m128i line = _mm_load_si128(reinterpret_cast<const __m128i*>(planes + 16 * j));
         _mm_mask_storeu_epi8(out + (b + j) * stride + 16 * i, lane_mask(rows - 16 * i), line);
       }

@@ -8,22 +8,23 @@ namespace {
 
 int32_t table_slices(const PqShape& s) { return ceil_div(s.centroids, 16); }
 
-// Packed tables: [block of 4 outputs][group of 4 books][slice][output][64 bytes: 4 books x 16].
+// Packed tables: [block of 4 outputs][group of 4 codebooks][slice][output][64 bytes: 4 codebooks x
+// 16].
 size_t table_stream(const PqShape& s) {  // bytes of one block of outputs
-  return static_cast<size_t>(ceil_div(s.books, kBooks)) * table_slices(s) * kOutputs * 64;
+  return static_cast<size_t>(ceil_div(s.codebooks, kBooks)) * table_slices(s) * kOutputs * 64;
 }
 
 size_t table_bytes(const PqShape& s) { return ceil_div(s.outputs, kOutputs) * table_stream(s); }
 
 void pack_tables(const PqShape& s, const int8_t* tables, uint8_t* packed) {
-  const int32_t slices = table_slices(s), groups = ceil_div(s.books, kBooks);
+  const int32_t slices = table_slices(s), groups = ceil_div(s.codebooks, kBooks);
   for (int32_t block = 0; block < s.outputs; block += kOutputs) {
     for (int32_t c = 0; c < groups * slices; ++c) {
-      const int32_t book = c / slices * kBooks, entry = c % slices * 16;
+      const int32_t codebook = c / slices * kBooks, entry = c % slices * 16;
       for (int32_t m = block; m < block + kOutputs; ++m) {
         for (int32_t i = 0; i < 64; ++i, ++packed) {
-          const int32_t b = book + i / 16, k = entry + i % 16;
-          const bool there = m < s.outputs && b < s.books && k < s.centroids;
+          const int32_t b = codebook + i / 16, k = entry + i % 16;
+          const bool there = m < s.outputs && b < s.codebooks && k < s.centroids;
           const size_t row = static_cast<size_t>(b) * s.centroids + k;
           *packed = there ? static_cast<uint8_t>(tables[row * s.outputs + m]) : 0;
         }
@@ -32,7 +33,7 @@ void pack_tables(const PqShape& s, const int8_t* tables, uint8_t* packed) {
   }
 }
 
-// Reads four books of 16 rows.
+// Reads four codebooks of 16 rows.
 template <int kSlices>
 __m512i read(const uint8_t* t, __m512i index) {
   if constexpr (kSlices == 1) {
@@ -49,7 +50,7 @@ __m512i read(const uint8_t* t, __m512i index) {
 }
 
 // 4 kStreams outputs of all rows: one vpermb reads 64 entries, one vpdpbusd with ones adds the four
-// books of a row. Limited by vpermb; 12 or 16 accumulators hide its latency.
+// codebooks of a row. Limited by vpermb; 12 or 16 accumulators hide its latency.
 template <int kSlices, int kBlocks, int kStreams>
 void lookup_outputs(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32_t m,
                     int32_t count, const Epilogue& e) {
@@ -58,7 +59,7 @@ void lookup_outputs(const PqShape& s, const uint8_t* tables, const uint8_t* code
   __m512i sum[kStreams * kOutputs * kBlocks];
 #pragma GCC unroll 16
   for (int32_t i = 0; i < kStreams * kOutputs * kBlocks; ++i) sum[i] = _mm512_setzero_si512();
-  for (int32_t c = ceil_div(s.books, kBooks); c > 0; --c) {
+  for (int32_t c = ceil_div(s.codebooks, kBooks); c > 0; --c) {
     __m512i index[kBlocks];
 #pragma GCC unroll 16
     for (int32_t i = 0; i < kBlocks; ++i) index[i] = _mm512_loadu_si512(codes + 64 * i);
@@ -125,9 +126,9 @@ void lookup(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32
 
 // --- one row --------------------------------------------------------------------------------
 //
-// Outputs in the lanes. The bytes of four books are unpacked into dwords of one output, and
+// Outputs in the lanes. The bytes of four codebooks are unpacked into dwords of one output, and
 // vpdpbusd with ones adds them: 12 instructions for 256 entries, exact. Limited by memory: entries
-// are read once, in pieces of 1 KB; the addresses of later books are known, so they are fetched
+// are read once, in pieces of 1 KB; the addresses of later codebooks are known, so they are fetched
 // ahead. The sums of a piece stay in the first-level cache, in the order of the unpacks.
 
 constexpr int32_t kPiece = 1024;  // outputs
@@ -164,16 +165,16 @@ void store_sums(const __m512i* sums, int32_t count, int32_t* to) {
 void lookup_row_piece(const PqShape& s, const int8_t* tables, const uint8_t* codes, int32_t count,
                       int32_t* to) {
   alignas(64) static constexpr int8_t kZeros[kPiece] = {};
-  const size_t outputs = s.outputs, book = static_cast<size_t>(s.centroids) * outputs;
+  const size_t outputs = s.outputs, codebook = static_cast<size_t>(s.centroids) * outputs;
   const auto row = [&](int32_t b) {
-    return b < s.books ? tables + b * book + codes[b] * outputs : kZeros;
+    return b < s.codebooks ? tables + b * codebook + codes[b] * outputs : kZeros;
   };
   const int32_t vectors = ceil_div(count, 64), full = count / 64;
   __m512i sums[kPiece / 16];
   for (int32_t i = 0; i < 4 * vectors; ++i) sums[i] = _mm512_setzero_si512();
   const int8_t *rows[kBooksAtOnce], *next[kBooksAtOnce];
   for (int32_t j = 0; j < kBooksAtOnce; ++j) next[j] = row(j);
-  for (int32_t b = 0; b < s.books; b += kBooksAtOnce) {
+  for (int32_t b = 0; b < s.codebooks; b += kBooksAtOnce) {
     for (int32_t j = 0; j < kBooksAtOnce; ++j) {
       rows[j] = next[j];
       next[j] = row(b + kBooksAtOnce + j);

@@ -3,9 +3,10 @@
 // The heap is numbered from 1, so that a step is node = 2 node + bit, and node & (K - 1) is the
 // code.
 //
-// Packed, for each group of 4 books: the thresholds of each book by node, 16 bytes for K <= 16 and
-// 64 otherwise; then the planes of the values that are compared, as dwords [level][book], then
-// their taps. Zeros fill both to a multiple of 16, and the places of missing books.
+// Packed, for each group of 4 codebooks: the thresholds of each codebook by node, 16 bytes for K <=
+// 16 and 64 otherwise; then the planes of the values that are compared, as dwords
+// [level][codebook], then their taps. Zeros fill both to a multiple of 16, and the places of
+// missing codebooks.
 #pragma once
 
 #include "avx512_gather.h"
@@ -20,14 +21,15 @@ constexpr int32_t tree_group_bytes(int32_t levels) {
 }
 
 size_t tree_bytes(const PqShape& s) {
-  return static_cast<size_t>(ceil_div(s.books, kBooks)) * tree_group_bytes(log2_of(s.centroids));
+  return static_cast<size_t>(ceil_div(s.codebooks, kBooks)) *
+         tree_group_bytes(log2_of(s.centroids));
 }
 
 void pack_tree(const PqShape& s, const int32_t* splits, const uint8_t* thresholds,
                uint8_t* packed) {
   const int32_t levels = log2_of(s.centroids), heap = heap_bytes(levels);
   for (size_t i = 0; i < tree_bytes(s); ++i) packed[i] = 0;
-  for (int32_t b = 0; b < s.books; ++b) {
+  for (int32_t b = 0; b < s.codebooks; ++b) {
     uint8_t* const group = packed + static_cast<size_t>(b / kBooks) * tree_group_bytes(levels);
     const int32_t j = b % kBooks;
     for (int32_t n = 1; n < s.centroids; ++n) {  // the usual node -> the mirrored one
@@ -43,7 +45,7 @@ void pack_tree(const PqShape& s, const int32_t* splits, const uint8_t* threshold
   }
 }
 
-// at[4 l + j]: where, from the planes on, the value is that level l of book j compares.
+// at[4 l + j]: where, from the planes on, the value is that level l of codebook j compares.
 template <int kLevels>
 void find_group_splits(const uint8_t* group, const Patch& p, int32_t taps, int64_t* at) {
   const int32_t* const plane =
@@ -74,9 +76,9 @@ struct Splits {
 };
 
 template <int kLevels>
-void find_splits(const uint8_t* group, const Patch& p, int32_t taps, int32_t books,
+void find_splits(const uint8_t* group, const Patch& p, int32_t taps, int32_t codebooks,
                  Splits& splits) {
-  for (int32_t c = 0; c < kSplitGroups && c * kBooks < books; ++c) {
+  for (int32_t c = 0; c < kSplitGroups && c * kBooks < codebooks; ++c) {
     find_group_splits<kLevels>(group + c * tree_group_bytes(kLevels), p, taps, splits.at[c]);
   }
 }
@@ -86,11 +88,11 @@ __m512i step_down(__m512i node, __m512i x, __m512i threshold) {
   return _mm512_add_epi8(_mm512_add_epi8(node, node), left);
 }
 
-// Nodes -> what the lookup wants; `book` has j << 4 for book j of its group.
+// Nodes -> what the lookup wants; `codebook` has j << 4 for codebook j of its group.
 template <int kLevels>
-__m512i node_to_index(__m512i node, __m512i book) {
+__m512i node_to_index(__m512i node, __m512i codebook) {
   const __m512i low = _mm512_set1_epi8(static_cast<char>(((1 << kLevels) - 1) & 15));
-  __m512i code = _mm512_or_si512(_mm512_andnot_si512(node, low), book);
+  __m512i code = _mm512_or_si512(_mm512_andnot_si512(node, low), codebook);
   if constexpr (kLevels > 4) {
     const __m512i high = _mm512_set1_epi8(static_cast<char>((((1 << kLevels) - 1) >> 4) << 6));
     code = _mm512_or_si512(code, _mm512_andnot_si512(_mm512_slli_epi16(node, 2), high));
@@ -98,7 +100,8 @@ __m512i node_to_index(__m512i node, __m512i book) {
   return code;
 }
 
-// --- 64 rows of a book at a time ---------------------------------------------------------------
+// --- 64 rows of a codebook at a time
+// ---------------------------------------------------------------
 
 // Per level a load (and the permute of the rows), a shuffle of the thresholds, a compare, an add
 // and a masked add. The loads, most of which cross a line of the cache, weigh as much as the rest.
@@ -144,7 +147,8 @@ void tree_wide(const PqShape& s, const uint8_t* group, const Patch& p, const Byt
   }
 }
 
-// --- 16 rows of four books at a time -------------------------------------------------------------
+// --- 16 rows of four codebooks at a time
+// -------------------------------------------------------------
 
 struct LaneRows {  // byte i of each lane of 128 bits is row i
   bool consecutive;
@@ -198,13 +202,13 @@ __m512i load_lanes(const uint8_t* planes, const int64_t* at, const LaneRows& row
   return _mm512_or_si512(_mm512_or_si512(x[0], x[1]), _mm512_or_si512(x[2], x[3]));
 }
 
-// A lane for each book, so that one register walks four trees: for tiles of few rows, and for rows
-// that lie far apart. K <= 16.
+// A lane for each codebook, so that one register walks four trees: for tiles of few rows, and for
+// rows that lie far apart. K <= 16.
 template <int kLevels>
 void tree_lanes(const PqShape& s, const uint8_t* group, const Patch& p, const Rows& rows,
                 int32_t first, int32_t last, uint8_t* codes) {
   const __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  const __m512i book = _mm512_mullo_epi32(lane, _mm512_set1_epi32(0x10101010));
+  const __m512i codebook = _mm512_mullo_epi32(lane, _mm512_set1_epi32(0x10101010));
   // byte 4 i + j <- byte 16 j + i
   const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i order = _mm512_add_epi32(_mm512_mullo_epi32(iota, _mm512_set1_epi32(0x01010101)),
@@ -230,7 +234,7 @@ void tree_lanes(const PqShape& s, const uint8_t* group, const Patch& p, const Ro
         const __m512i x = load_lanes(p.planes, at + l * kBooks, lanes[i]);
         node = step_down(node, x, _mm512_shuffle_epi8(heaps, node));
       }
-      const __m512i index = node_to_index<kLevels>(node, book);
+      const __m512i index = node_to_index<kLevels>(node, codebook);
       _mm512_storeu_si512(to + 64 * i, _mm512_permutexvar_epi8(order, index));
     }
   }

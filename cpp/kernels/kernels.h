@@ -30,9 +30,9 @@ enum class Encoder : int32_t { kNearest, kTree };
 struct PqShape {
   int32_t depth;      // D: entries of a row
   int32_t taps;       // entries of a row that share a plane: kernel rows x columns; divides D
-  int32_t books;      // codebooks
+  int32_t codebooks;  // codebooks
   int32_t centroids;  // K per codebook: 8, 16, 32 or 64
-  int32_t dim;        // V: entries per sub-vector, 1..64; book b has entries b * V .. (nearest)
+  int32_t dim;        // V: entries per sub-vector, 1..64; codebook b has entries b * V .. (nearest)
   int32_t outputs;    // M
   int32_t bits;       // of the activations, 1..7
   Encoder encoder;
@@ -209,17 +209,18 @@ struct Attention {
 
 struct Kernels {
   const char* name;
-  uint32_t needs;       // Feature bits
-  int32_t row_tile;     // rows per tile, at most kMaxRowTile
-  int32_t book_tile;    // encode() may be split between codebooks at multiples of this
-  int32_t output_tile;  // lookup(), dense8() and respond() may be split at multiples of this
+  uint32_t needs;         // Feature bits
+  int32_t row_tile;       // rows per tile, at most kMaxRowTile
+  int32_t codebook_tile;  // encode() may be split between codebooks at multiples of this
+  int32_t output_tile;    // lookup(), dense8() and respond() may be split at multiples of this
 
   // q[i] = grid(x[i])
   void (*quantize)(const float* x, size_t n, const Grid& grid, uint8_t* q);
 
   // --- product quantisation ---------------------------------------------------------------------
-  // Canonical centroids (books, K, V), or splits (books, log2 K) and thresholds (books, K - 1), and
-  // tables (books, K, M) -> this instruction set's order. Called once, when a layer is built.
+  // Canonical centroids (codebooks, K, V), or splits (codebooks, log2 K) and thresholds (codebooks,
+  // K - 1), and tables (codebooks, K, M) -> this instruction set's order. Called once, when a layer
+  // is built.
   size_t (*encoder_bytes)(const PqShape&);
   void (*pack_nearest)(const PqShape&, const uint8_t* centroids, uint8_t* packed);
   void (*pack_tree)(const PqShape&, const int32_t* splits, const uint8_t* thresholds,
@@ -233,7 +234,7 @@ struct Kernels {
   //   tree: node = 0; for each level l: node = 2 node + 1 + (x[split[l]] >= threshold[node]);
   //     the code is node - (K - 1)
   // `codes` has code_bytes(shape) bytes, is 64-byte aligned and belongs to the whole tile. Nothing
-  // need be initialised; what encode() does not write for its own books it does not touch.
+  // need be initialised; what encode() does not write for its own codebooks it does not touch.
   size_t (*code_bytes)(const PqShape&);
   void (*encode)(const PqShape&, const uint8_t* packed, const Patch&, int32_t first, int32_t last,
                  uint8_t* codes);
@@ -247,7 +248,8 @@ struct Kernels {
                  int32_t last, const Epilogue&);
 
   // One row, without tiles: sums[m - first] = sum over b of tables[b][codes[b]][m] for outputs
-  // first..last-1. Here the tables are canonical, (books, K, M), and so are the codes, (books).
+  // first..last-1. Here the tables are canonical, (codebooks, K, M), and so are the codes,
+  // (codebooks).
   void (*lookup_row)(const PqShape&, const int8_t* tables, const uint8_t* codes, int32_t first,
                      int32_t last, int32_t* sums);
 
@@ -314,8 +316,9 @@ struct Kernels {
 
   // --- training ---------------------------------------------------------------------------------
   // grad[b][codes[b][r]][m] += rows[r][m] for r in order: the exact gradient of tables.
-  //   codes: planes `code_stride` bytes apart; rows: (count, outputs); grad: (books, K, outputs)
-  void (*table_grad)(const uint8_t* codes, size_t code_stride, int32_t books, int32_t centroids,
+  //   codes: planes `code_stride` bytes apart; rows: (count, outputs); grad: (codebooks, K,
+  //   outputs)
+  void (*table_grad)(const uint8_t* codes, size_t code_stride, int32_t codebooks, int32_t centroids,
                      const float* rows, int32_t count, int32_t outputs, float* grad);
 
   // For each of n elements with gradient g and activation index k < levels: cells[k] += g,

@@ -56,9 +56,9 @@ int32_t levels(const PqShape& s) {
 // Packed encoders are the canonical arrays; a tree's splits are followed by its thresholds.
 size_t encoder_bytes(const PqShape& s) {
   if (s.encoder == Encoder::kNearest) {
-    return static_cast<size_t>(s.books) * s.centroids * s.dim;
+    return static_cast<size_t>(s.codebooks) * s.centroids * s.dim;
   }
-  return static_cast<size_t>(s.books) * (levels(s) * sizeof(int32_t) + s.centroids - 1);
+  return static_cast<size_t>(s.codebooks) * (levels(s) * sizeof(int32_t) + s.centroids - 1);
 }
 
 void pack_nearest(const PqShape& s, const uint8_t* centroids, uint8_t* packed) {
@@ -67,32 +67,32 @@ void pack_nearest(const PqShape& s, const uint8_t* centroids, uint8_t* packed) {
 
 void pack_tree(const PqShape& s, const int32_t* splits, const uint8_t* thresholds,
                uint8_t* packed) {
-  const size_t count = static_cast<size_t>(s.books) * levels(s);
+  const size_t count = static_cast<size_t>(s.codebooks) * levels(s);
   int32_t* const to = reinterpret_cast<int32_t*>(packed);
   for (size_t i = 0; i < count; ++i) to[i] = splits[i];
   uint8_t* const rest = reinterpret_cast<uint8_t*>(to + count);
-  for (size_t i = 0; i < static_cast<size_t>(s.books) * (s.centroids - 1); ++i) {
+  for (size_t i = 0; i < static_cast<size_t>(s.codebooks) * (s.centroids - 1); ++i) {
     rest[i] = thresholds[i];
   }
 }
 
 size_t table_bytes(const PqShape& s) {
-  return static_cast<size_t>(s.books) * s.centroids * s.outputs;
+  return static_cast<size_t>(s.codebooks) * s.centroids * s.outputs;
 }
 
 void pack_tables(const PqShape& s, const int8_t* tables, uint8_t* packed) {
   for (size_t i = 0; i < table_bytes(s); ++i) packed[i] = static_cast<uint8_t>(tables[i]);
 }
 
-size_t code_bytes(const PqShape& s) { return static_cast<size_t>(s.books) * kRows; }
+size_t code_bytes(const PqShape& s) { return static_cast<size_t>(s.codebooks) * kRows; }
 
 int32_t nearest(const PqShape& s, const uint8_t* centroids, const Patch& p, int32_t b, int32_t r) {
-  const uint8_t* const book = centroids + static_cast<size_t>(b) * s.centroids * s.dim;
+  const uint8_t* const codebook = centroids + static_cast<size_t>(b) * s.centroids * s.dim;
   int32_t best = INT32_MIN, code = 0;
   for (int32_t k = 0; k < s.centroids; ++k) {
     int32_t dot = 0, norm = 0;
     for (int32_t v = 0; v < s.dim; ++v) {
-      const int32_t d = b * s.dim + v, c = book[k * s.dim + v];
+      const int32_t d = b * s.dim + v, c = codebook[k * s.dim + v];
       norm += c * c;
       if (d < s.depth) dot += c * entry(p, s.taps, d, r);
     }
@@ -109,7 +109,7 @@ int32_t descend(const PqShape& s, const uint8_t* packed, const Patch& p, int32_t
   const int32_t depth = levels(s);
   const int32_t* const splits = reinterpret_cast<const int32_t*>(packed);
   const uint8_t* const thresholds =
-      reinterpret_cast<const uint8_t*>(splits + static_cast<size_t>(s.books) * depth) +
+      reinterpret_cast<const uint8_t*>(splits + static_cast<size_t>(s.codebooks) * depth) +
       static_cast<size_t>(b) * (s.centroids - 1);
   int32_t node = 0;
   for (int32_t l = 0; l < depth; ++l) {
@@ -132,7 +132,7 @@ void encode(const PqShape& s, const uint8_t* packed, const Patch& p, int32_t fir
 
 void unpack_codes(const PqShape& s, const uint8_t* codes, int32_t rows, uint8_t* out,
                   size_t stride) {
-  for (int32_t b = 0; b < s.books; ++b) {
+  for (int32_t b = 0; b < s.codebooks; ++b) {
     for (int32_t r = 0; r < rows; ++r) out[b * stride + r] = codes[b * kRows + r];
   }
 }
@@ -142,7 +142,7 @@ void lookup(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32
   for (int32_t m = first; m < last; ++m) {
     for (int32_t r = 0; r < e.rows; ++r) {
       int32_t sum = 0;
-      for (int32_t b = 0; b < s.books; ++b) {
+      for (int32_t b = 0; b < s.codebooks; ++b) {
         const size_t row = static_cast<size_t>(b) * s.centroids + codes[b * kRows + r];
         sum += static_cast<int8_t>(tables[row * s.outputs + m]);
       }
@@ -154,7 +154,7 @@ void lookup(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32
 void lookup_row(const PqShape& s, const int8_t* tables, const uint8_t* codes, int32_t first,
                 int32_t last, int32_t* sums) {
   for (int32_t m = first; m < last; ++m) sums[m - first] = 0;
-  for (int32_t b = 0; b < s.books; ++b) {
+  for (int32_t b = 0; b < s.codebooks; ++b) {
     const int8_t* const row =
         tables + (static_cast<size_t>(b) * s.centroids + codes[b]) * s.outputs;
     for (int32_t m = first; m < last; ++m) sums[m - first] += row[m];
@@ -274,10 +274,10 @@ void linear(const float* x, size_t x_stride, size_t depth, const float* weights,
   }
 }
 
-void table_grad(const uint8_t* codes, size_t code_stride, int32_t books, int32_t centroids,
+void table_grad(const uint8_t* codes, size_t code_stride, int32_t codebooks, int32_t centroids,
                 const float* rows, int32_t count, int32_t outputs, float* grad) {
   for (int32_t r = 0; r < count; ++r) {
-    for (int32_t b = 0; b < books; ++b) {
+    for (int32_t b = 0; b < codebooks; ++b) {
       float* g = grad + (static_cast<size_t>(b) * centroids + codes[b * code_stride + r]) * outputs;
       for (int32_t m = 0; m < outputs; ++m) g[m] += rows[static_cast<size_t>(r) * outputs + m];
     }
@@ -305,7 +305,7 @@ void response_grad(const float* x, const uint8_t* index, float* gradient, size_t
 constinit const Kernels kScalar = {.name = "scalar",
                                    .needs = 0,
                                    .row_tile = kRows,
-                                   .book_tile = 1,
+                                   .codebook_tile = 1,
                                    .output_tile = 1,
                                    .quantize = quantize,
                                    .encoder_bytes = encoder_bytes,

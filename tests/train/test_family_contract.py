@@ -34,12 +34,12 @@ def pq_sums(rows: Array, tensors: dict[str, Array], node: Node) -> Array:
     """Reads of tables of products: the code of a sub-vector picks a row of its table."""
     tables = tensors["tables"].astype(np.int64)
     sums = np.zeros((len(rows), tables.shape[2]), np.int64)
-    for book, table in enumerate(tables):
+    for codebook, table in enumerate(tables):
         for i, row in enumerate(rows):
             if "splits" in tensors:
-                code = leaf(row[tensors["splits"][book]], tensors["thresholds"][book])
+                code = leaf(row[tensors["splits"][codebook]], tensors["thresholds"][codebook])
             else:
-                code = nearest(row, tensors["centroids"][book].astype(np.int64), book)
+                code = nearest(row, tensors["centroids"][codebook].astype(np.int64), codebook)
             sums[i] += table[code]
     return sums
 
@@ -52,11 +52,11 @@ def leaf(taps: Array, thresholds: Array) -> int:
     return place - len(thresholds)
 
 
-def nearest(row: Array, centroids: Array, book: int) -> int:
+def nearest(row: Array, centroids: Array, codebook: int) -> int:
     """The lowest of the best codes, with half of the norm rounded down."""
     width = centroids.shape[1]
     part = np.zeros(width, np.int64)
-    entries = row[book * width : (book + 1) * width]
+    entries = row[codebook * width : (codebook + 1) * width]
     part[: len(entries)] = entries
     return int(np.argmax(centroids @ part - np.square(centroids).sum(1) // 2))
 

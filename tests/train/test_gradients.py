@@ -197,12 +197,12 @@ def test_centroids_move_to_the_means_of_their_clusters() -> None:
     layer(x)
     sub = unfold((portable.quantize(x, grid) - grid.zero) * grid.scale, layer)
     tail = layer.codebooks * layer.v - layer.geometry.depth
-    for book in range(layer.codebooks):
+    for codebook in range(layer.codebooks):
         for k in range(case.k):
-            members = sub[codes[book] == k, book]
-            want = members.mean(0) if len(members) else before[book, k]
-            got = layer.centroids[book, k]
-            if book == layer.codebooks - 1:  # entries that are not there
+            members = sub[codes[codebook] == k, codebook]
+            want = members.mean(0) if len(members) else before[codebook, k]
+            got = layer.centroids[codebook, k]
+            if codebook == layer.codebooks - 1:  # entries that are not there
                 want, got = want[: layer.v - tail], got[: layer.v - tail]
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert torch.equal(layer.cluster_counts, F.one_hot(codes, case.k).sum(1).float())

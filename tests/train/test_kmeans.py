@@ -17,24 +17,28 @@ from lutra.train.layers.pq_kmeans import assign, kmeans
 from lutra.train.operators import portable
 
 
-def clusters(books: int, k: int, each: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def clusters(codebooks: int, k: int, each: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Samples (B, k * each, V) around centres (B, k, V) that are far apart, in random order."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.stack([torch.randperm(4 * k, generator=generator)[:k] for _ in range(books)])
-    centres = centres[:, :, None] * 10.0 + torch.rand((books, k, dim), generator=generator)
-    noise = 0.1 * torch.randn((books, k, each, dim), generator=generator)
+    centres = torch.stack(
+        [torch.randperm(4 * k, generator=generator)[:k] for _ in range(codebooks)]
+    )
+    centres = centres[:, :, None] * 10.0 + torch.rand((codebooks, k, dim), generator=generator)
+    noise = 0.1 * torch.randn((codebooks, k, each, dim), generator=generator)
     samples = (centres[:, :, None] + noise).flatten(1, 2)
     return samples[:, torch.randperm(k * each, generator=generator)], centres
 
 
 def test_separated_clusters_are_found() -> None:
-    samples, centres = clusters(books=5, k=8, each=50, dim=3)
+    samples, centres = clusters(codebooks=5, k=8, each=50, dim=3)
     centroids, counts = kmeans(samples, 8, seed=3)
     assert (counts == 50).all()
     nearest, _ = assign(centres, centroids)
-    for book in range(5):
-        assert sorted(nearest[book].tolist()) == list(range(8))
-        torch.testing.assert_close(centroids[book][nearest[book]], centres[book], atol=0.1, rtol=0)
+    for codebook in range(5):
+        assert sorted(nearest[codebook].tolist()) == list(range(8))
+        torch.testing.assert_close(
+            centroids[codebook][nearest[codebook]], centres[codebook], atol=0.1, rtol=0
+        )
 
 
 def test_the_seed_decides() -> None:
@@ -61,10 +65,10 @@ def test_books_do_not_disturb_each_other(monkeypatch: pytest.MonkeyPatch) -> Non
     samples = torch.randn(4, 300, 5, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(module, "_spread_start", lambda x, k, _: x[:, :k].clone())
     centroids, counts = kmeans(samples, 8)
-    for book in range(4):
-        alone, alone_counts = kmeans(samples[book : book + 1], 8)
-        torch.testing.assert_close(centroids[book], alone[0])
-        assert torch.equal(counts[book], alone_counts[0])
+    for codebook in range(4):
+        alone, alone_counts = kmeans(samples[codebook : codebook + 1], 8)
+        torch.testing.assert_close(centroids[codebook], alone[0])
+        assert torch.equal(counts[codebook], alone_counts[0])
 
 
 def test_memory_is_bounded_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +81,7 @@ def test_memory_is_bounded_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_dead_centroids_are_revived(monkeypatch: pytest.MonkeyPatch) -> None:
-    samples, _ = clusters(books=3, k=8, each=20, dim=2)
+    samples, _ = clusters(codebooks=3, k=8, each=20, dim=2)
     # all of them start at the same place, far from every sample
     monkeypatch.setattr(module, "_spread_start", lambda x, k, _: x.new_full((3, k, 2), -1e3))
     _, counts = kmeans(samples, 8)
@@ -85,11 +89,11 @@ def test_dead_centroids_are_revived(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_start_draws_far_samples_and_no_duplicates() -> None:
-    samples, centres = clusters(books=2, k=8, each=1, dim=3)
+    samples, centres = clusters(codebooks=2, k=8, each=1, dim=3)
     samples = samples.repeat(1, 40, 1)  # eight distinct points
     start = module._spread_start(samples, 8, torch.Generator().manual_seed(0))
-    for book in range(2):
-        assert len(start[book].unique(dim=0)) == 8
+    for codebook in range(2):
+        assert len(start[codebook].unique(dim=0)) == 8
     assert centres.shape == start.shape
 
 
@@ -101,9 +105,9 @@ def test_fewer_distinct_samples_than_centroids(distinct: int, samples: int) -> N
     centroids, counts = kmeans(x, 16)
     assert centroids.isfinite().all()
     used = min(distinct, samples)
-    for book in range(2):
-        assert counts[book].sum() == samples
-        found = centroids[book][counts[book] > 0].unique(dim=0)
+    for codebook in range(2):
+        assert counts[codebook].sum() == samples
+        found = centroids[codebook][counts[codebook] > 0].unique(dim=0)
         torch.testing.assert_close(found, points[:used].unique(dim=0))
     assert assign(x, centroids)[1].max() < 1e-6
 

@@ -44,10 +44,10 @@ def generator(seed: int) -> torch.Generator:
 
 def samples(grid: Tensor, metric: Tensor | None = None, bins: int = 64) -> trees.Samples:
     """Sub-vectors that are grid values (B, V, n)."""
-    books, dim, _ = grid.shape
+    codebooks, dim, _ = grid.shape
     values = grid.transpose(1, 2).float()
-    metric = torch.eye(dim).repeat(books, 1, 1) if metric is None else metric
-    return trees.Samples(values, grid, metric, torch.ones(books, dim, dtype=torch.bool), bins)
+    metric = torch.eye(dim).repeat(codebooks, 1, 1) if metric is None else metric
+    return trees.Samples(values, grid, metric, torch.ones(codebooks, dim, dtype=torch.bool), bins)
 
 
 def error(part: trees.Samples, taps: Tensor, thresholds: Tensor, centroids: Tensor) -> float:
@@ -97,10 +97,10 @@ def test_a_tree_that_made_the_data_is_found() -> None:
     assert float(distances.max()) < 0.01
 
 
-def correlated(books: int = 3) -> Tensor:
+def correlated(codebooks: int = 3) -> Tensor:
     """Grid values (B, 8, 6000) with four directions of variance."""
-    base = torch.randn(books, 4, 6000, generator=generator(0))
-    mixed = torch.bmm(torch.randn(books, 8, 4, generator=generator(1)), base)
+    base = torch.randn(codebooks, 4, 6000, generator=generator(0))
+    mixed = torch.bmm(torch.randn(codebooks, 8, 4, generator=generator(1)), base)
     return (mixed * 5 + 32).round().clamp(0, 63).long()
 
 

@@ -24,22 +24,22 @@ int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step;
 
 // What makes the codes: centroids, or splits and thresholds.
 struct EncoderData {
-  const uint8_t* centroids = nullptr;   // (books, K, V)
-  const int32_t* splits = nullptr;      // (books, log2 K): entries of the row
-  const uint8_t* thresholds = nullptr;  // (books, K - 1)
+  const uint8_t* centroids = nullptr;   // (codebooks, K, V)
+  const int32_t* splits = nullptr;      // (codebooks, log2 K): entries of the row
+  const uint8_t* thresholds = nullptr;  // (codebooks, K - 1)
 };
 
 class PqLayer : public Layer {
  public:
-  // tables (books, K, M), scale (M), bias (M); all arrays are copied. shape.taps and shape.depth
-  // are taken from the geometry. With `few_rows` it can run a few rows without packed tables.
-  // Throws std::invalid_argument if the sizes do not fit each other.
+  // tables (codebooks, K, M), scale (M), bias (M); all arrays are copied. shape.taps and
+  // shape.depth are taken from the geometry. With `few_rows` it can run a few rows without packed
+  // tables. Throws std::invalid_argument if the sizes do not fit each other.
   PqLayer(const Kernels& kernels, PqShape shape, const ConvGeometry& geometry,
           const Quantization& quantization, const EncoderData& encoder, const int8_t* tables,
           const float* scale, const float* bias, bool few_rows);
 
   void prepare(int64_t rows) const override;
-  // Codes: canonical ones, (books, rows).
+  // Codes: canonical ones, (codebooks, rows).
   void check_codes(const ImageView& x, int64_t rows, const Codes& codes) const override;
   std::string method(int64_t rows) const override;
   size_t parameter_bytes() const override;
@@ -50,7 +50,7 @@ class PqLayer : public Layer {
   bool by_row(int64_t rows) const { return few_rows_ && rows <= kFewRows; }
   void pack(const int8_t* tables) const;
   Memory memory(const PatchSource& source, int threads, bool direct) const override;
-  int64_t largest_sum() const override { return int64_t{128} * shape_.books; }
+  int64_t largest_sum() const override { return int64_t{128} * shape_.codebooks; }
   void run_loaded(const Call& call) const override;
   void run_rows(const Call& call, const Sizes& s) const;
 
@@ -69,17 +69,17 @@ void PqLayer::check(const EncoderData& encoder) const {
   const Quantization& q = quantization_;
   const int32_t k = s.centroids;
   require(is_one_of(k, kCentroidCounts), "K must be 8, 16, 32 or 64, not " + std::to_string(k));
-  require(s.books >= 1 && s.books <= kMaxCodebooks,
+  require(s.codebooks >= 1 && s.codebooks <= kMaxCodebooks,
           "codebooks must be 1.." + std::to_string(kMaxCodebooks) + ", for exact sums, not " +
-              std::to_string(s.books));
+              std::to_string(s.codebooks));
   require(geometry_.depth() < (int64_t{1} << 31), "its rows are too long");
-  const size_t codebooks = static_cast<size_t>(s.books);
+  const size_t codebooks = static_cast<size_t>(s.codebooks);
   if (s.encoder == Encoder::kNearest) {
     require(s.dim >= 1 && s.dim <= kMaxSubvector,
             "V must be 1.." + std::to_string(kMaxSubvector) + ", not " + std::to_string(s.dim));
-    const int64_t books = (geometry_.depth() + s.dim - 1) / s.dim;
-    require(books == s.books,
-            "it needs " + std::to_string(books) + " codebooks, not " + std::to_string(s.books));
+    const int64_t codebooks = (geometry_.depth() + s.dim - 1) / s.dim;
+    require(codebooks == s.codebooks, "it needs " + std::to_string(codebooks) + " codebooks, not " +
+                                          std::to_string(s.codebooks));
     for (size_t i = 0; i < codebooks * k * s.dim; ++i) {
       require(encoder.centroids[i] <= q.qmax(), "centroid value " +
                                                     std::to_string(encoder.centroids[i]) +
@@ -118,7 +118,7 @@ PqLayer::PqLayer(const Kernels& kernels, PqShape shape, const ConvGeometry& geom
   } else {
     kernels.pack_tree(shape_, encoder.splits, encoder.thresholds, encoder_.data());
   }
-  const size_t entries = static_cast<size_t>(shape_.books) * shape_.centroids * shape_.outputs;
+  const size_t entries = static_cast<size_t>(shape_.codebooks) * shape_.centroids * shape_.outputs;
   if (few_rows) {
     canonical_.assign(tables, tables + entries);
   } else {
@@ -140,7 +140,7 @@ void PqLayer::prepare(int64_t rows) const {
 
 size_t PqLayer::parameter_bytes() const {
   return kernels_.encoder_bytes(shape_) +
-         static_cast<size_t>(shape_.books) * shape_.centroids * shape_.outputs;
+         static_cast<size_t>(shape_.codebooks) * shape_.centroids * shape_.outputs;
 }
 
 std::string PqLayer::method(int64_t rows) const {
@@ -164,7 +164,8 @@ struct PqLayer::Sizes {
     const int64_t share = threads == 1 ? tiles : tiles / (2 * threads);
     group = direct ? std::clamp<int64_t>(share, 1, kGroup) : 1;
     codes = align64(k.code_bytes(s));
-    const size_t row_codes = layer.by_row(rows) ? align64(static_cast<size_t>(s.books) * rows) : 0;
+    const size_t row_codes =
+        layer.by_row(rows) ? align64(static_cast<size_t>(s.codebooks) * rows) : 0;
     const size_t sums = std::max(row_codes, align64(kRowOutputs * (2 * sizeof(float) + 1)));
     tile = TileOutput::scratch_bytes(s.outputs, k.row_tile, direct);
     const size_t own_codes = split ? 0 : static_cast<size_t>(group) * codes;
@@ -183,9 +184,9 @@ Layer::Memory PqLayer::memory(const PatchSource& source, int threads, bool direc
 }
 
 void PqLayer::check_codes(const ImageView&, int64_t rows, const Codes& codes) const {
-  require(codes.shape == std::vector<int64_t>{shape_.books, rows} &&
+  require(codes.shape == std::vector<int64_t>{shape_.codebooks, rows} &&
               (rows <= 1 || codes.strides[1] == 1) &&
-              (shape_.books == 1 || codes.strides[0] == rows),
+              (shape_.codebooks == 1 || codes.strides[0] == rows),
           "codes must have the shape (codebooks, rows) and no gaps");
 }
 
@@ -229,9 +230,10 @@ void PqLayer::run_loaded(const Call& call) const {
   };
   const double compare =
       shape_.encoder == Encoder::kTree ? 8.0 : static_cast<double>(shape_.centroids) * shape_.dim;
-  const double encoding = static_cast<double>(rows) * shape_.books * compare / kWorkPerMicrosecond;
+  const double encoding =
+      static_cast<double>(rows) * shape_.codebooks * compare / kWorkPerMicrosecond;
   const double looking =
-      static_cast<double>(rows) * shape_.books * shape_.outputs / kWorkPerMicrosecond;
+      static_cast<double>(rows) * shape_.codebooks * shape_.outputs / kWorkPerMicrosecond;
   if (!s.split) {
     const int64_t groups = (s.tiles + s.group - 1) / s.group;
     pool.run(static_cast<size_t>(groups), encoding + looking, [&](size_t i, int worker) {
@@ -240,7 +242,7 @@ void PqLayer::run_loaded(const Call& call) const {
       const int64_t end = std::min(s.tiles, begin + s.group);
       for (int64_t t = begin; t < end; ++t) {
         uint8_t* const codes = m.codes + static_cast<size_t>(t - begin) * s.codes;
-        encode(t, 0, shape_.books, m, codes);
+        encode(t, 0, shape_.codebooks, m, codes);
         if (call.codes) keep(t, codes);
       }
       if (s.group == 1) return lookup(begin, 0, shape_.outputs, m, m.codes);
@@ -263,14 +265,15 @@ void PqLayer::run_loaded(const Call& call) const {
     return;
   }
   const int64_t parts = 2 * pool.threads();
-  const int64_t book_step = round_up((shape_.books + parts - 1) / parts, kernels_.book_tile);
-  const int64_t book_parts = (shape_.books + book_step - 1) / book_step;
-  pool.run(static_cast<size_t>(s.tiles * book_parts), encoding, [&](size_t i, int worker) {
-    const int64_t index = static_cast<int64_t>(i) / book_parts;
-    const int64_t first = static_cast<int64_t>(i) % book_parts * book_step;
+  const int64_t codebook_step =
+      round_up((shape_.codebooks + parts - 1) / parts, kernels_.codebook_tile);
+  const int64_t codebook_parts = (shape_.codebooks + codebook_step - 1) / codebook_step;
+  pool.run(static_cast<size_t>(s.tiles * codebook_parts), encoding, [&](size_t i, int worker) {
+    const int64_t index = static_cast<int64_t>(i) / codebook_parts;
+    const int64_t first = static_cast<int64_t>(i) % codebook_parts * codebook_step;
     encode(index, static_cast<int32_t>(first),
-           static_cast<int32_t>(std::min<int64_t>(shape_.books, first + book_step)), memory(worker),
-           all_codes + static_cast<size_t>(index) * s.codes);
+           static_cast<int32_t>(std::min<int64_t>(shape_.codebooks, first + codebook_step)),
+           memory(worker), all_codes + static_cast<size_t>(index) * s.codes);
   });
   if (call.codes) {
     for (int64_t i = 0; i < s.tiles; ++i) keep(i, all_codes + static_cast<size_t>(i) * s.codes);
@@ -289,27 +292,27 @@ void PqLayer::run_loaded(const Call& call) const {
 }
 
 void PqLayer::run_rows(const Call& call, const Sizes& s) const {
-  const int64_t rows = call.source.rows(), books = shape_.books;
+  const int64_t rows = call.source.rows(), codebooks = shape_.codebooks;
   uint8_t *const codes = call.shared, *const workers = call.workers;
   int32_t row[kMaxRowTile];
   const Patch patch = call.source.tile(0, rows, kernels_.row_tile, row);
-  kernels_.encode(shape_, encoder_.data(), patch, 0, shape_.books, codes);
-  uint8_t* const canonical = codes + s.codes;  // (rows, books)
+  kernels_.encode(shape_, encoder_.data(), patch, 0, shape_.codebooks, codes);
+  uint8_t* const canonical = codes + s.codes;  // (rows, codebooks)
   kernels_.unpack_codes(shape_, codes, static_cast<int32_t>(rows), workers,
                         static_cast<size_t>(rows));
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t b = 0; b < books; ++b) canonical[r * books + b] = workers[b * rows + r];
+    for (int64_t b = 0; b < codebooks; ++b) canonical[r * codebooks + b] = workers[b * rows + r];
   }
-  if (call.codes) std::copy(workers, workers + books * rows, call.codes);
+  if (call.codes) std::copy(workers, workers + codebooks * rows, call.codes);
   const int64_t parts = (shape_.outputs + kRowOutputs - 1) / kRowOutputs;
-  const double work = static_cast<double>(rows * books) * shape_.outputs / kWorkPerMicrosecond;
+  const double work = static_cast<double>(rows * codebooks) * shape_.outputs / kWorkPerMicrosecond;
   call.pool.run(static_cast<size_t>(rows * parts), work, [&](size_t i, int worker) {
     const int64_t r = static_cast<int64_t>(i) / parts;
     const int64_t first = static_cast<int64_t>(i) % parts * kRowOutputs;
     const int64_t count = std::min<int64_t>(kRowOutputs, shape_.outputs - first);
     uint8_t* const memory = workers + static_cast<size_t>(worker) * s.worker;
     int32_t* const sums = reinterpret_cast<int32_t*>(memory);
-    kernels_.lookup_row(shape_, canonical_.data(), canonical + r * books,
+    kernels_.lookup_row(shape_, canonical_.data(), canonical + r * codebooks,
                         static_cast<int32_t>(first), static_cast<int32_t>(first + count), sums);
     call.output.row(r, sums, first, count, memory + kRowOutputs * sizeof(int32_t));
   });
@@ -321,7 +324,7 @@ std::unique_ptr<Layer> make_pq(const Kernels& kernels, const StepArgs& args, boo
   const bool nearest = args.has("centroids");
   require(args.has("splits") != nearest && args.has("thresholds") != nearest,
           "a layer has centroids, or splits and thresholds; give one of the two");
-  PqShape s{.books = static_cast<int32_t>(tables[0]),
+  PqShape s{.codebooks = static_cast<int32_t>(tables[0]),
             .centroids = static_cast<int32_t>(tables[1]),
             .outputs = static_cast<int32_t>(tables[2])};
   EncoderData e;

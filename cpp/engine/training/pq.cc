@@ -15,25 +15,25 @@ void table_gradient(const Kernels& kernels, const PqShape& shape, const uint8_t*
                     const ImageView& gradient, float* grad, ThreadPool& pool) {
   const int64_t rows = gradient.n * gradient.h * gradient.w;
   const size_t cell = static_cast<size_t>(shape.centroids) * shape.outputs;
-  // Books per item: their gradients stay in the first-level cache while the rows stream by.
+  // Codebooks per item: their gradients stay in the first-level cache while the rows stream by.
   // At least one item per thread.
-  const int64_t share = (shape.books + pool.threads() - 1) / pool.threads();
+  const int64_t share = (shape.codebooks + pool.threads() - 1) / pool.threads();
   const int64_t group =
       std::clamp<int64_t>(24576 / static_cast<int64_t>(cell * sizeof(float)), 1, share);
-  const int64_t groups = (shape.books + group - 1) / group;
+  const int64_t groups = (shape.codebooks + group - 1) / group;
   const bool consecutive = gradient.sc == 1 && gradient.sw == gradient.c &&
                            gradient.sh == gradient.w * gradient.sw &&
                            gradient.sn == gradient.h * gradient.sh;
   constexpr int64_t kRows = 64;
-  const double work = static_cast<double>(rows) * shape.books * shape.outputs;
+  const double work = static_cast<double>(rows) * shape.codebooks * shape.outputs;
   pool.run(static_cast<size_t>(groups), work / kGradPerMicrosecond, [&](size_t item, int) {
     const int64_t first = static_cast<int64_t>(item) * group;
-    const int64_t books = std::min<int64_t>(group, shape.books - first);
+    const int64_t codebooks = std::min<int64_t>(group, shape.codebooks - first);
     float* const target = grad + first * static_cast<int64_t>(cell);
-    std::fill(target, target + books * static_cast<int64_t>(cell), 0.0f);
+    std::fill(target, target + codebooks * static_cast<int64_t>(cell), 0.0f);
     std::vector<float> buffer(consecutive ? 0 : static_cast<size_t>(kRows * shape.outputs));
     // Planes of codes are often a power of two apart and would fight for the same cache lines.
-    std::vector<uint8_t> tile(static_cast<size_t>(kRows * books));
+    std::vector<uint8_t> tile(static_cast<size_t>(kRows * codebooks));
     for (int64_t r = 0; r < rows; r += kRows) {
       const int64_t count = std::min(kRows, rows - r);
       const float* block = gradient.data + r * gradient.c;
@@ -47,12 +47,12 @@ void table_gradient(const Kernels& kernels, const PqShape& shape, const uint8_t*
         }
         block = buffer.data();
       }
-      for (int64_t b = 0; b < books; ++b) {
+      for (int64_t b = 0; b < codebooks; ++b) {
         std::memcpy(tile.data() + b * kRows, codes + (first + b) * rows + r,
                     static_cast<size_t>(count));
       }
-      kernels.table_grad(tile.data(), kRows, static_cast<int32_t>(books), shape.centroids, block,
-                         static_cast<int32_t>(count), shape.outputs, target);
+      kernels.table_grad(tile.data(), kRows, static_cast<int32_t>(codebooks), shape.centroids,
+                         block, static_cast<int32_t>(count), shape.outputs, target);
     }
   });
 }
@@ -67,26 +67,28 @@ void cluster_sums(const Kernels& kernels, const PqShape& shape, const ConvGeomet
               scratch, pool);
   constexpr int64_t kRows = 64;
   const int64_t rows = source.rows(), depth = geometry.depth();
-  const double work = static_cast<double>(rows) * shape.books * shape.dim;
-  pool.run(static_cast<size_t>(shape.books), work / kGradPerMicrosecond, [&](size_t book, int) {
-    const int64_t b = static_cast<int64_t>(book), from = b * shape.dim;
-    const int64_t to = std::min(depth, from + shape.dim);
-    int64_t* const count = counts + b * shape.centroids;
-    int64_t* const sum = sums + b * shape.centroids * shape.dim;
-    std::fill(count, count + shape.centroids, 0);
-    std::fill(sum, sum + shape.centroids * shape.dim, 0);
-    std::vector<uint8_t> patch(static_cast<size_t>(shape.dim * kRows) + kSlack);
-    for (int64_t r = 0; r < rows; r += kRows) {
-      const int64_t n = std::min(kRows, rows - r);
-      const auto runs = source.planes().runs(r, n);
-      source.planes().gather(source.data(), runs, from, to, kRows, patch.data());
-      for (int64_t i = 0; i < n; ++i) {
-        const uint8_t code = codes[b * rows + r + i];
-        ++count[code];
-        for (int64_t v = 0; v < to - from; ++v) sum[code * shape.dim + v] += patch[v * kRows + i];
-      }
-    }
-  });
+  const double work = static_cast<double>(rows) * shape.codebooks * shape.dim;
+  pool.run(static_cast<size_t>(shape.codebooks), work / kGradPerMicrosecond,
+           [&](size_t codebook, int) {
+             const int64_t b = static_cast<int64_t>(codebook), from = b * shape.dim;
+             const int64_t to = std::min(depth, from + shape.dim);
+             int64_t* const count = counts + b * shape.centroids;
+             int64_t* const sum = sums + b * shape.centroids * shape.dim;
+             std::fill(count, count + shape.centroids, 0);
+             std::fill(sum, sum + shape.centroids * shape.dim, 0);
+             std::vector<uint8_t> patch(static_cast<size_t>(shape.dim * kRows) + kSlack);
+             for (int64_t r = 0; r < rows; r += kRows) {
+               const int64_t n = std::min(kRows, rows - r);
+               const auto runs = source.planes().runs(r, n);
+               source.planes().gather(source.data(), runs, from, to, kRows, patch.data());
+               for (int64_t i = 0; i < n; ++i) {
+                 const uint8_t code = codes[b * rows + r + i];
+                 ++count[code];
+                 for (int64_t v = 0; v < to - from; ++v)
+                   sum[code * shape.dim + v] += patch[v * kRows + i];
+               }
+             }
+           });
 }
 
 }  // namespace lutra

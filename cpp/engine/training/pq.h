@@ -5,14 +5,14 @@
 
 namespace lutra {
 
-// Gradient of the tables: grad (books, K, M) = scatter-add of the output gradient by code.
-//   codes (books, rows); gradient: view of shape (n, M, h, w) with rows in (n, h, w) order.
+// Gradient of the tables: grad (codebooks, K, M) = scatter-add of the output gradient by code.
+//   codes (codebooks, rows); gradient: view of shape (n, M, h, w) with rows in (n, h, w) order.
 // The work is split over codebooks, so the result does not depend on the number of threads.
 void table_gradient(const Kernels& kernels, const PqShape& shape, const uint8_t* codes,
                     const ImageView& gradient, float* grad, ThreadPool& pool);
 
-// Sums and counts of the quantised sub-vectors by code: sums (books, K, V) of x_q, counts (books,
-// K).
+// Sums and counts of the quantised sub-vectors by code: sums (codebooks, K, V) of x_q, counts
+// (codebooks, K).
 void cluster_sums(const Kernels& kernels, const PqShape& shape, const ConvGeometry& geometry,
                   const Quantization& quantization, const ImageView& input, const uint8_t* codes,
                   int64_t* sums, int64_t* counts, ThreadPool& pool);

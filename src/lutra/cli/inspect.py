@@ -276,16 +276,16 @@ def _layers(report: dict[str, Any]) -> str:
     rows: list[tuple[str, ...]] = [names]
     for layer in report["layers"]:
         shape = shape_text(tuple(layer["output_shape"]))
-        books = [layer["v"], layer["k"]]
+        codebooks = [layer["v"], layer["k"]]
         if layer["encoder"] == "tree":
-            books[0] = "tree"  # has no sub-vectors
+            codebooks[0] = "tree"  # has no sub-vectors
         if layer["table"]:
-            books[1] = "x".join(map(str, layer["table"]))
-        books = ["-" if entry is None else str(entry) for entry in books]
+            codebooks[1] = "x".join(map(str, layer["table"]))
+        codebooks = ["-" if entry is None else str(entry) for entry in codebooks]
         counts = (layer[k] for k in ("bytes", "lookups", "encode_ops", "multiplications"))
         work = map(_number, counts)
         form = layer["tables"] or "-"
-        rows.append((plain(layer["name"]), layer["op"], shape, *books, form, *work))
+        rows.append((plain(layer["name"]), layer["op"], shape, *codebooks, form, *work))
     totals = report["totals"]
     numbers = (
         report["sizes"]["parameter_bytes"],

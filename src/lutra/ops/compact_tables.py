@@ -44,15 +44,15 @@ def build_tables(centroids: Array, act_zero: int, weight: Array, factor: Array) 
     Returns:
         int8 (B, K, M), read-only.
     """
-    books, count, width = centroids.shape
+    codebooks, count, width = centroids.shape
     outputs, length = weight.shape
-    padded = np.zeros((outputs, books * width), np.float32)
+    padded = np.zeros((outputs, codebooks * width), np.float32)
     padded[:, :length] = weight
-    blocks = padded.reshape(outputs, books, width).transpose(1, 2, 0)  # (B, V, M)
+    blocks = padded.reshape(outputs, codebooks, width).transpose(1, 2, 0)  # (B, V, M)
     offsets = centroids.astype(np.float32) - np.float32(act_zero)
-    tables = np.empty((books, count, outputs), np.int8)
+    tables = np.empty((codebooks, count, outputs), np.int8)
     step = max(1, _BLOCK // (count * outputs))
-    for first in range(0, books, step):
+    for first in range(0, codebooks, step):
         part = slice(first, first + step)
         # float32 products are exact here, in any order, and much faster than NumPy's integer ones:
         # a sum of at most 64 products of at most 127 * 128 is far below 2**24.
@@ -103,7 +103,7 @@ def _check(node: Node, tensors: Mapping[str, Array], length: int) -> None:
                 f"has {role} of dtype {array.dtype} and shape {array.shape}",
                 f"it must be {dtype} with {ndim} axes, none of them empty",
             )
-    books, _, width = tensors["centroids"].shape
+    codebooks, _, width = tensors["centroids"].shape
     weight, factor = tensors["weight"], tensors["factor"]
     if weight.shape[1] != length or factor.shape != weight.shape[:1]:
         raise node_error(
@@ -111,10 +111,10 @@ def _check(node: Node, tensors: Mapping[str, Array], length: int) -> None:
             f"has a weight of shape {weight.shape} and a factor of shape {factor.shape}",
             f"rows of {length} activations need (outputs, {length}) and (outputs,)",
         )
-    if width > MAX_SUBVECTOR or books != -(-length // width):
+    if width > MAX_SUBVECTOR or codebooks != -(-length // width):
         raise node_error(
             node,
-            f"has {books} codebooks for rows of {length} in sub-vectors of {width}",
+            f"has {codebooks} codebooks for rows of {length} in sub-vectors of {width}",
             f"it needs {-(-length // width)} of sub-vectors of at most {MAX_SUBVECTOR}",
         )
     top = int(tensors["centroids"].max())

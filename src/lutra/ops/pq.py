@@ -99,7 +99,7 @@ def _check(node: Node, tensors: Mapping[str, Array]) -> None:
 
 def _check_centroids(node: Node, tensors: Mapping[str, Array], tables: Array, qmax: int) -> None:
     centroids = tensors["centroids"]
-    books, count, width = centroids.shape
+    codebooks, count, width = centroids.shape
     if count not in CENTROID_COUNTS or width > MAX_SUBVECTOR:
         raise node_error(
             node,
@@ -107,17 +107,17 @@ def _check_centroids(node: Node, tensors: Mapping[str, Array], tables: Array, qm
             f"use 8, 16, 32 or 64 centroids of 1 to {MAX_SUBVECTOR} values",
         )
     length = row_length(node)
-    if books != -(-length // width) or books > MAX_CODEBOOKS:
+    if codebooks != -(-length // width) or codebooks > MAX_CODEBOOKS:
         raise node_error(
             node,
-            f"has {books} codebooks for rows of {length} in sub-vectors of {width}",
+            f"has {codebooks} codebooks for rows of {length} in sub-vectors of {width}",
             f"it needs {-(-length // width)}, and at most {MAX_CODEBOOKS}",
         )
-    if tables.shape[:2] != (books, count):
+    if tables.shape[:2] != (codebooks, count):
         raise node_error(
             node,
             f"has tables of shape {tables.shape}",
-            f"the centroids of shape {centroids.shape} need ({books}, {count}, outputs)",
+            f"the centroids of shape {centroids.shape} need ({codebooks}, {count}, outputs)",
         )
     top = int(centroids.max())
     if top > qmax:
@@ -126,7 +126,7 @@ def _check_centroids(node: Node, tensors: Mapping[str, Array], tables: Array, qm
             f"has a centroid value of {top} with act_bits={node.attrs['act_bits']}",
             f"centroids must be in 0..{qmax}",
         )
-    used = length - (books - 1) * width  # values of the last sub-vector that exist
+    used = length - (codebooks - 1) * width  # values of the last sub-vector that exist
     if centroids[-1, :, used:].any():
         raise node_error(
             node,
@@ -137,22 +137,22 @@ def _check_centroids(node: Node, tensors: Mapping[str, Array], tables: Array, qm
 
 def _check_tree(node: Node, tensors: Mapping[str, Array], tables: Array, qmax: int) -> None:
     splits, thresholds = tensors["splits"], tensors["thresholds"]
-    books, count = tables.shape[:2]
-    if count not in CENTROID_COUNTS or books > MAX_CODEBOOKS:
+    codebooks, count = tables.shape[:2]
+    if count not in CENTROID_COUNTS or codebooks > MAX_CODEBOOKS:
         raise node_error(
             node,
-            f"has {books} codebooks of {count} table rows",
+            f"has {codebooks} codebooks of {count} table rows",
             f"use at most {MAX_CODEBOOKS} codebooks of 8, 16, 32 or 64",
         )
     for role, tensor, width in (
         ("splits", splits, count.bit_length() - 1),
         ("thresholds", thresholds, count - 1),
     ):
-        if tensor.shape != (books, width):
+        if tensor.shape != (codebooks, width):
             raise node_error(
                 node,
                 f"has {role} of shape {tensor.shape}",
-                f"the tables of shape {tables.shape} need ({books}, {width})",
+                f"the tables of shape {tables.shape} need ({codebooks}, {width})",
             )
     length = row_length(node)
     low, high = int(splits.min()), int(splits.max())
@@ -180,14 +180,14 @@ def _infer_linear(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Arr
 
 
 def _cost(node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]) -> Cost:
-    books, _, outputs = tensors["tables"].shape
+    codebooks, _, outputs = tensors["tables"].shape
     made = math.prod(inner(output))  # rows times outputs
     # of one code: products with every centroid, or one comparison per level
     tree = "splits" in tensors
     steps = math.prod(tensors["splits" if tree else "centroids"].shape[1:])
-    encode_ops = made // outputs * books * steps
+    encode_ops = made // outputs * codebooks * steps
     return Cost(
-        lookups=made * books,
+        lookups=made * codebooks,
         encode_ops=encode_ops,
         comparisons=encode_ops if tree else 0,
         quantised=math.prod(inner(inputs[0])),

@@ -45,12 +45,12 @@ def encode(rows: Array, centroids: Array) -> Array:
     Returns:
         Codes, int64 (R, B), the lowest on ties.
     """
-    books, _, width = centroids.shape
-    padded = np.zeros((rows.shape[0], books * width), np.float32)
+    codebooks, _, width = centroids.shape
+    padded = np.zeros((rows.shape[0], codebooks * width), np.float32)
     padded[:, : rows.shape[1]] = rows
     # float32 products are exact here, and much faster than NumPy's integer ones: a score is a sum
     # of at most 64 products of at most 127 * 127, far below 2**24.
-    subvectors = padded.reshape(-1, books, width).transpose(1, 0, 2)  # (B, R, V)
+    subvectors = padded.reshape(-1, codebooks, width).transpose(1, 0, 2)  # (B, R, V)
     products = subvectors @ centroids.astype(np.float32).transpose(0, 2, 1)  # (B, R, K)
     half_norms = np.square(centroids.astype(np.int32)).sum(axis=2) >> 1  # (B, K)
     scores = products.astype(np.int32) - half_norms[:, None, :]
@@ -69,10 +69,10 @@ def encode_tree(rows: Array, splits: Array, thresholds: Array) -> Array:
     Returns:
         Codes, int64 (R, B)
     """
-    books, levels = splits.shape
-    node = np.zeros((rows.shape[0], books), np.int64)
+    codebooks, levels = splits.shape
+    node = np.zeros((rows.shape[0], codebooks), np.int64)
     for level in range(levels):
-        right = rows[:, splits[:, level]] >= thresholds[np.arange(books), node]
+        right = rows[:, splits[:, level]] >= thresholds[np.arange(codebooks), node]
         node = 2 * node + 1 + right
     codes: Array = node - thresholds.shape[1]
     return codes
@@ -89,8 +89,8 @@ def lookup(codes: Array, tables: Array) -> Array:
         int32 (R, M)
     """
     sums = np.zeros((codes.shape[0], tables.shape[2]), np.int32)
-    for book, table in enumerate(tables):
-        sums += table[codes[:, book]]
+    for codebook, table in enumerate(tables):
+        sums += table[codes[:, codebook]]
     return sums
 
 

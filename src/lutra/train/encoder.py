@@ -51,9 +51,9 @@ def descend(taps: Tensor, thresholds: Tensor) -> Tensor:
         taps: int64 (B, L, n), the entries that the levels look at, on the grid.
         thresholds: (B, K - 1) in heap order.
     """
-    books, levels, n = taps.shape
+    codebooks, levels, n = taps.shape
     heap = thresholds.long()
-    node = torch.zeros((books, n), dtype=torch.int64, device=taps.device)
+    node = torch.zeros((codebooks, n), dtype=torch.int64, device=taps.device)
     for level in range(levels):
         right = taps[:, level] >= heap.gather(1, node)
         node = 2 * node + 1 + right

@@ -23,10 +23,10 @@ def assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         codes (B, n) int64 and distances (B, n).
     """
-    books, k, _ = centroids.shape
+    codebooks, k, _ = centroids.shape
     norms = centroids.square().sum(2)[:, None, :]
     codes, distances = [], []
-    for part in torch.split(x, max(1, portable.block_size(x) // (books * k)), dim=1):
+    for part in torch.split(x, max(1, portable.block_size(x) // (codebooks * k)), dim=1):
         score = torch.baddbmm(norms, part, centroids.transpose(1, 2), beta=1.0, alpha=-2.0)
         best, code = score.min(2)
         codes.append(code)
@@ -36,10 +36,10 @@ def assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 def _cluster_sums(x: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Sums (B, K, V) and counts (B, K) of samples x (B, n, V) by code, as one-hot products."""
-    books, n, dim = x.shape
-    sums, counts = x.new_zeros((books, k, dim)), x.new_zeros((books, k))
+    codebooks, n, dim = x.shape
+    sums, counts = x.new_zeros((codebooks, k, dim)), x.new_zeros((codebooks, k))
     clusters = torch.arange(k, device=x.device)[:, None]
-    block = max(1, portable.block_size(x) // (books * k))
+    block = max(1, portable.block_size(x) // (codebooks * k))
     for first in range(0, n, block):
         member = (codes[:, None, first : first + block] == clusters).to(x.dtype)  # (B, K, rows)
         sums.baddbmm_(member, x[:, first : first + block])
@@ -49,14 +49,14 @@ def _cluster_sums(x: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _spread_start(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """k-means++: every next centroid is a sample drawn in proportion to its squared distance."""
-    books, n, _ = x.shape
-    pick = torch.randint(n, (books,), generator=generator).to(x.device)
-    rows = torch.arange(books, device=x.device)
+    codebooks, n, _ = x.shape
+    pick = torch.randint(n, (codebooks,), generator=generator).to(x.device)
+    rows = torch.arange(codebooks, device=x.device)
     chosen = [x[rows, pick]]
     distance = (x - chosen[0][:, None]).square().sum(2)
     for _ in range(k - 1):
         total = distance.cumsum(1)
-        target = torch.rand((books, 1), generator=generator).to(x.device) * total[:, -1:]
+        target = torch.rand((codebooks, 1), generator=generator).to(x.device) * total[:, -1:]
         pick = torch.searchsorted(total, target).clamp_max(n - 1).squeeze(1)
         chosen.append(x[rows, pick])
         distance = torch.minimum(distance, (x - chosen[-1][:, None]).square().sum(2))
@@ -78,10 +78,10 @@ def kmeans(x: Tensor, k: int, *, steps: int = 25, seed: int = 0) -> tuple[Tensor
     Returns:
         centroids (B, K, V) and the number of samples of each (B, K).
     """
-    books = x.shape[0]
+    codebooks = x.shape[0]
     generator = torch.Generator().manual_seed(seed)
     centroids = collective.broadcast(_spread_start(x, k, generator).contiguous())
-    counts = torch.zeros((books, k), device=x.device)
+    counts = torch.zeros((codebooks, k), device=x.device)
     for step in range(steps + 1):
         codes, distances = assign(x, centroids)
         sums, counts = _cluster_sums(x, codes, k)
@@ -115,8 +115,8 @@ def _revive(centroids: Tensor, counts: Tensor, x: Tensor, distances: Tensor) -> 
         worst_distance, worst = worst_distance.topk(most, 1)
         samples = torch.gather(samples, 1, worst[:, :, None].expand(-1, -1, x.shape[2]))
     centroids = centroids.clone()
-    for book in torch.nonzero(dead).flatten().tolist():
-        empty = torch.nonzero(counts[book] == 0).flatten()[: worst_distance.shape[1]]
-        useful = worst_distance[book, : len(empty)] > 0  # no sample is left unserved otherwise
-        centroids[book, empty[useful]] = samples[book, : len(empty)][useful]
+    for codebook in torch.nonzero(dead).flatten().tolist():
+        empty = torch.nonzero(counts[codebook] == 0).flatten()[: worst_distance.shape[1]]
+        useful = worst_distance[codebook, : len(empty)] > 0  # no sample is left unserved otherwise
+        centroids[codebook, empty[useful]] = samples[codebook, : len(empty)][useful]
     return centroids

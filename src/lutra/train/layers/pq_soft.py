@@ -57,17 +57,17 @@ def _soft_gradients(
     gradient: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, centroids, tables and inverse temperature."""
-    books, k, dim = centroids.shape
+    codebooks, k, dim = centroids.shape
     grad_centroids, grad_tables = torch.zeros_like(centroids), torch.zeros_like(tables)
     grad_inverse = torch.zeros_like(inverse)
     norms = centroids.square().sum(2)[:, :, None]
     pixels = gradient.shape[2] * gradient.shape[3]
-    images = max(1, block_size(x) // max(1, books * k * pixels))
+    images = max(1, block_size(x) // max(1, codebooks * k * pixels))
     grad_x = []
     for part, grad in zip(torch.split(x, images), torch.split(gradient, images), strict=True):
         sub = unfold(part, geometry, dim, 0.0)  # (B, V, R)
         rows = grad.float().transpose(0, 1).reshape(1, grad.shape[1], -1)  # (1, M, R)
-        rows = rows.expand(books, -1, -1)
+        rows = rows.expand(codebooks, -1, -1)
         squared = norms - 2.0 * torch.bmm(centroids, sub) + sub.square().sum(1, keepdim=True)
         distance = squared.clamp_min(_NEAR).sqrt()  # (B, K, R)
         attention = torch.softmax(distance * -inverse, 1)

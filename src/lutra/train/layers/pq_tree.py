@@ -64,15 +64,15 @@ def _group_sums(index: Tensor, values: Tensor | None, groups: int) -> Tensor:
     Returns:
         (B, groups, W), or (B, groups) counts.
     """
-    books, n = index.shape
-    flat = (index + torch.arange(books, device=index.device)[:, None] * groups).flatten()
+    codebooks, n = index.shape
+    flat = (index + torch.arange(codebooks, device=index.device)[:, None] * groups).flatten()
     if values is None:
-        sums = torch.bincount(flat, minlength=books * groups).to(torch.float64)
-        return collective.all_reduce(sums).view(books, groups)
+        sums = torch.bincount(flat, minlength=codebooks * groups).to(torch.float64)
+        return collective.all_reduce(sums).view(codebooks, groups)
     width = values.shape[2]
-    sums = torch.zeros((books * groups, width), dtype=values.dtype, device=index.device)
-    sums.index_add_(0, flat, values.reshape(books * n, width))
-    return collective.all_reduce(sums).view(books, groups, width)
+    sums = torch.zeros((codebooks * groups, width), dtype=values.dtype, device=index.device)
+    sums.index_add_(0, flat, values.reshape(codebooks * n, width))
+    return collective.all_reduce(sums).view(codebooks, groups, width)
 
 
 def leaf_means(z: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -138,12 +138,12 @@ def fit(samples: Samples, k: int) -> tuple[Tensor, Tensor, Tensor]:
     found = []
     size = max(1, _GROUP_VALUES // max(k, samples.values.shape[2]))
     for first in range(0, samples.values.shape[0], size):
-        books = slice(first, first + size)
+        codebooks = slice(first, first + size)
         part = Samples(
-            samples.values[books],
-            samples.grid[books],
-            samples.metric[books],
-            samples.allowed[books],
+            samples.values[codebooks],
+            samples.grid[codebooks],
+            samples.metric[codebooks],
+            samples.allowed[codebooks],
             samples.bins,
         )
         z = torch.bmm(part.values, part.metric)
@@ -171,22 +171,22 @@ def grow(samples: Samples, z: Tensor, levels: int) -> tuple[Tensor, Tensor]:
         taps int64 (B, L) in 0..V-1 and thresholds int64 (B, 2**L - 1) in heap order.
     """
     q, bins = samples.grid, samples.bins
-    books, dim, n = q.shape
+    codebooks, dim, n = q.shape
     device = q.device
     # Variances do not depend on the mean, and small sums round less.
-    everything = torch.zeros((books, n), dtype=torch.int64, device=device)
+    everything = torch.zeros((codebooks, n), dtype=torch.int64, device=device)
     z = z - leaf_means(z, everything, 1)[0]
-    node = torch.zeros((books, n), dtype=torch.int64, device=device)
-    rows = torch.arange(books, device=device)
+    node = torch.zeros((codebooks, n), dtype=torch.int64, device=device)
+    rows = torch.arange(codebooks, device=device)
     taps, thresholds = [], []
     for level in range(levels):
         nodes = 1 << level
-        gains = torch.empty((dim, books), dtype=z.dtype, device=device)
-        found = torch.empty((dim, books, nodes), dtype=torch.int64, device=device)
+        gains = torch.empty((dim, codebooks), dtype=z.dtype, device=device)
+        found = torch.empty((dim, codebooks, nodes), dtype=torch.int64, device=device)
         for tap in range(dim):
             index = node * bins + q[:, tap]
-            sums = _group_sums(index, z, nodes * bins).view(books, nodes, bins, -1)
-            counts = _group_sums(index, None, nodes * bins).view(books, nodes, bins)
+            sums = _group_sums(index, z, nodes * bins).view(codebooks, nodes, bins, -1)
+            counts = _group_sums(index, None, nodes * bins).view(codebooks, nodes, bins)
             gain = _variance_gain(sums, counts.to(z.dtype))
             found[tap], best = _best_thresholds(gain, counts)
             gains[tap] = best.sum(1)
@@ -297,10 +297,10 @@ def refine(samples: Samples, z: Tensor, taps: Tensor, thresholds: Tensor) -> tup
         taps (B, L) and thresholds (B, K - 1).
     """
     q, bins = samples.grid, samples.bins
-    books, dim, _ = q.shape
+    codebooks, dim, _ = q.shape
     levels = taps.shape[1]
     taps, thresholds = taps.clone(), thresholds.clone()
-    rows = torch.arange(books, device=q.device)
+    rows = torch.arange(codebooks, device=q.device)
     for _ in range(_ROUNDS):
         for level in reversed(range(levels)):
             seen = _at(q, taps)
@@ -308,8 +308,8 @@ def refine(samples: Samples, z: Tensor, taps: Tensor, thresholds: Tensor) -> tup
             distances = squared_distances(z, means)
             first, count = (1 << level) - 1, 1 << level
             nodes, cost = _level_costs(seen, thresholds, distances, level)
-            totals = torch.empty((dim, books), dtype=z.dtype, device=q.device)
-            found = torch.empty((dim, books, count), dtype=torch.int64, device=q.device)
+            totals = torch.empty((dim, codebooks), dtype=z.dtype, device=q.device)
+            found = torch.empty((dim, codebooks, count), dtype=torch.int64, device=q.device)
             for tap in range(dim):
                 gain, counts = _threshold_gain(nodes, cost, q[:, tap], count, bins)
                 found[tap], best = _best_thresholds(gain, counts)
@@ -335,10 +335,12 @@ def fit_tables(codes: Tensor, tables: Tensor, want: Tensor) -> Tensor:
     Args:
         codes: (B, n). tables: (B, K, M), the start. want: (n, M).
     """
-    books, k, outputs = tables.shape
+    codebooks, k, outputs = tables.shape
     tables = tables.clone()
     rest = want - sum_rows(codes, tables)
-    for group in torch.split(torch.arange(books, device=codes.device), max(1, _TABLE_ROWS // k)):
+    for group in torch.split(
+        torch.arange(codebooks, device=codes.device), max(1, _TABLE_ROWS // k)
+    ):
         mine = codes[group].long()
         size = len(group) * k
         gram = torch.zeros((size, size), device=codes.device)
@@ -363,6 +365,6 @@ def fit_tables(codes: Tensor, tables: Tensor, want: Tensor) -> Tensor:
 def sum_rows(codes: Tensor, tables: Tensor) -> Tensor:
     """Sums (n, M) of the rows of tables (B, K, M) that codes (B, n) pick."""
     total = tables.new_zeros((codes.shape[1], tables.shape[2]))
-    for book, table in zip(codes, tables, strict=True):
-        total += table[book.long()]
+    for codebook, table in zip(codes, tables, strict=True):
+        total += table[codebook.long()]
     return total

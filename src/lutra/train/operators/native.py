@@ -96,9 +96,9 @@ def cluster_sums(
     geometry: Geometry, grid: Grid, x: Tensor, codes: Tensor, centroids: int, dim: int
 ) -> tuple[Tensor, Tensor]:
     """Sums (B, K, V) of the quantised sub-vectors of each code, and their counts (B, K), int64."""
-    books = codes.shape[0]
-    sums = torch.empty((books, centroids, dim), dtype=torch.int64)
-    counts = torch.empty((books, centroids), dtype=torch.int64)
+    codebooks = codes.shape[0]
+    sums = torch.empty((codebooks, centroids, dim), dtype=torch.int64)
+    counts = torch.empty((codebooks, centroids), dtype=torch.int64)
     _engine.cluster_sums(
         choose_isa(),
         pool(),

@@ -47,7 +47,7 @@ def encode(x: Tensor, geometry: Geometry, grid: Grid, encoder: Encoder) -> Tenso
     if isinstance(encoder, Tree):
         return _encode_tree(x, geometry, grid, encoder)
     centroids = encoder.centroids
-    books, k, dim = centroids.shape
+    codebooks, k, dim = centroids.shape
     c = centroids.float()
     half = torch.floor(c.square().sum(2) / 2)[:, :, None]
     images = max(1, block_size(x) // max(1, geometry.depth * x.shape[2] * x.shape[3]))
@@ -55,7 +55,7 @@ def encode(x: Tensor, geometry: Geometry, grid: Grid, encoder: Encoder) -> Tenso
     with torch.autocast(x.device.type, enabled=False):  # bfloat16 scores would not be exact
         for part in torch.split(x, images):
             sub = unfold(quantize(part, grid), geometry, dim, float(grid.zero))
-            for block in torch.split(sub, max(1, block_size(x) // (books * k)), dim=2):
+            for block in torch.split(sub, max(1, block_size(x) // (codebooks * k)), dim=2):
                 # exact: every score is an integer below 2**24; of equal ones the lowest index
                 scores = torch.bmm(c, block) - half
                 codes.append(scores.argmax(1).to(torch.uint8))
@@ -76,11 +76,11 @@ def _encode_tree(x: Tensor, geometry: Geometry, grid: Grid, tree: Tree) -> Tenso
 
 def lookup(codes: Tensor, tables: Tensor) -> Tensor:
     """Sums (rows, M) int32 of tables (B, K, M) int8 by codes (B, rows)."""
-    books, k, outputs = tables.shape
-    flat = tables.reshape(books * k, outputs)
-    offset = torch.arange(books, device=codes.device)[:, None] * k
+    codebooks, k, outputs = tables.shape
+    flat = tables.reshape(codebooks * k, outputs)
+    offset = torch.arange(codebooks, device=codes.device)[:, None] * k
     parts = []
-    for block in torch.split(codes, max(1, block_size(codes) // (books * outputs)), dim=1):
+    for block in torch.split(codes, max(1, block_size(codes) // (codebooks * outputs)), dim=1):
         index = (block.long() + offset).t()
         parts.append(flat[index].sum(1, dtype=torch.int32))
     return torch.cat(parts)
@@ -104,26 +104,26 @@ def forward(
 
 def table_gradient(codes: Tensor, gradient: Tensor, centroids: int) -> Tensor:
     """grad (B, K, M): the output gradient (N, M, H', W') added up by code."""
-    books, outputs = codes.shape[0], gradient.shape[1]
+    codebooks, outputs = codes.shape[0], gradient.shape[1]
     rows = gradient.permute(0, 2, 3, 1).reshape(-1, outputs).float()
-    total = torch.zeros((books * centroids, outputs), device=rows.device)
+    total = torch.zeros((codebooks * centroids, outputs), device=rows.device)
     clusters = torch.arange(centroids, dtype=torch.uint8, device=codes.device)[:, None]
-    size = max(1, block_size(codes) // (books * centroids))
+    size = max(1, block_size(codes) // (codebooks * centroids))
     # One-hot products: unlike scatter-add, they give the same bits in every run on a GPU.
     with torch.autocast(rows.device.type, enabled=False):
         for block, part in zip(torch.split(codes, size, 1), torch.split(rows, size), strict=True):
             member = (block[:, None] == clusters).to(rows.dtype)  # (B, K, rows)
-            total.addmm_(member.view(books * centroids, -1), part)
-    return total.view(books, centroids, outputs)
+            total.addmm_(member.view(codebooks * centroids, -1), part)
+    return total.view(codebooks, centroids, outputs)
 
 
 def cluster_sums(
     geometry: Geometry, grid: Grid, x: Tensor, codes: Tensor, centroids: int, dim: int
 ) -> tuple[Tensor, Tensor]:
     """Sums (B, K, V) of the quantised sub-vectors of each code, and their counts (B, K), int64."""
-    books = codes.shape[0]
-    counts = torch.zeros((books, centroids), dtype=torch.int64, device=x.device)
-    sums = torch.zeros((books, centroids, dim), dtype=torch.int64, device=x.device)
+    codebooks = codes.shape[0]
+    counts = torch.zeros((codebooks, centroids), dtype=torch.int64, device=x.device)
+    sums = torch.zeros((codebooks, centroids, dim), dtype=torch.int64, device=x.device)
     height, width = geometry.out_size(x.shape[2], x.shape[3])
     images = max(1, block_size(x) // max(1, geometry.depth * height * width))
     blocks = torch.split(codes, images * height * width, 1)
