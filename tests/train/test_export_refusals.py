@@ -30,19 +30,11 @@ class Unsupported(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 3, 3, padding=1)
         self.act = nn.Sequential(LogGamma(), nn.ReLU(), LogGamma())
-<<<<<<< HEAD
-=======
-        self.rnn = nn.RNN(8, 8, batch_first=True)
->>>>>>> 8753bc0 (Tests and pages: what a session takes, threads, refusals)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.conv(x))
         x = torch.fft.fft(x).real
-<<<<<<< HEAD
         y, _ = x.mean(1).sort(2)
-=======
-        y, _ = self.rnn(x.mean(1))
->>>>>>> 8753bc0 (Tests and pages: what a session takes, threads, refusals)
         return y * x.mean(1) + x.mean((0, 1))
 
 
@@ -55,11 +47,7 @@ def test_all_unsupported_operators_are_listed(tmp_path: Path) -> None:
         "aten.lgamma.default in act.0: rewrite it",
         "aten.lgamma.default in act.2",
         "aten.fft_fft.default in the model itself",
-<<<<<<< HEAD
         "aten.sort.default in the model itself: return the scores",
-=======
-        "aten.rnn_tanh.input in rnn: recurrent layers",
->>>>>>> 8753bc0 (Tests and pages: what a session takes, threads, refusals)
     ):
         assert any(part in item for item in items), (part, items)
         assert part in str(caught.value)
