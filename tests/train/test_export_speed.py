@@ -204,7 +204,7 @@ class Recurrent(nn.Module):
 def test_modules_without_a_lowering_are_found_before_the_trace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for op in NEEDS[nn.LSTM]:
+    for op in NEEDS[nn.RNN]:
         monkeypatch.delitem(LOWERINGS, op, raising=False)
 
     def trace(*_: Any, **__: Any) -> None:
@@ -213,20 +213,20 @@ def test_modules_without_a_lowering_are_found_before_the_trace(
     traced = torch.export.export
     monkeypatch.setattr(torch.export, "export", trace)
     with pytest.raises(UnsupportedModelError) as caught:
-        export(Recurrent(nn.LSTM), tmp_path / "m.lutra", torch.randn(2, 5, 4))
+        export(Recurrent(nn.RNN), tmp_path / "m.lutra", torch.randn(2, 5, 4))
     assert [line.split(":")[0] for line in caught.value.items] == [
-        "aten.lstm.input in cell",
-        "aten.lstm.input in other",
+        "aten.rnn_tanh.input in cell",
+        "aten.rnn_tanh.input in other",
     ]
     assert not (tmp_path / "m.lutra").exists()
     monkeypatch.setattr(torch.export, "export", traced)
-    unused = Recurrent(nn.LSTM, called=False)
+    unused = Recurrent(nn.RNN, called=False)
     graph = export(unused, tmp_path / "m.lutra", torch.randn(2, 5, 4))
     assert [node.op for node in graph.nodes] == ["linear"]
-    monkeypatch.setitem(LOWERINGS, NEEDS[nn.LSTM][-1], LOWERINGS["aten.relu.default"])
+    monkeypatch.setitem(LOWERINGS, NEEDS[nn.RNN][-1], LOWERINGS["aten.relu.default"])
     monkeypatch.setattr(torch.export, "export", trace)
     with pytest.raises(UnsupportedModelError, match=r"could not trace Recurrent .traced."):
-        export(Recurrent(nn.LSTM), tmp_path / "m.lutra", torch.randn(2, 5, 4))
+        export(Recurrent(nn.RNN), tmp_path / "m.lutra", torch.randn(2, 5, 4))
 
 
 # ---- threads ------------------------------------------------------------------------------------
