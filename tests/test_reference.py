@@ -50,16 +50,16 @@ def plain_row(row: list[int], tensors: dict[str, Array]) -> list[np.float32]:
     width = len(centroids[0][0])
     row = row + [0] * (len(centroids) * width - len(row))
     sums = [0] * len(tables[0][0])
-    for codebook, codebook in enumerate(centroids):
+    for b, codebook in enumerate(centroids):
         best, best_score = 0, None
         for code, centroid in enumerate(codebook):
             score = -(sum(c * c for c in centroid) >> 1)
             for v in range(width):
-                score += row[codebook * width + v] * centroid[v]
+                score += row[b * width + v] * centroid[v]
             if best_score is None or score > best_score:
                 best, best_score = code, score
         for m in range(len(sums)):
-            sums[m] += tables[codebook][best][m]
+            sums[m] += tables[b][best][m]
     return [
         np.float32(np.float32(np.float32(total) * scale) + bias)
         for total, scale, bias in zip(sums, tensors["scale"], tensors["bias"], strict=True)
