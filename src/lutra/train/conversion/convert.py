@@ -76,7 +76,8 @@ def convert(
             `forward` requires it (`lutra.train.batches.BatchReader` has the rule). A thousand
             samples are plenty. With torch.distributed, give every process a part of its own.
         rows: sample rows per layer for k-means.
-        memory_bytes: limit for all samples together.
+        memory_bytes: limit for all samples of inputs together. Sequential calibration keeps the
+            batches and the outputs of the layers for about `rows` rows beside them.
         kmeans_steps: Lloyd steps.
         seed: of sampling and k-means.
         progress: show a progress bar; None shows it on terminals only.
@@ -150,7 +151,8 @@ def convert(
     targets = None
     if sequential and calibrated:
         targets = Targets(Batches(list(batches), rows, seed))
-        targets.collect(model, {name: layer.module for name, layer in calibrated.items()})
+        wanted_of = {n: layer.module for n, layer in calibrated.items() if layer.method is not None}
+        targets.collect(model, wanted_of)
     converted = copy_model(model)
     paths = {module: name for name, module in converted.named_modules()}
     replacements: dict[nn.Module, nn.Module] = {
