@@ -17,6 +17,12 @@ def _batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Lets batch norms use their running statistics, and not renew them, until the next `train`."""
+    for layer in _batch_norms(model):
+        layer.eval()
+
+
 @torch.no_grad()
 def average_batch_norm(model: nn.Module) -> None:
     """Makes running statistics, which every process gathers alone, the same everywhere.

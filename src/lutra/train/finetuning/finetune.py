@@ -24,7 +24,12 @@ from lutra.train import distributed as collective
 from lutra.train.batches import BatchReader
 from lutra.train.finetuning import checkpoint
 from lutra.train.finetuning.accelerate import accelerator_for, unmarked, unwrapped
-from lutra.train.finetuning.batch_norm import average_batch_norm, renew_batch_norm
+from lutra.train.finetuning.average import Average
+from lutra.train.finetuning.batch_norm import (
+    average_batch_norm,
+    freeze_batch_norm,
+    renew_batch_norm,
+)
 from lutra.train.finetuning.batches import training_batches
 from lutra.train.finetuning.distill import step_loss
 from lutra.train.finetuning.optimizer import parameter_groups, quantized_layers
@@ -154,7 +159,10 @@ def finetune(
         rates = torch.optim.lr_scheduler.LambdaLR(
             optimizer.optimizer, lambda step: settings.schedule.factor(step, total)
         )
+        average = Average(model, settings.schedule.average)
         accelerator.register_for_checkpointing(rates)
+        if settings.schedule.average is not None:
+            accelerator.register_for_checkpointing(average)
         run = checkpoint.RunState(
             {
                 **settings.to_json(),
@@ -185,9 +193,13 @@ def finetune(
             for batch, position in training_batches(accelerator, loader, order, run, total, seed):
                 threads.fit(batch)
                 prepared.train()
+                if run.step / total < settings.schedule.frozen_batch_norm:
+                    freeze_batch_norm(model)
+                step.hold_codebooks(run.step / total >= 1.0 - settings.schedule.frozen_codebooks)
                 _anneal(model, run.step / total)
                 value = step(batch, position)
                 rates.step()
+                average.update()
                 run.step += 1
                 bar.update(run.step, f"loss {value:.3f}")
                 _anneal(model, run.step / total)
@@ -197,6 +209,8 @@ def finetune(
                 if not (evaluated or saved):
                     continue
                 with step.check.paused():
+                    if last:
+                        average.settle()
                     if last and batch_norm_batches:
                         renew_batch_norm(
                             model, loader, batch_norm_batches, reader, accelerator.device
@@ -206,7 +220,8 @@ def finetune(
                         entry = {"step": float(run.step), "loss": value}
                         entry["lr"] = float(rates.get_last_lr()[0])
                         if evaluate is not None:
-                            entry["metric"] = _evaluate(model, evaluate)
+                            with average.applied():
+                                entry["metric"] = _evaluate(model, evaluate)
                         run.history.append(entry)
                     if saved and folder is not None:
                         checkpoint.save(accelerator, folder, run)

@@ -15,10 +15,12 @@ from lutra.errors import LutraError
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rates and what keeps steps small. All rates follow a cosine to zero.
+    """Learning rates, and what steadies a run. All rates follow a cosine to zero.
 
     Attributes:
         lr: learning rate of all parameters without one of their own.
+        codebook_lr: learning rate of codebooks; None takes `lr`. Transformers want 1e-3 here and
+            `lr=3e-5` for their weights.
         warmup: steps in which the rates rise linearly.
         weight_decay: of all parameters but the tables and scales of lookup layers.
         temperature_lr: learning rate of the temperatures of soft gradients (LUT-NN takes 100 times
@@ -26,22 +28,44 @@ class Schedule:
         table_lr: learning rate of the tables and scales of lookup layers; None takes `lr`. Where
             `lr` is small (1e-4), they need more.
         clip_norm: largest norm of the gradient of all parameters together; None does not clip.
+        average: decay of an exponential average of the parameters (0.999 is usual). Evaluations see
+            the average, and the model has it at the end. None keeps the parameters of the last
+            step. The statistics of batch norms are of the moving parameters: give `finetune` some
+            `batch_norm_batches` as well.
+        frozen_batch_norm: share of the run, from its start, in which batch norms use their running
+            statistics and do not renew them (0..1).
+        frozen_codebooks: share of the run, up to its end, in which codebooks do not move (0..1).
 
     Raises:
-        LutraError: a number is negative or not finite, or `clip_norm` is zero.
+        LutraError: a number is negative or not finite, a share above 1, `clip_norm` zero, or
+            `average` 1 or more.
     """
 
     lr: float = 1e-3
+    codebook_lr: float | None = None
     warmup: int = 0
     weight_decay: float = 0.0
     temperature_lr: float = 0.1
     table_lr: float | None = None
     clip_norm: float | None = None
+    average: float | None = None
+    frozen_batch_norm: float = 0.0
+    frozen_codebooks: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value is not None and not 0.0 <= value < math.inf:
                 raise LutraError(f"finetune: {name}={value} is not a number of 0 or more")
+        for name in ("frozen_batch_norm", "frozen_codebooks"):
+            if getattr(self, name) > 1.0:
+                raise LutraError(
+                    f"finetune: {name}={getattr(self, name)} is a share of the run; give 0..1"
+                )
+        if self.average is not None and self.average >= 1.0:
+            raise LutraError(
+                f"finetune: average={self.average} would never move; give a decay below 1, for "
+                "example 0.999"
+            )
         if self.clip_norm == 0.0:
             raise LutraError(
                 "finetune: clip_norm=0 leaves no gradient; give a positive norm, or None for no "
@@ -129,11 +153,15 @@ class Keywords(TypedDict, total=False):
     """Fields of `Schedule`, `Distillation` and `Checkpoints` as keywords of `finetune`."""
 
     lr: float
+    codebook_lr: float | None
     warmup: int
     weight_decay: float
     temperature_lr: float
     table_lr: float | None
     clip_norm: float | None
+    average: float | None
+    frozen_batch_norm: float
+    frozen_codebooks: float
     teacher: nn.Module | None
     distillation_temperature: float
     feature_layers: Sequence[str]
@@ -168,6 +196,9 @@ class Settings:
         return {
             **vars(self.schedule),
             "table_lr": self.schedule.rate_of_tables,
+            # None where unused: checkpoints that lack these settings then fit.
+            "frozen_batch_norm": self.schedule.frozen_batch_norm or None,
+            "frozen_codebooks": self.schedule.frozen_codebooks or None,
             "distillation": None if found is None else found.weight,
             "distillation_temperature": None if found is None else found.temperature,
             "feature_layers": [] if found is None else list(found.feature_layers),

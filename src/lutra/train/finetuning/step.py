@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from lutra.train.batches import BatchReader, TrainingBatch
 from lutra.train.finetuning.batches import Position
 from lutra.train.finetuning.distill import StepLoss
 from lutra.train.finetuning.faults import bad_input, broken_layer, reached_layer
+from lutra.train.finetuning.optimizer import codebook_parameters, quantized_layers
 from lutra.train.layers.finite import FiniteCheck, NotFiniteError
 from lutra.train.layers.pq_reconstruction import reconstruction_loss
 
@@ -50,6 +52,7 @@ class TrainingStep:
         self._reader, self._loss, self._own_loss = reader, loss, own_loss
         self._clip_norm = clip_norm
         self._early = accelerator.device.type == "cpu" and not collective.active()
+        self._held: Sequence[nn.Parameter] = ()
         self.check = FiniteCheck(model, wait=not self._early)
 
     def __enter__(self) -> TrainingStep:
@@ -57,6 +60,14 @@ class TrainingStep:
 
     def __exit__(self, *_: object) -> None:
         self.check.remove()
+        self.hold_codebooks(False)
+
+    def hold_codebooks(self, held: bool) -> None:
+        """Whether codebooks stay where they are in the steps that follow."""
+        layers = quantized_layers(self._model)
+        self._held = codebook_parameters(layers) if held else ()
+        for layer in layers:
+            layer.hold_codebooks(held)
 
     def __call__(self, batch: Any, position: Position) -> float:
         """The loss, a mean over the processes.
@@ -97,6 +108,8 @@ class TrainingStep:
         self._accelerator.backward(value)
         if self._clip_norm is not None:
             self._accelerator.clip_grad_norm_(self._prepared.parameters(), self._clip_norm)
+        for parameter in self._held:
+            parameter.grad = None
         self._optimizer.step()
         self._optimizer.zero_grad()
 

@@ -335,6 +335,13 @@ class QuantizedLayer(nn.Module):
         """Parameters of a softmax temperature, which learn much faster than others."""
         return []
 
+    def codebook_parameters(self) -> list[nn.Parameter]:
+        """Parameters that decide which code an input gets."""
+        return []
+
+    def hold_codebooks(self, held: bool) -> None:
+        """Whether what the layer moves by itself, without the optimiser, stays where it is."""
+
     def anneal(self, progress: float) -> None:
         """Called before every training step with the share of training that is done."""
 

@@ -171,6 +171,7 @@ class _PQLayer(QuantizedLayer):
             self.register_buffer("projection", start)
             self.register_buffer("projection_age", torch.zeros((), dtype=torch.int64))
         self.follows = False  # the codebooks are another layer's, which moves them
+        self.held = False  # the codebooks stay where they are
         if method.gradient == "soft":
             # 1 / t = softplus(logit) + 1, as in LUT-NN's code
             inverse = 1.0 / method.temperature
@@ -260,7 +261,7 @@ class _PQLayer(QuantizedLayer):
         with torch.autocast(device, enabled=False):
             grid, geometry = self.grid(), self.geometry
             x = x.float()
-            if self.method.encoder == "tree" and self.training:
+            if self.method.encoder == "tree" and self.training and not self.held:
                 self._refit_tree(x.detach())
             encoder = self.encoder()
             tables = self.tables(encoder)
@@ -269,7 +270,8 @@ class _PQLayer(QuantizedLayer):
                 rounded = int8_tables.float() * scale
             tables = _rounded(tables, rounded)
             call = (geometry, grid, encoder, int8_tables, scale, codes)
-            averaged = self.training and self.method.centroids == "average" and not self.follows
+            averaged = self.training and self.method.centroids == "average"
+            averaged = averaged and not self.follows and not self.held
             if self.method.gradient == "dense":
                 y = self._dense_gradient(x, tables, call)
             elif self.method.gradient == "soft":
@@ -533,6 +535,14 @@ class _PQLayer(QuantizedLayer):
             self.splits.copy_((first + entry).clamp_max(self.geometry.depth - 1))
             thresholds = torch.rand(self.thresholds.shape, generator=generator)
             self.thresholds.copy_(thresholds * self.grid().qmax)
+
+    def codebook_parameters(self) -> list[nn.Parameter]:
+        """The centroids, where a gradient moves them."""
+        return [self.centroids] if self.centroids.requires_grad else []
+
+    def hold_codebooks(self, held: bool) -> None:
+        """Whether moving averages and thresholds of trees stay where they are."""
+        self.held = held
 
     def temperature_parameters(self) -> list[nn.Parameter]:
         """The temperature of the soft gradient."""
