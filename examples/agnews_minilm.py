@@ -33,7 +33,7 @@ from minilm import (
     read_tsv,
     tokenize,
 )
-from tasks import Log, add_data, finish, stage
+from tasks import Log, add_data, add_steady, finish, stage, steady
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=128, help="tokens; default: 128")
     parser.add_argument("--train-sentences", type=int)
     parser.add_argument("--test-sentences", type=int, default=2000)
+    add_steady(parser)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -137,7 +138,7 @@ def main() -> None:
     tuned = finetune(
         lookups,
         DataLoader(Vectors(train, targets), batch_size=1, shuffle=True, collate_fn=first),
-        **length, lr=options.lr, warmup=50, clip_norm=1.0,
+        **length, lr=options.lr, warmup=50, clip_norm=1.0, **steady(options),
         loss=lambda got, want: 1.0 - F.cosine_similarity(got, want).mean(),
         teacher=teacher, distillation=0.0,
         feature_layers=FEATURES, feature_weight=options.feature_weight,

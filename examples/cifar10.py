@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from packed import undo_median
-from tasks import Log, add_data, add_training, finish, lookup_method, stage
+from tasks import Log, add_data, add_training, finish, lookup_method, stage, steady
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -305,7 +305,7 @@ def compress(
         model, loader, teacher=dense, distillation=options.distillation,
         feature_layers=feature_layers, feature_weight=options.feature_weight,
         batch_norm_batches=100, checkpoint_dir=folder, evaluate=log(options.method),
-        **settings,
+        **settings, **steady(options),
     )  # fmt: skip
     metrics = {
         "dense_validation": accuracy(dense, data.x_valid, data.y_valid),
@@ -326,7 +326,7 @@ def compress(
         "training": {"epochs": options.epochs, "steps": run.steps, "batch": options.batch,
                      "lr": options.lr, "distillation": options.distillation,
                      "feature_weight": options.feature_weight, "clip_norm": clip_norm,
-                     "mixed_precision": options.mixed_precision},
+                     "mixed_precision": options.mixed_precision, **steady(options)},
         "metrics": metrics,
         "classes": list(CLASSES),
         "preprocess": ImagePreprocess(

@@ -36,7 +36,7 @@ import numpy as np
 import speech as data
 import torch
 import torch.nn.functional as F
-from tasks import Log, add_data, add_training, as_batch, finish, milliseconds, stage
+from tasks import Log, add_data, add_training, as_batch, finish, milliseconds, stage, steady
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -387,6 +387,7 @@ def main() -> None:
         distillation=options.distillation, feature_layers=task.features,
         feature_weight=options.feature_weight, loss=smoothed,
         checkpoint_dir=stage(options.checkpoints, "lookup"), evaluate=log("lookup"), **common,
+        **steady(options),
     )  # fmt: skip
     metrics["validation"] = accuracy(model, task.valid)
 
@@ -397,7 +398,7 @@ def main() -> None:
             "epochs": options.epochs, "steps": run.steps, "batch": options.batch,
             "lr": options.lr, "distillation": options.distillation,
             "feature_weight": options.feature_weight, "clip_norm": options.clip_norm,
-            "mixed_precision": options.mixed_precision, **task.notes,
+            "mixed_precision": options.mixed_precision, **steady(options), **task.notes,
         },
         "metrics": metrics,
         "classes": list(task.classes),

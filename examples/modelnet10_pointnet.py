@@ -23,7 +23,7 @@ import numpy as np
 import points as data
 import torch
 import torch.nn.functional as F
-from tasks import Log, add_data, add_training, as_batch, finish, lookup_method, stage
+from tasks import Log, add_data, add_training, as_batch, finish, lookup_method, stage, steady
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -161,7 +161,7 @@ def main() -> None:
         model, loader, epochs=options.epochs, lr=options.lr, warmup=min(100, every),
         teacher=dense, distillation=options.distillation,
         checkpoint_dir=stage(options.checkpoints, f"lookup{options.bits}"),
-        evaluate=log(f"lookup {options.bits} bits"), **common,
+        evaluate=log(f"lookup {options.bits} bits"), **common, **steady(options),
     )  # fmt: skip
     metrics["lookup_validation"] = accuracy(model, x, y)
     if options.stop_after == "lookup":

@@ -36,7 +36,7 @@ from minilm import (
     tokenize,
 )
 from safetensors.torch import load_model
-from tasks import Log, add_data, finish, stage
+from tasks import Log, add_data, add_steady, finish, stage, steady
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="checkpoint of another run to start from")
     parser.add_argument("--name", help="of the run's checkpoints; default: v<V>")
     parser.add_argument("--dense-only", action="store_true")
+    add_steady(parser)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -158,7 +159,8 @@ def main() -> None:
             batch_size=1, shuffle=True, collate_fn=first,
         ),
         **({"steps": options.steps} if options.steps else {"epochs": 1}),
-        lr=options.lr, warmup=100, clip_norm=1.0, teacher=teacher, distillation=1.0,
+        lr=options.lr, warmup=100, clip_norm=1.0, **steady(options),
+        teacher=teacher, distillation=1.0,
         distillation_temperature=options.distillation_temperature,
         feature_layers=FEATURES, feature_weight=options.feature_weight,
         evaluate=Log(f"V={options.v}", lambda model: accuracy(model, dev), "%"), evaluate_every=100,

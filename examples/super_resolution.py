@@ -30,7 +30,7 @@ import numpy as np
 import sr
 import torch
 import torch.nn.functional as F
-from tasks import Log, add_data, add_training, as_batch, finish, lookup_method, stage
+from tasks import Log, add_data, add_training, as_batch, finish, lookup_method, stage, steady
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -237,7 +237,9 @@ def main() -> None:
             "teacher": dense, "distillation": 0.0, "feature_layers": names,
             "feature_weight": options.feature_weight,
         }  # fmt: skip
-    run = train(model, f"lookup{options.bits}", options.steps, options.lr, **features)
+    run = train(
+        model, f"lookup{options.bits}", options.steps, options.lr, **features, **steady(options)
+    )
     metrics = {"float_before_validation": before, "lookup_validation": validate(model)}
 
     longer = copy.deepcopy(dense)
@@ -253,7 +255,7 @@ def main() -> None:
             "float_steps": float_steps, "steps": run.steps, "batch": options.batch,
             "lr": options.lr, "table_lr": options.table_lr,
             "patch": size, "loss": options.loss, "feature_weight": options.feature_weight,
-            "mixed_precision": options.mixed_precision,
+            "mixed_precision": options.mixed_precision, **steady(options),
         },
         "metrics": metrics,
         "super_resolution": {

@@ -50,8 +50,27 @@ def add_training(parser: argparse.ArgumentParser, output: str, *, tables: bool =
         parser.add_argument("--rank", type=int, default=1, help="of the learned table; default: 1")
     parser.add_argument("--clip-norm", type=float, help="largest gradient norm; default: any")
     parser.add_argument("--mixed-precision", default="no", choices=("no", "bf16", "fp16"))
+    add_steady(parser)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
+
+
+def add_steady(parser: argparse.ArgumentParser) -> None:
+    """Adds what steadies a training."""
+    parser.add_argument("--average", type=float, help="decay of an average of the parameters")
+    parser.add_argument("--codebook-lr", type=float, help="default: the rate of the weights")
+    parser.add_argument(
+        "--frozen-batch-norm", type=float, default=0.0, help="share of the run, at its start"
+    )
+    parser.add_argument(
+        "--frozen-codebooks", type=float, default=0.0, help="share of the run, at its end"
+    )
+
+
+def steady(options: argparse.Namespace) -> dict[str, Any]:
+    """What `add_steady` has added, as keywords of `finetune`."""
+    names = ("average", "codebook_lr", "frozen_batch_norm", "frozen_codebooks")
+    return {name: getattr(options, name) for name in names}
 
 
 def stage(folder: Path | None, name: str) -> Path | None:
