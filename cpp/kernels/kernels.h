@@ -242,6 +242,11 @@ struct Kernels {
   void (*unpack_codes)(const PqShape&, const uint8_t* codes, int32_t rows, uint8_t* out,
                        size_t stride);
 
+  // Codes of codebooks first..last-1 of one tile that were made before, as encode() leaves them:
+  // the patch has the code of codebook b and row r as entry b of row r, `taps` entries to a plane.
+  void (*gather_codes)(const PqShape&, int32_t taps, const Patch&, int32_t first, int32_t last,
+                       uint8_t* codes);
+
   // sum[m][r] = sum over b of table[b][code[b][r]][m], exact in int32, then the epilogue, for
   // outputs first..last-1. Epilogue::rows is Patch::rows of encode().
   void (*lookup)(const PqShape&, const uint8_t* tables, const uint8_t* codes, int32_t first,

@@ -137,6 +137,15 @@ void unpack_codes(const PqShape& s, const uint8_t* codes, int32_t rows, uint8_t*
   }
 }
 
+void gather_codes(const PqShape&, int32_t taps, const Patch& p, int32_t first, int32_t last,
+                  uint8_t* codes) {
+  for (int32_t b = first; b < last; ++b) {
+    for (int32_t r = 0; r < p.rows; ++r) {
+      codes[b * kRows + r] = static_cast<uint8_t>(entry(p, taps, b, r));
+    }
+  }
+}
+
 void lookup(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32_t first,
             int32_t last, const Epilogue& e) {
   for (int32_t m = first; m < last; ++m) {
@@ -316,6 +325,7 @@ constinit const Kernels kScalar = {.name = "scalar",
                                    .code_bytes = code_bytes,
                                    .encode = encode,
                                    .unpack_codes = unpack_codes,
+                                   .gather_codes = gather_codes,
                                    .lookup = lookup,
                                    .lookup_row = lookup_row,
                                    .dense8_bytes = dense8_bytes,

@@ -60,6 +60,8 @@ class Layer {
         const Quantization& quantization, int most_bits, const float* scale, const float* bias);
   void require(bool ok, const std::string& what) const;  // "<name> layer: <what>"
 
+  // Where the rows of the source of a call come from.
+  virtual ConvGeometry source_geometry() const { return geometry_; }
   // Memory of a run beside the planes, in bytes: for all workers, and for each.
   struct Memory {
     size_t shared, worker;

@@ -113,6 +113,8 @@ class Attr:
         high: Largest number allowed, for every entry of a tuple too.
         length: Number of entries of a tuple; None for any.
         choices: Strings allowed; empty for any.
+        since: The version of the file format that has it. Files of older versions have the default
+            and do not name it.
     """
 
     kind: type
@@ -121,6 +123,7 @@ class Attr:
     high: int | None = None
     length: int | None = None
     choices: tuple[str, ...] = ()
+    since: int = 1
 
     def complaint(self, value: object) -> str | None:
         """Says what is wrong with a value, or None when it is right."""
