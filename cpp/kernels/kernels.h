@@ -84,8 +84,8 @@ struct Grid {
 //
 // With fold_scale, an integer sum has no residual, one quantised output and no float output, and
 //   t = fma(float32(sum + offset[m]), fold_scale[m], fold_bias[m])
-// quantised as q[0].grid quantises a quotient x / scale gives the same integer as the chain above:
-// the engine has checked it. Kernels may use either.
+// is quantised as q[0].grid quantises a quotient x / scale. The engine has checked that this gives
+// the same integer as the chain above and what comes behind it.
 struct Epilogue {
   const int32_t* offset;
   const float* scale;

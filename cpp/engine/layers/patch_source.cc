@@ -68,7 +68,7 @@ void PatchSource::load(const ByteView& x, int32_t zero, uint8_t* workspace, uint
     plane_ = x.sc;
     return;
   }
-  if (g_.taps() == 1 && !g_.pad_h && !g_.pad_w && x.sw == 1) return subsample(x, to, pool);
+  if (g_.taps() == 1 && !g_.padded() && x.sw == 1) return subsample(x, to, pool);
   const double time = static_cast<double>(x.pixels() * x.c) / kCopiedPerMicrosecond;
   const uint8_t padding = static_cast<uint8_t>(zero);
   auto convert = [](const uint8_t* from, int64_t count, uint8_t* target) {

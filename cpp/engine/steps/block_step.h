@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "engine/core/step.h"
+#include "engine/core/elementwise.h"
 
 namespace lutra {
 
@@ -15,6 +15,12 @@ class BlockStep : public Step {
 
   explicit BlockStep(const Kernels& kernels) : kernels_(kernels) {}
   int max_quantized() const override { return kMaxQuantized; }
+  bool absorb(const Step& next) override {
+    ElementwisePtr function = next.elementwise();
+    if (!function) return false;
+    after_ = in_order(after_, std::move(function));
+    return true;
+  }
   std::string method(const Shapes&) const override { return "float32"; }
   size_t workspace(const Shapes&, int threads) const override {
     return static_cast<size_t>(threads) * kBlock * sizeof(float);
@@ -24,6 +30,9 @@ class BlockStep : public Step {
   template <class F>  // void(int64_t first, int64_t count, float* to)
   void in_blocks(const StepRun& r, const F& make) const {
     const int64_t size = r.out_shape.size();
+    const bool rows = r.out_shape.rank > 1;
+    const int64_t step = rows ? storage_strides(r.out_shape)[1] : 1;
+    const int64_t channels = rows ? r.out_shape[1] : 1;
     // Several blocks make a work item: taking one costs about as much as a block.
     constexpr int64_t kItem = 4 * kBlock;
     constexpr double kPerMicrosecond = 2e3;  // elements, a rough guess for one core
@@ -37,6 +46,9 @@ class BlockStep : public Step {
                    const int64_t count = std::min(kBlock, end - first);
                    float* const to = r.out ? r.out + first : scratch;
                    make(first, count, to);
+                   if (after_) {
+                     after_->apply(to, static_cast<size_t>(count), {first, step, channels}, to);
+                   }
                    for (int i = 0; i < r.quantized; ++i) {
                      kernels_.quantize(to, static_cast<size_t>(count), r.q[i].grid,
                                        r.q[i].data + first);
@@ -46,6 +58,9 @@ class BlockStep : public Step {
   }
 
   const Kernels& kernels_;
+
+ private:
+  ElementwisePtr after_;  // of what it makes; null: none
 };
 
 // The step of a function; layers take it over where they can.

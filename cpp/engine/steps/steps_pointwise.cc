@@ -11,7 +11,7 @@ template <class F>
 class Pointwise : public Elementwise {
  public:
   explicit Pointwise(F f) : f_(f) {}
-  void apply(const float* x, size_t n, float* y) const override {
+  void apply(const float* x, size_t n, const Channels&, float* y) const override {
     for (size_t i = 0; i < n; ++i) y[i] = f_(x[i]);
   }
 
