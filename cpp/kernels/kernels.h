@@ -128,6 +128,18 @@ enum class Function : int32_t {
   kMish,      // x tanh(softplus(x))
 };
 
+// Simple functions, of which a chain runs in one pass.
+enum class BendKind : int32_t {
+  kLine,       // x a + b, a multiply and then an add
+  kLimits,     // y = x > a ? x : a;  y < b ? y : b
+  kHardswish,  // x min(max(x + 3, 0), 6) / 6, from left to right
+  kLeaky,      // x > 0 ? x : x a
+};
+struct Bend {
+  BendKind kind;
+  float a, b;
+};
+
 // A piecewise-linear function of 8, 16 or 32 entries:
 //   i = how many breakpoints are <= x (0 for NaN);  y = fma(slope[i], x, intercept[i])
 // where the slope of an outer entry is 0, an infinite x on its side counts as the largest float.
@@ -300,6 +312,8 @@ struct Kernels {
 
   // --- functions, from floats to floats; y may be x ---------------------------------------------
   void (*function)(Function, const float* x, size_t n, float* y);
+  // bends[0], then bends[1], ...
+  void (*bend)(const Bend* bends, int32_t count, const float* x, size_t n, float* y);
   void (*piecewise)(const Piecewise&, const float* x, size_t n, float* y);
   void (*table_exp)(const Segments&, const float* x, size_t n, float* y);
   void (*table_reciprocal)(const Segments&, const float* x, size_t n, float* y);

@@ -33,7 +33,7 @@ struct Chain {
       y = y > clamp.low ? y : clamp.low;
       y = y < clamp.high ? y : clamp.high;
     }
-    if (function) function->apply(&y, 1, {output, 1, outputs}, &y);
+    if (function) function->apply(&y, 1, {output, 0, 1, outputs}, &y);
     return rounded(y / grid.scale, grid);
   }
 

@@ -14,9 +14,9 @@
 namespace lutra {
 
 // The channels (axis 1) of values that lie one behind the other: value i is of the channel
-// (first + i) / step % count.
+// (first + (offset + i) / step) % count.
 struct Channels {
-  int64_t first = 0, step = 1, count = 1;
+  int64_t first = 0, offset = 0, step = 1, count = 1;
 };
 
 // What a chain of functions makes of x where no limit holds: scale * x + shift, about.

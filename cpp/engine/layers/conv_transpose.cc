@@ -254,7 +254,7 @@ class ConvTransposeStep : public Step {
       }
       if (function_ && count > 0) {
         const size_t n = static_cast<size_t>(count);
-        function_->apply(part, n, {m * count, count, outputs_}, part);
+        function_->apply(part, n, {m, 0, count, outputs_}, part);
       }
       for (int64_t k = 0; k < count; ++k) r.out[at + k * g_.stride_w] = part[k];
     });

@@ -138,16 +138,16 @@ void ConvStep::run(const StepRun& r) const {
                              count = std::min(tile, rows - first);
                const auto runs = planes.runs(first, count);
                if (count < tile) std::fill(patch, patch + s.patch, 0.0f);
-               for (int64_t group = 0; group < groups_; ++group) {
-                 planes.gather(padded, runs, group * depth, (group + 1) * depth, tile, patch);
-                 const float* const weight =
-                     weight_.data() + static_cast<size_t>(group) * group_weights_;
-                 target.make(first, count, reinterpret_cast<uint8_t*>(patch + s.patch),
-                             group * per_group, 0, per_group,
-                             [&](int64_t from, int64_t to, const Epilogue& e) {
-                               multiply(kernels_, patch, depth, weight, from, to, e);
-                             });
-               }
+               target.make_groups(
+                   first, count, reinterpret_cast<uint8_t*>(patch + s.patch), groups_, per_group,
+                   [&](int64_t group, int64_t from, int64_t to, const Epilogue& e) {
+                     if (from == 0) {
+                       planes.gather(padded, runs, group * depth, (group + 1) * depth, tile, patch);
+                     }
+                     multiply(kernels_, patch, depth,
+                              weight_.data() + static_cast<size_t>(group) * group_weights_, from,
+                              to, e);
+                   });
              });
 }
 
@@ -228,7 +228,7 @@ void LinearStep::run_rows(const StepRun& r) const {
                  sums[m] = v;
                }
                if (function_) {
-                 function_->apply(sums, static_cast<size_t>(outputs_), {0, 1, outputs_}, sums);
+                 function_->apply(sums, static_cast<size_t>(outputs_), {0, 0, 1, outputs_}, sums);
                }
                for (int64_t m = 0; y.data && m < outputs_; ++m) {
                  y.data[row * y.sn + m * y.sc] = sums[m];

@@ -30,9 +30,6 @@ class BlockStep : public Step {
   template <class F>  // void(int64_t first, int64_t count, float* to)
   void in_blocks(const StepRun& r, const F& make) const {
     const int64_t size = r.out_shape.size();
-    const bool rows = r.out_shape.rank > 1;
-    const int64_t step = rows ? storage_strides(r.out_shape)[1] : 1;
-    const int64_t channels = rows ? r.out_shape[1] : 1;
     // Several blocks make a work item: taking one costs about as much as a block.
     constexpr int64_t kItem = 4 * kBlock;
     constexpr double kPerMicrosecond = 2e3;  // elements, a rough guess for one core
@@ -47,7 +44,8 @@ class BlockStep : public Step {
                    float* const to = r.out ? r.out + first : scratch;
                    make(first, count, to);
                    if (after_) {
-                     after_->apply(to, static_cast<size_t>(count), {first, step, channels}, to);
+                     const Channels at = channels_at(r.out_shape, first);
+                     after_->apply(to, static_cast<size_t>(count), at, to);
                    }
                    for (int i = 0; i < r.quantized; ++i) {
                      kernels_.quantize(to, static_cast<size_t>(count), r.q[i].grid,
@@ -55,6 +53,13 @@ class BlockStep : public Step {
                    }
                  }
                });
+  }
+
+  // The channels of what is stored from there on.
+  static Channels channels_at(const Shape& s, int64_t first) {
+    if (s.rank < 2) return {};
+    const int64_t step = storage_strides(s)[1];
+    return {first / step % s[1], first % step, step, s[1]};
   }
 
   const Kernels& kernels_;

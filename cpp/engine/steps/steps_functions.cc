@@ -66,12 +66,9 @@ class ElementwiseStep : public BlockStep {
   }
   ElementwisePtr elementwise() const override { return function_; }
   void run(const StepRun& r) const override {
-    const Shape& y = r.out_shape;
-    const bool rows = y.rank > 1;
-    const int64_t step = rows ? storage_strides(y)[1] : 1, channels = rows ? y[1] : 1;
     in_blocks(r, [&](int64_t first, int64_t count, float* to) {
-      function_->apply(r.inputs[0] + first, static_cast<size_t>(count), {first, step, channels},
-                       to);
+      function_->apply(r.inputs[0] + first, static_cast<size_t>(count),
+                       channels_at(r.out_shape, first), to);
     });
   }
 
