@@ -112,9 +112,8 @@ class InOrder : public Elementwise {
     }
   }
   bool extend(int64_t channel, Line& line) const override {
-    return std::all_of(parts_.begin(), parts_.end(), [&](const ElementwisePtr& part) {
-      return part->extend(channel, line);
-    });
+    return std::all_of(parts_.begin(), parts_.end(),
+                       [&](const ElementwisePtr& part) { return part->extend(channel, line); });
   }
   const std::vector<ElementwisePtr>& parts() const { return parts_; }
 
@@ -129,7 +128,8 @@ std::vector<ElementwisePtr> parts_of(ElementwisePtr function) {
 
 ElementwisePtr bend(const Kernels& kernels, BendKind kind, std::vector<float> a,
                     std::vector<float> b) {
-  return std::make_shared<Bends>(kernels, std::vector<ChannelBend>{{kind, std::move(a), std::move(b)}});
+  return std::make_shared<Bends>(kernels,
+                                 std::vector<ChannelBend>{{kind, std::move(a), std::move(b)}});
 }
 
 }  // namespace

@@ -69,8 +69,8 @@ Fold fold_quantization(const std::vector<float>& scale, const std::vector<float>
     if (function && !function->extend(output, line)) return {};
     // Every function rounds once more.
     if (!((line.offset + static_cast<double>(limit)) * (line.functions + 1) < kLargest)) return {};
-    const Chain chain{scale[m],  bias[m], clamp, function, output, static_cast<int64_t>(scale.size()),
-                      grid};
+    const Chain chain{
+        scale[m], bias[m], clamp, function, output, static_cast<int64_t>(scale.size()), grid};
     const float a = static_cast<float>(line.scale / grid.scale);
     float up = static_cast<float>(line.shift / grid.scale), down = up;
     bool found = chain.equals(limit, a, up);

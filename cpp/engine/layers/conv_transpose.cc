@@ -233,8 +233,7 @@ class ConvTransposeStep : public Step {
     }
   }
 
-  void write(const StepRun& r, const Tile& t, int64_t i, int64_t j, int64_t m,
-             float* sums) const {
+  void write(const StepRun& r, const Tile& t, int64_t i, int64_t j, int64_t m, float* sums) const {
     const Shape& y = r.out_shape;
     over_lines(t, [&](int64_t row, int64_t n, int64_t line, int64_t column, int64_t count) {
       const int64_t oy = line * g_.stride_h + i;

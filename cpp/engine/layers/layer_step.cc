@@ -59,8 +59,7 @@ namespace {
 class QuantizedStep : public LayerStep {
  public:
   QuantizedStep(std::unique_ptr<Layer> layer, bool linear, const StepArgs& args)
-      : LayerStep(layer->geometry(), layer->outputs(), linear, args),
-        layer_(std::move(layer)) {}
+      : LayerStep(layer->geometry(), layer->outputs(), linear, args), layer_(std::move(layer)) {}
   void prepare(const Shapes& inputs) const override { layer_->prepare(rows(inputs[0])); }
   size_t workspace(const Shapes& inputs, int threads) const override {
     const auto x = view<const uint8_t>(inputs[0], nullptr);

@@ -92,9 +92,7 @@ class TileOutput {
   bool folded() const { return o_.fold && o_.fold->on(); }
   bool in_blocks() const { return o_.function && whole_ && !folded(); }
   // Of lines of `step` values, one for each output from `output` on.
-  Channels channels(int64_t output, int64_t step) const {
-    return {output, 0, step, o_.view.c};
-  }
+  Channels channels(int64_t output, int64_t step) const { return {output, 0, step, o_.view.c}; }
   Epilogue begin_block(int64_t first, int64_t count, uint8_t* scratch, int64_t base,
                        int64_t from) const;
   void end_block(int64_t first, int64_t count, uint8_t* scratch, int64_t base,

@@ -306,7 +306,8 @@ class ConcatStep : public FloatStep {
 };
 
 int add_limits(PlanBuilder& plan, const StepArgs& args, float low, float high) {
-  return plan.add_step(elementwise_step(plan.kernels(), limits(plan.kernels(), low, high)), args.inputs);
+  return plan.add_step(elementwise_step(plan.kernels(), limits(plan.kernels(), low, high)),
+                       args.inputs);
 }
 
 int add_relu(PlanBuilder& plan, const StepArgs& args) {
@@ -327,8 +328,9 @@ int add_clamp(PlanBuilder& plan, const StepArgs& args) {
 
 int add_affine(PlanBuilder& plan, const StepArgs& args) {
   return plan.add_step(
-      elementwise_step(plan.kernels(), affine(plan.kernels(), args.tensor<float>("scale", 1).values(),
-                                              args.tensor<float>("bias", 1).values())),
+      elementwise_step(plan.kernels(),
+                       affine(plan.kernels(), args.tensor<float>("scale", 1).values(),
+                              args.tensor<float>("bias", 1).values())),
       args.inputs);
 }
 

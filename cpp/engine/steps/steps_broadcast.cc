@@ -272,7 +272,8 @@ int add_constant(PlanBuilder& plan, const StepArgs& args) {
 
 int add_affine_scalar(PlanBuilder& plan, const StepArgs& args) {
   return plan.add_step(
-      elementwise_step(plan.kernels(), affine(plan.kernels(), {args.float32("scale")}, {args.float32("bias")})),
+      elementwise_step(plan.kernels(),
+                       affine(plan.kernels(), {args.float32("scale")}, {args.float32("bias")})),
       args.inputs);
 }
 

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from lutra.graph import Graph
-from lutra.node import Node, Value
+from lutra.node import AttrValue, Node, Value
 from lutra.ops import OPS
 from lutra.ops.limits import MAX_EXTENT
 from lutra.ops.shape import REST
@@ -80,13 +80,13 @@ def _taken_over(node: Node, pad: Node) -> Node | None:
     pads, value = ints(pad, "pads"), np.float32(number(pad, "value"))
     if len(pads) != 8 or any(pads[:4]):
         return None
-    around = pads[4:]
+    around: tuple[int, ...] = pads[4:]
     if OPS[node.op].takes_pad == "border":
         if "border" in node.attrs:
             if np.float32(number(node, "border_value")).tobytes() != value.tobytes():
                 return None
             around = _sum(ints(node, "border"), around)
-        border = {"border": around, "border_value": float(value)}
+        border: dict[str, AttrValue] = {"border": around, "border_value": float(value)}
         return replace(node, inputs=pad.inputs, attrs={**node.attrs, **border})
     if OPS[node.op].has_grid:
         grid = (number(node, "act_scale"), integer(node, "act_zero"), integer(node, "act_bits"))
@@ -94,7 +94,7 @@ def _taken_over(node: Node, pad: Node) -> Node | None:
             return None
     elif value != 0 or np.signbit(value):
         return None
-    own = ints(node, "padding")
+    own: tuple[int, ...] = ints(node, "padding")
     if len(own) == 2:
         high, wide = pair(node, "padding")
         own = (high, high, wide, wide)

@@ -2,8 +2,9 @@
 
 A convolution or linear layer takes the ``add`` and the ``relu`` behind it into its own step, where
 nobody else reads what is between them, and a padding in front of it. Scales and shifts and the
-functions of single values go into the step before them: the engine does that. Lookup layers that make the same codes of the same value
-share a step (``lutra.runtime.shared_codes``). Every other node becomes one step.
+functions of single values go into the step before them: the engine does that. Lookup layers that
+make the same codes of the same value share a step (``lutra.runtime.shared_codes``). Every other
+node becomes one step.
 """
 
 from __future__ import annotations
