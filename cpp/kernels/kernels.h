@@ -84,8 +84,8 @@ struct Grid {
 //
 // With fold_scale, an integer sum has no residual, one quantised output and no float output, and
 //   t = fma(float32(sum + offset[m]), fold_scale[m], fold_bias[m])
-// quantised as q[0].grid quantises a quotient x / scale gives the same integer as the chain above:
-// the engine has checked it. Kernels may use either.
+// is quantised as q[0].grid quantises a quotient x / scale. The engine has checked that this gives
+// the same integer as the chain above and what comes behind it.
 struct Epilogue {
   const int32_t* offset;
   const float* scale;
@@ -126,6 +126,18 @@ enum class Function : int32_t {
   kElu,       // x, or e^x - 1 below 0
   kSoftplus,  // log(1 + e^x)
   kMish,      // x tanh(softplus(x))
+};
+
+// Simple functions, of which a chain runs in one pass.
+enum class BendKind : int32_t {
+  kLine,       // x a + b, a multiply and then an add
+  kLimits,     // y = x > a ? x : a;  y < b ? y : b
+  kHardswish,  // x min(max(x + 3, 0), 6) / 6, from left to right
+  kLeaky,      // x > 0 ? x : x a
+};
+struct Bend {
+  BendKind kind;
+  float a, b;
 };
 
 // A piecewise-linear function of 8, 16 or 32 entries:
@@ -305,6 +317,8 @@ struct Kernels {
 
   // --- functions, from floats to floats; y may be x ---------------------------------------------
   void (*function)(Function, const float* x, size_t n, float* y);
+  // bends[0], then bends[1], ...
+  void (*bend)(const Bend* bends, int32_t count, const float* x, size_t n, float* y);
   void (*piecewise)(const Piecewise&, const float* x, size_t n, float* y);
   void (*table_exp)(const Segments&, const float* x, size_t n, float* y);
   void (*table_reciprocal)(const Segments&, const float* x, size_t n, float* y);

@@ -12,13 +12,14 @@ namespace {
 
 constexpr int32_t kRows = 16;
 
-uint8_t to_grid(float x, const Grid& g) {
+uint8_t quotient_to_grid(float t, const Grid& g) {
   const float low = static_cast<float>(-g.zero), high = static_cast<float>(g.qmax - g.zero);
-  float t = x / g.scale;
   t = t > low ? t : low;  // NaN becomes low
   t = t < high ? t : high;
   return static_cast<uint8_t>(static_cast<int32_t>(std::nearbyintf(t)) + g.zero);
 }
+
+uint8_t to_grid(float x, const Grid& g) { return quotient_to_grid(x / g.scale, g); }
 
 void quantize(const float* x, size_t n, const Grid& grid, uint8_t* q) {
   for (size_t i = 0; i < n; ++i) q[i] = to_grid(x[i], grid);
@@ -40,6 +41,11 @@ void finish(float y, const Epilogue& e, int32_t m, int32_t r) {
 
 void finish(int32_t sum, const Epilogue& e, int32_t m, int32_t r) {
   if (e.offset) sum += e.offset[m];
+  if (e.fold_scale) {
+    const float t = fmaf(static_cast<float>(sum), e.fold_scale[m], e.fold_bias[m]);
+    e.q[0].out[m * e.q[0].stride + r] = quotient_to_grid(t, e.q[0].grid);
+    return;
+  }
   finish(static_cast<float>(sum), e, m, r);
 }
 
@@ -343,6 +349,7 @@ constinit const Kernels kScalar = {.name = "scalar",
                                    .gemm = gemm,
                                    .linear = linear,
                                    .function = function,
+                                   .bend = bend,
                                    .piecewise = piecewise,
                                    .table_exp = table_exp,
                                    .table_reciprocal = table_reciprocal,

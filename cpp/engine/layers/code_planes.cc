@@ -16,6 +16,7 @@ ConvGeometry part_geometry(const ConvGeometry& g, Group group) {
           .kernel_w = g.kernel_w,
           .stride_w = g.stride_w,
           .pad_w = g.pad_w,
+          .end_w = g.end_w,
           .dilation_w = g.dilation_w};
 }
 
@@ -24,7 +25,7 @@ ConvGeometry code_geometry(const ConvGeometry& g, Group group, int64_t codebooks
   codes.channels = codebooks;
   if (group == Group::kRow) {
     codes.kernel_w = codes.stride_w = codes.dilation_w = 1;
-    codes.pad_w = 0;
+    codes.pad_w = codes.end_w = 0;
   }
   return codes;
 }

@@ -108,15 +108,17 @@ void GatheredLayer::run_loaded(const Call& call) const {
       uint8_t* const memory = workers + static_cast<size_t>(worker) * s.worker;
       uint8_t* const gathered = memory + align64(kMaxRowTile * sizeof(int32_t));
       uint8_t* const scratch = gathered + s.gathered;
-      Patch p = patch(static_cast<int64_t>(i), memory);
+      const Patch all = patch(static_cast<int64_t>(i), memory);
       const int64_t first = static_cast<int64_t>(i) * tile;
-      for (int64_t g = 0; g < groups_; ++g, p.planes += channels * p.plane) {
-        gather(p, gathered);
-        output.make(first, p.rows, scratch, g * per_group, 0, per_group,
-                    [&](int64_t from, int64_t to, const Epilogue& e) {
-                      multiply(g, gathered, from, to, e);
-                    });
-      }
+      output.make_groups(first, all.rows, scratch, groups_, per_group,
+                         [&](int64_t group, int64_t from, int64_t to, const Epilogue& e) {
+                           if (from == 0) {
+                             Patch p = all;
+                             p.planes += group * channels * p.plane;
+                             gather(p, gathered);
+                           }
+                           multiply(group, gathered, from, to, e);
+                         });
     });
     return;
   }

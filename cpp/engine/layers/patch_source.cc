@@ -68,7 +68,7 @@ void PatchSource::load(const ByteView& x, int32_t zero, uint8_t* workspace, uint
     plane_ = x.sc;
     return;
   }
-  if (g_.taps() == 1 && !g_.pad_h && !g_.pad_w && x.sw == 1) return subsample(x, to, pool);
+  if (g_.taps() == 1 && !g_.padded() && x.sw == 1) return subsample(x, to, pool);
   if (step != 0 && x.sc == 1) {
     const double time = static_cast<double>(x.pixels() * x.c) / kCopiedPerMicrosecond;
     transpose(x, step, to, scratch, stride, time, pool,

@@ -11,8 +11,8 @@ template <class F>
 class Pointwise : public Elementwise {
  public:
   explicit Pointwise(F f) : f_(f) {}
-  void apply(const float* x, size_t n, float* y) const override {
-    for (size_t i = 0; i < n; ++i) y[i] = f_(x[i]);
+  void apply(const float* x, size_t n, const Channels&, float* y) const override {
+    in_chunks(x, n, y, [this](float v, size_t) { return f_(v); });
   }
 
  private:
@@ -32,14 +32,14 @@ Operator pointwise(F f) {
   }};
 }
 
-float hardswish(float x) {
-  const float above = x + 3.0f > 0.0f ? x + 3.0f : 0.0f;
-  return x * (above < 6.0f ? above : 6.0f) / 6.0f;
+int add_hardswish(PlanBuilder& plan, const StepArgs& args) {
+  return plan.add_step(elementwise_step(plan.kernels(), hardswish(plan.kernels())), args.inputs);
 }
 
 int add_leaky_relu(PlanBuilder& plan, const StepArgs& args) {
-  const float slope = args.float32("slope");
-  return add_pointwise(plan, args, [=](float x) { return x > 0.0f ? x : x * slope; });
+  return plan.add_step(
+      elementwise_step(plan.kernels(), leaky_relu(plan.kernels(), args.float32("slope"))),
+      args.inputs);
 }
 
 }  // namespace
@@ -52,7 +52,7 @@ void pointwise_ops(OpRegistry& r) {
   r.add("floor", pointwise([](float x) { return std::floor(x); }));
   r.add("ceil", pointwise([](float x) { return std::ceil(x); }));
   r.add("round", pointwise([](float x) { return std::nearbyint(x); }));  // halves to even
-  r.add("hardswish", pointwise([](float x) { return hardswish(x); }));
+  r.add("hardswish", {.build = add_hardswish});
   r.add("leaky_relu", {.build = add_leaky_relu});
 }
 

@@ -315,6 +315,7 @@ SPECS: Final = (
         infer=_infer_conv,
         cost=_cost,
         expand=_expand,
+        takes_pad="padding",
         output_axis=1,
         examples=partial(_examples, kernel=(3, 3)),
         **_LAYER,
