@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from lutra.train.conversion.prepare import (
     projection_paths,
     replace_modules,
 )
-from lutra.train.conversion.sequential import Batches, Targets, output_error
+from lutra.train.conversion.sequential import Batches, Targets
 from lutra.train.conversion.speed_gate import SpeedGate, attach, decide, record, rival
 from lutra.train.functions.swap import FunctionSwap
 from lutra.train.geometry import Geometry
@@ -33,6 +33,7 @@ from lutra.train.layers.attention import Attention
 from lutra.train.layers.base import QuantizedLayer, family_of
 from lutra.train.layers.dropin import copy_model, move_hooks
 from lutra.train.layers.forms import form_of
+from lutra.train.layers.goal import Goal
 from lutra.train.progress import Progress
 from lutra.train.recipe import Function, Keep, Method, Recipe, fits, match
 from lutra.train.report import FLOAT32, LOOKUP, ConversionReport, Decision, LayerReport
@@ -41,6 +42,7 @@ from lutra.train.threads import threads_for_rows
 #: Whether layers are fitted to the dense network one after the other, or each for itself.
 Calibration = Literal["sequential", "parallel"]
 _REPLACED = "the recipe names it"
+_MORE_ROWS = 4  # rows that weights and tables are fitted on, relative to those of codebooks
 
 
 def convert(
@@ -75,7 +77,8 @@ def convert(
             a last one with one number for each sample is taken as targets and left out, unless
             `forward` requires it (`lutra.train.batches.BatchReader` has the rule). A thousand
             samples are plenty. With torch.distributed, give every process a part of its own.
-        rows: sample rows per layer for k-means.
+        rows: sample rows per layer for grids and codebooks. Sequential calibration fits weights
+            and tables on four times as many, where memory allows.
         memory_bytes: limit for all samples of inputs together. Sequential calibration keeps the
             batches and the outputs of the layers for about `rows` rows beside them.
         kmeans_steps: Lloyd steps.
@@ -150,7 +153,8 @@ def convert(
     leaders = _leaders(calibrated, samples) if share_encoders else {}
     targets = None
     if sequential and calibrated:
-        targets = Targets(Batches(list(batches), rows, seed))
+        most = _fitted_rows(rows, memory_bytes, calibrated.values())
+        targets = Targets(Batches(list(batches), most, seed))
         wanted_of = {n: layer.module for n, layer in calibrated.items() if layer.method is not None}
         targets.collect(model, wanted_of)
     converted = copy_model(model)
@@ -166,7 +170,8 @@ def convert(
     with Progress("learning codebooks", len(calibrated), show) as bar:
         fitted: dict[str, QuantizedLayer] = {}
         shared = _tied(converted)
-        for i, (name, layer) in enumerate(calibrated.items()):
+        for i, name in enumerate(calibrated if targets is None else targets.order):
+            layer = calibrated[name]
             sample, start = samples.pop(name), time.perf_counter()
             if layer.method is None:  # the speed gate keeps it
                 continue
@@ -174,11 +179,11 @@ def convert(
             leader = fitted.get(leaders.get(name, ""))
             rows_in, wanted = sample.rows, None
             if targets is not None:
-                rows_in = targets.inputs(converted, name, old, layer.geometry)
-                wanted = targets.of(name)
+                rows_in, wanted = targets.rows(converted, name, old, layer.geometry)
             tied = id(old.weight) in shared
             with threads_for_rows(rows_in.numel()):
-                new = layer.fit(old, rows_in, leader, kmeans_steps, seed + i, wanted, tied)
+                learned = spread(rows_in, rows)
+                new = layer.fit(old, learned, leader, kmeans_steps, seed + i, rows_in, wanted, tied)
             fitted[name] = new
             notes += [lost_hook(kind, name) for kind in move_hooks(new, old)]
             if targets is None:
@@ -244,6 +249,13 @@ class Candidate:
             raise LutraError(f"layer '{self.name}': {error}") from None
         return geometry
 
+    @property
+    def outputs(self) -> int:
+        """Outputs of the dense layer."""
+        form = form_of(self.module)
+        assert form is not None
+        return len(form.kernel(cast(Tensor, self.module.weight)))
+
     def make(self, old: nn.Module) -> QuantizedLayer:
         """The new layer of a dense one; they share their parameters, which may be tied."""
         try:
@@ -262,17 +274,19 @@ class Candidate:
         leader: QuantizedLayer | None,
         steps: int,
         seed: int,
-        targets: Tensor | None = None,
+        fitted: Tensor,
+        goal: Goal | None = None,
         keep_weight: bool = False,
     ) -> QuantizedLayer:
         """The new layer, calibrated; notes it in the report.
 
         Args:
             old: the dense layer.
-            rows: samples of its input (n, D).
+            rows: samples of its input (n, D), for the grid and the codebooks.
             leader: a layer whose codes it shares.
             steps, seed: of the search for centroids.
-            targets: what its outputs should be (n, M); None leaves it at its own weights.
+            fitted: samples (m, D), for the fit to the goal.
+            goal: what its outputs should be; None leaves it at its own weights.
             keep_weight: whether another module has the same weights.
         """
         new = self.make(old)
@@ -282,13 +296,13 @@ class Candidate:
             new.learn(rows, steps=steps, seed=seed)
         else:
             new.share(leader)
-        if targets is None:
+        if goal is None:
             self._note(new.settle(rows))
             return new
-        targets = targets.to(rows.device)
-        start = output_error(new, rows, targets)
-        new.refit(rows, targets, keep_weight=keep_weight)
-        error = output_error(new, rows, targets)
+        goal, fitted = goal.to(rows.device), fitted.to(rows.device)
+        start = goal.error(new.of_rows(fitted))
+        new.refit(fitted, goal, keep_weight=keep_weight)
+        error = goal.error(new.of_rows(fitted))
         new.forget_frozen()
         self._note({**new.settle(rows), "error": error, "start_error": start})
         return new
@@ -354,6 +368,23 @@ def choose(
             _ = layer.geometry  # which says what is wrong with it
         found.append(layer)
     return found
+
+
+def spread(rows: Tensor, most: int) -> Tensor:
+    """At most so many rows, evenly from all."""
+    if len(rows) <= most:
+        return rows
+    return rows[torch.arange(most) * len(rows) // most]
+
+
+def _fitted_rows(rows: int, memory_bytes: int, layers: Iterable[Candidate]) -> int:
+    """Rows of a layer that sequential calibration fits to the dense network.
+
+    The inputs of one layer are there at a time, and the outputs of all.
+    """
+    shapes = [(layer.geometry.depth, layer.outputs) for layer in layers]
+    depth = max(depth for depth, _ in shapes) + sum(outputs for _, outputs in shapes)
+    return max(rows, min(_MORE_ROWS * rows, memory_bytes // (4 * depth)))
 
 
 def _makes_layers(method: Any) -> bool:
