@@ -28,8 +28,8 @@ from lutra.train.layers.base import (
     register,
 )
 from lutra.train.layers.goal import Goal
+from lutra.train.layers.grid_refit import fit_range, fit_rounded
 from lutra.train.layers.int8_embedding import Int8Embedding
-from lutra.train.layers.int8_refit import ends, search, searched
 from lutra.train.operators import portable
 from lutra.train.operators.int8 import integer_sums
 from lutra.train.recipe import Int8
@@ -116,16 +116,11 @@ class Int8Layer(QuantizedLayer):
 
     @torch.no_grad()
     def refit(self, rows: Tensor, goal: Goal, *, keep_weight: bool = False) -> None:
-        """The activation range by the error of the outputs; then the bias."""
-        part = searched(rows)
-        some, wanted = rows[part], goal.at(part)
-
-        def error(low: float, high: float) -> float:
-            self.set_activation_range(low, high)
-            y = self.of_rows(some)
-            return wanted.error(y + (wanted.targets(y) - y).mean(0))
-
-        self.set_activation_range(*search(ends(-rows), ends(rows), error))
+        """The activation range by the error of the outputs, the weights on the rounded input, the
+        bias."""
+        fit_range(self, rows, goal, symmetric=False)
+        if self.geometry.groups == 1 and not keep_weight:
+            fit_rounded(self, rows, goal)
         self._center(rows, goal)
 
     @classmethod
