@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -25,6 +26,7 @@ from lutra.train.conversion.prepare import (
     projection_paths,
     replace_modules,
 )
+from lutra.train.conversion.resume import FinishedLayers, digest, restore
 from lutra.train.conversion.sequential import Batches, Targets
 from lutra.train.conversion.speed_gate import SpeedGate, attach, decide, record, rival
 from lutra.train.functions.swap import FunctionSwap
@@ -35,7 +37,7 @@ from lutra.train.layers.dropin import copy_model, move_hooks
 from lutra.train.layers.forms import form_of
 from lutra.train.layers.goal import Goal
 from lutra.train.progress import Progress
-from lutra.train.recipe import Function, Keep, Method, Recipe, fits, match
+from lutra.train.recipe import Function, Keep, Method, Recipe, fits, match, recipe_to_json
 from lutra.train.report import FLOAT32, LOOKUP, ConversionReport, Decision, LayerReport
 from lutra.train.threads import threads_for_rows
 
@@ -58,6 +60,7 @@ def convert(
     speed_gate: bool | SpeedGate = False,
     share_encoders: bool = True,
     calibration: Calibration = "sequential",
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> tuple[nn.Module, ConversionReport]:
     """Replaces layers by lookups, or by int8 arithmetic, and calibrates them.
 
@@ -96,6 +99,10 @@ def convert(
             layers converted before it give, to the outputs of the dense network: weights or free
             tables by ridge regression, biases by their mean. It keeps the batches, and runs the
             model once more for each layer. "parallel" calibrates every layer for itself.
+        checkpoint: a folder that keeps the layers that are finished. The same call with the same
+            model, data and settings goes on behind them after a stop, and gives the same bits. Only
+            sequential calibration has it, on one process, and without the speed gate, whose
+            timings differ from run to run.
 
     Returns:
         The converted copy, ready for fine-tuning, and a report of every module that has a weight.
@@ -130,6 +137,12 @@ def convert(
             f"convert: calibration={calibration!r} is not one of {list(get_args(Calibration))}"
         )
     sequential = calibration == "sequential"
+    if checkpoint is not None and (not sequential or speed_gate or distributed.active()):
+        raise LutraError(
+            f"convert: checkpoint={str(checkpoint)!r} goes with calibration='sequential', one "
+            "process and no speed gate; leave it out, or name the layers in the recipe that the "
+            "gate chose"
+        )
     batches = list(data) if sequential else data
     calibrated = {layer.name: layer for layer in layers if layer.is_calibrated}
     if not any(layer.method for layer in layers) and not functions.wanted:
@@ -150,13 +163,22 @@ def convert(
             )  # fmt: skip
     gate = SpeedGate() if speed_gate is True else speed_gate or None
     decisions = {} if gate is None else _gate(gate, calibrated, samples, show)
-    leaders = _leaders(calibrated, samples) if share_encoders else {}
     targets = None
     if sequential and calibrated:
         most = _fitted_rows(rows, memory_bytes, calibrated.values())
         targets = Targets(Batches(list(batches), most, seed))
         wanted_of = {n: layer.module for n, layer in calibrated.items() if layer.method is not None}
         targets.collect(model, wanted_of)
+        calibrated = {name: calibrated[name] for name in targets.order}
+    leaders = _leaders(calibrated, samples) if share_encoders else {}
+    finished = None
+    if checkpoint is not None:
+        settings = {
+            "recipe": recipe_to_json(recipe), "model": digest(model.state_dict()),
+            "data": digest(batches), "rows": rows, "memory_bytes": memory_bytes,
+            "kmeans_steps": kmeans_steps, "seed": seed, "share_encoders": share_encoders,
+        }  # fmt: skip
+        finished = FinishedLayers(checkpoint, settings)
     converted = copy_model(model)
     paths = {module: name for name, module in converted.named_modules()}
     replacements: dict[nn.Module, nn.Module] = {
@@ -170,20 +192,26 @@ def convert(
     with Progress("learning codebooks", len(calibrated), show) as bar:
         fitted: dict[str, QuantizedLayer] = {}
         shared = _tied(converted)
-        for i, name in enumerate(calibrated if targets is None else targets.order):
-            layer = calibrated[name]
+        for i, (name, layer) in enumerate(calibrated.items()):
             sample, start = samples.pop(name), time.perf_counter()
             if layer.method is None:  # the speed gate keeps it
                 continue
             old = converted.get_submodule(name)
             leader = fitted.get(leaders.get(name, ""))
-            rows_in, wanted = sample.rows, None
-            if targets is not None:
-                rows_in, wanted = targets.rows(converted, name, old, layer.geometry)
-            tied = id(old.weight) in shared
-            with threads_for_rows(rows_in.numel()):
-                learned = spread(rows_in, rows)
-                new = layer.fit(old, learned, leader, kmeans_steps, seed + i, rows_in, wanted, tied)
+            known = None if finished is None else finished.load(name)
+            if known is not None:
+                new = layer.again(old, leader, *known)
+            else:
+                rows_in, wanted = sample.rows, None
+                if targets is not None:
+                    rows_in, wanted = targets.rows(converted, name, old, layer.geometry)
+                tied, learned = id(old.weight) in shared, spread(rows_in, rows)
+                with threads_for_rows(rows_in.numel()):
+                    new = layer.fit(
+                        old, learned, leader, kmeans_steps, seed + i, rows_in, wanted, tied
+                    )
+                if finished is not None:
+                    finished.save(name, new, old, layer.noted)
             fitted[name] = new
             notes += [lost_hook(kind, name) for kind in move_hooks(new, old)]
             if targets is None:
@@ -215,12 +243,14 @@ class Candidate:
         name: its path, the first of several.
         method: what it becomes; None where it is kept.
         report: its entry in the report.
+        noted: the fields of the report that the new layer gave.
     """
 
     module: nn.Module
     name: str
     method: Method | None
     report: LayerReport
+    noted: Mapping[str, Any] = field(default_factory=dict)
 
     def form(self) -> Any:
         """The class of the new layer."""
@@ -307,6 +337,21 @@ class Candidate:
         self._note({**new.settle(rows), "error": error, "start_error": start})
         return new
 
+    def again(
+        self,
+        old: nn.Module,
+        leader: QuantizedLayer | None,
+        state: Mapping[str, Tensor],
+        noted: Mapping[str, Any],
+    ) -> QuantizedLayer:
+        """The new layer as an earlier run fitted it; notes it in the report."""
+        new = self.make(old)
+        if leader is not None:
+            new.share(leader)
+        restore(new, state)
+        self._note(noted)
+        return new
+
     def embed(self) -> nn.Module:
         """The new layer of one that needs no calibration; notes it in the report."""
         new = self.form().from_float(self.module, self.method)
@@ -323,6 +368,7 @@ class Candidate:
             self.method = rival(decision.choice)
 
     def _note(self, fields: Mapping[str, Any]) -> None:
+        self.noted = fields
         assert self.method is not None
         self.report = replace(self.report, replaced=True, method=self.method.name, **fields)
 
