@@ -72,7 +72,7 @@ def with_biases(model: nn.Module) -> nn.Module:
     folded needs a place for its shift."""
     for module in model.modules():
         dense: Any = module
-        if type(module) in _DENSE and dense.bias is None:
+        if isinstance(module, _DENSE) and dense.bias is None:
             weight = dense.weight
             zeros = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
             dense.bias = nn.Parameter(zeros, requires_grad=False)
@@ -161,9 +161,8 @@ def _is_foldable(
     arguments = _arguments(layer, module)
     for name in (gain, bias):
         argument = arguments.get(name)
-        if argument is None and name == bias:
-            continue
-        # Not a reparametrised weight, and not one that another layer reads too.
+        # Not a reparametrised weight, not one that another layer reads too, and not a bias that a
+        # forward of the module's own does not add.
         if not isinstance(argument, fx.Node) or argument not in parameters:
             return False
         if getattr(module, name, None) is None or len(argument.users) != 1:
