@@ -239,5 +239,7 @@ def test_weights_that_are_shared_stay_shared() -> None:
     split_layer = split(layer)
     assert isinstance(split_layer, OwnForward)
     assert split_layer.weight is layer.weight
-    new, _ = convert(nn.Sequential(layer, nn.ReLU(), layer), {"*": Int8()}, [torch.rand(4, 3, 6, 6)])
+    new, _ = convert(
+        nn.Sequential(layer, nn.ReLU(), layer), {"*": Int8()}, [torch.rand(4, 3, 6, 6)]
+    )
     assert new[0] is new[2]

@@ -119,6 +119,8 @@ class OwnForward(Wrapper):
         call: of the operator.
     """
 
+    _shape: tuple[int, ...]  # of the weight that the operator gets
+
     def __init__(self, dense: nn.Module, kind: type[nn.Module], call: _Call) -> None:
         super().__init__(dense, "linear" if kind is nn.Linear else "conv", _layer(kind, call))
         self.operator = kind
@@ -126,9 +128,10 @@ class OwnForward(Wrapper):
         body = copy.copy(dense)
         body._parameters, body._buffers = dict(dense._parameters), dict(dense._buffers)
         body._modules = dict(dense._modules)
-        body._forward_hooks, body._forward_pre_hooks = type(dense._forward_hooks)(), type(
-            dense._forward_pre_hooks
-        )()
+        body._forward_hooks, body._forward_pre_hooks = (
+            type(dense._forward_hooks)(),
+            type(dense._forward_pre_hooks)(),
+        )
         body._non_persistent_buffers_set = set(dense._non_persistent_buffers_set)
         for role in ("weight", "bias"):
             old = body._parameters.pop(role, None)
@@ -138,7 +141,7 @@ class OwnForward(Wrapper):
                 stand_in = torch.zeros(1, dtype=old.dtype, device=old.device).expand(old.shape)
                 body.register_buffer(role, stand_in, persistent=False)
         self.body = body
-        self.__dict__["_shape"] = tuple(call.weight.shape)
+        self._shape = tuple(call.weight.shape)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Arguments and results of the module.

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from lutra.train.layers.dropin import adopt_attributes
 
-
 #: The names that the dense layer of a wrapper can have.
 PARTS = ("conv", "linear")
 
