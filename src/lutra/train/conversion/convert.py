@@ -25,6 +25,7 @@ from lutra.train.conversion.prepare import (
     prepare,
     projection_paths,
     replace_modules,
+    wrapped_paths,
 )
 from lutra.train.conversion.resume import FinishedLayers, digest, restore
 from lutra.train.conversion.sequential import Batches, Targets
@@ -387,11 +388,12 @@ def choose(
         LutraError: a pattern matches nothing, or a layer cannot be replaced.
     """
     names = replaceable(model)
-    for aliases in names.values():  # patterns that name an attention name its layers
+    for aliases in names.values():  # patterns that name a module name the layers in it
         for path in list(aliases):
             parent, _, part = path.rpartition(".")
             if part and isinstance(model.get_submodule(parent), Attention):
                 aliases += [p for p in projection_paths([parent], part) if p not in aliases]
+            aliases += [p for p in wrapped_paths(model, path) if p not in aliases]
     _check_recipe(recipe, names, model)
     layer_recipe = {p: m for p, m in recipe.items() if not isinstance(m, Function)}
     found = []
