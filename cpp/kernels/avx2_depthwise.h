@@ -84,21 +84,35 @@ LUTRA_INLINE __m256i order_bytes(__m256i x) {
 }
 
 template <int kStep>
-LUTRA_INLINE void finish_depthwise(const __m256i* sum, const Finish& finish, int32_t m,
-                                   int32_t row) {
+[[gnu::noinline]] void finish_ordered(const __m256i* sum, const Finish& finish, int32_t m,
+                                      int32_t row) {
+  __m256i rows[4];
+  order_rows<kStep>(sum, rows);
+  finish.sums<4>(m, row, 0, rows);
+}
+
+// An epilogue that gives nothing but bytes of one grid, in the order of the loads.
+template <int kStep>
+LUTRA_INLINE void finish_bytes(const __m256i* sum, const Finish& finish, int32_t m, int32_t row) {
   const Epilogue& e = finish.e;
-  if (!e.fold_scale) {
-    __m256i rows[4];
-    order_rows<kStep>(sum, rows);
-    return finish.sums<4>(m, row, 0, rows);
-  }
-  const __m256 scale = _mm256_set1_ps(e.fold_scale[m]), bias = _mm256_set1_ps(e.fold_bias[m]);
+  const Grid& grid = e.q[0].grid;
   const __m256i offset = _mm256_set1_epi32(e.offset ? e.offset[m] : 0);
   __m256 t[4];
   LUTRA_UNROLL for (int32_t c = 0; c < 4; ++c) {
-    t[c] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(sum[c], offset)), scale, bias);
+    t[c] = _mm256_cvtepi32_ps(_mm256_add_epi32(sum[c], offset));
   }
-  const Grid& grid = e.q[0].grid;
+  if (finish.folds(m)) {
+    const __m256 scale = _mm256_set1_ps(e.fold_scale[m]), bias = _mm256_set1_ps(e.fold_bias[m]);
+    LUTRA_UNROLL for (int32_t c = 0; c < 4; ++c) t[c] = _mm256_fmadd_ps(t[c], scale, bias);
+  } else {
+    const __m256 scale = _mm256_set1_ps(e.scale[m]), bias = _mm256_set1_ps(e.bias[m]);
+    const __m256 low = _mm256_set1_ps(e.low), high = _mm256_set1_ps(e.high);
+    LUTRA_UNROLL for (int32_t c = 0; c < 4; ++c) {
+      t[c] = _mm256_add_ps(_mm256_mul_ps(t[c], scale), bias);
+      if (e.clamp) t[c] = _mm256_min_ps(_mm256_max_ps(t[c], low), high);
+      t[c] = quotient(t[c], grid);
+    }
+  }
   const __m256i bytes = order_bytes<kStep>(
       _mm256_packus_epi16(grid_words(t[0], t[1], grid), grid_words(t[2], t[3], grid)));
   uint8_t* const to = e.q[0].out + m * e.q[0].stride + row;
@@ -114,6 +128,7 @@ void depthwise8_outputs(const DepthwiseShape& s, const uint8_t* packed,
                         const DepthwiseTile<uint8_t>& x, int32_t first, int32_t last,
                         const Epilogue& e) {
   const Finish finish(e);
+  const bool simple = e.scale && !e.residual && !e.out && e.quantized == 1;
   const TapQuads q = tap_quads(s);
   const int32_t quads = kQuads > 0 ? kQuads : q.count;
   int64_t at[kQuads > 0 ? kQuads : kMaxDepthwiseTaps];
@@ -136,7 +151,13 @@ void depthwise8_outputs(const DepthwiseShape& s, const uint8_t* packed,
                         weight);
         }
       }
-      finish_depthwise<kStep>(sum, finish, m, row);
+      if (simple) {
+        finish_bytes<kStep>(sum, finish, m, row);
+      } else {
+        __m256i copy[4];
+        LUTRA_UNROLL for (int32_t c = 0; c < 4; ++c) copy[c] = sum[c];
+        finish_ordered<kStep>(copy, finish, m, row);
+      }
     }
     if (--left == 0) {
       left = s.multiplier;

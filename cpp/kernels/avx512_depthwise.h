@@ -89,27 +89,7 @@ __m512i order_bytes(__m512i x) {
 }
 
 template <int kStep>
-void finish_depthwise(const __m512i* sum, const Epilogue& e, const GridVectors& grid, int32_t m) {
-  if (e.fold_scale) {
-    const __m512 scale = _mm512_set1_ps(e.fold_scale[m]), bias = _mm512_set1_ps(e.fold_bias[m]);
-    const __m512i offset = _mm512_set1_epi32(e.offset ? e.offset[m] : 0);
-    __m512i v[4];
-#pragma GCC unroll 4
-    for (int32_t c = 0; c < 4; ++c) {
-      const __m512 y = _mm512_cvtepi32_ps(_mm512_add_epi32(sum[c], offset));
-      v[c] = _mm512_cvtps_epi32(_mm512_min_ps(grid.high, _mm512_fmadd_ps(y, scale, bias)));
-    }
-    const __m512i lo = _mm512_adds_epi16(_mm512_packs_epi32(v[0], v[1]), grid.zero);
-    const __m512i hi = _mm512_adds_epi16(_mm512_packs_epi32(v[2], v[3]), grid.zero);
-    const __m512i bytes = order_bytes<kStep>(_mm512_packus_epi16(lo, hi));
-    uint8_t* const to = e.q[0].out + m * e.q[0].stride;
-    if (e.rows == kRows) {
-      _mm512_storeu_si512(to, bytes);
-    } else {
-      _mm512_mask_storeu_epi8(to, byte_mask(e.rows), bytes);
-    }
-    return;
-  }
+[[gnu::noinline]] void finish_ordered(const __m512i* sum, const Epilogue& e, int32_t m) {
   __m512i rows[4];
   order_rows<kStep>(sum, rows);
   switch (row_blocks(e.rows)) {
@@ -124,6 +104,49 @@ void finish_depthwise(const __m512i* sum, const Epilogue& e, const GridVectors& 
   }
 }
 
+// An epilogue that gives nothing but bytes of one grid, in the order of the loads.
+struct ByteEpilogue {
+  const Epilogue& e;
+  GridVectors grid;
+  __m512 low, high;
+  __mmask64 mask;
+
+  [[gnu::always_inline]] explicit inline ByteEpilogue(const Epilogue& epilogue)
+      : e(epilogue), mask(byte_mask(epilogue.rows)) {
+    grid = load_grid(e.q[0].grid);
+    low = _mm512_set1_ps(e.low);
+    high = _mm512_set1_ps(e.high);
+  }
+
+  template <int kStep>
+  [[gnu::always_inline]] inline void finish(const __m512i* sum, int32_t m) const {
+    const __m512i offset = _mm512_set1_epi32(e.offset ? e.offset[m] : 0);
+    __m512 t[4];
+#pragma GCC unroll 4
+    for (int32_t c = 0; c < 4; ++c) t[c] = _mm512_cvtepi32_ps(_mm512_add_epi32(sum[c], offset));
+    if (folds(e, m, 1)) {
+      const __m512 scale = _mm512_set1_ps(e.fold_scale[m]), bias = _mm512_set1_ps(e.fold_bias[m]);
+#pragma GCC unroll 4
+      for (int32_t c = 0; c < 4; ++c) t[c] = _mm512_fmadd_ps(t[c], scale, bias);
+    } else {
+      const __m512 scale = _mm512_set1_ps(e.scale[m]), bias = _mm512_set1_ps(e.bias[m]);
+#pragma GCC unroll 4
+      for (int32_t c = 0; c < 4; ++c) {
+        t[c] = _mm512_add_ps(_mm512_mul_ps(t[c], scale), bias);
+        if (e.clamp) t[c] = _mm512_min_ps(_mm512_max_ps(t[c], low), high);
+        t[c] = quotient(t[c], grid);
+      }
+    }
+    __m512i v[4];
+#pragma GCC unroll 4
+    for (int32_t c = 0; c < 4; ++c) v[c] = _mm512_cvtps_epi32(_mm512_min_ps(grid.high, t[c]));
+    const __m512i lo = _mm512_adds_epi16(_mm512_packs_epi32(v[0], v[1]), grid.zero);
+    const __m512i hi = _mm512_adds_epi16(_mm512_packs_epi32(v[2], v[3]), grid.zero);
+    const __m512i bytes = order_bytes<kStep>(_mm512_packus_epi16(lo, hi));
+    _mm512_mask_storeu_epi8(e.q[0].out + m * e.q[0].stride, mask, bytes);
+  }
+};
+
 // kQuads: their number, or 0 for any.
 template <int kStep, bool kZero, int kQuads>
 void depthwise8_outputs(const DepthwiseShape& s, const uint8_t* packed,
@@ -133,8 +156,8 @@ void depthwise8_outputs(const DepthwiseShape& s, const uint8_t* packed,
   const int32_t quads = kQuads > 0 ? kQuads : q.count;
   int64_t at[kQuads > 0 ? kQuads : kMaxDepthwiseTaps];
   for (int32_t i = 0; i < quads; ++i) at[i] = x.offset[first_tap(s, q, i)];
-  GridVectors grid;
-  if (e.fold_scale) grid = load_grid(e.q[0].grid);
+  const bool simple = e.scale && !e.residual && !e.out && e.quantized == 1;
+  const ByteEpilogue epilogue(e);
   const uint64_t* const masks = reinterpret_cast<const uint64_t*>(x.masks);
   const int32_t* w = reinterpret_cast<const int32_t*>(packed) + static_cast<size_t>(first) * quads;
   const __m512i zero = _mm512_set1_epi8(static_cast<char>(x.zero));
@@ -156,7 +179,14 @@ void depthwise8_outputs(const DepthwiseShape& s, const uint8_t* packed,
         sum[c] = _mm512_dpbusd_epi32(sum[c], v, weight);
       }
     }
-    finish_depthwise<kStep>(sum, e, grid, m);
+    if (simple) {
+      epilogue.finish<kStep>(sum, m);
+    } else {
+      __m512i copy[4];
+#pragma GCC unroll 4
+      for (int32_t c = 0; c < 4; ++c) copy[c] = sum[c];
+      finish_ordered<kStep>(copy, e, m);
+    }
     if (--left == 0) {
       left = s.multiplier;
       plane += x.plane;

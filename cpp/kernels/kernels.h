@@ -86,7 +86,8 @@ struct Grid {
 // With fold_scale, an integer sum has no residual, one quantised output and no float output, and
 //   t = fma(float32(sum + offset[m]), fold_scale[m], fold_bias[m])
 // is quantised as q[0].grid quantises a quotient x / scale. The engine has checked that this gives
-// the same integer as the chain above and what comes behind it.
+// the same integer as the chain above and what comes behind it. Where fold_scale[m] is NaN nothing
+// comes behind it, and the chain is used.
 struct Epilogue {
   const int32_t* offset;
   const float* scale;

@@ -41,7 +41,7 @@ void finish(float y, const Epilogue& e, int32_t m, int32_t r) {
 
 void finish(int32_t sum, const Epilogue& e, int32_t m, int32_t r) {
   if (e.offset) sum += e.offset[m];
-  if (e.fold_scale) {
+  if (e.fold_scale && !std::isnan(e.fold_scale[m])) {
     const float t = fmaf(static_cast<float>(sum), e.fold_scale[m], e.fold_bias[m]);
     e.q[0].out[m * e.q[0].stride + r] = quotient_to_grid(t, e.q[0].grid);
     return;

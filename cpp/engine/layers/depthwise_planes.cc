@@ -35,6 +35,10 @@ DepthwisePlanes::DepthwisePlanes(const Kernels& kernels, const ConvGeometry& g,
   columns_ = column_planes(g, bytes);
   pitch_ = std::max(ceil_div(w, columns_), shape.step * g.out_w(w));
   const int64_t lines = ceil_div(h, g.stride_h);
+  for (int64_t a = 0; a < std::min(g.stride_h, h); ++a) {
+    lines_.push_back(ceil_div(h - a, g.stride_h));
+  }
+  whole_ = columns_ == 1 && g.stride_h == 1 && pitch_ == w;
   // Of the taps, with the first output: line and column of the plane they are in.
   std::vector<int64_t> part, place;
   int64_t least = 0, most = 0;
@@ -61,7 +65,7 @@ DepthwisePlanes::DepthwisePlanes(const Kernels& kernels, const ConvGeometry& g,
 }
 
 void DepthwisePlanes::find_tiles(const Kernels& kernels, const DepthwiseShape& shape, bool bytes) {
-  const int64_t out_h = g_.out_h(height), out_w = g_.out_w(width);
+  const int64_t out_w = g_.out_w(width);
   const int64_t tile = kernels.row_tile;
   const bool one_line = pitch_ == shape.step * out_w;
   const int64_t line = one_line ? outputs : out_w;  // rows that tiles do not go beyond
@@ -101,20 +105,19 @@ void DepthwisePlanes::find_tiles(const Kernels& kernels, const DepthwiseShape& s
 
 template <class T>
 void DepthwisePlanes::copy(const T* x, T* to) const {
-  for (int64_t a = 0; a < std::min(g_.stride_h, height); ++a) {
-    T* const part = to + a * columns_ * part_ + before_;
-    const int64_t lines = ceil_div(height - a, g_.stride_h), step = g_.stride_h * width;
-    const T* from = x + a * width;
-    if (columns_ == 1 && pitch_ == width && g_.stride_h == 1) {
-      copy_lines(part, 0, from, 0, 1, height * width);
-    } else if (columns_ == 1) {
-      copy_lines(part, pitch_, from, step, lines, width);
+  if (whole_) return copy_lines(to + before_, 0, x, 0, 1, height * width);
+  for (size_t a = 0; a < lines_.size(); ++a) {
+    T* const part = to + static_cast<int64_t>(a) * columns_ * part_ + before_;
+    const int64_t step = g_.stride_h * width;
+    const T* from = x + static_cast<int64_t>(a) * width;
+    if (columns_ == 1) {
+      copy_lines(part, pitch_, from, step, lines_[a], width);
     } else if (columns_ == 2) {
-      for (int64_t y = 0; y < lines; ++y, from += step) {
+      for (int64_t y = 0; y < lines_[a]; ++y, from += step) {
         split_pairs(from, width, part + y * pitch_, part + y * pitch_ + part_);
       }
     } else {
-      for (int64_t y = 0; y < lines; ++y, from += step) {
+      for (int64_t y = 0; y < lines_[a]; ++y, from += step) {
         for (int64_t c = 0; c < width; ++c) {
           part[c % columns_ * part_ + y * pitch_ + c / columns_] = from[c];
         }

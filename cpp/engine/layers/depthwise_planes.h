@@ -57,6 +57,8 @@ struct DepthwisePlanes {
   ConvGeometry g_;
   int64_t columns_;  // planes that the columns are spread over
   int64_t pitch_, part_, before_;
+  std::vector<int64_t> lines_;  // of each plane that the lines are spread over
+  bool whole_;                  // the plane as it is
   size_t mask_bytes_;
   AlignedBytes masks_;
 };

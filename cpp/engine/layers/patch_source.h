@@ -34,9 +34,6 @@ class PatchSource {
   const PaddedPlanes<uint8_t>& planes() const { return planes_; }
   const uint8_t* data() const { return data_; }
   int64_t plane() const { return plane_; }  // bytes between channels
-  int64_t images() const { return n_; }
-  int64_t height() const { return h_; }
-  int64_t width() const { return w_; }
 
   // Rows first..first+count-1. `row` has row_tile entries and must live as long as the patch.
   Patch tile(int64_t first, int64_t count, int32_t row_tile, int32_t* row) const;
