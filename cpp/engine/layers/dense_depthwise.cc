@@ -20,15 +20,16 @@ class DepthwiseStep : public LayerStep {
         planes_(kernels, geometry, outputs, false) {}
   size_t workspace(const Shapes& inputs, int threads) const override {
     const auto planes = planes_.find(inputs[0][2], inputs[0][3]);
-    return static_cast<size_t>(threads * block(*planes) * planes->plane) * sizeof(float);
+    return static_cast<size_t>(threads * block(*planes, threads) * planes->plane) * sizeof(float);
   }
   void run(const StepRun& r) const override;
   std::string method(const Shapes&) const override { return "float32, depthwise"; }
   size_t parameter_bytes() const override { return weight_.size() * sizeof(float); }
 
  private:
-  static int64_t block(const DepthwisePlanes& planes) {
-    return depthwise_block(planes.plane * static_cast<int64_t>(sizeof(float)));
+  int64_t block(const DepthwisePlanes& planes, int threads) const {
+    return depthwise_block(geometry_.channels, planes.plane * static_cast<int64_t>(sizeof(float)),
+                           threads);
   }
 
   const Kernels& kernels_;
@@ -41,7 +42,7 @@ void DepthwiseStep::run(const StepRun& r) const {
   const auto planes = planes_.find(x.h, x.w);
   const LayerOutput out = output(r);
   const TileOutput target(out, kernels_, nullptr, nullptr, bias_.data());
-  const int64_t block = this->block(*planes), blocks = (x.c + block - 1) / block;
+  const int64_t block = this->block(*planes, r.pool.threads()), blocks = (x.c + block - 1) / block;
   const int64_t multiplier = planes_.shape.multiplier, taps = geometry_.taps();
   const double work = static_cast<double>(x.n * planes->outputs * outputs_ * taps);
   r.pool.run(static_cast<size_t>(x.n * blocks), work / kWorkPerMicrosecond,

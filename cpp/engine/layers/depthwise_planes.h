@@ -10,6 +10,7 @@
 // Where lines are longer than that (little padding), a tile has outputs of one line only.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -82,10 +83,12 @@ class DepthwiseCache {
   mutable std::vector<std::shared_ptr<const DepthwisePlanes>> kept_;  // the last one used last
 };
 
-// Channels that are worked on together, so that their planes stay in the nearest cache.
-inline int64_t depthwise_block(int64_t plane_bytes) {
-  constexpr int64_t kCache = 24 << 10, kMost = 16;
-  return std::max<int64_t>(1, std::min(kMost, kCache / plane_bytes));
+// Channels that are worked on together: what a tile costs beside its sums is shared among them. Their
+// planes stay in the second cache, and every thread has two blocks where it can.
+inline int64_t depthwise_block(int64_t channels, int64_t plane_bytes, int threads) {
+  constexpr int64_t kCache = 256 << 10, kMost = 16;
+  const int64_t share = (channels + 2 * threads - 1) / (2 * threads);
+  return std::max<int64_t>(1, std::min({kMost, kCache / plane_bytes, share}));
 }
 
 }  // namespace lutra

@@ -48,18 +48,21 @@ Int8DepthwiseLayer::Int8DepthwiseLayer(const Kernels& kernels, const ConvGeometr
   }
 }
 
-Layer::Memory Int8DepthwiseLayer::memory(const PatchSource& source, int, bool direct) const {
+Layer::Memory Int8DepthwiseLayer::memory(const PatchSource& source, int threads,
+                                         bool direct) const {
   const auto planes = planes_.find(source.height(), source.width());
-  const size_t block = static_cast<size_t>(depthwise_block(planes->plane) * planes->plane);
+  const int64_t block = depthwise_block(geometry_.channels, planes->plane, threads);
+  const size_t copies = align64(static_cast<size_t>(block * planes->plane));
   const size_t scratch = TileOutput::scratch_bytes(outputs_, kernels_.row_tile, direct);
-  return {0, std::max(align64(block) + scratch, source.scratch_bytes())};
+  return {0, std::max(copies + scratch, source.scratch_bytes())};
 }
 
 void Int8DepthwiseLayer::run_loaded(const Call& call) const {
   const PatchSource& source = call.source;
   const auto planes = planes_.find(source.height(), source.width());
   const size_t stride = memory(source, call.pool.threads(), call.direct).worker;
-  const int64_t channels = geometry_.channels, block = depthwise_block(planes->plane);
+  const int64_t channels = geometry_.channels;
+  const int64_t block = depthwise_block(channels, planes->plane, call.pool.threads());
   const int64_t blocks = (channels + block - 1) / block, image = source.height() * source.width();
   const int64_t multiplier = planes_.shape.multiplier;
   const size_t weights = parameter_bytes() / static_cast<size_t>(outputs_);  // bytes of an output
