@@ -72,13 +72,12 @@ LUTRA_INLINE void order_rows(const __m256i* sum, __m256i* rows) {
 template <int kStep>
 LUTRA_INLINE __m256i order_bytes(__m256i x) {
   if constexpr (kStep == 1) {
-    return _mm256_shuffle_epi8(
-        x, _mm256_broadcastsi128_si256(
-               _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+    return _mm256_shuffle_epi8(x, _mm256_broadcastsi128_si256(_mm_setr_epi8(
+                                      0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
   } else {
-    const __m256i pairs = _mm256_shuffle_epi8(
-        x, _mm256_broadcastsi128_si256(
-               _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15)));
+    const __m256i pairs =
+        _mm256_shuffle_epi8(x, _mm256_broadcastsi128_si256(_mm_setr_epi8(
+                                   0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15)));
     return _mm256_permute4x64_epi64(pairs, 0xd8);
   }
 }
@@ -207,9 +206,9 @@ LUTRA_INLINE void depthwise_rows(int32_t taps, const float* w, const float* plan
     const __m256 weight = _mm256_set1_ps(w[t]);
     const float* const from = plane + offset[t] + row;
     LUTRA_UNROLL for (int32_t i = 0; i < 2; ++i) {
-      const __m256 v = kWhole ? _mm256_loadu_ps(from + 8 * i)
-                              : _mm256_maskload_ps(from + 8 * i,
-                                                   lane_signs(valid[t] >> (row + 8 * i)));
+      const __m256 v =
+          kWhole ? _mm256_loadu_ps(from + 8 * i)
+                 : _mm256_maskload_ps(from + 8 * i, lane_signs(valid[t] >> (row + 8 * i)));
       sum[i] = _mm256_fmadd_ps(weight, v, sum[i]);
     }
   }

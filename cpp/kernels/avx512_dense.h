@@ -86,8 +86,7 @@ void dense8_range(int32_t depth, const uint8_t* packed, const uint8_t* x, int32_
         packed + (static_cast<size_t>(m / kDenseBlock) * groups * 16 + m % kDenseBlock) * 4;
     const int32_t left = last - m;
     if (m % kCount == 0 && left > kCount - kOutputs) {
-      dense8_outputs<kBlocks, kCount>(groups, w, x, m, left < kCount ? left : kCount, e,
-                                      grid);
+      dense8_outputs<kBlocks, kCount>(groups, w, x, m, left < kCount ? left : kCount, e, grid);
       m += kCount;
     } else {
       dense8_outputs<kBlocks, kOutputs>(groups, w, x, m, left < kOutputs ? left : kOutputs, e,

@@ -77,13 +77,12 @@ void order_rows(const __m512i* sum, __m512i* rows) {
 template <int kStep>
 __m512i order_bytes(__m512i x) {
   if constexpr (kStep == 1) {
-    return _mm512_shuffle_epi8(
-        x, _mm512_broadcast_i32x4(
-               _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+    return _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2,
+                                                                       6, 10, 14, 3, 7, 11, 15)));
   } else {
-    const __m512i pairs = _mm512_shuffle_epi8(
-        x, _mm512_broadcast_i32x4(
-               _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15)));
+    const __m512i pairs =
+        _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12,
+                                                                    9, 13, 10, 14, 11, 15)));
     return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), pairs);
   }
 }
@@ -174,8 +173,8 @@ void depthwise8_outputs(const DepthwiseShape& s, const uint8_t* packed,
       for (int32_t c = 0; c < 4; ++c) {
         const uint8_t* const from = plane + at[i] + load_offset<kStep, 16>(c);
         const __mmask64 mask = masks[4 * i + c];
-        const __m512i v = kZero ? _mm512_maskz_loadu_epi8(mask, from)
-                                : _mm512_mask_loadu_epi8(zero, mask, from);
+        const __m512i v =
+            kZero ? _mm512_maskz_loadu_epi8(mask, from) : _mm512_mask_loadu_epi8(zero, mask, from);
         sum[c] = _mm512_dpbusd_epi32(sum[c], v, weight);
       }
     }

@@ -11,8 +11,8 @@ namespace {
 // A load of bytes is a vector of dwords, each the taps of one row of the tile; the rows between
 // come from loads that begin one row later. Load c of kLoads = 4 covers the rows
 //   step 1: 4 i + c;   step 2: 2 lanes (c / 2) + 2 i + c % 2   for lane i
-// of a vector, 4 lanes rows in all, so that every byte belongs to one tap of one row, and a byte mask takes out
-// those beyond the image.
+// of a vector, 4 lanes rows in all, so that every byte belongs to one tap of one row, and a byte
+// mask takes out those beyond the image.
 constexpr int32_t kDepthwiseLoads = 4;
 
 struct TapQuads {

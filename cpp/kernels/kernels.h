@@ -23,7 +23,7 @@ inline constexpr int32_t kGemmOutputs = 4;     // outputs per block of packed fl
 inline constexpr int32_t kLinearOutputs = 64;  // outputs per block of packed linear weights
 inline constexpr int32_t kMaxQuantized = 2;    // quantised copies that an epilogue can write
 inline constexpr int32_t kMaxDepthwiseTaps = 128;
-inline constexpr size_t kSlack = 64;           // bytes that may be read after any value of a plane
+inline constexpr size_t kSlack = 64;  // bytes that may be read after any value of a plane
 
 enum class Encoder : int32_t { kNearest, kTree };
 

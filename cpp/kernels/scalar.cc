@@ -265,7 +265,8 @@ void depthwise(const DepthwiseShape& s, const float* weights, const DepthwiseTil
     for (int32_t r = 0; r < e.rows; ++r) {
       float sum = 0.0f;
       for (int32_t t = 0; t < s.taps; ++t) {
-        sum = std::fmaf(weights[static_cast<size_t>(m) * s.taps + t], tap_value(s, x, m, t, r), sum);
+        sum =
+            std::fmaf(weights[static_cast<size_t>(m) * s.taps + t], tap_value(s, x, m, t, r), sum);
       }
       finish(sum, e, m, r);
     }

@@ -62,10 +62,9 @@ void DepthwiseStep::run(const StepRun& r) const {
                                                  .offset = planes->offset.data(),
                                                  .masks = planes->masks(t.masks),
                                                  .zero = 0.0f};
-                 kernels_.depthwise(planes_.shape, weight, tile, 0,
-                                    static_cast<int32_t>(count * multiplier),
-                                    target.begin(n * planes->outputs + t.first, t.count, nullptr,
-                                                 c * multiplier));
+                 kernels_.depthwise(
+                     planes_.shape, weight, tile, 0, static_cast<int32_t>(count * multiplier),
+                     target.begin(n * planes->outputs + t.first, t.count, nullptr, c * multiplier));
                }
              });
 }

@@ -133,7 +133,8 @@ std::shared_ptr<const DepthwisePlanes> DepthwiseCache::find(int64_t h, int64_t w
   const std::lock_guard lock(mutex_);
   for (size_t i = kept_.size(); i-- > 0;) {
     if (kept_[i]->height == h && kept_[i]->width == w) {
-      std::rotate(kept_.begin() + static_cast<int64_t>(i), kept_.begin() + static_cast<int64_t>(i) + 1, kept_.end());
+      std::rotate(kept_.begin() + static_cast<int64_t>(i),
+                  kept_.begin() + static_cast<int64_t>(i) + 1, kept_.end());
       return kept_.back();
     }
   }

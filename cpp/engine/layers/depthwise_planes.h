@@ -83,8 +83,8 @@ class DepthwiseCache {
   mutable std::vector<std::shared_ptr<const DepthwisePlanes>> kept_;  // the last one used last
 };
 
-// Channels that are worked on together: what a tile costs beside its sums is shared among them. Their
-// planes stay in the second cache, and every thread has two blocks where it can.
+// Channels that are worked on together: what a tile costs beside its sums is shared among them.
+// Their planes stay in the second cache, and every thread has two blocks where it can.
 inline int64_t depthwise_block(int64_t channels, int64_t plane_bytes, int threads) {
   constexpr int64_t kCache = 256 << 10, kMost = 16;
   const int64_t share = (channels + 2 * threads - 1) / (2 * threads);

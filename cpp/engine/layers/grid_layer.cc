@@ -13,8 +13,8 @@ constexpr double kQuantizedPerMicrosecond = 4e3;  // floats of one core, a rough
 }  // namespace
 
 GridLayer::GridLayer(std::string name, const Kernels& kernels, const ConvGeometry& geometry,
-                             int64_t outputs, int64_t groups, const Quantization& quantization,
-                             int most_bits, const float* scale, const float* bias)
+                     int64_t outputs, int64_t groups, const Quantization& quantization,
+                     int most_bits, const float* scale, const float* bias)
     : Layer(std::move(name), kernels, geometry, outputs, quantization, most_bits, scale, bias),
       groups_(groups) {
   require(groups >= 1 && geometry.channels % groups == 0 && outputs % groups == 0,
@@ -22,7 +22,7 @@ GridLayer::GridLayer(std::string name, const Kernels& kernels, const ConvGeometr
 }
 
 void GridLayer::run(const ImageView& x, const LayerOutput& output, uint8_t* codes,
-                        uint8_t* workspace, ThreadPool& pool) const {
+                    uint8_t* workspace, ThreadPool& pool) const {
   if (!codes) return Layer::run(x, output, nullptr, workspace, pool);
   const Grid grid = make_grid(quantization_);
   const int64_t size = x.pixels() * x.c;
