@@ -4,6 +4,7 @@
 #include "kernel_cases.h"
 #include "kernels/dispatch.h"
 #include "kernels_dense_test.h"
+#include "kernels_depthwise_test.h"
 #include "kernels_functions_test.h"
 #include "kernels_lookup_test.h"
 
@@ -502,6 +503,7 @@ void test_kernels(const Kernels& k) {
   test_lookup(k);
   test_wide(k);
   test_dense8(k);
+  test_depthwise(k);
   test_respond(k);
   test_long_responses(k);
   test_response_grad(k);

@@ -22,7 +22,8 @@ inline constexpr int32_t kRowBlock = 16;       // tiles of so few rows must not 
 inline constexpr int32_t kGemmOutputs = 4;     // outputs per block of packed float weights
 inline constexpr int32_t kLinearOutputs = 64;  // outputs per block of packed linear weights
 inline constexpr int32_t kMaxQuantized = 2;    // quantised copies that an epilogue can write
-inline constexpr size_t kSlack = 64;           // bytes that may be read after any value of a plane
+inline constexpr int32_t kMaxDepthwiseTaps = 128;
+inline constexpr size_t kSlack = 64;  // bytes that may be read after any value of a plane
 
 enum class Encoder : int32_t { kNearest, kTree };
 
@@ -85,7 +86,8 @@ struct Grid {
 // With fold_scale, an integer sum has no residual, one quantised output and no float output, and
 //   t = fma(float32(sum + offset[m]), fold_scale[m], fold_bias[m])
 // is quantised as q[0].grid quantises a quotient x / scale. The engine has checked that this gives
-// the same integer as the chain above and what comes behind it.
+// the same integer as the chain above and what comes behind it. Where fold_scale[m] is NaN nothing
+// comes behind it, and the chain is used.
 struct Epilogue {
   const int32_t* offset;
   const float* scale;
@@ -106,6 +108,25 @@ struct Epilogue {
     uint8_t* out;
     size_t stride;
   } q[kMaxQuantized];
+};
+
+// A depthwise layer: every output comes from one plane. Tap t of row r of a tile is at
+//   planes[(m / multiplier) * plane + offset[t] + r * step]
+// for output m, or has the value `zero` where bit r of valid[t] is 0.
+struct DepthwiseShape {
+  int32_t taps;        // at most kMaxDepthwiseTaps
+  int32_t row;         // taps that are `gap` elements apart from one to the next; divides taps
+  int32_t gap;         // 0: they are anywhere
+  int32_t step;        // elements from one row of a tile to the next: 1, of bytes also 2
+  int32_t multiplier;  // outputs of a plane
+};
+template <class T>
+struct DepthwiseTile {
+  const T* planes;  // every address of a tile of 64 rows, and 64 elements more, may be read
+  int64_t plane;
+  const int32_t* offset;  // (taps)
+  const uint8_t* masks;   // `valid` in this instruction set's order
+  T zero;
 };
 
 // Functions of one variable, good to a few units in the last place (gelu, and erf where it is not
@@ -285,6 +306,23 @@ struct Kernels {
   // of 64 bytes).
   void (*dense8_row)(int32_t depth, int32_t outputs, const uint8_t* packed, const uint8_t* x,
                      int32_t first, int32_t last, int32_t* sums);
+
+  // --- depthwise layers -------------------------------------------------------------------------
+  // In int8: weights (outputs, taps) -> this instruction set's order
+  size_t (*depthwise8_bytes)(const DepthwiseShape&, int32_t outputs);
+  void (*pack_depthwise8)(const DepthwiseShape&, int32_t outputs, const int8_t* weights,
+                          uint8_t* packed);
+  // valid (taps): bit r for row r -> this instruction set's order, 64-byte aligned
+  size_t (*depthwise8_mask_bytes)(const DepthwiseShape&);
+  void (*pack_depthwise8_masks)(const DepthwiseShape&, const uint64_t* valid, uint8_t* packed);
+  // sum[m][r] = sum over t of weights[m][t] * x[t][r], exact in int32, then the epilogue, for
+  // outputs first..last-1
+  void (*depthwise8)(const DepthwiseShape&, const uint8_t* packed, const DepthwiseTile<uint8_t>&,
+                     int32_t first, int32_t last, const Epilogue&);
+  // In float32: masks are `valid` itself; `zero` is 0, the step 1.
+  // sum[m][r] = fma chain over t, ascending, of weights[m][t] * x[t][r], then the epilogue
+  void (*depthwise)(const DepthwiseShape&, const float* weights, const DepthwiseTile<float>&,
+                    int32_t first, int32_t last, const Epilogue&);
 
   // --- lookup layers: entries of one table instead of products ----------------------------------
   // Entries -127..127 of the table (levels, weights) and weight indices (outputs, depth), one byte

@@ -41,7 +41,7 @@ void finish(float y, const Epilogue& e, int32_t m, int32_t r) {
 
 void finish(int32_t sum, const Epilogue& e, int32_t m, int32_t r) {
   if (e.offset) sum += e.offset[m];
-  if (e.fold_scale) {
+  if (e.fold_scale && !std::isnan(e.fold_scale[m])) {
     const float t = fmaf(static_cast<float>(sum), e.fold_scale[m], e.fold_bias[m]);
     e.q[0].out[m * e.q[0].stride + r] = quotient_to_grid(t, e.q[0].grid);
     return;
@@ -219,6 +219,60 @@ void dense8_row(int32_t depth, int32_t, const uint8_t* packed, const uint8_t* x,
   }
 }
 
+size_t depthwise8_bytes(const DepthwiseShape& s, int32_t outputs) {
+  return static_cast<size_t>(outputs) * s.taps;
+}
+
+void pack_depthwise8(const DepthwiseShape& s, int32_t outputs, const int8_t* weights,
+                     uint8_t* packed) {
+  for (size_t i = 0; i < depthwise8_bytes(s, outputs); ++i) {
+    packed[i] = static_cast<uint8_t>(weights[i]);
+  }
+}
+
+size_t depthwise8_mask_bytes(const DepthwiseShape& s) {
+  return static_cast<size_t>(s.taps) * sizeof(uint64_t);
+}
+
+void pack_depthwise8_masks(const DepthwiseShape& s, const uint64_t* valid, uint8_t* packed) {
+  for (int32_t t = 0; t < s.taps; ++t) reinterpret_cast<uint64_t*>(packed)[t] = valid[t];
+}
+
+// Tap t of row r of output m.
+template <class T>
+T tap_value(const DepthwiseShape& s, const DepthwiseTile<T>& x, int32_t m, int32_t t, int32_t r) {
+  if (!(reinterpret_cast<const uint64_t*>(x.masks)[t] >> r & 1)) return x.zero;
+  return x.planes[m / s.multiplier * x.plane + x.offset[t] + static_cast<int64_t>(r) * s.step];
+}
+
+void depthwise8(const DepthwiseShape& s, const uint8_t* packed, const DepthwiseTile<uint8_t>& x,
+                int32_t first, int32_t last, const Epilogue& e) {
+  for (int32_t m = first; m < last; ++m) {
+    for (int32_t r = 0; r < e.rows; ++r) {
+      int32_t sum = 0;
+      for (int32_t t = 0; t < s.taps; ++t) {
+        const int32_t w = static_cast<int8_t>(packed[static_cast<size_t>(m) * s.taps + t]);
+        sum += w * tap_value(s, x, m, t, r);
+      }
+      finish(sum, e, m, r);
+    }
+  }
+}
+
+void depthwise(const DepthwiseShape& s, const float* weights, const DepthwiseTile<float>& x,
+               int32_t first, int32_t last, const Epilogue& e) {
+  for (int32_t m = first; m < last; ++m) {
+    for (int32_t r = 0; r < e.rows; ++r) {
+      float sum = 0.0f;
+      for (int32_t t = 0; t < s.taps; ++t) {
+        sum =
+            std::fmaf(weights[static_cast<size_t>(m) * s.taps + t], tap_value(s, x, m, t, r), sum);
+      }
+      finish(sum, e, m, r);
+    }
+  }
+}
+
 // Packed responses are the canonical arrays: the table, then the weight indices.
 size_t response_bytes(const LookupShape& s) {
   return static_cast<size_t>(s.levels) * s.weights + static_cast<size_t>(s.outputs) * s.depth;
@@ -340,6 +394,12 @@ constinit const Kernels kScalar = {.name = "scalar",
                                    .gather8 = gather8,
                                    .dense8 = dense8,
                                    .dense8_row = dense8_row,
+                                   .depthwise8_bytes = depthwise8_bytes,
+                                   .pack_depthwise8 = pack_depthwise8,
+                                   .depthwise8_mask_bytes = depthwise8_mask_bytes,
+                                   .pack_depthwise8_masks = pack_depthwise8_masks,
+                                   .depthwise8 = depthwise8,
+                                   .depthwise = depthwise,
                                    .response_bytes = response_bytes,
                                    .pack_responses = pack_responses,
                                    .index_bytes = index_bytes,

@@ -7,8 +7,8 @@ namespace lutra {
 namespace {
 
 constexpr int kNudges = 8;  // steps to the next float tried on either side
-// Sums, and offsets in units of sums, below this are exact enough in float32 for both forms to
-// change their result within one sum of the real boundary.
+// Where a boundary of the grid, and the offset, is below this in units of sums, float32 is exact
+// enough for both forms to change their result within one sum of the real boundary.
 constexpr double kLargest = 1 << 20;
 
 int32_t rounded(float t, const Grid& g) {
@@ -38,7 +38,7 @@ struct Chain {
   }
 
   // Both forms are monotone in n, so they are equal everywhere if they change at the same places.
-  bool equals(int64_t limit, float a, float b) const {
+  bool equals(int64_t limit, double largest, float a, float b) const {
     auto same = [&](int64_t n) {
       n = std::clamp(n, -limit, limit);
       return (*this)(n) == rounded(std::fmaf(static_cast<float>(n), a, b), grid);
@@ -48,6 +48,7 @@ struct Chain {
     for (int32_t k = -grid.zero; k < grid.qmax - grid.zero; ++k) {
       const double n = (k + 0.5 - static_cast<double>(b)) / static_cast<double>(a);
       if (std::abs(n) > static_cast<double>(limit) + 2) continue;
+      if (!(std::abs(n) < largest)) return false;
       const int64_t near = static_cast<int64_t>(std::floor(n));
       for (int64_t i = near - 1; i <= near + 2; ++i) {
         if (!same(i)) return false;
@@ -62,30 +63,34 @@ struct Chain {
 Fold fold_quantization(const std::vector<float>& scale, const std::vector<float>& bias, Clamp clamp,
                        const Elementwise* function, const Grid& grid, int64_t limit) {
   Fold fold;
+  bool any = false;
   for (size_t m = 0; m < scale.size(); ++m) {
     const int64_t output = static_cast<int64_t>(m);
     Line line{.scale = scale[m], .shift = bias[m]};
     line.offset = std::abs(line.shift / line.scale);
     if (function && !function->extend(output, line)) return {};
     // Every function rounds once more.
-    if (!((line.offset + static_cast<double>(limit)) * (line.functions + 1) < kLargest)) return {};
+    const double largest = kLargest / (line.functions + 1);
     const Chain chain{
         scale[m], bias[m], clamp, function, output, static_cast<int64_t>(scale.size()), grid};
     const float a = static_cast<float>(line.scale / grid.scale);
     float up = static_cast<float>(line.shift / grid.scale), down = up;
-    bool found = chain.equals(limit, a, up);
-    for (int i = 0; i < kNudges && !found; ++i) {
+    const bool possible = line.offset < largest;
+    bool found = possible && chain.equals(limit, largest, a, up);
+    for (int i = 0; i < kNudges && possible && !found; ++i) {
       up = std::nextafterf(up, INFINITY);
-      found = chain.equals(limit, a, up);
+      found = chain.equals(limit, largest, a, up);
       if (found) break;
       down = std::nextafterf(down, -INFINITY);
-      found = chain.equals(limit, a, down);
+      found = chain.equals(limit, largest, a, down);
       if (found) up = down;
     }
-    if (!found) return {};
-    fold.scale.push_back(a);
+    if (function && !found) return {};  // the kernels know no function
+    any = any || found;
+    fold.scale.push_back(found ? a : NAN);
     fold.bias.push_back(up);
   }
+  if (!any) return {};
   return fold;
 }
 

@@ -6,6 +6,7 @@
 
 #include "engine/core/memory.h"
 #include "engine/core/op_registry.h"
+#include "engine/layers/dense_depthwise.h"
 #include "engine/layers/layer_step.h"
 
 namespace lutra {
@@ -271,12 +272,17 @@ void LinearStep::run_tiles(const StepRun& r) const {
 
 int add_conv(PlanBuilder& plan, const StepArgs& args) {
   const Tensor<float> weight = args.tensor<float>("weight", 4);
-  const int64_t groups = args.integer("groups");
-  return plan.add_step(
-      std::make_unique<ConvStep>(
-          plan.kernels(), conv_geometry(args, weight[1] * groups, {weight[2], weight[3]}),
-          weight[0], groups, weight.data, per_output(args, "bias", weight[0]), args),
-      with_residual(args.inputs[0], args));
+  const int64_t groups = args.integer("groups"), outputs = weight[0];
+  const ConvGeometry geometry = conv_geometry(args, weight[1] * groups, {weight[2], weight[3]});
+  const float* const bias = per_output(args, "bias", outputs);
+  StepPtr step;
+  if (is_depthwise(geometry, groups)) {
+    step = make_depthwise(plan.kernels(), geometry, outputs, weight.data, bias, args);
+  } else {
+    step = std::make_unique<ConvStep>(plan.kernels(), geometry, outputs, groups, weight.data, bias,
+                                      args);
+  }
+  return plan.add_step(std::move(step), with_residual(args.inputs[0], args));
 }
 
 int add_linear(PlanBuilder& plan, const StepArgs& args) {

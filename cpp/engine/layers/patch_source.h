@@ -33,6 +33,7 @@ class PatchSource {
   int64_t rows() const { return planes_.rows(); }
   const PaddedPlanes<uint8_t>& planes() const { return planes_; }
   const uint8_t* data() const { return data_; }
+  int64_t plane() const { return plane_; }  // bytes between channels
 
   // Rows first..first+count-1. `row` has row_tile entries and must live as long as the patch.
   Patch tile(int64_t first, int64_t count, int32_t row_tile, int32_t* row) const;
