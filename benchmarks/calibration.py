@@ -41,6 +41,10 @@ METHODS: Final[Mapping[str, Method]] = {
     "nearest V=3": PQ(v=3),
     "nearest V=3, free tables": PQ(v=3, free_tables=True),
     "tree V=3": PQ(v=3, encoder="tree"),
+    "row nearest V=3": PQ(v=3, group="row"),
+    "row tree V=3": PQ(v=3, group="row", encoder="tree"),
+    "pixel nearest V=4": PQ(v=4, group="pixel"),
+    "pixel tree V=4": PQ(v=4, group="pixel", encoder="tree"),
 }
 KINDS: Final = ("parallel", "sequential")
 

@@ -223,6 +223,9 @@ def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--v", type=int, default=9, help="PQ: values of a sub-vector")
     parser.add_argument("--k", type=int, default=16, help="PQ: centroids of a codebook")
     parser.add_argument("--encoder", default="nearest", choices=("nearest", "tree"), help="PQ")
+    parser.add_argument(
+        "--group", default="patch", choices=("patch", "row", "pixel"), help="PQ: what codes are of"
+    )
     parser.add_argument("--distillation", type=float, default=1.0, help="weight of the teacher")
     parser.add_argument("--feature-weight", type=float, default=1.0)
     parser.add_argument("--limit", type=int, help="use only this many training images")
@@ -235,7 +238,7 @@ def method_of(options: argparse.Namespace) -> PQ | Lookup:
     """The method that the options ask for."""
     if options.method == "lookup":
         return lookup_method(options.bits, options.rank)
-    return PQ(v=options.v, k=options.k, encoder=options.encoder)
+    return PQ(v=options.v, k=options.k, encoder=options.encoder, group=options.group)
 
 
 @torch.no_grad()

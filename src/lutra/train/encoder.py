@@ -8,13 +8,18 @@ import torch
 from torch import Tensor
 
 from lutra.errors import LutraError
+from lutra.train.parts import Group
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """The nearest centroid. centroids: uint8 (B, K, V), on the activation grid."""
+    """The nearest centroid. centroids: uint8 (G, K, V), on the activation grid.
+
+    `group` says of which parts of a row the sub-vectors are, see `lutra.train.parts`.
+    """
 
     centroids: Tensor
+    group: Group = "patch"
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -30,10 +35,12 @@ class Tree:
         splits: int32 (B, L): the entry of the row that each level looks at.
         thresholds: uint8 (B, K - 1), K = 2**L: node 0 is the root, the children of i are 2 i + 1
             (entry below the threshold) and 2 i + 2.
+        group: of which parts of a row the entries are, see `lutra.train.parts`.
     """
 
     splits: Tensor
     thresholds: Tensor
+    group: Group = "patch"
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -61,7 +68,11 @@ def descend(taps: Tensor, thresholds: Tensor) -> Tensor:
 
 
 def encoder_of(
-    encoder: str, centroids: Tensor | None, splits: Tensor | None, thresholds: Tensor | None
+    encoder: str,
+    centroids: Tensor | None,
+    splits: Tensor | None,
+    thresholds: Tensor | None,
+    group: Group = "patch",
 ) -> Encoder:
     """The encoder of a name and the tensors that come with it.
 
@@ -70,10 +81,10 @@ def encoder_of(
     """
     if encoder == "nearest":
         if centroids is not None and splits is None and thresholds is None:
-            return Nearest(centroids)
+            return Nearest(centroids, group)
         raise LutraError("encoder 'nearest' takes centroids and neither splits nor thresholds")
     if encoder == "tree":
         if centroids is None and splits is not None and thresholds is not None:
-            return Tree(splits, thresholds)
+            return Tree(splits, thresholds, group)
         raise LutraError("encoder 'tree' takes splits and thresholds and no centroids")
     raise LutraError(f"encoder {encoder!r} is unknown; choose 'nearest' or 'tree'")

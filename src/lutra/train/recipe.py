@@ -19,6 +19,7 @@ from lutra.ops.limits import (
     MAX_WEIGHTS,
     MIN_WEIGHTS,
 )
+from lutra.train.parts import Group
 
 Gradient = Literal["projected", "straight-through", "dense", "soft"]
 CentroidUpdate = Literal["average", "gradient"]
@@ -96,6 +97,7 @@ class PQ(Method, name="pq"):
     Args:
         v: values in a sub-vector, 1..64. None takes the choice of LUT-NN: the area of the kernel
             for a convolution (the patch of one channel), 4 for 1x1 convolutions and linear layers.
+            With group="row" it is the width of the kernel, with "pixel" 4.
         k: centroids in a codebook: 8, 16, 32 or 64.
         act_bits: bits of the activation grid, 1..7.
         gradient: how the gradient of the input is computed. "straight-through" takes the gradient
@@ -104,6 +106,12 @@ class PQ(Method, name="pq"):
             tables. "dense" passes the gradients of the dense layer to input and weights and none to
             the codebooks, which `reconstruction` trains (eLUT-NN, ASPLOS 2024). "soft" is the
             softmax of LUT-NN over distances, with a learned temperature.
+        group: what the sub-vectors of a convolution are cut from. "patch": the whole row, in the
+            order (channel, kernel row, kernel column). "row": a row of the kernel, so that with
+            v=None a code is of one channel, and is made once for all `kh` kernel rows that it is
+            in. "pixel": the channels of a pixel, whose codes serve all `kh * kw` places of the
+            kernel. Finding codes then costs a part of the time. Linear layers and kernels of one
+            pixel have one group only. Not with the soft gradient, nor with centroids="average".
         free_tables: whether tables are trained beyond the products of centroids and weights, where
             they begin. Calibration can then fit them to the dense network. None: trees only, which
             have no other tables. Files of free tables cannot be stored as compact tables.
@@ -139,6 +147,7 @@ class PQ(Method, name="pq"):
     decay: float = 0.99
     temperature: float = 0.065
     encoder: EncoderName = "nearest"
+    group: Group = "patch"
     reconstruction: float = 0.0
     free_tables: bool | None = None
     otherwise: Method | None = None
@@ -185,6 +194,18 @@ class PQ(Method, name="pq"):
             self.encoder == "nearest" or self.gradient != "soft",
             "gradient='soft' is of distances, which encoder='tree' does not compute; "
             "choose 'projected' or 'straight-through'",
+        )
+        require(
+            self.group in get_args(Group),
+            f"group={self.group!r} is not one of {list(get_args(Group))}",
+        )
+        require(
+            self.group == "patch" or self.gradient != "soft",
+            f"group={self.group!r} has no soft gradient; choose 'projected' or 'straight-through'",
+        )
+        require(
+            self.group == "patch" or self.centroids == "gradient",
+            f"group={self.group!r} has no moving averages; choose centroids='gradient'",
         )
         require(
             0.0 <= self.reconstruction < float("inf"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lutra.errors import LutraError
+from lutra.ops import op_spec
 from lutra.ops.limits import INT8_MAX, MAX_CODEBOOKS, MAX_SUBVECTOR
 from lutra.train import distributed
 from lutra.train.encoder import Encoder, Nearest, Tree
@@ -39,6 +41,7 @@ from lutra.train.layers.pq_refit import fit_tables, fit_weight, sum_rows
 from lutra.train.layers.pq_soft import SoftLookup
 from lutra.train.operators import portable
 from lutra.train.operators import pq as ops
+from lutra.train.parts import Parts
 from lutra.train.recipe import PQ
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -120,20 +123,32 @@ class TableSum(torch.autograd.Function):
         return None, ops.table_gradient(codes, gradient, ctx.centroids), None
 
 
+def _parts(geometry: Geometry, method: PQ) -> Parts:
+    """What the sub-vectors of a layer are cut from; a kernel of one pixel has one part."""
+    return Parts(geometry, method.group if geometry.taps > 1 else "patch")
+
+
 def _subvector(geometry: Geometry, method: PQ) -> int:
     """Values in a sub-vector."""
-    return method.v or (geometry.taps if geometry.taps > 1 else 4)
+    if method.v is not None:
+        return method.v
+    if geometry.taps == 1:
+        return 4
+    return {"patch": geometry.taps, "row": geometry.kernel[1], "pixel": 4}[method.group]
 
 
 class _PQLayer(QuantizedLayer):
     """What `PQConv2d` and `PQLinear` share. Build them with `from_float`.
 
-    State: `weight` and `bias` of the dense layer; `centroids` (B, K, V) in real units;
+    A layer has G codebooks and B = G * T tables, where T counts the parts of a row that are encoded
+    alike (`parts`); with group="patch" there is one part.
+
+    State: `weight` and `bias` of the dense layer; `centroids` (G, K, V) in real units;
     `act_scale`, the step of the activation grid; `inverse_temperature_logit` (soft gradient only);
-    `cluster_counts` (moving average only); `projection` (B, V, V) and `projection_age` (projected
-    gradient only). With encoder="tree" also `splits` (B, L) int32, `thresholds` (B, K - 1), moving
+    `cluster_counts` (moving average only); `projection` (G, V, V) and `projection_age` (projected
+    gradient only). With encoder="tree" also `splits` (G, L) int32, `thresholds` (G, K - 1), moving
     averages on the activation grid, `tree_age`, and `table_residual` (B, K, M), what tables have
-    beyond centroids times weights; `projection` is then (B, K, V). All of it is in `state_dict`.
+    beyond centroids times weights; `projection` is then (G, K, V). All of it is in `state_dict`.
     """
 
     method: PQ
@@ -147,7 +162,8 @@ class _PQLayer(QuantizedLayer):
     def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry, method: PQ) -> None:
         super().__init__(weight, bias, geometry, method)
         self.v = _subvector(geometry, method)
-        self.codebooks = -(-geometry.depth // self.v)
+        self.parts = _parts(geometry, method)
+        self.codebooks = -(-self.parts.depth // self.v)
         centroids = torch.zeros((self.codebooks, method.k, self.v), device=weight.device)
         self.centroids = nn.Parameter(centroids, requires_grad=method.centroids == "gradient")
         if method.encoder == "tree":
@@ -159,8 +175,8 @@ class _PQLayer(QuantizedLayer):
             self.register_buffer("thresholds", middle.to(weight.device))
             self.register_buffer("tree_age", torch.zeros((), dtype=torch.int64))
         if method.has_free_tables:
-            residual = torch.zeros((self.codebooks, method.k, self.outputs), device=weight.device)
-            self.table_residual = nn.Parameter(residual)
+            shape = (self.codebooks * self.parts.count, method.k, self.outputs)
+            self.table_residual = nn.Parameter(torch.zeros(shape, device=weight.device))
         if method.centroids == "average":
             self.register_buffer(
                 "cluster_counts", torch.zeros((self.codebooks, method.k), device=weight.device)
@@ -182,14 +198,14 @@ class _PQLayer(QuantizedLayer):
     @classmethod
     def check(cls, geometry: Geometry, method: PQ) -> None:
         """Refuses sub-vectors that are too long and rows that have too many of them."""
-        v = _subvector(geometry, method)
+        v, parts = _subvector(geometry, method), _parts(geometry, method)
         if v > MAX_SUBVECTOR:
             raise LutraError(
                 f"a {geometry.kernel[0]}x{geometry.kernel[1]} kernel has {v} entries, more "
                 f"than a sub-vector may hold ({MAX_SUBVECTOR}); set v, for example "
                 f"PQ(v={min(geometry.kernel[1], MAX_SUBVECTOR)})"
             )
-        if -(-geometry.depth // v) > MAX_CODEBOOKS:
+        if -(-parts.depth // v) * parts.count > MAX_CODEBOOKS:
             raise LutraError(
                 f"a layer of {geometry.depth} values for each output has more than "
                 f"{MAX_CODEBOOKS} sub-vectors of {v}; set a larger v, or give it Int8()"
@@ -208,18 +224,19 @@ class _PQLayer(QuantizedLayer):
         self.follows = True
 
     def weight_blocks(self) -> Tensor:
-        """Weights by codebook: (B, V, M), zero where the last sub-vector is short."""
-        rows = self.kernel_weight.reshape(self.outputs, -1)
-        missing = self.codebooks * self.v - rows.shape[1]
-        if missing:
-            rows = F.pad(rows, (0, missing))
-        return rows.view(self.outputs, self.codebooks, self.v).permute(1, 2, 0)
+        """Weights by table: (B, V, M), zero where the last sub-vector is short."""
+        return self.parts.blocks(self.kernel_weight.reshape(self.outputs, -1), self.v)
+
+    def _output_metric(self) -> Tensor:
+        """What a change of the sub-vectors of each codebook is to the outputs, (G, V, V)."""
+        rows = self.kernel_weight.float().reshape(self.outputs, -1)
+        return trees.output_metric(self.parts.codebook_blocks(rows, self.v))
 
     def grid_centroids(self) -> Tensor:
-        """Centroids on the activation grid: (B, K, V) uint8; missing entries are 0."""
+        """Centroids on the activation grid: (G, K, V) uint8; missing entries are 0."""
         grid = self.grid()
         q = portable.quantize(self.centroids.detach(), grid).to(torch.uint8)
-        short = self.codebooks * self.v - self.geometry.depth
+        short = self.codebooks * self.v - self.parts.depth
         if short:
             q[-1, :, self.v - short :] = 0
         return q
@@ -228,8 +245,8 @@ class _PQLayer(QuantizedLayer):
         """What makes codes, in the integers of the engine."""
         if self.method.encoder == "tree":
             rounded = self.thresholds.round().clamp(0, self.grid().qmax + 1)
-            return Tree(self.splits, rounded.to(torch.uint8))
-        return Nearest(self.grid_centroids())
+            return Tree(self.splits, rounded.to(torch.uint8), self.parts.group)
+        return Nearest(self.grid_centroids(), self.parts.group)
 
     def tables(self, encoder: Encoder) -> Tensor:
         """Float tables (B, K, M), with gradients to weights and centroids.
@@ -240,14 +257,14 @@ class _PQLayer(QuantizedLayer):
         values = self.centroids.float()
         if isinstance(encoder, Nearest):
             values = _rounded(values, self._centroid_values(encoder.centroids))
-        product = torch.bmm(values, self.weight_blocks().float())
+        product = torch.bmm(self.parts.spread(values), self.weight_blocks().float())
         return product + self.table_residual.float() if self.method.has_free_tables else product
 
     def _centroid_values(self, grid_centroids: Tensor) -> Tensor:
-        """Real values (B, K, V) of centroids on the grid; missing entries are 0."""
+        """Real values (G, K, V) of centroids on the grid; missing entries are 0."""
         grid = self.grid()
         values = (grid_centroids.float() - grid.zero) * grid.scale
-        short = self.codebooks * self.v - self.geometry.depth
+        short = self.codebooks * self.v - self.parts.depth
         if short and grid.zero:
             values[-1, :, self.v - short :] = 0.0
         return values
@@ -315,11 +332,11 @@ class _PQLayer(QuantizedLayer):
         geometry = self.geometry
         rows = self.kernel_weight.float().reshape(self.outputs, -1)
         if self.method.gradient == "projected":
-            projection = self.projection.float().transpose(1, 2)
+            projection = self.parts.spread(self.projection.float().transpose(1, 2))
             # of free tables: codes from sub-vectors, which the tables turn into outputs
             free = self.method.has_free_tables
             blocks = torch.bmm(projection, tables if free else self.weight_blocks().float())
-            rows = blocks.permute(2, 0, 1).reshape(self.outputs, -1)[:, : geometry.depth]
+            rows = self.parts.rows_of(blocks)
         return rows.view(self.outputs, geometry.channels, *geometry.kernel)
 
     @torch.no_grad()
@@ -333,17 +350,19 @@ class _PQLayer(QuantizedLayer):
         self.projection_age += 1
         if not due:
             return
-        geometry, grid = self.geometry, self.grid()
-        part = self._sample(x)
-        _, codes = ops.forward(part, geometry, grid, encoder, int8_tables, scale)
+        window, grid, part = self.parts.window, self.grid(), self._sample(x)
+        if self.parts.count == 1:
+            _, codes = ops.forward(part, window, grid, encoder, int8_tables, scale)
+        else:
+            codes = portable.encode(part, window, grid, replace(encoder, group="patch"))
         if not isinstance(encoder, Nearest) or self.method.has_free_tables:
             kinds = torch.arange(self.method.k, dtype=torch.uint8, device=codes.device)[:, None]
-            quantized = (codes[:, None] == kinds).float()  # (B, K, rows)
+            quantized = (codes[:, None] == kinds).float()  # (G, K, rows)
         else:
             index = codes.long()[:, :, None].expand(-1, -1, self.v)
             values = self._centroid_values(encoder.centroids)
             quantized = torch.gather(values, 1, index).transpose(1, 2)
-        self.projection.copy_(regression(portable.unfold(part, geometry, self.v, 0.0), quantized))
+        self.projection.copy_(regression(portable.unfold(part, window, self.v, 0.0), quantized))
 
     @torch.no_grad()
     def _refit_tree(self, x: Tensor) -> None:
@@ -358,10 +377,10 @@ class _PQLayer(QuantizedLayer):
         assert isinstance(encoder, Tree)
         grid = self.grid()
         sub = portable.unfold(
-            portable.quantize(self._sample(x), grid), self.geometry, self.v, float(grid.zero)
+            portable.quantize(self._sample(x), grid), self.parts.window, self.v, float(grid.zero)
         )
         taps = sub.reshape(-1, sub.shape[2])[self.splits.long()].long()
-        factor = trees.output_metric(self.weight_blocks().float())
+        factor = self._output_metric()
         real = (sub.transpose(1, 2) - grid.zero) * grid.scale
         distances = trees.squared_distances(
             torch.bmm(real, factor), torch.bmm(self.centroids.float(), factor)
@@ -402,7 +421,9 @@ class _PQLayer(QuantizedLayer):
             tables, scale = quantize_tables(self.tables(encoder))
             codes = {role: tensor.clone() for role, tensor in encoder.tensors.items()}
             tensors = {**codes, "tables": tables, "scale": scale}
-            return self._freeze(FrozenPQ, tensors, {"encoder": self.method.encoder})
+            attrs = {"encoder": self.method.encoder, "group": self.parts.group}
+            known = op_spec(self.op).attrs
+            return self._freeze(FrozenPQ, tensors, {n: a for n, a in attrs.items() if n in known})
 
     # ---- what conversion asks -------------------------------------------------------------------
 
@@ -416,9 +437,7 @@ class _PQLayer(QuantizedLayer):
         """Sets the codebooks, and what the tables of trees have beyond them."""
         grid = self.grid()
         low, high = -grid.zero * grid.scale, (grid.qmax - grid.zero) * grid.scale
-        missing = self.codebooks * self.v - rows.shape[1]
-        padded = F.pad(rows.clamp(low, high), (0, missing))
-        sub = padded.view(-1, self.codebooks, self.v).transpose(0, 1).contiguous()  # (B, n, V)
+        sub = self.parts.sub_vectors(rows.clamp(low, high), self.v).contiguous()  # (G, n * T, V)
         if self.method.encoder == "tree":
             self._grow(rows, sub)
         else:
@@ -429,15 +448,15 @@ class _PQLayer(QuantizedLayer):
         """Sets trees, centroids and what the tables have beyond them.
 
         Args:
-            rows: samples (n, D). sub: their clipped sub-vectors (B, n, V).
+            rows: samples (n, D). sub: their clipped sub-vectors (G, n * T, V).
         """
         grid, device = self.grid(), rows.device
         entries = torch.arange(self.codebooks * self.v, device=device).view(self.codebooks, self.v)
         samples = trees.Samples(
             values=sub,
             grid=portable.quantize(sub, grid).long().transpose(1, 2).contiguous(),
-            metric=trees.output_metric(self.weight_blocks().float()),
-            allowed=entries < self.geometry.depth,
+            metric=self._output_metric(),
+            allowed=entries < self.parts.depth,
             bins=grid.qmax + 1,
         )
         taps, thresholds, centroids = trees.fit(samples, self.method.k)
@@ -457,7 +476,7 @@ class _PQLayer(QuantizedLayer):
         if not keep_weight:
             index, values = codes.long(), self._table_values()
             picked = torch.stack([v[c] for v, c in zip(values, index, strict=True)], 1)
-            x = picked.flatten(1)[:, : self.geometry.depth]
+            x = self.parts.rows_of(picked.permute(1, 2, 0))
             fit = fit_weight(x, self._float_outputs(codes), goal)
             weight = self.kernel_weight.float().reshape(self.outputs, -1) + fit.change
             fitted = self.form.kernel(weight).view_as(self.weight).to(self.weight.dtype)
@@ -472,10 +491,10 @@ class _PQLayer(QuantizedLayer):
 
     def _table_values(self) -> Tensor:
         """The values (B, K, V) whose products with the weights the tables are."""
-        encoder = self.encoder()
+        encoder, values = self.encoder(), self.centroids.float()
         if isinstance(encoder, Nearest):
-            return self._centroid_values(encoder.centroids)
-        return self.centroids.float()
+            values = self._centroid_values(encoder.centroids)
+        return self.parts.spread(values)
 
     def _float_outputs(self, codes: Tensor) -> Tensor:
         """Outputs (n, M) for codes (B, n), with tables that are not rounded."""
@@ -486,22 +505,25 @@ class _PQLayer(QuantizedLayer):
     def settle(self, rows: Tensor) -> dict[str, Any]:
         """Fields of the report; starts the moving averages."""
         error, codes = self._output_error(rows)
-        counts = torch.zeros((self.codebooks, self.method.k), device=codes.device)
+        tables = len(codes)
+        counts = torch.zeros((tables, self.method.k), device=codes.device)
         counts.scatter_add_(1, codes.long(), torch.ones(codes.shape, device=codes.device))
         distributed.all_reduce(counts)
         if self.method.centroids == "average":
             # As if the moving average had run on batches of this many rows.
             self.cluster_counts.copy_(counts)
-        encoder, table_bytes = self.method.encoder, self.codebooks * self.method.k * self.outputs
+        encoder, table_bytes = self.method.encoder, tables * self.method.k * self.outputs
+        group = self.parts.group
+        label = ["pq", *[encoder] * (encoder != "nearest"), *[group] * (group != "patch")]
         return {
-            "label": "pq" if encoder == "nearest" else f"pq, {encoder}",
+            "label": ", ".join(label),
             "encoder": encoder,
             "v": self.v,
             "k": self.method.k,
             "codebooks": self.codebooks,
             "table_bytes": table_bytes,
             "stored": (("tables", table_bytes),),
-            "lookups_per_row": self.codebooks * self.outputs,
+            "lookups_per_row": tables * self.outputs,
             "multiplies_per_row": self.geometry.depth * self.outputs,
             "error": error,
             "used": float((counts > 0).float().mean()),
@@ -509,8 +531,10 @@ class _PQLayer(QuantizedLayer):
 
     def _codes(self, rows: Tensor) -> Tensor:
         """Codes (B, n) of samples (n, D)."""
-        one = Geometry(rows.shape[1])
-        return portable.encode(rows[:, :, None, None], one, self.grid(), self.encoder())
+        each = self.parts.cut(rows).flatten(0, 1)[:, :, None, None]
+        encoder = replace(self.encoder(), group="patch")
+        codes = portable.encode(each, Geometry(self.parts.depth), self.grid(), encoder)
+        return self.parts.codes_of_rows(codes)
 
     def _output_error(self, rows: Tensor) -> tuple[float, Tensor]:
         """Relative squared error of the output, and codes (B, n), with the grid and the int8 tables
@@ -531,7 +555,7 @@ class _PQLayer(QuantizedLayer):
         if self.method.encoder == "tree":
             first = torch.arange(self.codebooks)[:, None] * self.v
             entry = torch.randint(self.v, self.splits.shape, generator=generator)
-            self.splits.copy_((first + entry).clamp_max(self.geometry.depth - 1))
+            self.splits.copy_((first + entry).clamp_max(self.parts.depth - 1))
             thresholds = torch.rand(self.thresholds.shape, generator=generator)
             self.thresholds.copy_(thresholds * self.grid().qmax)
 

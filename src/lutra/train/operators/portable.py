@@ -5,12 +5,15 @@ Memory is bounded: rows are taken in blocks, and no tensor of rows x codebooks x
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lutra.train.encoder import Encoder, Tree, descend
 from lutra.train.geometry import Geometry, Grid
+from lutra.train.parts import Parts
 
 BLOCK = 1 << 20  # elements of the largest temporary on the CPU: it should stay in the cache
 
@@ -44,6 +47,8 @@ def unfold(x: Tensor, geometry: Geometry, dim: int, padding: float) -> Tensor:
 
 def encode(x: Tensor, geometry: Geometry, grid: Grid, encoder: Encoder) -> Tensor:
     """Codes (B, rows) uint8 of x (N, C, H, W)."""
+    if encoder.group != "patch":
+        return _encode_parts(x, Parts(geometry, encoder.group), grid, encoder)
     if isinstance(encoder, Tree):
         return _encode_tree(x, geometry, grid, encoder)
     centroids = encoder.centroids
@@ -60,6 +65,14 @@ def encode(x: Tensor, geometry: Geometry, grid: Grid, encoder: Encoder) -> Tenso
                 scores = torch.bmm(c, block) - half
                 codes.append(scores.argmax(1).to(torch.uint8))
     return torch.cat(codes, 1)
+
+
+def _encode_parts(x: Tensor, parts: Parts, grid: Grid, encoder: Encoder) -> Tensor:
+    """Codes (B, rows) of patches whose parts are encoded alike: each part of an image once."""
+    (ph, pw), window = parts.geometry.padding, parts.padded_window()
+    x = F.pad(x, (pw, pw, ph, ph))
+    codes = encode(x, window, grid, replace(encoder, group="patch"))
+    return parts.codes_of_patches(codes, len(x), *window.out_size(*x.shape[2:]))
 
 
 def _encode_tree(x: Tensor, geometry: Geometry, grid: Grid, tree: Tree) -> Tensor:

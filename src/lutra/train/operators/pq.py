@@ -31,6 +31,7 @@ def frozen_pq(x: Tensor, node: FrozenNode, tensors: Mapping[str, Tensor]) -> Ten
     encoder = encoder_of(
         str(node.attrs["encoder"]),
         *(tensors.get(role) for role in ("centroids", "splits", "thresholds")),
+        node.attrs.get("group", "patch"),  # type: ignore[arg-type]
     )
     geometry, grid = Geometry.of_attrs(node.attrs, x.shape[1]), Grid.of_attrs(node.attrs)
     tables, scale, bias = (tensors[role] for role in ("tables", "scale", "bias"))
@@ -56,7 +57,7 @@ def forward(
     codes = torch.empty((tables.shape[0], x.shape[0] * height * width), dtype=torch.uint8)
     layer = native.make_layer(
         "pq_conv2d",
-        {**geometry.attrs(OPS["pq_conv2d"].attrs), **grid.attrs},
+        {**geometry.attrs(OPS["pq_conv2d"].attrs), **grid.attrs, "group": encoder.group},
         {**encoder.tensors, "tables": tables, "scale": scale, "bias": bias},
     )
     return native.run(layer, geometry, x, tables.shape[2], codes), codes
