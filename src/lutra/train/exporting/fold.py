@@ -51,8 +51,8 @@ def fold_batch_norm(model: nn.Module, example_input: ExampleInput) -> nn.Module:
     whose only input is one convolution or transposed convolution, `nn.Linear` or frozen layer
     whose operator has a gain and a bias for each output, when nobody else reads the output of that
     layer, and when neither of them, nor their weights, is used a second time. Who feeds whom is
-    read off the traced program, not off the order of the modules. Folded norms become `nn.Identity`; the
-    others stay.
+    read off the traced program, not off the order of the modules. Folded norms become
+    `nn.Identity`; the others stay.
 
     Args:
         model: Any traceable module, in any mode; it is not changed.
