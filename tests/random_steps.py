@@ -3,10 +3,12 @@ convolutions, recurrent layers, resampling, choices by value, paddings and chain
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from graphs import Array
 from random_layers import LayerGrower
-from recurrences import weights
+from recurrences import grids, int8_weights, weights
 
 #: What a padding is filled with: the padding of a layer, what is rounded to it, and other numbers.
 FILLS = (0.0, 0.0, 0.0, -0.0, 1e-6, 0.5, -0.75)
@@ -93,8 +95,12 @@ class StepGrower(LayerGrower):
 
     def recurrent(self, x: str) -> str:
         op, hidden = self.random.choice(["gru", "lstm"]), self.random.randint(1, 6)
-        tensors = weights(op, self.shape(x)[-1], hidden, seed=self.random.randint(0, 99))
-        attrs = {"cells": self.chance(0.3)} if op == "lstm" else {}
+        attrs: dict[str, Any] = {"cells": self.chance(0.3)} if op == "lstm" else {}
+        make = weights
+        if self.chance(0.5):
+            op, make = f"int8_{op}", int8_weights
+            attrs |= grids(self.b.rng)
+        tensors = make(op, self.shape(x)[-1], hidden, seed=self.random.randint(0, 99))
         return self.add(op, x, hidden=True, tensors=tensors, reverse=self.chance(0.4), **attrs)
 
     def resample(self, x: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from graphs import Array, Builder
+from recurrences import grids, int8_weights
 
 from lutra import Session, run_reference, runnable_isas
 from lutra.graph import Graph, Shape
@@ -140,6 +141,8 @@ def every_selection_graph() -> Graph:
     y = b.add("take_along", y, order, axis=1)  # (3, 24)
     y = b.add("gru", y, tensors=gates(3, 24, 5), reverse=True)
     y = b.add("lstm", y, tensors=gates(4, 5, 4))
+    for op in ("int8_gru", "int8_lstm"):
+        y = b.add(op, y, tensors=int8_weights(op, 4, 4), **grids(b.rng))
     return b.graph(b.add("from_end", y, axis=1, back=1))
 
 

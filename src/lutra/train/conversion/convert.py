@@ -19,6 +19,7 @@ from lutra.train.conversion.check import check_calls
 from lutra.train.conversion.fallback import only, settle
 from lutra.train.conversion.kept import kept_modules, replaceable, weight_bytes
 from lutra.train.conversion.prepare import (
+    PARENTS,
     CalibrationData,
     leave_fast_path,
     lost_hook,
@@ -32,7 +33,6 @@ from lutra.train.conversion.sequential import Batches, Targets
 from lutra.train.conversion.speed_gate import SpeedGate, attach, decide, record, rival
 from lutra.train.functions.swap import FunctionSwap
 from lutra.train.geometry import Geometry
-from lutra.train.layers.attention import Attention
 from lutra.train.layers.base import QuantizedLayer, family_of
 from lutra.train.layers.dropin import copy_model, move_hooks
 from lutra.train.layers.forms import form_of
@@ -74,7 +74,8 @@ def convert(
             `Int8()` names it and stays as it is elsewhere. Every pattern must name some layer.
             A layer that the model holds in several places is replaced in all of them. A pattern
             that names an `nn.MultiheadAttention` names its projections (`q_proj`, `k_proj`,
-            `v_proj`, `out_proj`); weights that are computed, as by weight norm, are folded.
+            `v_proj`, `out_proj`), and `Int8()` for an `nn.GRU` or `nn.LSTM` its matrices (`ih_l0`,
+            `hh_l0`, ...); weights that are computed, as by weight norm, are folded.
             "auto" is `lutra.train.auto_recipe(model)`.
         calibration_data: batches, run in eval mode: tensors, tuples of positional arguments,
             or mappings of keyword arguments. A tuple gives `forward` as many entries as it takes;
@@ -391,7 +392,7 @@ def choose(
     for aliases in names.values():  # patterns that name a module name the layers in it
         for path in list(aliases):
             parent, _, part = path.rpartition(".")
-            if part and isinstance(model.get_submodule(parent), Attention):
+            if part and isinstance(model.get_submodule(parent), PARENTS):
                 aliases += [p for p in projection_paths([parent], part) if p not in aliases]
             aliases += [p for p in wrapped_paths(model, path) if p not in aliases]
     _check_recipe(recipe, names, model)

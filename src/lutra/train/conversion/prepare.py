@@ -15,14 +15,17 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from lutra.errors import LutraError
 from lutra.train.layers.attention import PROJECTIONS, Attention, why_no_projections
-from lutra.train.layers.base import QuantizedLayer
+from lutra.train.layers.base import QuantizedLayer, family_of
 from lutra.train.layers.dropin import adopt_attributes, copy_model, hooks_of, move_hooks
 from lutra.train.layers.forms import WEIGHT_HOOKS, form_of, is_parametrized
 from lutra.train.layers.own_forward import OwnForward
+from lutra.train.layers.recurrent import Recurrent, matrix_names, why_no_matrices
 from lutra.train.layers.wrap import wrap
 from lutra.train.layers.wrapper import PARTS, Wrapper
 from lutra.train.recipe import Method, Recipe, match
 
+#: Modules whose parts are layers that take the name of the whole in recipes too.
+PARENTS = (Attention, Recurrent)
 _HALF = (torch.float16, torch.bfloat16)
 _COMPILED = "_orig_mod"  # where torch.compile keeps the module
 
@@ -48,8 +51,9 @@ class Prepared:
 
 def prepare(model: Any, recipe: Recipe, is_replaced: Callable[[Method], bool]) -> Prepared:
     """Makes a model ready: not compiled, in float32, with a linear layer for each projection of an
-    attention that the recipe names, with plain weights in the layers that it names, and with a
-    layer of its own for each transposed convolution and each layer with a forward of its own.
+    attention that the recipe names and each matrix of a GRU or LSTM that it gives a method which
+    takes them, with plain weights in the layers that it names, and with a layer of its own for each
+    transposed convolution and each layer with a forward of its own.
 
     Args:
         model: any module; it is not modified.
@@ -80,7 +84,12 @@ def prepare(model: Any, recipe: Recipe, is_replaced: Callable[[Method], bool]) -
     def is_named(*paths: str) -> bool:
         return is_replaced(match(made.recipe, *paths))
 
-    attentions, weights, wrapped = [], [], []
+    def takes_matrices(rnn: nn.Module, paths: list[str]) -> bool:
+        parts = (projection_paths(paths, part) for part in matrix_names(rnn))
+        families = [family_of(match(made.recipe, *part)) for part in parts]
+        return all(family is not None and family.takes_recurrent for family in families)
+
+    attentions, weights, wrapped, recurrent = [], [], [], []
     for module, paths in names.items():
         if isinstance(module, nn.MultiheadAttention):
             parts = [projection_paths(paths, part) for part in PROJECTIONS]
@@ -88,11 +97,13 @@ def prepare(model: Any, recipe: Recipe, is_replaced: Callable[[Method], bool]) -
                 attentions.append(paths[0])
                 weights += [f"{path}.out_proj" if path else "out_proj" for path in paths[:1]]
                 weights.append(paths[0])
+        elif why_no_matrices(module) is None and takes_matrices(module, paths):
+            recurrent.append(paths[0])
         elif _has_weight(module) and is_named(*paths, *(f"{p}.{n}" for p in paths for n in PARTS)):
             weights.append(paths[0])
             wrapped.append(paths[0])
     weights = [name for name in weights if is_parametrized(made.model.get_submodule(name))]
-    if (weights or attentions) and made.model is model:
+    if (weights or attentions or recurrent) and made.model is model:
         made.model = copy_model(model)
     for name in weights:
         made.folded[name] = _fold(made.model.get_submodule(name))
@@ -128,6 +139,12 @@ def prepare(model: Any, recipe: Recipe, is_replaced: Callable[[Method], bool]) -
             path = f"{name}.{part}" if name else part
             if name in made.folded:
                 made.folded.setdefault(path, made.folded[name])
+    for name in recurrent:
+        rnn: Any = made.model.get_submodule(name)
+        split = Recurrent(rnn)
+        adopt_attributes(split, rnn)
+        made.notes += [lost_hook(kind, name) for kind in move_hooks(split, rnn)]
+        made.model = replace_modules(made.model, {rnn: split})
     return made
 
 

@@ -45,11 +45,14 @@ class Family:
             `from_float(module, method)`; those that are a `QuantizedLayer` are calibrated.
         is_rival: whether the speed gate may choose the layers where lookups lose, with
             `method()`: they are as exact as the dense layer, or nearly.
+        takes_recurrent: whether the layer that takes the place of `nn.Linear` may be the matrices
+            of an `nn.GRU` or `nn.LSTM`, see `lutra.train.layers.recurrent`.
     """
 
     method: type[Method]
     layers: Mapping[type[nn.Module], Any]
     is_rival: bool = False
+    takes_recurrent: bool = False
 
 
 _FAMILIES: dict[str, Family] = {}

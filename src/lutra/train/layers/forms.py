@@ -96,6 +96,8 @@ def why_kept(module: nn.Module) -> str:
     for kind, _ in _forms():
         if isinstance(module, kind):
             return f"{name} has a forward of its own, other than that of {kind.__name__}"
+    if isinstance(module, nn.GRU | nn.LSTM):
+        return f"{name} has no lookup form; Int8() makes its matrices int8"
     return f"{name} has no lookup form"
 
 

@@ -217,5 +217,6 @@ register(
         Int8,
         {nn.Conv2d: Int8Conv2d, nn.Linear: Int8Linear, nn.Embedding: Int8Embedding},
         is_rival=True,
+        takes_recurrent=True,
     )
 )

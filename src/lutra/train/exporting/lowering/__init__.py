@@ -24,6 +24,7 @@ from lutra.train.exporting.lowering import (  # noqa: F401  (they register)
     functions,
     group_norm,
     image,
+    int8_recurrent,
     norm,
     pool,
     products,

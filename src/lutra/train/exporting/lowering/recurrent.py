@@ -136,7 +136,7 @@ def _cell(ctx: Lowering, op: str, x: Ref, states: Sequence[Any], params: Sequenc
     """One step, as a sequence of one token: (N, H), or (N, 2 H) with the cell."""
     given = (
         []
-        if all(_is_zero(ctx, each) for each in states)
+        if all(is_zero(ctx, each) for each in states)
         else [ctx.realise(activation(ctx, each)) for each in states]
     )
     tensors = _tensors(op, [p for p in params if p is not None])
@@ -168,7 +168,7 @@ def _layers(
     weights = [need_constant(p, "a weight") for p in params]
     parts = [weights[i : i + each] for i in range(0, len(weights), each)]
     given: list[Ref] = []
-    if not all(_is_zero(ctx, state) for state in states):
+    if not all(is_zero(ctx, state) for state in states):
         given = [
             ctx.realise(views.permuted(ctx, activation(ctx, state), (1, 0, 2))) for state in states
         ]
@@ -200,7 +200,7 @@ def _stack(ctx: Lowering, layers: _Layers, x: Ref) -> tuple[Ref, list[list[Ref]]
                 reverse=reverse,
                 cells=layers.cells,
             )
-            end = _end(ctx, made, reverse)
+            end = end_of(ctx, made, reverse)
             if layers.cells:
                 ends[0].append(_columns(ctx, end, 0, hidden))
                 ends[1].append(_columns(ctx, end, hidden, 2 * hidden))
@@ -242,7 +242,7 @@ def _tensors(op: str, params: Sequence[Any]) -> dict[str, Tensor]:
     }
 
 
-def _is_zero(ctx: Lowering, x: Any) -> bool:
+def is_zero(ctx: Lowering, x: Any) -> bool:
     """Whether a state is nothing but zeros, for every size of the batch."""
     if isinstance(x, Tensor):
         return not bool(x.any())
@@ -260,7 +260,7 @@ def _is_read(ctx: Lowering, index: int) -> bool:
     )
 
 
-def _end(ctx: Lowering, made: Ref, reverse: bool) -> Ref:
+def end_of(ctx: Lowering, made: Ref, reverse: bool) -> Ref:
     """What stands at the place of the last step: (N, T, D) to (N, D)."""
     shape = (None, made.shape[2])
     if reverse:
