@@ -277,7 +277,7 @@ _VISION = (
     "torchvision.models", "torchvision.ops", "torchvision.ops.boxes",
 )  # fmt: skip
 _SOUND = (
-    "librosa", "librosa.filters", "librosa.util", "resampy", "torchaudio", "torchaudio.transforms", "webrtcvad",
+    "librosa", "librosa.filters", "librosa.util", "resampy", "torchaudio", "webrtcvad",
     "scipy.ndimage.morphology",
 )  # fmt: skip
 _FACE = ("facenet-pytorch",)

@@ -94,8 +94,8 @@ def test_auto_converts_whole_networks() -> None:
     converted, report = convert(Mixed(), "auto", data, progress=False)
     methods = {layer.name: layer.method for layer in report.layers}
     assert methods == {
-        "stem": "int8", "plain": "pq", "depthwise": "int8", "reflecting.conv": "pq", "pointwise": "pq",
-        "narrow": "int8", "up": "int8", "wide": "pq", "head": "int8",
+        "stem": "int8", "plain": "pq", "depthwise": "int8", "reflecting.conv": "pq",
+        "pointwise": "pq", "narrow": "int8", "up": "int8", "wide": "pq", "head": "int8",
     }  # fmt: skip
     assert converted(data[0]).isfinite().all()
     text = json.dumps(recipe_to_json(auto_recipe(Mixed())))
