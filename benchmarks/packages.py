@@ -71,6 +71,8 @@ class Trained:
 class _Empty(types.ModuleType):
     """A module whose names are functions that do nothing."""
 
+    __version__ = "1.0"
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -84,6 +86,9 @@ def _stand_in(name: str) -> bool:
     except Exception:  # whatever a broken installation raises
         sys.modules[name] = _Empty(name)
         sys.modules[name].__path__ = []
+        parent, _, own = name.rpartition(".")
+        if isinstance(sys.modules.get(parent), _Empty):
+            setattr(sys.modules[parent], own, sys.modules[name])
         return True
     return False
 
@@ -186,9 +191,26 @@ def _weights(name: str) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
+def _vgg16_bn(*args: Any, **kwargs: Any) -> Any:
+    """The convolutions of torchvision's network of this name, without weights."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
+        if width:
+            conv = nn.Conv2d(channels, width, 3, padding=1)
+            layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        else:
+            layers.append(nn.MaxPool2d(2, 2))
+        channels = width or channels
+    return types.SimpleNamespace(features=nn.Sequential(*layers))
+
+
 def _craft() -> nn.Module:
+    import torchvision.models
     from easyocr.craft import CRAFT
 
+    if isinstance(torchvision.models, _Empty):
+        torchvision.models.vgg16_bn = _vgg16_bn
     model = CRAFT()
     model.load_state_dict(_weights("craft_mlt_25k.pth"))
     return model  # type: ignore[no-any-return]
@@ -204,12 +226,6 @@ def _english() -> nn.Module:
 
 def _line_and_text(count: int) -> tuple[Tensor, ...]:
     return *_noise(1, 64, 160)(count), torch.zeros(count, 1)
-
-
-def _fcpe() -> nn.Module:
-    from torchfcpe import spawn_bundled_infer_model
-
-    return spawn_bundled_infer_model("cpu").model  # type: ignore[no-any-return]
 
 
 def _pesto() -> nn.Module:
@@ -297,9 +313,7 @@ MODELS = {
     "khmer_crnn": Trained(
         ("khmer-ocr-ocm",), _khmer, _noise(1, 48, 192), glue=6, stand_ins=(*_VISION, "cv2")
     ),
-    "fcpe": Trained(("torchfcpe",), _fcpe, _noise(64, 128, low=-11.0, high=1.0),
-                    stand_ins=_SOUND),
-    "pesto": Trained(("pesto-pitch",), _pesto, lambda n: (torch.rand(n, 1, 264) * 2 - 2,),
+    "pesto": Trained(("pesto-pitch",), _pesto, lambda n: (torch.rand(n, 1, 219) * 2 - 2,),
                      stand_ins=_SOUND),
 }  # fmt: skip
 _INT8 = Int8(otherwise=Keep())

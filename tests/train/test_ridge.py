@@ -1,0 +1,21 @@
+"""The weight of a ridge is chosen among those that the rounding of the sums leaves."""
+
+from __future__ import annotations
+
+import torch
+
+from lutra.train.layers.ridge import Ridge, held_out, products
+
+
+def test_sums_that_rounding_leaves_indefinite() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(64, 96)  # fewer rows than features: the sums are singular
+    targets = torch.randn(64, 4)
+    parts = [rows[part].t() @ rows[part] for part in held_out(64)]
+    for part in parts:
+        part.diagonal().sub_(0.02 * float(part.trace()) / 96)  # what rounding does, enlarged
+    ridge = Ridge(parts, 64)
+    moments = products(rows, lambda part: targets[part])
+    ridge.choose(moments, torch.ones(4))
+    assert ridge.weight > 0.01
+    assert bool(ridge.solve(moments).isfinite().all())
