@@ -101,7 +101,7 @@ class MeanStep : public FloatStep {
  public:
   MeanStep(std::vector<int> axes, bool keepdims) : reduced_(kMaxRank, false), keepdims_(keepdims) {
     for (int a : axes) {
-      require(a >= 1 && a < kMaxRank, "mean: axis " + std::to_string(a) + " is not 1..5");
+      require(a >= 1 && a < kMaxRank, "mean: axis " + std::to_string(a) + " is not 1..7");
       reduced_[a] = true;
     }
   }
@@ -207,7 +207,7 @@ StepPtr byte_move(const Move& step) {
 class ReshapeStep : public FloatStep {
  public:
   explicit ReshapeStep(std::vector<int64_t> shape) : shape_(std::move(shape)) {
-    require(shape_.size() < kMaxRank, "reshape: more than 6 axes");
+    require(shape_.size() < kMaxRank, "reshape: more than 8 axes");
   }
   Shape infer(const Shapes& in) const override {
     Shape y{in[0].batch()};
@@ -306,6 +306,7 @@ class PadStep : public FloatStep {
 
 class SliceStep : public FloatStep {
  public:
+  // A stop below 0 is counted from the end of the axis: -1 is the end.
   SliceStep(int axis, int64_t start, int64_t stop, int64_t step)
       : axis_(axis), start_(start), stop_(stop), step_(step) {
     require(axis > 0 && axis < kMaxRank && start >= 0 && (stop > start || stop < 0) && step > 0,
@@ -314,8 +315,10 @@ class SliceStep : public FloatStep {
   Shape infer(const Shapes& in) const override {
     Shape y = in[0];
     require(axis_ < y.rank, "slice: no axis " + std::to_string(axis_));
-    const int64_t stop = stop_ < 0 ? y[axis_] : stop_;
-    require(start_ < stop && stop <= y[axis_], "slice: it ends outside " + in[0].text());
+    const int64_t stop = stop_ < 0 ? y[axis_] + 1 + stop_ : stop_;
+    require(start_ < stop && stop <= y[axis_],
+            "slice: nothing is left of axis " + std::to_string(axis_) + ", or it ends outside " +
+                in[0].text());
     y[axis_] = (stop - start_ + step_ - 1) / step_;
     return y;
   }
@@ -418,6 +421,11 @@ int add_slice(PlanBuilder& plan, const StepArgs& args) {
                              stop == kToTheEnd ? -1 : stop, args.integer("step"));
 }
 
+int add_trim(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<SliceStep>(plan, args, args.int32("axis"), args.integer("first"),
+                             -1 - args.integer("last"), args.integer("step"));
+}
+
 int add_concat(PlanBuilder& plan, const StepArgs& args) {
   return add_step<ConcatStep>(plan, args, args.int32("axis"));
 }
@@ -434,6 +442,7 @@ void basic_ops(OpRegistry& r) {
   r.add("reshape", {.build = add_reshape});
   r.add("pad", {.build = add_pad});
   r.add("slice", {.build = add_slice});
+  r.add("trim", {.build = add_trim});
   r.add("concat", {.build = add_concat, .most = kAnyInputs});
 }
 

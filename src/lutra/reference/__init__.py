@@ -72,6 +72,8 @@ KERNELS: Final[dict[str, Kernel]] = {
     "topk": select.topk,
     "take_along": select.take_along,
     "from_end": select.from_end,
+    "flip": select.flip,
+    "trim": select.trim,
     "rotary": positions.rotary,
     "relative_bias": positions.relative_bias,
     "relu": elementwise.clamp,

@@ -51,3 +51,26 @@ def from_end(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) 
     """An entry of an axis, counted from its end."""
     result: Array = inputs[0].take(-integer(node, "back"), axis=integer(node, "axis"))
     return result
+
+
+def flip(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
+    """An axis from its end to its beginning."""
+    return np.flip(inputs[0], integer(node, "axis"))
+
+
+def trim(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
+    """An axis without entries at its beginning and its end.
+
+    Raises:
+        InputError: If none is left.
+    """
+    (x,) = inputs
+    axis, first, last = (integer(node, name) for name in ("axis", "first", "last"))
+    size = x.shape[axis]
+    if first + last >= size:
+        raise InputError(
+            f"run_reference: node {node.name!r} leaves nothing of axis {axis}, which has {size} "
+            f"entries: {first} are cut off in front and {last} behind"
+        )
+    kept = (slice(None),) * axis
+    return x[(*kept, slice(first, size - last, integer(node, "step")))]
