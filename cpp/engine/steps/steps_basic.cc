@@ -278,6 +278,31 @@ class ReshapeStep : public FloatStep {
   std::vector<int64_t> shape_;
 };
 
+// A reshape whose sizes are numbers, or those of axes of the input: -a is the size of axis a.
+class RegroupStep : public FloatStep {
+ public:
+  explicit RegroupStep(Sizes sizes) : sizes_(std::move(sizes)) {
+    require(sizes_.size() < kMaxRank, "regroup: more than 8 axes");
+  }
+  Shape infer(const Shapes& in) const override {
+    Shape y{in[0].batch()};
+    for (const int64_t size : sizes_) {
+      require(-size < in[0].rank, "regroup: " + in[0].text() + " has no axis " +
+                                      std::to_string(-size));
+      y[y.rank++] = size < 0 ? in[0][static_cast<int>(-size)] : size;
+    }
+    require(y.size() == in[0].size(), "regroup: " + in[0].text() + " does not fit " + y.text());
+    return y;
+  }
+  void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t*,
+           ThreadPool&) const override {
+    ReshapeStep::move(shapes[0], in[0], y, out);
+  }
+
+ private:
+  Sizes sizes_;
+};
+
 class PadStep : public FloatStep {
  public:
   PadStep(Sizes pads, float value) : pads_(std::move(pads)), value_(value) {
@@ -410,6 +435,10 @@ int add_reshape(PlanBuilder& plan, const StepArgs& args) {
   return add_step<ReshapeStep>(plan, args, std::move(sizes));
 }
 
+int add_regroup(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<RegroupStep>(plan, args, args.integers("sizes"));
+}
+
 int add_pad(PlanBuilder& plan, const StepArgs& args) {
   return add_step<PadStep>(plan, args, args.integers("pads"), args.float32("value"));
 }
@@ -440,6 +469,7 @@ void basic_ops(OpRegistry& r) {
   r.add("mean", {.build = add_mean});
   r.add("flatten", {.build = add_reshape});
   r.add("reshape", {.build = add_reshape});
+  r.add("regroup", {.build = add_regroup});
   r.add("pad", {.build = add_pad});
   r.add("slice", {.build = add_slice});
   r.add("trim", {.build = add_trim});

@@ -105,6 +105,7 @@ KERNELS: Final[dict[str, Kernel]] = {
     "grid_sample": resample.grid_sample,
     "flatten": shape.flatten,
     "reshape": shape.reshape,
+    "regroup": shape.regroup,
     "pad": shape.pad,
     "slice": shape.slice_,
     "concat": shape.concat,

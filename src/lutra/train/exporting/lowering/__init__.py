@@ -25,6 +25,7 @@ from lutra.train.exporting.lowering import (  # noqa: F401  (they register)
     group_norm,
     image,
     norm,
+    pairwise,
     pool,
     products,
     recurrent,

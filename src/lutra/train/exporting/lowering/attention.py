@@ -202,6 +202,41 @@ def find_mask(sources: Sources, mask: Any, query: Sizes, keys: Any, heads: int) 
     raise UnsupportedUse(f"its mask follows no rule that lutra knows; {_MASK_ADVICE}")
 
 
+def find_keys(
+    sources: Sources, mask: Any, query: Sizes, keys: Any, heads: int
+) -> fx.Node | None:
+    """Find the integer input whose keys a mask drops, beside what it does at every input.
+
+    Args:
+        sources: Of the program.
+        mask: As for `find_mask`.
+        query: Sizes of the queries (..., T, D).
+        keys: The number S of keys.
+        heads: Their heads.
+
+    Returns:
+        The input; None where the mask depends on sizes only.
+
+    Raises:
+        UnsupportedUse: It is more than a mask of positions and one of keys.
+    """
+    inputs = sorted(mask.inputs, key=str) if isinstance(mask, Deferred) else []
+    trials = [_Trial(sources, mask, query, keys, heads, *trial) for trial in _TRIALS]
+    for source in (None, *inputs):
+        if all(trial.fits_positions(source) for trial in trials):
+            return source
+    raise UnsupportedUse(f"its mask follows no rule that lutra knows; {_MASK_ADVICE}")
+
+
+def allowed_at(sources: Sources, mask: Any, sizes: Mapping[Any, int]) -> Tensor:
+    """What a mask keeps at some sizes where every input is 1, in its own shape."""
+    if isinstance(mask, Tensor):
+        return _allowed(mask)
+    given = sources.random(sizes, 2, torch.Generator().manual_seed(0))
+    ones = {node: torch.ones_like(value) for node, value in given.items()}
+    return _allowed(sources.evaluate(mask.node, sizes, ones))
+
+
 class _Trial:
     """A mask for one set of random inputs: whether (N, heads, T, S) may be attended to."""
 
@@ -222,6 +257,8 @@ class _Trial:
         *leading, positions, _ = (size_at(size, sizes) for size in query)
         count = size_at(keys, sizes)
         self._shape = (math.prod(leading) // heads, heads, positions, count)
+        self._leading = leading
+        self._at = (sources, mask, sizes)
         given = (
             mask if isinstance(mask, Tensor) else sources.evaluate(mask.node, sizes, self._inputs)
         )
@@ -234,6 +271,18 @@ class _Trial:
                 f"its mask of shape {tuple(given.shape)} does not fit scores of shape "
                 f"{(*leading, positions, count)}; {_MASK_ADVICE}"
             ) from error
+
+    def fits_positions(self, source: fx.Node | None) -> bool:
+        """Whether it is what it is at every input, without the keys of one input."""
+        batch, _, positions, keys = self._shape
+        want = allowed_at(*self._at).expand((*self._leading, positions, keys)).reshape(self._shape)
+        if source is not None:
+            given = self._inputs[source]
+            if given.shape != (batch, keys):
+                return False
+            want = want & (given != 0)[:, None, None, :]
+        open_rows = want.any(-1, keepdim=True)
+        return bool(((self._allowed == want) | ~open_rows).all())
 
     def fits(self, source: fx.Node | None, causal: bool) -> bool:
         batch, _, positions, keys = self._shape
