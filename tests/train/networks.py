@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from architectures import Architecture, ids_alone, pixels, spread, tokens
 from torch import Tensor, nn
 
 
@@ -860,4 +861,38 @@ IMAGES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "ghostnet": (ghostnet, 9),
     "hrnet": (HighResolution, 4),
     "swin": (swin, 0),
+}
+
+
+def _image_and_ids(batch: int, seed: int, more: int) -> tuple[Tensor, ...]:
+    return (*pixels(3, 32, 32)(batch, seed, 0), *ids_alone(batch, seed, more))
+
+
+def _lines(batch: int, seed: int, more: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(batch, 1, 32, 24 + 8 * more, generator=generator),)
+
+
+def _architecture(
+    make: Callable[[], nn.Module], inputs: Any, axes: tuple[int, ...]
+) -> Architecture:
+    def spread_out() -> nn.Module:
+        model = make()
+        spread(model)
+        return model
+
+    return Architecture(spread_out, inputs, axes)
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    **{
+        name: _architecture(make, pixels(3, 32, 32, step=step), (0, 2, 3) if step else ())
+        for name, (make, step) in IMAGES.items()
+    },
+    "espcn": _architecture(espcn, pixels(1, 12, 10, step=5), (0, 2, 3)),
+    "crnn": _architecture(Crnn, _lines, (0, 3)),
+    "tcn": _architecture(tcn, pixels(4, 20, step=5), (0, 2)),
+    "encoder": _architecture(Encoder, tokens, (0, 1)),
+    "encoder-norm-first": _architecture(lambda: Encoder(True), tokens, (0, 1)),
+    "captioner": _architecture(Captioner, _image_and_ids, ()),
 }

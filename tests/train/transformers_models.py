@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import torch
+from architectures import Architecture, ids_alone, pixels, signal, spread, tokens
 from torch import Tensor, nn
 
 TEXT = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 ENCODER = {**TEXT, "intermediate_size": 32, "max_position_embeddings": 40}
 IMAGE = (3, 32, 32)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A network with random weights.
-
-    Attributes:
-        make: Makes it.
-        inputs: Makes its inputs: of a batch, a seed, and how much longer or larger than usual.
-        axes: The axes that may have any size in the file; only the batch where it is empty.
-        refused: What the refusal says; None where it works.
-    """
-
-    make: Callable[[], nn.Module]
-    inputs: Callable[[int, int, int], tuple[Tensor, ...]]
-    axes: tuple[int, ...] = ()
-    refused: str | None = None
 
 
 class Output(nn.Module):
@@ -45,66 +27,22 @@ class Output(nn.Module):
 
 
 def _make(
-    kind: str, config: str, settings: dict[str, Any], names: tuple[str, ...], field: str
+    kind: str,
+    config: str,
+    settings: dict[str, Any],
+    names: tuple[str, ...],
+    field: str,
+    part: str = "",
 ) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         import transformers
 
         made = getattr(transformers, config)(**settings)
-        model = getattr(transformers, kind)(made)
-        _spread(model)
+        model = getattr(transformers, kind)(made).get_submodule(part)
+        spread(model)
         return Output(model, names, field)
 
     return make
-
-
-def _spread(model: nn.Module) -> None:
-    """Make every part of the network count: initial weights of zero and of 1e-6 hide faults."""
-    generator = torch.Generator().manual_seed(11)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            module.running_mean.normal_(0, 0.1, generator=generator)
-            module.running_var.uniform_(0.5, 1.5, generator=generator)
-    with torch.no_grad():
-        for value in model.parameters():
-            if value.ndim > 1:
-                fan = max(1, value[0].numel())
-                value.normal_(0, min(0.5, fan**-0.5), generator=generator)
-            else:
-                value.add_(0.1 * torch.randn(value.shape, generator=generator))
-
-
-def _tokens(batch: int, seed: int, more: int) -> tuple[Tensor, ...]:
-    """Ids and a mask of sentences of several lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    length = 7 + more
-    ids = torch.randint(3, 60, (batch, length), generator=generator)
-    lengths = torch.randint(3, length + 1, (batch,), generator=generator)
-    lengths[0] = length
-    mask = (torch.arange(length) < lengths[:, None]).long()
-    return ids * mask + (1 - mask), mask
-
-
-def _ids(batch: int, seed: int, more: int) -> tuple[Tensor, ...]:
-    return _tokens(batch, seed, more)[:1]
-
-
-def _pixels(*shape: int, step: int = 0) -> Callable[[int, int, int], tuple[Tensor, ...]]:
-    def draw(batch: int, seed: int, more: int) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(seed)
-        larger = step * (more > 0)
-        sizes = (shape[0], *(size + larger for size in shape[1:]))
-        return (torch.randn(batch, *sizes, generator=generator),)
-
-    return draw
-
-
-def _signal(length: int) -> Callable[[int, int, int], tuple[Tensor, ...]]:
-    def draw(batch: int, seed: int, more: int) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(seed)
-        return (torch.randn(batch, length + 40 * more, generator=generator),)
-
-    return draw
 
 
 def text(
@@ -118,7 +56,7 @@ def text(
 ) -> Architecture:
     names = ("input_ids", "attention_mask") if masked else ("input_ids",)
     make = _make(kind, config, settings, names, field)
-    return Architecture(make, _tokens if masked else _ids, (0, 1), refused)
+    return Architecture(make, tokens if masked else ids_alone, (0, 1), refused)
 
 
 def image(
@@ -133,7 +71,7 @@ def image(
 ) -> Architecture:
     make = _make(kind, config, settings, ("pixel_values",), field)
     axes = (0, 2, 3) if step else ()
-    return Architecture(make, _pixels(*shape, step=step), axes, refused)
+    return Architecture(make, pixels(*shape, step=step), axes, refused)
 
 
 _VIT = {**TEXT, "intermediate_size": 32, "image_size": 32, "patch_size": 8}
@@ -304,12 +242,18 @@ IMAGES = {
         "EfficientNetConfig",
         {
             "width_coefficient": 0.25,
-            "depth_coefficient": 0.3,
-            "hidden_dim": 64,
+            "depth_coefficient": 0.1,
+            "hidden_dim": 320,
             "image_size": 64,
+            "in_channels": [32, 16, 24],
+            "out_channels": [16, 24, 40],
+            "kernel_sizes": [3, 3, 5],
+            "strides": [1, 2, 2],
+            "num_block_repeats": [1, 1, 1],
+            "expand_ratios": [1, 6, 6],
+            "depthwise_padding": [],
         },
         shape=(3, 64, 64),
-        field="last_hidden_state",
     ),
     "poolformer": image(
         "PoolFormerModel",
@@ -332,7 +276,12 @@ IMAGES = {
     "cvt": image(
         "CvtModel",
         "CvtConfig",
-        {"embed_dim": [8, 16, 24], "num_heads": [1, 2, 3], "depth": [1, 1, 2]},
+        {
+            "embed_dim": [8, 16, 24],
+            "num_heads": [1, 2, 3],
+            "depth": [1, 2, 3],
+            "cls_token": [False, False, True],
+        },
         shape=(3, 64, 64),
     ),
     "detr": Architecture(
@@ -355,7 +304,7 @@ IMAGES = {
             ("pixel_values",),
             "pred_boxes",
         ),
-        _pixels(3, 64, 64),
+        pixels(3, 64, 64),
     ),
     "dpt": image("DPTForDepthEstimation", "DPTConfig", {**_VIT, "is_hybrid": False, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 8}, field="predicted_depth"),
 }
@@ -376,7 +325,7 @@ SOUNDS = {
             ("input_values",),
             "last_hidden_state",
         ),
-        _signal(160),
+        signal(160),
         (0, 1),
     ),
     "hubert": Architecture(
@@ -397,7 +346,7 @@ SOUNDS = {
             ("input_values",),
             "last_hidden_state",
         ),
-        _signal(160),
+        signal(160),
         (0, 1),
     ),
     "whisper": Architecture(
@@ -423,8 +372,9 @@ SOUNDS = {
             },
             ("input_features",),
             "last_hidden_state",
+            part="encoder",
         ),
-        _pixels(8, 24),
+        pixels(8, 24),
     ),
 }
 ARCHITECTURES = {**TEXTS, **IMAGES, **SOUNDS}

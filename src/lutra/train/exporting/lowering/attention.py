@@ -19,7 +19,13 @@ from lutra.train.exporting.lowering.core import (
     View,
     lowers,
 )
-from lutra.train.exporting.lowering.operands import base_of, constant, is_activation, operand
+from lutra.train.exporting.lowering.operands import (
+    base_of,
+    constant,
+    first_activation,
+    is_activation,
+    operand,
+)
 from lutra.train.exporting.lowering.sources import Sources, size_at
 from lutra.train.exporting.lowering.values import Sizes
 
@@ -90,7 +96,7 @@ def _attend(
 ) -> Ref | View:
     """Emit one node for attention; its tables, if any, take the place of exp and 1/x."""
     given = [operand(ctx, x) for x in (query, key, value)]
-    first = next((x for x in given if is_activation(x)), None)
+    first = next((x for x in given if is_activation(x)), None) or first_activation(ctx)
     if first is None:
         raise UnsupportedUse("it works on what is the same for every input; make that a buffer")
     # queries that are learnt, say
