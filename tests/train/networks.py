@@ -158,9 +158,7 @@ class Excite(nn.Module):
 
 
 def regnet() -> nn.Module:
-    body = nn.Sequential(
-        unit(8, 16, 1), unit(16, 16, 3, 2, 2), Excite(16), *unit(16, 16, 1)[:2]
-    )
+    body = nn.Sequential(unit(8, 16, 1), unit(16, 16, 3, 2, 2), Excite(16), *unit(16, 16, 1)[:2])
     return nn.Sequential(
         unit(3, 8, 3, 2), Residual(body, unit(8, 16, 1, 2, act=nn.Identity)), head(16)
     )
@@ -348,16 +346,13 @@ class ConvNextBlock(nn.Module):
 
 
 def convnext() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 4, 4), ConvNextBlock(16), ConvNextBlock(16), head(16)
-    )
+    return nn.Sequential(nn.Conv2d(3, 16, 4, 4), ConvNextBlock(16), ConvNextBlock(16), head(16))
 
 
 class UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.down, self.low = unit(3, 8), unit(8, 16), unit(16, 16)
-        self.up = nn.ConvTranspose2d(16, 8, 2, 2)
         self.join, self.last = unit(24, 8), unit(16, 8)
         self.out = nn.Conv2d(8, 2, 1)
 
@@ -372,11 +367,16 @@ class UNet(nn.Module):
         return result
 
 
-class UNetTransposed(UNet):
+class UNetTransposed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.down, self.low = unit(3, 8), unit(8, 16), unit(16, 16)
+        self.up = nn.ConvTranspose2d(16, 8, 2, 2)
+        self.last, self.out = unit(16, 8), nn.Conv2d(8, 2, 1)
+
     def forward(self, x: Tensor) -> Tensor:
         first = self.first(x)
-        low = self.low(self.down(F.max_pool2d(first, 2)))
-        up = self.up(low)
+        up = self.up(self.low(self.down(F.max_pool2d(first, 2))))
         rows, columns = first.size(2) - up.size(2), first.size(3) - up.size(3)
         up = F.pad(up, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
         result: Tensor = self.out(self.last(torch.cat([first, up], dim=1)))
@@ -478,7 +478,10 @@ class GatedBlock(nn.Module):
 
 def gmlp() -> nn.Module:
     return nn.Sequential(
-        *_tokens(), GatedBlock(16, 16), GatedBlock(16, 16), Apply(lambda x: x.mean(1)),
+        *_tokens(),
+        GatedBlock(16, 16),
+        GatedBlock(16, 16),
+        Apply(lambda x: x.mean(1)),
         nn.Linear(16, 5),
     )
 
@@ -501,7 +504,10 @@ class ResMlpBlock(nn.Module):
 
 def resmlp() -> nn.Module:
     return nn.Sequential(
-        *_tokens(), ResMlpBlock(16, 16), ResMlpBlock(16, 16), Apply(lambda x: x.mean(1)),
+        *_tokens(),
+        ResMlpBlock(16, 16),
+        ResMlpBlock(16, 16),
+        Apply(lambda x: x.mean(1)),
         nn.Linear(16, 5),
     )
 

@@ -59,28 +59,33 @@ FUNCTIONS = {
         "modulo": lambda x: (x * 5) % 1.5,
         "fmod": lambda x: torch.fmod(x * 5, 2),
         "floor_divide": lambda x: torch.floor_divide(x * 5, 2),
-        "round_decimals": lambda x: torch.round(x, decimals=1),
         "clamp_min": lambda x: x.clamp(min=-0.2),
         "clamp_max": lambda x: x.clamp(max=0.2),
         "clamp_min_method": lambda x: x.clamp_min(0.1),
         "clip": lambda x: torch.clip(x, -1, 1),
-        "atan": torch.atan,
-        "asinh": torch.asinh,
         "positive_log_sum": lambda x: torch.log(x + 1e-6),
         "positive_rsqrt": lambda x: torch.rsqrt(x + 1e-5),
         "positive_pow_negative": lambda x: x.pow(-0.5),
-        "positive_xlogy": lambda x: torch.xlogy(x, x),
         "positive_entropy": lambda x: -(x * x.log()).sum(1),
         "sigmoid_of_difference": lambda x: torch.sigmoid(x[:, 1:] - x[:, :-1]),
-        "isfinite": lambda x: torch.isfinite(x).float() + x,
-        "isinf": lambda x: torch.isinf(x).float() + x,
         "heaviside": lambda x: torch.heaviside(x, torch.tensor(0.5)),
-        "copysign": lambda x: torch.copysign(torch.ones_like(x), x),
         "signbit": lambda x: torch.where(x < 0, -x, x),
         "nan_to_num_of_quotient": lambda x: torch.nan_to_num(x / x, nan=0.0),
         "double_negation": lambda x: -(-x).relu(),
         "deg2rad": torch.deg2rad,
     }.items()
+}
+FUNCTIONS |= {
+    name: call(lambda m, x, f=function: f(x), refused=refused)
+    for name, function, refused in (
+        ("round_decimals", lambda x: torch.round(x, decimals=1), "aten.round.decimals"),
+        ("atan", torch.atan, "aten.atan"),
+        ("asinh", torch.asinh, "aten.asinh"),
+        ("xlogy", lambda x: torch.xlogy(x, x), "finite number"),
+        ("isfinite", lambda x: torch.isfinite(x).float() + x, "infinity or NaN"),
+        ("isinf", lambda x: torch.isinf(x).float() + x, "aten.isinf"),
+        ("copysign", lambda x: torch.copysign(torch.ones_like(x), x), "aten.copysign"),
+    )
 }
 COMPARISONS = {
     name: call(lambda m, x, f=function: f(x), TOKENS)
@@ -93,17 +98,20 @@ COMPARISONS = {
         "where_broadcast": lambda x: torch.where(x[:, :, :1] > 0, x, -x),
         "masked_fill_row": lambda x: x.masked_fill(x[:, :, :1] > 0, 0.0),
         "masked_fill_inplace": lambda x: (x + 0).masked_fill_(x > 1, 1.0),
-        "masked_softmax_of_where": lambda x: torch.where(x > 0, x, float("-inf")).amax(-1)
-        .clamp(min=0),
+        "masked_softmax_of_where": lambda x: (
+            torch.where(x > 0, x, float("-inf")).amax(-1).clamp(min=0)
+        ),
         "any_keepdim": lambda x: (x > 2).any(-1, keepdim=True).float() * x,
         "all": lambda x: (x > -2).all(-1).float(),
         "sum_of_bools": lambda x: (x > 0).sum(-1).float(),
         "bool_times": lambda x: (x > 0) * x,
         "not_equal": lambda x: x.round().ne(0).float(),
         "clamped_index": lambda x: x * (x.abs() < 1).to(x),
-        "causal_softmax": lambda x: (x @ x.transpose(1, 2))
-        .masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
-        .softmax(-1),
+        "causal_softmax": lambda x: (
+            (x @ x.transpose(1, 2))
+            .masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
+            .softmax(-1)
+        ),
         "tril_of_ones": lambda x: torch.tril(torch.ones(5, 5)) @ x,
     }.items()
 }
@@ -148,11 +156,17 @@ REDUCTIONS = {
         "range": lambda x: x.amax(1) - x.amin(1),
     }.items()
 }
+REDUCTIONS["norm_3"] = call(
+    lambda m, x: torch.linalg.vector_norm(x, 3, dim=1), refused="use 1, 2 or infinity"
+)
+REDUCTIONS["norm_half"] = call(
+    lambda m, x: x.abs().norm(p=0.5, dim=1), refused="use 1, 2 or infinity"
+)
 REDUCTIONS["median_of_three"] = call(
     lambda m, x: x[:, :3].sort(1)[0][:, 1], refused="use topk along an axis"
 )
 REDUCTIONS["argmax_of_all"] = call(lambda m, x: x.argmax().float(), refused="name an axis")
-REDUCTIONS["mean_of_all"] = call(lambda m, x: x.mean(), refused="name the axes, without axis 0")
+REDUCTIONS["mean_of_all"] = call(lambda m, x: x.mean(), refused="keep axis 0")
 JOINS = {
     name: call(lambda m, x, y, f=function: f(x, y), TOKENS, TOKENS)
     for name, function in {
@@ -177,8 +191,7 @@ JOINS = {
         "broadcast_to": lambda x, y: torch.broadcast_to(x[:, :1], x.shape) * y,
         "swap": lambda x, y: torch.where(x > y, y, x) + torch.where(x > y, x, y),
         "narrow": lambda x, y: x.narrow(1, 1, 3) + y.narrow(1, 2, 3),
-        "index_select": lambda x, y: torch.index_select(x, 2, torch.tensor([5, 0, 5]))
-        + y[..., :3],
+        "index_select": lambda x, y: torch.index_select(x, 2, torch.tensor([5, 0, 5])) + y[..., :3],
         "take_along_dim": lambda x, y: torch.take_along_dim(x, y.argsort(-1)[..., :1], -1),
         "take_along_topk": lambda x, y: torch.take_along_dim(x, y.topk(2, -1)[1], -1),
         "gather_argmax": lambda x, y: x.gather(-1, y.argmax(-1, keepdim=True)),
@@ -201,7 +214,13 @@ JOINS["take_along_dim"] = call(
     lambda m, x, y: torch.take_along_dim(x, y.argsort(-1)[..., :1], -1),
     TOKENS,
     TOKENS,
-    refused="use topk along an axis",
+    refused="one batch size only",
+)
+JOINS["take_along_topk"] = call(
+    lambda m, x, y: torch.take_along_dim(x, y.topk(2, -1)[1], -1),
+    TOKENS,
+    TOKENS,
+    refused="one batch size only",
 )
 PADS: dict[str, Case] = {
     f"{mode}_{rank}d": call(
@@ -214,8 +233,8 @@ PADS |= {
     "constant_value": call(lambda m, x: F.pad(x, (1, 1, 0, 2), value=-0.5)),
     "constant_channels": call(lambda m, x: F.pad(x, (0, 0, 0, 0, 1, 2))),
     "one_side": call(lambda m, x: F.pad(x, (0, 1)), SIGNAL),
-    "crop": call(lambda m, x: F.pad(x, (-1, -1)), SIGNAL),
-    "crop_and_pad": call(lambda m, x: F.pad(x, (-1, 2)), SIGNAL),
+    "crop": call(lambda m, x: F.pad(x, (-1, -1)), SIGNAL, refused="use a slice"),
+    "crop_and_pad": call(lambda m, x: F.pad(x, (-1, 2)), SIGNAL, refused="use a slice"),
     "circular_1d_module": module(lambda: nn.CircularPad1d(2), SIGNAL),
     "conv_circular": module(lambda: nn.Conv2d(4, 3, 3, padding=1, padding_mode="circular")),
     "conv_same": module(lambda: nn.Conv1d(4, 3, 4, padding="same"), SIGNAL),
@@ -228,12 +247,12 @@ POOLS = {
     "max_2d_dilation": call(lambda m, x: F.max_pool2d(x, (2, 3), 1, 1, (2, 1))),
     "avg_1d": call(lambda m, x: F.avg_pool1d(x, 3, 2, 1), SIGNAL),
     "avg_1d_ceil": call(lambda m, x: F.avg_pool1d(x, 2, 2, ceil_mode=True), SIGNAL),
-    "avg_1d_exclude": call(
-        lambda m, x: F.avg_pool1d(x, 3, 2, 1, count_include_pad=False), SIGNAL
-    ),
+    "avg_1d_exclude": call(lambda m, x: F.avg_pool1d(x, 3, 2, 1, count_include_pad=False), SIGNAL),
     "avg_2d_ceil": call(lambda m, x: F.avg_pool2d(x, 3, 2, ceil_mode=True)),
     "avg_2d_exclude": call(lambda m, x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)),
-    "avg_2d_divisor": call(lambda m, x: F.avg_pool2d(x, 2, divisor_override=3)),
+    "avg_2d_divisor": call(
+        lambda m, x: F.avg_pool2d(x, 2, divisor_override=3), refused="scale the result"
+    ),
     "adaptive_avg_1d": call(lambda m, x: F.adaptive_avg_pool1d(x, 4), SIGNAL),
     "adaptive_max_1d": call(lambda m, x: F.adaptive_max_pool1d(x, 4), SIGNAL),
     "adaptive_avg_2d": call(lambda m, x: F.adaptive_avg_pool2d(x, (3, None))),
@@ -271,18 +290,22 @@ RESIZES |= {
     "upsample_module": module(lambda: nn.Upsample(scale_factor=2, mode="bilinear")),
     "pixel_shuffle_function": call(lambda m, x: F.pixel_shuffle(x, 2)),
     "pixel_unshuffle_function": call(lambda m, x: F.pixel_unshuffle(x, 2)),
-    "fold": call(lambda m, x: F.fold(x, (4, 6), (2, 2), stride=2), (8, 6)),
+    "fold": call(lambda m, x: F.fold(x, (4, 6), (2, 2), stride=2), (8, 6), refused="aten.col2im"),
     "fold_overlapping": call(
         lambda m, x: F.fold(x, (4, 4), (3, 3), padding=1), (9, 16), refused="aten.col2im"
     ),
     "unfold": call(lambda m, x: F.unfold(x, 2, stride=2)),
     "unfold_dilated": call(lambda m, x: F.unfold(x, (2, 3), dilation=2)),
-    "unfold_fold": call(lambda m, x: F.fold(F.unfold(x, 2, stride=2), (8, 6), 2, stride=2)),
+    "unfold_fold": call(
+        lambda m, x: F.fold(F.unfold(x, 2, stride=2), (8, 6), 2, stride=2), refused="aten.col2im"
+    ),
     "affine_grid": call(
-        lambda m, x, t: F.grid_sample(x, F.affine_grid(t, x.shape, align_corners=False),
-                                      align_corners=False),
+        lambda m, x, t: F.grid_sample(
+            x, F.affine_grid(t, x.shape, align_corners=False), align_corners=False
+        ),
         IMAGE,
         (2, 3),
+        refused="make the grid outside",
     ),
     "grid_sample_border": call(
         lambda m, x, g: F.grid_sample(x, g.tanh(), padding_mode="border", align_corners=True),
@@ -297,8 +320,10 @@ NORMS = {
         lambda m, x: F.layer_norm(x.permute(0, 2, 3, 1), (4,)).permute(0, 3, 1, 2)
     ),
     "layer_norm_of_hand": call(
-        lambda m, x: (x - x.mean(1, keepdim=True))
-        / torch.sqrt((x - x.mean(1, keepdim=True)).pow(2).mean(1, keepdim=True) + 1e-6)
+        lambda m, x: (
+            (x - x.mean(1, keepdim=True))
+            / torch.sqrt((x - x.mean(1, keepdim=True)).pow(2).mean(1, keepdim=True) + 1e-6)
+        )
     ),
     "rms_norm_function": call(lambda m, x: F.rms_norm(x, (6,), eps=1e-5), TOKENS),
     "rms_norm_of_hand": call(
@@ -319,12 +344,18 @@ NORMS = {
         TOKENS,
     ),
     "global_response": call(
-        lambda m, x: x * (x.norm(dim=(2, 3), keepdim=True)
-                          / (x.norm(dim=(2, 3), keepdim=True).mean(1, keepdim=True) + 1e-6)),
+        lambda m, x: (
+            x
+            * (
+                x.norm(dim=(2, 3), keepdim=True)
+                / (x.norm(dim=(2, 3), keepdim=True).mean(1, keepdim=True) + 1e-6)
+            )
+        ),
     ),
     "weight_norm": module(lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)), ROW),
-    "standardised_weight": call(lambda m, x: F.conv2d(x, (m.c - m.c.mean()) / m.c.std()),
-                                c=_numbers(3, 4, 2, 2)),
+    "standardised_weight": call(
+        lambda m, x: F.conv2d(x, (m.c - m.c.mean()) / m.c.std()), c=_numbers(3, 4, 2, 2)
+    ),
 }
 PRODUCTS = {
     "cdist": call(lambda m, x, y: torch.cdist(x, y), TOKENS, (4, 6)),
@@ -344,22 +375,25 @@ PRODUCTS = {
     "matmul_rows": call(lambda m, x, y: (x[:, None] @ y).squeeze(1), ROW, (6, 3)),
     "matmul_column": call(lambda m, x, y: (x @ y[..., None])[..., 0], TOKENS, ROW),
     "mv": call(lambda m, x: torch.matmul(m.c, x.transpose(1, 2)), TOKENS, c=_numbers(3, 6)),
-    "linear_function": call(lambda m, x: F.linear(x, m.c, m.d), TOKENS, c=_numbers(3, 6),
-                            d=_numbers(3)),
+    "linear_function": call(
+        lambda m, x: F.linear(x, m.c, m.d), TOKENS, c=_numbers(3, 6), d=_numbers(3)
+    ),
     "addmm": call(lambda m, x: torch.addmm(m.d, x, m.c), ROW, c=_numbers(6, 3), d=_numbers(3)),
     "dot": call(lambda m, x, y: (x * y).sum(-1, keepdim=True), ROW, ROW),
     "gram": call(lambda m, x: torch.bmm(x.flatten(2), x.flatten(2).transpose(1, 2)) / 48),
     "outer_einsum": call(lambda m, x, y: torch.einsum("bi,bj->bij", x, y), ROW, ROW),
-    "einsum_implicit": call(lambda m, x: torch.einsum("bij,jk", x, m.c), TOKENS,
-                            c=_numbers(6, 2)),
+    "einsum_implicit": call(lambda m, x: torch.einsum("bij,jk", x, m.c), TOKENS, c=_numbers(6, 2)),
     "einsum_scale": call(lambda m, x: torch.einsum("bij,j->bij", x, m.c), TOKENS, c=_numbers(6)),
     "einsum_transpose": call(lambda m, x: torch.einsum("bij->bji", x), TOKENS),
     "einsum_attention": call(
-        lambda m, x: torch.einsum("bhij,bhjd->bhid",
-                                  torch.einsum("bhid,bhjd->bhij", x, x).softmax(-1), x), HEADS
+        lambda m, x: torch.einsum(
+            "bhij,bhjd->bhid", torch.einsum("bhid,bhjd->bhij", x, x).softmax(-1), x
+        ),
+        HEADS,
     ),
-    "conv1d_of_weights": call(lambda m, x: F.conv1d(x, m.c, dilation=2), SIGNAL,
-                              c=_numbers(3, 4, 2)),
+    "conv1d_of_weights": call(
+        lambda m, x: F.conv1d(x, m.c, dilation=2), SIGNAL, c=_numbers(3, 4, 2)
+    ),
     "conv_transpose_groups": module(lambda: nn.ConvTranspose2d(4, 4, 3, 2, 1, 1, groups=2)),
     "conv2d_dilated": module(lambda: nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4)),
     "kron_of_hand": call(lambda m, x, y: (x[:, :, None] * y[:, None]).flatten(1), ROW, (4,)),
@@ -406,29 +440,34 @@ ATTENTION = {
     ),
     "cross": call(lambda m, x, y: F.scaled_dot_product_attention(x, y, y), HEADS, (2, 7, 6)),
     "other_width": call(
-        lambda m, x, y: F.scaled_dot_product_attention(x, x, y), HEADS, (2, 5, 4)
+        lambda m, x, y: F.scaled_dot_product_attention(x, x, y),
+        HEADS,
+        (2, 5, 4),
+        refused="repeat them",
     ),
     "without_heads": call(lambda m, x: F.scaled_dot_product_attention(x, x, x), TOKENS),
-    "multihead": call(lambda m, x: m.layer(x, x, x)[0], TOKENS),
     "linear_attention": call(
         lambda m, x: x.softmax(-1) @ (x.softmax(-2).transpose(-2, -1) @ x), HEADS
     ),
 }
-del ATTENTION["multihead"]
 PARTS = {
     name: call(lambda m, x, f=function: f(x))
     for name, function in {
         # (N, C, H, W) in windows or patches, which go to axis 0 and come back
         "softmax_of_windows": lambda x: x.reshape(-1, 2, 8, 6).softmax(1).reshape(x.shape),
-        "mean_of_windows": lambda x: (x.view(-1, 8, 6) - x.view(-1, 8, 6).mean(1, keepdim=True))
-        .view(x.shape),
-        "windows_add_constant": lambda x: (x.reshape(-1, 8, 6) + torch.arange(48.0).view(1, 8, 6))
-        .view(x.shape),
-        "windows_matmul": lambda x: (x.reshape(-1, 8, 6) @ x.reshape(-1, 8, 6).mT)
-        .view(x.shape[0], 4, 8, 8),
+        "mean_of_windows": lambda x: (
+            x.view(-1, 8, 6) - x.view(-1, 8, 6).mean(1, keepdim=True)
+        ).view(x.shape),
+        "windows_add_constant": lambda x: (
+            x.reshape(-1, 8, 6) + torch.arange(48.0).view(1, 8, 6)
+        ).view(x.shape),
+        "windows_matmul": lambda x: (x.reshape(-1, 8, 6) @ x.reshape(-1, 8, 6).mT).view(
+            x.shape[0], 4, 8, 8
+        ),
         "windows_slice": lambda x: x.reshape(-1, 8, 6)[:, 1:3, ::2].reshape(x.shape[0], -1),
-        "windows_cat": lambda x: torch.cat((x.reshape(-1, 8, 6), x.reshape(-1, 8, 6) * 2), 1)
-        .reshape(x.shape[0], -1),
+        "windows_cat": lambda x: torch.cat(
+            (x.reshape(-1, 8, 6), x.reshape(-1, 8, 6) * 2), 1
+        ).reshape(x.shape[0], -1),
         "windows_max": lambda x: x.reshape(-1, 8, 6).max(1)[0].reshape(x.shape[0], -1),
         "windows_flip": lambda x: x.reshape(-1, 8, 6).flip(1).reshape(x.shape),
         "windows_chunk": lambda x: x.reshape(-1, 8, 6).chunk(2, 1)[1].reshape(x.shape[0], -1),
@@ -445,12 +484,14 @@ LAYERS = {
     "encoder_layer": module(
         lambda: nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, norm_first=True), TOKENS
     ),
-    "encoder_layer_batch_second": module(lambda: Turned(nn.TransformerEncoderLayer(6, 2, 8)), TOKENS),
+    "encoder_layer_batch_second": module(
+        lambda: Turned(nn.TransformerEncoderLayer(6, 2, 8)), TOKENS
+    ),
     "decoder_layer": module(
         lambda: nn.TransformerDecoderLayer(6, 2, 8, batch_first=True), TOKENS, (3, 6)
     ),
     "rnn_cell": module(lambda: nn.GRUCell(6, 6), ROW, ROW),
-    "embedding_bag_of_hand": call(lambda m, x: (x.softmax(-1) @ m.c), TOKENS, c=_numbers(6, 3)),
+    "embedding_bag_of_hand": call(lambda m, x: x.softmax(-1) @ m.c, TOKENS, c=_numbers(6, 3)),
 }
 
 
@@ -494,9 +535,7 @@ SIZES: dict[str, tuple[Case, tuple[int, ...]]] = {
     "circular_image": (call(lambda m, x: F.pad(x, (1, 1, 1, 1), mode="circular")), (0, 2, 3)),
     "unsqueeze_image": (call(lambda m, x: x.mean(1).unsqueeze(1) * x), (0, 2, 3)),
     "shuffle_by_views": (
-        call(
-            lambda m, x: x.view(x.shape[0], 2, 2, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
-        ),
+        call(lambda m, x: x.view(x.shape[0], 2, 2, *x.shape[2:]).transpose(1, 2).flatten(1, 2)),
         (0, 2, 3),
     ),
     "groups_of_channels": (
@@ -509,9 +548,7 @@ SIZES: dict[str, tuple[Case, tuple[int, ...]]] = {
                 x,
                 x,
                 x,
-                attn_mask=(
-                    torch.arange(x.shape[2])[:, None] - torch.arange(x.shape[2])[None]
-                ).abs()
+                attn_mask=(torch.arange(x.shape[2])[:, None] - torch.arange(x.shape[2])[None]).abs()
                 < 3,
             ),
             HEADS,

@@ -1,4 +1,4 @@
-"""Networks that people have: each is exported dense and in lookup form, and run as torch runs it."""
+"""Networks that people have, exported dense and in lookup form, and run as torch runs them."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_converted(name: str, method: str, tmp_path: Path) -> None:
     recipe = "auto" if method == "auto" else {"*": METHODS[method]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made, report = convert(model, recipe, [case.inputs(8, 5, 0)], progress=False)
+        made, _ = convert(model, recipe, [case.inputs(8, 5, 0)], progress=False)
     made.eval()
     path = tmp_path / "model.lutra"
     export(made, path, example, golden=False)

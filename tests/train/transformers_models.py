@@ -1,4 +1,4 @@
-"""Architectures of `transformers`, tiny and of random weights: what `test_architectures` exports."""
+"""Architectures of `transformers`, tiny, with random weights; see `test_architectures`."""
 
 from __future__ import annotations
 
@@ -169,11 +169,28 @@ TEXTS = {
     "modernbert": text(
         "ModernBertModel",
         "ModernBertConfig",
-        {**ENCODER, "global_attn_every_n_layers": 2, "local_attention": 4, "pad_token_id": 0,
-         "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
+        {
+            **ENCODER,
+            "global_attn_every_n_layers": 2,
+            "local_attention": 4,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+        },
     ),
-    "deberta-v2": text("DebertaV2Model", "DebertaV2Config", {**ENCODER, "relative_attention": True,
-        "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 16, "position_buckets": 8}),
+    "deberta-v2": text(
+        "DebertaV2Model",
+        "DebertaV2Config",
+        {
+            **ENCODER,
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "max_relative_positions": 16,
+            "position_buckets": 8,
+        },
+    ),
 }
 IMAGES = {
     "vit": image("ViTModel", "ViTConfig", _VIT),
@@ -185,9 +202,7 @@ IMAGES = {
     "swin": image("SwinModel", "SwinConfig", _SWIN),
     "swinv2": image("Swinv2Model", "Swinv2Config", _SWIN),
     "convnext": image("ConvNextModel", "ConvNextConfig", _STAGES, shape=(3, 64, 64), step=32),
-    "convnextv2": image(
-        "ConvNextV2Model", "ConvNextV2Config", _STAGES, shape=(3, 64, 64), step=32
-    ),
+    "convnextv2": image("ConvNextV2Model", "ConvNextV2Config", _STAGES, shape=(3, 64, 64), step=32),
     "mobilevit": image(
         "MobileViTModel",
         "MobileViTConfig",
@@ -306,7 +321,19 @@ IMAGES = {
         ),
         pixels(3, 64, 64),
     ),
-    "dpt": image("DPTForDepthEstimation", "DPTConfig", {**_VIT, "is_hybrid": False, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 8}, field="predicted_depth"),
+    "dpt": image(
+        "DPTForDepthEstimation",
+        "DPTConfig",
+        {
+            **_VIT,
+            "is_hybrid": False,
+            "num_hidden_layers": 4,
+            "backbone_out_indices": [0, 1, 2, 3],
+            "neck_hidden_sizes": [8, 8, 16, 16],
+            "fusion_hidden_size": 8,
+        },
+        field="predicted_depth",
+    ),
 }
 SOUNDS = {
     "wav2vec2": Architecture(

@@ -287,8 +287,8 @@ class RegroupStep : public FloatStep {
   Shape infer(const Shapes& in) const override {
     Shape y{in[0].batch()};
     for (const int64_t size : sizes_) {
-      require(-size < in[0].rank, "regroup: " + in[0].text() + " has no axis " +
-                                      std::to_string(-size));
+      require(-size < in[0].rank,
+              "regroup: " + in[0].text() + " has no axis " + std::to_string(-size));
       y[y.rank++] = size < 0 ? in[0][static_cast<int>(-size)] : size;
     }
     require(y.size() == in[0].size(), "regroup: " + in[0].text() + " does not fit " + y.text());
@@ -341,9 +341,9 @@ class SliceStep : public FloatStep {
     Shape y = in[0];
     require(axis_ < y.rank, "slice: no axis " + std::to_string(axis_));
     const int64_t stop = stop_ < 0 ? y[axis_] + 1 + stop_ : stop_;
-    require(start_ < stop && stop <= y[axis_],
-            "slice: nothing is left of axis " + std::to_string(axis_) + ", or it ends outside " +
-                in[0].text());
+    require(start_ < stop && stop <= y[axis_], "slice: nothing is left of axis " +
+                                                   std::to_string(axis_) + ", or it ends outside " +
+                                                   in[0].text());
     y[axis_] = (stop - start_ + step_ - 1) / step_;
     return y;
   }

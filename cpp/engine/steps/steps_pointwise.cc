@@ -37,12 +37,13 @@ float hardswish(float x) {
   return x * (above < 6.0f ? above : 6.0f) / 6.0f;
 }
 
-// sin and cos: in float64, by multiplies and adds in this order, so that every CPU and the reference
-// give the same bits. With k the multiple of pi / 2 next to x, r = x - k pi / 2 takes two
+// sin and cos: in float64, by multiplies and adds in this order, so that every CPU and the
+// reference give the same bits. With k the multiple of pi / 2 next to x, r = x - k pi / 2 takes two
 // subtractions (Cody and Waite): k times the first part of pi / 2, of 33 bits, is exact up to
 // k = 2^20. The series of Taylor up to r^14 are exact to 1e-14 for |r| <= pi / 4.
 float of_quarters(float x, double ahead) {
-  constexpr double kTurn = 0x1.921fb54442d18p+2, kPerTurn = 0x1.45f306dc9c883p-1, kFirst = 0x1.921fb54400000p+0, kRest = 0x1.0b4611a626331p-34;
+  constexpr double kTurn = 0x1.921fb54442d18p+2, kPerTurn = 0x1.45f306dc9c883p-1,
+                   kFirst = 0x1.921fb54400000p+0, kRest = 0x1.0b4611a626331p-34;
   double v = static_cast<double>(x);
   if (std::fabs(v) > 1048576.0) v = std::fmod(v, kTurn);
   const double k = std::nearbyint(v * kPerTurn);
@@ -53,8 +54,8 @@ float of_quarters(float x, double ahead) {
   double y;
   if (quarter == 0.0 || quarter == 2.0) {
     y = 1.0 / 6227020800.0;
-    for (const double c : {-1.0 / 39916800.0, 1.0 / 362880.0, -1.0 / 5040.0, 1.0 / 120.0,
-                           -1.0 / 6.0, 1.0}) {
+    for (const double c :
+         {-1.0 / 39916800.0, 1.0 / 362880.0, -1.0 / 5040.0, 1.0 / 120.0, -1.0 / 6.0, 1.0}) {
       y = y * s + c;
     }
     y = y * r;

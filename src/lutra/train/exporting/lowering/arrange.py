@@ -508,9 +508,7 @@ def _mirrored(ctx: Lowering, x: Any, pad: list[int], mode: str) -> Ref | View:
     return views.put_back(ctx, ref, order)
 
 
-def _mirrored_ends(
-    ctx: Lowering, x: Ref, axis: int, before: int, after: int, mode: str
-) -> Ref:
+def _mirrored_ends(ctx: Lowering, x: Ref, axis: int, before: int, after: int, mode: str) -> Ref:
     """Padding of an axis whose size is known at run time only: its ends, put before and behind."""
 
     def end(turned: Ref, count: int) -> Ref:

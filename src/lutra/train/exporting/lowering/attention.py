@@ -27,7 +27,7 @@ from lutra.train.exporting.lowering.operands import (
     operand,
 )
 from lutra.train.exporting.lowering.sources import Sources, size_at
-from lutra.train.exporting.lowering.values import Sizes
+from lutra.train.exporting.lowering.values import REPEATED, Atom, Sizes
 
 #: A score that gets this added has no weight left.
 _MASKED = -1e4
@@ -58,7 +58,31 @@ def _attention(
 ) -> Ref | View:
     if dropout_p:
         raise UnsupportedUse("its dropout is on in eval mode too; pass 0 unless self.training")
+    if enable_gqa:
+        heads = _query_heads(ctx, query)
+        key, value = (_shared(ctx, x, heads) for x in (key, value))
     return _attend(ctx, query, key, value, attn_mask, is_causal, scale, None)
+
+
+def _query_heads(ctx: Lowering, query: Any) -> Any:
+    """The heads of queries (N, H, T, D)."""
+    x = operand(ctx, query)
+    if not is_activation(x) or x.rank != 4:
+        raise UnsupportedUse("its heads share keys; give it queries of shape (N, heads, T, D)")
+    return views.sizes_of(ctx, x)[1]
+
+
+def _shared(ctx: Lowering, x: Any, heads: Any) -> Any:
+    """Keys or values (N, H, S, D) with each head as often as queries have it."""
+    made = operand(ctx, x)
+    if not is_activation(made):
+        return made.repeat_interleave(heads // made.shape[1], 1)
+    view = views.view_of(ctx, made)
+    times = heads // views.sizes_of(ctx, view)[1]
+    if times == 1:
+        return made
+    shared = (*view.axes[1], Atom(REPEATED, 1, times))
+    return View(view.base, (view.axes[0], shared, *view.axes[2:]), ctx.node)
 
 
 @lowers("lutra.table_attention.default", takes=("query", "key", "value", "attn_mask"))
@@ -208,9 +232,7 @@ def find_mask(sources: Sources, mask: Any, query: Sizes, keys: Any, heads: int) 
     raise UnsupportedUse(f"its mask follows no rule that lutra knows; {_MASK_ADVICE}")
 
 
-def find_keys(
-    sources: Sources, mask: Any, query: Sizes, keys: Any, heads: int
-) -> fx.Node | None:
+def find_keys(sources: Sources, mask: Any, query: Sizes, keys: Any, heads: int) -> fx.Node | None:
     """Find the integer input whose keys a mask drops, beside what it does at every input.
 
     Args:

@@ -149,7 +149,7 @@ def _is_mask(sources: Sources, mask: fx.Node) -> bool:
 def _take_apart(
     graph: fx.Graph, sources: Sources, node: fx.Node, mask: fx.Node, closes: bool
 ) -> None:
-    """Write an attention in its parts; `closes` says that a query may have no key, which gives 0."""
+    """Write an attention in its parts; `closes`: a query may have no key, which gives 0."""
     query, key, value = node.args[:3]
     causal = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)
     dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)

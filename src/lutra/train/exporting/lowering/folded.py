@@ -28,15 +28,88 @@ from lutra.train.exporting.lowering.emitter import expressions, flatten
 
 #: The operators that treat axis 0 like any other that they do not name.
 _OPERATORS = frozenset(
-    """
-    add sub rsub mul div floor_divide remainder fmod pow maximum minimum clamp clamp_min clamp_max
-    gt lt ge le eq ne logical_and logical_or logical_xor logical_not bitwise_and bitwise_or
-    bitwise_not __and__ __or__ __xor__ where masked_fill addcmul addcdiv lerp
-    mean sum amax amin max min any all var std var_mean std_mean logsumexp linalg_vector_norm norm
-    prod cumsum softmax _softmax softmin log_softmax _log_softmax argmax argmin topk gather
-    slice select unbind chunk split split_with_sizes cat concat stack flip roll index_select
-    slice_scatter select_scatter glu constant_pad_nd pad repeat_interleave expand_as
-    """.split()
+    {
+        "add",
+        "sub",
+        "rsub",
+        "mul",
+        "div",
+        "floor_divide",
+        "remainder",
+        "fmod",
+        "pow",
+        "maximum",
+        "minimum",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "gt",
+        "lt",
+        "ge",
+        "le",
+        "eq",
+        "ne",
+        "logical_and",
+        "logical_or",
+        "logical_xor",
+        "logical_not",
+        "bitwise_and",
+        "bitwise_or",
+        "bitwise_not",
+        "__and__",
+        "__or__",
+        "__xor__",
+        "where",
+        "masked_fill",
+        "addcmul",
+        "addcdiv",
+        "lerp",
+        "mean",
+        "sum",
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "any",
+        "all",
+        "var",
+        "std",
+        "var_mean",
+        "std_mean",
+        "logsumexp",
+        "linalg_vector_norm",
+        "norm",
+        "prod",
+        "cumsum",
+        "softmax",
+        "_softmax",
+        "softmin",
+        "log_softmax",
+        "_log_softmax",
+        "argmax",
+        "argmin",
+        "topk",
+        "gather",
+        "slice",
+        "select",
+        "unbind",
+        "chunk",
+        "split",
+        "split_with_sizes",
+        "cat",
+        "concat",
+        "stack",
+        "flip",
+        "roll",
+        "index_select",
+        "slice_scatter",
+        "select_scatter",
+        "glu",
+        "constant_pad_nd",
+        "pad",
+        "repeat_interleave",
+        "expand_as",
+    }
 )
 #: Arguments that number axes.
 _AXES = ("dim", "dims")
@@ -90,8 +163,7 @@ def applied(ctx: Lowering, entry: Entry, arguments: Mapping[str, Any]) -> Any:
         return dim + 1 if dim > 0 else 0 if dim == -rank else dim
 
     given = {
-        key: renumbered(value) if key in _AXES else apart(value)
-        for key, value in arguments.items()
+        key: renumbered(value) if key in _AXES else apart(value) for key, value in arguments.items()
     }
     results = ctx.node.meta["val"]
     every = [expressions(each.shape) for each in _listed(results)]

@@ -145,7 +145,7 @@ def _dynamic_slice(ctx: Lowering, x: Ref, axis: int, start: int, end: int | None
         part = _cut(ctx, turned, axis, last, -start, 1, suffix="end")
         back = ctx.emit("flip", part, part.shape, attrs={"axis": axis}, suffix="back")
         return _cut(ctx, back, axis, 0, -start - last, step)
-    if 0 <= start and stop < 0:
+    if start >= 0 and stop < 0:
         attrs = {"axis": axis, "first": start, "last": -stop, "step": step}
         return ctx.emit("trim", x, attrs=attrs)
     known = isinstance(size, int)  # not so where torch would cut less

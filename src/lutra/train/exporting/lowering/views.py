@@ -98,10 +98,10 @@ def expanded(ctx: Lowering, x: Ref | View, sizes: Sizes) -> Ref | View:
 
 
 def unrepeated(ctx: Lowering, x: Ref | View) -> Ref | View:
-    """A view with a size of 1 in place of each axis that repeats values."""
+    """A view with a size of 1 in place of each axis that repeats one value."""
     if isinstance(x, Ref):
         return x
-    axes = tuple(() if _repeats(axis) else axis for axis in x.axes)
+    axes = tuple(() if _repeats(axis) and not _mixes(axis) else axis for axis in x.axes)
     return simplest(ctx, View(x.base, axes, x.node))
 
 
