@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1024, help="of calibration (default: 1024)")
     parser.add_argument("--rows", type=int, default=8192, help="of a layer (default: 8192)")
     parser.add_argument("--method", help="only methods with this text in their name")
+    parser.add_argument("--calibration", choices=KINDS, help="only this one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch (default: 2)")
     parser.add_argument("--json", type=Path)
@@ -62,18 +63,19 @@ def main() -> None:
     cifar10.load_checkpoint(dense, options.data / "weights" / "cifar10_resnet20.npz")
     x, _, x_test, y_test = cifar10.load_images(options.data / "image")
     rows: list[tuple[str, ...]] = [
-        ("method", "calibration", "top-1 %", "under dense", "error of the last layer", "seconds")
+        ("method", "calibration", "top-1 %", "under dense", "last error", "seconds", "CPU s")
     ]
     top = cifar10.accuracy(dense, x_test, y_test)
     records = []
     for name, method in METHODS.items():
         if options.method is not None and options.method not in name:
             continue
-        for kind in KINDS:
+        for kind in KINDS if options.calibration is None else (options.calibration,):
             record = measure(dense, method, kind, x, x_test, y_test, options)
             records.append({"method": name, "calibration": kind, **record})
             shown = f"{record['top1']:.2f}", f"{top - record['top1']:.2f}"
-            rows.append((name, kind, *shown, f"{record['error']:.4f}", f"{record['seconds']:.0f}"))
+            times = f"{record['seconds']:.0f}", f"{record['cpu_seconds']:.0f}"
+            rows.append((name, kind, *shown, f"{record['error']:.4f}", *times))
             print(table(rows[-1:], left=2), flush=True)
     print(table(rows, left=2))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -97,16 +99,17 @@ def measure(
     """Converts, exports and evaluates once."""
     data = [cifar10.normalize(part) for part in np.array_split(x[: options.images], 8)]
     recipe = {"conv1": Int8(), "linear": Int8(), "*": method}
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     settings: Any = {"rows": options.rows, "seed": options.seed, "calibration": kind}
     model, report = convert(dense, recipe, data, progress=False, **settings)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # rounding moved codes: the accuracy is the engine's
         file = Path(folder) / "model.lutra"
         export(model, file, data[0][:8])
         top1 = cifar10.engine_accuracy(file, x_test, y_test)
-    return {"top1": top1, "error": report.layers[-1].error, "seconds": seconds}
+    error = report.layers[-1].error
+    return {"top1": top1, "error": error, "seconds": seconds, "cpu_seconds": cpu}
 
 
 if __name__ == "__main__":

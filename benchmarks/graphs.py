@@ -9,11 +9,11 @@ compared with.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
-from benchmarks.lookups import CLIP, Array, Method, Parts, Range, to_int8, window
+from benchmarks.lookups import CLIP, Array, Method, Range, multiplied
 from benchmarks.networks import (
     Add,
     Border,
@@ -28,9 +28,6 @@ from benchmarks.networks import (
     Shrink,
 )
 from lutra.graph import Graph, Node, Value, make_node
-
-#: Width of the activation grids of int8 layers, the default of training.
-INT8_ACT_BITS: Final = 7
 
 
 def lutra_graph(network: Network, method: Method, dense: str = "float32", seed: int = 0) -> Graph:
@@ -119,30 +116,3 @@ class _Writer:
             x = f"{layer.name}.{name}"
         pads = (0, 0, layer.added, layer.added, 0, 0, 0, 0)
         self._node("pad", layer.name, x, attrs={"pads": pads})
-
-
-def multiplied(layer: Conv | Linear, was: Range, dense: str, rng: np.random.Generator) -> Parts:
-    """A layer that stays multiplied; its outputs have a variance of about 1.
-
-    Args:
-        layer: The layer.
-        was: What it reads.
-        dense: "float32" or "int8".
-        rng: What makes its tensors.
-    """
-    shape: tuple[int, ...] = (layer.outputs, layer.inputs)
-    op, attrs = "linear", dict[str, Any]()
-    if isinstance(layer, Conv):
-        shape = (layer.outputs, layer.inputs // layer.groups, *layer.kernels)
-        op, attrs = "conv2d", {**window(layer), "groups": layer.groups}
-    size = np.float32(was.rms**-1 * np.prod(shape[1:]) ** -0.5)
-    tensors = {
-        "weight": rng.standard_normal(shape, np.float32) * size,
-        "bias": np.zeros(layer.outputs, np.float32),
-    }
-    if dense == "int8":
-        grid = was.grid(INT8_ACT_BITS)
-        op, attrs = f"int8_{op}", attrs | grid
-        tensors["weight"], unit = to_int8(tensors["weight"], tuple(range(1, len(shape))))
-        tensors["scale"] = (unit * grid["act_scale"]).astype(np.float32)
-    return Parts(op, attrs, tensors)

@@ -22,6 +22,8 @@ Array = NDArray[Any]
 #: Activations are clipped at so many times their root mean square, and so are the weights that
 #: become indices.
 CLIP: Final = 3.0
+#: Width of the activation grids of int8 layers, the default of training.
+INT8_ACT_BITS: Final = 7
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,34 @@ class Response:
         return min(fitting, int(INT8_MAX * top / max(zero, top)))
 
 
-FAMILIES: Final[tuple[type[Method], ...]] = (Pq, Response)
+@dataclass(frozen=True)
+class Multiplied:
+    """No lookups: the layers that others look up are multiplied.
+
+    Attributes:
+        precision: "float32" or "int8".
+    """
+
+    family: ClassVar[str] = "dense"
+    option: ClassVar[str] = "precision"
+
+    precision: str = "int8"
+
+    def __str__(self) -> str:
+        return f"dense {self.precision}"
+
+    @property
+    def choice(self) -> str:
+        return self.precision
+
+    def columns(self) -> dict[str, Any]:
+        return {"precision": self.precision}
+
+    def node(self, layer: Conv | Linear, was: Range, rng: np.random.Generator) -> Parts:
+        return multiplied(layer, was, self.precision, rng)
+
+
+FAMILIES: Final[tuple[type[Method], ...]] = (Pq, Response, Multiplied)
 
 
 def encoders(v: int = 9, k: int = 16) -> tuple[Pq, Pq]:
@@ -258,3 +287,30 @@ def to_int8(values: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """Rounded to -127..127, and the units: the largest value over the axes is 127."""
     units = np.abs(values).max(axis=axes, keepdims=True) / 127
     return np.rint(values / units).astype(np.int8), units.reshape(-1)
+
+
+def multiplied(layer: Conv | Linear, was: Range, dense: str, rng: np.random.Generator) -> Parts:
+    """A layer that stays multiplied; its outputs have a variance of about 1.
+
+    Args:
+        layer: The layer.
+        was: What it reads.
+        dense: "float32" or "int8".
+        rng: What makes its tensors.
+    """
+    shape: tuple[int, ...] = (layer.outputs, layer.inputs)
+    op, attrs = "linear", dict[str, Any]()
+    if isinstance(layer, Conv):
+        shape = (layer.outputs, layer.inputs // layer.groups, *layer.kernels)
+        op, attrs = "conv2d", {**window(layer), "groups": layer.groups}
+    size = np.float32(was.rms**-1 * np.prod(shape[1:]) ** -0.5)
+    tensors = {
+        "weight": rng.standard_normal(shape, np.float32) * size,
+        "bias": np.zeros(layer.outputs, np.float32),
+    }
+    if dense == "int8":
+        grid = was.grid(INT8_ACT_BITS)
+        op, attrs = f"int8_{op}", attrs | grid
+        tensors["weight"], unit = to_int8(tensors["weight"], tuple(range(1, len(shape))))
+        tensors["scale"] = (unit * grid["act_scale"]).astype(np.float32)
+    return Parts(op, attrs, tensors)

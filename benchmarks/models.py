@@ -12,9 +12,19 @@ from __future__ import annotations
 from typing import Final
 
 from benchmarks.command import run_command
-from benchmarks.lookups import Response, encoders
+from benchmarks.lookups import Multiplied, Response, encoders
 from benchmarks.measure import Case
-from benchmarks.networks import dscnn, keyword_resnet, pointnet, resnet18, resnet20, vdsr, vgg11
+from benchmarks.networks import (
+    dscnn,
+    efficientnet_lite0,
+    keyword_resnet,
+    mobilenet_v2,
+    pointnet,
+    resnet18,
+    resnet20,
+    vdsr,
+    vgg11,
+)
 
 _NETWORKS: Final = (
     *((network, (1, 8)) for network in (resnet20(), resnet18(32), vgg11(), resnet18(224))),
@@ -22,10 +32,12 @@ _NETWORKS: Final = (
     (pointnet(512), (1, 8)),
     (dscnn(), (1,)),
     (keyword_resnet(), (1,)),
+    (mobilenet_v2(96), (1,)),
+    (efficientnet_lite0(224), (1,)),
 )
 
 CASES: Final = tuple(
-    Case(network, batch, (*encoders(), Response(16, 15), Response(4, 3)))
+    Case(network, batch, (*encoders(), Response(16, 15), Response(4, 3), Multiplied()))
     for network, batches in _NETWORKS
     for batch in batches
 )

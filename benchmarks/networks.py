@@ -8,7 +8,7 @@ no batch norms: every runtime folds them into the convolution before it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 
 @dataclass(frozen=True)
@@ -264,6 +264,49 @@ def dscnn() -> Network:
         x = w.relu(w.add(Conv(f"pointwise{i}", x, 64, 64, 1)))
     w.head(x, 64, 12)
     return Network("DS-CNN keywords", (1, 49, 10), tuple(w.layers))
+
+
+#: Stages of inverted bottlenecks: expansion, kernel, stride of the first, channels, blocks.
+_MOBILENET_V2: Final = (
+    (1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 3, 2, 32, 3), (6, 3, 2, 64, 4), (6, 3, 1, 96, 3),
+    (6, 3, 2, 160, 3), (6, 3, 1, 320, 1),
+)  # fmt: skip
+_EFFICIENTNET_LITE0: Final = (
+    (1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3),
+    (6, 5, 2, 192, 4), (6, 3, 1, 320, 1),
+)  # fmt: skip
+
+
+def _inverted(name: str, size: int, stages: tuple[tuple[int, int, int, int, int], ...]) -> Network:
+    """Widened by a 1x1 convolution, depthwise, narrowed by a 1x1 convolution; ReLU for ReLU6."""
+    w = _Writer()
+    x = w.relu(w.add(Conv("stem", "x", 3, 32, stride=2, lookup=False)))
+    inputs = 32
+    for stage, (expansion, kernel, first, outputs, blocks) in enumerate(stages, start=1):
+        for i in range(blocks):
+            prefix, stride, wide = f"stage{stage}.{i}", first if i == 0 else 1, inputs * expansion
+            y = x
+            if expansion > 1:
+                y = w.relu(w.add(Conv(f"{prefix}.expand", y, inputs, wide, 1)))
+            y = w.relu(
+                w.add(Conv(f"{prefix}.depthwise", y, wide, wide, kernel, stride, False, wide))
+            )
+            y = w.add(Conv(f"{prefix}.project", y, wide, outputs, 1))
+            x = w.add(Add(f"{prefix}.add", y, x)) if inputs == outputs and stride == 1 else y
+            inputs = outputs
+    x = w.relu(w.add(Conv("head", x, inputs, 1280, 1)))
+    w.head(x, 1280, 1000)
+    return Network(f"{name} {size}x{size}", (3, size, size), tuple(w.layers))
+
+
+def mobilenet_v2(size: int) -> Network:
+    """MobileNetV2 (Sandler et al. 2018)."""
+    return _inverted("MobileNetV2", size, _MOBILENET_V2)
+
+
+def efficientnet_lite0(size: int) -> Network:
+    """EfficientNet-Lite0: EfficientNet-B0 without squeeze-and-excitation (Liu 2020)."""
+    return _inverted("EfficientNet-Lite0", size, _EFFICIENTNET_LITE0)
 
 
 def keyword_resnet() -> Network:

@@ -13,8 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.graphs import multiplied
-from benchmarks.lookups import Array, Parts, Pq, Range, to_int8
+from benchmarks.lookups import Array, Parts, Pq, Range, multiplied, to_int8
 from benchmarks.networks import Linear
 from lutra.functions import fit, fit_exp, fit_reciprocal, fit_rsqrt
 from lutra.graph import Graph, Node, Value, make_node

@@ -4,6 +4,7 @@
 #include "kernel_cases.h"
 #include "kernels/dispatch.h"
 #include "kernels_dense_test.h"
+#include "kernels_depthwise_test.h"
 #include "kernels_functions_test.h"
 #include "kernels_lookup_test.h"
 
@@ -145,6 +146,30 @@ void test_lookup_row(const Kernels& k, const PqShape& s, const Guarded<int8_t>& 
   }
 }
 
+// Codes that were made before: gathers those of a tile in parts, and unpacks them.
+void test_gather_codes(const Kernels& k, const PqCase& c) {
+  begin_pq(c, "gather_codes");
+  PqShape s = c.shape;
+  s.codebooks = s.depth;  // an entry of a row is a code
+  const Tile tile(c.map, s.depth, c.first, c.rows, k.row_tile, s.centroids - 1, c.fill);
+  Canvas<uint8_t> codes(k.code_bytes(s));
+  std::memset(codes.data(), any_of({0, 0x3f, 0xa5, 0xff}), codes.size());
+  for (auto [first, last] : parts(s.codebooks, k.codebook_tile)) {
+    k.gather_codes(s, s.taps, tile.patch(), first, last, codes.data());
+  }
+  if (!check(codes.intact(), "gather_codes wrote outside its memory")) return;
+  const size_t codebooks = static_cast<size_t>(s.codebooks), rows = static_cast<size_t>(c.rows);
+  Canvas<uint8_t> mine(codebooks, rows, rows, 0), want(codebooks, rows, rows, 0);
+  for (int b = 0; b < s.codebooks; ++b) {
+    for (int r = 0; r < c.rows; ++r) {
+      want.data()[static_cast<size_t>(b) * rows + static_cast<size_t>(r)] =
+          tile.entry(s.taps, b, r);
+    }
+  }
+  k.unpack_codes(s, codes.data(), c.rows, mine.data(), rows);
+  mine.expect(want, "gathered codes (plane = codebook)");
+}
+
 // Encodes a tile in parts, unpacks its codes, looks them up in parts, and one row by itself.
 void test_pq(const Kernels& k, const PqCase& c, const Mode* mode = nullptr) {
   begin_pq(c, "pq");
@@ -200,6 +225,7 @@ void test_pq(const Kernels& k, const PqCase& c, const Mode* mode = nullptr) {
                        e);
       });
   test_lookup_row(k, s, tables, want, stride, pick(0, c.rows - 1));
+  test_gather_codes(k, c);
 }
 
 // About `codebooks` codebooks of `dim` on a random map; the last sub-vector is often cut off.
@@ -477,6 +503,7 @@ void test_kernels(const Kernels& k) {
   test_lookup(k);
   test_wide(k);
   test_dense8(k);
+  test_depthwise(k);
   test_respond(k);
   test_long_responses(k);
   test_response_grad(k);

@@ -11,7 +11,7 @@ from graphs import pq_tensors
 
 from lutra import Graph, Node, Value, _engine
 from lutra.reference import run_node
-from lutra.reference.pq import encode, encode_tree, quantise
+from lutra.reference.pq import quantise, row_codes
 from lutra.reference.windows import patches, windows
 
 Array = np.ndarray[Any, Any]
@@ -33,6 +33,7 @@ class Layer:
     act_scale: float = 0.05
     act_zero: int = 0
     act_bits: int = 7
+    group: str = "patch"
     node: Node = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,6 +47,7 @@ class Layer:
             "act_zero": self.act_zero,
             "act_bits": self.act_bits,
             "encoder": "tree" if "splits" in self.tensors else "nearest",
+            "group": self.group,
         }
         roles = {role: role for role in self.tensors}
         object.__setattr__(self, "node", Node("pq_conv2d", "layer", ("x",), "y", attrs, roles))
@@ -69,11 +71,7 @@ class Layer:
 
     def reference_codes(self) -> Array:
         """uint8 (B, N * Ho * Wo) from the reference executor."""
-        rows, tensors = self.quantised_rows(), self.tensors
-        if "splits" in tensors:
-            codes = encode_tree(rows, tensors["splits"], tensors["thresholds"])
-        else:
-            codes = encode(rows, tensors["centroids"])
+        codes = row_codes(self.node, self.quantised_rows(), self.tensors)
         return np.ascontiguousarray(codes.T.astype(np.uint8))
 
     def native(self, isa: str) -> _engine.Layer:

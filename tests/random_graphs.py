@@ -15,13 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from graphs import Array, Builder
-from random_layers import Grid, LayerGrower
+from random_layers import Grid
+from random_steps import MAX_SIDE, StepGrower
 
 from lutra.graph import Graph
+from lutra.ops.elementwise import NO_LIMIT
 from lutra.ops.pool import pooled_size
 
 MAX_CHANNELS = 14
-MAX_SIDE = 12
 IDS = 7
 
 
@@ -33,7 +34,7 @@ def random_graph(seed: int) -> tuple[Graph, dict[str, Array]]:
 
 
 @dataclass
-class _Grower(LayerGrower):
+class _Grower(StepGrower):
     """A graph that grows; its inputs are there."""
 
     _hub: str = ""
@@ -49,6 +50,7 @@ class _Grower(LayerGrower):
             (self.pair, 4),
             (self.concat, 2),
             (self.attention, 1),
+            (self.newest, 3),
         ]
         grow, weights = zip(*ways, strict=True)
         size = self.random.randint(3, 22)
@@ -149,13 +151,22 @@ class _Grower(LayerGrower):
             y = self.clamp(self._maybe_open(y), hidden=True)
         if self.chance(0.3):
             y = self.function(self._maybe_open(y), hidden=True)
+        if self.chance(0.35):
+            y = self.functions(self._maybe_open(y))
         if y not in self.open:
             self.open.append(y)
         return y
 
     def block(self) -> None:
         x = self.any()
-        self.tail(self.layer(x, keep=self.chance(0.5)))
+        if self.chance(0.25):
+            self.tail(self.layer(self.padded(x)))
+        else:
+            self.tail(self.layer(x, keep=self.chance(0.5)))
+
+    def newest(self) -> None:
+        x = self.any()
+        self.tail(self.newer(self.padded(x) if self.chance(0.2) else x))
 
     def siblings(self) -> None:
         """Layers that make the same codes of one value, and what is behind them."""
@@ -209,7 +220,7 @@ class _Grower(LayerGrower):
         elif kind == "function":
             self.function_or_clamp(x, hidden=False)
         elif kind == "affine":
-            self.affine(x)
+            self.tail(self.functions(x))
         elif kind == "norm":
             self.norm(x)
         elif len(self.shape(x)) > 1:
@@ -232,13 +243,6 @@ class _Grower(LayerGrower):
 
     def function_or_clamp(self, x: str, *, hidden: bool) -> str:
         return (self.clamp if self.chance(0.5) else self.function)(x, hidden=hidden)
-
-    def affine(self, x: str) -> str:
-        if self.chance(0.3):
-            return self.add("affine_scalar", x, scale=self.random.uniform(-2, 2), bias=0.25)
-        size = self.shape(x)[0]
-        tensors = {"scale": self.normal(size), "bias": self.normal(size)}
-        return self.add("affine", x, tensors=tensors)
 
     def norm(self, x: str) -> str:
         size = self.shape(x)[-1]
@@ -300,7 +304,7 @@ class _Grower(LayerGrower):
     def move(self, x: str, *, hidden: bool) -> str:
         """A step that only moves values, or takes one of several: the plan may do it on bytes."""
         rank = len(self.shape(x))
-        kinds = [self._slice, self._slice, self._pad, self._reshape, self._gather]
+        kinds = [self._slice, self._slice, self._pad, self._reshape, self._gather, self.mirrored]
         if rank == 3:
             kinds += [self._max_pool, self._max_pool, self._max_pool, self._avg_pool]
             kinds += [self._upsample, self._pixel_shuffle]
@@ -357,11 +361,13 @@ class _Grower(LayerGrower):
     def _max_pool(self, x: str, hidden: bool) -> str:
         if self.chance(0.1):
             return self.add("adaptive_max_pool2d", x, hidden=hidden, output_size=(2, 3))
+        x = self.padded(x, 0.0, -0.75, -NO_LIMIT) if self.chance(0.3) else x
         return self.add("max_pool2d", x, hidden=hidden, **self._window(x))
 
     def _avg_pool(self, x: str, hidden: bool) -> str:
         if self.chance(0.3):
             return self.add("adaptive_avg_pool2d", x, hidden=hidden, output_size=(2, 1))
+        x = self.padded(x) if self.chance(0.3) else x
         return self.add("avg_pool2d", x, hidden=hidden, **self._window(x))
 
     def _upsample(self, x: str, hidden: bool) -> str:

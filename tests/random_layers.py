@@ -171,10 +171,13 @@ class LayerGrower:
         """Attributes and tensors of product-quantised layers that read x; tables are for one."""
         r, shape = self.random, self.shape(x)
         attrs: Grid = dict(self.grid(x))
-        length = shape[-1]
+        length, parts = shape[-1], 1
         if len(shape) == 3:
             attrs.update(vars(self.geometry(x, keep=keep)), in_channels=shape[0])
-            length = shape[0] * attrs["kernel"][0] * attrs["kernel"][1]
+            rows, columns = attrs["kernel"]
+            attrs["group"] = r.choice(["patch", "patch", "row", "pixel"])
+            parts = {"patch": 1, "row": rows, "pixel": rows * columns}[attrs["group"]]
+            length = shape[0] * rows * columns // parts
         else:
             attrs["in_features"] = length
         bits, count = attrs["act_bits"], r.choice([8, 16, 16, 32])
@@ -182,11 +185,13 @@ class LayerGrower:
         attrs["encoder"] = "tree" if family == "tree" else "nearest"
         if family == "tree":
             codebooks = r.randint(1, 4)
-            return attrs, tree_tensors(
+            tensors = tree_tensors(
                 self.b.rng, length, 1, codebooks=codebooks, count=count, bits=bits
             )
-        width = r.choice([2, 3, 4, 9])
-        return attrs, pq_tensors(self.b.rng, length, 1, count=count, width=width, bits=bits)
+        else:
+            width = r.choice([2, 3, 4, 9])
+            tensors = pq_tensors(self.b.rng, length, 1, count=count, width=width, bits=bits)
+        return attrs, {**tensors, "tables": tensors["tables"].repeat(parts, axis=0)}
 
     def pq(self, x: str, attrs: Grid, encoder: dict[str, Array], outputs: int) -> str:
         """A layer of that encoder with tables of its own; its value is hidden."""

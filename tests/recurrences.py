@@ -23,6 +23,27 @@ def weights(op: str, features: int, hidden: int, seed: int = 0) -> dict[str, Arr
     return {role: rng.uniform(-bound, bound, s).astype(F) for role, s in shapes.items()}
 
 
+def int8_weights(op: str, features: int, hidden: int, seed: int = 0) -> dict[str, Array]:
+    """Of `int8_lstm` and `int8_gru`."""
+    rng, rows = np.random.default_rng(seed), GATES[op.removeprefix("int8_")] * hidden
+    made: dict[str, Array] = {}
+    for side, depth in (("ih", features), ("hh", hidden)):
+        made[f"weight_{side}"] = rng.integers(-127, 128, (rows, depth)).astype(np.int8)
+        made[f"scale_{side}"] = rng.uniform(1e-4, 3e-4, rows).astype(F)
+        made[f"bias_{side}"] = rng.normal(size=rows).astype(F)
+    return made
+
+
+def grids(rng: np.random.Generator) -> dict[str, float | int]:
+    """Random grids of an int8 recurrent layer, of inputs of about 3 and states below 1."""
+    made: dict[str, float | int] = {}
+    for name, reach in (("act", 3.0), ("state", 1.0)):
+        bits = int(rng.integers(4, 8))
+        scale = float(F(reach / 2 ** (bits - 1)))
+        made |= {f"{name}_scale": scale, f"{name}_zero": 2 ** (bits - 1), f"{name}_bits": bits}
+    return made
+
+
 def recurrent(
     op: str, features: int, hidden: int, *, states: bool = False, length: int | None = None,
     **attrs: bool,

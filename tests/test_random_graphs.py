@@ -36,7 +36,9 @@ ROUNDED = {
     **dict.fromkeys(("max", "max_pool2d", "adaptive_max_pool2d"), 0.0),
     **dict.fromkeys(("conv2d", "linear", "layer_norm", "rms_norm", "softmax", "attention"), 4e-6),
     **dict.fromkeys(("mean", "masked_mean", "avg_pool2d", "adaptive_avg_pool2d"), 1e-6),
-    **dict.fromkeys(("gelu", "silu", "sigmoid", "tanh"), 1e-6),
+    **dict.fromkeys(("gelu", "silu", "sigmoid", "tanh", "elu", "mish", "softplus"), 1e-6),
+    **dict.fromkeys(("conv_transpose2d", "group_norm", "lstm", "gru"), 4e-6),
+    **dict.fromkeys(("upsample_bicubic", "grid_sample"), 4e-6),
 }
 FEW = range(60)
 

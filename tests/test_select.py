@@ -120,7 +120,7 @@ def test_nothing_is_left() -> None:
     check(graph, normal(2, 5), tolerance=0)
     with pytest.raises(LutraError, match="an entry must be left"):
         run_reference(graph, [normal(2, 4)])
-    with pytest.raises(LutraError, match="nothing is left of axis 1"):
+    with pytest.raises(LutraError, match="an entry must be left"):
         Session(graph)(normal(2, 4))
 
 
@@ -137,5 +137,5 @@ def test_regroup() -> None:
     odd = single("regroup", ("x", (None, None)), sizes=(-1, 2))
     with pytest.raises(LutraError, match="4 elements before and 8 after"):
         run_reference(odd, [normal(2, 4)])
-    with pytest.raises(LutraError, match="does not fit"):
+    with pytest.raises(LutraError, match="4 elements before and 8 after"):
         Session(odd)(normal(2, 4))

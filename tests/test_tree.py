@@ -230,7 +230,7 @@ def test_inspect_and_cost_count_comparisons() -> None:
         ({"thresholds": np.zeros((5, 16), np.uint8)}, r"thresholds of shape .*need \(5, 15\)"),
         ({"thresholds": np.full((5, 15), 65, np.uint8)}, r"threshold of 65.*0\.\.64"),
         ({"thresholds": np.zeros((5, 15), np.int8)}, "must be uint8"),
-        ({"tables": np.zeros((5, 12, 8), np.int8)}, "5 codebooks of 12 table rows"),
+        ({"tables": np.zeros((5, 12, 8), np.int8)}, "5 tables of 12 rows"),
         ({"scale": np.ones(7, np.float32)}, r"scale of shape \(7,\)"),
     ],
 )

@@ -179,7 +179,8 @@ void bind_layers(nb::module_& m) {
          float act_scale, int act_zero, int act_bits, Pair kernel, Pair stride, Pair padding,
          Pair dilation, OutArray<int64_t, 3> sums, OutArray<int64_t, 2> counts) {
         const ImageView in = image(x);
-        const ConvGeometry g = conv_geometry(in.c, kernel, stride, padding, dilation);
+        const ConvGeometry g =
+            conv_geometry(in.c, kernel, stride, {padding[0], padding[1]}, dilation);
         const PqShape s{.codebooks = static_cast<int32_t>(sums.shape(0)),
                         .centroids = static_cast<int32_t>(sums.shape(1)),
                         .dim = static_cast<int32_t>(sums.shape(2)),

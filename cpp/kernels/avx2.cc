@@ -1,12 +1,13 @@
 // AVX2 with FMA, nothing newer: rows in the lanes, tiles of 64 rows as sub-tiles of 32.
 //
 // The parts are private headers, all in this file's anonymous namespace: avx2_common.h (loads of
-// rows, the epilogue), avx2_encode.h, avx2_lookup.h, avx2_dense.h, avx2_respond.h (with
-// responses.h), avx2_training.h.
+// rows, the epilogue), avx2_encode.h, avx2_lookup.h, avx2_dense.h, avx2_depthwise.h,
+// avx2_respond.h (with responses.h), avx2_training.h.
 #include <immintrin.h>
 
 #include "avx2_common.h"
 #include "avx2_dense.h"
+#include "avx2_depthwise.h"
 #include "avx2_encode.h"
 #include "avx2_lanes.h"
 #include "avx2_lookup.h"
@@ -71,6 +72,7 @@ constinit const Kernels kAvx2 = {.name = "avx2",
                                  .code_bytes = code_bytes,
                                  .encode = encode,
                                  .unpack_codes = unpack_codes,
+                                 .gather_codes = gather_codes,
                                  .lookup = lookup,
                                  .lookup_row = lookup_row,
                                  .dense8_bytes = dense8_bytes,
@@ -79,6 +81,12 @@ constinit const Kernels kAvx2 = {.name = "avx2",
                                  .gather8 = gather8,
                                  .dense8 = dense8,
                                  .dense8_row = dense8_row,
+                                 .depthwise8_bytes = depthwise8_bytes,
+                                 .pack_depthwise8 = pack_depthwise8,
+                                 .depthwise8_mask_bytes = depthwise8_mask_bytes,
+                                 .pack_depthwise8_masks = pack_depthwise8_masks,
+                                 .depthwise8 = depthwise8,
+                                 .depthwise = depthwise,
                                  .response_bytes = response_bytes,
                                  .pack_responses = pack_responses,
                                  .index_bytes = index_bytes,
@@ -88,6 +96,7 @@ constinit const Kernels kAvx2 = {.name = "avx2",
                                  .gemm = gemm,
                                  .linear = linear,
                                  .function = function,
+                                 .bend = bend,
                                  .piecewise = piecewise,
                                  .table_exp = table_exp,
                                  .table_reciprocal = table_reciprocal,

@@ -205,6 +205,10 @@ struct Finish {
     if (implied) e.clamp = false;
   }
 
+  LUTRA_INLINE bool folds(int32_t m) const {
+    return e.fold_scale && e.fold_scale[m] == e.fold_scale[m];
+  }
+
   // kRegisters times 8 rows from `row`; the sums are those given and `base`.
   template <int kRegisters>
   LUTRA_INLINE void sums(int32_t m, int32_t row, int32_t base, const __m256i* s) const {
@@ -213,7 +217,7 @@ struct Finish {
     LUTRA_UNROLL for (int32_t i = 0; i < kRegisters; ++i) {
       y[i] = _mm256_cvtepi32_ps(_mm256_add_epi32(s[i], offset));
     }
-    if (e.fold_scale) {
+    if (folds(m)) {
       fold<kRegisters>(m, row, y);
     } else {
       sums<kRegisters>(m, row, y);

@@ -4,6 +4,7 @@
 // codes of a row share its dword, vpermb moves or reads 64 bytes, vpdpbusd adds the four. A tile
 // has one to four blocks and costs accordingly.
 #include "avx512_dense.h"
+#include "avx512_depthwise.h"
 #include "avx512_lanes.h"
 #include "avx512_lookup.h"
 #include "avx512_respond.h"
@@ -46,6 +47,7 @@ constinit const Kernels kAvx512 = {.name = "avx512",
                                    .code_bytes = code_bytes,
                                    .encode = encode,
                                    .unpack_codes = unpack_codes,
+                                   .gather_codes = gather_codes,
                                    .lookup = lookup,
                                    .lookup_row = lookup_row,
                                    .dense8_bytes = dense8_bytes,
@@ -54,6 +56,12 @@ constinit const Kernels kAvx512 = {.name = "avx512",
                                    .gather8 = gather8,
                                    .dense8 = dense8,
                                    .dense8_row = dense8_row,
+                                   .depthwise8_bytes = depthwise8_bytes,
+                                   .pack_depthwise8 = pack_depthwise8,
+                                   .depthwise8_mask_bytes = depthwise8_mask_bytes,
+                                   .pack_depthwise8_masks = pack_depthwise8_masks,
+                                   .depthwise8 = depthwise8,
+                                   .depthwise = depthwise,
                                    .response_bytes = response_bytes,
                                    .pack_responses = pack_responses,
                                    .index_bytes = index_bytes,
@@ -63,6 +71,7 @@ constinit const Kernels kAvx512 = {.name = "avx512",
                                    .gemm = gemm,
                                    .linear = linear,
                                    .function = function,
+                                   .bend = bend,
                                    .piecewise = piecewise,
                                    .table_exp = table_exp,
                                    .table_reciprocal = table_reciprocal,

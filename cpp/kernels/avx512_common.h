@@ -182,38 +182,71 @@ void finish(const __m512* sums, const Epilogue& e, int32_t m, int32_t count) {
   }
 }
 
+// Whether outputs m .. m + count - 1 may be folded.
+[[gnu::always_inline]] inline bool folds(const Epilogue& e, int32_t m, int32_t count) {
+  if (!e.fold_scale) return false;
+  bool all = true;
+  for (int32_t i = m; i < m + count; ++i) all &= e.fold_scale[i] == e.fold_scale[i];
+  return all;
+}
+
+// What the outputs of a batch take from an array of one value for each.
+template <int kBlocks>
+[[gnu::always_inline]] inline int32_t output_of(int32_t m, int32_t count, int32_t i) {
+  return kBatch<kBlocks> == 1 || i / kBlocks < count ? m + i / kBlocks : m + count - 1;
+}
+
+template <int kBlocks>
+[[gnu::always_inline]] inline void fold_batch(const __m512i* sums, const Epilogue& e,
+                                              const GridVectors& grid, int32_t m, int32_t count) {
+  constexpr int32_t kVectors = kBatch<kBlocks> * kBlocks;
+  __m512 y[kVectors];
+#pragma GCC unroll 4
+  for (int32_t i = 0; i < kVectors; ++i) {
+    const int32_t o = output_of<kBlocks>(m, count, i);
+    const __m512i sum =
+        e.offset ? _mm512_add_epi32(sums[i], _mm512_set1_epi32(e.offset[o])) : sums[i];
+    y[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(e.fold_scale[o]),
+                           _mm512_set1_ps(e.fold_bias[o]));
+  }
+  store_bytes<kBlocks>(e.q[0].out + m * e.q[0].stride, e.q[0].stride, to_bytes<kVectors>(y, grid),
+                       e.rows, count);
+}
+
+template <int kBlocks>
+[[gnu::noinline]] void chain_batch(const __m512i* sums, const Epilogue& e, int32_t m,
+                                   int32_t count) {
+  constexpr int32_t kVectors = kBatch<kBlocks> * kBlocks;
+  __m512 y[kVectors];
+#pragma GCC unroll 4
+  for (int32_t i = 0; i < kVectors; ++i) {
+    const int32_t o = output_of<kBlocks>(m, count, i);
+    const __m512i sum =
+        e.offset ? _mm512_add_epi32(sums[i], _mm512_set1_epi32(e.offset[o])) : sums[i];
+    y[i] = _mm512_cvtepi32_ps(sum);
+  }
+  finish_batch<kBlocks>(y, e, m, count);
+}
+
+// Sums in registers; `grid` is that of the first quantised output, if there are folded ones.
+template <int kBlocks>
+[[gnu::always_inline]] inline void finish_sums(const __m512i* sums, const Epilogue& e,
+                                               const GridVectors& grid, int32_t m, int32_t count) {
+  constexpr int32_t kVectors = kBatch<kBlocks> * kBlocks;
+  if (folds(e, m, count)) return fold_batch<kBlocks>(sums, e, grid, m, count);
+  __m512i copy[kVectors];
+#pragma GCC unroll 4
+  for (int32_t i = 0; i < kVectors; ++i) copy[i] = sums[i];
+  chain_batch<kBlocks>(copy, e, m, count);
+}
+
 template <int kBlocks>
 void finish(const __m512i* sums, const Epilogue& e, int32_t m, int32_t count) {
   constexpr int32_t kStep = kBatch<kBlocks>, kVectors = kStep * kBlocks;
   GridVectors grid;
   if (e.fold_scale) grid = load_grid(e.q[0].grid);
   for (; count > 0; m += kStep, count -= kStep, sums += kVectors) {
-    const int32_t now = count < kStep ? count : kStep;
-    const auto output = [&](int32_t i) {
-      return kStep == 1 || i / kBlocks < now ? m + i / kBlocks : m + now - 1;
-    };
-    __m512 y[kVectors];
-    if (e.offset) {
-#pragma GCC unroll 4
-      for (int32_t i = 0; i < kVectors; ++i) {
-        y[i] =
-            _mm512_cvtepi32_ps(_mm512_add_epi32(sums[i], _mm512_set1_epi32(e.offset[output(i)])));
-      }
-    } else {
-#pragma GCC unroll 4
-      for (int32_t i = 0; i < kVectors; ++i) y[i] = _mm512_cvtepi32_ps(sums[i]);
-    }
-    if (!e.fold_scale) {
-      finish_batch<kBlocks>(y, e, m, now);
-      continue;
-    }
-#pragma GCC unroll 4
-    for (int32_t i = 0; i < kVectors; ++i) {
-      y[i] = _mm512_fmadd_ps(y[i], _mm512_set1_ps(e.fold_scale[output(i)]),
-                             _mm512_set1_ps(e.fold_bias[output(i)]));
-    }
-    store_bytes<kBlocks>(e.q[0].out + m * e.q[0].stride, e.q[0].stride, to_bytes<kVectors>(y, grid),
-                         e.rows, now);
+    finish_sums<kBlocks>(sums, e, grid, m, count < kStep ? count : kStep);
   }
 }
 

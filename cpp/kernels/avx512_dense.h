@@ -48,8 +48,9 @@ void gather8(int32_t depth, int32_t taps, const Patch& p, uint8_t* gathered) {
 
 // kCount outputs of all rows. Limited by vpdpbusd: 16 of them for 4 + 4 loads.
 template <int kBlocks, int kCount>
-void dense8_outputs(int32_t groups, const uint8_t* weights, const uint8_t* x, int32_t m,
-                    int32_t count, const Epilogue& e) {
+[[gnu::always_inline]] inline void dense8_outputs(int32_t groups, const uint8_t* weights,
+                                                  const uint8_t* x, int32_t m, int32_t count,
+                                                  const Epilogue& e, const GridVectors& grid) {
   __m512i sum[kCount * kBlocks];
 #pragma GCC unroll 16
   for (int32_t i = 0; i < kCount * kBlocks; ++i) sum[i] = _mm512_setzero_si512();
@@ -65,10 +66,12 @@ void dense8_outputs(int32_t groups, const uint8_t* weights, const uint8_t* x, in
         sum[o * kBlocks + i] = _mm512_dpbusd_epi32(sum[o * kBlocks + i], q[i], w);
     }
   }
-  __m512i sums[kCount * kBlocks];
-#pragma GCC unroll 16
-  for (int32_t i = 0; i < kCount * kBlocks; ++i) _mm512_store_si512(sums + i, sum[i]);
-  finish<kBlocks>(sums, e, m, count);
+  constexpr int32_t kStep = kBatch<kBlocks>;
+#pragma GCC unroll 4
+  for (int32_t o = 0; o < kCount; o += kStep) {
+    const int32_t left = count - o < kStep ? count - o : kStep;
+    if (left > 0) finish_sums<kBlocks>(sum + o * kBlocks, e, grid, m + o, left);
+  }
 }
 
 // kCount must divide the block of 16 packed outputs.
@@ -76,15 +79,18 @@ template <int kBlocks, int kCount>
 void dense8_range(int32_t depth, const uint8_t* packed, const uint8_t* x, int32_t first,
                   int32_t last, const Epilogue& e) {
   const int32_t groups = ceil_div(depth, 4);
+  GridVectors grid;
+  if (e.fold_scale) grid = load_grid(e.q[0].grid);
   for (int32_t m = first; m < last;) {
     const uint8_t* const w =
         packed + (static_cast<size_t>(m / kDenseBlock) * groups * 16 + m % kDenseBlock) * 4;
     const int32_t left = last - m;
     if (m % kCount == 0 && left > kCount - kOutputs) {
-      dense8_outputs<kBlocks, kCount>(groups, w, x, m, left < kCount ? left : kCount, e);
+      dense8_outputs<kBlocks, kCount>(groups, w, x, m, left < kCount ? left : kCount, e, grid);
       m += kCount;
     } else {
-      dense8_outputs<kBlocks, kOutputs>(groups, w, x, m, left < kOutputs ? left : kOutputs, e);
+      dense8_outputs<kBlocks, kOutputs>(groups, w, x, m, left < kOutputs ? left : kOutputs, e,
+                                        grid);
       m += kOutputs;
     }
   }

@@ -300,5 +300,34 @@ void unpack_codes(const PqShape& s, const uint8_t* codes, int32_t rows, uint8_t*
   }
 }
 
+// Four codebooks are a quad of bytes, like four entries of a row. Limited by its loads: one for
+// four codebooks of 16 rows where their taps lie within a line.
+void gather_codes(const PqShape& s, int32_t taps, const Patch& p, int32_t first, int32_t last,
+                  uint8_t* codes) {
+  Rows rows;
+  find_rows(p, rows);
+  ByteRows bytes;
+  find_byte_rows(p, bytes);
+  QuadFinder finder(p, s.codebooks, taps, kBooks, kBooks, 63 - rows.reach);
+  const __m512i book = _mm512_set1_epi32(kBookBits), four = _mm512_set1_epi8(15);
+  for (int32_t b = first; b < last; b += kBooks) {
+    const uint8_t* planes;
+    const Quad* quad;
+    finder.next(b / kBooks, planes, quad);
+    uint8_t* const to = codes_at(codes, b, rows.blocks);
+    __m512i x[4];
+    gather_blocks(planes, *quad, rows, bytes, x);
+#pragma GCC unroll 4
+    for (int32_t i = 0; i < 4; ++i) {
+      if (i >= rows.blocks) break;
+      if (s.centroids > 16) {  // the upper bits to their places: no byte reaches its neighbour
+        const __m512i low = _mm512_and_si512(x[i], four);
+        x[i] = _mm512_or_si512(low, _mm512_slli_epi32(_mm512_sub_epi32(x[i], low), 2));
+      }
+      _mm512_storeu_si512(to + 64 * i, _mm512_or_si512(x[i], book));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace lutra

@@ -312,6 +312,38 @@ void function(Function f, const float* x, size_t n, float* y) {
   }
 }
 
+struct Bends {
+  const Bend* bends;
+  int32_t count;
+  template <class X>
+  LUTRA_INLINE X operator()(const X& x) const {
+    X y = x;
+    for (int32_t i = 0; i < count; ++i) {
+      const Floats a = splat(bends[i].a), b = splat(bends[i].b);
+      switch (bends[i].kind) {
+        case BendKind::kLine:
+          y = add(mul(y, a), b);
+          break;
+        case BendKind::kLimits:
+          y = minimum(maximum(y, a), b);
+          break;
+        case BendKind::kHardswish:
+          y = div(mul(y, minimum(maximum(add(y, splat(3.0f)), splat(0.0f)), splat(6.0f))),
+                  splat(6.0f));
+          break;
+        case BendKind::kLeaky:
+          y = choose(less(splat(0.0f), y), y, mul(y, a));
+          break;
+      }
+    }
+    return y;
+  }
+};
+
+void bend(const Bend* bends, int32_t count, const float* x, size_t n, float* y) {
+  each(x, n, y, Bends{bends, count});
+}
+
 // --- tables indexed by the bits of a float ------------------------------------------------------
 
 constexpr int32_t log2_entries(int32_t entries) { return entries == 8 ? 3 : entries == 16 ? 4 : 5; }

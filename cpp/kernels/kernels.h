@@ -22,7 +22,8 @@ inline constexpr int32_t kRowBlock = 16;       // tiles of so few rows must not 
 inline constexpr int32_t kGemmOutputs = 4;     // outputs per block of packed float weights
 inline constexpr int32_t kLinearOutputs = 64;  // outputs per block of packed linear weights
 inline constexpr int32_t kMaxQuantized = 2;    // quantised copies that an epilogue can write
-inline constexpr size_t kSlack = 64;           // bytes that may be read after any value of a plane
+inline constexpr int32_t kMaxDepthwiseTaps = 128;
+inline constexpr size_t kSlack = 64;  // bytes that may be read after any value of a plane
 
 enum class Encoder : int32_t { kNearest, kTree };
 
@@ -84,8 +85,9 @@ struct Grid {
 //
 // With fold_scale, an integer sum has no residual, one quantised output and no float output, and
 //   t = fma(float32(sum + offset[m]), fold_scale[m], fold_bias[m])
-// quantised as q[0].grid quantises a quotient x / scale gives the same integer as the chain above:
-// the engine has checked it. Kernels may use either.
+// is quantised as q[0].grid quantises a quotient x / scale. The engine has checked that this gives
+// the same integer as the chain above and what comes behind it. Where fold_scale[m] is NaN nothing
+// comes behind it, and the chain is used.
 struct Epilogue {
   const int32_t* offset;
   const float* scale;
@@ -108,6 +110,25 @@ struct Epilogue {
   } q[kMaxQuantized];
 };
 
+// A depthwise layer: every output comes from one plane. Tap t of row r of a tile is at
+//   planes[(m / multiplier) * plane + offset[t] + r * step]
+// for output m, or has the value `zero` where bit r of valid[t] is 0.
+struct DepthwiseShape {
+  int32_t taps;        // at most kMaxDepthwiseTaps
+  int32_t row;         // taps that are `gap` elements apart from one to the next; divides taps
+  int32_t gap;         // 0: they are anywhere
+  int32_t step;        // elements from one row of a tile to the next: 1, of bytes also 2
+  int32_t multiplier;  // outputs of a plane
+};
+template <class T>
+struct DepthwiseTile {
+  const T* planes;  // every address of a tile of 64 rows, and 64 elements more, may be read
+  int64_t plane;
+  const int32_t* offset;  // (taps)
+  const uint8_t* masks;   // `valid` in this instruction set's order
+  T zero;
+};
+
 // Functions of one variable, good to a few units in the last place (gelu, and erf where it is not
 // small: to 1e-7), for every float: NaN gives NaN, infinities the limit. Of numbers that are too
 // small for a mantissa of 24 bits, the logarithm is that of the smallest that is not.
@@ -126,6 +147,18 @@ enum class Function : int32_t {
   kElu,       // x, or e^x - 1 below 0
   kSoftplus,  // log(1 + e^x)
   kMish,      // x tanh(softplus(x))
+};
+
+// Simple functions, of which a chain runs in one pass.
+enum class BendKind : int32_t {
+  kLine,       // x a + b, a multiply and then an add
+  kLimits,     // y = x > a ? x : a;  y < b ? y : b
+  kHardswish,  // x min(max(x + 3, 0), 6) / 6, from left to right
+  kLeaky,      // x > 0 ? x : x a
+};
+struct Bend {
+  BendKind kind;
+  float a, b;
 };
 
 // A piecewise-linear function of 8, 16 or 32 entries:
@@ -242,6 +275,11 @@ struct Kernels {
   void (*unpack_codes)(const PqShape&, const uint8_t* codes, int32_t rows, uint8_t* out,
                        size_t stride);
 
+  // Codes of codebooks first..last-1 of one tile that were made before, as encode() leaves them:
+  // the patch has the code of codebook b and row r as entry b of row r, `taps` entries to a plane.
+  void (*gather_codes)(const PqShape&, int32_t taps, const Patch&, int32_t first, int32_t last,
+                       uint8_t* codes);
+
   // sum[m][r] = sum over b of table[b][code[b][r]][m], exact in int32, then the epilogue, for
   // outputs first..last-1. Epilogue::rows is Patch::rows of encode().
   void (*lookup)(const PqShape&, const uint8_t* tables, const uint8_t* codes, int32_t first,
@@ -268,6 +306,23 @@ struct Kernels {
   // of 64 bytes).
   void (*dense8_row)(int32_t depth, int32_t outputs, const uint8_t* packed, const uint8_t* x,
                      int32_t first, int32_t last, int32_t* sums);
+
+  // --- depthwise layers -------------------------------------------------------------------------
+  // In int8: weights (outputs, taps) -> this instruction set's order
+  size_t (*depthwise8_bytes)(const DepthwiseShape&, int32_t outputs);
+  void (*pack_depthwise8)(const DepthwiseShape&, int32_t outputs, const int8_t* weights,
+                          uint8_t* packed);
+  // valid (taps): bit r for row r -> this instruction set's order, 64-byte aligned
+  size_t (*depthwise8_mask_bytes)(const DepthwiseShape&);
+  void (*pack_depthwise8_masks)(const DepthwiseShape&, const uint64_t* valid, uint8_t* packed);
+  // sum[m][r] = sum over t of weights[m][t] * x[t][r], exact in int32, then the epilogue, for
+  // outputs first..last-1
+  void (*depthwise8)(const DepthwiseShape&, const uint8_t* packed, const DepthwiseTile<uint8_t>&,
+                     int32_t first, int32_t last, const Epilogue&);
+  // In float32: masks are `valid` itself; `zero` is 0, the step 1.
+  // sum[m][r] = fma chain over t, ascending, of weights[m][t] * x[t][r], then the epilogue
+  void (*depthwise)(const DepthwiseShape&, const float* weights, const DepthwiseTile<float>&,
+                    int32_t first, int32_t last, const Epilogue&);
 
   // --- lookup layers: entries of one table instead of products ----------------------------------
   // Entries -127..127 of the table (levels, weights) and weight indices (outputs, depth), one byte
@@ -300,6 +355,8 @@ struct Kernels {
 
   // --- functions, from floats to floats; y may be x ---------------------------------------------
   void (*function)(Function, const float* x, size_t n, float* y);
+  // bends[0], then bends[1], ...
+  void (*bend)(const Bend* bends, int32_t count, const float* x, size_t n, float* y);
   void (*piecewise)(const Piecewise&, const float* x, size_t n, float* y);
   void (*table_exp)(const Segments&, const float* x, size_t n, float* y);
   void (*table_reciprocal)(const Segments&, const float* x, size_t n, float* y);

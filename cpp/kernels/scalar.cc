@@ -12,13 +12,14 @@ namespace {
 
 constexpr int32_t kRows = 16;
 
-uint8_t to_grid(float x, const Grid& g) {
+uint8_t quotient_to_grid(float t, const Grid& g) {
   const float low = static_cast<float>(-g.zero), high = static_cast<float>(g.qmax - g.zero);
-  float t = x / g.scale;
   t = t > low ? t : low;  // NaN becomes low
   t = t < high ? t : high;
   return static_cast<uint8_t>(static_cast<int32_t>(std::nearbyintf(t)) + g.zero);
 }
+
+uint8_t to_grid(float x, const Grid& g) { return quotient_to_grid(x / g.scale, g); }
 
 void quantize(const float* x, size_t n, const Grid& grid, uint8_t* q) {
   for (size_t i = 0; i < n; ++i) q[i] = to_grid(x[i], grid);
@@ -40,6 +41,11 @@ void finish(float y, const Epilogue& e, int32_t m, int32_t r) {
 
 void finish(int32_t sum, const Epilogue& e, int32_t m, int32_t r) {
   if (e.offset) sum += e.offset[m];
+  if (e.fold_scale && !std::isnan(e.fold_scale[m])) {
+    const float t = fmaf(static_cast<float>(sum), e.fold_scale[m], e.fold_bias[m]);
+    e.q[0].out[m * e.q[0].stride + r] = quotient_to_grid(t, e.q[0].grid);
+    return;
+  }
   finish(static_cast<float>(sum), e, m, r);
 }
 
@@ -137,6 +143,15 @@ void unpack_codes(const PqShape& s, const uint8_t* codes, int32_t rows, uint8_t*
   }
 }
 
+void gather_codes(const PqShape&, int32_t taps, const Patch& p, int32_t first, int32_t last,
+                  uint8_t* codes) {
+  for (int32_t b = first; b < last; ++b) {
+    for (int32_t r = 0; r < p.rows; ++r) {
+      codes[b * kRows + r] = static_cast<uint8_t>(entry(p, taps, b, r));
+    }
+  }
+}
+
 void lookup(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32_t first,
             int32_t last, const Epilogue& e) {
   for (int32_t m = first; m < last; ++m) {
@@ -201,6 +216,60 @@ void dense8_row(int32_t depth, int32_t, const uint8_t* packed, const uint8_t* x,
       sum += static_cast<int8_t>(packed[static_cast<size_t>(m) * depth + d]) * x[d];
     }
     sums[m - first] = sum;
+  }
+}
+
+size_t depthwise8_bytes(const DepthwiseShape& s, int32_t outputs) {
+  return static_cast<size_t>(outputs) * s.taps;
+}
+
+void pack_depthwise8(const DepthwiseShape& s, int32_t outputs, const int8_t* weights,
+                     uint8_t* packed) {
+  for (size_t i = 0; i < depthwise8_bytes(s, outputs); ++i) {
+    packed[i] = static_cast<uint8_t>(weights[i]);
+  }
+}
+
+size_t depthwise8_mask_bytes(const DepthwiseShape& s) {
+  return static_cast<size_t>(s.taps) * sizeof(uint64_t);
+}
+
+void pack_depthwise8_masks(const DepthwiseShape& s, const uint64_t* valid, uint8_t* packed) {
+  for (int32_t t = 0; t < s.taps; ++t) reinterpret_cast<uint64_t*>(packed)[t] = valid[t];
+}
+
+// Tap t of row r of output m.
+template <class T>
+T tap_value(const DepthwiseShape& s, const DepthwiseTile<T>& x, int32_t m, int32_t t, int32_t r) {
+  if (!(reinterpret_cast<const uint64_t*>(x.masks)[t] >> r & 1)) return x.zero;
+  return x.planes[m / s.multiplier * x.plane + x.offset[t] + static_cast<int64_t>(r) * s.step];
+}
+
+void depthwise8(const DepthwiseShape& s, const uint8_t* packed, const DepthwiseTile<uint8_t>& x,
+                int32_t first, int32_t last, const Epilogue& e) {
+  for (int32_t m = first; m < last; ++m) {
+    for (int32_t r = 0; r < e.rows; ++r) {
+      int32_t sum = 0;
+      for (int32_t t = 0; t < s.taps; ++t) {
+        const int32_t w = static_cast<int8_t>(packed[static_cast<size_t>(m) * s.taps + t]);
+        sum += w * tap_value(s, x, m, t, r);
+      }
+      finish(sum, e, m, r);
+    }
+  }
+}
+
+void depthwise(const DepthwiseShape& s, const float* weights, const DepthwiseTile<float>& x,
+               int32_t first, int32_t last, const Epilogue& e) {
+  for (int32_t m = first; m < last; ++m) {
+    for (int32_t r = 0; r < e.rows; ++r) {
+      float sum = 0.0f;
+      for (int32_t t = 0; t < s.taps; ++t) {
+        sum =
+            std::fmaf(weights[static_cast<size_t>(m) * s.taps + t], tap_value(s, x, m, t, r), sum);
+      }
+      finish(sum, e, m, r);
+    }
   }
 }
 
@@ -316,6 +385,7 @@ constinit const Kernels kScalar = {.name = "scalar",
                                    .code_bytes = code_bytes,
                                    .encode = encode,
                                    .unpack_codes = unpack_codes,
+                                   .gather_codes = gather_codes,
                                    .lookup = lookup,
                                    .lookup_row = lookup_row,
                                    .dense8_bytes = dense8_bytes,
@@ -324,6 +394,12 @@ constinit const Kernels kScalar = {.name = "scalar",
                                    .gather8 = gather8,
                                    .dense8 = dense8,
                                    .dense8_row = dense8_row,
+                                   .depthwise8_bytes = depthwise8_bytes,
+                                   .pack_depthwise8 = pack_depthwise8,
+                                   .depthwise8_mask_bytes = depthwise8_mask_bytes,
+                                   .pack_depthwise8_masks = pack_depthwise8_masks,
+                                   .depthwise8 = depthwise8,
+                                   .depthwise = depthwise,
                                    .response_bytes = response_bytes,
                                    .pack_responses = pack_responses,
                                    .index_bytes = index_bytes,
@@ -333,6 +409,7 @@ constinit const Kernels kScalar = {.name = "scalar",
                                    .gemm = gemm,
                                    .linear = linear,
                                    .function = function,
+                                   .bend = bend,
                                    .piecewise = piecewise,
                                    .table_exp = table_exp,
                                    .table_reciprocal = table_reciprocal,

@@ -121,7 +121,7 @@ def file_version(graph: Graph) -> int:
     functions, and sums and products of values whose shapes differ; version 3 has comparisons,
     choices, constants, cumulative sums, more functions, embeddings of computed ids, transposed
     convolutions, norms over groups of channels, recurrent layers, positions, and operators that
-    choose entries or read images between their pixels.
+    choose entries or read images between their pixels, and codes that are made once a pixel.
 
     Args:
         graph: A valid graph.
@@ -131,7 +131,8 @@ def file_version(graph: Graph) -> int:
     for node in graph.nodes:
         spec = OPS[node.op]
         roles = (spec.tensors[role].since for role in node.tensors if role in spec.tensors)
-        version = max(version, spec.since, *roles, 1)
+        attrs = (spec.attrs[name].since for name in _written_attrs(node))
+        version = max(version, spec.since, *roles, *attrs, 1)
         if node.op in PAIRS and len({values[name].shape for name in node.inputs}) > 1:
             version = max(version, 2)
         if node.op == "embedding" and values[node.inputs[0]].dtype == "float32":
@@ -231,12 +232,22 @@ def _graph_text(graph: Graph) -> str:
             "name": node.name,
             "inputs": node.inputs,
             "output": node.output,
-            "attrs": node.attrs,
+            "attrs": _written_attrs(node),
             "tensors": node.tensors,
         }
         for node in graph.nodes
     ]
     return _json_text({"inputs": inputs, "outputs": graph.outputs, "nodes": nodes})
+
+
+def _written_attrs(node: Node) -> dict[str, AttrValue]:
+    """The attributes of a node, without those of later versions that have their default."""
+    known = OPS[node.op].attrs
+    return {
+        name: value
+        for name, value in node.attrs.items()
+        if known[name].since == 1 or value != known[name].default
+    }
 
 
 def _json_text(value: object) -> str:

@@ -48,6 +48,48 @@ def test_folding_follows_the_data_and_not_the_order_of_modules() -> None:
     torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_folding_into_transposed_convolutions(tmp_path: Path, groups: int, bias: bool) -> None:
+    images = nn.Sequential(
+        nn.ConvTranspose2d(4, 6, 3, stride=2, groups=groups, bias=bias), nn.BatchNorm2d(6)
+    )
+    points = nn.Sequential(
+        nn.ConvTranspose1d(4, 6, 4, stride=2, groups=groups, bias=bias), nn.BatchNorm1d(6)
+    )
+    for model, shape in ((images, (4, 5, 7)), (points, (4, 9))):
+        randomise(model)
+        x = torch.randn(2, *shape)
+        folded = fold_batch_norm(model, x)
+        assert isinstance(folded[1], nn.Identity)
+        torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-5, atol=1e-5)
+        assert "affine" not in ops(check_model(tmp_path, model, shape))
+
+
+class PaddedConv(nn.Conv2d):
+    """A forward of its own, as TensorFlow's padding needs it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 1, 0, 1))
+        return F.conv2d(x, self.weight, self.bias, self.stride)
+
+
+class NoBias(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight)
+
+
+@pytest.mark.parametrize("folds", [True, False])
+def test_folding_into_layers_with_a_forward_of_their_own(tmp_path: Path, folds: bool) -> None:
+    layer = (PaddedConv if folds else NoBias)(3, 4, 3, bias=False)
+    model = randomise(nn.Sequential(layer, nn.BatchNorm2d(4)))
+    x = torch.randn(2, *IMAGE)
+    folded = fold_batch_norm(model, x)
+    assert isinstance(folded[1], nn.Identity) == folds
+    torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-5, atol=1e-5)
+    assert ("affine" in ops(check_model(tmp_path, model, IMAGE))) != folds
+
+
 class NormAct(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(super().forward(x))

@@ -189,7 +189,7 @@ def test_eval_follows_the_weights() -> None:
         layer.set_activation_range(0.0, 1.0)
         want = layer.freeze()(x)
         assert torch.equal(layer(x), want)
-    assert set(layer.state_dict()) == {"weight", "bias", "act_scale", "signed"}
+    assert set(layer.state_dict()) == {"weight", "bias", "act_scale", "signed", "zero_point"}
 
 
 def test_operators_keep_their_promises() -> None:

@@ -182,25 +182,6 @@ def test_rare_nodes_keep_their_thresholds() -> None:
     assert torch.equal(trees.refit(taps, thresholds, distances, 64), thresholds)
 
 
-def test_tables_made_together_are_better() -> None:
-    codes = torch.randint(8, (5, 3000), generator=generator(0))
-    codes[1] = codes[0]  # sub-vectors that say the same
-    want = torch.randn(8, 4, generator=generator(1))[codes[0]]
-    want = want + torch.randn(8, 4, generator=generator(2))[codes[2]]
-    start = torch.zeros(5, 8, 4)
-    tables = trees.fit_tables(codes, start, want)
-    left = want - trees.sum_rows(codes, tables)
-    assert float(left.square().mean()) < 0.01 * float(want.square().mean())  # the ridge remains
-
-
-def test_tables_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trees, "_TABLE_ROWS", 16)
-    codes = torch.randint(8, (5, 3000), generator=generator(0))
-    want = trees.sum_rows(codes, torch.randn(5, 8, 4, generator=generator(1)))
-    left = want - trees.sum_rows(codes, trees.fit_tables(codes, torch.zeros(5, 8, 4), want))
-    assert float(left.square().mean()) < 0.01 * float(want.square().mean())
-
-
 # The layer
 
 

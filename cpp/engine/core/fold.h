@@ -6,19 +6,21 @@
 #include <vector>
 
 #include "engine/core/quantization.h"
+#include "engine/core/step.h"
 
 namespace lutra {
 
 struct Fold {
-  std::vector<float> scale, bias;  // by output; empty where the chain must be kept
+  std::vector<float> scale, bias;  // by output; a scale of NaN where the chain must be kept
   bool on() const { return !scale.empty(); }
 };
 
 // Finds scale' and bias' so that
 //   clamp(round_half_even(fma(float32(n), scale', bias')) + zero, 0, qmax)
-// equals the grid value of clamp(float32(n) * scale + bias) for every integer |n| <= limit, which
-// is checked around each place where the result changes. Empty if there are none such.
+// equals the grid value of function(clamp(float32(n) * scale + bias)) for every integer
+// |n| <= limit, which is checked around each place where the result changes. The function, or null,
+// takes outputs for channels. Empty if no output has such, or, with a function, not all of them.
 Fold fold_quantization(const std::vector<float>& scale, const std::vector<float>& bias, Clamp clamp,
-                       const Grid& grid, int64_t limit);
+                       const Elementwise* function, const Grid& grid, int64_t limit);
 
 }  // namespace lutra

@@ -89,7 +89,7 @@ void load_ops(const std::string& path);
 // What a plugin and the engine must agree on. Of internal linkage: each of them has its own.
 static inline const char* engine_abi() {
   static const std::string abi = [] {
-    std::string text = "lutra engine 1, sizes";
+    std::string text = "lutra engine 2, sizes";
     for (const size_t size :
          {sizeof(Step), sizeof(StepRun), sizeof(StepArgs), sizeof(Operator), sizeof(OpRegistry),
           sizeof(ThreadPool), sizeof(Shape), sizeof(Kernels), sizeof(Grid), sizeof(std::string)}) {

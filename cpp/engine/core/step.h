@@ -13,12 +13,30 @@
 
 namespace lutra {
 
-// A function of one variable, of many values at once.
+// The channels (axis 1) of values that lie one behind the other: value i is of the channel
+// (first + (offset + i) / step) % count.
+struct Channels {
+  int64_t first = 0, offset = 0, step = 1, count = 1;
+};
+
+// What a chain of functions makes of x where no limit holds: scale * x + shift, about.
+struct Line {
+  double scale = 1.0, shift = 0.0;
+  double offset = 0.0;  // the largest shift so far, in units of x
+  int functions = 0;    // that round
+};
+
+// A function of one variable, or one for each channel, of many values at once.
 class Elementwise {
  public:
   virtual ~Elementwise() = default;
-  // y[i] = f(x[i]) for i < n; y may be x. The result does not depend on n or i.
-  virtual void apply(const float* x, size_t n, float* y) const = 0;
+  // y[i] = f(x[i]) for i < n; y may be x. The result depends on x[i] and its channel alone.
+  virtual void apply(const float* x, size_t n, const Channels& channels, float* y) const = 0;
+  // How many channels have a function of their own; 0: all channels have the same.
+  virtual int64_t channels() const { return 0; }
+  // Whether the function of a channel only scales, shifts and limits: it never falls or never
+  // rises. Then `line`, what is before it, becomes what is behind it.
+  virtual bool extend(int64_t /*channel*/, Line& /*line*/) const { return false; }
 };
 using ElementwisePtr = std::shared_ptr<const Elementwise>;
 

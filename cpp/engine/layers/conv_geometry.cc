@@ -4,8 +4,11 @@
 
 namespace lutra {
 
-ConvGeometry conv_geometry(int64_t channels, Pair kernel, Pair stride, Pair padding,
+ConvGeometry conv_geometry(int64_t channels, Pair kernel, Pair stride, const Sizes& padding,
                            Pair dilation) {
+  require(padding.size() == 2 || padding.size() == 4,
+          "padding needs two or four integers, not " + std::to_string(padding.size()));
+  const bool ends = padding.size() == 4;
   const std::string most = " and at most " + std::to_string(kMaxExtent);
   for (const Pair& pair : {kernel, stride, dilation}) {
     for (const int64_t v : pair) {
@@ -23,13 +26,15 @@ ConvGeometry conv_geometry(int64_t channels, Pair kernel, Pair stride, Pair padd
           .stride_h = stride[0],
           .stride_w = stride[1],
           .pad_h = padding[0],
-          .pad_w = padding[1],
+          .pad_w = padding[ends ? 2 : 1],
+          .end_h = padding[ends ? 1 : 0],
+          .end_w = padding[ends ? 3 : 1],
           .dilation_h = dilation[0],
           .dilation_w = dilation[1]};
 }
 
 ConvGeometry conv_geometry(const StepArgs& args, int64_t channels, Pair kernel) {
-  return conv_geometry(channels, kernel, args.pair("stride"), args.pair("padding"),
+  return conv_geometry(channels, kernel, args.pair("stride"), args.integers("padding"),
                        args.pair("dilation"));
 }
 

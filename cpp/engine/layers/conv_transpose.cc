@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "engine/core/elementwise.h"
 #include "engine/core/memory.h"
 #include "engine/core/op_registry.h"
 #include "engine/layers/layer_step.h"
@@ -42,19 +43,21 @@ class ConvTransposeStep : public Step {
   // weight (outputs, geometry.channels / groups, kernel_h, kernel_w), bias (outputs)
   ConvTransposeStep(const Kernels& kernels, const ConvGeometry& geometry, Pair output_padding,
                     int64_t outputs, int64_t groups, const float* weight, const float* bias,
-                    bool residual, Clamp clamp)
+                    const StepArgs& args)
       : kernels_(kernels),
         g_(geometry),
         output_padding_(output_padding),
         outputs_(outputs),
         groups_(groups),
         bias_(bias, bias + outputs),
-        residual_(residual),
-        clamp_(clamp),
+        residual_(args.residual >= 0),
+        clamp_(args.clamp),
         down_(phases_of(g_.kernel_h, g_.stride_h, g_.pad_h, g_.dilation_h)),
         across_(phases_of(g_.kernel_w, g_.stride_w, g_.pad_w, g_.dilation_w)) {
     require(groups >= 1 && g_.channels % groups == 0 && outputs % groups == 0,
             "groups must divide the channels and the outputs of a transposed convolution");
+    require(g_.pad_h == g_.end_h && g_.pad_w == g_.end_w,
+            "the padding of a transposed convolution is that of both ends");
     for (const Phase& rows : down_) {
       for (const Phase& columns : across_) {
         start_.push_back(static_cast<int64_t>(weight_.size()));
@@ -78,6 +81,12 @@ class ConvTransposeStep : public Step {
                                           " cannot add " +
                                           (residual_ ? in[1].text() : std::string()));
     return y;
+  }
+  bool absorb(const Step& next) override {
+    ElementwisePtr function = next.elementwise();
+    if (!function || (function->channels() > 0 && function->channels() != outputs_)) return false;
+    function_ = in_order(function_, std::move(function));
+    return true;
   }
   std::string method(const Shapes&) const override { return "float32"; }
   size_t parameter_bytes() const override {
@@ -224,8 +233,7 @@ class ConvTransposeStep : public Step {
     }
   }
 
-  void write(const StepRun& r, const Tile& t, int64_t i, int64_t j, int64_t m,
-             const float* sums) const {
+  void write(const StepRun& r, const Tile& t, int64_t i, int64_t j, int64_t m, float* sums) const {
     const Shape& y = r.out_shape;
     over_lines(t, [&](int64_t row, int64_t n, int64_t line, int64_t column, int64_t count) {
       const int64_t oy = line * g_.stride_h + i;
@@ -233,16 +241,21 @@ class ConvTransposeStep : public Step {
       // The last columns may be missing in this phase.
       count = std::min(count, (y[3] - j + g_.stride_w - 1) / g_.stride_w - column);
       const int64_t at = ((m * y[0] + n) * y[2] + oy) * y[3] + column * g_.stride_w + j;
+      float* const part = sums + row;
       for (int64_t k = 0; k < count; ++k) {
-        const int64_t o = at + k * g_.stride_w;
-        float v = sums[row + k];
-        if (residual_) v += r.inputs[1][o];
+        float v = part[k];
+        if (residual_) v += r.inputs[1][at + k * g_.stride_w];
         if (clamp_.on) {  // as the kernels do: NaN and -0 become `low`
           v = v > clamp_.low ? v : clamp_.low;
           v = v < clamp_.high ? v : clamp_.high;
         }
-        r.out[o] = v;
+        part[k] = v;
       }
+      if (function_ && count > 0) {
+        const size_t n = static_cast<size_t>(count);
+        function_->apply(part, n, {m, 0, count, outputs_}, part);
+      }
+      for (int64_t k = 0; k < count; ++k) r.out[at + k * g_.stride_w] = part[k];
     });
   }
 
@@ -254,6 +267,7 @@ class ConvTransposeStep : public Step {
   std::vector<int64_t> start_;        // of each phase
   bool residual_;
   Clamp clamp_;
+  ElementwisePtr function_;  // of what the rest makes; null: none
   std::vector<Phase> down_, across_;
 };
 
@@ -264,7 +278,7 @@ int add_conv_transpose(PlanBuilder& plan, const StepArgs& args) {
       std::make_unique<ConvTransposeStep>(
           plan.kernels(), conv_geometry(args, weight[1] * groups, {weight[2], weight[3]}),
           args.pair("output_padding"), weight[0], groups, weight.data,
-          per_output(args, "bias", weight[0]), args.residual >= 0, args.clamp),
+          per_output(args, "bias", weight[0]), args),
       with_residual(args.inputs[0], args));
 }
 

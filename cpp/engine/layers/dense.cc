@@ -6,6 +6,7 @@
 
 #include "engine/core/memory.h"
 #include "engine/core/op_registry.h"
+#include "engine/layers/dense_depthwise.h"
 #include "engine/layers/layer_step.h"
 
 namespace lutra {
@@ -15,11 +16,23 @@ namespace {
 constexpr double kCopiedPerMicrosecond = 2e3;
 constexpr double kMultipliedPerMicrosecond = 3e4;
 
+// Outputs from..to-1 of those that `weight` and `e` are of; `from` begins a block.
+void multiply(const Kernels& kernels, const float* patch, int64_t depth, const float* weight,
+              int64_t from, int64_t to, Epilogue e) {
+  const size_t m = static_cast<size_t>(from);
+  e.bias += m;
+  if (e.residual) e.residual += m * e.residual_stride;
+  if (e.out) e.out += from * static_cast<int64_t>(e.out_stride);
+  for (int32_t i = 0; i < e.quantized; ++i) e.q[i].out += m * e.q[i].stride;
+  kernels.gemm(patch, static_cast<size_t>(depth), weight + from * depth,
+               static_cast<int32_t>(to - from), e);
+}
+
 class ConvStep : public LayerStep {
  public:
   // weight (outputs, geometry.channels / groups, kernel_h, kernel_w), bias (outputs)
   ConvStep(const Kernels& kernels, const ConvGeometry& geometry, int64_t outputs, int64_t groups,
-           const float* weight, const float* bias, bool residual, Clamp clamp);
+           const float* weight, const float* bias, const StepArgs& args);
   size_t workspace(const Shapes& inputs, int threads) const override;
   void run(const StepRun& r) const override;
   std::string method(const Shapes&) const override { return "float32"; }
@@ -38,7 +51,7 @@ class LinearStep : public LayerStep {
  public:
   // weight (outputs, features), bias (outputs)
   LinearStep(const Kernels& kernels, int64_t features, int64_t outputs, const float* weight,
-             const float* bias, bool residual, Clamp clamp);
+             const float* bias, const StepArgs& args);
   void prepare(const Shapes& inputs) const override;
   size_t workspace(const Shapes& inputs, int threads) const override {
     return worker_floats(inputs) * sizeof(float) * static_cast<size_t>(threads);
@@ -64,9 +77,8 @@ class LinearStep : public LayerStep {
 };
 
 ConvStep::ConvStep(const Kernels& kernels, const ConvGeometry& geometry, int64_t outputs,
-                   int64_t groups, const float* weight, const float* bias, bool residual,
-                   Clamp clamp)
-    : LayerStep(geometry, outputs, false, residual, clamp),
+                   int64_t groups, const float* weight, const float* bias, const StepArgs& args)
+    : LayerStep(geometry, outputs, false, args),
       kernels_(kernels),
       groups_(groups),
       bias_(bias, bias + outputs) {
@@ -87,11 +99,12 @@ ConvStep::ConvStep(const Kernels& kernels, const ConvGeometry& geometry, int64_t
 }
 
 struct ConvStep::Sizes {
-  size_t planes, worker;  // floats
-  Sizes(const PaddedPlanes<float>& p, int64_t depth, int64_t tile, int64_t w) {
+  size_t planes, patch, worker;  // floats
+  Sizes(const PaddedPlanes<float>& p, int64_t depth, int32_t tile, int64_t w) {
     planes = static_cast<size_t>((p.elements() + 15) / 16 * 16);
-    worker = static_cast<size_t>(
+    patch = static_cast<size_t>(
         std::max<int64_t>(depth * tile + static_cast<int64_t>(kSlack), (w + 15) / 16 * 16));
+    worker = patch + TileOutput::scratch_bytes(0, tile, true) / sizeof(float);
   }
 };
 
@@ -106,7 +119,7 @@ void ConvStep::run(const StepRun& r) const {
   const View<const float> x = stored_image(r.shapes[0], r.inputs[0]);
   const PaddedPlanes<float> planes(geometry_, x.n, x.h, x.w);
   const int64_t depth = geometry_.depth() / groups_, tile = kernels_.row_tile;
-  const Sizes s(planes, depth, tile, x.w);
+  const Sizes s(planes, depth, kernels_.row_tile, x.w);
   float* const padded = reinterpret_cast<float*>(r.workspace);
   float* const workers = padded + s.planes;
   const double fill = static_cast<double>(x.n * x.c * x.h * x.w) / kCopiedPerMicrosecond;
@@ -125,20 +138,23 @@ void ConvStep::run(const StepRun& r) const {
                const int64_t first = static_cast<int64_t>(index) * tile,
                              count = std::min(tile, rows - first);
                const auto runs = planes.runs(first, count);
-               if (count < tile) std::fill(patch, patch + s.worker, 0.0f);
-               for (int64_t group = 0; group < groups_; ++group) {
-                 planes.gather(padded, runs, group * depth, (group + 1) * depth, tile, patch);
-                 kernels_.gemm(patch, static_cast<size_t>(depth),
-                               weight_.data() + static_cast<size_t>(group) * group_weights_,
-                               static_cast<int32_t>(per_group),
-                               target.begin(first, count, nullptr, group * per_group));
-               }
+               if (count < tile) std::fill(patch, patch + s.patch, 0.0f);
+               target.make_groups(
+                   first, count, reinterpret_cast<uint8_t*>(patch + s.patch), groups_, per_group,
+                   [&](int64_t group, int64_t from, int64_t to, const Epilogue& e) {
+                     if (from == 0) {
+                       planes.gather(padded, runs, group * depth, (group + 1) * depth, tile, patch);
+                     }
+                     multiply(kernels_, patch, depth,
+                              weight_.data() + static_cast<size_t>(group) * group_weights_, from,
+                              to, e);
+                   });
              });
 }
 
 LinearStep::LinearStep(const Kernels& kernels, int64_t features, int64_t outputs,
-                       const float* weight, const float* bias, bool residual, Clamp clamp)
-    : LayerStep({.channels = features}, outputs, true, residual, clamp),
+                       const float* weight, const float* bias, const StepArgs& args)
+    : LayerStep({.channels = features}, outputs, true, args),
       kernels_(kernels),
       features_(features),
       bias_(bias, bias + outputs) {
@@ -211,7 +227,12 @@ void LinearStep::run_rows(const StepRun& r) const {
                    v = v < clamp_.high ? v : clamp_.high;
                  }
                  sums[m] = v;
-                 if (y.data) y.data[at] = v;
+               }
+               if (function_) {
+                 function_->apply(sums, static_cast<size_t>(outputs_), {0, 0, 1, outputs_}, sums);
+               }
+               for (int64_t m = 0; y.data && m < outputs_; ++m) {
+                 y.data[row * y.sn + m * y.sc] = sums[m];
                }
                uint8_t* const bytes = reinterpret_cast<uint8_t*>(sums + padded());
                for (int i = 0; i < r.quantized; ++i) {
@@ -242,29 +263,34 @@ void LinearStep::run_tiles(const StepRun& r) const {
                for (int64_t d = 0; d < features_; ++d) {  // lanes of no row
                  std::fill(patch + d * tile + count, patch + (d + 1) * tile, 0.0f);
                }
-               kernels_.gemm(patch, static_cast<size_t>(features_), tiles_.data(),
-                             static_cast<int32_t>(outputs_), target.begin(first, count, scratch));
-               target.end(first, count, scratch, 0, outputs_);
+               target.make(first, count, scratch, 0, 0, outputs_,
+                           [&](int64_t from, int64_t to, const Epilogue& e) {
+                             multiply(kernels_, patch, features_, tiles_.data(), from, to, e);
+                           });
              });
 }
 
 int add_conv(PlanBuilder& plan, const StepArgs& args) {
   const Tensor<float> weight = args.tensor<float>("weight", 4);
-  const int64_t groups = args.integer("groups");
-  return plan.add_step(
-      std::make_unique<ConvStep>(
-          plan.kernels(), conv_geometry(args, weight[1] * groups, {weight[2], weight[3]}),
-          weight[0], groups, weight.data, per_output(args, "bias", weight[0]), args.residual >= 0,
-          args.clamp),
-      with_residual(args.inputs[0], args));
+  const int64_t groups = args.integer("groups"), outputs = weight[0];
+  const ConvGeometry geometry = conv_geometry(args, weight[1] * groups, {weight[2], weight[3]});
+  const float* const bias = per_output(args, "bias", outputs);
+  StepPtr step;
+  if (is_depthwise(geometry, groups)) {
+    step = make_depthwise(plan.kernels(), geometry, outputs, weight.data, bias, args);
+  } else {
+    step = std::make_unique<ConvStep>(plan.kernels(), geometry, outputs, groups, weight.data, bias,
+                                      args);
+  }
+  return plan.add_step(std::move(step), with_residual(args.inputs[0], args));
 }
 
 int add_linear(PlanBuilder& plan, const StepArgs& args) {
   const Tensor<float> weight = args.tensor<float>("weight", 2);
-  return plan.add_step(std::make_unique<LinearStep>(
-                           plan.kernels(), weight[1], weight[0], weight.data,
-                           per_output(args, "bias", weight[0]), args.residual >= 0, args.clamp),
-                       with_residual(args.inputs[0], args));
+  return plan.add_step(
+      std::make_unique<LinearStep>(plan.kernels(), weight[1], weight[0], weight.data,
+                                   per_output(args, "bias", weight[0]), args),
+      with_residual(args.inputs[0], args));
 }
 
 }  // namespace

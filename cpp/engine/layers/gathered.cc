@@ -1,29 +1,16 @@
 #include "engine/layers/gathered.h"
 
 #include <algorithm>
-#include <utility>
-#include <vector>
 
 namespace lutra {
 namespace {
 
-constexpr double kWorkPerMicrosecond = 2e5;       // multiply-adds of one core, a rough guess
-constexpr int64_t kRowOutputs = 512;              // outputs of one work item where rows run alone
-constexpr int64_t kQuantizedBlock = 1 << 14;      // floats of one work item
-constexpr double kQuantizedPerMicrosecond = 4e3;  // floats of one core, a rough guess
+constexpr double kWorkPerMicrosecond = 2e5;  // multiply-adds of one core, a rough guess
+constexpr int64_t kRowOutputs = 512;         // outputs of one work item where rows run alone
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 }  // namespace
-
-GatheredLayer::GatheredLayer(std::string name, const Kernels& kernels, const ConvGeometry& geometry,
-                             int64_t outputs, int64_t groups, const Quantization& quantization,
-                             int most_bits, const float* scale, const float* bias)
-    : Layer(std::move(name), kernels, geometry, outputs, quantization, most_bits, scale, bias),
-      groups_(groups) {
-  require(groups >= 1 && geometry.channels % groups == 0 && outputs % groups == 0,
-          "groups must divide the channels and the outputs");
-}
 
 // Workspace: gathered values of all tiles (where tiles are few and shared out), workers.
 struct GatheredLayer::Sizes {
@@ -50,44 +37,6 @@ Layer::Memory GatheredLayer::memory(const PatchSource& source, int threads, bool
   return {s.shared, s.worker};
 }
 
-void GatheredLayer::run(const ImageView& x, const LayerOutput& output, uint8_t* codes,
-                        uint8_t* workspace, ThreadPool& pool) const {
-  if (!codes) return Layer::run(x, output, nullptr, workspace, pool);
-  const Grid grid = make_grid(quantization_);
-  const int64_t size = x.pixels() * x.c;
-  pool.run(static_cast<size_t>((size + kQuantizedBlock - 1) / kQuantizedBlock),
-           static_cast<double>(size) / kQuantizedPerMicrosecond, [&](size_t i, int) {
-             const int64_t first = static_cast<int64_t>(i) * kQuantizedBlock;
-             const int64_t n = std::min(kQuantizedBlock, size - first);
-             kernels_.quantize(x.data + first, static_cast<size_t>(n), grid, codes + first);
-           });
-  // Lines that can be copied as they are. Without padding they would be read in place, but what a
-  // caller gives has no slack.
-  if (x.sw == 1 && x.sh == x.w && geometry_.taps() > 1) {
-    Layer::run(ByteView{codes, x.n, x.c, x.h, x.w, x.sn, x.sc, x.sh, x.sw}, output, workspace,
-               pool);
-  } else {
-    Layer::run(x, output, nullptr, workspace, pool);
-  }
-}
-
-void GatheredLayer::check_codes(const ImageView& x, int64_t, const Codes& codes) const {
-  const int64_t shape[] = {x.n, x.c, x.h, x.w}, strides[] = {x.sn, x.sc, x.sh, x.sw};
-  bool fits = codes.shape.size() == 4;
-  std::vector<std::pair<int64_t, int64_t>> axes;  // stride, length
-  for (size_t i = 0; fits && i < 4; ++i) {
-    fits = codes.shape[i] == shape[i] && (shape[i] <= 1 || codes.strides[i] == strides[i]);
-    if (shape[i] > 1) axes.push_back({strides[i], shape[i]});
-  }
-  std::sort(axes.begin(), axes.end());
-  int64_t next = 1;
-  for (const auto& [stride, length] : axes) {
-    fits = fits && stride == next;
-    next *= length;
-  }
-  require(fits, "indices need the shape and the strides of x, and both without gaps");
-}
-
 void GatheredLayer::run_loaded(const Call& call) const {
   const PatchSource& source = call.source;
   const TileOutput& output = call.output;
@@ -108,15 +57,17 @@ void GatheredLayer::run_loaded(const Call& call) const {
       uint8_t* const memory = workers + static_cast<size_t>(worker) * s.worker;
       uint8_t* const gathered = memory + align64(kMaxRowTile * sizeof(int32_t));
       uint8_t* const scratch = gathered + s.gathered;
-      Patch p = patch(static_cast<int64_t>(i), memory);
+      const Patch all = patch(static_cast<int64_t>(i), memory);
       const int64_t first = static_cast<int64_t>(i) * tile;
-      for (int64_t g = 0; g < groups_; ++g, p.planes += channels * p.plane) {
-        gather(p, gathered);
-        output.make(first, p.rows, scratch, g * per_group, 0, per_group,
-                    [&](int64_t from, int64_t to, const Epilogue& e) {
-                      multiply(g, gathered, from, to, e);
-                    });
-      }
+      output.make_groups(first, all.rows, scratch, groups_, per_group,
+                         [&](int64_t group, int64_t from, int64_t to, const Epilogue& e) {
+                           if (from == 0) {
+                             Patch p = all;
+                             p.planes += group * channels * p.plane;
+                             gather(p, gathered);
+                           }
+                           multiply(group, gathered, from, to, e);
+                         });
     });
     return;
   }

@@ -2,6 +2,7 @@
 // int32 sums.
 #include "engine/core/limits.h"
 #include "engine/layers/gathered.h"
+#include "engine/layers/int8_depthwise.h"
 
 namespace lutra {
 namespace {
@@ -68,9 +69,14 @@ std::unique_ptr<Layer> make_int8(const Kernels& kernels, const StepArgs& args, b
   const int64_t groups = linear ? 1 : args.integer("groups"), channels = weight[1] * groups;
   const ConvGeometry geometry = linear ? ConvGeometry{.channels = channels}
                                        : conv_geometry(args, channels, {weight[2], weight[3]});
+  const float* const scale = per_output(args, "scale", weight[0]);
+  const float* const bias = per_output(args, "bias", weight[0]);
+  if (is_depthwise(geometry, groups)) {
+    return make_int8_depthwise(kernels, geometry, weight[0], grid_of(args), weight.data, scale,
+                               bias);
+  }
   return std::make_unique<Int8Layer>(kernels, geometry, weight[0], groups, grid_of(args),
-                                     weight.data, per_output(args, "scale", weight[0]),
-                                     per_output(args, "bias", weight[0]));
+                                     weight.data, scale, bias);
 }
 
 }  // namespace

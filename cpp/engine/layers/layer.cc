@@ -29,7 +29,7 @@ void Layer::require(bool ok, const std::string& what) const {
 }
 
 size_t Layer::workspace_bytes(int64_t n, int64_t h, int64_t w, int threads, bool direct) const {
-  const PatchSource source(geometry_, n, h, w);
+  const PatchSource source(source_geometry(), n, h, w);
   const Memory m = memory(source, threads, direct);
   return align64(source.bytes()) + m.shared + static_cast<size_t>(threads) * m.worker;
 }
@@ -37,7 +37,7 @@ size_t Layer::workspace_bytes(int64_t n, int64_t h, int64_t w, int threads, bool
 template <class X, class Load>
 void Layer::run_from(const X& x, const LayerOutput& output, uint8_t* codes, uint8_t* workspace,
                      ThreadPool& pool, const Load& load) const {
-  PatchSource source(geometry_, x.n, x.h, x.w);
+  PatchSource source(source_geometry(), x.n, x.h, x.w);
   const bool direct = TileOutput::direct(output.view);
   const Memory m = memory(source, pool.threads(), direct);
   uint8_t* const shared = workspace + align64(source.bytes());

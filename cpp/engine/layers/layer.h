@@ -46,8 +46,8 @@ class Layer {
   virtual void check_codes(const ImageView& x, int64_t rows, const Codes& codes) const = 0;
 
   // For outputs that are only read on this grid.
-  Fold fold(Clamp clamp, const Quantization& grid) const {
-    return fold_quantization(scale_, bias_, clamp, make_grid(grid), largest_sum());
+  Fold fold(Clamp clamp, const Elementwise* function, const Quantization& grid) const {
+    return fold_quantization(scale_, bias_, clamp, function, make_grid(grid), largest_sum());
   }
   // How run() does it, for profiles.
   virtual std::string method(int64_t rows) const = 0;
@@ -60,6 +60,8 @@ class Layer {
         const Quantization& quantization, int most_bits, const float* scale, const float* bias);
   void require(bool ok, const std::string& what) const;  // "<name> layer: <what>"
 
+  // Where the rows of the source of a call come from.
+  virtual ConvGeometry source_geometry() const { return geometry_; }
   // Memory of a run beside the planes, in bytes: for all workers, and for each.
   struct Memory {
     size_t shared, worker;

@@ -1,5 +1,6 @@
 #include "engine/layers/layer_step.h"
 
+#include "engine/core/elementwise.h"
 #include "engine/layers/layer.h"
 
 namespace lutra {
@@ -16,13 +17,21 @@ Shape LayerStep::infer(const Shapes& inputs) const {
     const ConvGeometry& g = geometry_;
     require(x.rank == 4 && x[1] == g.channels, "a convolution over " + std::to_string(g.channels) +
                                                    " channels got the shape " + x.text());
-    require(x[2] + 2 * g.pad_h >= g.dilation_h * (g.kernel_h - 1) + 1 &&
-                x[3] + 2 * g.pad_w >= g.dilation_w * (g.kernel_w - 1) + 1,
+    require(g.out_h(x[2]) > 0 && g.out_w(x[3]) > 0,
             "the kernel is larger than the padded image " + x.text());
     y = Shape{x[0], outputs_, g.out_h(x[2]), g.out_w(x[3])};
   }
   require(!residual_ || inputs[1] == y, "the added tensor's shape differs from the output's");
   return y;
+}
+
+bool LayerStep::absorb(const Step& next) {
+  ElementwisePtr function = next.elementwise();
+  if (!function) return false;
+  const int64_t channels = function->channels();
+  if (channels > 0 && (!channels_are_outputs_ || channels != outputs_)) return false;
+  function_ = in_order(function_, std::move(function));
+  return true;
 }
 
 LayerOutput LayerStep::output(const StepRun& r) const {
@@ -49,9 +58,8 @@ namespace {
 
 class QuantizedStep : public LayerStep {
  public:
-  QuantizedStep(std::unique_ptr<Layer> layer, bool linear, bool residual, Clamp clamp)
-      : LayerStep(layer->geometry(), layer->outputs(), linear, residual, clamp),
-        layer_(std::move(layer)) {}
+  QuantizedStep(std::unique_ptr<Layer> layer, bool linear, const StepArgs& args)
+      : LayerStep(layer->geometry(), layer->outputs(), linear, args), layer_(std::move(layer)) {}
   void prepare(const Shapes& inputs) const override { layer_->prepare(rows(inputs[0])); }
   size_t workspace(const Shapes& inputs, int threads) const override {
     const auto x = view<const uint8_t>(inputs[0], nullptr);
@@ -61,12 +69,8 @@ class QuantizedStep : public LayerStep {
     layer_->run(view(r.shapes[0], r.bytes), output(r), r.workspace, r.pool);
   }
   void set_outputs(const std::vector<Quantization>& grids, bool floats) override {
-    const bool can_fold = grids.size() == 1 && !floats && !residual_ && !function_;
-    if (can_fold) fold_ = layer_->fold(clamp_, grids[0]);
-  }
-  bool absorb(const Step& next) override {
-    if (!function_) return (function_ = next.elementwise()) != nullptr;
-    return false;
+    const bool can_fold = grids.size() == 1 && !floats && !residual_;
+    if (can_fold) fold_ = layer_->fold(clamp_, function_.get(), grids[0]);
   }
   std::string method(const Shapes& inputs) const override {
     return layer_->method(rows(inputs[0]));
@@ -84,9 +88,9 @@ Operator layer_operator(LayerMaker make, bool linear) {
               [make, linear](PlanBuilder& plan, const StepArgs& args) {
                 std::unique_ptr<Layer> layer = make(plan.kernels(), args, linear);
                 const int bytes = plan.quantized(args.inputs[0], layer->quantization());
-                return plan.add_step(std::make_unique<QuantizedStep>(
-                                         std::move(layer), linear, args.residual >= 0, args.clamp),
-                                     with_residual(bytes, args));
+                return plan.add_step(
+                    std::make_unique<QuantizedStep>(std::move(layer), linear, args),
+                    with_residual(bytes, args));
               },
           .fuses = true,
           .layer = [make, linear](const Kernels& kernels,

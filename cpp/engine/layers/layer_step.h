@@ -44,14 +44,16 @@ View<T> stored_rows(const Shape& s, T* data) {
 // a second input before the clamp.
 class LayerStep : public Step {
  public:
-  LayerStep(const ConvGeometry& geometry, int64_t outputs, bool linear, bool residual, Clamp clamp)
+  LayerStep(const ConvGeometry& geometry, int64_t outputs, bool linear, const StepArgs& args)
       : geometry_(geometry),
         outputs_(outputs),
         linear_(linear),
-        residual_(residual),
-        clamp_(clamp) {}
+        residual_(args.residual >= 0),
+        channels_are_outputs_(!linear || args.output_shape.size() == 2),
+        clamp_(args.clamp) {}
   Shape infer(const Shapes& inputs) const override;
   int max_quantized() const override { return kMaxQuantized; }
+  bool absorb(const Step& next) override;
 
  protected:
   template <class T>
@@ -68,8 +70,9 @@ class LayerStep : public Step {
   ConvGeometry geometry_;  // of the whole layer
   int64_t outputs_;
   bool linear_, residual_;
+  bool channels_are_outputs_;  // axis 1 of what it makes
   Clamp clamp_;
-  ElementwisePtr function_;  // of what the rest makes
+  ElementwisePtr function_;  // of what the rest makes; null: none
   Fold fold_;
 };
 

@@ -63,27 +63,44 @@ void PatchSource::load(const ByteView& x, int32_t zero, uint8_t* workspace, uint
                        size_t stride, ThreadPool& pool) {
   uint8_t* const to = begin(workspace);
   const int64_t step = planes_.plain() ? x.row_step() : 0;
-  if (step == 1) {  // it is what we need
+  if (in_place(x)) {
     data_ = x.data;
     plane_ = x.sc;
     return;
   }
-  if (g_.taps() == 1 && !g_.pad_h && !g_.pad_w && x.sw == 1) return subsample(x, to, pool);
-  const double time = static_cast<double>(x.pixels() * x.c) / kCopiedPerMicrosecond;
-  const uint8_t padding = static_cast<uint8_t>(zero);
-  auto convert = [](const uint8_t* from, int64_t count, uint8_t* target) {
-    copy_lines(target, 0, from, 0, 1, count);
-  };
+  if (g_.taps() == 1 && !g_.padded() && x.sw == 1) return subsample(x, to, pool);
   if (step != 0 && x.sc == 1) {
-    transpose(x, step, to, scratch, stride, time, pool, convert);
+    const double time = static_cast<double>(x.pixels() * x.c) / kCopiedPerMicrosecond;
+    transpose(x, step, to, scratch, stride, time, pool,
+              [](const uint8_t* from, int64_t count, uint8_t* target) {
+                copy_lines(target, 0, from, 0, 1, count);
+              });
     return;
   }
+  copy_planes(x, to, pool, [zero](int64_t) { return static_cast<uint8_t>(zero); });
+}
+
+void PatchSource::load(const ByteView& x, const uint8_t* padding, uint8_t* workspace,
+                       ThreadPool& pool) {
+  uint8_t* const to = begin(workspace);
+  if (in_place(x)) {
+    data_ = x.data;
+    plane_ = x.sc;
+    return;
+  }
+  copy_planes(x, to, pool, [padding](int64_t c) { return padding[c]; });
+}
+
+template <class PaddingOf>
+void PatchSource::copy_planes(const ByteView& x, uint8_t* to, ThreadPool& pool,
+                              const PaddingOf& padding_of) {
+  const double time = static_cast<double>(x.pixels() * x.c) / kCopiedPerMicrosecond;
   const int64_t items = (x.c + kFillChannels - 1) / kFillChannels;
   pool.run(static_cast<size_t>(items), time, [&](size_t item, int) {
     const int64_t first = static_cast<int64_t>(item) * kFillChannels;
     const int64_t last = std::min(x.c, first + kFillChannels);
-    planes_.clear(to, first, last, padding);
     for (int64_t c = first; c < last; ++c) {
+      planes_.clear(to, c, c + 1, padding_of(c));
       for (int64_t n = 0; n < x.n; ++n) planes_.copy(to, x.data + c * x.sc + n * x.sn, n, c);
     }
   });

@@ -21,18 +21,29 @@ class PatchSource {
   // sizes must be those given to the constructor; scratch of the workers lies `stride` bytes apart.
   void load(const ByteView& x, int32_t zero, uint8_t* workspace, uint8_t* scratch, size_t stride,
             ThreadPool& pool);
+  // From planes that have a padding each.
+  void load(const ByteView& x, const uint8_t* padding, uint8_t* workspace, ThreadPool& pool);
   void load(const ImageView& x, const Kernels& kernels, const Grid& grid, uint8_t* workspace,
             uint8_t* scratch, size_t stride, ThreadPool& pool);
 
+  const ConvGeometry& geometry() const { return g_; }
+  int64_t images() const { return n_; }
+  int64_t height() const { return h_; }
+  int64_t width() const { return w_; }
   int64_t rows() const { return planes_.rows(); }
   const PaddedPlanes<uint8_t>& planes() const { return planes_; }
   const uint8_t* data() const { return data_; }
+  int64_t plane() const { return plane_; }  // bytes between channels
 
   // Rows first..first+count-1. `row` has row_tile entries and must live as long as the patch.
   Patch tile(int64_t first, int64_t count, int32_t row_tile, int32_t* row) const;
 
  private:
   uint8_t* begin(uint8_t* workspace);
+  // The value is what tile() needs, as it is.
+  bool in_place(const ByteView& x) const { return planes_.plain() && x.row_step() == 1; }
+  template <class PaddingOf>
+  void copy_planes(const ByteView& x, uint8_t* to, ThreadPool& pool, const PaddingOf& padding_of);
   void subsample(const ByteView& x, uint8_t* to, ThreadPool& pool);
 
   ConvGeometry g_;

@@ -117,9 +117,9 @@ class PaddedPlanes {
         n_(n),
         h_(h),
         w_(w),
-        phase_((w + 2 * g.pad_w + g.stride_w - 1) / g.stride_w),
+        phase_((w + g.pad_w + g.end_w + g.stride_w - 1) / g.stride_w),
         pitch_(phase_ * g.stride_w),
-        image_((h + 2 * g.pad_h) * pitch_),
+        image_((h + g.pad_h + g.end_h) * pitch_),
         plane_(n * image_),
         out_h_(g.out_h(h)),
         out_w_(g.out_w(w)) {}
@@ -130,7 +130,7 @@ class PaddedPlanes {
 
   // 1x1, no stride, no padding: a plane is the channel as it is, of all images on end.
   bool plain() const {
-    return g_.taps() == 1 && g_.stride_h == 1 && g_.stride_w == 1 && !g_.pad_h && !g_.pad_w;
+    return g_.taps() == 1 && g_.stride_h == 1 && g_.stride_w == 1 && !g_.padded();
   }
 
   // Offset of each kernel position in a plane: taps() numbers.
@@ -151,7 +151,7 @@ class PaddedPlanes {
       pad(planes + c * plane_ + n * image_, padding);
     }
     const int64_t channels = last - first;
-    if (x.sw == 1 && x.sh == w_ && g_.stride_w == 1 && !g_.pad_w) {  // lines follow each other
+    if (x.sw == 1 && x.sh == w_ && pitch_ == w_ && g_.stride_w == 1) {  // lines follow each other
       T* const to = planes + n * image_ + g_.pad_h * pitch_;
       for (int64_t c = first; c < last; ++c) {
         convert(x.data + n * x.sn + c * x.sc, h_ * w_, to + c * plane_);
@@ -273,18 +273,16 @@ class PaddedPlanes {
   // The border of an image, or all of it where the columns are not in order.
   void pad(T* image, T padding) const {
     if (g_.stride_w != 1) {
-      if (g_.pad_h || g_.pad_w || pitch_ != w_) std::fill(image, image + image_, padding);
+      if (g_.padded() || pitch_ != w_) std::fill(image, image + image_, padding);
       return;
     }
-    if (g_.pad_h) {
-      std::fill(image, image + g_.pad_h * pitch_, padding);
-      std::fill(image + image_ - g_.pad_h * pitch_, image + image_, padding);
-    }
-    const int64_t width = g_.pad_w;
-    if (!width) return;
+    std::fill(image, image + g_.pad_h * pitch_, padding);
+    std::fill(image + image_ - g_.end_h * pitch_, image + image_, padding);
+    if (pitch_ == w_) return;
     T* line = image + g_.pad_h * pitch_;
     for (int64_t y = 0; y < h_; ++y, line += pitch_) {
-      for (int64_t i = 0; i < width; ++i) line[i] = line[pitch_ - 1 - i] = padding;
+      std::fill(line, line + g_.pad_w, padding);
+      std::fill(line + pitch_ - g_.end_w, line + pitch_, padding);
     }
   }
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "engine/core/limits.h"
+#include "engine/layers/code_planes.h"
 #include "engine/layers/layer.h"
 
 namespace lutra {
@@ -31,12 +32,13 @@ struct EncoderData {
 
 class PqLayer : public Layer {
  public:
-  // tables (codebooks, K, M), scale (M), bias (M); all arrays are copied. shape.taps and
-  // shape.depth are taken from the geometry. With `few_rows` it can run a few rows without packed
-  // tables. Throws std::invalid_argument if the sizes do not fit each other.
-  PqLayer(const Kernels& kernels, PqShape shape, const ConvGeometry& geometry,
-          const Quantization& quantization, const EncoderData& encoder, const int8_t* tables,
-          const float* scale, const float* bias, bool few_rows);
+  // tables (shape.codebooks, K, M), scale (M), bias (M); all arrays are copied. The encoder is of
+  // `codebooks` codebooks of the parts of a group. shape.taps and shape.depth are taken from the
+  // geometry. With `few_rows` it can run a few rows without packed tables. Throws
+  // std::invalid_argument if the sizes do not fit each other.
+  PqLayer(const Kernels& kernels, PqShape shape, const ConvGeometry& geometry, Group group,
+          const Quantization& quantization, const EncoderData& encoder, int64_t codebooks,
+          const int8_t* tables, const float* scale, const float* bias, bool few_rows);
 
   void prepare(int64_t rows) const override;
   // Codes: canonical ones, (codebooks, rows).
@@ -47,39 +49,48 @@ class PqLayer : public Layer {
  private:
   struct Sizes;
   void check(const EncoderData& encoder) const;
+  ConvGeometry source_geometry() const override { return part_geometry(geometry_, group_); }
   bool by_row(int64_t rows) const { return few_rows_ && rows <= kFewRows; }
   void pack(const int8_t* tables) const;
   Memory memory(const PatchSource& source, int threads, bool direct) const override;
   int64_t largest_sum() const override { return int64_t{128} * shape_.codebooks; }
   void run_loaded(const Call& call) const override;
+  void run_patches(const Call& call) const;
   void run_rows(const Call& call, const Sizes& s) const;
 
   static constexpr int64_t kFewRows = 4;  // a tile costs as much as about seven rows
 
-  PqShape shape_;
+  PqShape shape_;  // of a patch
+  const Group group_;
+  PqShape part_;  // of what is encoded: the patch, or one of its parts
   bool few_rows_;
   AlignedBytes encoder_;
-  std::vector<int8_t> canonical_;  // tables, for few rows and until the others are packed
+  std::unique_ptr<CodePlanes> planes_;  // of parts
+  std::vector<int8_t> canonical_;       // tables, for few rows and until the others are packed
   mutable std::once_flag packing_;
   mutable AlignedBytes packed_;  // tables
 };
 
 void PqLayer::check(const EncoderData& encoder) const {
-  const PqShape& s = shape_;
+  const PqShape& s = part_;
   const Quantization& q = quantization_;
-  const int32_t k = s.centroids;
+  const int32_t k = s.centroids, parts = shape_.taps / s.taps;
+  const int64_t depth = s.depth;
   require(is_one_of(k, kCentroidCounts), "K must be 8, 16, 32 or 64, not " + std::to_string(k));
-  require(s.codebooks >= 1 && s.codebooks <= kMaxCodebooks,
+  require(shape_.codebooks >= 1 && shape_.codebooks <= kMaxCodebooks,
           "codebooks must be 1.." + std::to_string(kMaxCodebooks) + ", for exact sums, not " +
-              std::to_string(s.codebooks));
-  require(geometry_.depth() < (int64_t{1} << 31), "its rows are too long");
+              std::to_string(shape_.codebooks));
+  require(shape_.codebooks == int64_t{s.codebooks} * parts,
+          std::to_string(s.codebooks) + " codebooks for " + std::to_string(parts) +
+              " parts of a patch need as many tables each, not " +
+              std::to_string(shape_.codebooks) + " in all");
   const size_t codebooks = static_cast<size_t>(s.codebooks);
   if (s.encoder == Encoder::kNearest) {
     require(s.dim >= 1 && s.dim <= kMaxSubvector,
             "V must be 1.." + std::to_string(kMaxSubvector) + ", not " + std::to_string(s.dim));
-    const int64_t codebooks = (geometry_.depth() + s.dim - 1) / s.dim;
-    require(codebooks == s.codebooks, "it needs " + std::to_string(codebooks) + " codebooks, not " +
-                                          std::to_string(s.codebooks));
+    const int64_t needed = (depth + s.dim - 1) / s.dim;
+    require(needed == s.codebooks, "it needs " + std::to_string(needed) + " codebooks, not " +
+                                       std::to_string(s.codebooks));
     for (size_t i = 0; i < codebooks * k * s.dim; ++i) {
       require(encoder.centroids[i] <= q.qmax(), "centroid value " +
                                                     std::to_string(encoder.centroids[i]) +
@@ -90,9 +101,9 @@ void PqLayer::check(const EncoderData& encoder) const {
   size_t levels = 0;
   while ((1 << levels) < k) ++levels;
   for (size_t i = 0; i < codebooks * levels; ++i) {
-    require(encoder.splits[i] >= 0 && encoder.splits[i] < geometry_.depth(),
+    require(encoder.splits[i] >= 0 && encoder.splits[i] < depth,
             "split " + std::to_string(encoder.splits[i]) + " is outside its rows of " +
-                std::to_string(geometry_.depth()));
+                std::to_string(depth));
   }
   for (size_t i = 0; i < codebooks * (k - 1); ++i) {
     require(encoder.thresholds[i] <= q.qmax() + 1, "threshold " +
@@ -101,22 +112,33 @@ void PqLayer::check(const EncoderData& encoder) const {
   }
 }
 
-PqLayer::PqLayer(const Kernels& kernels, PqShape shape, const ConvGeometry& geometry,
-                 const Quantization& quantization, const EncoderData& encoder, const int8_t* tables,
-                 const float* scale, const float* bias, bool few_rows)
+PqLayer::PqLayer(const Kernels& kernels, PqShape shape, const ConvGeometry& geometry, Group group,
+                 const Quantization& quantization, const EncoderData& encoder, int64_t codebooks,
+                 const int8_t* tables, const float* scale, const float* bias, bool few_rows)
     : Layer("product-quantised", kernels, geometry, shape.outputs, quantization, kMaxActBits, scale,
             bias),
       shape_(shape),
+      group_(group),
       few_rows_(few_rows) {
-  check(encoder);
-  shape_.depth = static_cast<int32_t>(geometry_.depth());
+  require(geometry.depth() < (int64_t{1} << 31), "its rows are too long");
+  shape_.depth = static_cast<int32_t>(geometry.depth());
   shape_.taps = static_cast<int32_t>(geometry.taps());
   shape_.bits = quantization.bits;
-  encoder_ = AlignedBytes(kernels.encoder_bytes(shape_));
-  if (shape_.encoder == Encoder::kNearest) {
-    kernels.pack_nearest(shape_, encoder.centroids, encoder_.data());
+  const ConvGeometry part = source_geometry();
+  part_ = shape_;
+  part_.codebooks = static_cast<int32_t>(codebooks);
+  part_.depth = static_cast<int32_t>(part.depth());
+  part_.taps = static_cast<int32_t>(part.taps());
+  check(encoder);
+  encoder_ = AlignedBytes(kernels.encoder_bytes(part_));
+  if (part_.encoder == Encoder::kNearest) {
+    kernels.pack_nearest(part_, encoder.centroids, encoder_.data());
   } else {
-    kernels.pack_tree(shape_, encoder.splits, encoder.thresholds, encoder_.data());
+    kernels.pack_tree(part_, encoder.splits, encoder.thresholds, encoder_.data());
+  }
+  if (group != Group::kPatch) {
+    planes_ = std::make_unique<CodePlanes>(kernels, part_, encoder_.data(), geometry, group,
+                                           quantization);
   }
   const size_t entries = static_cast<size_t>(shape_.codebooks) * shape_.centroids * shape_.outputs;
   if (few_rows) {
@@ -139,14 +161,15 @@ void PqLayer::prepare(int64_t rows) const {
 }
 
 size_t PqLayer::parameter_bytes() const {
-  return kernels_.encoder_bytes(shape_) +
+  return kernels_.encoder_bytes(part_) +
          static_cast<size_t>(shape_.codebooks) * shape_.centroids * shape_.outputs;
 }
 
 std::string PqLayer::method(int64_t rows) const {
-  const bool tree = shape_.encoder == Encoder::kTree;
-  if (by_row(rows)) return tree ? "tree, table rows" : "nearest, table rows";
-  return tree ? "tree, shuffled tables" : "nearest, shuffled tables";
+  std::string name = shape_.encoder == Encoder::kTree ? "tree" : "nearest";
+  if (group_ == Group::kRow) name += ", code once a kernel row";
+  if (group_ == Group::kPixel) name += ", code once a pixel";
+  return name + (by_row(rows) ? ", table rows" : ", shuffled tables");
 }
 
 // Workspace: codes of all tiles (or of each worker's tile), then what each worker needs.
@@ -179,8 +202,13 @@ struct PqLayer::Sizes {
 };
 
 Layer::Memory PqLayer::memory(const PatchSource& source, int threads, bool direct) const {
-  const Sizes s(*this, source, threads, direct);
-  return {s.shared, s.worker};
+  if (!planes_) {
+    const Sizes s(*this, source, threads, direct);
+    return {s.shared, s.worker};
+  }
+  const Sizes s(*this, planes_->patches(source), threads, direct);
+  return {planes_->shared_bytes(source) + s.shared,
+          std::max({s.worker, planes_->worker_bytes(), source.scratch_bytes()})};
 }
 
 void PqLayer::check_codes(const ImageView&, int64_t rows, const Codes& codes) const {
@@ -191,6 +219,15 @@ void PqLayer::check_codes(const ImageView&, int64_t rows, const Codes& codes) co
 }
 
 void PqLayer::run_loaded(const Call& call) const {
+  if (!planes_) return run_patches(call);
+  PatchSource patches = planes_->patches(call.source);
+  const Memory m = memory(call.source, call.pool.threads(), call.direct);
+  planes_->make(call.source, patches, call.shared, call.workers, m.worker, call.pool);
+  run_patches({patches, call.output, call.direct, call.codes,
+               call.shared + planes_->shared_bytes(call.source), call.workers, call.pool});
+}
+
+void PqLayer::run_patches(const Call& call) const {
   const PatchSource& source = call.source;
   const TileOutput& output = call.output;
   uint8_t *const all_codes = call.shared, *const workers = call.workers;
@@ -199,6 +236,7 @@ void PqLayer::run_loaded(const Call& call) const {
   if (by_row(source.rows())) return run_rows(call, s);
   const int64_t tile = kernels_.row_tile, rows = source.rows();
   const uint8_t* const packed = packed_.data();
+  const int32_t taps = static_cast<int32_t>(source.geometry().taps());
   struct Own {
     int32_t* row;
     uint8_t *codes, *scratch;
@@ -212,7 +250,11 @@ void PqLayer::run_loaded(const Call& call) const {
   auto encode = [&](int64_t index, int32_t first, int32_t last, const Own& m, uint8_t* codes) {
     const int64_t row = index * tile, count = std::min(tile, rows - row);
     const Patch patch = source.tile(row, count, static_cast<int32_t>(tile), m.row);
-    kernels_.encode(shape_, encoder_.data(), patch, first, last, codes);
+    if (planes_) {
+      kernels_.gather_codes(shape_, taps, patch, first, last, codes);
+    } else {
+      kernels_.encode(shape_, encoder_.data(), patch, first, last, codes);
+    }
   };
   auto keep = [&](int64_t index, const uint8_t* codes) {
     const int64_t row = index * tile, count = std::min(tile, rows - row);
@@ -228,8 +270,10 @@ void PqLayer::run_loaded(const Call& call) const {
                                   static_cast<int32_t>(to), e);
                 });
   };
-  const double compare =
-      shape_.encoder == Encoder::kTree ? 8.0 : static_cast<double>(shape_.centroids) * shape_.dim;
+  const double compare = planes_ ? 1.0
+                         : shape_.encoder == Encoder::kTree
+                             ? 8.0
+                             : static_cast<double>(shape_.centroids) * shape_.dim;
   const double encoding =
       static_cast<double>(rows) * shape_.codebooks * compare / kWorkPerMicrosecond;
   const double looking =
@@ -322,32 +366,37 @@ std::unique_ptr<Layer> make_pq(const Kernels& kernels, const StepArgs& args, boo
   const ConvGeometry geometry = row_geometry(args, linear);
   const Tensor<int8_t> tables = args.tensor<int8_t>("tables", 3);
   const bool nearest = args.has("centroids");
+  const std::string name = args.attrs.count("group") ? args.text("group") : "patch";
+  require(name == "patch" || name == "row" || name == "pixel",
+          "group must be patch, row or pixel, not " + name);
+  const Group group = name == "row" ? Group::kRow : name == "pixel" ? Group::kPixel : Group::kPatch;
   require(args.has("splits") != nearest && args.has("thresholds") != nearest,
           "a layer has centroids, or splits and thresholds; give one of the two");
   PqShape s{.codebooks = static_cast<int32_t>(tables[0]),
             .centroids = static_cast<int32_t>(tables[1]),
             .outputs = static_cast<int32_t>(tables[2])};
   EncoderData e;
+  int64_t codebooks = 0;
   if (nearest) {
     const Tensor<uint8_t> centroids = args.tensor<uint8_t>("centroids", 3);
-    require(tables[0] == centroids[0] && tables[1] == centroids[1],
-            "centroids and tables differ in codebooks or K");
+    require(tables[1] == centroids[1], "centroids and tables differ in K");
+    codebooks = centroids[0];
     s.encoder = Encoder::kNearest;
     s.dim = static_cast<int32_t>(centroids[2]);
     e.centroids = centroids.data;
   } else {
     const Tensor<int32_t> splits = args.tensor<int32_t>("splits", 2);
     const Tensor<uint8_t> thresholds = args.tensor<uint8_t>("thresholds", 2);
-    require(tables[0] == splits[0] && tables[0] == thresholds[0] &&
-                tables[1] == thresholds[1] + 1 &&
+    codebooks = splits[0];
+    require(codebooks == thresholds[0] && tables[1] == thresholds[1] + 1 &&
                 tables[1] == int64_t{1} << std::min<int64_t>(splits[1], 31),
             "splits, thresholds and tables differ in codebooks or K");
     s.encoder = Encoder::kTree;
     e.splits = splits.data;
     e.thresholds = thresholds.data;
   }
-  return std::make_unique<PqLayer>(kernels, s, geometry, grid_of(args), e, tables.data,
-                                   per_output(args, "scale", tables[2]),
+  return std::make_unique<PqLayer>(kernels, s, geometry, group, grid_of(args), e, codebooks,
+                                   tables.data, per_output(args, "scale", tables[2]),
                                    per_output(args, "bias", tables[2]), linear);
 }
 

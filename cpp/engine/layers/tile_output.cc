@@ -65,7 +65,7 @@ Epilogue TileOutput::begin(int64_t first, int64_t count, uint8_t* scratch, int64
   e.clamp = o_.clamp.on;
   e.low = o_.clamp.low;
   e.high = o_.clamp.high;
-  if (o_.fold && o_.fold->on()) {
+  if (folded()) {
     e.fold_scale = o_.fold->scale.data() + base;
     e.fold_bias = o_.fold->bias.data() + base;
   }
@@ -104,7 +104,10 @@ void TileOutput::end_block(int64_t first, int64_t count, uint8_t* scratch, int64
   const int64_t lines = count == from ? 1 : outputs;
   const size_t length = static_cast<size_t>(count == from ? outputs * count : count);
   const int64_t at = place(first) + base * step;
-  for (int64_t i = 0; i < lines; ++i) o_.function->apply(y + i * from, length, y + i * from);
+  for (int64_t i = 0; i < lines; ++i) {
+    float* const line = y + i * from;
+    o_.function->apply(line, length, channels(base + i, count), line);
+  }
   if (o_.view.data) copy_rows(o_.view.data + at, step, y, from, outputs, count);
   for (int q = 0; q < o_.quantized; ++q) {
     for (int64_t i = 0; i < lines; ++i) {
@@ -135,7 +138,7 @@ void TileOutput::end(int64_t first, int64_t count, uint8_t* scratch, int64_t bas
     for (int64_t m = 0; m < outputs; ++m) {
       float* const y = floats + m * tile;
       for (int64_t r = 0; r < count; ++r) y[r] = finish(y[r], place(first + r) + (base + m) * v.sc);
-      o_.function->apply(y, static_cast<size_t>(count), y);
+      o_.function->apply(y, static_cast<size_t>(count), channels(base + m, count), y);
     }
   }
   for (int64_t block = 0; block < outputs; block += kBlock) {
@@ -176,7 +179,7 @@ void TileOutput::row(int64_t row, const int32_t* sums, int64_t base, int64_t out
   if (o_.residual || o_.clamp.on) {
     for (int64_t m = 0; m < outputs; ++m) y[m] = finish(y[m], start + m * v.sc);
   }
-  if (o_.function) o_.function->apply(y, static_cast<size_t>(outputs), y);
+  if (o_.function) o_.function->apply(y, static_cast<size_t>(outputs), channels(base, 1), y);
   if (v.data) {
     for (int64_t m = 0; m < outputs; ++m) v.data[start + m * v.sc] = y[m];
   }

@@ -51,6 +51,27 @@ class TileOutput {
       end_block(first, count, scratch, base + m, last - m);
     }
   }
+  // The same for `groups` groups of `size` outputs each: kernel(group, from, to, epilogue).
+  template <class F>
+  void make_groups(int64_t first, int64_t count, uint8_t* scratch, int64_t groups, int64_t size,
+                   const F& kernel) const {
+    if (!in_blocks() || size >= kBlockOutputs) {
+      for (int64_t g = 0; g < groups; ++g) {
+        make(first, count, scratch, g * size, 0, size,
+             [&](int64_t from, int64_t to, const Epilogue& e) { kernel(g, from, to, e); });
+      }
+      return;
+    }
+    const int64_t block = kBlockOutputs / size;  // small groups share a block
+    for (int64_t g = 0; g < groups; g += block) {
+      const int64_t last = std::min(groups, g + block);
+      for (int64_t i = g; i < last; ++i) {
+        const int64_t at = (i - g) * size * block_step(count) * int64_t{sizeof(float)};
+        kernel(i, 0, size, begin_block(first, count, scratch + at, i * size, 0));
+      }
+      end_block(first, count, scratch, g * size, (last - g) * size);
+    }
+  }
   // Whether make() may be replaced by begin() and the kernel.
   bool plain() const { return whole_ && !in_blocks(); }
 
@@ -68,7 +89,10 @@ class TileOutput {
 
   // Between the outputs of a block.
   static int64_t block_step(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock * kRowBlock; }
-  bool in_blocks() const { return o_.function && whole_; }
+  bool folded() const { return o_.fold && o_.fold->on(); }
+  bool in_blocks() const { return o_.function && whole_ && !folded(); }
+  // Of lines of `step` values, one for each output from `output` on.
+  Channels channels(int64_t output, int64_t step) const { return {output, 0, step, o_.view.c}; }
   Epilogue begin_block(int64_t first, int64_t count, uint8_t* scratch, int64_t base,
                        int64_t from) const;
   void end_block(int64_t first, int64_t count, uint8_t* scratch, int64_t base,

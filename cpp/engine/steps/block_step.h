@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "engine/core/step.h"
+#include "engine/core/elementwise.h"
 
 namespace lutra {
 
@@ -15,6 +15,12 @@ class BlockStep : public Step {
 
   explicit BlockStep(const Kernels& kernels) : kernels_(kernels) {}
   int max_quantized() const override { return kMaxQuantized; }
+  bool absorb(const Step& next) override {
+    ElementwisePtr function = next.elementwise();
+    if (!function) return false;
+    after_ = in_order(after_, std::move(function));
+    return true;
+  }
   std::string method(const Shapes&) const override { return "float32"; }
   size_t workspace(const Shapes&, int threads) const override {
     return static_cast<size_t>(threads) * kBlock * sizeof(float);
@@ -37,6 +43,10 @@ class BlockStep : public Step {
                    const int64_t count = std::min(kBlock, end - first);
                    float* const to = r.out ? r.out + first : scratch;
                    make(first, count, to);
+                   if (after_) {
+                     const Channels at = channels_at(r.out_shape, first);
+                     after_->apply(to, static_cast<size_t>(count), at, to);
+                   }
                    for (int i = 0; i < r.quantized; ++i) {
                      kernels_.quantize(to, static_cast<size_t>(count), r.q[i].grid,
                                        r.q[i].data + first);
@@ -45,7 +55,17 @@ class BlockStep : public Step {
                });
   }
 
+  // The channels of what is stored from there on.
+  static Channels channels_at(const Shape& s, int64_t first) {
+    if (s.rank < 2) return {};
+    const int64_t step = storage_strides(s)[1];
+    return {first / step % s[1], first % step, step, s[1]};
+  }
+
   const Kernels& kernels_;
+
+ private:
+  ElementwisePtr after_;  // of what it makes; null: none
 };
 
 // The step of a function; layers take it over where they can.

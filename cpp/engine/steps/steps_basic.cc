@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "engine/core/op_registry.h"
+#include "engine/steps/block_step.h"
 
 namespace lutra {
 
@@ -13,68 +14,6 @@ namespace {
 using Inputs = std::vector<const float*>;
 
 constexpr double kPerMicrosecond = 1e3;  // elements, a rough guess for one core
-constexpr int64_t kBlock = 16384;        // elements per work item of an element-wise step
-
-template <class F>
-void in_blocks(int64_t size, ThreadPool& pool, const F& f) {
-  const double time = static_cast<double>(size) / kPerMicrosecond;
-  pool.run(static_cast<size_t>((size + kBlock - 1) / kBlock), time, [&](size_t i, int) {
-    const int64_t first = static_cast<int64_t>(i) * kBlock;
-    f(first, std::min(size, first + kBlock));
-  });
-}
-
-class ClampStep : public FloatStep {
- public:
-  ClampStep(float low, float high) : low_(low), high_(high) {}
-  Shape infer(const Shapes& in) const override { return in[0]; }
-  void run(const Shapes& shapes, const Inputs& in, const Shape&, float* out, uint8_t*,
-           ThreadPool& pool) const override {
-    in_blocks(shapes[0].size(), pool, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        const float v = in[0][i] > low_ ? in[0][i] : low_;
-        out[i] = v < high_ ? v : high_;
-      }
-    });
-  }
-
- private:
-  float low_, high_;
-};
-
-class AffineStep : public FloatStep {
- public:
-  AffineStep(std::vector<float> scale, std::vector<float> bias)
-      : scale_(std::move(scale)), bias_(std::move(bias)) {}
-  Shape infer(const Shapes& in) const override {
-    require(in[0].rank >= 2 && in[0][1] == static_cast<int64_t>(scale_.size()),
-            "affine over " + std::to_string(scale_.size()) + " channels got " + in[0].text());
-    return in[0];
-  }
-  void run(const Shapes& shapes, const Inputs& in, const Shape&, float* out, uint8_t*,
-           ThreadPool& pool) const override {
-    const int64_t channels = shapes[0][1], step = storage_strides(shapes[0])[1];
-    const double time = static_cast<double>(shapes[0].size()) / kPerMicrosecond;
-    if (step == 1) {  // not the planes: the channels of one row after the other
-      pool.run(static_cast<size_t>(shapes[0].size() / channels), time, [&](size_t row, int) {
-        const float* const x = in[0] + static_cast<int64_t>(row) * channels;
-        float* const y = out + static_cast<int64_t>(row) * channels;
-        for (int64_t c = 0; c < channels; ++c) y[c] = x[c] * scale_[c] + bias_[c];
-      });
-      return;
-    }
-    pool.run(scale_.size(), time, [&](size_t c, int) {
-      const float s = scale_[c], b = bias_[c];
-      const float* x = in[0] + static_cast<int64_t>(c) * step;
-      float* y = out + static_cast<int64_t>(c) * step;
-      for (int64_t i = 0; i < step; ++i) y[i] = x[i] * s + b;
-    });
-  }
-
- private:
-  std::vector<float> scale_, bias_;
-};
-
 // Visits every index of `shape` with the axes of `skip` held at zero, in row-major order.
 template <class F>
 void visit(const Shape& shape, const std::vector<bool>& skip, const F& f) {
@@ -394,27 +333,33 @@ class ConcatStep : public FloatStep {
   int axis_;
 };
 
+int add_limits(PlanBuilder& plan, const StepArgs& args, float low, float high) {
+  return plan.add_step(elementwise_step(plan.kernels(), limits(plan.kernels(), low, high)),
+                       args.inputs);
+}
+
 int add_relu(PlanBuilder& plan, const StepArgs& args) {
-  return add_step<ClampStep>(plan, args, 0.0f, INFINITY);
+  return add_limits(plan, args, 0.0f, INFINITY);
 }
 
 int add_relu6(PlanBuilder& plan, const StepArgs& args) {
-  return add_step<ClampStep>(plan, args, 0.0f, 6.0f);
+  return add_limits(plan, args, 0.0f, 6.0f);
 }
 
 // The largest float limits nothing: files hold no infinity.
 int add_clamp(PlanBuilder& plan, const StepArgs& args) {
   constexpr double kNoLimit = std::numeric_limits<float>::max();
   const double low = args.number("low"), high = args.number("high");
-  return add_step<ClampStep>(plan, args, low == -kNoLimit ? -INFINITY : static_cast<float>(low),
-                             high == kNoLimit ? INFINITY : static_cast<float>(high));
+  return add_limits(plan, args, low == -kNoLimit ? -INFINITY : static_cast<float>(low),
+                    high == kNoLimit ? INFINITY : static_cast<float>(high));
 }
 
 int add_affine(PlanBuilder& plan, const StepArgs& args) {
-  std::vector<float> scale = args.tensor<float>("scale", 1).values();
-  std::vector<float> bias = args.tensor<float>("bias", 1).values();
-  require(scale.size() == bias.size(), "scale and bias differ in length");
-  return add_step<AffineStep>(plan, args, std::move(scale), std::move(bias));
+  return plan.add_step(
+      elementwise_step(plan.kernels(),
+                       affine(plan.kernels(), args.tensor<float>("scale", 1).values(),
+                              args.tensor<float>("bias", 1).values())),
+      args.inputs);
 }
 
 int add_mean(PlanBuilder& plan, const StepArgs& args) {

@@ -180,17 +180,6 @@ class ConstantStep : public FloatStep {
   Shape shape_;
 };
 
-class AffineScalar : public Elementwise {
- public:
-  AffineScalar(float scale, float bias) : scale_(scale), bias_(bias) {}
-  void apply(const float* x, size_t n, float* y) const override {
-    for (size_t i = 0; i < n; ++i) y[i] = x[i] * scale_ + bias_;
-  }
-
- private:
-  float scale_, bias_;
-};
-
 class CastStep : public FloatStep {
  public:
   bool reads_integers(size_t) const override { return true; }
@@ -282,8 +271,10 @@ int add_constant(PlanBuilder& plan, const StepArgs& args) {
 }
 
 int add_affine_scalar(PlanBuilder& plan, const StepArgs& args) {
-  auto function = std::make_shared<AffineScalar>(args.float32("scale"), args.float32("bias"));
-  return plan.add_step(elementwise_step(plan.kernels(), std::move(function)), args.inputs);
+  return plan.add_step(
+      elementwise_step(plan.kernels(),
+                       affine(plan.kernels(), {args.float32("scale")}, {args.float32("bias")})),
+      args.inputs);
 }
 
 int add_cast(PlanBuilder& plan, const StepArgs& args) { return add_step<CastStep>(plan, args); }

@@ -26,7 +26,7 @@ int32_t checked_entries(const char* what, int64_t slopes, int64_t intercepts) {
 class FunctionOf : public Elementwise {
  public:
   FunctionOf(const Kernels& kernels, Function function) : kernels_(kernels), function_(function) {}
-  void apply(const float* x, size_t n, float* y) const override {
+  void apply(const float* x, size_t n, const Channels&, float* y) const override {
     kernels_.function(function_, x, n, y);
   }
 
@@ -43,7 +43,7 @@ class PiecewiseOf : public Elementwise {
         breakpoint_(t.breakpoint, t.breakpoint + t.entries - 1),
         slope_(t.slope, t.slope + t.entries),
         intercept_(t.intercept, t.intercept + t.entries) {}
-  void apply(const float* x, size_t n, float* y) const override {
+  void apply(const float* x, size_t n, const Channels&, float* y) const override {
     kernels_.piecewise({entries_, breakpoint_.data(), slope_.data(), intercept_.data()}, x, n, y);
   }
 
@@ -57,11 +57,18 @@ class ElementwiseStep : public BlockStep {
  public:
   ElementwiseStep(const Kernels& kernels, ElementwisePtr function)
       : BlockStep(kernels), function_(std::move(function)) {}
-  Shape infer(const Shapes& in) const override { return in[0]; }
+  Shape infer(const Shapes& in) const override {
+    const int64_t channels = function_->channels();
+    require(channels == 0 || (in[0].rank >= 2 && in[0][1] == channels),
+            "a function of each of " + std::to_string(channels) + " channels got the shape " +
+                in[0].text());
+    return in[0];
+  }
   ElementwisePtr elementwise() const override { return function_; }
   void run(const StepRun& r) const override {
     in_blocks(r, [&](int64_t first, int64_t count, float* to) {
-      function_->apply(r.inputs[0] + first, static_cast<size_t>(count), to);
+      function_->apply(r.inputs[0] + first, static_cast<size_t>(count),
+                       channels_at(r.out_shape, first), to);
     });
   }
 

@@ -11,8 +11,8 @@ template <class F>
 class Pointwise : public Elementwise {
  public:
   explicit Pointwise(F f) : f_(f) {}
-  void apply(const float* x, size_t n, float* y) const override {
-    for (size_t i = 0; i < n; ++i) y[i] = f_(x[i]);
+  void apply(const float* x, size_t n, const Channels&, float* y) const override {
+    in_chunks(x, n, y, [this](float v, size_t) { return f_(v); });
   }
 
  private:
@@ -32,9 +32,8 @@ Operator pointwise(F f) {
   }};
 }
 
-float hardswish(float x) {
-  const float above = x + 3.0f > 0.0f ? x + 3.0f : 0.0f;
-  return x * (above < 6.0f ? above : 6.0f) / 6.0f;
+int add_hardswish(PlanBuilder& plan, const StepArgs& args) {
+  return plan.add_step(elementwise_step(plan.kernels(), hardswish(plan.kernels())), args.inputs);
 }
 
 // sin and cos: in float64, by multiplies and adds in this order, so that every CPU and the
@@ -70,8 +69,9 @@ float of_quarters(float x, double ahead) {
 }
 
 int add_leaky_relu(PlanBuilder& plan, const StepArgs& args) {
-  const float slope = args.float32("slope");
-  return add_pointwise(plan, args, [=](float x) { return x > 0.0f ? x : x * slope; });
+  return plan.add_step(
+      elementwise_step(plan.kernels(), leaky_relu(plan.kernels(), args.float32("slope"))),
+      args.inputs);
 }
 
 }  // namespace
@@ -86,7 +86,7 @@ void pointwise_ops(OpRegistry& r) {
   r.add("round", pointwise([](float x) { return std::nearbyint(x); }));  // halves to even
   r.add("sin", pointwise([](float x) { return of_quarters(x, 0.0); }));
   r.add("cos", pointwise([](float x) { return of_quarters(x, 1.0); }));
-  r.add("hardswish", pointwise([](float x) { return hardswish(x); }));
+  r.add("hardswish", {.build = add_hardswish});
   r.add("leaky_relu", {.build = add_leaky_relu});
 }
 

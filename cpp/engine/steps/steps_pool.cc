@@ -25,29 +25,43 @@ void over_planes(const Shape& x, const Shape& y, const T* in, T* out, ThreadPool
            });
 }
 
+// What is put around images before they are pooled: so many lines and columns of one value.
+struct Border {
+  int64_t top = 0, bottom = 0, left = 0, right = 0;
+  float value = 0.0f;
+};
+
 class PoolStep : public FloatStep {
  public:
-  PoolStep(Pool kind, const ConvGeometry& g, bool ceil_mode, bool count_include_pad)
-      : kind_(kind), g_(g), ceil_mode_(ceil_mode), count_include_pad_(count_include_pad) {}
+  PoolStep(const Kernels& kernels, Pool kind, const ConvGeometry& g, const Border& border,
+           bool ceil_mode, bool count_include_pad)
+      : kernels_(kernels),
+        kind_(kind),
+        g_(g),
+        border_(border),
+        ceil_mode_(ceil_mode),
+        count_include_pad_(count_include_pad) {}
 
   Shape infer(const Shapes& in) const override {
     const Shape& x = in[0];
     require(x.rank == 4, "a 2-D pooling got the shape " + x.text());
-    const Shape y{x[0], x[1], out(x[2], g_.kernel_h, g_.stride_h, g_.pad_h, g_.dilation_h),
-                  out(x[3], g_.kernel_w, g_.stride_w, g_.pad_w, g_.dilation_w)};
+    const Shape y{x[0], x[1], out(high(x), g_.kernel_h, g_.stride_h, g_.pad_h, g_.dilation_h),
+                  out(wide(x), g_.kernel_w, g_.stride_w, g_.pad_w, g_.dilation_w)};
     require(y[2] > 0 && y[3] > 0, "the pooling window is larger than the padded image " + x.text());
     return y;
   }
 
   size_t workspace(const Shapes& in, int threads) const override {
-    return static_cast<size_t>(in[0][3]) * sizeof(float) * static_cast<size_t>(threads);
+    return static_cast<size_t>(wide(in[0])) * sizeof(float) * static_cast<size_t>(threads);
   }
   StepPtr on_bytes() const override;
 
   void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out_data,
            uint8_t* workspace, ThreadPool& pool) const override {
     const Shape& x = shapes[0];
-    if (kind_ == Pool::kMax) return max(x, in[0], y, out_data, -INFINITY, workspace, pool);
+    if (kind_ == Pool::kMax) {
+      return max(x, in[0], y, out_data, -INFINITY, border_.value, workspace, pool);
+    }
     over_planes(x, y, in[0], out_data, pool, [&](const float* from, float* to, int) {
       for (int64_t oy = 0; oy < y[2]; ++oy) {
         for (int64_t ox = 0; ox < y[3]; ++ox) *to++ = average(from, x, oy, ox);
@@ -55,36 +69,49 @@ class PoolStep : public FloatStep {
     });
   }
 
-  // The workspace holds a line of x for every worker.
+  const Border& border() const { return border_; }
+  int64_t wide(const Shape& x) const { return x[3] + border_.left + border_.right; }
+
+  // The workspace holds a line of x with its border for every worker.
   template <class T>
-  void max(const Shape& x, const T* in, const Shape& y, T* out_data, T lowest, uint8_t* workspace,
-           ThreadPool& pool) const {
+  void max(const Shape& x, const T* in, const Shape& y, T* out_data, T lowest, T border,
+           uint8_t* workspace, ThreadPool& pool) const {
     over_planes(x, y, in, out_data, pool, [&](const T* from, T* to, int worker) {
-      T* const line = reinterpret_cast<T*>(workspace) + worker * x[3];
+      T* const line = reinterpret_cast<T*>(workspace) + worker * wide(x);
       for (int64_t oy = 0; oy < y[2]; ++oy, to += y[3])
-        max_line(from, x, oy, y[3], lowest, line, to);
+        max_line(from, x, oy, y[3], lowest, border, line, to);
     });
   }
 
  private:
+  int64_t high(const Shape& x) const { return x[2] + border_.top + border_.bottom; }
+
   // One line of outputs: the greatest of each column first, then of each window of columns. NaN is
   // passed over.
   template <class T>
-  void max_line(const T* from, const Shape& x, int64_t oy, int64_t width, T lowest, T* line,
-                T* to) const {
-    std::fill(line, line + x[3], lowest);
+  void max_line(const T* from, const Shape& x, int64_t oy, int64_t width, T lowest, T border,
+                T* line, T* to) const {
+    const int64_t columns = wide(x), left = border_.left;
+    std::fill(line, line + columns, lowest);
     for (int64_t ky = 0; ky < g_.kernel_h; ++ky) {
       const int64_t yy = oy * g_.stride_h - g_.pad_h + ky * g_.dilation_h;
-      if (yy < 0 || yy >= x[2]) continue;
-      const T* const row = from + yy * x[3];
-      for (int64_t i = 0, n = x[3]; i < n; ++i) line[i] = row[i] > line[i] ? row[i] : line[i];
+      if (yy < 0 || yy >= high(x)) continue;
+      if (yy < border_.top || yy >= border_.top + x[2]) {
+        raise(line, columns, border);
+        continue;
+      }
+      const T* const row = from + (yy - border_.top) * x[3];
+      T* const inside = line + left;
+      raise(line, left, border);
+      for (int64_t i = 0, n = x[3]; i < n; ++i) inside[i] = row[i] > inside[i] ? row[i] : inside[i];
+      raise(inside + x[3], border_.right, border);
     }
     std::fill(to, to + width, lowest);
     const int64_t stride = g_.stride_w;
     for (int64_t kx = 0; kx < g_.kernel_w; ++kx) {
       const int64_t shift = kx * g_.dilation_w - g_.pad_w;  // column = ox * stride + shift
       const int64_t first = shift < 0 ? (-shift + stride - 1) / stride : 0;
-      const int64_t room = x[3] - 1 - shift;
+      const int64_t room = columns - 1 - shift;
       const int64_t last = room < 0 ? 0 : std::min(width, room / stride + 1);
       const T* const column = line + shift;
       if (stride == 2) {  // a constant stride becomes vector code
@@ -99,6 +126,11 @@ class PoolStep : public FloatStep {
     }
   }
 
+  template <class T>
+  static void raise(T* line, int64_t count, T value) {
+    for (int64_t i = 0; i < count; ++i) line[i] = value > line[i] ? value : line[i];
+  }
+
   int64_t out(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) const {
     const int64_t span = size + 2 * pad - dilation * (kernel - 1) - 1;
     const int64_t room = span + (ceil_mode_ ? stride - 1 : 0);
@@ -111,48 +143,60 @@ class PoolStep : public FloatStep {
 
   float average(const float* from, const Shape& x, int64_t oy, int64_t ox) const {
     const int64_t y0 = oy * g_.stride_h - g_.pad_h, x0 = ox * g_.stride_w - g_.pad_w;
+    const int64_t height = high(x), width = wide(x);
     float sum = 0.0f;
     int64_t inside = 0;
     for (int64_t ky = 0; ky < g_.kernel_h; ++ky) {
       const int64_t yy = y0 + ky * g_.dilation_h;
-      if (yy < 0 || yy >= x[2]) continue;
+      if (yy < 0 || yy >= height) continue;
       for (int64_t kx = 0; kx < g_.kernel_w; ++kx) {
         const int64_t xx = x0 + kx * g_.dilation_w;
-        if (xx < 0 || xx >= x[3]) continue;
-        sum += from[yy * x[3] + xx];
+        if (xx < 0 || xx >= width) continue;
+        sum += at(from, x, yy - border_.top, xx - border_.left);
         ++inside;
       }
     }
     // With padding counted, the window still ends with the padded image.
-    const int64_t padded = (std::min(y0 + g_.kernel_h, x[2] + g_.pad_h) - y0) *
-                           (std::min(x0 + g_.kernel_w, x[3] + g_.pad_w) - x0);
+    const int64_t padded = (std::min(y0 + g_.kernel_h, height + g_.pad_h) - y0) *
+                           (std::min(x0 + g_.kernel_w, width + g_.pad_w) - x0);
     return sum / static_cast<float>(count_include_pad_ ? padded : inside);
   }
 
+  float at(const float* from, const Shape& x, int64_t row, int64_t column) const {
+    const bool inside = row >= 0 && row < x[2] && column >= 0 && column < x[3];
+    return inside ? from[row * x[3] + column] : border_.value;
+  }
+
+  const Kernels& kernels_;
   Pool kind_;
   ConvGeometry g_;
+  Border border_;
   bool ceil_mode_, count_include_pad_;
 };
 
 // A max pooling of integers on a grid, which keeps their order.
 class BytePoolStep : public Step {
  public:
-  explicit BytePoolStep(const PoolStep& pool) : pool_(pool) {}
+  BytePoolStep(const Kernels& kernels, const PoolStep& pool) : kernels_(kernels), pool_(pool) {}
   Shape infer(const Shapes& in) const override { return pool_.infer(in); }
   size_t workspace(const Shapes& in, int threads) const override {
-    return static_cast<size_t>(in[0][3]) * static_cast<size_t>(threads);
+    return static_cast<size_t>(pool_.wide(in[0])) * static_cast<size_t>(threads);
   }
   std::string method(const Shapes&) const override { return "uint8"; }
   void run(const StepRun& r) const override {
-    pool_.max<uint8_t>(r.shapes[0], r.bytes, r.out_shape, r.q[0].data, 0, r.workspace, r.pool);
+    uint8_t border;
+    kernels_.quantize(&pool_.border().value, 1, r.q[0].grid, &border);
+    pool_.max<uint8_t>(r.shapes[0], r.bytes, r.out_shape, r.q[0].data, 0, border, r.workspace,
+                       r.pool);
   }
 
  private:
+  const Kernels& kernels_;
   PoolStep pool_;
 };
 
 StepPtr PoolStep::on_bytes() const {
-  return kind_ == Pool::kMax ? std::make_unique<BytePoolStep>(*this) : nullptr;
+  return kind_ == Pool::kMax ? std::make_unique<BytePoolStep>(kernels_, *this) : nullptr;
 }
 
 class AdaptivePoolStep : public FloatStep {
@@ -190,16 +234,27 @@ class AdaptivePoolStep : public FloatStep {
   int64_t h_, w_;
 };
 
+// What the plan puts there for a padding in front of the pooling: lines above and below, columns
+// before and behind, and their value.
+Border border_of(const StepArgs& args) {
+  if (args.attrs.count("border") == 0) return {};
+  const Sizes& sizes = args.integers("border");
+  require(sizes.size() == 4, args.op + " needs four integers as the attribute 'border'");
+  for (const int64_t size : sizes) require(size >= 0, args.op + ": a border is negative");
+  return {sizes[0], sizes[1], sizes[2], sizes[3], args.float32("border_value")};
+}
+
 int add_max_pool(PlanBuilder& plan, const StepArgs& args) {
-  return add_step<PoolStep>(plan, args, Pool::kMax, conv_geometry(args, 1, args.pair("kernel")),
+  return add_step<PoolStep>(plan, args, plan.kernels(), Pool::kMax,
+                            conv_geometry(args, 1, args.pair("kernel")), border_of(args),
                             args.flag("ceil_mode"), false);
 }
 
 int add_average_pool(PlanBuilder& plan, const StepArgs& args) {
   const ConvGeometry window =
-      conv_geometry(1, args.pair("kernel"), args.pair("stride"), args.pair("padding"), {1, 1});
-  return add_step<PoolStep>(plan, args, Pool::kAverage, window, args.flag("ceil_mode"),
-                            args.flag("count_include_pad"));
+      conv_geometry(1, args.pair("kernel"), args.pair("stride"), args.integers("padding"), {1, 1});
+  return add_step<PoolStep>(plan, args, plan.kernels(), Pool::kAverage, window, border_of(args),
+                            args.flag("ceil_mode"), args.flag("count_include_pad"));
 }
 
 template <Pool kKind>

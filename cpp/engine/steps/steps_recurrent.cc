@@ -1,7 +1,9 @@
 // Recurrent layers: LSTM and GRU, one layer in one direction.
 #include <algorithm>
+#include <memory>
 #include <vector>
 
+#include "engine/core/limits.h"
 #include "engine/core/memory.h"
 #include "engine/core/op_registry.h"
 
@@ -13,34 +15,48 @@ constexpr int64_t kFewRows = 8;                    // of so few each is multipli
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// y = W x + bias for rows x, each output an fma chain over the inputs, then the bias. The bits do
-// not depend on the number of rows.
+// Products with a matrix, and a bias. The bits do not depend on the number of rows.
 class Matrix {
  public:
+  Matrix(int64_t outputs, int64_t depth) : outputs_(outputs), depth_(depth) {}
+  virtual ~Matrix() = default;
+  int64_t outputs() const { return outputs_; }
+  int64_t depth() const { return depth_; }
+  // Floats from one row of results to the next.
+  int64_t stride() const { return round_up(outputs_, kLinearOutputs); }
+  virtual size_t bytes() const = 0;
+  // Floats of scratch that multiply() needs.
+  virtual int64_t scratch() const = 0;
+  // Row r of at most row_tile rows is x[r * row_step + d * depth_step], and its results go to
+  // y[r * stride() + m].
+  virtual void multiply(const float* x, int64_t row_step, int64_t depth_step, int64_t rows,
+                        float* y, float* scratch) const = 0;
+
+ protected:
+  const int64_t outputs_, depth_;
+};
+
+// y = W x + bias, each output an fma chain over the inputs, then the bias.
+class FloatMatrix : public Matrix {
+ public:
   // weight (outputs, depth), bias (outputs)
-  Matrix(const Kernels& kernels, const Tensor<float>& weight, std::vector<float> bias)
-      : kernels_(kernels),
-        outputs_(weight[0]),
-        depth_(weight[1]),
+  FloatMatrix(const Kernels& kernels, const Tensor<float>& weight, std::vector<float> bias)
+      : Matrix(weight[0], weight[1]),
+        kernels_(kernels),
         rows_(pack(weight, kLinearOutputs)),
         tiles_(pack(weight, kGemmOutputs)),
         bias_(std::move(bias)) {}
 
-  int64_t outputs() const { return outputs_; }
-  int64_t depth() const { return depth_; }
-  size_t bytes() const { return (rows_.size() + tiles_.size() + bias_.size()) * sizeof(float); }
-  // Floats from one row of results to the next.
-  int64_t stride() const { return round_up(outputs_, kLinearOutputs); }
-  // Floats of scratch that multiply() needs.
-  int64_t scratch() const {
+  size_t bytes() const override {
+    return (rows_.size() + tiles_.size() + bias_.size()) * sizeof(float);
+  }
+  int64_t scratch() const override {
     const int64_t patch = depth_ * kernels_.row_tile + static_cast<int64_t>(kSlack);
     return round_up(patch + outputs_ * kernels_.row_tile, 16);
   }
 
-  // Row r of at most row_tile rows is x[r * row_step + d * depth_step], and its results go to
-  // y[r * stride() + m].
   void multiply(const float* x, int64_t row_step, int64_t depth_step, int64_t rows, float* y,
-                float* scratch) const {
+                float* scratch) const override {
     if (rows <= kFewRows) {
       for (int64_t r = 0; r < rows; ++r) {
         kernels_.linear(x + r * row_step, static_cast<size_t>(depth_step),
@@ -77,8 +93,62 @@ class Matrix {
   }
 
   const Kernels& kernels_;
-  int64_t outputs_, depth_;
   std::vector<float> rows_, tiles_, bias_;  // of the kernels `linear` and `gemm`
+};
+
+// y[m] = float32(sum over d of W[m][d] (q[d] - zero)) scale[m] + bias[m], where q is x on the grid:
+// exact sums, then a multiply and an add.
+class Int8Matrix : public Matrix {
+ public:
+  Int8Matrix(const Kernels& kernels, const Tensor<int8_t>& weight, const Quantization& grid,
+             std::vector<float> scale, std::vector<float> bias)
+      : Matrix(weight[0], weight[1]),
+        kernels_(kernels),
+        grid_(make_grid(grid)),
+        packed_(kernels.dense8_bytes(narrow(depth_), narrow(outputs_))),
+        scale_(std::move(scale)),
+        bias_(std::move(bias)) {
+    for (int64_t i = 0; i < weight.size(); ++i) {
+      require(weight.data[i] >= -kInt8Max, "a weight is -128; the range is -127..127");
+    }
+    kernels.pack_dense8(narrow(depth_), narrow(outputs_), weight.data, packed_.data());
+    for (int64_t m = 0; m < outputs_; ++m) {
+      int32_t sum = 0;
+      for (int64_t d = 0; d < depth_; ++d) sum += weight.data[m * depth_ + d];
+      offset_.push_back(-grid.zero * sum);
+    }
+  }
+
+  size_t bytes() const override {
+    return static_cast<size_t>(outputs_ * depth_) + 3 * scale_.size() * sizeof(float);
+  }
+  int64_t scratch() const override { return round_up(depth_, 64) * 2 + stride(); }
+  void multiply(const float* x, int64_t row_step, int64_t depth_step, int64_t rows, float* y,
+                float* scratch) const override {
+    uint8_t* const q = reinterpret_cast<uint8_t*>(scratch + round_up(depth_, 64));
+    int32_t* const sums = reinterpret_cast<int32_t*>(scratch + 2 * round_up(depth_, 64));
+    std::fill(q + depth_, q + round_up(depth_, 64), uint8_t{0});
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t d = 0; d < depth_; ++d) scratch[d] = x[r * row_step + d * depth_step];
+      kernels_.quantize(scratch, static_cast<size_t>(depth_), grid_, q);
+      kernels_.dense8_row(narrow(depth_), narrow(outputs_), packed_.data(), q, 0, narrow(outputs_),
+                          sums);
+      float* const to = y + r * stride();
+      for (int64_t m = 0; m < outputs_; ++m) {
+        to[m] = static_cast<float>(sums[m] + offset_[m]) * scale_[m];
+        to[m] = to[m] + bias_[m];
+      }
+    }
+  }
+
+ private:
+  static int32_t narrow(int64_t n) { return static_cast<int32_t>(n); }
+
+  const Kernels& kernels_;
+  Grid grid_;
+  AlignedBytes packed_;
+  std::vector<int32_t> offset_;  // -zero times the sum of the weights
+  std::vector<float> scale_, bias_;
 };
 
 // x (N, T, C), and states (N, H) before the first step or zeros -> (N, T, H): what all steps have.
@@ -90,8 +160,10 @@ class RecurrentStep : public FloatStep {
                 int64_t parts)
       : name_(args.op),
         kernels_(kernels),
-        from_input_(matrix(kernels, args, "ih", gates)),
-        from_state_(matrix(kernels, args, "hh", gates)),
+        input_matrix_(matrix(kernels, args, "ih", "act", gates)),
+        state_matrix_(matrix(kernels, args, "hh", "state", gates)),
+        from_input_(*input_matrix_),
+        from_state_(*state_matrix_),
         hidden_(from_state_.depth()),
         gates_(gates),
         states_(states),
@@ -171,13 +243,31 @@ class RecurrentStep : public FloatStep {
   }
 
  private:
-  static Matrix matrix(const Kernels& kernels, const StepArgs& args, const std::string& side,
-                       int64_t gates) {
-    const Tensor<float> weight = args.tensor<float>("weight_" + side, 2);
+  // In int8 where the operator has a grid for what it multiplies.
+  static std::unique_ptr<Matrix> matrix(const Kernels& kernels, const StepArgs& args,
+                                        const std::string& side, const std::string& grid,
+                                        int64_t gates) {
     const Tensor<float> bias = args.tensor<float>("bias_" + side, 1);
-    require(weight[0] == bias[0] && weight[0] % gates == 0,
-            args.op + ": weight_" + side + " and bias_" + side + " must have a row for each gate");
-    return {kernels, weight, bias.values()};
+    const auto checked = [&](int64_t rows) {
+      require(rows == bias[0] && rows % gates == 0, args.op + ": weight_" + side + " and bias_" +
+                                                        side + " must have a row for each gate");
+    };
+    if (args.attrs.count(grid + "_scale") == 0) {
+      const Tensor<float> weight = args.tensor<float>("weight_" + side, 2);
+      checked(weight[0]);
+      return std::make_unique<FloatMatrix>(kernels, weight, bias.values());
+    }
+    const Tensor<int8_t> weight = args.tensor<int8_t>("weight_" + side, 2);
+    const Tensor<float> scale = args.tensor<float>("scale_" + side, 1);
+    checked(weight[0]);
+    require(scale[0] == bias[0], args.op + ": scale_" + side + " must have a row for each gate");
+    const Quantization q{args.float32(grid + "_scale"), args.int32(grid + "_zero"),
+                         args.int32(grid + "_bits")};
+    require(q.bits >= 1 && q.bits <= kMaxActBits && q.zero >= 0 && q.zero <= q.qmax() &&
+                q.scale > 0 && weight[1] <= kMaxInt8Depth,
+            args.op + ": a grid of " + std::to_string(q.bits) + " bits with the zero point " +
+                std::to_string(q.zero) + " for rows of " + std::to_string(weight[1]));
+    return std::make_unique<Int8Matrix>(kernels, weight, q, scale.values(), bias.values());
   }
 
   int64_t shared_floats(int64_t tokens) const {
@@ -215,7 +305,8 @@ class RecurrentStep : public FloatStep {
 
   std::string name_;
   const Kernels& kernels_;
-  Matrix from_input_, from_state_;
+  std::unique_ptr<Matrix> input_matrix_, state_matrix_;
+  const Matrix &from_input_, &from_state_;
   int64_t hidden_, gates_;
   size_t states_;
   int64_t parts_;
@@ -276,8 +367,8 @@ int add_gru(PlanBuilder& plan, const StepArgs& args) {
 }  // namespace
 
 void recurrent_ops(OpRegistry& r) {
-  r.add("lstm", {.build = add_lstm, .most = 3});
-  r.add("gru", {.build = add_gru, .most = 2});
+  for (const char* name : {"lstm", "int8_lstm"}) r.add(name, {.build = add_lstm, .most = 3});
+  for (const char* name : {"gru", "int8_gru"}) r.add(name, {.build = add_gru, .most = 2});
 }
 
 }  // namespace lutra

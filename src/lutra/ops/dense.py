@@ -101,6 +101,7 @@ SPECS: Final = (
         check=check_conv,
         infer=infer_conv,
         cost=_cost,
+        takes_pad="padding",
         output_axis=1,
         fuses=True,
         gain_role="weight",

@@ -98,6 +98,7 @@ SPECS: Final = (
         check=_check_conv,
         infer=infer_conv,
         cost=_cost,
+        takes_pad="padding",
         output_axis=1,
         examples=partial(_examples, kernel=(3, 3)),
         **_LAYER,

@@ -21,7 +21,16 @@ With ``qmax = 2**act_bits - 1``, all of it exact::
     y[m]   = float32(sum_b tables[b, code_b, m]) * scale[m] + bias[m]              two roundings
 
 A convolution pads ``x_q`` with ``act_zero`` and takes its rows in the order (channel, kernel row,
-kernel column).
+kernel column). Its ``group`` says what the sub-vectors are cut from. All its parts are encoded with
+the same ``G`` codebooks, so that the codes of a part, which belongs to an input pixel, serve every
+patch that it is in:
+
+* ``patch``: the whole row is the one part;
+* ``row``: a part is a row of the kernel, in the order (channel, kernel column), one of ``kh``;
+* ``pixel``: a part is a pixel, the channels in order, one of ``kh * kw``.
+
+With ``T`` parts there are ``B = G * T`` tables; table ``g * T + t`` is read by codebook ``g`` at
+part ``t``. Nearest, ``G`` is the number of sub-vectors of a part.
 """
 
 from __future__ import annotations
@@ -46,16 +55,32 @@ from lutra.ops.rows import (
     linear_attrs,
     row_length,
 )
-from lutra.ops.spec import Attr, Cost, Example, OpSpec, TensorRole, inner, node_error, text
+from lutra.ops.spec import (
+    Attr,
+    Cost,
+    Example,
+    OpSpec,
+    TensorRole,
+    inner,
+    integer,
+    node_error,
+    pair,
+    text,
+    window_sizes,
+)
 
 #: What makes codes, and the tensors that each takes.
 ENCODERS: Final = ("nearest", "tree")
 _ENCODER_TENSORS: Final = {"nearest": ("centroids",), "tree": ("splits", "thresholds")}
 
+#: What the sub-vectors of a convolution are cut from.
+GROUPS: Final = ("patch", "row", "pixel")
+
 _GRID: Final = {
     **GRID,
     "encoder": Attr(str, default="nearest", choices=ENCODERS),
 }
+_GROUP: Final = {"group": Attr(str, default="patch", choices=GROUPS, since=3)}
 _TENSORS: Final = {
     "centroids": TensorRole("uint8", 3, required=False),
     "splits": TensorRole("int32", 2, required=False),
@@ -66,8 +91,31 @@ _TENSORS: Final = {
 }
 
 
+def part_count(node: Node) -> int:
+    """``T``, the parts of a row that are encoded with the same codebooks."""
+    group = node.attrs.get("group", "patch")
+    if group == "patch":
+        return 1
+    rows, columns = pair(node, "kernel")
+    return rows if group == "row" else rows * columns
+
+
+def part_length(node: Node) -> int:
+    """The number of activations in one part of a row."""
+    return row_length(node) // part_count(node)
+
+
+def cut_rows(node: Node, rows: Array) -> Array:
+    """Rows (n, D) of a layer as their parts (n, T, D / T)."""
+    parts = part_count(node)
+    if parts == 1:
+        return rows[:, None]
+    channels = integer(node, "in_channels")
+    return rows.reshape(len(rows), channels, parts, -1).swapaxes(1, 2).reshape(len(rows), parts, -1)
+
+
 def _expand(node: Node, tensors: Mapping[str, Array]) -> dict[str, Array]:
-    return expand(node, tensors, row_length(node))
+    return expand(node, tensors, row_length(node), partial(cut_rows, node))
 
 
 def _check(node: Node, tensors: Mapping[str, Array]) -> None:
@@ -106,18 +154,19 @@ def _check_centroids(node: Node, tensors: Mapping[str, Array], tables: Array, qm
             f"has codebooks of {count} centroids of {width} values",
             f"use 8, 16, 32 or 64 centroids of 1 to {MAX_SUBVECTOR} values",
         )
-    length = row_length(node)
-    if codebooks != -(-length // width) or codebooks > MAX_CODEBOOKS:
+    length, parts = part_length(node), part_count(node)
+    if codebooks != -(-length // width) or codebooks * parts > MAX_CODEBOOKS:
         raise node_error(
             node,
             f"has {codebooks} codebooks for rows of {length} in sub-vectors of {width}",
-            f"it needs {-(-length // width)}, and at most {MAX_CODEBOOKS}",
+            f"it needs {-(-length // width)}, and at most {MAX_CODEBOOKS // parts}",
         )
-    if tables.shape[:2] != (codebooks, count):
+    if tables.shape[:2] != (codebooks * parts, count):
         raise node_error(
             node,
             f"has tables of shape {tables.shape}",
-            f"the centroids of shape {centroids.shape} need ({codebooks}, {count}, outputs)",
+            f"the centroids of shape {centroids.shape} need ({codebooks * parts}, {count}, "
+            "outputs)",
         )
     top = int(centroids.max())
     if top > qmax:
@@ -137,12 +186,20 @@ def _check_centroids(node: Node, tensors: Mapping[str, Array], tables: Array, qm
 
 def _check_tree(node: Node, tensors: Mapping[str, Array], tables: Array, qmax: int) -> None:
     splits, thresholds = tensors["splits"], tensors["thresholds"]
-    codebooks, count = tables.shape[:2]
-    if count not in CENTROID_COUNTS or codebooks > MAX_CODEBOOKS:
+    (made, count), parts = tables.shape[:2], part_count(node)
+    if count not in CENTROID_COUNTS or made > MAX_CODEBOOKS:
         raise node_error(
             node,
-            f"has {codebooks} codebooks of {count} table rows",
-            f"use at most {MAX_CODEBOOKS} codebooks of 8, 16, 32 or 64",
+            f"has {made} tables of {count} rows",
+            f"use at most {MAX_CODEBOOKS} tables of 8, 16, 32 or 64",
+        )
+    codebooks = made // parts
+    if made % parts:
+        raise node_error(
+            node,
+            f"has {made} tables for the {parts} parts of a row that group="
+            f"{node.attrs['group']!r} encodes alike",
+            f"give it a multiple of {parts}",
         )
     for role, tensor, width in (
         ("splits", splits, count.bit_length() - 1),
@@ -154,7 +211,7 @@ def _check_tree(node: Node, tensors: Mapping[str, Array], tables: Array, qmax: i
                 f"has {role} of shape {tensor.shape}",
                 f"the tables of shape {tables.shape} need ({codebooks}, {width})",
             )
-    length = row_length(node)
+    length = part_length(node)
     low, high = int(splits.min()), int(splits.max())
     if low < 0 or high >= length:
         raise node_error(
@@ -180,14 +237,21 @@ def _infer_linear(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Arr
 
 
 def _cost(node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]) -> Cost:
-    codebooks, _, outputs = tensors["tables"].shape
+    tables, _, outputs = tensors["tables"].shape
     made = math.prod(inner(output))  # rows times outputs
     # of one code: products with every centroid, or one comparison per level
     tree = "splits" in tensors
-    steps = math.prod(tensors["splits" if tree else "centroids"].shape[1:])
-    encode_ops = made // outputs * codebooks * steps
+    codebooks, *steps = tensors["splits" if tree else "centroids"].shape
+    coded = made // outputs  # parts that get codes
+    if codebooks != tables:
+        height, width = inputs[0].shape[2:]
+        assert height is not None
+        assert width is not None
+        columns = window_sizes(node, inputs[0], pair(node, "kernel"))[1]
+        coded = height * (width if node.attrs["group"] == "pixel" else columns or width)
+    encode_ops = coded * codebooks * math.prod(steps)
     return Cost(
-        lookups=made * codebooks,
+        lookups=made * tables,
         encode_ops=encode_ops,
         comparisons=encode_ops if tree else 0,
         quantised=math.prod(inner(inputs[0])),
@@ -200,27 +264,35 @@ def _cost(node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[s
 def _examples(
     rng: np.random.Generator, inputs: int, *, kernel: tuple[int, int] | None = None
 ) -> list[Example]:
-    """A layer with the nearest centroid, and one with trees."""
+    """Layers with the nearest centroid and with trees, a convolution in each group."""
     attrs = {
         **example_rows(inputs, kernel), "act_scale": 0.05, "act_zero": 64, "act_bits": 7
     }  # fmt: skip
+    k, outputs, found = 16, 11, []
     if kernel is not None:
         attrs["stride"] = (2, 2)
-    length, k, outputs = inputs * math.prod(kernel or (1,)), 16, 11
-    v = math.prod(kernel) if kernel else 4
-    codebooks = -(-length // v)
-    centroids = rng.integers(0, 128, (codebooks, k, v), dtype=np.uint8)
-    centroids[-1, :, length - (codebooks - 1) * v :] = 0
-    trees: dict[str, Array] = {
-        "splits": rng.integers(0, length, (codebooks, 4), dtype=np.int32),
-        "thresholds": rng.integers(0, 129, (codebooks, k - 1), dtype=np.uint8),
-    }
-    tables = rng.integers(-128, 128, (codebooks, k, outputs)).astype(np.int8)
-    ends = {"tables": tables, **example_ends(rng, outputs)}
-    return [
-        ({**attrs, "encoder": "nearest"}, {"centroids": centroids, **ends}),
-        ({**attrs, "encoder": "tree"}, {**trees, **ends}),
-    ]
+    of_group = {"patch": 4}
+    if kernel is not None:
+        of_group = {"patch": math.prod(kernel), "row": kernel[1], "pixel": 3}
+    for group, v in of_group.items():
+        rows, columns = kernel or (1, 1)
+        parts = {"patch": 1, "row": rows, "pixel": rows * columns}[group]
+        length = inputs * rows * columns // parts
+        codebooks = -(-length // v)
+        centroids = rng.integers(0, 128, (codebooks, k, v), dtype=np.uint8)
+        centroids[-1, :, length - (codebooks - 1) * v :] = 0
+        trees: dict[str, Array] = {
+            "splits": rng.integers(0, length, (codebooks, 4), dtype=np.int32),
+            "thresholds": rng.integers(0, 129, (codebooks, k - 1), dtype=np.uint8),
+        }
+        tables = rng.integers(-128, 128, (codebooks * parts, k, outputs)).astype(np.int8)
+        ends = {"tables": tables, **example_ends(rng, outputs)}
+        given = attrs if kernel is None else {**attrs, "group": group}
+        found += [
+            ({**given, "encoder": "nearest"}, {"centroids": centroids, **ends}),
+            ({**given, "encoder": "tree"}, {**trees, **ends}),
+        ]
+    return found
 
 
 #: The rules of both operators beside those of the rows.
@@ -237,12 +309,13 @@ _LAYER: Final[dict[str, Any]] = {
 SPECS: Final = (
     OpSpec(
         "pq_conv2d",
-        attrs={**conv_attrs(MAX_PQ_DEPTH), **_GRID},
+        attrs={**conv_attrs(MAX_PQ_DEPTH), **_GRID, **_GROUP},
         tensors=_TENSORS,
         check=_check,
         infer=_infer_conv,
         cost=_cost,
         expand=_expand,
+        takes_pad="padding",
         output_axis=1,
         examples=partial(_examples, kernel=(3, 3)),
         **_LAYER,

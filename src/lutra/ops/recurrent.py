@@ -82,7 +82,7 @@ def _infer(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) ->
                 f"{x.name!r} of shape {shape_text(x.shape)}",
                 f"it must be {shape_text((x.shape[0], hidden))}",
             )
-    parts = 2 if node.op == "lstm" and flag(node, "cells") else 1
+    parts = 2 if node.op.endswith("lstm") and flag(node, "cells") else 1
     return x.with_shape(node.output, (*x.shape[:2], parts * hidden))
 
 
@@ -93,7 +93,7 @@ def _cost(node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[s
     states = steps * hidden
     # the products of both sides are added; then the new state
     cost = Cost(macs=macs, dense_macs=macs, float_adds=5 * states, float_muls=3 * states)
-    sigmoids, tanhs = (3, 2) if node.op == "lstm" else (2, 1)
+    sigmoids, tanhs = (3, 2) if node.op.endswith("lstm") else (2, 1)
     return (
         cost + function_cost(sigmoids * states, "sigmoid") + function_cost(tanhs * states, "tanh")
     )

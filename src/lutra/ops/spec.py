@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Final, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 
@@ -113,6 +113,8 @@ class Attr:
         high: Largest number allowed, for every entry of a tuple too.
         length: Number of entries of a tuple; None for any.
         choices: Strings allowed; empty for any.
+        since: The version of the file format that has it. Files of older versions have the default
+            and do not name it.
     """
 
     kind: type
@@ -121,6 +123,7 @@ class Attr:
     high: int | None = None
     length: int | None = None
     choices: tuple[str, ...] = ()
+    since: int = 1
 
     def complaint(self, value: object) -> str | None:
         """Says what is wrong with a value, or None when it is right."""
@@ -218,6 +221,9 @@ class OpSpec:
         output_axis: The axis of the output that holds the outputs of a layer: 1 for images, -1 for
             rows; None for operators that are no layer.
         fuses: Whether the step of the engine can add a value and clamp while it writes.
+        takes_pad: How the step of the engine takes over a ``pad`` of rows and columns in front of
+            it: as its own "padding", which has its own value, as a "border" of any value, or not
+            (None).
         reads_planes: Whether the step can read planes of a larger value where they are.
         is_table_layer: Whether products of activations and weights are read from tables.
         encoder_roles: The tensors that make codes; layers that read the same value and have equal
@@ -247,6 +253,7 @@ class OpSpec:
     since: int = 1
     output_axis: int | None = None
     fuses: bool = False
+    takes_pad: Literal["padding", "border"] | None = None
     reads_planes: bool = False
     is_table_layer: bool = False
     encoder_roles: tuple[str, ...] = ()

@@ -17,6 +17,8 @@ from lutra.ops.functions import function_name
 
 __all__ = [
     "EXACT",
+    "engine_sigmoid",
+    "engine_tanh",
     "exp_of_score",
     "exp_table",
     "fma",
@@ -36,6 +38,16 @@ _LN2_LOW: Final = np.float32(1.42860677e-6)
 _EXP_TERMS: Final = tuple(
     np.float32(term)
     for term in (0.00138145395, 0.00836874545, 0.0416683890, 0.166665211, 0.499999940, 1, 1)
+)
+#: The polynomials of tanh, in x^2, the highest power first.
+_TANH_OVER: Final = tuple(
+    np.float32(term)
+    for term in (
+        1.82089222e-11, -1.27622168e-8, 9.26128996e-6, 2.92008836e-3, 1.29186019e-1, 0.99999994
+    )
+)  # fmt: skip
+_TANH_UNDER: Final = tuple(
+    np.float32(term) for term in (2.28007193e-4, 2.37604100e-2, 4.62518841e-1, 1)
 )
 #: Below this exp is 0, and beyond the other it stays what it is there.
 EXP_LOW: Final = np.float32(-87.0)
@@ -170,6 +182,43 @@ def exp_of_score(x: Array) -> Array:
         exponent = np.where(np.isnan(n), np.float32(0), n).astype(np.int32)
         made = y * np.ldexp(np.float32(1), exponent)
     return np.where(x < EXP_LOW, np.float32(0), made)
+
+
+def engine_sigmoid(x: Array) -> Array:
+    """1 / (1 + e^-x) of float32 values with the bits of the engine; NaN stays NaN.
+
+    ``gated`` and ``exp_of`` in cpp/kernels/functions.h have the same steps.
+    """
+    with np.errstate(all="ignore"):
+        t = np.float32(0) - x
+        above = np.where(t < np.float32(-104), np.float32(-104), t)
+        inside = np.where(above > np.float32(89), np.float32(89), above)
+        n = fma(inside, _LOG2_E, _MAGIC) - _MAGIC
+        r = fma(-n, _LN2_LOW, fma(-n, _LN2_HIGH, inside))
+        y = np.full_like(r, _EXP_TERMS[0])
+        for term in _EXP_TERMS[1:]:
+            y = fma(y, r, term)
+        exponent = np.where(np.isnan(n), np.float32(0), n).astype(np.int32)
+        e = np.ldexp(y.astype(np.float64), exponent).astype(np.float32)
+        result: Array = np.float32(1) / (e + np.float32(1))
+    return result
+
+
+def engine_tanh(x: Array) -> Array:
+    """The hyperbolic tangent of float32 values with the bits of the engine: ``Tanh`` there."""
+    with np.errstate(all="ignore"):
+        a = np.abs(x)
+        a = np.where(a > np.float32(9), np.float32(9), a)
+        u = a * a
+        p = np.full_like(u, _TANH_OVER[0])
+        for term in _TANH_OVER[1:]:
+            p = fma(p, u, term)
+        q = np.full_like(u, _TANH_UNDER[0])
+        for term in _TANH_UNDER[1:]:
+            q = fma(q, u, term)
+        made = a * p / q
+        result: Array = np.copysign(np.where(made > 1, np.float32(1), made), x)
+    return result
 
 
 def exp_table(x: Array, slope: Array, intercept: Array) -> Array:

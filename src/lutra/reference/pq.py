@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lutra.node import Array, Node
+from lutra.ops.pq import cut_rows
 from lutra.ops.spec import integer, number, pair
 from lutra.reference.windows import patches, windows
 
-__all__ = ["encode", "encode_tree", "lookup", "pq_conv2d", "pq_linear", "quantise"]
+__all__ = ["encode", "encode_tree", "lookup", "pq_conv2d", "pq_linear", "quantise", "row_codes"]
 
 _MAX_ROWS = 2**14  # bounds the memory of one step
 
@@ -94,16 +95,23 @@ def lookup(codes: Array, tables: Array) -> Array:
     return sums
 
 
-def _rows(rows: Array, tensors: Mapping[str, Array]) -> Array:
+def row_codes(node: Node, rows: Array, tensors: Mapping[str, Array]) -> Array:
+    """Codes (R, B) of quantised rows, uint8 (R, D)."""
+    parts = cut_rows(node, rows)  # (R, T, D / T)
+    each = parts.reshape(-1, parts.shape[2])
+    if "splits" in tensors:
+        codes = encode_tree(each, tensors["splits"], tensors["thresholds"])
+    else:
+        codes = encode(each, tensors["centroids"])
+    return codes.reshape(*parts.shape[:2], -1).swapaxes(1, 2).reshape(len(rows), -1)
+
+
+def _rows(node: Node, rows: Array, tensors: Mapping[str, Array]) -> Array:
     """From quantised rows, uint8 (R, D), to outputs, float32 (R, M)."""
     result = np.empty((rows.shape[0], tensors["tables"].shape[2]), np.float32)
     for first in range(0, rows.shape[0], _MAX_ROWS):
         part = slice(first, first + _MAX_ROWS)
-        if "splits" in tensors:
-            codes = encode_tree(rows[part], tensors["splits"], tensors["thresholds"])
-        else:
-            codes = encode(rows[part], tensors["centroids"])
-        sums = lookup(codes, tensors["tables"])
+        sums = lookup(row_codes(node, rows[part], tensors), tensors["tables"])
         result[part] = sums.astype(np.float32) * tensors["scale"] + tensors["bias"]
     return result
 
@@ -118,7 +126,7 @@ def pq_linear(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array])
     """(..., D) to (..., M)."""
     (x,) = inputs
     rows = _quantise(node, x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return _rows(rows, tensors).reshape(*x.shape[:-1], tensors["tables"].shape[2])
+    return _rows(node, rows, tensors).reshape(*x.shape[:-1], tensors["tables"].shape[2])
 
 
 def pq_conv2d(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
@@ -134,6 +142,6 @@ def pq_conv2d(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array])
     outputs, (height, width) = tensors["tables"].shape[2], view.shape[2:4]
     result = np.empty((x.shape[0], outputs, height, width), np.float32)
     for image, band, block in patches(view):
-        made = _rows(block, tensors)
+        made = _rows(node, block, tensors)
         result[image, :, band] = made.T.reshape(outputs, -1, width)
     return result

@@ -9,6 +9,7 @@ from lutra.graph import Graph
 from lutra.node import Node
 from lutra.ops import OPS
 from lutra.ops.elementwise import CLAMPS, limits
+from lutra.runtime.pads import Unpadded, without_pads
 
 __all__ = ["FusedNode", "fuse"]
 
@@ -18,21 +19,29 @@ class FusedNode:
     """A node and what its step takes over from the nodes behind it.
 
     Attributes:
-        node: The node.
+        node: The node, with the paddings in front of it (``lutra.runtime.pads``).
         output: Name of the value that the step makes: the output of the last node in it.
         residual: Name of the value that it adds, or None.
         clamp: The limits that it clamps to in the end, or None.
+        origin: The node without these paddings, where there are any.
     """
 
     node: Node
     output: str
     residual: str | None = None
     clamp: tuple[float, float] | None = None
+    origin: Node | None = None
+
+    @property
+    def of_graph(self) -> Node:
+        """The node as it stands in the graph."""
+        return self.origin or self.node
 
 
-def fuse(graph: Graph) -> list[FusedNode]:
+def fuse(graph: Graph, unpadded: Unpadded | None = None) -> list[FusedNode]:
     """Decides which nodes share a step.
 
+    Convolutions and poolings take over the paddings in front of them, see ``lutra.runtime.pads``.
     An operator that fuses (``OpSpec.fuses``) takes over an ``add`` of a value of the same shape
     that alone reads its output, and after it a clamp that alone reads the sum. If the other operand
     does not exist by then, the operator waits for it and runs where the ``add`` stands. Outputs of
@@ -40,20 +49,23 @@ def fuse(graph: Graph) -> list[FusedNode]:
 
     Args:
         graph: A valid graph.
+        unpadded: What ``without_pads`` made of it; None: it is made here.
 
     Returns:
         The steps in the order in which they run.
     """
+    unpadded = unpadded or without_pads(graph)
+    nodes, values = unpadded.nodes, unpadded.values
     readers: dict[str, list[Node]] = {}
-    for node in graph.nodes:
+    for node in nodes:
         for name in node.inputs:
             readers.setdefault(name, []).append(node)
 
     def only_reader(name: str, ops: Sequence[str]) -> Node | None:
-        nodes = readers.get(name, [])
-        if name in graph.outputs or len(nodes) != 1 or nodes[0].op not in ops:
+        found = readers.get(name, [])
+        if name in graph.outputs or len(found) != 1 or found[0].op not in ops:
             return None
-        return nodes[0]
+        return found[0]
 
     made = {value.name for value in graph.inputs}
     taken: set[str] = set()
@@ -68,15 +80,15 @@ def fuse(graph: Graph) -> list[FusedNode]:
         made.add(step.output)
         steps.append(step)
 
-    for node in graph.nodes:
+    for node in nodes:
         if node.name in waiting:
             emit(waiting.pop(node.name))
             continue
         if node.name in taken:
             continue
-        step = FusedNode(node, node.output)
+        step = FusedNode(node, node.output, origin=unpadded.origins.get(node.name))
         add = only_reader(step.output, ("add",)) if OPS[node.op].fuses else None
-        if add is not None and len({graph.values[name].shape for name in add.inputs}) > 1:
+        if add is not None and len({values[name].shape for name in add.inputs}) > 1:
             add = None  # the step adds values of its own shape
         if add is not None and add.name not in waiting and add.name not in taken:
             (other,) = (name for name in add.inputs if name != step.output)

@@ -1,8 +1,10 @@
 """From a graph to the steps of the native engine.
 
 A convolution or linear layer takes the ``add`` and the ``relu`` behind it into its own step, where
-nobody else reads what is between them. Lookup layers that make the same codes of the same value
-share a step (``lutra.runtime.shared_codes``). Every other node becomes one step.
+nobody else reads what is between them, and a padding in front of it. Scales and shifts and the
+functions of single values go into the step before them: the engine does that. Lookup layers that
+make the same codes of the same value share a step (``lutra.runtime.shared_codes``). Every other
+node becomes one step.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from lutra.node import Value
 from lutra.ops import OPS
 from lutra.ops.limits import MAX_ENGINE_RANK
 from lutra.runtime.fuse import FusedNode, fuse
+from lutra.runtime.pads import without_pads
 from lutra.runtime.shared_codes import share_codes
 from lutra.runtime.steps import StepArgs, add_step, sizes
 
@@ -37,7 +40,8 @@ def build_plan(graph: Graph, isa: str, threads: int) -> Plan:
         GraphError: If the graph is not valid.
         EngineError: If the engine cannot run the graph, with the node named.
     """
-    values = graph.values
+    unpadded = without_pads(graph)
+    values = unpadded.values
     for value in values.values():
         if len(value.shape) > MAX_ENGINE_RANK:
             raise EngineError(
@@ -50,7 +54,7 @@ def build_plan(graph: Graph, isa: str, threads: int) -> Plan:
         raise EngineError(f"cannot start {threads} threads of {isa}: {error}") from error
     numbers = {value.name: plan.input(value.dtype) for value in graph.inputs}
     places = _Places(plan, values, numbers)
-    for step in share_codes(graph, fuse(graph)):
+    for step in share_codes(graph, fuse(graph, unpadded)):
         fused = step.members[0]
         node = fused.node
         read = places.planes if OPS[node.op].reads_planes else places.value

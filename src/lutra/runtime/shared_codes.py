@@ -47,7 +47,7 @@ class SharedStep:
 
     def tensors(self, graph: Graph) -> dict[str, Array]:
         """The tensors of the step by role, C-contiguous: the members' tables side by side."""
-        of_each = [graph.node_tensors(member.node) for member in self.members]
+        of_each = [graph.node_tensors(member.of_graph) for member in self.members]
         tensors = dict(of_each[0])
         if len(of_each) > 1:
             for role in OPS[self.members[0].node.op].output_roles:
@@ -85,12 +85,13 @@ def _share(graph: Graph, a: FusedNode, b: FusedNode) -> bool:
         return False
     if not OPS[a.node.op].encoder_roles or (a.residual, b.residual) != (None, None):
         return False
-    return same_codes(a.node, graph.node_tensors(a.node), b.node, graph.node_tensors(b.node))
+    tensors = graph.node_tensors(a.of_graph), graph.node_tensors(b.of_graph)
+    return same_codes(a.node, tensors[0], b.node, tensors[1])
 
 
 def _shared_step(graph: Graph, group: list[FusedNode]) -> SharedStep:
     if len(group) == 1:
         return SharedStep((group[0],), (0,))
     roles = OPS[group[0].node.op].output_roles
-    counts = [graph.node_tensors(member.node)[roles[0]].shape[-1] for member in group]
+    counts = [graph.node_tensors(member.of_graph)[roles[0]].shape[-1] for member in group]
     return SharedStep(tuple(group), tuple(int(n) for n in np.cumsum([0, *counts[:-1]])))

@@ -9,6 +9,8 @@ from torch import nn
 
 from lutra.errors import LutraError
 from lutra.train.layers.forms import form_of
+from lutra.train.layers.wrap import wrap
+from lutra.train.layers.wrapper import Wrapper
 from lutra.train.recipe import PQ, Int8, Keep, Method, Recipe
 
 #: Layers with fewer inputs or outputs gain nothing from lookups: finding codes is most of the work.
@@ -60,7 +62,9 @@ def auto_recipe(model: nn.Module) -> dict[str, Method]:
         )
     while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
         model = inner  # what torch.compile wraps
-    layers = [(name, module) for name, module in model.named_modules() if _is_layer(module)]
+    layers = [
+        (name, layer) for name, module in model.named_modules() if (layer := _layer_of(module))
+    ]
     if not layers:
         raise LutraError(
             f"auto_recipe: {type(model).__name__} has no convolution, linear layer or embedding "
@@ -90,8 +94,13 @@ def resolve(model: nn.Module, recipe: Recipe | Literal["auto"]) -> Recipe:
     return auto_recipe(model)
 
 
-def _is_layer(module: nn.Module) -> bool:
-    return form_of(module) is not None or type(module) is nn.MultiheadAttention
+def _layer_of(module: nn.Module) -> nn.Module | None:
+    """The layer that a module is or holds, or an attention; None for all others."""
+    around = wrap(module)
+    if isinstance(around, Wrapper):
+        return around.layer
+    is_layer = form_of(module) is not None or type(module) is nn.MultiheadAttention
+    return module if is_layer and around is None else None
 
 
 def _by_width(module: nn.Module) -> Method:

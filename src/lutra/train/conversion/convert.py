@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,10 @@ from lutra.train.conversion.prepare import (
     prepare,
     projection_paths,
     replace_modules,
+    wrapped_paths,
 )
-from lutra.train.conversion.sequential import Batches, Targets, output_error
+from lutra.train.conversion.resume import FinishedLayers, digest, restore
+from lutra.train.conversion.sequential import Batches, Targets
 from lutra.train.conversion.speed_gate import SpeedGate, attach, decide, record, rival
 from lutra.train.functions.swap import FunctionSwap
 from lutra.train.geometry import Geometry
@@ -33,14 +36,16 @@ from lutra.train.layers.attention import Attention
 from lutra.train.layers.base import QuantizedLayer, family_of
 from lutra.train.layers.dropin import copy_model, move_hooks
 from lutra.train.layers.forms import form_of
+from lutra.train.layers.goal import Goal
 from lutra.train.progress import Progress
-from lutra.train.recipe import Function, Keep, Method, Recipe, fits, match
+from lutra.train.recipe import Function, Keep, Method, Recipe, fits, match, recipe_to_json
 from lutra.train.report import FLOAT32, LOOKUP, ConversionReport, Decision, LayerReport
 from lutra.train.threads import threads_for_rows
 
 #: Whether layers are fitted to the dense network one after the other, or each for itself.
 Calibration = Literal["sequential", "parallel"]
 _REPLACED = "the recipe names it"
+_MORE_ROWS = 4  # rows that weights and tables are fitted on, relative to those of codebooks
 
 
 def convert(
@@ -56,6 +61,7 @@ def convert(
     speed_gate: bool | SpeedGate = False,
     share_encoders: bool = True,
     calibration: Calibration = "sequential",
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> tuple[nn.Module, ConversionReport]:
     """Replaces layers by lookups, or by int8 arithmetic, and calibrates them.
 
@@ -75,7 +81,8 @@ def convert(
             a last one with one number for each sample is taken as targets and left out, unless
             `forward` requires it (`lutra.train.batches.BatchReader` has the rule). A thousand
             samples are plenty. With torch.distributed, give every process a part of its own.
-        rows: sample rows per layer for k-means.
+        rows: sample rows per layer for grids and codebooks. Sequential calibration fits weights
+            and tables on four times as many, where memory allows.
         memory_bytes: limit for all samples of inputs together. Sequential calibration keeps the
             batches and the outputs of the layers for about `rows` rows beside them.
         kmeans_steps: Lloyd steps.
@@ -93,6 +100,10 @@ def convert(
             layers converted before it give, to the outputs of the dense network: weights or free
             tables by ridge regression, biases by their mean. It keeps the batches, and runs the
             model once more for each layer. "parallel" calibrates every layer for itself.
+        checkpoint: a folder that keeps the layers that are finished. The same call with the same
+            model, data and settings goes on behind them after a stop, and gives the same bits. Only
+            sequential calibration has it, on one process, and without the speed gate, whose
+            timings differ from run to run.
 
     Returns:
         The converted copy, ready for fine-tuning, and a report of every module that has a weight.
@@ -127,6 +138,12 @@ def convert(
             f"convert: calibration={calibration!r} is not one of {list(get_args(Calibration))}"
         )
     sequential = calibration == "sequential"
+    if checkpoint is not None and (not sequential or speed_gate or distributed.active()):
+        raise LutraError(
+            f"convert: checkpoint={str(checkpoint)!r} goes with calibration='sequential', one "
+            "process and no speed gate; leave it out, or name the layers in the recipe that the "
+            "gate chose"
+        )
     batches = list(data) if sequential else data
     calibrated = {layer.name: layer for layer in layers if layer.is_calibrated}
     if not any(layer.method for layer in layers) and not functions.wanted:
@@ -147,12 +164,22 @@ def convert(
             )  # fmt: skip
     gate = SpeedGate() if speed_gate is True else speed_gate or None
     decisions = {} if gate is None else _gate(gate, calibrated, samples, show)
-    leaders = _leaders(calibrated, samples) if share_encoders else {}
     targets = None
     if sequential and calibrated:
-        targets = Targets(Batches(list(batches), rows, seed))
+        most = _fitted_rows(rows, memory_bytes, calibrated.values())
+        targets = Targets(Batches(list(batches), most, seed))
         wanted_of = {n: layer.module for n, layer in calibrated.items() if layer.method is not None}
         targets.collect(model, wanted_of)
+        calibrated = {name: calibrated[name] for name in targets.order}
+    leaders = _leaders(calibrated, samples) if share_encoders else {}
+    finished = None
+    if checkpoint is not None:
+        settings = {
+            "recipe": recipe_to_json(recipe), "model": digest(model.state_dict()),
+            "data": digest(batches), "rows": rows, "memory_bytes": memory_bytes,
+            "kmeans_steps": kmeans_steps, "seed": seed, "share_encoders": share_encoders,
+        }  # fmt: skip
+        finished = FinishedLayers(checkpoint, settings)
     converted = copy_model(model)
     paths = {module: name for name, module in converted.named_modules()}
     replacements: dict[nn.Module, nn.Module] = {
@@ -172,13 +199,20 @@ def convert(
                 continue
             old = converted.get_submodule(name)
             leader = fitted.get(leaders.get(name, ""))
-            rows_in, wanted = sample.rows, None
-            if targets is not None:
-                rows_in = targets.inputs(converted, name, old, layer.geometry)
-                wanted = targets.of(name)
-            tied = id(old.weight) in shared
-            with threads_for_rows(rows_in.numel()):
-                new = layer.fit(old, rows_in, leader, kmeans_steps, seed + i, wanted, tied)
+            known = None if finished is None else finished.load(name)
+            if known is not None:
+                new = layer.again(old, leader, *known)
+            else:
+                rows_in, wanted = sample.rows, None
+                if targets is not None:
+                    rows_in, wanted = targets.rows(converted, name, old, layer.geometry)
+                tied, learned = id(old.weight) in shared, spread(rows_in, rows)
+                with threads_for_rows(rows_in.numel()):
+                    new = layer.fit(
+                        old, learned, leader, kmeans_steps, seed + i, rows_in, wanted, tied
+                    )
+                if finished is not None:
+                    finished.save(name, new, old, layer.noted)
             fitted[name] = new
             notes += [lost_hook(kind, name) for kind in move_hooks(new, old)]
             if targets is None:
@@ -210,12 +244,14 @@ class Candidate:
         name: its path, the first of several.
         method: what it becomes; None where it is kept.
         report: its entry in the report.
+        noted: the fields of the report that the new layer gave.
     """
 
     module: nn.Module
     name: str
     method: Method | None
     report: LayerReport
+    noted: Mapping[str, Any] = field(default_factory=dict)
 
     def form(self) -> Any:
         """The class of the new layer."""
@@ -244,6 +280,13 @@ class Candidate:
             raise LutraError(f"layer '{self.name}': {error}") from None
         return geometry
 
+    @property
+    def outputs(self) -> int:
+        """Outputs of the dense layer."""
+        form = form_of(self.module)
+        assert form is not None
+        return len(form.kernel(cast(Tensor, self.module.weight)))
+
     def make(self, old: nn.Module) -> QuantizedLayer:
         """The new layer of a dense one; they share their parameters, which may be tied."""
         try:
@@ -262,17 +305,19 @@ class Candidate:
         leader: QuantizedLayer | None,
         steps: int,
         seed: int,
-        targets: Tensor | None = None,
+        fitted: Tensor,
+        goal: Goal | None = None,
         keep_weight: bool = False,
     ) -> QuantizedLayer:
         """The new layer, calibrated; notes it in the report.
 
         Args:
             old: the dense layer.
-            rows: samples of its input (n, D).
+            rows: samples of its input (n, D), for the grid and the codebooks.
             leader: a layer whose codes it shares.
             steps, seed: of the search for centroids.
-            targets: what its outputs should be (n, M); None leaves it at its own weights.
+            fitted: samples (m, D), for the fit to the goal.
+            goal: what its outputs should be; None leaves it at its own weights.
             keep_weight: whether another module has the same weights.
         """
         new = self.make(old)
@@ -282,15 +327,30 @@ class Candidate:
             new.learn(rows, steps=steps, seed=seed)
         else:
             new.share(leader)
-        if targets is None:
+        if goal is None:
             self._note(new.settle(rows))
             return new
-        targets = targets.to(rows.device)
-        start = output_error(new, rows, targets)
-        new.refit(rows, targets, keep_weight=keep_weight)
-        error = output_error(new, rows, targets)
+        goal, fitted = goal.to(rows.device), fitted.to(rows.device)
+        start = goal.error(new.of_rows(fitted))
+        new.refit(fitted, goal, keep_weight=keep_weight)
+        error = goal.error(new.of_rows(fitted))
         new.forget_frozen()
         self._note({**new.settle(rows), "error": error, "start_error": start})
+        return new
+
+    def again(
+        self,
+        old: nn.Module,
+        leader: QuantizedLayer | None,
+        state: Mapping[str, Tensor],
+        noted: Mapping[str, Any],
+    ) -> QuantizedLayer:
+        """The new layer as an earlier run fitted it; notes it in the report."""
+        new = self.make(old)
+        if leader is not None:
+            new.share(leader)
+        restore(new, state)
+        self._note(noted)
         return new
 
     def embed(self) -> nn.Module:
@@ -309,6 +369,7 @@ class Candidate:
             self.method = rival(decision.choice)
 
     def _note(self, fields: Mapping[str, Any]) -> None:
+        self.noted = fields
         assert self.method is not None
         self.report = replace(self.report, replaced=True, method=self.method.name, **fields)
 
@@ -327,11 +388,12 @@ def choose(
         LutraError: a pattern matches nothing, or a layer cannot be replaced.
     """
     names = replaceable(model)
-    for aliases in names.values():  # patterns that name an attention name its layers
+    for aliases in names.values():  # patterns that name a module name the layers in it
         for path in list(aliases):
             parent, _, part = path.rpartition(".")
             if part and isinstance(model.get_submodule(parent), Attention):
                 aliases += [p for p in projection_paths([parent], part) if p not in aliases]
+            aliases += [p for p in wrapped_paths(model, path) if p not in aliases]
     _check_recipe(recipe, names, model)
     layer_recipe = {p: m for p, m in recipe.items() if not isinstance(m, Function)}
     found = []
@@ -354,6 +416,23 @@ def choose(
             _ = layer.geometry  # which says what is wrong with it
         found.append(layer)
     return found
+
+
+def spread(rows: Tensor, most: int) -> Tensor:
+    """At most so many rows, evenly from all."""
+    if len(rows) <= most:
+        return rows
+    return rows[torch.arange(most) * len(rows) // most]
+
+
+def _fitted_rows(rows: int, memory_bytes: int, layers: Iterable[Candidate]) -> int:
+    """Rows of a layer that sequential calibration fits to the dense network.
+
+    The inputs of one layer are there at a time, and the outputs of all.
+    """
+    shapes = [(layer.geometry.depth, layer.outputs) for layer in layers]
+    depth = max(depth for depth, _ in shapes) + sum(outputs for _, outputs in shapes)
+    return max(rows, min(_MORE_ROWS * rows, memory_bytes // (4 * depth)))
 
 
 def _makes_layers(method: Any) -> bool:

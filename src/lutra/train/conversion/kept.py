@@ -8,6 +8,8 @@ from torch.nn.utils import parametrize
 from lutra.train.layers.attention import why_no_projections
 from lutra.train.layers.base import QuantizedLayer, family_of
 from lutra.train.layers.forms import form_of, is_parametrized, why_kept
+from lutra.train.layers.own_forward import OwnForward
+from lutra.train.layers.wrap import wrap
 from lutra.train.recipe import Function, Keep, Recipe, match
 from lutra.train.report import LayerReport
 
@@ -55,6 +57,9 @@ def _why(module: nn.Module) -> str:
         return "it is converted already"
     if isinstance(module, nn.MultiheadAttention):
         return why_no_projections(module) or "no pattern of the recipe names it"
+    around = wrap(module)
+    if around is not None:
+        return around if isinstance(around, str) else "no pattern of the recipe names it"
     return why_kept(module)
 
 
@@ -72,6 +77,8 @@ def _fixed(model: nn.Module) -> dict[nn.Module, str]:
         if isinstance(module, QuantizedLayer | parametrize.ParametrizationList):
             whole = isinstance(module, QuantizedLayer)
             fixed.update(dict.fromkeys([*module.modules()][whole:], _PART))
+        elif isinstance(module, OwnForward):
+            fixed[module.body] = _PART
         elif isinstance(module, nn.MultiheadAttention):
             reason = f"it is a part of the attention '{name}', which is kept"
             fixed.update(dict.fromkeys([*module.modules()][1:], reason))

@@ -18,6 +18,9 @@ from lutra.train.layers.attention import PROJECTIONS, Attention, why_no_projecti
 from lutra.train.layers.base import QuantizedLayer
 from lutra.train.layers.dropin import adopt_attributes, copy_model, hooks_of, move_hooks
 from lutra.train.layers.forms import WEIGHT_HOOKS, form_of, is_parametrized
+from lutra.train.layers.own_forward import OwnForward
+from lutra.train.layers.wrap import wrap
+from lutra.train.layers.wrapper import PARTS, Wrapper
 from lutra.train.recipe import Method, Recipe, match
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -45,7 +48,8 @@ class Prepared:
 
 def prepare(model: Any, recipe: Recipe, is_replaced: Callable[[Method], bool]) -> Prepared:
     """Makes a model ready: not compiled, in float32, with a linear layer for each projection of an
-    attention that the recipe names, and with plain weights in the layers that it names.
+    attention that the recipe names, with plain weights in the layers that it names, and with a
+    layer of its own for each transposed convolution and each layer with a forward of its own.
 
     Args:
         model: any module; it is not modified.
@@ -76,7 +80,7 @@ def prepare(model: Any, recipe: Recipe, is_replaced: Callable[[Method], bool]) -
     def is_named(*paths: str) -> bool:
         return is_replaced(match(made.recipe, *paths))
 
-    attentions, weights = [], []
+    attentions, weights, wrapped = [], [], []
     for module, paths in names.items():
         if isinstance(module, nn.MultiheadAttention):
             parts = [projection_paths(paths, part) for part in PROJECTIONS]
@@ -84,13 +88,31 @@ def prepare(model: Any, recipe: Recipe, is_replaced: Callable[[Method], bool]) -
                 attentions.append(paths[0])
                 weights += [f"{path}.out_proj" if path else "out_proj" for path in paths[:1]]
                 weights.append(paths[0])
-        elif form_of(module) is not None and is_named(*paths):
+        elif _has_weight(module) and is_named(*paths, *(f"{p}.{n}" for p in paths for n in PARTS)):
             weights.append(paths[0])
+            wrapped.append(paths[0])
     weights = [name for name in weights if is_parametrized(made.model.get_submodule(name))]
     if (weights or attentions) and made.model is model:
         made.model = copy_model(model)
     for name in weights:
         made.folded[name] = _fold(made.model.get_submodule(name))
+    for name in reversed(wrapped):  # a layer inside another one first
+        old = made.model.get_submodule(name)
+        around = wrap(old)
+        if not isinstance(around, nn.Module):
+            continue
+        if made.model is model:
+            made.model = copy_model(model)
+            old = made.model.get_submodule(name)
+            around = wrap(old)
+            assert isinstance(around, nn.Module)
+        made.notes += [lost_hook(kind, name) for kind in move_hooks(around, old)]
+        made.model = replace_modules(made.model, {old: around})
+        path = f"{name}.{around.part}" if name else around.part
+        if isinstance(around, OwnForward) and around.is_computed:
+            made.folded[path] = f"the forward of {type(old).__name__}"
+        elif name in made.folded:
+            made.folded[path] = made.folded[name]
     for name in attentions:
         old = made.model.get_submodule(name)
         assert isinstance(old, nn.MultiheadAttention)
@@ -144,6 +166,22 @@ def projection_paths(paths: Iterable[str], part: str) -> tuple[str, ...]:
     return (*(f"{path}.{part}" if path else part for path in given), *given)
 
 
+def wrapped_paths(model: nn.Module, path: str) -> list[str]:
+    """The further names in a recipe of a layer that is inside a `Wrapper`: the path of the wrapper,
+    and its own path in the model that was given."""
+    names = []
+    parent = path.rpartition(".")[0]
+    if isinstance(model.get_submodule(parent), Wrapper):
+        names.append(parent)
+    parts = path.split(".")
+    given = [
+        part
+        for i, part in enumerate(parts)
+        if part != "body" or not isinstance(model.get_submodule(".".join(parts[:i])), OwnForward)
+    ]
+    return names if given == parts else [*names, ".".join(given)]
+
+
 def lost_hook(kind: str, name: str) -> str:
     """The note about a hook that could not be moved."""
     return f"a {kind} of '{name}' is lost, as it belongs to the dense layer itself"
@@ -170,6 +208,12 @@ def leave_fast_path(model: nn.Module) -> None:
                 module.activation_relu_or_gelu = 0
             else:
                 module.enable_nested_tensor = module.use_nested_tensor = False
+
+
+def _has_weight(module: nn.Module) -> bool:
+    """Whether a module is a layer, or something around one."""
+    kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.modules.conv._ConvTransposeNd
+    return form_of(module) is not None or isinstance(module, kinds)
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -8,20 +8,21 @@ that layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lutra.errors import LutraError
-from lutra.train import distributed
 from lutra.train.batches import BatchReader
+from lutra.train.conversion.behind import Behind, Follower, gain_and_shift
 from lutra.train.conversion.calibrate import images_of, patches
 from lutra.train.geometry import Geometry
 from lutra.train.layers.attention import plain_attention
-from lutra.train.layers.base import QuantizedLayer
 from lutra.train.layers.forms import form_of
+from lutra.train.layers.goal import Goal
 
 
 class _Reached(Exception):
@@ -41,24 +42,26 @@ class Batches:
         self._data, self._seed = data, seed
         self._share = max(1, -(-rows // max(1, len(data))))
 
-    def run(self, model: nn.Module, enter: Callable[[int], None] = lambda batch: None) -> None:
-        """Runs a model, in eval mode, on every batch; `enter` is called before each."""
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        reader = BatchReader(model, "calibration data")
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
+    def run(
+        self,
+        model: nn.Module,
+        enter: Callable[[int], None] = lambda batch: None,
+        leave: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Runs a model, in eval mode, on every batch; `enter` is called before each, `leave` behind
+        it."""
+        with _calls(model) as call:
             for number, batch in enumerate(self._data):
                 enter(number)
-                args, kwargs = reader.inputs(batch, device)
-                try:
-                    with plain_attention():
-                        model(*args, **kwargs)
-                except _Reached:
-                    continue
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+                with suppress(_Reached):
+                    call(batch)
+                leave()
+
+    def first(self, model: nn.Module, look: Callable[[Any], None]) -> None:
+        """Runs a model, in eval mode, on the first batch, and shows what it gives."""
+        with _calls(model) as call:
+            for batch in self._data[:1]:
+                look(call(batch))
 
     def places(self, layer: str, batch: int, call: int, total: int) -> Tensor:
         """Which of `total` rows of a call are looked at: the same in every pass."""
@@ -66,6 +69,26 @@ class Batches:
             return torch.arange(total)
         generator = torch.Generator().manual_seed(_number(self._seed, layer, batch, call))
         return torch.randperm(total, generator=generator)[: self._share].sort().values
+
+
+@contextmanager
+def _calls(model: nn.Module) -> Iterator[Callable[[Any], Any]]:
+    """Calls a model on batches, in eval mode and off PyTorch's fast path."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    reader = BatchReader(model, "calibration data")
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+
+    def call(batch: Any) -> Any:
+        args, kwargs = reader.inputs(batch, device)
+        with plain_attention():
+            return model(*args, **kwargs)
+
+    try:
+        yield call
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _number(seed: int, layer: str, batch: int, call: int) -> int:
@@ -77,49 +100,77 @@ def _number(seed: int, layer: str, batch: int, call: int) -> int:
 
 
 class Targets:
-    """Outputs of the dense layers at the places that are looked at: (rows, M) by layer."""
+    """What the dense network has at the places that are looked at, by layer."""
 
     def __init__(self, batches: Batches) -> None:
         self._batches = batches
+        self._behind: dict[str, Behind] = {}
         self.outputs: dict[str, list[Tensor]] = {}
+        self.added: dict[str, list[Tensor]] = {}
         self.calls: dict[str, list[int]] = {}  # of each batch
+
+    @property
+    def order(self) -> list[str]:
+        """The layers in the order in which they ran first; after `collect`."""
+        return list(self.calls)
 
     @torch.no_grad()
     def collect(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        """Runs the dense model once."""
+        """Runs the dense model: on one batch to see what is behind each layer, then on all."""
+        follower = Follower(layers)
+        with follower.following(model):
+            self._batches.first(model, follower.returned)
+        self._behind = follower.found()
         position = {"batch": 0}
-        handles = []
+        calls: dict[str, list[int]] = {name: [] for name in layers}
+        self.outputs = {name: [] for name in layers}
+        self.added = {name: [] for name, behind in self._behind.items() if behind.adds}
 
         def enter(batch: int) -> None:
             position["batch"] = batch
-            for calls in self.calls.values():
-                calls.append(0)
+            for own in calls.values():
+                own.append(0)
 
-        for name, layer in layers.items():
-            self.outputs[name], self.calls[name] = [], []
+        def keep(name: str, module: nn.Module, call: int, value: Tensor) -> Tensor:
+            rows = output_rows(module, value)
+            where = self._batches.places(name, position["batch"], call, len(rows))
+            return rows[where.to(rows.device)].to("cpu", torch.float32)
 
-            def hook(module: nn.Module, _: Any, output: Tensor, name: str = name) -> None:
-                call = self.calls[name][-1]
-                self.calls[name][-1] += 1
-                rows = output_rows(module, output)
-                where = self._batches.places(name, position["batch"], call, len(rows))
-                self.outputs[name].append(rows[where.to(rows.device)].to("cpu", torch.float32))
+        def hook_of(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+            def hook(module: nn.Module, _: Any, output: Tensor) -> None:
+                call = calls[name][-1]
+                calls[name][-1] += 1
+                self.calls.setdefault(name, calls[name])
+                self.outputs[name].append(keep(name, module, call, output))
 
-            # before the hooks of the model, which may change the output
-            handles.append(layer.register_forward_hook(hook, prepend=True))
+            return hook
+
+        def on_add(name: str, other: Tensor) -> None:
+            self.added[name].append(keep(name, layers[name], 0, other))
+
+        adding = Follower({name: layers[name] for name in self.added}, on_add)
+        # before the hooks of the model, which may change the output
+        handles = [
+            layer.register_forward_hook(hook_of(name), prepend=True)
+            for name, layer in layers.items()
+        ]
         try:
-            self._batches.run(model, enter)
+            with adding.following(model):
+                self._batches.run(model, enter, adding.forget)
         finally:
             for handle in handles:
                 handle.remove()
-
-    def of(self, name: str) -> Tensor:
-        """The outputs of a layer (rows, M); they are forgotten."""
-        return torch.cat(self.outputs.pop(name))
+        for name in list(self._behind):
+            once = set(self.calls[name]) == {1}
+            if not once or len(self.added.get(name, self.calls[name])) != len(self.calls[name]):
+                del self._behind[name]  # other batches take other ways
 
     @torch.no_grad()
-    def inputs(self, model: nn.Module, name: str, layer: nn.Module, geometry: Geometry) -> Tensor:
-        """Inputs (rows, D) of a layer in the converted model, at the same places.
+    def rows(
+        self, model: nn.Module, name: str, layer: nn.Module, geometry: Geometry
+    ) -> tuple[Tensor, Goal]:
+        """Inputs (n, D) of a layer in the converted model, and what its outputs should be; what the
+        dense network had is forgotten.
 
         Args:
             model: the model, converted up to the layer.
@@ -127,25 +178,35 @@ class Targets:
             layer: what stands in its place in the model.
             geometry: of the layer.
         """
+        behind = self._behind.get(name, Behind())
         position = {"batch": 0, "call": 0}
         found: list[Tensor] = []
+        added: list[Tensor] = []
 
         def enter(batch: int) -> None:
             position.update(batch=batch, call=0)
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             batch, call = position["batch"], position["call"]
-            position["call"] += 1
             x = images_of(module, name, args[0] if args else next(iter(kwargs.values())))
             height, width = geometry.out_size(x.shape[2], x.shape[3])
             where = self._batches.places(name, batch, call, x.shape[0] * height * width)
             found.append(patches(x, geometry, where.to(x.device), height, width).to("cpu"))
-            if position["call"] == self.calls[name][batch]:
+            position["call"] += 1
+            if position["call"] == self.calls[name][batch] and not behind.adds:
                 raise _Reached
 
-        handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+        def on_add(_: str, other: Tensor) -> None:
+            rows = output_rows(layer, other)
+            where = self._batches.places(name, position["batch"], 0, len(rows))
+            added.append(rows[where.to(rows.device)].to("cpu", torch.float32))
+            raise _Reached
+
+        follower = Follower({name: layer} if behind.adds else {}, on_add)
+        handle = layer.register_forward_pre_hook(before, with_kwargs=True)
         try:
-            self._batches.run(model, enter)
+            with follower.following(model) if behind.adds else nullcontext():
+                self._batches.run(model, enter, follower.forget)
         finally:
             handle.remove()
         if not found:
@@ -153,20 +214,17 @@ class Targets:
                 f"calibration: layer '{name}' is reached in the dense model and not in the "
                 "converted one; keep it in the recipe"
             )
-        return torch.cat(found).float()
-
-
-def output_error(layer: QuantizedLayer, rows: Tensor, targets: Tensor) -> float:
-    """Mean squared difference from the targets relative to their variance.
-
-    Args:
-        layer: the new layer.
-        rows: samples of its input (n, D).
-        targets: the outputs (n, M) of the dense layer in the dense network.
-    """
-    variance = targets.var(correction=0).clamp_min(1e-12)
-    error = (layer.of_rows(rows) - targets).square().mean() / variance
-    return distributed.mean(float(error))
+        want = torch.cat(self.outputs.pop(name))
+        dense_added = self.added.pop(name, [])
+        if name not in self._behind or behind == Behind():
+            return torch.cat(found).float(), Goal(want)
+        gain, shift = (t.float().cpu() for t in gain_and_shift(behind.norm, want.shape[1]))
+        want, offset = want * gain + shift, shift
+        if behind.adds:
+            want += torch.cat(dense_added)
+            offset = torch.cat(added) + shift
+        goal = Goal(want, gain, offset, behind.low, behind.high)
+        return torch.cat(found).float(), goal
 
 
 def output_rows(layer: nn.Module, output: Tensor) -> Tensor:

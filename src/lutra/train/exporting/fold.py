@@ -20,13 +20,16 @@ from lutra.train.exporting.capture import (
 from lutra.train.layers.base import FrozenLayer
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
-_DENSE = (nn.Conv1d, nn.Conv2d, nn.Linear)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+_DENSE = (nn.Conv1d, nn.Conv2d, nn.Linear, *_TRANSPOSED)
 _NORM_OPS = ("aten._native_batch_norm_legit_no_training.default", "aten.batch_norm.default")
 _LAYER_OPS = (
     "aten.conv1d.default",
     "aten.conv1d.padding",
     "aten.conv2d.default",
     "aten.conv2d.padding",
+    "aten.conv_transpose1d.default",
+    "aten.conv_transpose2d.input",
     "aten.convolution.default",
     "aten.linear.default",
     FROZEN_OP,
@@ -45,10 +48,10 @@ def fold_batch_norm(model: nn.Module, example_input: ExampleInput) -> nn.Module:
     """Return a copy of a model with its batch norms folded into the layers that feed them.
 
     A norm is folded when it is an `nn.BatchNorm1d` or `nn.BatchNorm2d` with running statistics
-    whose only input is one convolution, `nn.Linear` or frozen layer whose operator has a gain and
-    a bias for each output, when nobody else reads the output of that layer, and
-    when neither of them, nor their weights, is used a second time. Who feeds whom is read off the
-    traced program, not off the order of the modules. Folded norms become `nn.Identity`; the
+    whose only input is one convolution or transposed convolution, `nn.Linear` or frozen layer
+    whose operator has a gain and a bias for each output, when nobody else reads the output of that
+    layer, and when neither of them, nor their weights, is used a second time. Who feeds whom is
+    read off the traced program, not off the order of the modules. Folded norms become `nn.Identity`; the
     others stay.
 
     Args:
@@ -72,9 +75,10 @@ def with_biases(model: nn.Module) -> nn.Module:
     folded needs a place for its shift."""
     for module in model.modules():
         dense: Any = module
-        if type(module) in _DENSE and dense.bias is None:
+        if isinstance(module, _DENSE) and dense.bias is None:
             weight = dense.weight
-            zeros = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
+            outputs = weight.shape[0] if isinstance(module, nn.Linear) else dense.out_channels
+            zeros = torch.zeros(outputs, dtype=weight.dtype, device=weight.device)
             dense.bias = nn.Parameter(zeros, requires_grad=False)
     return model
 
@@ -153,7 +157,7 @@ def _is_foldable(
     linear = module.linear if isinstance(module, FrozenLayer) else "linear" in str(layer.target)
     if linear and layer.meta["val"].ndim != 2:
         return False  # the norm works on axis 1, which holds the outputs of a 2-D result only
-    if not isinstance(module, FrozenLayer if frozen else nn.Conv1d | nn.Conv2d | nn.Linear):
+    if not isinstance(module, FrozenLayer if frozen else _DENSE):
         return False
     gain, bias = _roles(module)
     if gain is None or bias is None:
@@ -161,9 +165,8 @@ def _is_foldable(
     arguments = _arguments(layer, module)
     for name in (gain, bias):
         argument = arguments.get(name)
-        if argument is None and name == bias:
-            continue
-        # Not a reparametrised weight, and not one that another layer reads too.
+        # Not a reparametrised weight, not one that another layer reads too, and not a bias that a
+        # forward of the module's own does not add.
         if not isinstance(argument, fx.Node) or argument not in parameters:
             return False
         if getattr(module, name, None) is None or len(argument.users) != 1:
@@ -212,8 +215,7 @@ def _fold(model: nn.Module, fold: Fold) -> None:
         gain_role, _ = _roles(layer)
         factor = getattr(layer, str(gain_role))
         assert isinstance(factor, Tensor)
-        # Output channels are axis 0 of a weight and the only axis of a scale.
-        factor.copy_(factor.double() * gain.reshape(-1, *[1] * (factor.ndim - 1)))
+        factor.copy_(factor.double() * _spread(layer, gain, factor))
         if isinstance(layer.bias, Tensor):
             layer.bias.copy_(layer.bias.double() * gain + shift)
         else:
@@ -222,3 +224,13 @@ def _fold(model: nn.Module, fold: Fold) -> None:
         if module is norm:
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, nn.Identity())
+
+
+def _spread(layer: nn.Module, gain: Tensor, factor: Tensor) -> Tensor:
+    """A gain for each output in the shape of the tensor that it is multiplied into."""
+    if not isinstance(layer, _TRANSPOSED):  # outputs are axis 0 of a weight, all of a scale
+        return gain.reshape(-1, *[1] * (factor.ndim - 1))
+    # (inputs, outputs / groups, ...): the inputs of a group, and behind them its outputs
+    inputs = layer.in_channels // layer.groups
+    rows = gain.reshape(layer.groups, 1, -1).expand(-1, inputs, -1).flatten(0, 1)
+    return rows.reshape(*rows.shape, *[1] * (factor.ndim - 2))

@@ -22,6 +22,7 @@ from lutra.train import distributed
 from lutra.train.geometry import Geometry, Grid
 from lutra.train.layers.dropin import adopt_attributes
 from lutra.train.layers.forms import CONV2D, Form, form_of, why_kept
+from lutra.train.layers.goal import Goal
 from lutra.train.operators.frozen import FrozenNode, frozen
 from lutra.train.recipe import Method
 from lutra.train.watch import Watch
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 #: What layers keep and can make again: it is neither copied nor pickled.
 _DERIVED = ("_frozen", "_grid", "_reconstruction")
+_CENTERED = 4  # steps of the bias towards a goal that is cut off
 
 
 @dataclass(frozen=True)
@@ -274,26 +276,39 @@ class QuantizedLayer(nn.Module):
             seed: of everything random.
         """
 
-    def refit(self, rows: Tensor, targets: Tensor, *, keep_weight: bool = False) -> None:
-        """Fits the layer to outputs of the dense network; by default the bias alone.
+    def refit(self, rows: Tensor, goal: Goal, *, keep_weight: bool = False) -> None:
+        """Fits the layer to values of the dense network; by default the bias alone.
 
         Args:
             rows: samples (n, D) of the input in the converted network.
-            targets: the outputs (n, M) of the dense layer in the dense network, with its bias.
+            goal: what the outputs for them should be.
             keep_weight: whether the weights are another module's as well, and must stay.
         """
-        self._center(rows, targets)
+        self._center(rows, goal)
 
     @torch.no_grad()
-    def _center(self, rows: Tensor, targets: Tensor) -> None:
+    def _center(self, rows: Tensor, goal: Goal) -> None:
         """Moves the bias so that the mean of the outputs is the mean of the targets."""
-        mean = distributed.all_reduce((targets - self.of_rows(rows)).mean(0))
-        if distributed.active():
-            mean = mean / torch.distributed.get_world_size()
+        y = self.of_rows(rows)
+        total = best = torch.zeros_like(y[0])
+        least = goal.error(y)
+        for _ in range(_CENTERED if goal.is_cut else 1):
+            mean = distributed.all_reduce((goal.targets(y) - y).mean(0))
+            if distributed.active():
+                mean = mean / torch.distributed.get_world_size()
+            total, y = total + mean, y + mean
+            error = goal.error(y)
+            if error < least:
+                best, least = total, error
+        self.shift_bias(best)
+
+    @torch.no_grad()
+    def shift_bias(self, shift: Tensor) -> None:
+        """Adds (M) to the bias, which the layer then has."""
         if self.bias is not None:
-            mean = mean + self.bias.float()
+            shift = shift + self.bias.float()
         trained = self.weight.requires_grad if self.bias is None else self.bias.requires_grad
-        self.bias = nn.Parameter(mean.to(self.weight.dtype), requires_grad=trained)
+        self.bias = nn.Parameter(shift.to(self.weight.dtype), requires_grad=trained)
 
     @torch.no_grad()
     def of_rows(self, rows: Tensor) -> Tensor:
@@ -365,6 +380,14 @@ class QuantizedLayer(nn.Module):
         """The step of the grid."""
         return self.act_scale
 
+    def _grid_source(self) -> tuple[Tensor, ...]:
+        """The tensors that the grid is made of."""
+        return self._step_source(), self.signed
+
+    def _zero(self) -> int:
+        """The integer that stands for zero."""
+        return 1 << (self.method.act_bits - 1) if bool(self.signed) else 0
+
     def _set_step(self, step: float) -> None:
         self.act_scale.fill_(step)
 
@@ -379,12 +402,11 @@ class QuantizedLayer(nn.Module):
 
     def grid(self) -> Grid:
         """The activation grid; read from the device again only after it was written."""
-        source = (self._step_source(), self.signed)
+        source = self._grid_source()
         kept: tuple[Watch, Grid] | None = self.__dict__.get("_grid")
         if kept is None or not kept[0].unchanged(source):
-            bits = self.method.act_bits
-            zero = 1 << (bits - 1) if bool(self.signed) else 0
-            kept = (Watch(source), Grid(float(self._step().detach()), zero, bits))
+            grid = Grid(float(self._step().detach()), self._zero(), self.method.act_bits)
+            kept = (Watch(source), grid)
             self.__dict__["_grid"] = kept
         return kept[1]
 

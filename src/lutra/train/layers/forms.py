@@ -96,8 +96,6 @@ def why_kept(module: nn.Module) -> str:
     for kind, _ in _forms():
         if isinstance(module, kind):
             return f"{name} has a forward of its own, other than that of {kind.__name__}"
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return "transposed convolutions have no lookup form"
     return f"{name} has no lookup form"
 
 

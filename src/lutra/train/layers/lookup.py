@@ -30,6 +30,8 @@ from lutra.train.layers.base import (
     RowLayer,
     register,
 )
+from lutra.train.layers.goal import Goal
+from lutra.train.layers.grid_refit import fit_range, fit_rounded
 from lutra.train.layers.lookup_table import Response, default_entries, quantize_table
 from lutra.train.operators import lookup as lookup_ops
 from lutra.train.recipe import Lookup
@@ -311,6 +313,18 @@ class LookupLayer(QuantizedLayer):
             weight = lookup_ops.pack(self._weight_index(), bits)
             tensors = {"weight": weight, "table": table, "scale": self._scale(grid, entries)}
             return self._freeze(FrozenLookup, tensors, {"weight_bits": bits})
+
+    @torch.no_grad()
+    def refit(self, rows: Tensor, goal: Goal, *, keep_weight: bool = False) -> None:
+        """The activation range by the error of the outputs, the weights on the rounded input with
+        their scales, the bias."""
+        fit_range(self, rows, goal, symmetric=True)
+        if not keep_weight:
+            fit_rounded(self, rows, goal, self._fit_scales)
+        self._center(rows, goal)
+
+    def _fit_scales(self) -> None:
+        self.log_weight_scale.copy_(_weight_scale(self._rows(), self.method.weights).log())
 
     @torch.no_grad()
     def settle(self, rows: Tensor) -> dict[str, Any]:

@@ -32,14 +32,15 @@ from lutra.train.layers.base import (
     clip_gradient,
     register,
 )
+from lutra.train.layers.goal import Goal
 from lutra.train.layers.pq_kmeans import kmeans
 from lutra.train.layers.pq_projection import REFRESH, SAMPLE_ROWS, regression
+from lutra.train.layers.pq_refit import fit_tables, fit_weight, sum_rows
 from lutra.train.layers.pq_soft import SoftLookup
 from lutra.train.operators import portable
 from lutra.train.operators import pq as ops
 from lutra.train.recipe import PQ
 
-_WEIGHT_RIDGE = 1e-2  # relative to the mean square of an entry of the quantised input
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -443,45 +444,43 @@ class _PQLayer(QuantizedLayer):
         self.centroids.copy_(centroids)
         self.splits.copy_(entries.gather(1, taps))
         self.thresholds.copy_(thresholds)
-        self._fit_tables(rows, rows @ self.kernel_weight.float().reshape(self.outputs, -1).t())
-
-    def _fit_tables(self, rows: Tensor, want: Tensor) -> None:
-        """Sets what the tables have beyond centroids times weights.
-
-        Args:
-            rows: samples (n, D). want: sums of table rows for them (n, M).
-        """
         codes, tables = self._codes(rows), self.tables(self.encoder())
-        self.table_residual.add_(trees.fit_tables(codes, tables, want) - tables)
+        want = rows @ self.kernel_weight.float().reshape(self.outputs, -1).t()
+        fit = fit_tables(codes, tables, sum_rows(codes, tables), Goal(want))
+        self.table_residual.add_(fit.change)
+        self.table_residual[0] += fit.shift
 
     @torch.no_grad()
-    def refit(self, rows: Tensor, targets: Tensor, *, keep_weight: bool = False) -> None:
-        """Free tables by ridge regression; without them the weights, on the quantised input."""
-        self._center(rows, targets)
-        bias = 0.0 if self.bias is None else self.bias.float()
+    def refit(self, rows: Tensor, goal: Goal, *, keep_weight: bool = False) -> None:
+        """The weights on the quantised input, then free tables, by ridge regression."""
+        codes = self._codes(rows)
+        if not keep_weight:
+            index, values = codes.long(), self._table_values()
+            picked = torch.stack([v[c] for v, c in zip(values, index, strict=True)], 1)
+            x = picked.flatten(1)[:, : self.geometry.depth]
+            fit = fit_weight(x, self._float_outputs(codes), goal)
+            weight = self.kernel_weight.float().reshape(self.outputs, -1) + fit.change
+            fitted = self.form.kernel(weight).view_as(self.weight).to(self.weight.dtype)
+            self.weight = nn.Parameter(fitted, requires_grad=self.weight.requires_grad)
+            self.shift_bias(fit.shift)
         if self.method.has_free_tables:
-            self._fit_tables(rows, targets - bias)
-        elif not keep_weight:
-            self._fit_weight(rows, targets - bias)
-        self._center(rows, targets)
+            tables = self.tables(self.encoder())
+            fit = fit_tables(codes, tables, self._float_outputs(codes), goal)
+            self.table_residual.add_(fit.change)
+            self.shift_bias(fit.shift)
+        self._center(rows, goal)
 
-    def _fit_weight(self, rows: Tensor, want: Tensor) -> None:
+    def _table_values(self) -> Tensor:
+        """The values (B, K, V) whose products with the weights the tables are."""
         encoder = self.encoder()
-        assert isinstance(encoder, Nearest)
-        values = self._centroid_values(encoder.centroids)
-        codes = self._codes(rows).long()
-        picked = torch.stack([v[c] for v, c in zip(values, codes, strict=True)], 1)  # (n, B, V)
-        x = picked.flatten(1)[:, : self.geometry.depth]
-        weight = self.kernel_weight.float().reshape(self.outputs, -1)
-        rest = want - x @ weight.t()
-        gram, moments = x.t() @ x, x.t() @ rest
-        distributed.all_reduce(gram)
-        distributed.all_reduce(moments)
-        ridge = _WEIGHT_RIDGE * float(gram.trace()) / len(gram) + 1e-12
-        gram.diagonal().add_(ridge)
-        change = torch.linalg.solve(gram.double(), moments.double()).t().float()
-        fitted = self.form.kernel(weight + change).view_as(self.weight).to(self.weight.dtype)
-        self.weight = nn.Parameter(fitted, requires_grad=self.weight.requires_grad)
+        if isinstance(encoder, Nearest):
+            return self._centroid_values(encoder.centroids)
+        return self.centroids.float()
+
+    def _float_outputs(self, codes: Tensor) -> Tensor:
+        """Outputs (n, M) for codes (B, n), with tables that are not rounded."""
+        y = sum_rows(codes, self.tables(self.encoder()))
+        return y if self.bias is None else y + self.bias.float()
 
     @torch.no_grad()
     def settle(self, rows: Tensor) -> dict[str, Any]:

@@ -12,8 +12,8 @@ integers: histograms over the grid give the error of every threshold of every no
   they are, is nearer, as well as one threshold can;
 * `refit` is the same step with the taps fixed: in training, thresholds follow the centroids.
 
-Tables of trees are not only products of centroids and weights: `fit_tables` makes those of all
-codebooks together, as MADDNESS does, because sub-vectors of one row depend on each other.
+Tables of trees are not only products of centroids and weights: `pq_refit.fit_tables` makes those of
+all codebooks together, as MADDNESS does, because sub-vectors of one row depend on each other.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ REFIT_RATE = 0.1  # how far they then move
 _ROUNDS = 2  # times that `refine` renews every level
 _LEAST = 16  # samples that a node must have seen to be moved
 _RIDGE = 1e-6  # relative to the largest variance of an output metric
-_TABLE_RIDGE = 0.1  # relative to the mean number of samples of a table row
-_TABLE_ROWS = 2048  # that are solved for together
 _GROUP_VALUES = 4096  # codebooks * max(K, V) that are grown together; bounds the memory
 
 
@@ -323,48 +321,3 @@ def refine(samples: Samples, z: Tensor, taps: Tensor, thresholds: Tensor) -> tup
                 better[:, None], found[pick, rows], kept
             )
     return taps, thresholds
-
-
-def fit_tables(codes: Tensor, tables: Tensor, want: Tensor) -> Tensor:
-    """Tables (B, K, M) of all codebooks together whose sums are nearest to the layer's outputs.
-
-    A codebook alone can do no better than the mean of its part of the output. Sub-vectors depend on
-    each other, so that tables made together do: ridge regression around the given ones, in groups
-    of codebooks where there are many.
-
-    Args:
-        codes: (B, n). tables: (B, K, M), the start. want: (n, M).
-    """
-    codebooks, k, outputs = tables.shape
-    tables = tables.clone()
-    rest = want - sum_rows(codes, tables)
-    for group in torch.split(
-        torch.arange(codebooks, device=codes.device), max(1, _TABLE_ROWS // k)
-    ):
-        mine = codes[group].long()
-        size = len(group) * k
-        gram = torch.zeros((size, size), device=codes.device)
-        moments = torch.zeros((size, outputs), device=codes.device)
-        offset = torch.arange(len(group), device=codes.device)[:, None] * k
-        for block, target in zip(torch.split(mine, 1024, 1), torch.split(rest, 1024), strict=True):
-            member = torch.zeros((block.shape[1], size), device=codes.device)
-            member.scatter_(1, (block + offset).t(), 1.0)
-            gram += member.t() @ member  # whole numbers: exact
-            moments += member.t() @ target
-        collective.all_reduce(gram)
-        collective.all_reduce(moments)
-        ridge = _TABLE_RIDGE * float(gram.trace()) / size + 1e-6
-        gram.diagonal().add_(ridge)
-        found = torch.linalg.solve(gram.double(), moments.double()).to(tables.dtype)
-        change = found.view(-1, k, outputs)
-        tables[group] += change
-        rest -= sum_rows(mine, change)
-    return tables
-
-
-def sum_rows(codes: Tensor, tables: Tensor) -> Tensor:
-    """Sums (n, M) of the rows of tables (B, K, M) that codes (B, n) pick."""
-    total = tables.new_zeros((codes.shape[1], tables.shape[2]))
-    for codebook, table in zip(codes, tables, strict=True):
-        total += table[codebook.long()]
-    return total

@@ -1,0 +1,89 @@
+#include "engine/layers/code_planes.h"
+
+#include <algorithm>
+
+namespace lutra {
+namespace {
+
+constexpr double kWorkPerMicrosecond = 1.5e5;  // centroid values compared, a rough guess
+
+}  // namespace
+
+ConvGeometry part_geometry(const ConvGeometry& g, Group group) {
+  if (group == Group::kPatch) return g;
+  if (group == Group::kPixel) return {.channels = g.channels};
+  return {.channels = g.channels,
+          .kernel_w = g.kernel_w,
+          .stride_w = g.stride_w,
+          .pad_w = g.pad_w,
+          .end_w = g.end_w,
+          .dilation_w = g.dilation_w};
+}
+
+ConvGeometry code_geometry(const ConvGeometry& g, Group group, int64_t codebooks) {
+  ConvGeometry codes = g;
+  codes.channels = codebooks;
+  if (group == Group::kRow) {
+    codes.kernel_w = codes.stride_w = codes.dilation_w = 1;
+    codes.pad_w = codes.end_w = 0;
+  }
+  return codes;
+}
+
+CodePlanes::CodePlanes(const Kernels& kernels, const PqShape& shape, const uint8_t* encoder,
+                       const ConvGeometry& geometry, Group group, const Quantization& quantization)
+    : kernels_(kernels),
+      shape_(shape),
+      encoder_(encoder),
+      codes_(code_geometry(geometry, group, shape.codebooks)),
+      padding_(static_cast<size_t>(shape.codebooks)) {
+  // A patch in which every entry of every row is the same byte.
+  const std::vector<uint8_t> zeros(2 * kSlack, static_cast<uint8_t>(quantization.zero));
+  const std::vector<int32_t> taps(static_cast<size_t>(shape.taps)), rows(kMaxRowTile);
+  AlignedBytes codes(kernels.code_bytes(shape));
+  const Patch patch{zeros.data(), 0, taps.data(), rows.data(), 1, true};
+  kernels.encode(shape, encoder, patch, 0, shape.codebooks, codes.data());
+  kernels.unpack_codes(shape, codes.data(), 1, padding_.data(), 1);
+}
+
+PatchSource CodePlanes::patches(const PatchSource& parts) const {
+  const ConvGeometry& g = parts.geometry();
+  return PatchSource(codes_, parts.images(), g.out_h(parts.height()), g.out_w(parts.width()));
+}
+
+size_t CodePlanes::code_bytes(const PatchSource& parts) const {
+  return align64(static_cast<size_t>(shape_.codebooks * parts.rows()) + kSlack);
+}
+
+size_t CodePlanes::shared_bytes(const PatchSource& parts) const {
+  return code_bytes(parts) + align64(patches(parts).bytes());
+}
+
+size_t CodePlanes::worker_bytes() const {
+  return align64(kMaxRowTile * sizeof(int32_t)) + align64(kernels_.code_bytes(shape_));
+}
+
+void CodePlanes::make(const PatchSource& parts, PatchSource& patches, uint8_t* shared,
+                      uint8_t* workers, size_t stride, ThreadPool& pool) const {
+  const int64_t rows = parts.rows(), tile = kernels_.row_tile, tiles = (rows + tile - 1) / tile;
+  const double compare =
+      shape_.encoder == Encoder::kTree ? 8.0 : static_cast<double>(shape_.centroids) * shape_.dim;
+  const double work = static_cast<double>(rows) * shape_.codebooks * compare / kWorkPerMicrosecond;
+  pool.run(static_cast<size_t>(tiles), work, [&](size_t i, int worker) {
+    uint8_t* const memory = workers + static_cast<size_t>(worker) * stride;
+    uint8_t* const codes = memory + align64(kMaxRowTile * sizeof(int32_t));
+    const int64_t first = static_cast<int64_t>(i) * tile, count = std::min(tile, rows - first);
+    const Patch patch =
+        parts.tile(first, count, static_cast<int32_t>(tile), reinterpret_cast<int32_t*>(memory));
+    kernels_.encode(shape_, encoder_, patch, 0, shape_.codebooks, codes);
+    kernels_.unpack_codes(shape_, codes, static_cast<int32_t>(count), shared + first,
+                          static_cast<size_t>(rows));
+  });
+  const ConvGeometry& g = parts.geometry();
+  const int64_t height = g.out_h(parts.height()), width = g.out_w(parts.width());
+  const ByteView codes{
+      shared, parts.images(), shape_.codebooks, height, width, height * width, rows, width, 1};
+  patches.load(codes, padding_.data(), shared + code_bytes(parts), pool);
+}
+
+}  // namespace lutra

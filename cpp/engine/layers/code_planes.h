@@ -1,0 +1,48 @@
+// Codes that belong to pixels: made once, read by every patch that the pixel is in.
+//
+// A part of a patch (a row of the kernel, or a pixel) is a patch of its own, of another geometry:
+// its codes are planes of bytes, one for each codebook. The kernel then walks over these planes as
+// it does over those of the input.
+#pragma once
+
+#include <vector>
+
+#include "engine/core/memory.h"
+#include "engine/layers/patch_source.h"
+
+namespace lutra {
+
+enum class Group { kPatch, kRow, kPixel };
+
+// The parts of a patch, as patches of the input.
+ConvGeometry part_geometry(const ConvGeometry& g, Group group);
+// The patch, as a patch of planes of codes.
+ConvGeometry code_geometry(const ConvGeometry& g, Group group, int64_t codebooks);
+
+class CodePlanes {
+ public:
+  // `shape` is of the codebooks that encode a part, packed in `encoder`. Both must outlive this.
+  CodePlanes(const Kernels& kernels, const PqShape& shape, const uint8_t* encoder,
+             const ConvGeometry& geometry, Group group, const Quantization& quantization);
+
+  // Patches of codes, for a source of parts.
+  PatchSource patches(const PatchSource& parts) const;
+  // Memory for all workers and for each, beside that of what is done with the patches.
+  size_t shared_bytes(const PatchSource& parts) const;
+  size_t worker_bytes() const;
+
+  // Makes the codes of all parts and loads the patches with them.
+  void make(const PatchSource& parts, PatchSource& patches, uint8_t* shared, uint8_t* workers,
+            size_t stride, ThreadPool& pool) const;
+
+ private:
+  size_t code_bytes(const PatchSource& parts) const;  // of the planes
+
+  const Kernels& kernels_;
+  const PqShape& shape_;
+  const uint8_t* const encoder_;
+  const ConvGeometry codes_;
+  std::vector<uint8_t> padding_;  // the codes of zeros
+};
+
+}  // namespace lutra

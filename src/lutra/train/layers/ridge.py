@@ -1,0 +1,84 @@
+"""Ridge regression whose weight is chosen by rows that are held out, from sums over the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lutra.train import distributed as collective
+
+#: Weights that are tried, relative to the mean square of a feature over all rows.
+WEIGHTS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
+_HELD = 4  # one row in so many is held out
+_LEAST = 1e-6  # weight that is always there
+
+
+def held_out(rows: int) -> list[slice]:
+    """The rows that are fitted and those that are held out: the last, of other samples."""
+    first = rows - rows // _HELD
+    return [slice(0, first), slice(first, rows)]
+
+
+class Ridge:
+    """Least squares of many outputs on the same features.
+
+    Args:
+        gram: products F'F (P, P) of the features of each part of `held_out`.
+        rows: number of all rows.
+    """
+
+    def __init__(self, gram: Sequence[Tensor], rows: int) -> None:
+        self._parts = [collective.all_reduce(part).double() for part in gram]
+        self._gram = self._parts[0] + self._parts[1]
+        self._unit = float(self._gram.trace()) / len(self._gram)
+        self._factor: Tensor | None = None
+        self.weight = 0.0
+
+    def choose(
+        self, moments: Sequence[Tensor], outputs: Tensor, weights: Sequence[float] = WEIGHTS
+    ) -> None:
+        """Takes the weight with the least squared error on the rows that are held out.
+
+        Args:
+            moments: F'y (P, M) of each part.
+            outputs: what an error of each output counts (M).
+            weights: that are tried, largest first.
+        """
+        fitted, held = (collective.all_reduce(part.clone()).double() for part in moments)
+        share = float(self._parts[0].trace()) / max(float(self._gram.trace()), 1e-30)
+        best = 0.0  # of no change at all
+        self.weight = weights[0] * 100.0
+        for weight in weights:
+            factor = self._cholesky(self._parts[0], weight * share)
+            change = torch.cholesky_solve(fitted, factor)
+            errors = (change * (self._parts[1] @ change - 2.0 * held)).sum(0)
+            error = float(errors @ outputs.double())
+            if error < best:
+                best, self.weight = error, weight
+        self._factor = self._cholesky(self._gram, self.weight)
+
+    def _cholesky(self, gram: Tensor, weight: float) -> Tensor:
+        damped = gram.clone()
+        damped.diagonal().add_((weight + _LEAST) * self._unit + 1e-30)
+        factor: Tensor = torch.linalg.cholesky(damped)
+        return factor
+
+    def solve(self, moments: Sequence[Tensor], start: Tensor | None = None) -> Tensor:
+        """The change (P, M) of coefficients that fits the moments of the rest.
+
+        Args:
+            moments: F'(y - F start) (P, M) of each part.
+            start: coefficients so far, which are drawn to zero as well (P, M).
+        """
+        assert self._factor is not None
+        total = collective.all_reduce(moments[0] + moments[1]).double()
+        if start is not None:
+            total -= (self.weight + _LEAST) * self._unit * start.double()
+        return torch.cholesky_solve(total, self._factor).float()
+
+
+def products(features: Tensor, others: Callable[[slice], Tensor]) -> list[Tensor]:
+    """F'y (P, M) of each part of the rows, for features (n, P)."""
+    return [features[part].t() @ others(part) for part in held_out(len(features))]
