@@ -131,7 +131,8 @@ def every_selection_graph() -> Graph:
     y = b.add("upsample_bicubic", y, size=(8, 8))  # (6, 8, 8)
     grid = b.add("slice", "x", axis=3, start=0, stop=2, step=1)  # (4, 6, 2)
     y = b.add("grid_sample", y, grid)  # (6, 4, 6)
-    y = b.add("reshape", y, shape=(6, 24))
+    y = b.add("trim", b.add("flip", y, axis=2), axis=3, first=0, last=0, step=1)
+    y = b.add("reshape", b.add("regroup", y, sizes=(-1, 24)), shape=(6, 24))
     angles = {name: vector(9, 12) for name in ("cos", "sin")}
     y = b.add("rotary", y, tensors=angles, heads=2)
     scores = b.add("reshape", b.add("matmul", y, y, transpose_b=True), shape=(1, 6, 6))

@@ -89,6 +89,18 @@ def test_what_becomes_of_special_values() -> None:
         np.testing.assert_array_equal(got[0], values, op)
 
 
+def test_sines_of_any_size() -> None:
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.normal(size=500) * size for size in (1, 30, 1e3, 1e5)]).astype(F)
+    far = np.array([1e9, -3e20, 3e38, np.inf, -np.inf, np.nan], F)
+    for op, want in (("sin", np.sin), ("cos", np.cos)):
+        got = bits_of_all(single(op, ("x", (None, len(x)))), x[None])[0]
+        np.testing.assert_allclose(got, want(x.astype(np.float64)), atol=1e-7)
+        got = bits_of_all(single(op, ("x", (None, len(far)))), far[None])[0]
+        assert bool((np.abs(got[:3]) <= 1).all())
+        assert bool(np.isnan(got[3:]).all())
+
+
 @sweep(
     ("condition", "a", "b"),
     [

@@ -98,3 +98,44 @@ def test_what_does_not_fit_is_refused() -> None:
     for index in ((None, 3, 2), (None, 3), (2, 3, 5)):
         with pytest.raises(GraphError, match="must be equal, or 1 for the indices"):
             single("take_along", ("x", (None, 4, 5)), ("i", index), axis=1).validate()
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+@pytest.mark.parametrize("known", [True, False])
+def test_flip_and_trim(axis: int, known: bool) -> None:
+    shape = (4, 5, 6)
+    value = ("x", (None, *(shape if known else (None,) * 3)))
+    x = normal(2, *shape)
+    np.testing.assert_array_equal(
+        check(single("flip", value, axis=axis), x, tolerance=0), np.flip(x, axis)
+    )
+    got = check(single("trim", value, axis=axis, first=1, last=1, step=2), x, tolerance=0)
+    np.testing.assert_array_equal(got, x.take(range(1, shape[axis - 1] - 1, 2), axis))
+
+
+def test_nothing_is_left() -> None:
+    with pytest.raises(GraphError, match="an entry must be left"):
+        single("trim", ("x", (None, 4)), axis=1, first=2, last=2).validate()
+    graph = single("trim", ("x", (None, None)), axis=1, first=2, last=2)
+    check(graph, normal(2, 5), tolerance=0)
+    with pytest.raises(LutraError, match="an entry must be left"):
+        run_reference(graph, [normal(2, 4)])
+    with pytest.raises(LutraError, match="an entry must be left"):
+        Session(graph)(normal(2, 4))
+
+
+def test_regroup() -> None:
+    graph = single("regroup", ("x", (None, 6, None, None)), sizes=(2, 3, -3, -2))
+    for shape in ((2, 6, 4, 5), (1, 6, 7, 1)):
+        x = normal(*shape)
+        want = x.reshape(shape[0], 2, 3, shape[3], shape[2])
+        np.testing.assert_array_equal(check(graph, x, tolerance=0), want)
+    with pytest.raises(GraphError, match="6 elements before and 4 after"):
+        single("regroup", ("x", (None, 6)), sizes=(2, 2)).validate()
+    with pytest.raises(GraphError, match="at least 1"):
+        single("regroup", ("x", (None, 6)), sizes=(0, 6)).validate()
+    odd = single("regroup", ("x", (None, None)), sizes=(-1, 2))
+    with pytest.raises(LutraError, match="4 elements before and 8 after"):
+        run_reference(odd, [normal(2, 4)])
+    with pytest.raises(LutraError, match="4 elements before and 8 after"):
+        Session(odd)(normal(2, 4))

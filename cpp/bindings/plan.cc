@@ -18,7 +18,7 @@ void shapes_of(const Plan& plan, const std::vector<InputArray>& inputs, Shapes& 
     require(
         a.dtype() == (integers ? nb::dtype<int32_t>() : nb::dtype<float>()),
         "input " + std::to_string(data.size()) + " must be " + (integers ? "int32" : "float32"));
-    require(a.ndim() <= kMaxRank, "arrays of more than 6 axes are not supported");
+    require(a.ndim() <= kMaxRank, "arrays of more than 8 axes are not supported");
     Shape s;
     for (size_t i = 0; i < a.ndim(); ++i) s[s.rank++] = static_cast<int64_t>(a.shape(i));
     shapes.push_back(s);
@@ -29,7 +29,7 @@ void shapes_of(const Plan& plan, const std::vector<InputArray>& inputs, Shapes& 
 Shapes shapes_of(const std::vector<std::vector<int64_t>>& all) {
   Shapes shapes;
   for (const auto& dims : all) {
-    require(dims.size() <= kMaxRank, "arrays of more than 6 axes are not supported");
+    require(dims.size() <= kMaxRank, "arrays of more than 8 axes are not supported");
     Shape s;
     for (int64_t d : dims) s[s.rank++] = d;
     shapes.push_back(s);

@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from operator_cases import CASES, Case
+from operator_cases import CASES as FIRST
+from operator_cases import Case
+from operator_relatives import RELATIVES
+from operator_relatives import SIZES as RELATIVES_OF_ANY_SIZE
 from torch import Tensor
 
 from lutra import Session, runnable_isas
@@ -21,6 +24,7 @@ from lutra.reference import run_reference
 from lutra.reference.compare import difference
 from lutra.train.exporting.export import export
 
+CASES = {**FIRST, **{f"relatives-{name}": case for name, case in RELATIVES.items()}}
 #: One of each kind; the others are slow.
 QUICK = (
     "activations-prelu_channels",
@@ -96,10 +100,16 @@ SIZES = {
 }
 
 
+ANY_SIZE = {
+    **{name: (CASES[name], axes) for name, axes in SIZES.items()},
+    **{f"relatives-{name}": each for name, each in RELATIVES_OF_ANY_SIZE.items()},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", ANY_SIZE)
 def test_operators_of_any_size(name: str, tmp_path: Path) -> None:
-    case, axes = CASES[name], SIZES[name]
+    case, axes = ANY_SIZE[name]
     model = case.make().eval()
     path = tmp_path / "model.lutra"
     export(model, path, inputs_of(case, 2, 1), dynamic_axes=axes)

@@ -13,7 +13,7 @@
 
 namespace lutra {
 
-inline constexpr int kMaxRank = 6;
+inline constexpr int kMaxRank = 8;
 using Dims = std::array<int64_t, kMaxRank>;
 
 struct Shape {

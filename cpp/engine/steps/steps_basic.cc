@@ -40,7 +40,7 @@ class MeanStep : public FloatStep {
  public:
   MeanStep(std::vector<int> axes, bool keepdims) : reduced_(kMaxRank, false), keepdims_(keepdims) {
     for (int a : axes) {
-      require(a >= 1 && a < kMaxRank, "mean: axis " + std::to_string(a) + " is not 1..5");
+      require(a >= 1 && a < kMaxRank, "mean: axis " + std::to_string(a) + " is not 1..7");
       reduced_[a] = true;
     }
   }
@@ -146,7 +146,7 @@ StepPtr byte_move(const Move& step) {
 class ReshapeStep : public FloatStep {
  public:
   explicit ReshapeStep(std::vector<int64_t> shape) : shape_(std::move(shape)) {
-    require(shape_.size() < kMaxRank, "reshape: more than 6 axes");
+    require(shape_.size() < kMaxRank, "reshape: more than 8 axes");
   }
   Shape infer(const Shapes& in) const override {
     Shape y{in[0].batch()};
@@ -217,6 +217,31 @@ class ReshapeStep : public FloatStep {
   std::vector<int64_t> shape_;
 };
 
+// A reshape whose sizes are numbers, or those of axes of the input: -a is the size of axis a.
+class RegroupStep : public FloatStep {
+ public:
+  explicit RegroupStep(Sizes sizes) : sizes_(std::move(sizes)) {
+    require(sizes_.size() < kMaxRank, "regroup: more than 8 axes");
+  }
+  Shape infer(const Shapes& in) const override {
+    Shape y{in[0].batch()};
+    for (const int64_t size : sizes_) {
+      require(-size < in[0].rank,
+              "regroup: " + in[0].text() + " has no axis " + std::to_string(-size));
+      y[y.rank++] = size < 0 ? in[0][static_cast<int>(-size)] : size;
+    }
+    require(y.size() == in[0].size(), "regroup: " + in[0].text() + " does not fit " + y.text());
+    return y;
+  }
+  void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t*,
+           ThreadPool&) const override {
+    ReshapeStep::move(shapes[0], in[0], y, out);
+  }
+
+ private:
+  Sizes sizes_;
+};
+
 class PadStep : public FloatStep {
  public:
   PadStep(Sizes pads, float value) : pads_(std::move(pads)), value_(value) {
@@ -245,6 +270,7 @@ class PadStep : public FloatStep {
 
 class SliceStep : public FloatStep {
  public:
+  // A stop below 0 is counted from the end of the axis: -1 is the end.
   SliceStep(int axis, int64_t start, int64_t stop, int64_t step)
       : axis_(axis), start_(start), stop_(stop), step_(step) {
     require(axis > 0 && axis < kMaxRank && start >= 0 && (stop > start || stop < 0) && step > 0,
@@ -253,8 +279,10 @@ class SliceStep : public FloatStep {
   Shape infer(const Shapes& in) const override {
     Shape y = in[0];
     require(axis_ < y.rank, "slice: no axis " + std::to_string(axis_));
-    const int64_t stop = stop_ < 0 ? y[axis_] : stop_;
-    require(start_ < stop && stop <= y[axis_], "slice: it ends outside " + in[0].text());
+    const int64_t stop = stop_ < 0 ? y[axis_] + 1 + stop_ : stop_;
+    require(start_ < stop && stop <= y[axis_], "slice: nothing is left of axis " +
+                                                   std::to_string(axis_) + ", or it ends outside " +
+                                                   in[0].text());
     y[axis_] = (stop - start_ + step_ - 1) / step_;
     return y;
   }
@@ -352,6 +380,10 @@ int add_reshape(PlanBuilder& plan, const StepArgs& args) {
   return add_step<ReshapeStep>(plan, args, std::move(sizes));
 }
 
+int add_regroup(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<RegroupStep>(plan, args, args.integers("sizes"));
+}
+
 int add_pad(PlanBuilder& plan, const StepArgs& args) {
   return add_step<PadStep>(plan, args, args.integers("pads"), args.float32("value"));
 }
@@ -361,6 +393,11 @@ int add_slice(PlanBuilder& plan, const StepArgs& args) {
   const int64_t stop = args.integer("stop");
   return add_step<SliceStep>(plan, args, args.int32("axis"), args.integer("start"),
                              stop == kToTheEnd ? -1 : stop, args.integer("step"));
+}
+
+int add_trim(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<SliceStep>(plan, args, args.int32("axis"), args.integer("first"),
+                             -1 - args.integer("last"), args.integer("step"));
 }
 
 int add_concat(PlanBuilder& plan, const StepArgs& args) {
@@ -377,8 +414,10 @@ void basic_ops(OpRegistry& r) {
   r.add("mean", {.build = add_mean});
   r.add("flatten", {.build = add_reshape});
   r.add("reshape", {.build = add_reshape});
+  r.add("regroup", {.build = add_regroup});
   r.add("pad", {.build = add_pad});
   r.add("slice", {.build = add_slice});
+  r.add("trim", {.build = add_trim});
   r.add("concat", {.build = add_concat, .most = kAnyInputs});
 }
 

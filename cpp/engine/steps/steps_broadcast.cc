@@ -155,7 +155,7 @@ class ConstantStep : public FloatStep {
   ConstantStep(std::vector<float> value, const std::vector<int64_t>& shape)
       : value_(std::move(value)) {
     shape_.rank = 1 + static_cast<int>(shape.size());
-    require(shape_.rank <= kMaxRank, "constant: more than 6 axes");
+    require(shape_.rank <= kMaxRank, "constant: more than 8 axes");
     shape_[0] = 1;
     for (int i = 1; i < shape_.rank; ++i) shape_[i] = shape[static_cast<size_t>(i - 1)];
     require(

@@ -44,7 +44,7 @@ class ReduceStep : public FloatStep {
       : reduced_(kMaxRank, false), keepdims_(keepdims) {
     for (int a : axes) {
       require(a >= 1 && a < kMaxRank,
-              std::string(name) + ": axis " + std::to_string(a) + " is not 1..5");
+              std::string(name) + ": axis " + std::to_string(a) + " is not 1..7");
       reduced_[static_cast<size_t>(a)] = true;
     }
   }
@@ -204,7 +204,7 @@ class L2NormStep : public ReduceStep {
 class CumulativeSumStep : public FloatStep {
  public:
   explicit CumulativeSumStep(int axis) : axis_(axis) {
-    require(axis >= 1 && axis < kMaxRank, "cumsum: axis " + std::to_string(axis) + " is not 1..5");
+    require(axis >= 1 && axis < kMaxRank, "cumsum: axis " + std::to_string(axis) + " is not 1..7");
   }
   Shape infer(const Shapes& in) const override {
     require(axis_ < in[0].rank, "cumsum: no axis " + std::to_string(axis_) + " in " + in[0].text());

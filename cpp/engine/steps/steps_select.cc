@@ -189,6 +189,34 @@ class FromEndStep : public FloatStep {
   int64_t back_;
 };
 
+// An axis from its end to its beginning.
+class FlipStep : public FloatStep {
+ public:
+  explicit FlipStep(int axis) : axis_(axis) {}
+
+  Shape infer(const Shapes& in) const override {
+    require(axis_ >= 1 && axis_ < in[0].rank,
+            "flip: " + in[0].text() + " has no axis " + std::to_string(axis_));
+    return in[0];
+  }
+
+ protected:
+  void run(const Shapes&, const Inputs& in, const Shape& y, float* out, uint8_t*,
+           ThreadPool&) const override {
+    Dims from = storage_strides(y);
+    const float* const last = in[0] + (y[axis_] - 1) * from[axis_];
+    from[axis_] = -from[axis_];
+    copy_strided(y, last, from, out, storage_strides(y));
+  }
+
+ private:
+  int axis_;
+};
+
+int add_flip(PlanBuilder& plan, const StepArgs& args) {
+  return add_step<FlipStep>(plan, args, args.int32("axis"));
+}
+
 int add_topk(PlanBuilder& plan, const StepArgs& args) {
   return add_step<TopkStep>(plan, args, args.integer("k"), args.int32("axis"), args.flag("largest"),
                             args.flag("indices"));
@@ -207,6 +235,7 @@ int add_from_end(PlanBuilder& plan, const StepArgs& args) {
 void select_ops(OpRegistry& r) {
   r.add("topk", {.build = add_topk});
   r.add("take_along", {.build = add_take_along, .inputs = 2});
+  r.add("flip", {.build = add_flip});
   r.add("from_end", {.build = add_from_end});
 }
 

@@ -91,7 +91,7 @@ class EmbeddingStep : public FloatStep {
   bool reads_integers(size_t) const override { return integers_; }
   Shape infer(const Shapes& in) const override {
     Shape y = in[0];
-    require(y.rank < kMaxRank, "an embedding of ids " + y.text() + " has more than 6 axes");
+    require(y.rank < kMaxRank, "an embedding of ids " + y.text() + " has more than 8 axes");
     y[y.rank++] = features_;
     if (positions_) positions_->check(y);
     return y;
@@ -261,7 +261,7 @@ class GatherStep : public FloatStep {
  public:
   GatherStep(std::vector<int32_t> index, int axis) : index_(std::move(index)), axis_(axis) {
     require(!index_.empty(), "gather: it takes nothing");
-    require(axis >= 1 && axis < kMaxRank, "gather: axis " + std::to_string(axis) + " is not 1..5");
+    require(axis >= 1 && axis < kMaxRank, "gather: axis " + std::to_string(axis) + " is not 1..7");
   }
   Shape infer(const Shapes& in) const override {
     Shape y = in[0];

@@ -10,7 +10,7 @@ from typing import Final
 #: Axes of a value of a graph.
 MAX_RANK: Final = 8
 #: Axes of an array of the engine.
-MAX_ENGINE_RANK: Final = 6
+MAX_ENGINE_RANK: Final = 8
 #: Elements of one sample: the engine counts them in 32 bits.
 MAX_ELEMENTS: Final = 2**31 - 1
 #: Characters of a name.

@@ -5,6 +5,10 @@
 does not; NaN is greater than nothing and equal to nothing. ``where`` takes a condition, which holds
 where it is not 0, and two values. ``constant`` gives the same numbers for every sample; of its
 input it needs the size of the batch only.
+
+``sin`` and ``cos`` are those of the nearest float32 but for 1e-7 while |x| is below 2^20; beyond
+that, where neighbours of float32 lie ever further apart, they lose digits. Of infinity they are
+NaN.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from lutra.ops.spec import Attr, Cost, OpSpec, TensorRole, inner, ints, node_err
 #: The operators that compare two values, or take one of them.
 CHOICES: Final = ("maximum", "minimum", "greater", "greater_equal", "equal")
 #: The functions of one value without attributes.
-BENDS: Final = ("abs", "sign", "floor", "ceil", "round", "hardswish")
+BENDS: Final = ("abs", "sign", "floor", "ceil", "round", "hardswish", "sin", "cos")
 
 
 def _infer_where(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:

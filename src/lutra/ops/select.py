@@ -6,6 +6,8 @@
     take_along:      y[.., i, ..] = x[.., index[.., i, ..], ..] along an axis
     from_end:        the entry of an axis that is ``back`` entries before its end, as the last of a
                      sequence is 1, without the axis
+    flip:            an axis from its end to its beginning
+    trim:            x[first : size - last : step] of an axis whose size is known at run time only
 
 Values of a graph are float32, and so are indices: whole numbers, exact up to 2^24. Those of an
 input of integers are cast.
@@ -81,6 +83,28 @@ def _infer_from_end(node: Node, inputs: Sequence[Value], tensors: Mapping[str, A
     return x.with_shape(node.output, (*x.shape[:axis], *x.shape[axis + 1 :]))
 
 
+def _infer_flip(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    (x,) = inputs
+    need_axis(node, x, "axis", integer(node, "axis"))
+    return x.with_shape(node.output, x.shape)
+
+
+def _infer_trim(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    (x,) = inputs
+    axis, first, last, step = (integer(node, name) for name in ("axis", "first", "last", "step"))
+    need_axis(node, x, "axis", axis)
+    size = x.shape[axis]
+    if size is not None and first + last >= size:
+        raise node_error(
+            node,
+            f"has first={first} and last={last} on axis {axis} of the input {x.name!r} of shape "
+            f"{shape_text(x.shape)}",
+            "an entry must be left",
+        )
+    left = None if size is None else -(-(size - first - last) // step)
+    return x.with_shape(node.output, (*x.shape[:axis], left, *x.shape[axis + 1 :]))
+
+
 SPECS: Final = (
     OpSpec(
         "topk",
@@ -105,6 +129,25 @@ SPECS: Final = (
         "from_end",
         attrs={"axis": Attr(int, low=1, high=7), "back": Attr(int, low=1)},
         infer=_infer_from_end,
+        since=3,
+    ),
+    OpSpec(
+        "flip",
+        attrs={"axis": Attr(int, low=1, high=7)},
+        infer=_infer_flip,
+        exact_floats=True,
+        since=3,
+    ),
+    OpSpec(
+        "trim",
+        attrs={
+            "axis": Attr(int, low=1, high=7),
+            "first": Attr(int, default=0, low=0),
+            "last": Attr(int, default=0, low=0),
+            "step": Attr(int, default=1, low=1),
+        },
+        infer=_infer_trim,
+        exact_floats=True,
         since=3,
     ),
 )

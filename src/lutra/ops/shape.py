@@ -1,7 +1,8 @@
 """Operators that move elements and change none. The batch, axis 0, always stays as it is.
 
 For axes whose size is known at run time only, a ``reshape`` may leave one size to what the others
-do not take up, and a ``slice`` may go to the end of its axis.
+do not take up, a ``regroup`` names the axes whose sizes it keeps (-a is the size of axis a of its
+input), and a ``slice`` may go to the end of its axis.
 """
 
 from __future__ import annotations
@@ -63,6 +64,31 @@ def _infer_reshape(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Ar
     rest = None if total is None else total // given
     sizes = (rest if size == REST else size for size in shape)
     return x.with_shape(node.output, (x.shape[0], *sizes))
+
+
+def _check_regroup(node: Node, tensors: Mapping[str, Array]) -> None:
+    sizes = ints(node, "sizes")
+    if 0 in sizes:
+        raise node_error(
+            node, f"has sizes={sizes}", "give sizes of at least 1, and -a for the size of axis a"
+        )
+
+
+def _infer_regroup(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
+    (x,) = inputs
+    sizes = ints(node, "sizes")
+    for size in sizes:
+        if size < 0:
+            need_axis(node, x, "sizes", -size)
+    made = tuple(x.shape[-size] if size < 0 else size for size in sizes)
+    before, after = _product(x.shape[1:]), _product(made)
+    if before is not None and after is not None and before != after:
+        raise node_error(
+            node,
+            f"has sizes={sizes} for the input {x.name!r} of shape {x.shape}",
+            f"a sample has {before} elements before and {after} after",
+        )
+    return x.with_shape(node.output, (x.shape[0], *made))
 
 
 def _infer_pad(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
@@ -160,6 +186,14 @@ SPECS: Final = (
         attrs={"shape": Attr(tuple, low=REST, high=_MAX_SIZE)},
         check=_check_reshape,
         infer=_infer_reshape,
+    ),
+    OpSpec(
+        "regroup",
+        attrs={"sizes": Attr(tuple, low=-7, high=_MAX_SIZE)},
+        check=_check_regroup,
+        infer=_infer_regroup,
+        exact_floats=True,
+        since=3,
     ),
     OpSpec(
         "pad",

@@ -51,3 +51,16 @@ def from_end(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) 
     """An entry of an axis, counted from its end."""
     result: Array = inputs[0].take(-integer(node, "back"), axis=integer(node, "axis"))
     return result
+
+
+def flip(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
+    """An axis from its end to its beginning."""
+    return np.flip(inputs[0], integer(node, "axis"))
+
+
+def trim(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
+    """An axis without entries at its beginning and its end."""
+    (x,) = inputs
+    axis, first, last = (integer(node, name) for name in ("axis", "first", "last"))
+    kept = (slice(None),) * axis
+    return x[(*kept, slice(first, x.shape[axis] - last, integer(node, "step")))]

@@ -24,6 +24,13 @@ def reshape(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -
     return x.reshape(x.shape[0], *ints(node, "shape"))
 
 
+def regroup(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
+    """Gives each sample another shape, of numbers and of sizes that it has."""
+    (x,) = inputs
+    sizes = [x.shape[-size] if size < 0 else size for size in ints(node, "sizes")]
+    return x.reshape(x.shape[0], *sizes)
+
+
 def pad(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
     """Puts a value before and after every axis."""
     pads = ints(node, "pads")

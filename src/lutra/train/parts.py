@@ -63,13 +63,13 @@ class Parts:
         """Rows (n, D) of parts (n, T, D / T)."""
         if self.count == 1:
             return parts[:, 0]
-        split = parts.unflatten(2, (self.geometry.channels, -1))
+        split = parts.reshape(*parts.shape[:2], self.geometry.channels, -1)
         return split.transpose(1, 2).flatten(1)
 
     def sub_vectors(self, rows: Tensor, v: int) -> Tensor:
         """Sub-vectors (G, n * T, V) of rows (n, D), the last ones filled up with zeros."""
         parts = self.cut(rows).flatten(0, 1)
-        return F.pad(parts, (0, -self.depth % v)).unflatten(1, (-1, v)).transpose(0, 1)
+        return F.pad(parts, (0, -self.depth % v)).view(len(parts), -1, v).transpose(0, 1)
 
     def blocks(self, rows: Tensor, v: int) -> Tensor:
         """Weights (G * T, V, M) of rows (M, D) by table, zero where a sub-vector is short."""
@@ -81,7 +81,7 @@ class Parts:
 
     def rows_of(self, blocks: Tensor) -> Tensor:
         """Rows (M, D) of `blocks` (G * T, V, M)."""
-        split = blocks.unflatten(0, (-1, self.count)).permute(3, 1, 0, 2)  # (M, T, G, V)
+        split = blocks.reshape(-1, self.count, *blocks.shape[1:]).permute(3, 1, 0, 2)  # M, T, G, V
         return self.join(split.flatten(2)[:, :, : self.depth])
 
     def spread(self, values: Tensor) -> Tensor:
@@ -90,7 +90,8 @@ class Parts:
 
     def codes_of_rows(self, codes: Tensor) -> Tensor:
         """Codes (G * T, n) of rows from those of their parts (G, n * T)."""
-        return codes.unflatten(1, (-1, self.count)).transpose(1, 2).flatten(0, 1)
+        split = codes.reshape(codes.shape[0], -1, self.count)
+        return split.transpose(1, 2).flatten(0, 1)
 
     def codes_of_patches(self, codes: Tensor, images: int, height: int, width: int) -> Tensor:
         """Codes (G * T, rows) from those of all windows (G, images * height * width).
@@ -114,4 +115,4 @@ class Parts:
 
     def _by_codebook(self, rows: Tensor, v: int) -> Tensor:
         """Weights (M, T, G, V) of rows (M, D)."""
-        return F.pad(self.cut(rows), (0, -self.depth % v)).unflatten(2, (-1, v))
+        return F.pad(self.cut(rows), (0, -self.depth % v)).view(len(rows), self.count, -1, v)

@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.modules import transformer
 
 from lutra.errors import InputError, LutraError, UnsupportedModelError
 from lutra.train.exporting.functional import functional
@@ -148,7 +149,13 @@ def capture(
         if failure is not None:
             raise fixed from failure
     try:
-        with quiet(), plain_attention(), whole_recurrent_layers(), torch.no_grad():
+        with (
+            quiet(),
+            plain_attention(),
+            _masks_as_given(),
+            whole_recurrent_layers(),
+            torch.no_grad(),
+        ):
             program = torch.export.export(model, example, dynamic_shapes=dynamic, strict=False)
             return functional(program)
     except Exception as error:
@@ -166,6 +173,21 @@ def capture(
             f"export: torch.export could not trace {name} ({_first_line(error)}); remove control "
             "flow that depends on tensor values and calls that leave torch, such as .numpy()."
         ) from error
+
+
+@contextmanager
+def _masks_as_given() -> Iterator[None]:
+    """Keeps encoders and decoders of torch.nn from looking into their masks for causal ones.
+
+    What they find out is a hint to a kernel only, and a branch on values cannot be traced. The
+    lowering of attention finds causal masks by itself.
+    """
+    detect = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = detect
 
 
 def node_module(node: fx.Node) -> str:

@@ -6,6 +6,7 @@ The functions beside `frozen_pq` are what the autograd functions of the layers c
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from lutra.train.encoder import Encoder, encoder_of
 from lutra.train.geometry import Geometry, Grid
 from lutra.train.operators import native, portable
 from lutra.train.operators.frozen import FrozenNode, frozen_kernel, frozen_native
+from lutra.train.parts import Group
 
 
 def _is_native(x: Tensor) -> bool:
@@ -28,11 +30,11 @@ def frozen_pq(x: Tensor, node: FrozenNode, tensors: Mapping[str, Tensor]) -> Ten
     Tensors: tables (B, K, M) int8, scale (M) and bias (M) float32; with encoder "nearest" centroids
     (B, K, V) uint8, with "tree" splits (B, L) int32 and thresholds (B, K - 1) uint8.
     """
-    encoder = encoder_of(
-        str(node.attrs["encoder"]),
-        *(tensors.get(role) for role in ("centroids", "splits", "thresholds")),
-        node.attrs.get("group", "patch"),  # type: ignore[arg-type]
+    centroids, splits, thresholds = (
+        tensors.get(role) for role in ("centroids", "splits", "thresholds")
     )
+    group = cast(Group, node.attrs.get("group", "patch"))
+    encoder = encoder_of(str(node.attrs["encoder"]), centroids, splits, thresholds, group)
     geometry, grid = Geometry.of_attrs(node.attrs, x.shape[1]), Grid.of_attrs(node.attrs)
     tables, scale, bias = (tensors[role] for role in ("tables", "scale", "bias"))
     if not _is_native(x):

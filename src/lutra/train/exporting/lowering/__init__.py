@@ -26,6 +26,7 @@ from lutra.train.exporting.lowering import (  # noqa: F401  (they register)
     image,
     int8_recurrent,
     norm,
+    pairwise,
     pool,
     products,
     recurrent,

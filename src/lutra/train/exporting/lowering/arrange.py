@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lutra.ops.elementwise import NO_LIMIT
+from lutra.ops.shape import TO_THE_END
 from lutra.train.exporting.lowering import views
 from lutra.train.exporting.lowering.arguments import (
     Number,
@@ -19,7 +20,14 @@ from lutra.train.exporting.lowering.arguments import (
     need_rank,
     text,
 )
-from lutra.train.exporting.lowering.core import Lowering, Ref, UnsupportedUse, View, lowers
+from lutra.train.exporting.lowering.core import (
+    Lowering,
+    Ref,
+    UnsupportedUse,
+    View,
+    is_dynamic,
+    lowers,
+)
 from lutra.train.exporting.lowering.operands import constant, is_activation, operand
 from lutra.train.exporting.lowering.values import REPEATED, Atom
 
@@ -171,12 +179,36 @@ def _fixed(x: Ref, axis: int, what: str) -> int:
     return size
 
 
+def turned_over(ctx: Lowering, x: Ref, axis: int) -> Ref:
+    """Emit an axis from its end to its beginning."""
+    return ctx.emit("flip", x, x.shape, attrs={"axis": axis}, suffix="flip")
+
+
+def _first(ctx: Lowering, x: Ref, axis: int, size: int) -> Ref:
+    return cut(ctx, x, axis, 0, size)
+
+
+def _last(ctx: Lowering, x: Ref, axis: int, size: int) -> Ref:
+    return turned_over(ctx, _first(ctx, turned_over(ctx, x, axis), axis, size), axis)
+
+
+def _join_along(ctx: Lowering, parts: Sequence[Ref], axis: int) -> Ref:
+    """Join what may be of sizes known at run time only."""
+    size: Any = parts[0].shape[axis]
+    for part in parts[1:]:
+        size = size + part.shape[axis]
+    shape = (*parts[0].shape[:axis], size, *parts[0].shape[axis + 1 :])
+    return ctx.emit("concat", parts, shape, attrs={"axis": axis})
+
+
 @lowers("aten.flip.default", takes=("self",), axes=("dims",))
 def _flip(ctx: Lowering, self: Any, dims: list[int]) -> Ref:
     x = ctx.realise(activation(ctx, self))
     for dim in dims:
         axis = dim % x.rank
-        x = pick(ctx, x, axis, torch.arange(_fixed(x, axis, "it turns over")).flip(0))
+        if axis == 0:
+            raise UnsupportedUse("it turns over the batch (axis 0); use other axes")
+        x = turned_over(ctx, x, axis)
     return x
 
 
@@ -187,12 +219,32 @@ def _roll(ctx: Lowering, self: Any, shifts: Any, dims: Any) -> Ref:
         raise UnsupportedUse("it rolls the whole batch as one row; name the axes in dims")
     for shift, dim in zip(shifts, dims, strict=True):
         axis = dim % x.rank
-        size = _fixed(x, axis, "it rolls")
+        size = x.shape[axis]
+        if size is None:
+            raise UnsupportedUse("it rolls the batch (axis 0); use other axes")
+        if is_dynamic(size):
+            x = _rolled(ctx, x, axis, shift)
+            continue
         first = -shift % size
         if first:
             left, right = cut(ctx, x, axis, 0, first), cut(ctx, x, axis, first, size)
             x = ctx.emit("concat", (right, left), x.shape, attrs={"axis": axis})
     return x
+
+
+def _rolled(ctx: Lowering, x: Ref, axis: int, shift: int) -> Ref:
+    """A roll of an axis whose size is known at run time only, and not below the shift."""
+    if shift == 0:
+        return x
+    if shift > 0:
+        attrs = {"axis": axis, "first": 0, "last": shift, "step": 1}
+        shape = (*x.shape[:axis], x.shape[axis] - shift, *x.shape[axis + 1 :])
+        rest = ctx.emit("trim", x, shape, attrs=attrs, suffix="trim")
+        return _join_along(ctx, (_last(ctx, x, axis, shift), rest), axis)
+    shape = (*x.shape[:axis], x.shape[axis] + shift, *x.shape[axis + 1 :])
+    attrs = {"axis": axis, "start": -shift, "stop": TO_THE_END, "step": 1}
+    rest = ctx.emit("slice", x, shape, attrs=attrs, suffix="slice")
+    return _join_along(ctx, (rest, _first(ctx, x, axis, -shift)), axis)
 
 
 @lowers("aten.index_select.default", axes=("dim",))
@@ -441,7 +493,10 @@ def _mirrored(ctx: Lowering, x: Any, pad: list[int], mode: str) -> Ref | View:
         axis = order.index(ref.rank - 1 - position)
         if not (before or after):
             continue
-        size = _fixed(ref, axis, f"it pads with mode {mode!r}")
+        size = ref.shape[axis]
+        if is_dynamic(size):
+            ref = _mirrored_ends(ctx, ref, axis, before, after, mode)
+            continue
         index = torch.arange(-before, size + after)
         if mode == "circular":
             index = index % size
@@ -451,6 +506,30 @@ def _mirrored(ctx: Lowering, x: Any, pad: list[int], mode: str) -> Ref | View:
             index = (size - 1) - ((size - 1) - index.abs()).abs()
         ref = pick(ctx, ref, axis, index)
     return views.put_back(ctx, ref, order)
+
+
+def _mirrored_ends(ctx: Lowering, x: Ref, axis: int, before: int, after: int, mode: str) -> Ref:
+    """Padding of an axis whose size is known at run time only: its ends, put before and behind."""
+
+    def end(turned: Ref, count: int) -> Ref:
+        """What stands before the first entry, from the beginning on."""
+        if mode == "reflect":
+            return turned_over(ctx, cut(ctx, turned, axis, 1, count + 1), axis)
+        (row,) = (cut(ctx, turned, axis, 0, 1),)
+        shape = (*row.shape[:axis], count, *row.shape[axis + 1 :])
+        sizes = [count if i == axis else 0 for i in range(1, x.rank)]
+        return ctx.emit("expand", row, shape, attrs={"shape": sizes}) if count > 1 else row
+
+    parts = [x]
+    if mode == "circular":
+        parts = [_last(ctx, x, axis, before), x] if before else parts
+        parts = [*parts, _first(ctx, x, axis, after)] if after else parts
+        return _join_along(ctx, parts, axis)
+    if before:
+        parts.insert(0, end(x, before))
+    if after:
+        parts.append(turned_over(ctx, end(turned_over(ctx, x, axis), after), axis))
+    return _join_along(ctx, parts, axis)
 
 
 @lowers("aten.constant_pad_nd.default", takes=("self",))

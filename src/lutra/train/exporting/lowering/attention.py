@@ -19,9 +19,15 @@ from lutra.train.exporting.lowering.core import (
     View,
     lowers,
 )
-from lutra.train.exporting.lowering.operands import base_of, constant, is_activation, operand
+from lutra.train.exporting.lowering.operands import (
+    base_of,
+    constant,
+    first_activation,
+    is_activation,
+    operand,
+)
 from lutra.train.exporting.lowering.sources import Sources, size_at
-from lutra.train.exporting.lowering.values import Sizes
+from lutra.train.exporting.lowering.values import REPEATED, Atom, Sizes
 
 #: A score that gets this added has no weight left.
 _MASKED = -1e4
@@ -52,7 +58,31 @@ def _attention(
 ) -> Ref | View:
     if dropout_p:
         raise UnsupportedUse("its dropout is on in eval mode too; pass 0 unless self.training")
+    if enable_gqa:
+        heads = _query_heads(ctx, query)
+        key, value = (_shared(ctx, x, heads) for x in (key, value))
     return _attend(ctx, query, key, value, attn_mask, is_causal, scale, None)
+
+
+def _query_heads(ctx: Lowering, query: Any) -> Any:
+    """The heads of queries (N, H, T, D)."""
+    x = operand(ctx, query)
+    if not is_activation(x) or x.rank != 4:
+        raise UnsupportedUse("its heads share keys; give it queries of shape (N, heads, T, D)")
+    return views.sizes_of(ctx, x)[1]
+
+
+def _shared(ctx: Lowering, x: Any, heads: Any) -> Any:
+    """Keys or values (N, H, S, D) with each head as often as queries have it."""
+    made = operand(ctx, x)
+    if not is_activation(made):
+        return made.repeat_interleave(heads // made.shape[1], 1)
+    view = views.view_of(ctx, made)
+    times = heads // views.sizes_of(ctx, view)[1]
+    if times == 1:
+        return made
+    shared = (*view.axes[1], Atom(REPEATED, 1, times))
+    return View(view.base, (view.axes[0], shared, *view.axes[2:]), ctx.node)
 
 
 @lowers("lutra.table_attention.default", takes=("query", "key", "value", "attn_mask"))
@@ -90,7 +120,7 @@ def _attend(
 ) -> Ref | View:
     """Emit one node for attention; its tables, if any, take the place of exp and 1/x."""
     given = [operand(ctx, x) for x in (query, key, value)]
-    first = next((x for x in given if is_activation(x)), None)
+    first = next((x for x in given if is_activation(x)), None) or first_activation(ctx)
     if first is None:
         raise UnsupportedUse("it works on what is the same for every input; make that a buffer")
     # queries that are learnt, say
@@ -202,6 +232,39 @@ def find_mask(sources: Sources, mask: Any, query: Sizes, keys: Any, heads: int) 
     raise UnsupportedUse(f"its mask follows no rule that lutra knows; {_MASK_ADVICE}")
 
 
+def find_keys(sources: Sources, mask: Any, query: Sizes, keys: Any, heads: int) -> fx.Node | None:
+    """Find the integer input whose keys a mask drops, beside what it does at every input.
+
+    Args:
+        sources: Of the program.
+        mask: As for `find_mask`.
+        query: Sizes of the queries (..., T, D).
+        keys: The number S of keys.
+        heads: Their heads.
+
+    Returns:
+        The input; None where the mask depends on sizes only.
+
+    Raises:
+        UnsupportedUse: It is more than a mask of positions and one of keys.
+    """
+    inputs = sorted(mask.inputs, key=str) if isinstance(mask, Deferred) else []
+    trials = [_Trial(sources, mask, query, keys, heads, *trial) for trial in _TRIALS]
+    for source in (None, *inputs):
+        if all(trial.fits_positions(source) for trial in trials):
+            return source
+    raise UnsupportedUse(f"its mask follows no rule that lutra knows; {_MASK_ADVICE}")
+
+
+def allowed_at(sources: Sources, mask: Any, sizes: Mapping[Any, int]) -> Tensor:
+    """What a mask keeps at some sizes where every input is 1, in its own shape."""
+    if isinstance(mask, Tensor):
+        return _allowed(mask)
+    given = sources.random(sizes, 2, torch.Generator().manual_seed(0))
+    ones = {node: torch.ones_like(value) for node, value in given.items()}
+    return _allowed(sources.evaluate(mask.node, sizes, ones))
+
+
 class _Trial:
     """A mask for one set of random inputs: whether (N, heads, T, S) may be attended to."""
 
@@ -222,6 +285,8 @@ class _Trial:
         *leading, positions, _ = (size_at(size, sizes) for size in query)
         count = size_at(keys, sizes)
         self._shape = (math.prod(leading) // heads, heads, positions, count)
+        self._leading = leading
+        self._at = (sources, mask, sizes)
         given = (
             mask if isinstance(mask, Tensor) else sources.evaluate(mask.node, sizes, self._inputs)
         )
@@ -234,6 +299,18 @@ class _Trial:
                 f"its mask of shape {tuple(given.shape)} does not fit scores of shape "
                 f"{(*leading, positions, count)}; {_MASK_ADVICE}"
             ) from error
+
+    def fits_positions(self, source: fx.Node | None) -> bool:
+        """Whether it is what it is at every input, without the keys of one input."""
+        batch, _, positions, keys = self._shape
+        want = allowed_at(*self._at).expand((*self._leading, positions, keys)).reshape(self._shape)
+        if source is not None:
+            given = self._inputs[source]
+            if given.shape != (batch, keys):
+                return False
+            want = want & (given != 0)[:, None, None, :]
+        open_rows = want.any(-1, keepdim=True)
+        return bool(((self._allowed == want) | ~open_rows).all())
 
     def fits(self, source: fx.Node | None, causal: bool) -> bool:
         batch, _, positions, keys = self._shape

@@ -16,7 +16,12 @@ from torch.export import ExportedProgram
 
 from lutra.train.exporting.lowering import views
 from lutra.train.exporting.lowering.arguments import activation
-from lutra.train.exporting.lowering.attention import find_mask, is_mask
+from lutra.train.exporting.lowering.attention import (
+    allowed_at,
+    find_keys,
+    find_mask,
+    is_mask,
+)
 from lutra.train.exporting.lowering.core import (
     Deferred,
     Lowering,
@@ -26,6 +31,8 @@ from lutra.train.exporting.lowering.core import (
     lowers,
 )
 from lutra.train.exporting.lowering.deferred import LONGEST
+from lutra.train.exporting.lowering.emitter import expressions
+from lutra.train.exporting.lowering.operands import constant
 from lutra.train.exporting.lowering.sources import Sources
 from lutra.train.operators.scores import LOWEST
 
@@ -59,8 +66,10 @@ def combine_biases(program: ExportedProgram) -> None:
         if str(node.target) != _ATTENTION:
             continue
         mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-        if isinstance(mask, fx.Node) and _adds_numbers(sources, mask):
-            _take_apart(program.graph, sources, node, mask)
+        if isinstance(mask, fx.Node):
+            positions = _has_positions(sources, node, mask)
+            if positions or _adds_numbers(sources, mask):
+                _take_apart(program.graph, sources, node, mask, positions)
 
 
 def _rewrite_sum(graph: fx.Graph, sources: Sources, node: fx.Node) -> None:
@@ -108,6 +117,25 @@ def _adds_numbers(sources: Sources, mask: fx.Node) -> bool:
     return floats and not sources.is_activation(mask) and not _is_mask(sources, mask)
 
 
+def _has_positions(sources: Sources, node: fx.Node, mask: fx.Node) -> bool:
+    """Whether an attention has a mask of positions other than a causal one, such as a window."""
+    query, key = (x.meta["val"].shape for x in node.args[:2])  # type: ignore[union-attr]
+    if len(query) != 4 or not isinstance(query[1], int) or sources.is_activation(mask):
+        return False
+    sizes, keys = expressions(query), expressions(key)[-2]
+    given: Any = sources.deferred(mask)
+    try:
+        given = sources.evaluate(mask, {}, {}) if given is None else given
+        find_mask(sources, given, sizes, keys, query[1])
+    except UnsupportedUse:
+        try:
+            find_keys(sources, given, sizes, keys, query[1])
+        except UnsupportedUse:
+            return False  # the attention says in words of its own what is wrong
+        return True
+    return False
+
+
 def _is_mask(sources: Sources, mask: fx.Node) -> bool:
     """Whether there is nothing in it but 0 and numbers that leave no weight."""
     sizes = sources.sizes()
@@ -118,7 +146,10 @@ def _is_mask(sources: Sources, mask: fx.Node) -> bool:
         return True  # the attention says in words of its own what is wrong
 
 
-def _take_apart(graph: fx.Graph, sources: Sources, node: fx.Node, mask: fx.Node) -> None:
+def _take_apart(
+    graph: fx.Graph, sources: Sources, node: fx.Node, mask: fx.Node, closes: bool
+) -> None:
+    """Write an attention in its parts; `closes`: a query may have no key, which gives 0."""
     query, key, value = node.args[:3]
     causal = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)
     dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
@@ -144,6 +175,9 @@ def _take_apart(graph: fx.Graph, sources: Sources, node: fx.Node, mask: fx.Node)
             scores = call(target if keeps else _added(sources, scores, term), scores, term)
         weights = call(_aten.softmax.int, scores, -1)
         made = call(_aten.matmul.default, weights, value)
+        if closes:
+            top = call(_aten.amax.default, scores, [-1], True)
+            made = call(_aten.mul.Tensor, made, call(_aten.gt.Scalar, top, LOWEST / 2))
         if made.meta["val"].ndim == 4:  # whose memory is in the order (N, T, H, d), for views of it
             made = call(_aten.transpose.int, made, 1, 2)
             made = call(_aten.clone.default, made, memory_format=torch.contiguous_format)
@@ -161,6 +195,8 @@ def _terms(sources: Sources, mask: Any) -> list[tuple[fx.Node, bool]]:
     while str(mask.target) in _CHANGE_NOTHING:
         mask = mask.args[0]
     deferred = sources.deferred(mask)
+    if mask.meta["val"].dtype == torch.bool:
+        return [(mask, True)]
     if deferred is None or not deferred.inputs:
         return [(mask, False)]
     target, args = str(mask.target), mask.args
@@ -198,7 +234,7 @@ def _relative_bias(ctx: Lowering, x: Ref, bias: Any) -> Ref | View:
     if not isinstance(heads, int) or not isinstance(bias, Deferred):
         raise UnsupportedUse("its heads are known at run time only")
     symbols = [size for size in scores.shape[2:] if not isinstance(size, int)]
-    longest = min([LONGEST, *(ctx.sources.range_of(s)[1] or LONGEST for s in symbols)])
+    longest = _longest(ctx, symbols)
     weight = _distances(_bias_at(ctx, bias, symbols, longest))
     for length in {2, 3, longest // 2}:
         part = _bias_at(ctx, bias, symbols, length)
@@ -220,12 +256,19 @@ def _masked_scores(ctx: Lowering, x: Ref, keep: Any) -> Ref | View:
     if scores.rank != 4 or not isinstance(scores.shape[1], int):
         raise UnsupportedUse("its scores must be (N, heads, T, S), with a fixed number of heads")
     batch, heads, queries, keys = ctx.result_sizes
-    found = find_mask(ctx.sources, keep, (batch, heads, queries, 1), keys, heads)
-    if found.causal:
-        later = torch.zeros(heads, 2 * LONGEST - 1)
-        later[:, LONGEST:] = LOWEST
-        scores = ctx.emit("relative_bias", scores, scores.shape, tensors={"weight": later})
-    given = None if found.keys is None else ctx.integer_input(found.keys)
+    sizes = (batch, heads, queries, 1)
+    try:
+        found = find_mask(ctx.sources, keep, sizes, keys, heads)
+    except UnsupportedUse:
+        source = find_keys(ctx.sources, keep, sizes, keys, heads)
+        scores = _masked_positions(ctx, scores, keep)
+    else:
+        source = found.keys
+        if found.causal:
+            later = torch.zeros(heads, 2 * LONGEST - 1)
+            later[:, LONGEST:] = LOWEST
+            scores = ctx.emit("relative_bias", scores, scores.shape, tensors={"weight": later})
+    given = None if source is None else ctx.integer_input(source)
     if given is None:
         return scores
     mask = ctx.emit("cast", given, given.shape, suffix="cast")
@@ -235,6 +278,39 @@ def _masked_scores(ctx: Lowering, x: Ref, keep: Any) -> Ref | View:
     added = ctx.emit("affine_scalar", kept, given.shape, attrs=attrs, suffix="added")
     added = views.emit_reshape(ctx, added, (None, 1, 1, given.shape[1]), "added")
     return ctx.emit("add", (scores, added), scores.shape)
+
+
+def _masked_positions(ctx: Lowering, scores: Ref, keep: Any) -> Ref:
+    """Scores without those that a mask drops at every input."""
+    symbols = [size for size in scores.shape[2:] if not isinstance(size, int)]
+
+    def at(length: int) -> Tensor:
+        sizes = {**ctx.sources.sizes(first=1), **dict.fromkeys(symbols, length)}
+        added = torch.where(allowed_at(ctx.sources, keep, sizes), 0.0, LOWEST)
+        while added.ndim > 3:
+            added = added[0]  # the same for all samples: of inputs of ones
+        return added
+
+    if symbols:
+        longest = _longest(ctx, symbols)
+        added = at(longest)
+        weight = _distances(added[None] if added.ndim == 2 else added)
+        for length in {2, 3, longest // 2}:
+            part, first = at(length), longest - length
+            part = _distances(part[None] if part.ndim == 2 else part)
+            if not torch.equal(part, weight[:, first : first + 2 * length - 1]):
+                raise UnsupportedUse(
+                    "its mask depends on more than the distance of two positions; fix the length "
+                    "of the input"
+                )
+        tensors = {"weight": weight.expand(scores.shape[1], -1).contiguous()}
+        return ctx.emit("relative_bias", scores, scores.shape, tensors=tensors)
+    term = constant(ctx, at(0), scores, 4)
+    return ctx.emit("add", (scores, term), scores.shape)
+
+
+def _longest(ctx: Lowering, symbols: list[Any]) -> int:
+    return min([LONGEST, *(ctx.sources.range_of(s)[1] or LONGEST for s in symbols)])
 
 
 def _bias_at(ctx: Lowering, bias: Deferred, symbols: list[Any], length: int) -> Tensor:

@@ -107,17 +107,26 @@ def _constant(ctx: Lowering, x: Deferred) -> Tensor:
             if isinstance(size, int) or size.node.expr != ctx.batch:
                 continue
             one = values.narrow(axis, 0, 1)
-            if not torch.equal(values, one.expand_as(values)):
+            if not same_numbers(values, one.expand_as(values)):
                 raise UnsupportedUse("it computes with the number of a sample in the batch")
             values = one
         results.append(values)
     first = results[0]
-    if any(each.shape != first.shape or not torch.equal(each, first) for each in results):
+    if any(each.shape != first.shape or not same_numbers(each, first) for each in results):
         raise UnsupportedUse(
             "it computes with the size of an axis that is known at run time only; use constants, "
             "or take that axis out of dynamic_axes"
         )
     return first
+
+
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Whether numbers are the same; those of a product vary in rounding with its size."""
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    finite = b[torch.isfinite(b)]
+    size = float(finite.abs().max()) if finite.numel() else 0.0
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-6 * size, equal_nan=True)
 
 
 def _activation(ctx: Lowering, node: fx.Node) -> Ref | View | Tensor:

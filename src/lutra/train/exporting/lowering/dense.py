@@ -235,9 +235,11 @@ def product(ctx: Lowering, a: View, b: View, wanted: Sizes) -> Ref | View:
         raise UnsupportedUse(
             "it multiplies activations whose axis 0 is not the batch in both; keep samples apart"
         )
-    if sizes[0] != sizes[1]:  # sizes of 1 are repeated
-        apart = [ctx.realise(views.simplest(ctx, x)) for x in (a, b)]
-        return _emit_product(ctx, *apart)
+    if sizes[0] != sizes[1]:  # sizes of 1 are repeated, or axes lie in memory in other ways
+        made = _emit_product(ctx, *(_whole(ctx, x) for x in (a, b)))
+        result = views.reshaped(ctx, made, wanted)
+        assert result is not None  # axes that are put together always fit
+        return result
     apart_views = [
         views.simplest(ctx, View(x.base, (*((atom,) for atom in atoms), *x.axes[-2:]), x.node))
         for x, atoms in zip((a, b), leading, strict=True)
@@ -247,6 +249,18 @@ def product(ctx: Lowering, a: View, b: View, wanted: Sizes) -> Ref | View:
     if result is None:
         raise UnsupportedUse("it multiplies activations in an order of axes that lutra has not")
     return result
+
+
+def _whole(ctx: Lowering, x: View) -> Ref:
+    """An operand with its axes as they are, but parts of samples apart from the batch."""
+    first, *rest = views.sizes_of(ctx, x)
+    parts = first / ctx.batch if first != ctx.batch else None
+    if parts is None:
+        return ctx.realise(views.simplest(ctx, x))
+    count = int(parts) if getattr(parts, "is_Integer", False) else parts
+    made = views.reshaped(ctx, x, (ctx.batch, count, *rest))
+    assert made is not None  # the batch is the outermost of them
+    return ctx.realise(made)
 
 
 def _emit_product(ctx: Lowering, a: Ref | View, b: Ref | View) -> Ref:

@@ -106,17 +106,17 @@ def _clamp(ctx: Lowering, self: Ref, min: Number | None, max: Number | None) -> 
     return ctx.emit("clamp", self, attrs={"low": low, "high": high})
 
 
-@lowers("aten.batch_norm.default")
+@lowers("aten.batch_norm.default", takes=("input",))
 def _batch_norm(
     ctx: Lowering,
-    input: Ref,
+    input: Any,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     training: bool,
     eps: float,
-) -> Ref:
+) -> Ref | View:
     if training or running_mean is None or running_var is None:
         raise UnsupportedUse(
             "this batch norm uses the statistics of the batch; give it track_running_stats=True"
@@ -125,19 +125,23 @@ def _batch_norm(
     scale = (1.0 if weight is None else weight.double()) / variance.sqrt()
     shift = (0.0 if bias is None else bias.double()) - running_mean.double() * scale
     tensors = {"scale": scale.float(), "bias": shift.float()}
-    return ctx.emit("affine", input, input.shape, tensors=tensors)
+    x = activation(ctx, input)
+    if x.rank == 2 and not views.is_sample(ctx, x):  # rows that are parts of samples
+        return views.on_last(ctx, x, lambda ref: affine(ctx, ref, *tensors.values()))
+    ref = ctx.realise(x)
+    return ctx.emit("affine", ref, ref.shape, tensors=tensors)
 
 
-@lowers("aten._native_batch_norm_legit_no_training.default")
+@lowers("aten._native_batch_norm_legit_no_training.default", takes=("input",))
 def _native_batch_norm(
     ctx: Lowering,
-    input: Ref,
+    input: Any,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor,
     running_var: Tensor,
     eps: float,
-) -> tuple[Ref, None, None]:
+) -> tuple[Ref | View, None, None]:
     result = _batch_norm(ctx, input, weight, bias, running_mean, running_var, False, eps)
     return result, None, None
 

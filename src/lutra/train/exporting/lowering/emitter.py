@@ -72,9 +72,11 @@ class Emitter:
     @property
     def result_sizes(self) -> Sizes:
         """The same with torch's expression for the batch, which may be in any axis."""
+        if self._made_shape is not None:
+            return tuple(self._batch if size is None else size for size in self._made_shape)
         value = self.node.meta["val"]
         first = value[0] if isinstance(value, (tuple, list)) else value
-        return tuple(size if isinstance(size, int) else size.node.expr for size in first.shape)
+        return expressions(first.shape)
 
     def shape_of_sizes(self, sizes: Sizes) -> Sizes:
         """The shape of a graph value of these sizes.
@@ -302,6 +304,11 @@ def unsupported_model(found: Collection[UnsupportedOp]) -> UnsupportedModelError
         + "\n".join(f"  - {line}" for line in lines),
         lines,
     )
+
+
+def expressions(shape: Sequence[Any]) -> Sizes:
+    """Sizes of a torch tensor, as numbers and torch's expressions."""
+    return tuple(size if isinstance(size, int) else size.node.expr for size in shape)
 
 
 def flatten(args: Any) -> list[Any]:

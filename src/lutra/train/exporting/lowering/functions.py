@@ -230,6 +230,22 @@ def _sign(ctx: Lowering, self: Ref) -> Ref:
     return ctx.emit("sign", self)
 
 
+@lowers("aten.sin.default", works="each")
+def _sin(ctx: Lowering, self: Ref) -> Ref:
+    return ctx.emit("sin", self)
+
+
+@lowers("aten.cos.default", works="each")
+def _cos(ctx: Lowering, self: Ref) -> Ref:
+    return ctx.emit("cos", self)
+
+
+@lowers("aten.tan.default", works="each")
+def _tan(ctx: Lowering, self: Ref) -> Ref:
+    parts = [ctx.emit(op, self, self.shape) for op in ("sin", "cos")]
+    return ctx.emit("div", parts, self.shape)
+
+
 @lowers("aten.floor.default", works="each")
 def _floor(ctx: Lowering, self: Ref) -> Ref:
     return ctx.emit("floor", self)

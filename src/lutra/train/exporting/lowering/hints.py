@@ -21,12 +21,11 @@ _TABLE = [
     ("_native_batch_norm_legit _native_batch_norm_legit_functional", _BATCH_STATISTICS),
     ("native_dropout bernoulli rand rand_like randn_like", "remove what is random in eval mode"),
     (
-        "argmax argmin sort argsort",
-        "return the scores and do this in NumPy, or use topk, max or min along an axis",
+        "sort argsort",
+        "return the scores and do this in NumPy, or use topk along an axis",
     ),
     ("scatter", "put values in their places by torch.cat or torch.where"),
     ("grid_sampler_3d affine_grid_generator", "make the grid outside the model: (N, H, W, 2)"),
-    ("sin cos tan", "compute it outside the model and give it as an input"),
 ]
 
 _HINTS = {name: hint for names, hint in _TABLE for name in names.split()}

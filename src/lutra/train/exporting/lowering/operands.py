@@ -20,7 +20,8 @@ from lutra.train.exporting.lowering.core import (
     View,
     is_dynamic,
 )
-from lutra.train.exporting.lowering.deferred import computed
+from lutra.train.exporting.lowering.deferred import computed, same_numbers
+from lutra.train.exporting.lowering.emitter import expressions
 
 _WORDS = {"add": "adds", "sub": "subtracts", "mul": "multiplies", "div": "divides"}
 
@@ -30,7 +31,37 @@ def operand(ctx: Lowering, x: Any) -> Any:
     if not isinstance(x, Deferred):
         return x
     filled = _filled(ctx, x)
+    filled = _parts(ctx, x) if filled is None else filled
     return computed(ctx, x) if filled is None else filled
+
+
+def _parts(ctx: Lowering, x: Deferred) -> Ref | View | None:
+    """What is the same for every sample, with parts of samples in one axis with the batch."""
+    sizes = expressions(x.node.meta["val"].shape)
+    found = [i for i, size in enumerate(sizes) if is_dynamic(size) and size != ctx.batch]
+    if x.inputs or len(found) != 1 or not isinstance(like := first_activation(ctx), Ref):
+        return None
+    (axis,) = found
+    count = sizes[axis] / ctx.batch
+    if not getattr(count, "is_Integer", False):
+        return None
+    samples = []
+    for batch in (1, 2):
+        values = ctx.sources.evaluate(x.node, ctx.sources.sizes(first=batch), {})
+        apart = values.unflatten(axis, (batch, int(count))).movedim(axis, 0)
+        if not same_numbers(apart, apart[:1].expand_as(apart)):
+            return None
+        samples.append(apart[:1])
+    if not same_numbers(*samples):
+        return None
+    made = constant(ctx, samples[0], like, samples[0].ndim)
+    order = [*range(1, axis + 1), 0, *range(axis + 1, made.rank)]
+    return views.reshaped(ctx, views.permuted(ctx, made, order), sizes)
+
+
+def first_activation(ctx: Lowering) -> Ref | None:
+    """Some activation so far, which has the batch; None before there is one."""
+    return ctx.find(lambda ref: not ctx.is_integers(ref))
 
 
 def _filled(ctx: Lowering, x: Deferred) -> Ref | None:

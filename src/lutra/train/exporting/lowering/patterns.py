@@ -93,7 +93,7 @@ class _Scores:
         self.mask: fx.Node | None = None
         self.query: Any = None
         self.key: Any = None
-        self._drop: fx.Node | None = None  # a mask that is true for keys without weight
+        self._masks: list[tuple[fx.Node, bool]] = []  # and whether they are true for what to drop
 
     def read(self, node: fx.Node | None) -> bool:
         """Whether the scores are q @ k^T, scaled and masked at most."""
@@ -114,11 +114,36 @@ class _Scores:
         if self.query is None:
             return False
         self.query = self._unscaled(self.query)
-        if self._drop is not None:
-            with self._graph.inserting_before(self._product):
-                self.mask = self._graph.call_function(_aten.logical_not.default, (self._drop,))
-            self.mask.meta = {**_place(self._product), "val": _value(self._drop)}
+        if len(self._masks) > 1 and not all(self._only_masks(*mask) for mask in self._masks):
+            return False
+        with self._graph.inserting_before(self._product):
+            kept = [self._kept(*mask) for mask in self._masks]
+            while len(kept) > 1:
+                kept.append(self._call(_aten.logical_and.default, kept.pop(0), kept.pop(0)))
+        self.mask = kept[0] if kept else None
         return True
+
+    def _only_masks(self, mask: fx.Node, drops: bool) -> bool:
+        """Whether something adds nothing to scores that keep their weight."""
+        if drops or not _value(mask).is_floating_point():
+            return True
+        sizes = self._sources.sizes()
+        given = self._sources.random(sizes, 2, torch.Generator().manual_seed(0))
+        return is_mask(self._sources.evaluate(mask, sizes, given))
+
+    def _kept(self, mask: fx.Node, drops: bool) -> fx.Node:
+        """A mask of what to keep, or one that is added where it is the only one."""
+        if drops:
+            return self._call(_aten.logical_not.default, mask)
+        if len(self._masks) > 1 and _value(mask).is_floating_point():
+            return self._call(_aten.gt.Scalar, mask, _MASKED)
+        return mask
+
+    def _call(self, target: Any, *args: Any) -> fx.Node:
+        made = self._graph.call_function(target, args)
+        values: Any = fx.map_arg(args, _value)
+        made.meta = {**_place(self._product), "val": target(*values)}
+        return made
 
     def _before(self, node: fx.Node, target: str) -> fx.Node | None:
         """What the scores were before one step; None for a step that is none of attention."""
@@ -161,19 +186,14 @@ class _Scores:
         return node
 
     def _take(self, mask: Any, drops: bool = False) -> bool:
-        """Whether something is a mask, and the only one."""
-        if self.mask is not None or self._drop is not None or not isinstance(mask, fx.Node):
-            return False
-        if self._sources.is_activation(mask):
+        """Whether something is a mask."""
+        if not isinstance(mask, fx.Node) or self._sources.is_activation(mask):
             return False
         if self._sources.deferred(mask) is None and not drops:
             values = self._sources.evaluate(mask, self._sources.sizes(), {})
             if not is_mask(values):
                 return False  # numbers that are learnt, say: added as any others
-        if drops:
-            self._drop = mask
-        else:
-            self.mask = mask
+        self._masks.append((mask, drops))
         return True
 
 

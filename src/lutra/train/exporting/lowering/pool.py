@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+
 from lutra.train.exporting.lowering import views
 from lutra.train.exporting.lowering.arguments import need_rank, pair, single
-from lutra.train.exporting.lowering.core import Lowering, Ref, UnsupportedUse, lowers
+from lutra.train.exporting.lowering.core import (
+    Lowering,
+    Ref,
+    UnsupportedUse,
+    is_dynamic,
+    lowers,
+)
 from lutra.train.exporting.lowering.points import as_image
 
 
@@ -104,6 +113,26 @@ def _avg_pool3d(
             "it averages over volumes; only means over the first of the three axes exist, as in "
             "nn.LocalResponseNorm"
         )
+    if self.shape[1] == 1 and all(is_dynamic(size) for size in self.shape[3:]):
+        # sums of neighbours among channels, as a product with a band of a matrix
+        depth = self.shape[2]
+        band = F.avg_pool1d(
+            torch.eye(depth)[:, None],
+            kernel_size[0],
+            steps[0],
+            padding[0],
+            ceil_mode,
+            count_include_pad,
+        )[:, 0].t()
+        image = views.emit_reshape(ctx, self, (None, depth, *self.shape[3:]), "image")
+        made = ctx.emit(
+            "conv2d",
+            image,
+            (None, len(band), *self.shape[3:]),
+            attrs={"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1},
+            tensors={"weight": band[:, :, None, None].contiguous(), "bias": torch.zeros(len(band))},
+        )
+        return views.emit_reshape(ctx, made, ctx.result_shape, "volumes")
     rows = views.emit_reshape(ctx, self, (*self.shape[:3], self.shape[3] * self.shape[4]), "rows")
     depth = ctx.result_shape[2]
     attrs = {

@@ -140,13 +140,45 @@ def _amin(ctx: Lowering, self: Any, dim: Any, keepdim: bool) -> Ref | View:
 
 
 @lowers("aten.max.dim", takes=_SELF)
-def _max(ctx: Lowering, self: Any, dim: int, keepdim: bool) -> tuple[Ref | View, None]:
-    return _largest(ctx, self, dim, keepdim), None
+def _max(ctx: Lowering, self: Any, dim: int, keepdim: bool) -> tuple[Ref | View, Ref | View]:
+    return _largest(ctx, self, dim, keepdim), place_of(ctx, self, dim, keepdim, True)
 
 
 @lowers("aten.min.dim", takes=_SELF)
-def _min(ctx: Lowering, self: Any, dim: int, keepdim: bool) -> tuple[Ref | View, None]:
-    return _smallest(ctx, self, dim, keepdim), None
+def _min(ctx: Lowering, self: Any, dim: int, keepdim: bool) -> tuple[Ref | View, Ref | View]:
+    return _smallest(ctx, self, dim, keepdim), place_of(ctx, self, dim, keepdim, False)
+
+
+def place_of(ctx: Lowering, x: Any, dim: int, keepdim: bool, largest: bool) -> Ref | View:
+    """The first place of the largest or smallest entry of an axis."""
+
+    def make(x: Ref, axes: tuple[int, ...], keep: bool) -> Ref:
+        (axis,) = axes
+        shape = shape_without(x, axes, True)
+        attrs = {"k": 1, "axis": axis, "largest": largest, "indices": True}
+        places = ctx.emit("topk", x, shape, attrs=attrs, suffix="places")
+        return places if keep else views.emit_reshape(ctx, places, shape_without(x, axes, False))
+
+    return reduced(ctx, x, dim, keepdim, "it compares numbers", make)
+
+
+@lowers("aten.argmax.default", takes=_SELF)
+def _argmax(ctx: Lowering, self: Any, dim: int | None, keepdim: bool) -> Ref | View:
+    return _place(ctx, self, dim, keepdim, True)
+
+
+@lowers("aten.argmin.default", takes=_SELF)
+def _argmin(ctx: Lowering, self: Any, dim: int | None, keepdim: bool) -> Ref | View:
+    return _place(ctx, self, dim, keepdim, False)
+
+
+def _place(ctx: Lowering, x: Any, dim: int | None, keepdim: bool, largest: bool) -> Ref | View:
+    if dim is None:
+        raise UnsupportedUse(
+            "it finds one place in the whole batch; name an axis, for example with "
+            "x.flatten(1).argmax(1)"
+        )
+    return place_of(ctx, x, dim, keepdim, largest)
 
 
 @lowers("aten.any.dim", "aten.any.dims", takes=_SELF)

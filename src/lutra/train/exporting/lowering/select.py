@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from lutra.train.exporting.lowering import views
 from lutra.train.exporting.lowering.arguments import activation, text
 from lutra.train.exporting.lowering.core import (
@@ -13,6 +15,7 @@ from lutra.train.exporting.lowering.core import (
     View,
     lowers,
 )
+from lutra.train.exporting.lowering.operands import operand
 
 
 @lowers("aten.topk.default")
@@ -28,8 +31,12 @@ def _topk(ctx: Lowering, self: Ref, k: int, dim: int, largest: bool) -> tuple[Re
     return values, places
 
 
-@lowers("aten.gather.default", takes=("index",))
-def _gather(ctx: Lowering, self: Ref, dim: int, index: Any) -> Ref:
+@lowers("aten.gather.default", takes=("self", "index"))
+def _gather(ctx: Lowering, self: Any, dim: int, index: Any) -> Ref:
+    given = operand(ctx, self)
+    if isinstance(given, Tensor):
+        return _of_constant(ctx, given, dim % given.ndim, index)
+    self = ctx.realise(given)
     axis = dim % self.rank
     if axis == 0:
         raise UnsupportedUse("it picks samples of the batch (axis 0); name another axis")
@@ -45,3 +52,19 @@ def _gather(ctx: Lowering, self: Ref, dim: int, index: Any) -> Ref:
             )
     shape = (*self.shape[:axis], by.shape[axis], *self.shape[axis + 1 :])
     return ctx.emit("take_along", (self, by), shape, attrs={"axis": axis})
+
+
+def _of_constant(ctx: Lowering, values: Tensor, axis: int, index: Any) -> Ref:
+    """Entries of a constant at places that are computed."""
+    places = ctx.realise(activation(ctx, index))
+    if values.numel() and bool((values == values.reshape(-1)[0]).all()):  # such as types of tokens
+        number = float(values.reshape(-1)[0])
+        return ctx.emit("clamp", places, places.shape, attrs={"low": number, "high": number})
+    row = values.movedim(axis, -1).reshape(-1, values.shape[axis])
+    if axis == 0 or not bool((row == row[:1]).all()):
+        raise UnsupportedUse(
+            "it picks from a constant that differs from row to row; look rows up by nn.Embedding"
+        )
+    table = row[0].float().reshape(-1, 1).contiguous()
+    made = ctx.emit("embedding", places, (*places.shape, 1), tensors={"weight": table})
+    return views.emit_reshape(ctx, made, places.shape)

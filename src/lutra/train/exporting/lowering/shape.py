@@ -83,13 +83,12 @@ def _expand(ctx: Lowering, self: Any) -> Ref | View:
     return views.expanded(ctx, activation(ctx, self), ctx.result_sizes)
 
 
-@lowers("aten.slice.Tensor", takes=("self",))
-def _slice(
-    ctx: Lowering, self: Any, dim: int, start: int | None, end: int | None, step: int
-) -> Ref | View:
+@lowers("aten.slice.Tensor", takes=("self",), takes_sizes=True)
+def _slice(ctx: Lowering, self: Any, dim: int, start: Any, end: Any, step: int) -> Ref | View:
     x = activation(ctx, self)
     axis = dim % x.rank
     size = views.sizes_of(ctx, x)[axis]
+    start, end = _place(start, size), _place(end, size)
     whole = (start or 0) == 0 and step == 1 and (end is None or end >= _OPEN_END)
     if not isinstance(size, int) and whole:
         return x
@@ -116,15 +115,44 @@ def _slice(
     return _cut(ctx, x, axis, first, max(first, stop), step)
 
 
+def _place(place: Any, size: Any) -> int | None:
+    """Where a slice begins or ends; from the end, as -1, where it is computed from the size."""
+    if place is None or isinstance(place, int):
+        return place
+    before = size - place.node.expr  # of the whole axis, or of some entries less
+    if getattr(before, "is_Integer", False) and before >= 0:
+        return _OPEN_END if before == 0 else -int(before)
+    raise UnsupportedUse(
+        "it cuts at a place that is computed from sizes known at run time only; count from the "
+        "beginning or the end of the axis itself, or take that axis out of dynamic_axes"
+    )
+
+
 def _dynamic_slice(ctx: Lowering, x: Ref, axis: int, start: int, end: int | None, step: int) -> Ref:
     """A slice of an axis whose size is known at run time only."""
     to_the_end = end is None or end >= _OPEN_END
     stop = TO_THE_END if end is None or to_the_end else end
-    known = isinstance(ctx.result_shape[axis], int)  # not so where torch would cut less
-    if start < 0 or stop < 0 or known == to_the_end:
+    size = ctx.result_shape[axis]
+    if start < 0 and (to_the_end or stop < 0):
+        last = 0 if to_the_end else -stop
+        if -start <= last or size != -(-(-start - last) // step):
+            raise UnsupportedUse(
+                f"it cuts axis {axis} of {text(x)}, whose size is known at run time only, from "
+                f"{start} to {stop}, and torch does not know that there are as many entries; give "
+                "a longer example"
+            )
+        turned = ctx.emit("flip", x, x.shape, attrs={"axis": axis}, suffix="turned")
+        part = _cut(ctx, turned, axis, last, -start, 1, suffix="end")
+        back = ctx.emit("flip", part, part.shape, attrs={"axis": axis}, suffix="back")
+        return _cut(ctx, back, axis, 0, -start - last, step)
+    if start >= 0 and stop < 0:
+        attrs = {"axis": axis, "first": start, "last": -stop, "step": step}
+        return ctx.emit("trim", x, attrs=attrs)
+    known = isinstance(size, int)  # not so where torch would cut less
+    if start < 0 or known == to_the_end:
         raise UnsupportedUse(
-            f"it cuts axis {axis} of {text(x)} from {start} to {stop}, counted from an end that is "
-            "known at run time only; count from the beginning"
+            f"it cuts axis {axis} of {text(x)}, whose size is known at run time only, from {start} "
+            f"to {stop}; count both from the beginning or both from the end"
         )
     attrs = {"axis": axis, "start": start, "stop": stop, "step": step}
     return ctx.emit("slice", x, attrs=attrs)
@@ -152,10 +180,8 @@ def _select(ctx: Lowering, self: Any, dim: int, index: int) -> Ref | View:
         raise UnsupportedUse("it picks one sample of the batch; index other axes only")
     if is_dynamic(size):
         if index < 0:
-            raise UnsupportedUse(
-                f"it counts from the end of axis {axis} of {text(x)}, which is known at run "
-                "time only; count from the beginning"
-            )
+            shape = (*x.shape[:axis], *x.shape[axis + 1 :])
+            return ctx.emit("from_end", x, shape, attrs={"axis": axis, "back": -index})
     else:
         index %= size
     row = _cut(ctx, x, axis, index, index + 1, 1, suffix="slice")

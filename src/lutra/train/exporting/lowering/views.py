@@ -98,10 +98,10 @@ def expanded(ctx: Lowering, x: Ref | View, sizes: Sizes) -> Ref | View:
 
 
 def unrepeated(ctx: Lowering, x: Ref | View) -> Ref | View:
-    """A view with a size of 1 in place of each axis that repeats values."""
+    """A view with a size of 1 in place of each axis that repeats one value."""
     if isinstance(x, Ref):
         return x
-    axes = tuple(() if _repeats(axis) else axis for axis in x.axes)
+    axes = tuple(() if _repeats(axis) and not _mixes(axis) else axis for axis in x.axes)
     return simplest(ctx, View(x.base, axes, x.node))
 
 
@@ -176,6 +176,9 @@ def emit_reshape(ctx: Lowering, x: Ref, shape: Sizes, suffix: str = "") -> Ref:
             return ctx.emit(
                 "mean", x, shape, attrs={"axes": dropped, "keepdims": False}, suffix=suffix
             )
+        sizes = _regrouped(x.shape, shape)
+        if sizes is not None:
+            return ctx.emit("regroup", x, shape, attrs={"sizes": sizes}, suffix=suffix)
         raise UnsupportedUse(
             f"it changes {_text(x.shape)} into several axes whose sizes are known at run time "
             "only; take all but one out of dynamic_axes"
@@ -196,6 +199,25 @@ def _dropped(old: Sizes, new: Sizes) -> tuple[int, ...]:
         else:
             return ()
     return () if rest else tuple(dropped)
+
+
+def _regrouped(old: Sizes, new: Sizes) -> tuple[int, ...] | None:
+    """Sizes of a ``regroup``, where every size that is known at run time only stays whole."""
+    left = {axis: size for axis, size in enumerate(old) if is_dynamic(size)}
+    sizes: list[int] = []
+    for size in new[1:]:
+        if is_dynamic(size):
+            axis = next((axis for axis, given in left.items() if given == size), None)
+            if axis is None:
+                return None
+            del left[axis]
+            sizes.append(-axis)
+        else:
+            sizes.append(size)
+    before, after = (
+        math.prod(size for size in shape[1:] if isinstance(size, int)) for shape in (old, new)
+    )
+    return tuple(sizes) if not left and before == after else None
 
 
 def on_each(ctx: Lowering, xs: Sequence[Ref | View], make: Callable[..., Ref]) -> Ref | View:

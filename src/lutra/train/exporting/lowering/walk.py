@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from lutra.graph import Graph
 from lutra.node import Node, Value
-from lutra.train.exporting.lowering import views
+from lutra.train.exporting.lowering import folded, views
 from lutra.train.exporting.lowering.core import LOWERINGS, Entry, Lowered, Lowering
 from lutra.train.exporting.lowering.deferred import computed
 from lutra.train.exporting.lowering.emitter import flatten, identity
@@ -235,6 +235,9 @@ class Walk(Lowering):
         }
         if entry.works and not all(views.is_sample(self, x) for x in tensors.values()):
             return self._apply_to_bases(entry, arguments, tensors)
+        apart = folded.applied(self, entry, arguments)
+        if apart is not None:
+            return apart
         if entry.axes:
             turned = self._apply_turned(entry, arguments)
             if turned is not None:
