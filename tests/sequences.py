@@ -105,7 +105,7 @@ def every_pointwise_op_graph() -> Graph:
     y = b.add("leaky_relu", b.add("hardswish", "x"), slope=0.2)
     y = b.add("maximum", b.add("minimum", y, row), half)
     y = b.add("softplus", b.add("mish", b.add("elu", b.add("log", y))))
-    y = b.add("cumsum", b.add("abs", y), axis=1)
+    y = b.add("cumsum", b.add("abs", b.add("sin", b.add("cos", y))), axis=1)
     more = b.add("greater", "x", half)
     more = b.add("mul", more, b.add("greater_equal", row, half))
     whole = [b.add(op, "x") for op in ("floor", "ceil", "round", "sign")]

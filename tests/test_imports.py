@@ -25,7 +25,9 @@ ORDER: Final[tuple[tuple[str, ...], ...]] = (
     ("lutra.train.layers",),
     ("lutra.train.functions",),
     ("lutra.train.operators",),
-    ("lutra.train.recipe", "lutra.train.report", "lutra.train.geometry", "lutra.train.encoder"),
+    ("lutra.train.recipe", "lutra.train.report", "lutra.train.encoder"),
+    ("lutra.train.parts",),
+    ("lutra.train.geometry",),
     (
         "lutra.train.watch", "lutra.train.distributed", "lutra.train.progress",
         "lutra.train.batches", "lutra.train.threads",

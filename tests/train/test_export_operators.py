@@ -173,7 +173,6 @@ def test_graph_equals_torch(tmp_path: Path, name: str) -> None:
     ("function", "message"),
     [
         (lambda m, x: x.amax((0, 1)), "batch"),
-        (lambda m, x: x.max(1)[1].float(), "first one"),
     ],
 )
 def test_unsupported_uses_say_what_to_do(

@@ -90,7 +90,6 @@ def test_all_unsupported_operators_are_listed(tmp_path: Path) -> None:
         (lambda m, x: F.pad(x, (1, 1), value=float("inf")), "pads with inf; pad with a finite"),
         (lambda m, x: x.cumsum(0), "over the batch"),
         (lambda m, x: x.flip(0), "turns over the batch"),
-        (lambda m, x: x.max(1)[1], "indices"),
         (lambda m, x: torch.einsum("nchw,mchw->nm", x, x), "keep samples apart"),
     ],
 )

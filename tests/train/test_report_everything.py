@@ -190,7 +190,7 @@ def test_computed_weights_are_folded(kind: str, tmp_path: Path) -> None:
     x = noise(64, 6)
     dense(x)  # weights that were computed with gradients can be copied too
     before = {key: value.clone() for key, value in dense.state_dict().items()}
-    model, report = quick(dense, {"0": Int8()}, [x])
+    model, report = quick(dense, {"0": Int8()}, [x], calibration="parallel")
     assert report["0"].reason == f"the recipe names it; its weight is what {name} computed"
     assert report["2"].reason == "no pattern of the recipe names it"
     assert [entry.name for entry in report.layers] == ["0", "2"]

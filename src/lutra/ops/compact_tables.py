@@ -68,7 +68,10 @@ def build_tables(centroids: Array, act_zero: int, weight: Array, factor: Array) 
 
 
 def expand(
-    node: Node, tensors: Mapping[str, Array], length: int, cut: Callable[[Array], Array]
+    node: Node,
+    tensors: Mapping[str, Array],
+    length: int,
+    cut: Callable[[Array], Array] = lambda rows: rows[:, None],
 ) -> dict[str, Array]:
     """The tensors that a lookup operator works with: tables in the place of compact ones.
 

@@ -166,12 +166,13 @@ def convert(
     gate = SpeedGate() if speed_gate is True else speed_gate or None
     decisions = {} if gate is None else _gate(gate, calibrated, samples, show)
     targets = None
-    if sequential and calibrated:
-        most = _fitted_rows(rows, memory_bytes, calibrated.values())
+    chosen = {name: layer for name, layer in calibrated.items() if layer.method is not None}
+    if sequential and chosen:
+        most = _fitted_rows(rows, memory_bytes, chosen.values())
         targets = Targets(Batches(list(batches), most, seed))
-        wanted_of = {n: layer.module for n, layer in calibrated.items() if layer.method is not None}
-        targets.collect(model, wanted_of)
-        calibrated = {name: calibrated[name] for name in targets.order}
+        targets.collect(model, {name: layer.module for name, layer in chosen.items()})
+        # What the speed gate keeps is noted behind the others.
+        calibrated = {name: calibrated[name] for name in (*targets.order, *calibrated)}
     leaders = _leaders(calibrated, samples) if share_encoders else {}
     finished = None
     if checkpoint is not None:

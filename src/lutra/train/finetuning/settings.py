@@ -19,8 +19,6 @@ class Schedule:
 
     Attributes:
         lr: learning rate of all parameters without one of their own.
-        codebook_lr: learning rate of codebooks; None takes `lr`. Transformers want 1e-3 here and
-            `lr=3e-5` for their weights.
         warmup: steps in which the rates rise linearly.
         weight_decay: of all parameters but the tables and scales of lookup layers.
         temperature_lr: learning rate of the temperatures of soft gradients (LUT-NN takes 100 times
@@ -28,6 +26,8 @@ class Schedule:
         table_lr: learning rate of the tables and scales of lookup layers; None takes `lr`. Where
             `lr` is small (1e-4), they need more.
         clip_norm: largest norm of the gradient of all parameters together; None does not clip.
+        codebook_lr: learning rate of codebooks; None takes `lr`. Transformers want 1e-3 here and
+            `lr=3e-5` for their weights.
         average: decay of an exponential average of the parameters (0.999 is usual). Evaluations see
             the average, and the model has it at the end. None keeps the parameters of the last
             step. The statistics of batch norms are of the moving parameters: give `finetune` some
@@ -42,12 +42,12 @@ class Schedule:
     """
 
     lr: float = 1e-3
-    codebook_lr: float | None = None
     warmup: int = 0
     weight_decay: float = 0.0
     temperature_lr: float = 0.1
     table_lr: float | None = None
     clip_norm: float | None = None
+    codebook_lr: float | None = None
     average: float | None = None
     frozen_batch_norm: float = 0.0
     frozen_codebooks: float = 0.0

@@ -304,6 +304,8 @@ class _Trial:
         """Whether it is what it is at every input, without the keys of one input."""
         batch, _, positions, keys = self._shape
         want = allowed_at(*self._at).expand((*self._leading, positions, keys)).reshape(self._shape)
+        if not want.any(-1).all():  # a query without a key says nothing of what its mask is
+            return False
         if source is not None:
             given = self._inputs[source]
             if given.shape != (batch, keys):
