@@ -31,8 +31,10 @@ def operand(ctx: Lowering, x: Any) -> Any:
     if not isinstance(x, Deferred):
         return x
     filled = _filled(ctx, x)
-    filled = _parts(ctx, x) if filled is None else filled
-    return computed(ctx, x) if filled is None else filled
+    if filled is not None:
+        return filled
+    parts = _parts(ctx, x)
+    return computed(ctx, x) if parts is None else parts
 
 
 def _parts(ctx: Lowering, x: Deferred) -> Ref | View | None:
@@ -48,7 +50,9 @@ def _parts(ctx: Lowering, x: Deferred) -> Ref | View | None:
     samples = []
     for batch in (1, 2):
         values = ctx.sources.evaluate(x.node, ctx.sources.sizes(first=batch), {})
-        apart = values.unflatten(axis, (batch, int(count))).movedim(axis, 0)
+        apart = values.reshape(
+            *values.shape[:axis], batch, int(count), *values.shape[axis + 1 :]
+        ).movedim(axis, 0)
         if not same_numbers(apart, apart[:1].expand_as(apart)):
             return None
         samples.append(apart[:1])
