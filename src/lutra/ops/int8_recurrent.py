@@ -24,7 +24,8 @@ from typing import Final
 from lutra.node import Array, Node
 from lutra.ops.grid import GRID, check_grid
 from lutra.ops.limits import INT8_MAX, MAX_ACT_BITS, MAX_INT8_DEPTH
-from lutra.ops.recurrent import GATES, SPECS as FLOAT_SPECS
+from lutra.ops.recurrent import GATES
+from lutra.ops.recurrent import SPECS as FLOAT_SPECS
 from lutra.ops.spec import Attr, OpSpec, TensorRole, node_error
 
 #: The grid of the states, beside that of the inputs.

@@ -47,9 +47,7 @@ def _gru(a: Array, b: Array, states: list[Array]) -> list[Array]:
     return [(_ONE - update) * fresh + update * states[0]]
 
 
-def _products(
-    node: Node, grid: str, x: Array, tensors: Mapping[str, Array], side: str
-) -> Array:
+def _products(node: Node, grid: str, x: Array, tensors: Mapping[str, Array], side: str) -> Array:
     """float32 (N, G H) of x (N, D)."""
     zero = integer(node, f"{grid}_zero")
     q = quantise(x, number(node, f"{grid}_scale"), zero, integer(node, f"{grid}_bits"))

@@ -127,7 +127,7 @@ def _batch_norm(
     tensors = {"scale": scale.float(), "bias": shift.float()}
     x = activation(ctx, input)
     if x.rank == 2 and not views.is_sample(ctx, x):  # rows that are parts of samples
-        return views.on_last(ctx, x, lambda ref: affine(ctx, ref, *tensors.values()))
+        return views.on_last(ctx, x, lambda ref: ctx.realise(affine(ctx, ref, *tensors.values())))
     ref = ctx.realise(x)
     return ctx.emit("affine", ref, ref.shape, tensors=tensors)
 

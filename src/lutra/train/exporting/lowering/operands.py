@@ -30,7 +30,7 @@ def operand(ctx: Lowering, x: Any) -> Any:
     """An argument as an activation, a view or a constant."""
     if not isinstance(x, Deferred):
         return x
-    filled = _filled(ctx, x)
+    filled: Ref | View | None = _filled(ctx, x)
     filled = _parts(ctx, x) if filled is None else filled
     return computed(ctx, x) if filled is None else filled
 
@@ -48,7 +48,8 @@ def _parts(ctx: Lowering, x: Deferred) -> Ref | View | None:
     samples = []
     for batch in (1, 2):
         values = ctx.sources.evaluate(x.node, ctx.sources.sizes(first=batch), {})
-        apart = values.unflatten(axis, (batch, int(count))).movedim(axis, 0)
+        sizes_apart = (*values.shape[:axis], batch, int(count), *values.shape[axis + 1 :])
+        apart = values.reshape(sizes_apart).movedim(axis, 0)
         if not same_numbers(apart, apart[:1].expand_as(apart)):
             return None
         samples.append(apart[:1])
