@@ -30,11 +30,9 @@ def operand(ctx: Lowering, x: Any) -> Any:
     """An argument as an activation, a view or a constant."""
     if not isinstance(x, Deferred):
         return x
-    filled = _filled(ctx, x)
-    if filled is not None:
-        return filled
-    parts = _parts(ctx, x)
-    return computed(ctx, x) if parts is None else parts
+    filled: Ref | View | None = _filled(ctx, x)
+    filled = _parts(ctx, x) if filled is None else filled
+    return computed(ctx, x) if filled is None else filled
 
 
 def _parts(ctx: Lowering, x: Deferred) -> Ref | View | None:
@@ -50,9 +48,8 @@ def _parts(ctx: Lowering, x: Deferred) -> Ref | View | None:
     samples = []
     for batch in (1, 2):
         values = ctx.sources.evaluate(x.node, ctx.sources.sizes(first=batch), {})
-        apart = values.reshape(
-            *values.shape[:axis], batch, int(count), *values.shape[axis + 1 :]
-        ).movedim(axis, 0)
+        sizes_apart = (*values.shape[:axis], batch, int(count), *values.shape[axis + 1 :])
+        apart = values.reshape(sizes_apart).movedim(axis, 0)
         if not same_numbers(apart, apart[:1].expand_as(apart)):
             return None
         samples.append(apart[:1])

@@ -176,9 +176,9 @@ def emit_reshape(ctx: Lowering, x: Ref, shape: Sizes, suffix: str = "") -> Ref:
             return ctx.emit(
                 "mean", x, shape, attrs={"axes": dropped, "keepdims": False}, suffix=suffix
             )
-        regrouped = _regrouped(x.shape, shape)
-        if regrouped is not None:
-            return ctx.emit("regroup", x, shape, attrs={"sizes": regrouped}, suffix=suffix)
+        kept = _regrouped(x.shape, shape)
+        if kept is not None:
+            return ctx.emit("regroup", x, shape, attrs={"sizes": kept}, suffix=suffix)
         raise UnsupportedUse(
             f"it changes {_text(x.shape)} into several axes whose sizes are known at run time "
             "only; take all but one out of dynamic_axes"
