@@ -30,7 +30,7 @@ ORDER: Final[tuple[tuple[str, ...], ...]] = (
     ("lutra.train.geometry",),
     (
         "lutra.train.watch", "lutra.train.distributed", "lutra.train.progress",
-        "lutra.train.batches", "lutra.train.threads",
+        "lutra.train.batches", "lutra.train.threads", "lutra.train.modes",
     ),
     ("lutra.sentences",),
     ("lutra.stream",),

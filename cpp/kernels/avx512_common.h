@@ -196,6 +196,12 @@ template <int kBlocks>
   return kBatch<kBlocks> == 1 || i / kBlocks < count ? m + i / kBlocks : m + count - 1;
 }
 
+// Sums of an output with its offset.
+[[gnu::always_inline]] inline __m512 float_sum(__m512i sums, const Epilogue& e, int32_t m) {
+  if (e.offset) sums = _mm512_add_epi32(sums, _mm512_set1_epi32(e.offset[m]));
+  return _mm512_cvtepi32_ps(sums);
+}
+
 template <int kBlocks>
 [[gnu::always_inline]] inline void fold_batch(const __m512i* sums, const Epilogue& e,
                                               const GridVectors& grid, int32_t m, int32_t count) {
@@ -204,9 +210,7 @@ template <int kBlocks>
 #pragma GCC unroll 4
   for (int32_t i = 0; i < kVectors; ++i) {
     const int32_t o = output_of<kBlocks>(m, count, i);
-    const __m512i sum =
-        e.offset ? _mm512_add_epi32(sums[i], _mm512_set1_epi32(e.offset[o])) : sums[i];
-    y[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(e.fold_scale[o]),
+    y[i] = _mm512_fmadd_ps(float_sum(sums[i], e, o), _mm512_set1_ps(e.fold_scale[o]),
                            _mm512_set1_ps(e.fold_bias[o]));
   }
   store_bytes<kBlocks>(e.q[0].out + m * e.q[0].stride, e.q[0].stride, to_bytes<kVectors>(y, grid),
@@ -220,10 +224,7 @@ template <int kBlocks>
   __m512 y[kVectors];
 #pragma GCC unroll 4
   for (int32_t i = 0; i < kVectors; ++i) {
-    const int32_t o = output_of<kBlocks>(m, count, i);
-    const __m512i sum =
-        e.offset ? _mm512_add_epi32(sums[i], _mm512_set1_epi32(e.offset[o])) : sums[i];
-    y[i] = _mm512_cvtepi32_ps(sum);
+    y[i] = float_sum(sums[i], e, output_of<kBlocks>(m, count, i));
   }
   finish_batch<kBlocks>(y, e, m, count);
 }

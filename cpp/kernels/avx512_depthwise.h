@@ -13,15 +13,6 @@ namespace {
 // between lanes. The 64 sums of a tile come out in four registers, whose order the last
 // permutation of the epilogue makes good. Packed masks: [quad][load], 64 bits for 64 bytes.
 
-size_t depthwise8_bytes(const DepthwiseShape& s, int32_t outputs) {
-  return static_cast<size_t>(outputs) * tap_quads(s).count * 4;
-}
-
-void pack_depthwise8(const DepthwiseShape& s, int32_t outputs, const int8_t* weights,
-                     uint8_t* packed) {
-  pack_tap_quads(s, outputs, weights, packed);
-}
-
 size_t depthwise8_mask_bytes(const DepthwiseShape& s) {
   return static_cast<size_t>(tap_quads(s).count) * kDepthwiseLoads * sizeof(uint64_t);
 }
@@ -146,7 +137,6 @@ struct ByteEpilogue {
   }
 };
 
-// kQuads: their number, or 0 for any.
 template <int kStep, bool kZero, int kQuads>
 void depthwise8_outputs(const DepthwiseShape& s, const uint8_t* packed,
                         const DepthwiseTile<uint8_t>& x, int32_t first, int32_t last,
@@ -191,28 +181,6 @@ void depthwise8_outputs(const DepthwiseShape& s, const uint8_t* packed,
       plane += x.plane;
     }
   }
-}
-
-template <int kStep, bool kZero>
-void depthwise8_quads(const DepthwiseShape& s, const uint8_t* packed,
-                      const DepthwiseTile<uint8_t>& x, int32_t first, int32_t last,
-                      const Epilogue& e) {
-  switch (tap_quads(s).count) {
-    case 3:
-      return depthwise8_outputs<kStep, kZero, 3>(s, packed, x, first, last, e);
-    case 10:
-      return depthwise8_outputs<kStep, kZero, 10>(s, packed, x, first, last, e);
-    default:
-      return depthwise8_outputs<kStep, kZero, 0>(s, packed, x, first, last, e);
-  }
-}
-
-void depthwise8(const DepthwiseShape& s, const uint8_t* packed, const DepthwiseTile<uint8_t>& x,
-                int32_t first, int32_t last, const Epilogue& e) {
-  auto* const run = s.step == 1 ? x.zero ? depthwise8_quads<1, false> : depthwise8_quads<1, true>
-                    : x.zero    ? depthwise8_quads<2, false>
-                                : depthwise8_quads<2, true>;
-  run(s, packed, x, first, last, e);
 }
 
 // --- float32 --------------------------------------------------------------------------------

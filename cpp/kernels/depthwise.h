@@ -38,9 +38,13 @@ void each_tap(const DepthwiseShape& s, const TapQuads& q, int32_t quad, const F&
   for (int32_t i = 0; i < q.in_quad && first + i < end; ++i) f(first + i, i * s.gap);
 }
 
-// [output][quad][4 bytes]
-void pack_tap_quads(const DepthwiseShape& s, int32_t outputs, const int8_t* weights,
-                    uint8_t* packed) {
+// Packed weights: [output][quad][4 bytes]
+size_t depthwise8_bytes(const DepthwiseShape& s, int32_t outputs) {
+  return static_cast<size_t>(outputs) * tap_quads(s).count * 4;
+}
+
+void pack_depthwise8(const DepthwiseShape& s, int32_t outputs, const int8_t* weights,
+                     uint8_t* packed) {
   const TapQuads q = tap_quads(s);
   for (int32_t m = 0; m < outputs; ++m, weights += s.taps) {
     for (int32_t quad = 0; quad < q.count; ++quad, packed += 4) {
@@ -59,6 +63,34 @@ int32_t load_row(int32_t step, int32_t lanes, int32_t c, int32_t i) {
 template <int kStep, int kLanes>
 constexpr int32_t load_offset(int32_t c) {
   return kStep == 1 ? c : 4 * kLanes * (c / 2) + 2 * (c % 2);
+}
+
+// Of each instruction set. kQuads: their number, or 0 for any; kZero: padding is 0.
+template <int kStep, bool kZero, int kQuads>
+void depthwise8_outputs(const DepthwiseShape& s, const uint8_t* packed,
+                        const DepthwiseTile<uint8_t>& x, int32_t first, int32_t last,
+                        const Epilogue& e);
+
+template <int kStep, bool kZero>
+void depthwise8_quads(const DepthwiseShape& s, const uint8_t* packed,
+                      const DepthwiseTile<uint8_t>& x, int32_t first, int32_t last,
+                      const Epilogue& e) {
+  switch (tap_quads(s).count) {
+    case 3:
+      return depthwise8_outputs<kStep, kZero, 3>(s, packed, x, first, last, e);
+    case 10:
+      return depthwise8_outputs<kStep, kZero, 10>(s, packed, x, first, last, e);
+    default:
+      return depthwise8_outputs<kStep, kZero, 0>(s, packed, x, first, last, e);
+  }
+}
+
+void depthwise8(const DepthwiseShape& s, const uint8_t* packed, const DepthwiseTile<uint8_t>& x,
+                int32_t first, int32_t last, const Epilogue& e) {
+  auto* const run = s.step == 1 ? x.zero ? depthwise8_quads<1, false> : depthwise8_quads<1, true>
+                    : x.zero    ? depthwise8_quads<2, false>
+                                : depthwise8_quads<2, true>;
+  run(s, packed, x, first, last, e);
 }
 
 }  // namespace

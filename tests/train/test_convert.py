@@ -379,7 +379,7 @@ def test_unusable_data_is_refused(net: Net, images: Tensor) -> None:
     refused("allow at least", net, recipe, [images], memory_bytes=1000)
 
 
-def test_layers_out_of_reach_are_refused() -> None:
+def test_layers_out_of_reach_are_kept() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -390,7 +390,15 @@ def test_layers_out_of_reach_are_refused() -> None:
             y: Tensor = self.used(x)
             return y
 
-    refused("layer 'unused' got no input from 1 batches", Model(), {"*": PQ()}, [torch.rand(9, 4)])
+    data = [torch.rand(9, 4)]
+    model, report = convert(Model(), {"*": PQ(v=2, k=8)}, data, progress=False)
+    assert type(model.unused) is nn.Linear
+    (kept,) = [layer for layer in report.layers if not layer.replaced]
+    assert kept.name == "unused"
+    assert kept.reason == "no batch of the calibration data reaches it"
+    assert [layer.name for layer in report.replaced] == ["used"]
+    refused("layer 'unused' got no input", Model(), {"unused": PQ()}, data)
+    refused("layer 'unused' got no input", Model(), {"unused": PQ(), "*": PQ()}, data)
 
 
 def test_accuracy_survives_conversion() -> None:

@@ -335,20 +335,21 @@ IMAGES = {
         field="predicted_depth",
     ),
 }
+WAVES = {
+    **ENCODER,
+    "conv_dim": (8, 8),
+    "conv_stride": (5, 2),
+    "conv_kernel": (10, 3),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+}
 SOUNDS = {
     "wav2vec2": Architecture(
         _make(
             "Wav2Vec2Model",
             "Wav2Vec2Config",
-            {
-                **ENCODER,
-                "conv_dim": (8, 8),
-                "conv_stride": (5, 2),
-                "conv_kernel": (10, 3),
-                "num_feat_extract_layers": 2,
-                "num_conv_pos_embeddings": 8,
-                "num_conv_pos_embedding_groups": 2,
-            },
+            WAVES,
             ("input_values",),
             "last_hidden_state",
         ),
@@ -360,13 +361,7 @@ SOUNDS = {
             "HubertModel",
             "HubertConfig",
             {
-                **ENCODER,
-                "conv_dim": (8, 8),
-                "conv_stride": (5, 2),
-                "conv_kernel": (10, 3),
-                "num_feat_extract_layers": 2,
-                "num_conv_pos_embeddings": 8,
-                "num_conv_pos_embedding_groups": 2,
+                **WAVES,
                 "feat_extract_norm": "layer",
                 "do_stable_layer_norm": True,
             },

@@ -1,6 +1,10 @@
 #include "engine/core/quantization.h"
 
+#include <algorithm>
 #include <cmath>
+#include <numeric>
+
+#include "engine/core/limits.h"
 
 namespace lutra {
 namespace {
@@ -39,6 +43,19 @@ Grid make_grid(const Quantization& q) {
     if (rounds_alike(q.scale, inverse, -q.zero, q.qmax() - q.zero)) g.inverse = inverse;
   }
   return g;
+}
+
+bool are_symmetric(const int8_t* weight, int64_t count) {
+  return std::all_of(weight, weight + count, [](int8_t w) { return w >= -kInt8Max; });
+}
+
+std::vector<int32_t> zero_offsets(const int8_t* weight, int64_t outputs, int64_t depth,
+                                  int32_t zero) {
+  std::vector<int32_t> offsets;
+  for (int64_t m = 0; m < outputs; ++m, weight += depth) {
+    offsets.push_back(-zero * std::accumulate(weight, weight + depth, int32_t{0}));
+  }
+  return offsets;
 }
 
 }  // namespace lutra

@@ -5,9 +5,26 @@
 namespace lutra {
 namespace {
 
-constexpr double kWorkPerMicrosecond = 1.5e5;  // centroid values compared, a rough guess
+constexpr double kComparedPerMicrosecond = 1.5e5;  // centroid values, of one AVX-512 core
+
+// The patch, as a patch of planes of codes.
+ConvGeometry code_geometry(const ConvGeometry& g, Group group, int64_t codebooks) {
+  ConvGeometry codes = g;
+  codes.channels = codebooks;
+  if (group == Group::kRow) {
+    codes.kernel_w = codes.stride_w = codes.dilation_w = 1;
+    codes.pad_w = codes.end_w = 0;
+  }
+  return codes;
+}
 
 }  // namespace
+
+double encoding_time(const PqShape& shape, int64_t rows) {
+  const double compare =
+      shape.encoder == Encoder::kTree ? 8.0 : static_cast<double>(shape.centroids) * shape.dim;
+  return static_cast<double>(rows) * shape.codebooks * compare / kComparedPerMicrosecond;
+}
 
 ConvGeometry part_geometry(const ConvGeometry& g, Group group) {
   if (group == Group::kPatch) return g;
@@ -18,16 +35,6 @@ ConvGeometry part_geometry(const ConvGeometry& g, Group group) {
           .pad_w = g.pad_w,
           .end_w = g.end_w,
           .dilation_w = g.dilation_w};
-}
-
-ConvGeometry code_geometry(const ConvGeometry& g, Group group, int64_t codebooks) {
-  ConvGeometry codes = g;
-  codes.channels = codebooks;
-  if (group == Group::kRow) {
-    codes.kernel_w = codes.stride_w = codes.dilation_w = 1;
-    codes.pad_w = codes.end_w = 0;
-  }
-  return codes;
 }
 
 CodePlanes::CodePlanes(const Kernels& kernels, const PqShape& shape, const uint8_t* encoder,
@@ -66,10 +73,7 @@ size_t CodePlanes::worker_bytes() const {
 void CodePlanes::make(const PatchSource& parts, PatchSource& patches, uint8_t* shared,
                       uint8_t* workers, size_t stride, ThreadPool& pool) const {
   const int64_t rows = parts.rows(), tile = kernels_.row_tile, tiles = (rows + tile - 1) / tile;
-  const double compare =
-      shape_.encoder == Encoder::kTree ? 8.0 : static_cast<double>(shape_.centroids) * shape_.dim;
-  const double work = static_cast<double>(rows) * shape_.codebooks * compare / kWorkPerMicrosecond;
-  pool.run(static_cast<size_t>(tiles), work, [&](size_t i, int worker) {
+  pool.run(static_cast<size_t>(tiles), encoding_time(shape_, rows), [&](size_t i, int worker) {
     uint8_t* const memory = workers + static_cast<size_t>(worker) * stride;
     uint8_t* const codes = memory + align64(kMaxRowTile * sizeof(int32_t));
     const int64_t first = static_cast<int64_t>(i) * tile, count = std::min(tile, rows - first);

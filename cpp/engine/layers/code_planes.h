@@ -16,8 +16,8 @@ enum class Group { kPatch, kRow, kPixel };
 
 // The parts of a patch, as patches of the input.
 ConvGeometry part_geometry(const ConvGeometry& g, Group group);
-// The patch, as a patch of planes of codes.
-ConvGeometry code_geometry(const ConvGeometry& g, Group group, int64_t codebooks);
+// How long it takes to make the codes of so many rows, in microseconds, to guess.
+double encoding_time(const PqShape& shape, int64_t rows);
 
 class CodePlanes {
  public:

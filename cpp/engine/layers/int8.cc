@@ -48,20 +48,14 @@ Int8Layer::Int8Layer(const Kernels& kernels, const ConvGeometry& geometry, int64
                     bias) {
   const int64_t depth = this->depth(), per_group = group_outputs();
   require(depth <= kMaxInt8Depth, "too many inputs for exact 32-bit sums");
-  for (int64_t i = 0; i < outputs * depth; ++i) {
-    require(weight[i] >= -kInt8Max, "a weight is -128; the range is -127..127");
-  }
+  require(are_symmetric(weight, outputs * depth), "a weight is -128; the range is -127..127");
   group_bytes_ = align64(kernels.dense8_bytes(narrow_depth(), narrow_outputs()));
   weight_ = AlignedBytes(group_bytes_ * static_cast<size_t>(groups));
   for (int64_t g = 0; g < groups; ++g) {
     kernels.pack_dense8(narrow_depth(), narrow_outputs(), weight + g * per_group * depth,
                         weight_.data() + static_cast<size_t>(g) * group_bytes_);
   }
-  for (int64_t i = 0; i < outputs; ++i) {  // -zero times the sum of the weights
-    int32_t sum = 0;
-    for (int64_t k = 0; k < depth; ++k) sum += weight[i * depth + k];
-    offset_.push_back(-quantization.zero * sum);
-  }
+  offset_ = zero_offsets(weight, outputs, depth, quantization.zero);
 }
 
 std::unique_ptr<Layer> make_int8(const Kernels& kernels, const StepArgs& args, bool linear) {

@@ -36,16 +36,10 @@ Int8DepthwiseLayer::Int8DepthwiseLayer(const Kernels& kernels, const ConvGeometr
     : GridLayer("int8", kernels, geometry, outputs, geometry.channels, quantization, kMaxActBits,
                 scale, bias),
       planes_(kernels, geometry, outputs, true) {
-  for (int64_t i = 0; i < outputs * depth(); ++i) {
-    require(weight[i] >= -kInt8Max, "a weight is -128; the range is -127..127");
-  }
+  require(are_symmetric(weight, outputs * depth()), "a weight is -128; the range is -127..127");
   weight_ = AlignedBytes(parameter_bytes());
   kernels.pack_depthwise8(planes_.shape, static_cast<int32_t>(outputs), weight, weight_.data());
-  for (int64_t m = 0; m < outputs; ++m) {  // -zero times the sum of the weights
-    int32_t sum = 0;
-    for (int64_t t = 0; t < depth(); ++t) sum += weight[m * depth() + t];
-    offset_.push_back(-quantization.zero * sum);
-  }
+  offset_ = zero_offsets(weight, outputs, depth(), quantization.zero);
 }
 
 Layer::Memory Int8DepthwiseLayer::memory(const PatchSource& source, int threads,

@@ -59,15 +59,18 @@ uint8_t* PatchSource::begin(uint8_t* workspace) {
   return planes;
 }
 
+bool PatchSource::take(const ByteView& x) {
+  if (!planes_.plain() || x.row_step() != 1) return false;
+  data_ = x.data;
+  plane_ = x.sc;
+  return true;
+}
+
 void PatchSource::load(const ByteView& x, int32_t zero, uint8_t* workspace, uint8_t* scratch,
                        size_t stride, ThreadPool& pool) {
   uint8_t* const to = begin(workspace);
   const int64_t step = planes_.plain() ? x.row_step() : 0;
-  if (in_place(x)) {
-    data_ = x.data;
-    plane_ = x.sc;
-    return;
-  }
+  if (take(x)) return;
   if (g_.taps() == 1 && !g_.padded() && x.sw == 1) return subsample(x, to, pool);
   if (step != 0 && x.sc == 1) {
     const double time = static_cast<double>(x.pixels() * x.c) / kCopiedPerMicrosecond;
@@ -83,11 +86,7 @@ void PatchSource::load(const ByteView& x, int32_t zero, uint8_t* workspace, uint
 void PatchSource::load(const ByteView& x, const uint8_t* padding, uint8_t* workspace,
                        ThreadPool& pool) {
   uint8_t* const to = begin(workspace);
-  if (in_place(x)) {
-    data_ = x.data;
-    plane_ = x.sc;
-    return;
-  }
+  if (take(x)) return;
   copy_planes(x, to, pool, [padding](int64_t c) { return padding[c]; });
 }
 

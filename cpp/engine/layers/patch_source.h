@@ -40,8 +40,8 @@ class PatchSource {
 
  private:
   uint8_t* begin(uint8_t* workspace);
-  // The value is what tile() needs, as it is.
-  bool in_place(const ByteView& x) const { return planes_.plain() && x.row_step() == 1; }
+  // Reads the value where it is, if that is what tile() needs.
+  bool take(const ByteView& x);
   template <class PaddingOf>
   void copy_planes(const ByteView& x, uint8_t* to, ThreadPool& pool, const PaddingOf& padding_of);
   void subsample(const ByteView& x, uint8_t* to, ThreadPool& pool);

@@ -11,8 +11,7 @@
 namespace lutra {
 namespace {
 
-// Rough speed of one AVX-512 core, to guess how long a job takes: centroid values compared and
-// table entries added.
+// Rough speed of one AVX-512 core, to guess how long a job takes: table entries added.
 constexpr double kWorkPerMicrosecond = 1.5e5;
 // Tiles that are encoded together and then take turns with a few outputs: their tables are read
 // once for all of them, and longer stretches of the output planes, which are often a power of two
@@ -270,12 +269,10 @@ void PqLayer::run_patches(const Call& call) const {
                                   static_cast<int32_t>(to), e);
                 });
   };
-  const double compare = planes_ ? 1.0
-                         : shape_.encoder == Encoder::kTree
-                             ? 8.0
-                             : static_cast<double>(shape_.centroids) * shape_.dim;
-  const double encoding =
-      static_cast<double>(rows) * shape_.codebooks * compare / kWorkPerMicrosecond;
+  // Codes of planes are only copied.
+  const double encoding = planes_
+                              ? static_cast<double>(rows) * shape_.codebooks / kWorkPerMicrosecond
+                              : encoding_time(shape_, rows);
   const double looking =
       static_cast<double>(rows) * shape_.codebooks * shape_.outputs / kWorkPerMicrosecond;
   if (!s.split) {

@@ -106,17 +106,11 @@ class Int8Matrix : public Matrix {
         kernels_(kernels),
         grid_(make_grid(grid)),
         packed_(kernels.dense8_bytes(narrow(depth_), narrow(outputs_))),
+        offset_(zero_offsets(weight.data, outputs_, depth_, grid.zero)),
         scale_(std::move(scale)),
         bias_(std::move(bias)) {
-    for (int64_t i = 0; i < weight.size(); ++i) {
-      require(weight.data[i] >= -kInt8Max, "a weight is -128; the range is -127..127");
-    }
+    require(are_symmetric(weight.data, weight.size()), "a weight is -128; the range is -127..127");
     kernels.pack_dense8(narrow(depth_), narrow(outputs_), weight.data, packed_.data());
-    for (int64_t m = 0; m < outputs_; ++m) {
-      int32_t sum = 0;
-      for (int64_t d = 0; d < depth_; ++d) sum += weight.data[m * depth_ + d];
-      offset_.push_back(-grid.zero * sum);
-    }
   }
 
   size_t bytes() const override {
@@ -147,7 +141,7 @@ class Int8Matrix : public Matrix {
   const Kernels& kernels_;
   Grid grid_;
   AlignedBytes packed_;
-  std::vector<int32_t> offset_;  // -zero times the sum of the weights
+  std::vector<int32_t> offset_;
   std::vector<float> scale_, bias_;
 };
 

@@ -24,8 +24,8 @@ from typing import Final
 from lutra.node import Array, Node
 from lutra.ops.grid import GRID, check_grid
 from lutra.ops.limits import INT8_MAX, MAX_ACT_BITS, MAX_INT8_DEPTH
-from lutra.ops.recurrent import GATES
 from lutra.ops.recurrent import SPECS as FLOAT_SPECS
+from lutra.ops.recurrent import check_gates
 from lutra.ops.spec import Attr, OpSpec, TensorRole, node_error
 
 #: The grid of the states, beside that of the inputs.
@@ -50,17 +50,7 @@ def float_op(op: str) -> str:
 
 
 def _check(node: Node, tensors: Mapping[str, Array]) -> None:
-    hidden = tensors["weight_hh"].shape[1]
-    rows = GATES[float_op(node.op)] * hidden
-    for role, array in tensors.items():
-        if array.shape[0] != rows:
-            raise node_error(
-                node,
-                f"has {role} of shape {array.shape} for {hidden} hidden values",
-                f"it must have {rows} rows, {hidden} for each of {GATES[float_op(node.op)]} gates",
-            )
-    if float_op(node.op) == "lstm" and len(node.inputs) == 2:
-        raise node_error(node, "has 2 inputs", "give it 1, or h and c beside it")
+    check_gates(node, tensors, float_op(node.op))
     check_grid(node)
     states = {name.replace("state", "act"): node.attrs[name] for name in STATE_GRID}
     check_grid(dataclasses.replace(node, attrs=states))

@@ -50,16 +50,22 @@ _TENSORS: Final = {
 
 
 def _check(node: Node, tensors: Mapping[str, Array]) -> None:
+    check_gates(node, tensors, node.op)
+
+
+def check_gates(node: Node, tensors: Mapping[str, Array], op: str) -> None:
+    """Raises GraphError unless every tensor has a row for each gate of the operator `op`, and the
+    node as many states as it takes."""
     hidden = tensors["weight_hh"].shape[1]
-    rows = GATES[node.op] * hidden
+    rows = GATES[op] * hidden
     for role, array in tensors.items():
         if array.shape[0] != rows:
             raise node_error(
                 node,
                 f"has {role} of shape {array.shape} for {hidden} hidden values",
-                f"it must have {rows} rows, {hidden} for each of {GATES[node.op]} gates",
+                f"it must have {rows} rows, {hidden} for each of {GATES[op]} gates",
             )
-    if node.op == "lstm" and len(node.inputs) == 2:
+    if op == "lstm" and len(node.inputs) == 2:
         raise node_error(node, "has 2 inputs", "give it 1, or h and c beside it")
 
 

@@ -167,19 +167,23 @@ def fma(a: Array, b: Array | np.float32, c: Array | np.float32) -> Array:
     return result
 
 
+def _power_of_e(x: Array) -> tuple[Array, Array]:
+    """y and n with e^x = y 2^n, as the engine finds them: float32 and int32; n of NaN is 0."""
+    n = fma(x, _LOG2_E, _MAGIC) - _MAGIC
+    r = fma(-n, _LN2_LOW, fma(-n, _LN2_HIGH, x))
+    y = np.full_like(r, _EXP_TERMS[0])
+    for term in _EXP_TERMS[1:]:
+        y = fma(y, r, term)
+    return y, np.where(np.isnan(n), np.float32(0), n).astype(np.int32)
+
+
 def exp_of_score(x: Array) -> Array:
     """exp of float32 values that are at most 0, with the bits of the engine's exponential.
 
     Below -87 it is 0; NaN stays NaN. ``power_of_e`` in cpp/kernels/functions.h has the same steps.
     """
     with np.errstate(all="ignore"):
-        inside = np.where(x < EXP_LOW, EXP_LOW, x)
-        n = fma(inside, _LOG2_E, _MAGIC) - _MAGIC
-        r = fma(-n, _LN2_LOW, fma(-n, _LN2_HIGH, inside))
-        y = np.full_like(r, _EXP_TERMS[0])
-        for term in _EXP_TERMS[1:]:
-            y = fma(y, r, term)
-        exponent = np.where(np.isnan(n), np.float32(0), n).astype(np.int32)
+        y, exponent = _power_of_e(np.where(x < EXP_LOW, EXP_LOW, x))
         made = y * np.ldexp(np.float32(1), exponent)
     return np.where(x < EXP_LOW, np.float32(0), made)
 
@@ -192,13 +196,7 @@ def engine_sigmoid(x: Array) -> Array:
     with np.errstate(all="ignore"):
         t = np.float32(0) - x
         above = np.where(t < np.float32(-104), np.float32(-104), t)
-        inside = np.where(above > np.float32(89), np.float32(89), above)
-        n = fma(inside, _LOG2_E, _MAGIC) - _MAGIC
-        r = fma(-n, _LN2_LOW, fma(-n, _LN2_HIGH, inside))
-        y = np.full_like(r, _EXP_TERMS[0])
-        for term in _EXP_TERMS[1:]:
-            y = fma(y, r, term)
-        exponent = np.where(np.isnan(n), np.float32(0), n).astype(np.int32)
+        y, exponent = _power_of_e(np.where(above > np.float32(89), np.float32(89), above))
         e = np.ldexp(y.astype(np.float64), exponent).astype(np.float32)
         result: Array = np.float32(1) / (e + np.float32(1))
     return result

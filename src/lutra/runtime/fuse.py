@@ -9,7 +9,7 @@ from lutra.graph import Graph
 from lutra.node import Node
 from lutra.ops import OPS
 from lutra.ops.elementwise import CLAMPS, limits
-from lutra.runtime.pads import Unpadded, without_pads
+from lutra.runtime.pads import Unpadded, readers_of, without_pads
 
 __all__ = ["FusedNode", "fuse"]
 
@@ -56,10 +56,7 @@ def fuse(graph: Graph, unpadded: Unpadded | None = None) -> list[FusedNode]:
     """
     unpadded = unpadded or without_pads(graph)
     nodes, values = unpadded.nodes, unpadded.values
-    readers: dict[str, list[Node]] = {}
-    for node in nodes:
-        for name in node.inputs:
-            readers.setdefault(name, []).append(node)
+    readers = readers_of(nodes)
 
     def only_reader(name: str, ops: Sequence[str]) -> Node | None:
         found = readers.get(name, [])

@@ -20,7 +20,7 @@ from lutra.ops.shape import REST
 from lutra.ops.spec import integer, ints, number, pair
 from lutra.reference.pq import quantise
 
-__all__ = ["Unpadded", "without_pads"]
+__all__ = ["Unpadded", "readers_of", "without_pads"]
 
 _NO_BORDER: Final = (0, 0, 0, 0)
 
@@ -111,7 +111,7 @@ def _sum(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
 def _behind_reshapes(graph: Graph) -> tuple[list[Node], dict[str, Value]]:
     """The nodes with the padding of points behind the reshape into images that alone reads it."""
     values = dict(graph.values)
-    readers = _readers(graph.nodes)
+    readers = readers_of(graph.nodes)
     moved: dict[str, Node] = {}  # by the name of the reshape
     result = []
     for node in graph.nodes:
@@ -152,7 +152,8 @@ def _line(image: Value, points: Value) -> int | None:
     return None
 
 
-def _readers(nodes: Sequence[Node]) -> Mapping[str, list[Node]]:
+def readers_of(nodes: Sequence[Node]) -> Mapping[str, list[Node]]:
+    """The nodes that read each value, by its name; a node stands there once for each time."""
     readers: dict[str, list[Node]] = {}
     for node in nodes:
         for name in node.inputs:

@@ -61,3 +61,12 @@ def mean(value: float) -> float:
         return value
     total = all_reduce(torch.tensor([value, 1.0], dtype=torch.float64))
     return float(total[0] / total[1])
+
+
+def mean_row(rows: Tensor) -> Tensor:
+    """The mean (D) of rows (n, D) of all processes."""
+    if not active():
+        return rows.mean(0)
+    count = all_reduce(torch.tensor(float(len(rows)), dtype=torch.float64, device=rows.device))
+    total = all_reduce(rows.sum(0, dtype=torch.float64))
+    return (total / count).to(rows.dtype)

@@ -234,10 +234,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(entry)
 
 
-def gain_and_shift(norm: nn.Module | None, outputs: int) -> tuple[Tensor, Tensor]:
-    """What a batch norm in eval mode multiplies by and adds, (M) each."""
-    if norm is None:
-        return torch.ones(outputs), torch.zeros(outputs)
+def gain_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """What a batch norm in eval mode multiplies by and adds, float64 (M) each."""
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
     assert norm.running_mean is not None
     assert norm.running_var is not None

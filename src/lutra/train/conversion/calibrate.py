@@ -16,6 +16,7 @@ from lutra.train.geometry import Geometry
 from lutra.train.layers.attention import plain_attention
 from lutra.train.layers.finite import describe, is_finite
 from lutra.train.layers.forms import form_of
+from lutra.train.modes import evaluating
 from lutra.train.threads import StepThreads
 
 _FLOAT_BYTES = 4
@@ -149,7 +150,7 @@ def collect(
         memory_bytes: at most this much for all samples together.
 
     Raises:
-        LutraError: no data, a layer that is never reached, or NaN or infinity in its input.
+        LutraError: no data, or NaN or infinity in the input of a layer.
     """
     if rows < 1:
         raise LutraError(f"calibration: rows={rows} leaves no samples; allow some thousand")
@@ -187,33 +188,24 @@ def collect(
             reservoirs[name].add(images)
 
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-    training = {m: m.training for m in model.modules()}
-    model.eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     reader = BatchReader(model, "calibration data")
     batches, threads = 0, StepThreads(model)
     try:
-        for batch in data:
-            args, kwargs = reader.inputs(batch, device)
-            samples = _samples(args, kwargs)
-            threads.fit((args, kwargs))
-            with plain_attention():
-                model(*args, **kwargs)
-            batches += 1
-            if progress is not None:
-                progress(batches)
+        with evaluating(model):
+            for batch in data:
+                args, kwargs = reader.inputs(batch, device)
+                samples = _samples(args, kwargs)
+                threads.fit((args, kwargs))
+                with plain_attention():
+                    model(*args, **kwargs)
+                batches += 1
+                if progress is not None:
+                    progress(batches)
     finally:
         threads.restore()
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     if batches == 0:
         raise LutraError("calibration data is empty; give a few batches of real inputs")
-    for name, reservoir in reservoirs.items():
-        if reservoir.seen == 0:
-            raise LutraError(
-                f"calibration: layer '{name}' got no input from {batches} batches; keep it in the "
-                "recipe, or give data that reaches it"
-            )
     return reservoirs

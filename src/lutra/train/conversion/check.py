@@ -20,6 +20,7 @@ from lutra.errors import LutraError
 from lutra.train.batches import BatchReader
 from lutra.train.layers.attention import plain_attention
 from lutra.train.layers.base import QuantizedLayer
+from lutra.train.modes import evaluating
 
 
 @torch.no_grad()
@@ -44,12 +45,12 @@ def check_calls(
     args, kwargs = BatchReader(dense, "calibration data").inputs(batch, device)
     before: Counter[str] = Counter()
     old = {name: layer for name, (layer, _) in layers.items()}
-    with plain_attention(), _counting(old, before), _eval(dense):
+    with plain_attention(), _counting(old, before), evaluating(dense):
         dense(*args, **kwargs)
     after: Counter[str] = Counter()
     new = {name: made for name, (_, made) in layers.items()}
     reads = _Reads(_own_weights(converted, new))
-    with _counting(new, after, reads.inside), _eval(converted):
+    with _counting(new, after, reads.inside), evaluating(converted):
         try:
             with reads:
                 converted(*args, **kwargs)
@@ -137,14 +138,3 @@ def _counting(
     finally:
         for layer in layers.values():
             del layer.__dict__["forward"]
-
-
-@contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

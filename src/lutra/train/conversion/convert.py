@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
@@ -127,6 +127,7 @@ def convert(
         [('0', 'int8'), ('2', 'pq')]
     """
     show = progress if distributed.rank() == 0 else False
+    named = set() if isinstance(recipe, str) else set(recipe)
     recipe = resolve(model, recipe)
     ready = prepare(model, recipe, _makes_layers)
     model, recipe = ready.model, ready.recipe
@@ -163,6 +164,8 @@ def convert(
                 rows=rows, memory_bytes=memory_bytes, seed=seed + distributed.rank(),
                 progress=bar.update,
             )  # fmt: skip
+    if calibrated:
+        _keep_unreached(calibrated, samples, named)
     gate = SpeedGate() if speed_gate is True else speed_gate or None
     decisions = {} if gate is None else _gate(gate, calibrated, samples, show)
     targets = None
@@ -362,6 +365,11 @@ class Candidate:
         made: nn.Module = new
         return made
 
+    def keep(self, reason: str) -> None:
+        """Leaves the layer as it is."""
+        self.method = None
+        self.report = replace(self.report, reason=reason)
+
     def gate(self, decision: Decision) -> None:
         """Does as the speed gate decided."""
         self.report = replace(self.report, reason=decision.reason, gate=decision)
@@ -439,6 +447,28 @@ def _fitted_rows(rows: int, memory_bytes: int, layers: Iterable[Candidate]) -> i
 
 def _makes_layers(method: Any) -> bool:
     return isinstance(method, Method) and family_of(method) is not None
+
+
+def _keep_unreached(
+    layers: dict[str, Candidate], samples: Mapping[str, Reservoir], named: Collection[str]
+) -> None:
+    """Takes out the layers that no batch reached, which stay as they are.
+
+    Raises:
+        LutraError: the recipe names such a layer by its path, no layer is reached at all, or other
+            processes have data that reach it.
+    """
+    seen = torch.tensor([samples[name].seen for name in layers])
+    anywhere = distributed.all_reduce(seen.clone()).tolist()
+    missed = [name for name, count in zip(layers, seen.tolist(), strict=True) if not count]
+    elsewhere = [name for name, count in zip(layers, anywhere, strict=True) if count]
+    for name in missed:
+        if name in named or name in elsewhere or len(missed) == len(layers):
+            raise LutraError(
+                f"calibration: layer '{name}' got no input from the batches; keep it in the "
+                "recipe, or give data that reach it"
+            )
+        layers.pop(name).keep("no batch of the calibration data reaches it")
 
 
 def _gate(

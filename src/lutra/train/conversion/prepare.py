@@ -20,7 +20,7 @@ from lutra.train.layers.dropin import adopt_attributes, copy_model, hooks_of, mo
 from lutra.train.layers.forms import WEIGHT_HOOKS, form_of, is_parametrized
 from lutra.train.layers.own_forward import OwnForward
 from lutra.train.layers.recurrent import Recurrent, matrix_names, why_no_matrices
-from lutra.train.layers.wrap import wrap
+from lutra.train.layers.wrap import may_wrap, wrap
 from lutra.train.layers.wrapper import PARTS, Wrapper
 from lutra.train.recipe import Method, Recipe, match
 
@@ -103,20 +103,16 @@ def prepare(model: Any, recipe: Recipe, is_replaced: Callable[[Method], bool]) -
             weights.append(paths[0])
             wrapped.append(paths[0])
     weights = [name for name in weights if is_parametrized(made.model.get_submodule(name))]
-    if (weights or attentions or recurrent) and made.model is model:
+    wrapped = [name for name in wrapped if may_wrap(made.model.get_submodule(name))]
+    if (weights or attentions or recurrent or wrapped) and made.model is model:
         made.model = copy_model(model)
     for name in weights:
         made.folded[name] = _fold(made.model.get_submodule(name))
     for name in reversed(wrapped):  # a layer inside another one first
         old = made.model.get_submodule(name)
         around = wrap(old)
-        if not isinstance(around, nn.Module):
+        if not isinstance(around, Wrapper):
             continue
-        if made.model is model:
-            made.model = copy_model(model)
-            old = made.model.get_submodule(name)
-            around = wrap(old)
-            assert isinstance(around, nn.Module)
         made.notes += [lost_hook(kind, name) for kind in move_hooks(around, old)]
         made.model = replace_modules(made.model, {old: around})
         path = f"{name}.{around.part}" if name else around.part

@@ -23,6 +23,7 @@ from lutra.train.geometry import Geometry
 from lutra.train.layers.attention import plain_attention
 from lutra.train.layers.forms import form_of
 from lutra.train.layers.goal import Goal
+from lutra.train.modes import evaluating
 
 
 class _Reached(Exception):
@@ -76,19 +77,14 @@ def _calls(model: nn.Module) -> Iterator[Callable[[Any], Any]]:
     """Calls a model on batches, in eval mode and off PyTorch's fast path."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     reader = BatchReader(model, "calibration data")
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
 
     def call(batch: Any) -> Any:
         args, kwargs = reader.inputs(batch, device)
         with plain_attention():
             return model(*args, **kwargs)
 
-    try:
+    with evaluating(model):
         yield call
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _number(seed: int, layer: str, batch: int, call: int) -> int:
@@ -131,22 +127,17 @@ class Targets:
             for own in calls.values():
                 own.append(0)
 
-        def keep(name: str, module: nn.Module, call: int, value: Tensor) -> Tensor:
-            rows = output_rows(module, value)
-            where = self._batches.places(name, position["batch"], call, len(rows))
-            return rows[where.to(rows.device)].to("cpu", torch.float32)
-
         def hook_of(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
             def hook(module: nn.Module, _: Any, output: Tensor) -> None:
                 call = calls[name][-1]
                 calls[name][-1] += 1
                 self.calls.setdefault(name, calls[name])
-                self.outputs[name].append(keep(name, module, call, output))
+                self.outputs[name].append(self._kept(name, module, position["batch"], call, output))
 
             return hook
 
         def on_add(name: str, other: Tensor) -> None:
-            self.added[name].append(keep(name, layers[name], 0, other))
+            self.added[name].append(self._kept(name, layers[name], position["batch"], 0, other))
 
         adding = Follower({name: layers[name] for name in self.added}, on_add)
         # before the hooks of the model, which may change the output
@@ -164,6 +155,12 @@ class Targets:
             once = set(self.calls[name]) == {1}
             if not once or len(self.added.get(name, self.calls[name])) != len(self.calls[name]):
                 del self._behind[name]  # other batches take other ways
+
+    def _kept(self, name: str, layer: nn.Module, batch: int, call: int, value: Tensor) -> Tensor:
+        """The rows (n, M) of a layer's output, or of what is added to it, that are looked at."""
+        rows = output_rows(layer, value)
+        where = self._batches.places(name, batch, call, len(rows))
+        return rows[where.to(rows.device)].to("cpu", torch.float32)
 
     @torch.no_grad()
     def rows(
@@ -197,9 +194,7 @@ class Targets:
                 raise _Reached
 
         def on_add(_: str, other: Tensor) -> None:
-            rows = output_rows(layer, other)
-            where = self._batches.places(name, position["batch"], 0, len(rows))
-            added.append(rows[where.to(rows.device)].to("cpu", torch.float32))
+            added.append(self._kept(name, layer, position["batch"], 0, other))
             raise _Reached
 
         follower = Follower({name: layer} if behind.adds else {}, on_add)
@@ -218,7 +213,9 @@ class Targets:
         dense_added = self.added.pop(name, [])
         if name not in self._behind or behind == Behind():
             return torch.cat(found).float(), Goal(want)
-        gain, shift = (t.float().cpu() for t in gain_and_shift(behind.norm, want.shape[1]))
+        gain, shift = torch.ones(want.shape[1]), torch.zeros(want.shape[1])
+        if behind.norm is not None:
+            gain, shift = (t.float().cpu() for t in gain_and_shift(behind.norm))
         want, offset = want * gain + shift, shift
         if behind.adds:
             want += torch.cat(dense_added)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from lutra.train.conversion.behind import NORMS, gain_and_shift
 from lutra.train.exporting.capture import (
     FROZEN_OP,
     ExampleInput,
@@ -19,7 +20,6 @@ from lutra.train.exporting.capture import (
 )
 from lutra.train.layers.base import FrozenLayer
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 _DENSE = (nn.Conv1d, nn.Conv2d, nn.Linear, *_TRANSPOSED)
 _NORM_OPS = ("aten._native_batch_norm_legit_no_training.default", "aten.batch_norm.default")
@@ -133,7 +133,7 @@ def find_folds(model: nn.Module, program: ExportedProgram) -> list[Fold]:
         if (
             len(layer.users) == 1
             and calls[id(module)] == calls[id(norm)] == 1
-            and type(norm) in _NORMS  # a subclass may do more than normalise
+            and type(norm) in NORMS  # a subclass may do more than normalise
             and isinstance(norm, nn.modules.batchnorm._BatchNorm)
             and norm.running_mean is not None
             and module is not None
@@ -202,15 +202,7 @@ def _parameters(program: ExportedProgram) -> dict[fx.Node, str]:
 
 def _fold(model: nn.Module, fold: Fold) -> None:
     layer, norm = model.get_submodule(fold.layer), model.get_submodule(fold.norm)
-    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    gain = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        gain = gain * norm.weight.double()
-    shift = -norm.running_mean.double() * gain
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
+    gain, shift = gain_and_shift(norm)
     with torch.no_grad():
         gain_role, _ = _roles(layer)
         factor = getattr(layer, str(gain_role))

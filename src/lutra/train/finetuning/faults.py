@@ -12,6 +12,7 @@ from torch import nn
 from lutra.train.batches import TrainingBatch, named_tensors
 from lutra.train.finetuning.accelerate import unwrapped
 from lutra.train.layers.finite import FiniteCheck, NotFiniteError, describe, is_finite
+from lutra.train.modes import evaluating
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,16 +33,11 @@ def bad_input(inputs: TrainingBatch) -> str | None:
 def reached_layer(model: nn.Module, inputs: TrainingBatch) -> str | None:
     """The first quantised layer that NaN or infinity reaches; runs the model in eval mode, so that
     nothing in it moves."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with unwrapped(model), FiniteCheck(model):
+        with evaluating(model), unwrapped(model), FiniteCheck(model):
             model(*inputs.args, **inputs.kwargs)
     except NotFiniteError as error:
         return error.layer
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return None
 
 

@@ -43,6 +43,7 @@ from lutra.train.finetuning.settings import (
     Settings,
 )
 from lutra.train.finetuning.step import TrainingStep
+from lutra.train.modes import evaluating
 from lutra.train.progress import Progress
 from lutra.train.threads import StepThreads
 
@@ -254,11 +255,5 @@ def _anneal(model: nn.Module, progress: float) -> None:
 
 def _evaluate(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
     """Calls back in eval mode; the mean over the processes, each of which calls back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), unwrapped(model):
-            return collective.mean(float(evaluate(model)))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), torch.no_grad(), unwrapped(model):
+        return collective.mean(float(evaluate(model)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -52,7 +51,7 @@ class TrainingStep:
         self._reader, self._loss, self._own_loss = reader, loss, own_loss
         self._clip_norm = clip_norm
         self._early = accelerator.device.type == "cpu" and not collective.active()
-        self._held: Sequence[nn.Parameter] = ()
+        self._holds, self._held = False, list[nn.Parameter]()
         self.check = FiniteCheck(model, wait=not self._early)
 
     def __enter__(self) -> TrainingStep:
@@ -64,8 +63,11 @@ class TrainingStep:
 
     def hold_codebooks(self, held: bool) -> None:
         """Whether codebooks stay where they are in the steps that follow."""
+        if held == self._holds:
+            return
+        self._holds = held
         layers = quantized_layers(self._model)
-        self._held = codebook_parameters(layers) if held else ()
+        self._held = codebook_parameters(layers) if held else []
         for layer in layers:
             layer.hold_codebooks(held)
 

@@ -296,9 +296,7 @@ class QuantizedLayer(nn.Module):
         total = best = torch.zeros_like(y[0])
         least = goal.error(y)
         for _ in range(_CENTERED if goal.is_cut else 1):
-            mean = distributed.all_reduce((goal.targets(y) - y).mean(0))
-            if distributed.active():
-                mean = mean / torch.distributed.get_world_size()
+            mean = distributed.mean_row(goal.targets(y) - y)
             total, y = total + mean, y + mean
             error = goal.error(y)
             if error < least:

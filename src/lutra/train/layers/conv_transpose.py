@@ -8,6 +8,7 @@ times s outputs for each channel; its outputs are interleaved and the border is 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +105,7 @@ class TransposedConv(Wrapper):
     def __init__(self, dense: nn.ConvTranspose1d | nn.ConvTranspose2d) -> None:
         self_axes = _axes(dense)
         steps = [axis.stride for axis in self_axes]
-        channels = dense.out_channels * _product(steps)
+        channels = dense.out_channels * math.prod(steps)
         kind = next(conv for kind, conv in _KINDS.items() if isinstance(dense, kind))
         conv = kind(
             dense.in_channels,
@@ -120,7 +121,7 @@ class TransposedConv(Wrapper):
         weight = _as_conv(dense.weight.detach(), self_axes, dense.groups)
         conv.weight = nn.Parameter(weight, requires_grad=dense.weight.requires_grad)
         if dense.bias is not None:
-            bias = dense.bias.detach().repeat_interleave(_product(steps))
+            bias = dense.bias.detach().repeat_interleave(math.prod(steps))
             conv.bias = nn.Parameter(bias, requires_grad=dense.bias.requires_grad)
         super().__init__(dense, "conv", conv)
         self.axes, self.groups = self_axes, dense.groups
@@ -135,7 +136,7 @@ class TransposedConv(Wrapper):
         """The mean of the biases that an output channel has at its places."""
         bias = super().bias
         steps = [axis.stride for axis in self.axes]
-        return None if bias is None else bias.reshape(-1, _product(steps)).mean(1)
+        return None if bias is None else bias.reshape(-1, math.prod(steps)).mean(1)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Arguments and results of the transposed convolution.
@@ -168,24 +169,17 @@ def interleave(x: Tensor, steps: list[int]) -> Tensor:
         x: images or lines.
         steps: s and t, or s alone.
     """
-    if _product(steps) == 1:
+    if math.prod(steps) == 1:
         return x
     if len(steps) == 2 and steps[0] == steps[1]:
         return F.pixel_shuffle(x, steps[0])
     sizes = x.shape[2:]
-    channels = x.shape[1] // _product(steps)
+    channels = x.shape[1] // math.prod(steps)
     x = x.reshape(-1, channels, *steps, *sizes)
     n = len(steps)
     order = [axis for i in range(n) for axis in (2 + n + i, 2 + i)]
     whole = [size * step for size, step in zip(sizes, steps, strict=True)]
     return x.permute(0, 1, *order).reshape(-1, channels, *whole)
-
-
-def _product(values: list[int]) -> int:
-    made = 1
-    for value in values:
-        made *= value
-    return made
 
 
 def _as_conv(weight: Tensor, axes: list[Axis], groups: int) -> Tensor:

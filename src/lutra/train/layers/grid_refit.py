@@ -88,7 +88,7 @@ def fit_range(layer: QuantizedLayer, rows: Tensor, goal: Goal, *, symmetric: boo
     def error(low: float, high: float) -> float:
         layer.set_activation_range(low, high)
         y = layer.of_rows(some)
-        return wanted.error(y + (wanted.targets(y) - y).mean(0))
+        return wanted.error(y + distributed.mean_row(wanted.targets(y) - y))
 
     low = distributed.all_reduce((-rows.min()).clone(), "max")
     if symmetric and float(low) > 0.0:

@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lutra.errors import LutraError
 from lutra.ops import op_spec
@@ -31,10 +30,10 @@ from lutra.train.layers.base import (
     ImageLayer,
     QuantizedLayer,
     RowLayer,
-    clip_gradient,
     register,
 )
 from lutra.train.layers.goal import Goal
+from lutra.train.layers.pq_gradient import StraightThroughLookup, TableSum, straight_through
 from lutra.train.layers.pq_kmeans import kmeans
 from lutra.train.layers.pq_projection import REFRESH, SAMPLE_ROWS, regression
 from lutra.train.layers.pq_refit import fit_tables, fit_weight, sum_rows
@@ -51,76 +50,6 @@ def quantize_tables(tables: Tensor) -> tuple[Tensor, Tensor]:
     """int8 tables (B, K, M) and float32 scale (M): one scale per output channel."""
     scale = (tables.abs().amax((0, 1)) / INT8_MAX).clamp_min(_TINY)
     return (tables / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale
-
-
-class _Round(torch.autograd.Function):
-    """Replaces a value by its quantised form and passes the gradient straight through."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, quantized: Tensor) -> Tensor:
-        return quantized
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
-def _rounded(value: Tensor, quantized: Tensor) -> Tensor:
-    return cast(Tensor, _Round.apply(value, quantized))  # type: ignore[no-untyped-call]
-
-
-class StraightThroughLookup(torch.autograd.Function):
-    """Sum of table rows; the gradient of the tables is exact, that of x is a convolution's with
-    `weight`: the dense layer's weights, as they are or projected."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, tables: Tensor, weight: Tensor, call: tuple[Any, ...]
-    ) -> Tensor:
-        geometry, grid, encoder, int8_tables, scale, keep, dtype = call
-        y, codes = ops.forward(x, geometry, grid, encoder, int8_tables, scale)
-        keep.append(codes)
-        ctx.geometry, ctx.grid, ctx.centroids, ctx.dtype = geometry, grid, tables.shape[1], dtype
-        ctx.save_for_backward(x, weight, codes)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight, codes = ctx.saved_tensors
-        need_x, need_tables = ctx.needs_input_grad[:2]
-        grad_x = grad_tables = None
-        if need_tables:
-            grad_tables = ops.table_gradient(codes, gradient, ctx.centroids)
-        if need_x:
-            geometry, grid, dtype = ctx.geometry, ctx.grid, ctx.dtype
-            if geometry.is_linear(x):  # several times as fast as the convolution
-                rows = gradient.flatten(1).to(dtype) @ weight.flatten(1).to(dtype)
-                grad_x = rows.to(x.dtype).view(x.shape)
-            else:
-                grad_x = torch.ops.aten.convolution_backward(
-                    gradient.to(dtype), x.to(dtype), weight.to(dtype), None,
-                    geometry.stride, geometry.padding, geometry.dilation,
-                    False, [0, 0], 1, [True, False, False],
-                )[0].to(x.dtype)  # fmt: skip
-            grad_x = clip_gradient(grad_x, x, grid)
-        return grad_x, grad_tables, None, None
-
-
-class TableSum(torch.autograd.Function):
-    """The sums y of table rows that some codes chose, as a function of the tables."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, tables: Tensor, codes: Tensor) -> Tensor:
-        ctx.centroids = tables.shape[1]
-        ctx.save_for_backward(codes)
-        return y.view_as(y)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
-        (codes,) = ctx.saved_tensors
-        return None, ops.table_gradient(codes, gradient, ctx.centroids), None
 
 
 def _parts(geometry: Geometry, method: PQ) -> Parts:
@@ -256,7 +185,7 @@ class _PQLayer(QuantizedLayer):
         """
         values = self.centroids.float()
         if isinstance(encoder, Nearest):
-            values = _rounded(values, self._centroid_values(encoder.centroids))
+            values = straight_through(values, self._centroid_values(encoder.centroids))
         product = torch.bmm(self.parts.spread(values), self.weight_blocks().float())
         return product + self.table_residual.float() if self.method.has_free_tables else product
 
@@ -286,7 +215,7 @@ class _PQLayer(QuantizedLayer):
             with torch.no_grad():
                 int8_tables, scale = quantize_tables(tables)
                 rounded = int8_tables.float() * scale
-            tables = _rounded(tables, rounded)
+            tables = straight_through(tables, rounded)
             call = (geometry, grid, encoder, int8_tables, scale, codes)
             averaged = self.training and self.method.centroids == "average"
             averaged = averaged and not self.follows and not self.held
@@ -314,7 +243,7 @@ class _PQLayer(QuantizedLayer):
         with torch.no_grad():
             y, codes = ops.forward(x, geometry, grid, encoder, int8_tables, scale)
         keep.append(codes)
-        return _rounded(reconstruction.dense_product(x, self.kernel_weight, geometry), y)
+        return straight_through(reconstruction.dense_product(x, self.kernel_weight, geometry), y)
 
     def _reconstruct(self, x: Tensor, y: Tensor, tables: Tensor, codes: Tensor) -> None:
         """Keeps the loss of y (without bias) against the dense product."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lutra.train import distributed
 from lutra.train.layers.goal import Goal
 from lutra.train.layers.ridge import Ridge, held_out
 
@@ -31,15 +32,15 @@ class Fit(NamedTuple):
 
 def fit_weight(x: Tensor, y: Tensor, goal: Goal) -> Fit:
     """Change of the weights (M, D), given the quantised input x (n, D) and outputs y (n, M)."""
-    mean = x.mean(0)
+    mean = distributed.mean_row(x)
     centered = x - mean
     parts = held_out(len(x))
-    ridge = Ridge([centered[part].t() @ centered[part] for part in parts], len(x))
+    ridge = Ridge([centered[part].t() @ centered[part] for part in parts])
     total = torch.zeros((x.shape[1], y.shape[1]), device=x.device)
     shift = torch.zeros(y.shape[1], device=x.device)
     for turn in range(_ROUNDS if goal.is_cut else 1):
         rest = goal.targets(y) - y
-        middle = rest.mean(0)
+        middle = distributed.mean_row(rest)
         shift, y, rest = shift + middle, y + middle, rest - middle
         moments = [centered[part].t() @ rest[part] for part in parts]
         if turn == 0:
@@ -53,13 +54,13 @@ def fit_tables(codes: Tensor, tables: Tensor, y: Tensor, goal: Goal) -> Fit:
     """Change of free tables (B, K, M), given the codes (B, n) and the outputs y (n, M)."""
     codebooks, k, outputs = tables.shape
     groups = torch.split(torch.arange(codebooks, device=codes.device), max(1, _TABLE_ROWS // k))
-    ridges = [Ridge(_gram(codes[group], k), codes.shape[1]) for group in groups]
+    ridges = [Ridge(_gram(codes[group], k)) for group in groups]
     total = torch.zeros_like(tables)
     shift = torch.zeros(outputs, device=y.device)
     for turn in range(_ROUNDS if goal.is_cut else 1 + (len(groups) > 1)):
         for group, ridge in zip(groups, ridges, strict=True):
             rest = goal.targets(y) - y
-            middle = rest.mean(0)
+            middle = distributed.mean_row(rest)
             shift, y, rest = shift + middle, y + middle, rest - middle
             moments = [_moments(codes[group, part], rest[part], k) for part in held_out(len(y))]
             if turn == 0:

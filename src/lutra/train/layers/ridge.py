@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,10 +26,9 @@ class Ridge:
 
     Args:
         gram: products F'F (P, P) of the features of each part of `held_out`.
-        rows: number of all rows.
     """
 
-    def __init__(self, gram: Sequence[Tensor], rows: int) -> None:
+    def __init__(self, gram: Sequence[Tensor]) -> None:
         self._parts = [collective.all_reduce(part).double() for part in gram]
         self._gram = self._parts[0] + self._parts[1]
         self._unit = float(self._gram.trace()) / len(self._gram)
@@ -85,8 +84,3 @@ class Ridge:
         if start is not None:
             total -= (self.weight + _LEAST) * self._unit * start.double()
         return torch.cholesky_solve(total, self._factor).float()
-
-
-def products(features: Tensor, others: Callable[[slice], Tensor]) -> list[Tensor]:
-    """F'y (P, M) of each part of the rows, for features (n, P)."""
-    return [features[part].t() @ others(part) for part in held_out(len(features))]

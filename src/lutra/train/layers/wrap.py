@@ -9,6 +9,12 @@ from lutra.train.layers.own_forward import has_own_forward, split
 from lutra.train.layers.wrapper import Wrapper
 
 
+def may_wrap(module: nn.Module) -> bool:
+    """Whether a module is a transposed convolution, or a layer with a forward or padding of its
+    own."""
+    return isinstance(module, nn.modules.conv._ConvTransposeNd) or has_own_forward(module)
+
+
 def wrap(module: nn.Module) -> Wrapper | str | None:
     """A module with its dense layer as a part of its own, which can be replaced.
 

@@ -184,12 +184,10 @@ def turned_over(ctx: Lowering, x: Ref, axis: int) -> Ref:
     return ctx.emit("flip", x, x.shape, attrs={"axis": axis}, suffix="flip")
 
 
-def _first(ctx: Lowering, x: Ref, axis: int, size: int) -> Ref:
-    return cut(ctx, x, axis, 0, size)
-
-
-def _last(ctx: Lowering, x: Ref, axis: int, size: int) -> Ref:
-    return turned_over(ctx, _first(ctx, turned_over(ctx, x, axis), axis, size), axis)
+def cut_from_end(ctx: Lowering, x: Ref, axis: int, first: int, last: int) -> Ref:
+    """Emit x[-first : -last] along an axis; last = 0 is the end."""
+    part = cut(ctx, turned_over(ctx, x, axis), axis, last, first)
+    return turned_over(ctx, part, axis)
 
 
 def _join_along(ctx: Lowering, parts: Sequence[Ref], axis: int) -> Ref:
@@ -240,11 +238,11 @@ def _rolled(ctx: Lowering, x: Ref, axis: int, shift: int) -> Ref:
         attrs = {"axis": axis, "first": 0, "last": shift, "step": 1}
         shape = (*x.shape[:axis], x.shape[axis] - shift, *x.shape[axis + 1 :])
         rest = ctx.emit("trim", x, shape, attrs=attrs, suffix="trim")
-        return _join_along(ctx, (_last(ctx, x, axis, shift), rest), axis)
+        return _join_along(ctx, (cut_from_end(ctx, x, axis, shift, 0), rest), axis)
     shape = (*x.shape[:axis], x.shape[axis] + shift, *x.shape[axis + 1 :])
     attrs = {"axis": axis, "start": -shift, "stop": TO_THE_END, "step": 1}
     rest = ctx.emit("slice", x, shape, attrs=attrs, suffix="slice")
-    return _join_along(ctx, (rest, _first(ctx, x, axis, -shift)), axis)
+    return _join_along(ctx, (rest, cut(ctx, x, axis, 0, -shift)), axis)
 
 
 @lowers("aten.index_select.default", axes=("dim",))
@@ -515,15 +513,15 @@ def _mirrored_ends(ctx: Lowering, x: Ref, axis: int, before: int, after: int, mo
         """What stands before the first entry, from the beginning on."""
         if mode == "reflect":
             return turned_over(ctx, cut(ctx, turned, axis, 1, count + 1), axis)
-        (row,) = (cut(ctx, turned, axis, 0, 1),)
+        row = cut(ctx, turned, axis, 0, 1)
         shape = (*row.shape[:axis], count, *row.shape[axis + 1 :])
         sizes = [count if i == axis else 0 for i in range(1, x.rank)]
         return ctx.emit("expand", row, shape, attrs={"shape": sizes}) if count > 1 else row
 
     parts = [x]
     if mode == "circular":
-        parts = [_last(ctx, x, axis, before), x] if before else parts
-        parts = [*parts, _first(ctx, x, axis, after)] if after else parts
+        parts = [cut_from_end(ctx, x, axis, before, 0), x] if before else parts
+        parts = [*parts, cut(ctx, x, axis, 0, after)] if after else parts
         return _join_along(ctx, parts, axis)
     if before:
         parts.insert(0, end(x, before))

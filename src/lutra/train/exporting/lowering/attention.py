@@ -302,30 +302,29 @@ class _Trial:
 
     def fits_positions(self, source: fx.Node | None) -> bool:
         """Whether it is what it is at every input, without the keys of one input."""
-        batch, _, positions, keys = self._shape
+        _, _, positions, keys = self._shape
         want = allowed_at(*self._at).expand((*self._leading, positions, keys)).reshape(self._shape)
         if not want.any(-1).all():  # a query without a key says nothing of what its mask is
             return False
+        return self._keeps(want, source)
+
+    def _keeps(self, want: Tensor, source: fx.Node | None) -> bool:
+        """Whether it keeps what `want` keeps, without the keys that an input drops."""
+        batch, _, _, keys = self._shape
         if source is not None:
             given = self._inputs[source]
             if given.shape != (batch, keys):
                 return False
             want = want & (given != 0)[:, None, None, :]
-        open_rows = want.any(-1, keepdim=True)
+        open_rows = want.any(-1, keepdim=True)  # some libraries open rows without a key
         return bool(((self._allowed == want) | ~open_rows).all())
 
     def fits(self, source: fx.Node | None, causal: bool) -> bool:
-        batch, _, positions, keys = self._shape
+        _, _, positions, keys = self._shape
         want = torch.ones(self._shape, dtype=torch.bool)
-        if source is not None:
-            given = self._inputs[source]
-            if given.shape != (batch, keys):
-                return False
-            want = want & (given != 0)[:, None, None, :]
         if causal:
             want = want & torch.ones(positions, keys, dtype=torch.bool).tril()
-        open_rows = want.any(-1, keepdim=True)  # some libraries open rows without a key
-        return bool(((self._allowed == want) | ~open_rows).all())
+        return self._keeps(want, source)
 
 
 def _allowed(mask: Tensor) -> Tensor:

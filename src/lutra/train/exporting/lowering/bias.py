@@ -8,6 +8,7 @@ distances.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -234,18 +235,12 @@ def _relative_bias(ctx: Lowering, x: Ref, bias: Any) -> Ref | View:
     if not isinstance(heads, int) or not isinstance(bias, Deferred):
         raise UnsupportedUse("its heads are known at run time only")
     symbols = [size for size in scores.shape[2:] if not isinstance(size, int)]
-    longest = _longest(ctx, symbols)
-    weight = _distances(_bias_at(ctx, bias, symbols, longest))
-    for length in {2, 3, longest // 2}:
-        part = _bias_at(ctx, bias, symbols, length)
-        first = longest - length
-        if part.shape[-1] > longest or not torch.equal(
-            _distances(part), weight[:, first : first + 2 * length - 1]
-        ):
-            raise UnsupportedUse(
-                "it adds numbers to its scores that depend on more than the distance of two "
-                "positions; fix the length of the input"
-            )
+    weight = _by_distance(
+        ctx,
+        symbols,
+        lambda length: _bias_at(ctx, bias, symbols, length),
+        "it adds numbers to its scores that depend",
+    )
     weight = weight.clamp(min=LOWEST).expand(heads, -1).contiguous()
     return ctx.emit("relative_bias", scores, scores.shape, tensors={"weight": weight})
 
@@ -289,28 +284,76 @@ def _masked_positions(ctx: Lowering, scores: Ref, keep: Any) -> Ref:
         added = torch.where(allowed_at(ctx.sources, keep, sizes), 0.0, LOWEST)
         while added.ndim > 3:
             added = added[0]  # the same for all samples: of inputs of ones
-        return added
+        return added[None] if added.ndim == 2 else added
 
     if symbols:
-        longest = _longest(ctx, symbols)
-        added = at(longest)
-        weight = _distances(added[None] if added.ndim == 2 else added)
-        for length in {2, 3, longest // 2}:
-            part, first = at(length), longest - length
-            part = _distances(part[None] if part.ndim == 2 else part)
-            if not torch.equal(part, weight[:, first : first + 2 * length - 1]):
-                raise UnsupportedUse(
-                    "its mask depends on more than the distance of two positions; fix the length "
-                    "of the input"
-                )
+        weight = _by_distance(ctx, symbols, at, "its mask depends")
         tensors = {"weight": weight.expand(scores.shape[1], -1).contiguous()}
         return ctx.emit("relative_bias", scores, scores.shape, tensors=tensors)
     term = constant(ctx, at(0), scores, 4)
     return ctx.emit("add", (scores, term), scores.shape)
 
 
-def _longest(ctx: Lowering, symbols: list[Any]) -> int:
-    return min([LONGEST, *(ctx.sources.range_of(s)[1] or LONGEST for s in symbols)])
+def _by_distance(
+    ctx: Lowering, symbols: list[Any], at: Callable[[int], Tensor], what: str
+) -> Tensor:
+    """(H or 1, 2 L - 1) of what is added to scores, for every distance within the longest length L.
+
+    Args:
+        ctx: The walk.
+        symbols: The lengths of queries and keys.
+        at: What is added at one length, (H or 1, length, length).
+        what: Begins the refusal.
+
+    Raises:
+        UnsupportedUse: It depends on more than the distance of two positions.
+    """
+    longest = min([LONGEST, *(ctx.sources.range_of(s)[1] or LONGEST for s in symbols)])
+    weight = _distances(at(longest))
+    for length in {2, 3, longest // 2}:
+        part, first = at(length), longest - length
+        if part.shape[-1] > longest or not torch.equal(
+            _distances(part), weight[:, first : first + 2 * length - 1]
+        ):
+            raise UnsupportedUse(
+                f"{what} on more than the distance of two positions; fix the length of the input"
+            )
+    return weight
+
+
+def pairs(ctx: Lowering, x: Deferred, heads: int) -> Ref | None:
+    """What depends on the distance of two positions, whose numbers are known at run time only.
+
+    Args:
+        ctx: The walk.
+        x: (N heads, T, S), the same for all samples and heads; it depends on no input.
+        heads: Parts of a sample.
+
+    Returns:
+        (N, heads, T, S) like scores that were computed before; None where there are none, or its
+        sizes are fixed.
+
+    Raises:
+        UnsupportedUse: It depends on more than the distance.
+    """
+    sizes = expressions(x.node.meta["val"].shape)
+    symbols = [size for size in sizes[-2:] if not isinstance(size, int)]
+    if x.inputs or len(symbols) < 2 or ctx.batch in symbols:
+        return None
+    like = ctx.find(lambda ref: ref.shape[1:] == (heads, *sizes[-2:]))
+    if like is None:
+        return None
+
+    def at(length: int) -> Tensor:
+        values = _bias_at(ctx, x, symbols, length)
+        if not torch.equal(values, values[:1].expand_as(values)):
+            raise UnsupportedUse("it computes with the number of a sample or a head")
+        return values[:1]
+
+    weight = _by_distance(ctx, symbols, at, "it computes numbers that depend")
+    zero = ctx.emit("clamp", like, like.shape, attrs={"low": 0.0, "high": 0.0}, suffix="filled")
+    tensors = {"weight": weight.expand(heads, -1).contiguous()}
+    return ctx.emit("relative_bias", zero, like.shape, tensors=tensors, suffix="distances")
 
 
 def _bias_at(ctx: Lowering, bias: Deferred, symbols: list[Any], length: int) -> Tensor:

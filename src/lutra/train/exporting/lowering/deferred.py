@@ -7,7 +7,7 @@ for each position, when they depend on a length; and as numbers, when a mask is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,10 @@ from torch import Tensor, fx
 from lutra.train.exporting.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, View
 from lutra.train.exporting.lowering.sources import Sources, size_at
 
+_DYNAMIC = (
+    "it computes with the size of an axis that is known at run time only; use constants, or take "
+    "that axis out of dynamic_axes"
+)
 #: The longest input that a table of positions is made for where the model sets no limit.
 LONGEST = 2048
 
@@ -113,11 +117,37 @@ def _constant(ctx: Lowering, x: Deferred) -> Tensor:
         results.append(values)
     first = results[0]
     if any(each.shape != first.shape or not same_numbers(each, first) for each in results):
-        raise UnsupportedUse(
-            "it computes with the size of an axis that is known at run time only; use constants, "
-            "or take that axis out of dynamic_axes"
-        )
+        raise UnsupportedUse(_DYNAMIC)
     return first
+
+
+def in_parts(ctx: Lowering, x: Deferred, axis: int, count: int) -> list[Tensor]:
+    """Values whose axis holds `count` parts of each sample, (samples, ...) with the parts in the
+    place of the axis: for one sample, and for two.
+
+    Args:
+        ctx: The walk.
+        x: It does not depend on inputs.
+        axis: That holds batch * count entries.
+        count: Parts of a sample.
+
+    Raises:
+        UnsupportedUse: It depends on other sizes than the batch's.
+    """
+    made = []
+    for batch in (1, 2):
+        values = _apart(ctx, x, axis, count, ctx.sources.sizes(first=batch))
+        other = _apart(ctx, x, axis, count, ctx.sources.sizes(shift=4, first=batch))
+        if other.shape != values.shape or not same_numbers(other, values):
+            raise UnsupportedUse(_DYNAMIC)
+        made.append(values)
+    return made
+
+
+def _apart(ctx: Lowering, x: Deferred, axis: int, count: int, sizes: Mapping[Any, int]) -> Tensor:
+    values = ctx.sources.evaluate(x.node, sizes, {})
+    apart = values.reshape(*values.shape[:axis], -1, count, *values.shape[axis + 1 :])
+    return apart.movedim(axis, 0)
 
 
 def same_numbers(a: Tensor, b: Tensor) -> bool:

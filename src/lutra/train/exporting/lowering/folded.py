@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lutra.train.exporting.lowering import views
+from lutra.train.exporting.lowering.bias import pairs
 from lutra.train.exporting.lowering.core import (
     Deferred,
     Entry,
@@ -23,7 +24,7 @@ from lutra.train.exporting.lowering.core import (
     UnsupportedUse,
     View,
 )
-from lutra.train.exporting.lowering.deferred import computed
+from lutra.train.exporting.lowering.deferred import computed, in_parts
 from lutra.train.exporting.lowering.emitter import expressions, flatten
 
 #: The operators that treat axis 0 like any other that they do not name.
@@ -207,16 +208,11 @@ def _deferred(ctx: Lowering, x: Deferred, whole: Any, count: Any) -> Any:
     sizes = expressions(x.node.meta["val"].shape)
     if x.inputs or not sizes or sizes[0] != whole or not isinstance(count, int):
         return computed(ctx, x)
-    made = []
-    for batch in (1, 2):
-        values = ctx.sources.evaluate(x.node, ctx.sources.sizes(first=batch), {})
-        values = values.reshape(batch, count, *values.shape[1:])
-        if not torch.equal(values, values[:1].expand_as(values)):
-            raise UnsupportedUse("it computes with the number of a sample in the batch")
-        made.append(values[:1])
-    if made[0].shape != made[1].shape or not torch.equal(made[0], made[1]):
-        raise UnsupportedUse(
-            "it computes with the size of an axis that is known at run time only; use constants, "
-            "or take that axis out of dynamic_axes"
-        )
-    return made[0]
+    if (made := pairs(ctx, x, count)) is not None:
+        return _together(ctx, made, sizes)
+    one, two = in_parts(ctx, x, 0, count)
+    if not torch.equal(two, two[:1].expand_as(two)):
+        raise UnsupportedUse("it computes with the number of a sample in the batch")
+    if one.shape != two[:1].shape or not torch.equal(one, two[:1]):
+        raise UnsupportedUse("it computes with the size of the batch")
+    return one

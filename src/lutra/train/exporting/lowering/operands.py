@@ -20,7 +20,7 @@ from lutra.train.exporting.lowering.core import (
     View,
     is_dynamic,
 )
-from lutra.train.exporting.lowering.deferred import computed, same_numbers
+from lutra.train.exporting.lowering.deferred import computed, in_parts, same_numbers
 from lutra.train.exporting.lowering.emitter import expressions
 
 _WORDS = {"add": "adds", "sub": "subtracts", "mul": "multiplies", "div": "divides"}
@@ -45,17 +45,10 @@ def _parts(ctx: Lowering, x: Deferred) -> Ref | View | None:
     count = sizes[axis] / ctx.batch
     if not getattr(count, "is_Integer", False):
         return None
-    samples = []
-    for batch in (1, 2):
-        values = ctx.sources.evaluate(x.node, ctx.sources.sizes(first=batch), {})
-        sizes_apart = (*values.shape[:axis], batch, int(count), *values.shape[axis + 1 :])
-        apart = values.reshape(sizes_apart).movedim(axis, 0)
-        if not same_numbers(apart, apart[:1].expand_as(apart)):
-            return None
-        samples.append(apart[:1])
-    if not same_numbers(*samples):
+    one, two = in_parts(ctx, x, axis, int(count))
+    if not (same_numbers(two, two[:1].expand_as(two)) and same_numbers(one, two[:1])):
         return None
-    made = constant(ctx, samples[0], like, samples[0].ndim)
+    made = constant(ctx, one, like, one.ndim)
     order = [*range(1, axis + 1), 0, *range(axis + 1, made.rank)]
     return views.reshaped(ctx, views.permuted(ctx, made, order), sizes)
 

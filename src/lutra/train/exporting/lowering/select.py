@@ -15,7 +15,7 @@ from lutra.train.exporting.lowering.core import (
     View,
     lowers,
 )
-from lutra.train.exporting.lowering.operands import operand
+from lutra.train.exporting.lowering.operands import constant, operand
 
 
 @lowers("aten.topk.default")
@@ -40,7 +40,9 @@ def _gather(ctx: Lowering, self: Any, dim: int, index: Any) -> Ref:
     axis = dim % self.rank
     if axis == 0:
         raise UnsupportedUse("it picks samples of the batch (axis 0); name another axis")
-    places = activation(ctx, index)
+    places = operand(ctx, index)
+    if isinstance(places, Tensor):  # the same for every sample
+        places = constant(ctx, places, self, self.rank)
     small = views.unrepeated(ctx, places) if isinstance(places, View) else places
     by = ctx.realise(small if views.is_sample(ctx, small) else places)
     for i, (size, given) in enumerate(zip(self.shape, by.shape, strict=True)):

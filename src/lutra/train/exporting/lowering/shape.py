@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lutra.ops.shape import TO_THE_END
-from lutra.train.exporting.lowering import views
+from lutra.train.exporting.lowering import arrange, views
 from lutra.train.exporting.lowering.arguments import activation, text
 from lutra.train.exporting.lowering.core import (
     Lowering,
@@ -141,10 +141,8 @@ def _dynamic_slice(ctx: Lowering, x: Ref, axis: int, start: int, end: int | None
                 f"{start} to {stop}, and torch does not know that there are as many entries; give "
                 "a longer example"
             )
-        turned = ctx.emit("flip", x, x.shape, attrs={"axis": axis}, suffix="turned")
-        part = _cut(ctx, turned, axis, last, -start, 1, suffix="end")
-        back = ctx.emit("flip", part, part.shape, attrs={"axis": axis}, suffix="back")
-        return _cut(ctx, back, axis, 0, -start - last, step)
+        part = arrange.cut_from_end(ctx, x, axis, -start, last)
+        return _cut(ctx, part, axis, 0, -start - last, step)
     if start >= 0 and stop < 0:
         attrs = {"axis": axis, "first": start, "last": -stop, "step": step}
         return ctx.emit("trim", x, attrs=attrs)
