@@ -9,12 +9,13 @@ ENV := $(VENV)/.installed
 NATIVE := $(shell find cpp -name '*.cc' -o -name '*.h') CMakeLists.txt pyproject.toml
 TORCH := 2.13.0
 
-.PHONY: help demo test test-all lint format types stubs sanitize docs bench clean dev
+.PHONY: help demo test test-all sweep lint format types stubs sanitize docs bench clean dev
 
 help:
 	@echo "make demo      train, convert, fine-tune, export and run a small network (3 minutes)"
 	@echo "make test      the quick tests, of everything (minutes on two cores)"
 	@echo "make test-all  all tests, the slow ones too; ARGS='-k tree' for either chooses some"
+	@echo "make sweep     the long sweeps that test-all leaves out (half an hour)"
 	@echo "make dev       only the environment ($(VENV)) with everything in it"
 	@echo "make lint      ruff, clang-format, mypy; 'make format' mends the first two"
 	@echo "make wheel     a wheel for $(PYTHON) and the source archive, in dist; tried in an empty environment"
@@ -50,10 +51,13 @@ demo: $(ENV)
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 test: $(ENV)
-	$(PYTEST) -m "not slow" tests $(ARGS)
+	$(PYTEST) -m "not slow and not sweep" tests $(ARGS)
 
 test-all: $(ENV)
-	$(PYTEST) tests $(ARGS)
+	$(PYTEST) -m "not sweep" tests $(ARGS)
+
+sweep: $(ENV)
+	$(PYTEST) -m sweep tests $(ARGS)
 
 lint: $(ENV)
 	$(BIN)/ruff check .

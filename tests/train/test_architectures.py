@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lutra import Session
 from lutra.format import load_graph
-from lutra.train import PQ, Int8, Lookup, convert, export
+from lutra.train import PQ, Int8, Lookup, auto_recipe, convert, export
 
 ALL: dict[str, Architecture] = {
     **networks.ARCHITECTURES,
@@ -26,6 +26,7 @@ QUICK = ("resnet", "encoder")
 
 METHODS: dict[str, Any] = {
     "pq": PQ(k=8, v=4, otherwise=Int8()),
+    "rows": PQ(k=8, v=3, group="row", encoder="tree", otherwise=Int8()),
     "lookup": Lookup(otherwise=Int8()),
     "int8": Int8(),
 }
@@ -71,17 +72,35 @@ def test_dense(name: str, tmp_path: Path) -> None:
     _compare(path, model, name, ((1, 0), (3, 2 if case.axes else 0)), 2e-5)
 
 
+def _recipe(model: nn.Module, method: str) -> Any:
+    """One method for all layers; "mixed" is one after the other."""
+    if method == "auto":
+        return method
+    if method in METHODS:
+        return {"*": METHODS[method]}
+    turns = list(METHODS.values())
+    return {name: turns[i % len(turns)] for i, name in enumerate(auto_recipe(model))}
+
+
+def _convert(name: str, method: str, path: Path) -> None:
+    model, case = _model(name), ALL[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        recipe = _recipe(model, method)
+        made, _ = convert(model, recipe, [case.inputs(8, 5, 0)], progress=False)
+    made.eval()
+    export(made, path, case.inputs(2, 1, 0), golden=False)
+    _compare(path, made, name, ((1, 0), (3, 0)), 2e-2)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_mixed(name: str, tmp_path: Path) -> None:
+    _convert(name, "mixed", tmp_path / "model.lutra")
+
+
+@pytest.mark.sweep
 @pytest.mark.parametrize("method", [*METHODS, "auto"])
 @pytest.mark.parametrize("name", ALL)
 def test_converted(name: str, method: str, tmp_path: Path) -> None:
-    model, case = _model(name), ALL[name]
-    example = case.inputs(2, 1, 0)
-    recipe = "auto" if method == "auto" else {"*": METHODS[method]}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made, _ = convert(model, recipe, [case.inputs(8, 5, 0)], progress=False)
-    made.eval()
-    path = tmp_path / "model.lutra"
-    export(made, path, example, golden=False)
-    _compare(path, made, name, ((1, 0), (3, 0)), 2e-2)
+    _convert(name, method, tmp_path / "model.lutra")

@@ -398,7 +398,6 @@ def test_layers_out_of_reach_are_kept() -> None:
     assert kept.reason == "no batch of the calibration data reaches it"
     assert [layer.name for layer in report.replaced] == ["used"]
     refused("layer 'unused' got no input", Model(), {"unused": PQ()}, data)
-    refused("layer 'unused' got no input", Model(), {"unused": PQ(), "*": PQ()}, data)
 
 
 def test_accuracy_survives_conversion() -> None:

@@ -307,6 +307,13 @@ IMAGES = {
                 "use_timm_backbone": False,
                 "use_pretrained_backbone": False,
                 "backbone": None,
+                "backbone_config": {
+                    "model_type": "resnet",
+                    "embedding_size": 8,
+                    "hidden_sizes": [8, 16],
+                    "depths": [1, 1],
+                    "out_features": ["stage2"],
+                },
                 "d_model": 16,
                 "encoder_layers": 1,
                 "decoder_layers": 1,

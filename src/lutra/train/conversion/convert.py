@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
@@ -127,7 +127,6 @@ def convert(
         [('0', 'int8'), ('2', 'pq')]
     """
     show = progress if distributed.rank() == 0 else False
-    named = set() if isinstance(recipe, str) else set(recipe)
     recipe = resolve(model, recipe)
     ready = prepare(model, recipe, _makes_layers)
     model, recipe = ready.model, ready.recipe
@@ -165,7 +164,7 @@ def convert(
                 progress=bar.update,
             )  # fmt: skip
     if calibrated:
-        _keep_unreached(calibrated, samples, named)
+        _keep_unreached(calibrated, samples)
     gate = SpeedGate() if speed_gate is True else speed_gate or None
     decisions = {} if gate is None else _gate(gate, calibrated, samples, show)
     targets = None
@@ -449,21 +448,18 @@ def _makes_layers(method: Any) -> bool:
     return isinstance(method, Method) and family_of(method) is not None
 
 
-def _keep_unreached(
-    layers: dict[str, Candidate], samples: Mapping[str, Reservoir], named: Collection[str]
-) -> None:
+def _keep_unreached(layers: dict[str, Candidate], samples: Mapping[str, Reservoir]) -> None:
     """Takes out the layers that no batch reached, which stay as they are.
 
     Raises:
-        LutraError: the recipe names such a layer by its path, no layer is reached at all, or other
-            processes have data that reach it.
+        LutraError: no layer is reached at all, or a layer is reached in other processes only.
     """
     seen = torch.tensor([samples[name].seen for name in layers])
     anywhere = distributed.all_reduce(seen.clone()).tolist()
     missed = [name for name, count in zip(layers, seen.tolist(), strict=True) if not count]
     elsewhere = [name for name, count in zip(layers, anywhere, strict=True) if count]
     for name in missed:
-        if name in named or name in elsewhere or len(missed) == len(layers):
+        if name in elsewhere or len(missed) == len(layers):
             raise LutraError(
                 f"calibration: layer '{name}' got no input from the batches; keep it in the "
                 "recipe, or give data that reach it"

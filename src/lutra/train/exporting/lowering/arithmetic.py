@@ -167,13 +167,16 @@ def affine(ctx: Lowering, x: Ref | View, scale: Any, bias: Any) -> Ref | View:
         return _channels(ctx, ref, scale, bias)
     sizes = ref.shape[1:]
     small = all(_fits(constant, sizes) for constant in (scale, bias))
-    if not small and all(isinstance(size, int) for size in ctx.result_shape[1:]):
-        return _spread(ctx, ref, scale, bias)
-    if not small or not all(isinstance(size, int) for size in sizes):
+    wide = {
+        axis for axis, size in enumerate(ctx.result_shape) if axis and not isinstance(size, int)
+    }
+    if wide & (_varies(scale, ref) | _varies(bias, ref)):
         raise UnsupportedUse(
             f"a constant of shape {tuple(varying.shape)} meets an activation of shape {text(ref)}; "
             "constants may differ along axes of fixed size only"
         )
+    if wide or not small:
+        return _spread(ctx, ref, scale, bias)
     flat = views.emit_reshape(ctx, ref, (None, math.prod(sizes)), "flat")
     made = _channels(
         ctx,
