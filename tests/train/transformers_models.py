@@ -158,6 +158,7 @@ TEXTS = {
         masked=False,
     ),
     "llama": text("LlamaModel", "LlamaConfig", _DECODER),
+    "llama-cache": text("LlamaModel", "LlamaConfig", {**_DECODER, "use_cache": True}),
     "qwen2": text("Qwen2Model", "Qwen2Config", _DECODER, masked=False),
     "mistral": text("MistralModel", "MistralConfig", {**_DECODER, "sliding_window": 4}),
     "gpt-neox": text(

@@ -137,6 +137,8 @@ def _positions(ctx: Lowering, x: Any, what: Any, factor: Number) -> Ref | View |
         rows = table(ctx, what, -2)
     elif isinstance(what, Tensor) and what.ndim >= 2 and what.numel() == what[..., :, :].numel():
         fits = what.ndim == 2 or (what.ndim == 3 and what.shape[0] == 1)
+        if what.shape[-1] == 1 and isinstance(views.sizes_of(ctx, x)[1], int):
+            return None  # a bias of channels
         rows = what.reshape(what.shape[-2:]) if fits and what.shape[-2] > 1 else None
     if rows is None:
         return None
@@ -160,10 +162,12 @@ def affine(ctx: Lowering, x: Ref | View, scale: Any, bias: Any) -> Ref | View:
     if scale.numel() == 1 and bias.numel() == 1 and max(scale.ndim, bias.ndim) <= x.rank:
         return views.on_each(ctx, (x,), lambda ref: _number(ctx, ref, float(scale), float(bias)))
     varying = max((scale, bias), key=lambda constant: constant.numel())
-    if _varies(varying, x) == {x.rank - 1} and x.rank > 2:
+    count = varying.numel()
+    if _varies(varying, x) == {x.rank - 1} and x.rank > 2 and views.sizes_of(ctx, x)[-1] == count:
         return views.on_last(ctx, x, lambda ref: _along_last(ctx, ref, scale, bias))
     ref = ctx.realise(x)
-    if _varies(varying, x) <= {1} and ref.rank > 1 and isinstance(ref.shape[1], int):
+    channels = ref.shape[1] if ref.rank > 1 else None
+    if _varies(varying, x) <= {1} and isinstance(channels, int) and count in (1, channels):
         return _channels(ctx, ref, scale, bias)
     sizes = ref.shape[1:]
     small = all(_fits(constant, sizes) for constant in (scale, bias))

@@ -280,6 +280,8 @@ class _Trial:
         high: int,
     ) -> None:
         sizes = sources.sizes(shift=shift, first=batch)
+        if isinstance(mask, Deferred):
+            sizes |= _sizes_of_keys(mask, sizes, batch, keys)
         generator = torch.Generator().manual_seed(shift)
         self._inputs = sources.random(sizes, high, generator)
         *leading, positions, _ = (size_at(size, sizes) for size in query)
@@ -325,6 +327,24 @@ class _Trial:
         if causal:
             want = want & torch.ones(positions, keys, dtype=torch.bool).tril()
         return self._keeps(want, source)
+
+
+def _sizes_of_keys(
+    mask: Deferred, sizes: Mapping[Any, int], batch: int, keys: Any
+) -> dict[Any, int]:
+    """Sizes with which the inputs of a mask are (batch, keys).
+
+    A program that picks keys out of its input by position allows an input that is longer; the
+    attention takes one number for each key.
+    """
+    made = {}
+    for node in mask.inputs:
+        shape = node.meta["val"].shape
+        if len(shape) == 2:
+            for size, wanted in zip(shape, (batch, size_at(keys, sizes)), strict=True):
+                if not isinstance(size, int) and size.node.expr.is_Symbol:
+                    made[size.node.expr] = wanted
+    return made
 
 
 def _allowed(mask: Tensor) -> Tensor:
