@@ -1,18 +1,18 @@
-"""Accuracy without any training: what calibration alone makes of a trained network.
+"""Accuracy without any training: what calibration alone makes of trained networks.
 
-    python -m benchmarks.calibration --data FOLDER [--images 1024] [--method TEXT] [--json FILE]
+    python -m benchmarks.calibration --data FOLDER [--network TEXT] [--method TEXT] [--json FILE]
 
-The network is the public ResNet-20 for CIFAR-10 of the folder of data (`image/`, `weights/`). Its
-first layer and its classifier are int8, the others of one method. Calibration sees training images
-without labels, and is done in both ways that `lutra.convert` has; the accuracy is that of the
-exported file in the engine, on all test images.
+The networks are those of `benchmarks.calibration_networks`: ResNet-20 (CIFAR-10), DS-CNN
+(keywords), VDSR (super-resolution) and all-MiniLM-L6-v2 (sentences). First and last layers are
+int8 or kept, the others of one method. Calibration sees training data without labels, and is done
+in both ways that `lutra.convert` has; the score is that of the exported file in the engine, on test
+data. "last error" is that of the last layer that was fitted, with the errors of all layers before
+it in it. Memory is the peak of a conversion above what the process had.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
-import sys
 import tempfile
 import time
 import warnings
@@ -20,16 +20,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 
+from benchmarks.calibration_networks import NETWORKS, Network
 from benchmarks.machine import machine, write_json
+from benchmarks.memory import status
+from lutra import LutraError
 from lutra.formatting import table
 from lutra.train import PQ, Int8, Lookup, convert, export
 from lutra.train.recipe import Method
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import cifar10
 
 METHODS: Final[Mapping[str, Method]] = {
     "int8": Int8(),
@@ -53,67 +52,74 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of image/ and weights/")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder of image/, speech/, sr/, text/, weights/"
+    )
+    parser.add_argument("--network", default="", help="only networks with this text in their name")
     parser.add_argument("--images", type=int, default=1024, help="of calibration (default: 1024)")
     parser.add_argument("--rows", type=int, default=8192, help="of a layer (default: 8192)")
-    parser.add_argument("--method", help="only methods with this text in their name")
+    parser.add_argument("--method", default="", help="only methods with this text in their name")
     parser.add_argument("--calibration", choices=KINDS, help="only this one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch (default: 2)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    dense = cifar10.ResNet(3)
-    cifar10.load_checkpoint(dense, options.data / "weights" / "cifar10_resnet20.npz")
-    x, _, x_test, y_test = cifar10.load_images(options.data / "image")
-    rows: list[tuple[str, ...]] = [
-        ("method", "calibration", "top-1 %", "under dense", "last error", "seconds", "CPU s")
-    ]
-    top = cifar10.accuracy(dense, x_test, y_test)
-    records = []
-    for name, method in METHODS.items():
-        if options.method is not None and options.method not in name:
+    head = ("network", "method", "calibration", "score", "dense", "unit", "last error")
+    rows: list[tuple[str, ...]] = [(*head, "seconds", "CPU s", "MB")]
+    records: list[dict[str, Any]] = []
+    for title, make in NETWORKS.items():
+        if options.network not in title:
             continue
-        for kind in KINDS if options.calibration is None else (options.calibration,):
-            record = measure(dense, method, kind, x, x_test, y_test, options)
-            records.append({"method": name, "calibration": kind, **record})
-            shown = f"{record['top1']:.2f}", f"{top - record['top1']:.2f}"
-            times = f"{record['seconds']:.0f}", f"{record['cpu_seconds']:.0f}"
-            rows.append((name, kind, *shown, f"{record['error']:.4f}", *times))
-            print(table(rows[-1:], left=2), flush=True)
-    print(table(rows, left=2))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"dense {top:.2f} %; peak memory {peak / 1e6:.0f} MB, images and PyTorch included")
+        try:
+            network = make(options.data, options.images)
+        except (OSError, RuntimeError) as error:
+            print(f"{title}: skipped, {error}", flush=True)
+            continue
+        for name, method in METHODS.items():
+            if options.method not in name:
+                continue
+            for kind in KINDS if options.calibration is None else (options.calibration,):
+                try:
+                    record = measure(network, method, kind, options)
+                except LutraError as error:  # a method that does not fit the layers
+                    print(f"{title}, {name}: {error}", flush=True)
+                    break
+                own = {"network": title, "method": name, "calibration": kind, "unit": network.unit}
+                records.append({**own, "dense": network.dense_score, **record})
+                scores = f"{record['score']:.2f}", f"{network.dense_score:.2f}", network.unit
+                costs = f"{record['seconds']:.0f}", f"{record['cpu_seconds']:.0f}"
+                error = f"{record['error']:.4f}"
+                rows.append(
+                    (title, name, kind, *scores, error, *costs, f"{record['bytes'] / 1e6:.0f}")
+                )
+                print(table(rows[-1:], left=3), flush=True)
+    print(table(rows, left=3))
     settings = {"images": options.images, "rows": options.rows, "seed": options.seed}
-    write_json(
-        options.json,
-        {"machine": machine(), **settings, "dense_top1": top, "peak_bytes": peak, "cases": records},
-    )
+    write_json(options.json, {"machine": machine(), **settings, "cases": records})
 
 
 def measure(
-    dense: torch.nn.Module,
-    method: Method,
-    kind: str,
-    x: np.ndarray,
-    x_test: np.ndarray,
-    y_test: np.ndarray,
-    options: argparse.Namespace,
+    network: Network, method: Method, kind: str, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Converts, exports and evaluates once."""
-    data = [cifar10.normalize(part) for part in np.array_split(x[: options.images], 8)]
-    recipe = {"conv1": Int8(), "linear": Int8(), "*": method}
+    recipe = {**network.ends, "*": method}
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    held = status("VmRSS")
     start, cpu = time.perf_counter(), time.process_time()
     settings: Any = {"rows": options.rows, "seed": options.seed, "calibration": kind}
-    model, report = convert(dense, recipe, data, progress=False, **settings)
+    model, report = convert(network.dense, recipe, network.calibration, progress=False, **settings)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    peak = status("VmHWM") - held
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # rounding moved codes: the accuracy is the engine's
+        warnings.simplefilter("ignore")  # rounding moved codes: the score is the engine's
         file = Path(folder) / "model.lutra"
-        export(model, file, data[0][:8])
-        top1 = cifar10.engine_accuracy(file, x_test, y_test)
-    error = report.layers[-1].error
-    return {"top1": top1, "error": error, "seconds": seconds, "cpu_seconds": cpu}
+        export(model, file, network.example, dynamic_axes=network.dynamic_axes)
+        score = network.score(file)
+    error = [layer.error for layer in report.layers if layer.error is not None][-1]
+    return {
+        "score": score, "error": error, "seconds": seconds, "cpu_seconds": cpu, "bytes": peak,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

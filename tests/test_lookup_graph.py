@@ -14,6 +14,7 @@ from layers import same_bits
 from sweeps import sweep
 
 from lutra import GraphError, Session, load_graph, run_reference, runnable_isas, save_graph
+from lutra.format import file_version
 from lutra.graph import Graph, Value
 from lutra.ops.limits import MAX_LOOKUP_DEPTH
 from lutra.ops.lookup import bits_for, pack_weights, unpack_weights
@@ -81,9 +82,9 @@ def test_bits_for(weights: int, bits: int) -> None:
 
 
 @sweep(("act_bits", "weights"), SIZES)
-@sweep("signed", [False, True])
-def test_lookup_linear_is_the_plain_loop(act_bits: int, weights: int, signed: bool) -> None:
-    zero = 2 ** (act_bits - 1) if signed else 0
+@sweep("signed", [False, True, 1, 3])
+def test_lookup_linear_is_the_plain_loop(act_bits: int, weights: int, signed: bool | int) -> None:
+    zero = 2 ** (act_bits - 1) if signed is True else int(signed)
     b = Builder(("x", (None, 11)), seed=weights)
     b.lookup_linear("x", 11, 3, weights=weights, act_bits=act_bits, act_zero=zero)
     graph, x = b.graph(), inputs(4, 11)
@@ -224,7 +225,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "-128": (lambda: conv(table=table(r3_4=-128)), r"entry of -128; .* in -127..127"),
     "the row of zero": (lambda: conv(table=table(r8_4=1)), r"entries other than 0 in row 8"),
     "the row of zero, unsigned": (lambda: conv(table=table(r0_4=1), act_zero=0), "in row 0"),
-    "act_zero": (lambda: conv(act_zero=7), "act_zero=7 with act_bits=4; it must be 0, or 8"),
+    "another row of zero": (lambda: conv(table=table(r7_4=1), act_zero=7), "in row 7"),
     "act_zero beyond the grid": (lambda: conv(act_zero=16), "it must be in 0..15"),
     "act_scale": (lambda: conv(act_scale=0.0), "has act_scale=0.0; it must be in"),
     "act_bits": (lambda: conv(act_bits=7), "has act_bits=7; it must be at most 6"),
@@ -486,3 +487,12 @@ def test_files_hold_lookup_layers(tmp_path: Path) -> None:
     size = (tmp_path / "m.lutra").stat().st_size
     assert graph.parameter_bytes() == 7 * 18 + 240 + 56 + 5 * 28 + 12 + 40
     assert size < graph.parameter_bytes() + 4096
+
+
+@pytest.mark.parametrize(("zero", "version"), [(0, 1), (8, 1), (3, 3), (15, 3)])
+def test_zeros_anywhere_are_of_version_3(zero: int, version: int) -> None:
+    b = Builder(("x", (None, 4, 5, 6)), seed=zero)
+    b.lookup_conv2d("x", 4, 9, padding=(1, 1), act_zero=zero)
+    graph = b.graph()
+    assert file_version(graph) == version
+    compare(graph, batches=(1, 2))

@@ -33,6 +33,7 @@ from lutra.graph import RESERVED_PREFIX, Graph, make_node
 from lutra.node import Array, AttrValue, Node, Shape, Value
 from lutra.ops import OPS
 from lutra.ops.elementwise import PAIRS
+from lutra.ops.lookup import has_shifted_zero
 
 __all__ = [
     "VERSION",
@@ -121,7 +122,8 @@ def file_version(graph: Graph) -> int:
     functions, and sums and products of values whose shapes differ; version 3 has comparisons,
     choices, constants, cumulative sums, more functions, embeddings of computed ids, transposed
     convolutions, norms over groups of channels, recurrent layers, positions, and operators that
-    choose entries or read images between their pixels, and codes that are made once a pixel.
+    choose entries or read images between their pixels, codes that are made once a pixel, and
+    tables of two axes whose zero is any index.
 
     Args:
         graph: A valid graph.
@@ -135,6 +137,8 @@ def file_version(graph: Graph) -> int:
         version = max(version, spec.since, *roles, *attrs, 1)
         if node.op in PAIRS and len({values[name].shape for name in node.inputs}) > 1:
             version = max(version, 2)
+        if has_shifted_zero(node):
+            version = max(version, 3)
         if node.op == "embedding" and values[node.inputs[0]].dtype == "float32":
             version = max(version, 3)
     return version

@@ -41,7 +41,7 @@ def test_outliers_are_cut_off_where_that_helps() -> None:
     with torch.no_grad():
         layer.weight[:, 0] = 0.0  # the outlier does not count
     goal = Goal(layer.dense_forward(x).detach(), weight, torch.zeros(6))
-    fit_range(layer, x, goal, symmetric=False)
+    fit_range(layer, x, goal)
     assert layer.grid().scale * layer.grid().qmax < 10.0
     assert layer.grid().zero == 0
 
@@ -63,13 +63,13 @@ def test_weights_suit_the_rounded_input(kind: type) -> None:
     x = x + x.roll(1, 1) + x.roll(2, 1)
     goal = Goal(dense(x).detach())
     layer = kind.from_float(dense, Int8(act_bits=3) if kind is Int8Linear else Lookup(8, 33))
-    fit_range(layer, x, goal, symmetric=kind is LookupLinear)
+    fit_range(layer, x, goal)
     before = goal.error(layer.of_rows(x))
-    scales = layer._fit_scales if kind is LookupLinear else lambda: None
-    fit_rounded(layer, x, goal, scales)
+    settle = layer._round_weights if kind is LookupLinear else lambda gram: None
+    fit_rounded(layer, x, goal, settle)
     after = goal.error(layer.of_rows(x))
     assert after < before
-    fit_rounded(layer, x, Goal(layer.of_rows(x)), scales)  # nothing is better than no change
+    fit_rounded(layer, x, Goal(layer.of_rows(x)), settle)  # nothing is better than no change
     assert goal.error(layer.of_rows(x)) == after
 
 

@@ -15,6 +15,7 @@ from lutra.errors import LutraError
 from lutra.train import PQ, Int8, Lookup, convert
 from lutra.train.conversion.convert import Calibration, Candidate
 from lutra.train.conversion.sequential import Batches, Targets, output_rows
+from lutra.train.conversion.spill import Spill
 from lutra.train.geometry import Geometry
 
 RECIPES: dict[str, Any] = {
@@ -78,13 +79,54 @@ def test_it_is_nearer_to_the_dense_network_on_other_data(name: str) -> None:
 def test_rows_of_input_and_target_belong_together() -> None:
     dense, x = network(), images(24, 3)
     layers = {"3": dense[3], "8": dense[8]}
-    targets = Targets(Batches(x.split(8), 40, 0))
+    targets = Targets(Batches(x.split(8), 40, 0), Spill(1 << 20))
     targets.collect(dense, layers)
     for name, layer in layers.items():
         rows, goal = targets.rows(dense, name, layer, Geometry.of(layer))
         assert len(rows) == len(goal.want) <= 3 * 14
         got = rows @ layer.weight.flatten(1).t() + layer.bias
         torch.testing.assert_close(goal.of(got), goal.want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_memory_does_not_hold_goes_to_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits: the data come from a generator, in two layouts of memory."""
+    dense, x = network(), images(400, 1)
+    stores: list[Spill] = []
+
+    def run(room: int) -> dict[str, Tensor]:
+        def batches() -> Any:
+            for i, part in enumerate(x.split(40)):
+                layout = torch.channels_last if i % 2 else torch.contiguous_format
+                yield {"input": part.contiguous(memory_format=layout)}
+
+        def make(_: int) -> Spill:
+            stores.append(Spill(room))
+            return stores[-1]
+
+        monkeypatch.setattr("lutra.train.conversion.convert.Spill", make)
+        model, _ = convert(dense, {"*": Int8()}, batches(), rows=64, memory_bytes=110_000)
+        return model.state_dict()
+
+    states = [run(1 << 30), run(0)]
+    assert stores[0].spilled == 0
+    assert stores[1].spilled >= 4 * x.numel()
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def test_a_spilled_tensor_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Spill(0)
+    values = torch.arange(24_000.0).view(2, 30, 20, 20)
+    for tensor in (values, values.permute(0, 3, 1, 2), values.bfloat16(), values.int()):
+        kept = store.keep(tensor)
+        assert kept is not tensor
+        assert kept.stride() == tensor.stride()
+        assert torch.equal(kept, tensor)
+        kept.zero_()
+    assert store.keep(values[:, :, ::2]).data_ptr() == values.data_ptr()  # with gaps
+    assert store.spilled == 24_000 * (4 + 4 + 2 + 4)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    with pytest.raises(LutraError, match="cannot be written to a temporary file"):
+        Spill(0).keep(values)
 
 
 def test_a_layer_that_is_called_twice() -> None:

@@ -45,9 +45,6 @@ LookupLayer::LookupLayer(const Kernels& kernels, const ConvGeometry& geometry, i
                     bias) {
   const Quantization& q = quantization;
   const int64_t depth = this->depth(), levels = int64_t{1} << q.bits;
-  require(q.zero == 0 || q.zero == levels / 2, "the zero point must be 0 or " +
-                                                   std::to_string(levels / 2) + ", not " +
-                                                   std::to_string(q.zero));
   require(weights >= kMinWeights && weights <= kMaxWeights && weights % 2 == 1,
           "the table must have an odd number of columns, " + std::to_string(kMinWeights) + ".." +
               std::to_string(kMaxWeights) + ", not " + std::to_string(weights));

@@ -49,6 +49,7 @@ from lutra.ops.spec import Attr, Cost, Example, OpSpec, TensorRole, inner, integ
 
 __all__ = [
     "bits_for",
+    "has_shifted_zero",
     "pack_weights",
     "unpack_weights",
 ]
@@ -74,6 +75,18 @@ def bits_for(weights: int) -> int:
         weights: How many values the index has, at most 256.
     """
     return next(bits for bits in WEIGHT_BITS if weights <= 2**bits)
+
+
+def has_shifted_zero(node: Node) -> bool:
+    """Whether a node is a lookup layer of one table whose zero is neither the lowest index nor the
+    middle one, which files before version 3 cannot say.
+
+    Args:
+        node: A valid node.
+    """
+    if node.op not in ("lookup_conv2d", "lookup_linear"):
+        return False
+    return integer(node, "act_zero") not in (0, 2 ** (integer(node, "act_bits") - 1))
 
 
 def pack_weights(index: Array, bits: int) -> Array:
@@ -115,7 +128,7 @@ def _shifts(bits: int) -> Array:
 
 
 def _check(node: Node, tensors: Mapping[str, Array]) -> None:
-    _check_zero(node)
+    check_grid(node)
     _check_table(node, tensors["table"])
     packed = tensors["weight"]
     outputs = packed.shape[0]
@@ -127,17 +140,6 @@ def _check(node: Node, tensors: Mapping[str, Array]) -> None:
                 f"the weight of shape {packed.shape} needs ({outputs},)",
             )
     _check_weight(node, packed, tensors["table"].shape[1])
-
-
-def _check_zero(node: Node) -> None:
-    qmax = check_grid(node)
-    middle = (qmax + 1) // 2
-    if integer(node, "act_zero") not in (0, middle):
-        raise node_error(
-            node,
-            f"has act_zero={node.attrs['act_zero']} with act_bits={node.attrs['act_bits']}",
-            f"it must be 0, or {middle} for activations of both signs",
-        )
 
 
 def _check_table(node: Node, table: Array) -> None:

@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lutra.train.layers.folded_norm import NORMS
 from lutra.train.layers.forms import form_of
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
-_ADD = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
+ADD = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 _RELU = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 _RELU6 = (F.relu6,)
 _HARDTANH = (F.hardtanh, F.hardtanh_)
+CLIPS = (*_RELU6, *_HARDTANH)
 _DROPOUT = (F.dropout, F.dropout2d, F.alpha_dropout)
 
 
@@ -126,19 +127,19 @@ class Follower(TorchFunctionMode):
         kwargs = kwargs or {}
         found = [
             value
-            for tensor in _tensors((args, kwargs))
+            for tensor in tensors_in((args, kwargs))
             if (value := self._find(tensor)) is not None
         ]
         if not found:
             return func(*args, **kwargs)
-        if self.on_add is not None and func in _ADD and len(args) == 2 and not kwargs:
+        if self.on_add is not None and func in ADD and len(args) == 2 and not kwargs:
             for mine, other in (args, args[::-1]):
                 value = self._find(mine)
                 if value is not None and value.stage != "sum" and _fits(other, value.shape):
                     for name in value.names:
                         self.on_add(name, other.expand(value.shape))
         result = func(*args, **kwargs)
-        if any(True for _ in _tensors(result)):
+        if any(True for _ in tensors_in(result)):
             for value in found:
                 value.reads += 1
             if isinstance(result, Tensor):
@@ -159,13 +160,13 @@ class Follower(TorchFunctionMode):
         ):
             made = _Value(result, first.names, "norm")
             made.norm = self._norm
-        elif func in _ADD and len(args) == 2 and not kwargs and "sum" not in stages:
+        elif func in ADD and len(args) == 2 and not kwargs and "sum" not in stages:
             if all(_fits(operand, result.shape) for operand in args) and all(
                 value.shape == result.shape for value in found
             ):
                 names = tuple(name for value in found for name in value.names)
                 made = _Value(result, names, "sum")
-        elif (clip := _clip(func, args, kwargs)) is not None:
+        elif (clip := clip_of(func, args, kwargs)) is not None:
             first.clip = clip
         if made is not None:
             made.before = found
@@ -175,7 +176,7 @@ class Follower(TorchFunctionMode):
 
     def returned(self, output: Any) -> None:
         """Counts what the model gives back as read."""
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             value = self._find(tensor)
             if value is not None:
                 value.reads += 1
@@ -209,7 +210,7 @@ def _argument(args: Any, kwargs: Any, place: int, name: str, default: Any) -> An
     return args[place] if len(args) > place else kwargs.get(name, default)
 
 
-def _clip(func: Any, args: Any, kwargs: Any) -> tuple[float, float] | None:
+def clip_of(func: Any, args: Any, kwargs: Any) -> tuple[float, float] | None:
     """The range that a function leaves, if it does nothing else."""
     if func in _RELU:
         return 0.0, math.inf
@@ -223,29 +224,15 @@ def _clip(func: Any, args: Any, kwargs: Any) -> tuple[float, float] | None:
     return None
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for entry in value.values():
-            yield from _tensors(entry)
+            yield from tensors_in(entry)
     elif isinstance(value, tuple | list):
         for entry in value:
-            yield from _tensors(entry)
-
-
-def gain_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """What a batch norm in eval mode multiplies by and adds, float64 (M) each."""
-    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    gain = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        gain = gain * norm.weight.detach().double()
-    shift = -norm.running_mean.double() * gain
-    if norm.bias is not None:
-        shift = shift + norm.bias.detach().double()
-    return gain, shift
+            yield from tensors_in(entry)
 
 
 def _fits(operand: Any, shape: torch.Size) -> bool:

@@ -16,6 +16,7 @@ from lutra.train import distributed
 from lutra.train.conversion.auto import resolve
 from lutra.train.conversion.calibrate import Reservoir, collect
 from lutra.train.conversion.check import check_calls
+from lutra.train.conversion.equalize import equalize as equalized
 from lutra.train.conversion.fallback import only, settle
 from lutra.train.conversion.kept import kept_modules, replaceable, weight_bytes
 from lutra.train.conversion.prepare import (
@@ -26,17 +27,21 @@ from lutra.train.conversion.prepare import (
     prepare,
     projection_paths,
     replace_modules,
+    tied_parameters,
     wrapped_paths,
 )
 from lutra.train.conversion.resume import FinishedLayers, digest, restore
-from lutra.train.conversion.sequential import Batches, Targets
+from lutra.train.conversion.sequential import Batches, Targets, norms_behind
 from lutra.train.conversion.speed_gate import SpeedGate, attach, decide, record, rival
+from lutra.train.conversion.spill import Spill
 from lutra.train.functions.swap import FunctionSwap
 from lutra.train.geometry import Geometry
 from lutra.train.layers.base import QuantizedLayer, family_of
 from lutra.train.layers.dropin import copy_model, move_hooks
+from lutra.train.layers.folded_norm import fold_behind
 from lutra.train.layers.forms import form_of
 from lutra.train.layers.goal import Goal
+from lutra.train.layers.grid_refit import fit_grid
 from lutra.train.progress import Progress
 from lutra.train.recipe import Function, Keep, Method, Recipe, fits, match, recipe_to_json
 from lutra.train.report import FLOAT32, LOOKUP, ConversionReport, Decision, LayerReport
@@ -61,6 +66,7 @@ def convert(
     speed_gate: bool | SpeedGate = False,
     share_encoders: bool = True,
     calibration: Calibration = "sequential",
+    equalize: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> tuple[nn.Module, ConversionReport]:
     """Replaces layers by lookups, or by int8 arithmetic, and calibrates them.
@@ -85,7 +91,8 @@ def convert(
         rows: sample rows per layer for grids and codebooks. Sequential calibration fits weights
             and tables on four times as many, where memory allows.
         memory_bytes: limit for all samples of inputs together. Sequential calibration keeps the
-            batches and the outputs of the layers for about `rows` rows beside them.
+            batches, and the outputs of the dense network for the rows that it fits; what of them is
+            beyond this limit lies in a temporary file. Batches of a list are in memory anyway.
         kmeans_steps: Lloyd steps.
         seed: of sampling and k-means.
         progress: show a progress bar; None shows it on terminals only.
@@ -101,6 +108,11 @@ def convert(
             layers converted before it give, to the outputs of the dense network: weights or free
             tables by ridge regression, biases by their mean. It keeps the batches, and runs the
             model once more for each layer. "parallel" calibrates every layer for itself.
+        equalize: let factors for each channel move between layers that become `Int8` or `Lookup`
+            where that lowers the error of their outputs on the calibration data, so that all
+            channels use their grid well. It needs a thousand rows of a layer at least, and helps
+            where other inputs are like them; measure. The outputs of inner modules are scaled
+            then, and no targets for `finetune(feature_layers=...)`.
         checkpoint: a folder that keeps the layers that are finished. The same call with the same
             model, data and settings goes on behind them after a stop, and gives the same bits. Only
             sequential calibration has it, on one process, and without the speed gate, whose
@@ -139,13 +151,18 @@ def convert(
             f"convert: calibration={calibration!r} is not one of {list(get_args(Calibration))}"
         )
     sequential = calibration == "sequential"
+    if equalize and not sequential:
+        raise LutraError(
+            "convert: equalize=True goes with calibration='sequential', which keeps the data"
+        )
     if checkpoint is not None and (not sequential or speed_gate or distributed.active()):
         raise LutraError(
             f"convert: checkpoint={str(checkpoint)!r} goes with calibration='sequential', one "
             "process and no speed gate; leave it out, or name the layers in the recipe that the "
             "gate chose"
         )
-    batches = list(data) if sequential else data
+    store = Spill(memory_bytes)
+    batches = data.kept(store) if sequential else data
     calibrated = {layer.name: layer for layer in layers if layer.is_calibrated}
     if not any(layer.method for layer in layers) and not functions.wanted:
         raise LutraError(
@@ -169,12 +186,30 @@ def convert(
     decisions = {} if gate is None else _gate(gate, calibrated, samples, show)
     targets = None
     chosen = {name: layer for name, layer in calibrated.items() if layer.method is not None}
+    notes = list(ready.notes)
+    if equalize and chosen:
+        methods = {name: layer.method for name, layer in chosen.items() if layer.method is not None}
+        sampled = {name: samples[name].rows for name in chosen}
+        model, scaled = equalized(model, methods, sampled, list(batches))
+        for layer in layers:
+            layer.module = model.get_submodule(layer.name)
+        if scaled:
+            notes.append(
+                "ranges of channels were made alike: the outputs of "
+                f"{', '.join(sorted(scaled))} are scaled, channel by channel"
+            )
     if sequential and chosen:
         most = _fitted_rows(rows, memory_bytes, chosen.values())
-        targets = Targets(Batches(list(batches), most, seed))
+        targets = Targets(Batches(list(batches), most, seed), store)
         targets.collect(model, {name: layer.module for name, layer in chosen.items()})
         # What the speed gate keeps is noted behind the others.
         calibrated = {name: calibrated[name] for name in (*targets.order, *calibrated)}
+    norms: dict[str, nn.Module] = {}
+    if chosen and data.first is not None:
+        norms = norms_behind(
+            model, {name: layer.module for name, layer in chosen.items()}, data.first
+        )
+    places = {module: name for name, module in model.named_modules()}
     leaders = _leaders(calibrated, samples) if share_encoders else {}
     finished = None
     if checkpoint is not None:
@@ -182,6 +217,7 @@ def convert(
             "recipe": recipe_to_json(recipe), "model": digest(model.state_dict()),
             "data": digest(batches), "rows": rows, "memory_bytes": memory_bytes,
             "kmeans_steps": kmeans_steps, "seed": seed, "share_encoders": share_encoders,
+            "equalize": equalize,
         }  # fmt: skip
         finished = FinishedLayers(checkpoint, settings)
     converted = copy_model(model)
@@ -191,12 +227,11 @@ def convert(
         for layer in layers
         if layer.method is not None and not layer.is_calibrated
     }
-    notes = list(ready.notes)
     for old, stand_in in replacements.items():
         notes += [lost_hook(kind, paths[old]) for kind in move_hooks(stand_in, old)]
     with Progress("learning codebooks", len(calibrated), show) as bar:
         fitted: dict[str, QuantizedLayer] = {}
-        shared = _tied(converted)
+        shared = tied_parameters(converted)
         for i, (name, layer) in enumerate(calibrated.items()):
             sample, start = samples.pop(name), time.perf_counter()
             if layer.method is None:  # the speed gate keeps it
@@ -219,10 +254,17 @@ def convert(
                     finished.save(name, new, old, layer.noted)
             fitted[name] = new
             notes += [lost_hook(kind, name) for kind in move_hooks(new, old)]
+            new_ones: dict[nn.Module, nn.Module] = {old: new}
+            if name in norms:
+                norm = converted.get_submodule(places[norms[name]])
+                folded = fold_behind(norm, new)
+                if folded is not None:
+                    new_ones[norm] = folded
+                    notes += [lost_hook(k, places[norms[name]]) for k in move_hooks(folded, norm)]
             if targets is None:
-                replacements[old] = new
+                replacements.update(new_ones)
             else:
-                converted = replace_modules(converted, {old: new})
+                converted = replace_modules(converted, new_ones)
             bar.update(i + 1, f"{name} {time.perf_counter() - start:.1f} s")
     converted = replace_modules(converted, replacements)
     leave_fast_path(converted)
@@ -326,7 +368,7 @@ class Candidate:
         """
         new = self.make(old)
         rows = rows.to(new.weight.device)
-        _fit_grid(new, rows)
+        fit_grid(new, rows)
         if leader is None:
             new.learn(rows, steps=steps, seed=seed)
         else:
@@ -502,16 +544,6 @@ def _leaders(layers: Mapping[str, Candidate], samples: Mapping[str, Reservoir]) 
     return leaders
 
 
-def _tied(model: nn.Module) -> set[int]:
-    """The parameters, by `id`, that several modules hold."""
-    seen: set[int] = set()
-    tied: set[int] = set()
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            (tied if id(parameter) in seen else seen).add(id(parameter))
-    return tied
-
-
 def _check_recipe(recipe: Recipe, names: Mapping[nn.Module, list[str]], model: nn.Module) -> None:
     paths = [name for aliases in names.values() for name in aliases]
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
@@ -540,32 +572,3 @@ def _check_recipe(recipe: Recipe, names: Mapping[nn.Module, list[str]], model: n
                 f"recipe: pattern {pattern!r} matches no convolution, linear layer or embedding of "
                 f"{type(model).__name__}; its layers are: {known}{', ...' * (len(paths) > 8)}"
             )
-
-
-def _activation_range(rows: Tensor, bits: int) -> tuple[float, float]:
-    """The clipping range with the least squared error on the grid, over a few candidates."""
-    flat = rows.flatten()
-    if len(flat) > 1 << 20:
-        flat = flat[:: len(flat) // (1 << 20) + 1]
-    low, high = float(rows.min()), float(rows.max())
-    reach = max(high, -low)
-    if reach == 0.0:
-        return 0.0, 1.0
-    levels = max(1, 2 ** (bits - 1) - 1 if low < 0 else 2**bits - 1)
-    best, best_error = reach, float("inf")
-    for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
-        step = reach * share / levels
-        q = (flat / step).round().clamp(-levels - 1 if low < 0 else 0, levels) * step
-        error = float((q - flat).square().mean())
-        if error < best_error:
-            best, best_error = reach * share, error
-    return (-best, best) if low < 0 else (0.0, best)
-
-
-@torch.no_grad()
-def _fit_grid(layer: QuantizedLayer, rows: Tensor) -> None:
-    """Sets the activation grid of a layer from samples of its input."""
-    low, high = _activation_range(rows, layer.method.act_bits)
-    # A process whose samples are all positive must take the others' signed grid.
-    reach = distributed.all_reduce(torch.tensor([-low, high]), "max")
-    layer.set_activation_range(-float(reach[0]), float(reach.max()))

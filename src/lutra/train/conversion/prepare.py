@@ -14,6 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lutra.errors import LutraError
+from lutra.train.conversion.spill import Spill
 from lutra.train.layers.attention import PROJECTIONS, Attention, why_no_projections
 from lutra.train.layers.base import QuantizedLayer, family_of
 from lutra.train.layers.dropin import adopt_attributes, copy_model, hooks_of, move_hooks
@@ -209,6 +210,16 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
     return replacements.get(model, model)
 
 
+def tied_parameters(model: nn.Module) -> set[int]:
+    """The parameters, by `id`, that several modules hold."""
+    seen: set[int] = set()
+    tied: set[int] = set()
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            (tied if id(parameter) in seen else seen).add(id(parameter))
+    return tied
+
+
 def leave_fast_path(model: nn.Module) -> None:
     """Keeps the encoders of torch.nn that hold new modules off PyTorch's fast path, which reads
     the weights of layers and does not call them. The mark is an ordinary attribute that only
@@ -291,6 +302,13 @@ class CalibrationData:
             if self.first is None:
                 self.first = made
             yield made
+
+    def kept(self, store: Spill) -> list[Any]:
+        """All batches, to be read again and again."""
+        whole = isinstance(self._data, list | tuple) and not self._to_float
+        batches = store.keep_all(self._data if whole else iter(self))
+        self.first = batches[0] if batches else None
+        return batches
 
 
 def _float(tensor: Tensor) -> Tensor:

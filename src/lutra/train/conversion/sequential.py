@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from lutra.errors import LutraError
 from lutra.train.batches import BatchReader
-from lutra.train.conversion.behind import Behind, Follower, gain_and_shift
+from lutra.train.conversion.behind import Behind, Follower
 from lutra.train.conversion.calibrate import images_of, patches
+from lutra.train.conversion.spill import Spill
 from lutra.train.geometry import Geometry
 from lutra.train.layers.attention import plain_attention
+from lutra.train.layers.folded_norm import gain_and_shift
 from lutra.train.layers.forms import form_of
 from lutra.train.layers.goal import Goal
 from lutra.train.modes import evaluating
@@ -95,11 +97,28 @@ def _number(seed: int, layer: str, batch: int, call: int) -> int:
     return result
 
 
-class Targets:
-    """What the dense network has at the places that are looked at, by layer."""
+@torch.no_grad()
+def norms_behind(
+    model: nn.Module, layers: Mapping[str, nn.Module], batch: Any
+) -> dict[str, nn.Module]:
+    """The batch norms that alone read the outputs of layers of a model, by layer."""
+    follower = Follower(layers)
+    with follower.following(model):
+        Batches([batch], 1, 0).first(model, follower.returned)
+    found = follower.found().items()
+    return {name: behind.norm for name, behind in found if behind.norm is not None}
 
-    def __init__(self, batches: Batches) -> None:
-        self._batches = batches
+
+class Targets:
+    """What the dense network has at the places that are looked at, by layer.
+
+    Args:
+        batches: that are run.
+        store: keeps what the dense network gives.
+    """
+
+    def __init__(self, batches: Batches, store: Spill) -> None:
+        self._batches, self._store = batches, store
         self._behind: dict[str, Behind] = {}
         self.outputs: dict[str, list[Tensor]] = {}
         self.added: dict[str, list[Tensor]] = {}
@@ -132,12 +151,14 @@ class Targets:
                 call = calls[name][-1]
                 calls[name][-1] += 1
                 self.calls.setdefault(name, calls[name])
-                self.outputs[name].append(self._kept(name, module, position["batch"], call, output))
+                found = self._looked_at(name, module, position["batch"], call, output)
+                self.outputs[name].append(self._store.keep(found))
 
             return hook
 
         def on_add(name: str, other: Tensor) -> None:
-            self.added[name].append(self._kept(name, layers[name], position["batch"], 0, other))
+            found = self._looked_at(name, layers[name], position["batch"], 0, other)
+            self.added[name].append(self._store.keep(found))
 
         adding = Follower({name: layers[name] for name in self.added}, on_add)
         # before the hooks of the model, which may change the output
@@ -156,7 +177,9 @@ class Targets:
             if not once or len(self.added.get(name, self.calls[name])) != len(self.calls[name]):
                 del self._behind[name]  # other batches take other ways
 
-    def _kept(self, name: str, layer: nn.Module, batch: int, call: int, value: Tensor) -> Tensor:
+    def _looked_at(
+        self, name: str, layer: nn.Module, batch: int, call: int, value: Tensor
+    ) -> Tensor:
         """The rows (n, M) of a layer's output, or of what is added to it, that are looked at."""
         rows = output_rows(layer, value)
         where = self._batches.places(name, batch, call, len(rows))
@@ -194,7 +217,7 @@ class Targets:
                 raise _Reached
 
         def on_add(_: str, other: Tensor) -> None:
-            added.append(self._kept(name, layer, position["batch"], 0, other))
+            added.append(self._looked_at(name, layer, position["batch"], 0, other))
             raise _Reached
 
         follower = Follower({name: layer} if behind.adds else {}, on_add)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from lutra.train.conversion.behind import NORMS, gain_and_shift
 from lutra.train.exporting.capture import (
     FROZEN_OP,
     ExampleInput,
@@ -19,6 +18,7 @@ from lutra.train.exporting.capture import (
     prepare_copy,
 )
 from lutra.train.layers.base import FrozenLayer
+from lutra.train.layers.folded_norm import NORMS, gain_and_shift
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 _DENSE = (nn.Conv1d, nn.Conv2d, nn.Linear, *_TRANSPOSED)

@@ -369,9 +369,13 @@ class QuantizedLayer(nn.Module):
     # ---- the grid -------------------------------------------------------------------------------
 
     def _hold_grid(self, device: torch.device) -> None:
-        """Registers what the grid is made of: `signed` and what `_step_source` returns."""
-        self.register_buffer("act_scale", torch.ones((), device=device))
+        """Registers what the grid is made of."""
+        self._hold_step(device)
         self.register_buffer("signed", torch.zeros((), dtype=torch.bool, device=device))
+
+    def _hold_step(self, device: torch.device) -> None:
+        """Registers what `_step_source` returns."""
+        self.register_buffer("act_scale", torch.ones((), device=device))
 
     def _step_source(self) -> Tensor:
         """The tensor that holds the step of the grid, in some form."""

@@ -71,8 +71,37 @@ def search(
     return -at[0], at[1]
 
 
+def _activation_range(rows: Tensor, bits: int) -> tuple[float, float]:
+    """The clipping range with the least squared error on the grid, over a few candidates."""
+    flat = rows.flatten()
+    if len(flat) > 1 << 20:
+        flat = flat[:: len(flat) // (1 << 20) + 1]
+    low, high = float(rows.min()), float(rows.max())
+    reach = max(high, -low)
+    if reach == 0.0:
+        return 0.0, 1.0
+    levels = max(1, 2 ** (bits - 1) - 1 if low < 0 else 2**bits - 1)
+    best, best_error = reach, float("inf")
+    for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
+        step = reach * share / levels
+        q = (flat / step).round().clamp(-levels - 1 if low < 0 else 0, levels) * step
+        error = float((q - flat).square().mean())
+        if error < best_error:
+            best, best_error = reach * share, error
+    return (-best, best) if low < 0 else (0.0, best)
+
+
 @torch.no_grad()
-def fit_range(layer: QuantizedLayer, rows: Tensor, goal: Goal, *, symmetric: bool) -> None:
+def fit_grid(layer: QuantizedLayer, rows: Tensor) -> None:
+    """Sets the activation grid of a layer from samples of its input."""
+    low, high = _activation_range(rows, layer.method.act_bits)
+    # A process whose samples are all positive must take the others' signed grid.
+    reach = distributed.all_reduce(torch.tensor([-low, high]), "max")
+    layer.set_activation_range(-float(reach[0]), float(reach.max()))
+
+
+@torch.no_grad()
+def fit_range(layer: QuantizedLayer, rows: Tensor, goal: Goal) -> None:
     """Sets the activation range of a layer to the one with the least error of its outputs, the bias
     aside.
 
@@ -80,7 +109,6 @@ def fit_range(layer: QuantizedLayer, rows: Tensor, goal: Goal, *, symmetric: boo
         layer: its weights and tables stay.
         rows: samples (n, D) of its input.
         goal: what its outputs should be.
-        symmetric: whether the grid has a range on both sides of zero, or on none.
     """
     part = slice(None, None, max(1, len(rows) // _SEARCHED))
     some, wanted = rows[part], goal.at(part)
@@ -90,18 +118,15 @@ def fit_range(layer: QuantizedLayer, rows: Tensor, goal: Goal, *, symmetric: boo
         y = layer.of_rows(some)
         return wanted.error(y + distributed.mean_row(wanted.targets(y) - y))
 
-    low = distributed.all_reduce((-rows.min()).clone(), "max")
-    if symmetric and float(low) > 0.0:
-        reach = ends(rows.abs())
-        found = min(reach, key=lambda end: error(-end, end))
-        layer.set_activation_range(-found, found)
-    else:
-        layer.set_activation_range(*search(ends(-rows), ends(rows), error))
+    layer.set_activation_range(*search(ends(-rows), ends(rows), error))
 
 
 @torch.no_grad()
 def fit_rounded(
-    layer: QuantizedLayer, rows: Tensor, goal: Goal, scales: Callable[[], None] = lambda: None
+    layer: QuantizedLayer,
+    rows: Tensor,
+    goal: Goal,
+    settle: Callable[[Tensor], None] = lambda gram: None,
 ) -> None:
     """Fits the weights of a layer on its rounded input, if that makes its outputs better.
 
@@ -109,17 +134,28 @@ def fit_rounded(
         layer: a layer of products of weights and rounded inputs, of one group.
         rows: samples (n, D) of its input.
         goal: what its outputs should be.
-        scales: sets what depends on the weights.
+        settle: sets what depends on the weights, given the products X'X (D, D) of the inputs; it
+            may change the weights within what the layer rounds to.
     """
     grid, y = layer.grid(), layer.of_rows(rows)
     x = (portable.quantize(rows, grid) - grid.zero) * grid.scale
-    before, bias, start = layer.weight, layer.bias, goal.error(y)
+    others = [t for t in (*layer.parameters(), *layer.buffers()) if t is not layer.weight]
+    before = [(tensor, tensor.clone()) for tensor in others]
+    weight, bias, start = layer.weight, layer.bias, goal.error(y)
     fit = fit_weight(x, y, goal)
-    weight = layer.kernel_weight.float().reshape(layer.outputs, -1) + fit.change
-    fitted = layer.form.kernel(weight).view_as(before).to(before.dtype)
-    layer.weight = nn.Parameter(fitted, requires_grad=before.requires_grad)
+    assert fit.gram is not None
+    fitted = layer.kernel_weight.float().reshape(layer.outputs, -1) + fit.change
+    replace_weight(layer, fitted)
     layer.shift_bias(fit.shift)
-    scales()
+    settle(fit.gram)
     if goal.error(layer.of_rows(rows)) >= start:
-        layer.weight, layer.bias = before, bias
-        scales()
+        layer.weight, layer.bias = weight, bias
+        for tensor, value in before:
+            tensor.copy_(value)
+
+
+def replace_weight(layer: QuantizedLayer, rows: Tensor) -> None:
+    """Gives a layer new weights (M, D)."""
+    old = layer.weight
+    new = layer.form.kernel(rows).view_as(old).to(old.dtype)
+    layer.weight = nn.Parameter(new, requires_grad=old.requires_grad)

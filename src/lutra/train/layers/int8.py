@@ -22,7 +22,6 @@ from lutra.train.layers.base import (
     Family,
     FrozenLayer,
     ImageLayer,
-    QuantizedLayer,
     RowLayer,
     clip_gradient,
     register,
@@ -30,6 +29,7 @@ from lutra.train.layers.base import (
 from lutra.train.layers.goal import Goal
 from lutra.train.layers.grid_refit import fit_range, fit_rounded
 from lutra.train.layers.int8_embedding import Int8Embedding
+from lutra.train.layers.zero_point import ZeroPointLayer
 from lutra.train.operators import portable
 from lutra.train.operators.int8 import integer_sums
 from lutra.train.recipe import Int8
@@ -73,52 +73,17 @@ class StraightThroughInt8(torch.autograd.Function):
         return grad_x, None if grad_weight is None else grad_weight.float(), None
 
 
-class Int8Layer(QuantizedLayer):
-    """What `Int8Conv2d` and `Int8Linear` share. Build them with `from_float`.
-
-    State: that of every layer, and `zero_point`, the integer of the grid that stands for zero.
-    """
+class Int8Layer(ZeroPointLayer):
+    """What `Int8Conv2d` and `Int8Linear` share. Build them with `from_float`."""
 
     method: Int8
     takes_groups = True
-    zero_point: Tensor
-
-    def _hold_grid(self, device: torch.device) -> None:
-        super()._hold_grid(device)
-        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32, device=device))
-
-    def _zero(self) -> int:
-        return int(self.zero_point)
-
-    def _grid_source(self) -> tuple[Tensor, ...]:
-        return (*super()._grid_source(), self.zero_point)
-
-    @torch.no_grad()
-    def set_activation_range(self, low: float, high: float) -> None:
-        """Sets the grid to cover low..high and zero; both ends count."""
-        low, high = min(low, 0.0), max(high, 0.0)
-        qmax = (1 << self.method.act_bits) - 1
-        step = max(high - low, 1e-6) / qmax
-        zero = min(max(round(-low / step), 1 if low < 0.0 else 0), qmax)
-        if 0 < zero < qmax:  # rounding has moved the ends: the step that reaches both
-            step = max(-low / zero, high / (qmax - zero), 1e-6 / qmax)
-        self.zero_point.fill_(zero)
-        self.signed.fill_(zero > 0)
-        self._set_step(step)
-
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        key = prefix + "zero_point"
-        if key not in state and prefix + "signed" in state:  # states without it were symmetric
-            middle = 1 << (self.method.act_bits - 1)
-            signed = bool(state[prefix + "signed"])
-            state[key] = torch.tensor(middle if signed else 0, dtype=torch.int32)
-        super()._load_from_state_dict(state, prefix, *rest)
 
     @torch.no_grad()
     def refit(self, rows: Tensor, goal: Goal, *, keep_weight: bool = False) -> None:
         """The activation range by the error of the outputs, the weights on the rounded input, the
         bias."""
-        fit_range(self, rows, goal, symmetric=False)
+        fit_range(self, rows, goal)
         if self.geometry.groups == 1 and not keep_weight:
             fit_rounded(self, rows, goal)
         self._center(rows, goal)

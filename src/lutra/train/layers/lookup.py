@@ -26,13 +26,14 @@ from lutra.train.layers.base import (
     Family,
     FrozenLayer,
     ImageLayer,
-    QuantizedLayer,
     RowLayer,
     register,
 )
 from lutra.train.layers.goal import Goal
-from lutra.train.layers.grid_refit import fit_range, fit_rounded
+from lutra.train.layers.grid_refit import fit_range, fit_rounded, replace_weight
 from lutra.train.layers.lookup_table import Response, default_entries, quantize_table
+from lutra.train.layers.weight_rounding import round_weights, rounding_factor
+from lutra.train.layers.zero_point import ZeroPointLayer
 from lutra.train.operators import lookup as lookup_ops
 from lutra.train.recipe import Lookup
 
@@ -40,6 +41,8 @@ TABLE_SHARE = 8  # one image in so many gives the gradient of the cells of a tab
 _LEAST_SCALE = 1e-8
 _MOST_RESCALED = 100.0  # factor of the gradient of a cell that is hardly ever read
 _CANDIDATES = 64  # clipping points tried for the weights
+_INSIDE = 0.49  # steps between a weight and the level that it rounds to
+_MOST_GAIN = 1.5
 _BLOCK = 1 << 18  # weights whose scales are searched at a time
 
 
@@ -192,15 +195,16 @@ def table_gradient(
     return torch.stack(cells) * (len(indices) / images)
 
 
-class LookupLayer(QuantizedLayer):
+class LookupLayer(ZeroPointLayer):
     """What `LookupConv2d` and `LookupLinear` share. Build them with `from_float`.
 
     State: `weight` and `bias` of the dense layer; `log_weight_scale` (M), the logarithm of the
     weight that the largest index stands for, by output; `log_act_scale`, that of the step of the
-    activation grid; `response`, the table.
+    activation grid; `zero_point`, its integer for zero; `response`, the table.
     """
 
     method: Lookup
+    spare = 1  # the table is in units of the largest activation
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, geometry: Geometry, method: Lookup
@@ -218,9 +222,8 @@ class LookupLayer(QuantizedLayer):
                 f"Lookup: int32 holds {MAX_LOOKUP_DEPTH} for certain; keep it"
             )
 
-    def _hold_grid(self, device: torch.device) -> None:
+    def _hold_step(self, device: torch.device) -> None:
         self.log_act_scale = nn.Parameter(torch.zeros((), device=device))
-        self.register_buffer("signed", torch.zeros((), dtype=torch.bool, device=device))
 
     def _step_source(self) -> Tensor:
         return self.log_act_scale
@@ -316,15 +319,41 @@ class LookupLayer(QuantizedLayer):
 
     @torch.no_grad()
     def refit(self, rows: Tensor, goal: Goal, *, keep_weight: bool = False) -> None:
-        """The activation range by the error of the outputs, the weights on the rounded input with
-        their scales, the bias."""
-        fit_range(self, rows, goal, symmetric=True)
+        """The activation range by the error of the outputs; weights, on the rounded input and
+        rounded one after the other, with their scales; the bias."""
+        fit_range(self, rows, goal)
         if not keep_weight:
-            fit_rounded(self, rows, goal, self._fit_scales)
+            fit_rounded(self, rows, goal, self._round_weights)
+            self._fit_scale(rows, goal)
         self._center(rows, goal)
 
-    def _fit_scales(self) -> None:
-        self.log_weight_scale.copy_(_weight_scale(self._rows(), self.method.weights).log())
+    def _round_weights(self, gram: Tensor) -> None:
+        """Moves weights to where their rounding changes the outputs least. Each stays as near to
+        what it was as its index allows, so that training may still take it elsewhere."""
+        rows, half = self._rows(), self.method.weights // 2
+        scale = _weight_scale(rows, self.method.weights)
+        step = scale / half
+        found = round_weights(rows, step, half, *rounding_factor(gram)) * step[:, None]
+        reach = _INSIDE * step[:, None]
+        moved = torch.maximum(torch.minimum(rows, found + reach), found - reach)
+        self.log_weight_scale.copy_(scale.log())
+        replace_weight(self, moved)
+
+    def _fit_scale(self, rows: Tensor, goal: Goal) -> None:
+        """The scale of each output by least squares, if that makes the outputs better."""
+        y = self.of_rows(rows)
+        start = goal.error(y)
+        rest = goal.targets(y) - y
+        y = y - distributed.mean_row(y)
+        products = distributed.mean_row(y * (rest - distributed.mean_row(rest)))
+        gain = 1.0 + products / distributed.mean_row(y * y).clamp_min(1e-30)
+        gain = gain.clamp(1.0 / _MOST_GAIN, _MOST_GAIN)
+        weight, scale = self.weight, self.log_weight_scale.clone()
+        replace_weight(self, self._rows() * gain[:, None])
+        self.log_weight_scale.add_(gain.log())
+        if goal.error(self.of_rows(rows)) >= start:
+            self.weight = weight
+            self.log_weight_scale.copy_(scale)
 
     @torch.no_grad()
     def settle(self, rows: Tensor) -> dict[str, Any]:

@@ -24,10 +24,12 @@ _BLOCK = 2048  # rows
 
 
 class Fit(NamedTuple):
-    """The change of coefficients, and of the bias."""
+    """The change of coefficients, and of the bias; of weights also the products X'X (D, D) of the
+    inputs without their mean, in float64."""
 
     change: Tensor
     shift: Tensor
+    gram: Tensor | None = None
 
 
 def fit_weight(x: Tensor, y: Tensor, goal: Goal) -> Fit:
@@ -47,7 +49,7 @@ def fit_weight(x: Tensor, y: Tensor, goal: Goal) -> Fit:
             ridge.choose(moments, goal.weights(y.shape[1]))
         change = ridge.solve(moments, total)
         total, y = total + change, y + centered @ change
-    return Fit(total.t(), shift - mean @ total)
+    return Fit(total.t(), shift - mean @ total, ridge.gram)
 
 
 def fit_tables(codes: Tensor, tables: Tensor, y: Tensor, goal: Goal) -> Fit:

@@ -28,12 +28,16 @@ class Ridge:
 
     Args:
         gram: products F'F (P, P) of the features of each part of `held_out`.
+
+    Attributes:
+        gram: their sum over all processes, float64.
+        weight: that `choose` took.
     """
 
     def __init__(self, gram: Sequence[Tensor]) -> None:
         self._parts = [collective.all_reduce(part).double() for part in gram]
-        self._gram = self._parts[0] + self._parts[1]
-        self._unit = float(self._gram.trace()) / len(self._gram)
+        self.gram = self._parts[0] + self._parts[1]
+        self._unit = float(self.gram.trace()) / len(self.gram)
         self._factor: Tensor | None = None
         self.weight = 0.0
 
@@ -55,7 +59,7 @@ class Ridge:
         outputs = outputs[::every].double()
         some = [part[:, ::every].clone(memory_format=torch.contiguous_format) for part in moments]
         fitted, held = (collective.all_reduce(part).double() for part in some)
-        share = float(self._parts[0].trace()) / max(float(self._gram.trace()), 1e-30)
+        share = float(self._parts[0].trace()) / max(float(self.gram.trace()), 1e-30)
         best, worse = 0.0, 0  # the error of no change at all
         self.weight = weights[0] * 100.0
         for weight in weights:
@@ -69,7 +73,7 @@ class Ridge:
                 best, self.weight, worse = error, weight, 0
             elif self.weight in weights and (worse := worse + 1) == _WORSE:
                 break
-        while (factor := self._cholesky(self._gram, self.weight)) is None:
+        while (factor := self._cholesky(self.gram, self.weight)) is None:
             self.weight *= 10.0
         self._factor = factor
 

@@ -1,0 +1,40 @@
+"""Weights rounded one after the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lutra.train import Lookup, convert
+from lutra.train.layers.weight_rounding import round_weights, rounding_factor
+
+
+@pytest.mark.parametrize("half", [1, 7])
+def test_outputs_move_less_than_with_the_nearest_levels(half: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(400, 150) @ torch.randn(150, 150).div_(8) + torch.randn(400, 1)
+    weight = torch.randn(9, 150)
+    step = weight.abs().amax(1) / half * 0.7
+    found = round_weights(weight, step, half, *rounding_factor((x.t() @ x).double()))
+    assert set(found.unique().tolist()) <= set(range(-half, half + 1))
+    nearest = (weight / step[:, None]).round().clamp(-half, half)
+
+    def moved(levels: torch.Tensor) -> float:
+        return float((x @ (levels * step[:, None] - weight).t()).square().mean())
+
+    assert moved(found) < 0.7 * moved(nearest)
+    apart = torch.eye(150, dtype=torch.float64)  # nothing to make good with
+    assert torch.equal(round_weights(weight, step, half, *rounding_factor(apart)), nearest)
+
+
+def test_the_grid_of_a_lookup_layer_follows_its_data() -> None:
+    """Of GELU nearly all values are above zero; a grid around zero would waste its lower half."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 6)).eval()
+    model, _ = convert(dense, {"2": Lookup()}, [torch.randn(600, 12)])
+    assert 1 <= model[2].grid().zero <= 4
+    state = {k: v for k, v in model[2].state_dict().items() if k != "zero_point"}
+    other = type(model[2]).from_float(dense[2], Lookup())
+    other.load_state_dict(state)  # of a version whose zero was the lowest or the middle
+    assert other.grid().zero == 8
