@@ -1,0 +1,80 @@
+"""Matrix products and embeddings: modules where the weight is a constant."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lutra.train.importing.builder import Builder, Refusal, Value
+from lutra.train.importing.onnx_ops.registry import Op, onnx_op
+
+
+def linear(b: Builder, path: str, x: Value, weight: Tensor, bias: Tensor | None) -> Value:
+    """`nn.Linear` of a weight of shape (outputs, inputs)."""
+    if b.sizes(x)[-1] not in (None, weight.shape[1]):
+        raise Refusal(
+            f"its weight of shape {tuple(weight.shape)} does not fit an input of shape "
+            f"{b.sizes(x)}"
+        )
+    outputs, inputs = weight.shape
+    module = nn.Linear(inputs, outputs, bias is not None, device="meta")
+    module.weight = nn.Parameter(weight.float().contiguous().clone())
+    if bias is not None:
+        module.bias = nn.Parameter(bias.float().clone())
+    return b.module(path, module, x)  # type: ignore[no-any-return]
+
+
+@onnx_op("MatMul")
+def matmul(b: Builder, op: Op, x: Value, y: Value) -> Value:
+    """A product; of a constant matrix `nn.Linear`, with the bias that is added next."""
+    floats = b.dtype(x).is_floating_point and b.dtype(y).is_floating_point
+    if not isinstance(x, Tensor) and isinstance(y, Tensor) and y.ndim == 2 and floats:
+        bias = op.context.bias_after(op, y.shape[1])
+        return linear(b, op.path, x, y.t(), bias)
+    return b.call(torch.matmul, x, y)  # type: ignore[no-any-return]
+
+
+@onnx_op("Gemm")
+def _gemm(b: Builder, op: Op, x: Value, weight: Value, bias: Value | None = None) -> Value:
+    alpha, beta = float(op.get("alpha", 1.0)), float(op.get("beta", 1.0))
+    if op.get("transA", 0):
+        x = b.call(torch.t, x)
+    if isinstance(weight, Tensor) and not isinstance(x, Tensor) and weight.ndim == 2:
+        matrix = weight if op.get("transB", 0) else weight.t()
+        outputs = matrix.shape[0]
+        if bias is None:
+            return linear(b, op.path, x, matrix * alpha, None)
+        if isinstance(bias, Tensor) and bias.numel() in (1, outputs) and (
+            bias.ndim < 2 or bias.shape[0] == 1
+        ):
+            row = (bias.reshape(-1) * beta).expand(outputs)
+            return linear(b, op.path, x, matrix * alpha, row)
+    if op.get("transB", 0):
+        weight = b.call(torch.t, weight)
+    y = b.call(torch.matmul, x, weight)
+    y = y if alpha == 1 else b.call(torch.mul, y, alpha)
+    if bias is None:
+        return y  # type: ignore[no-any-return]
+    return b.call(torch.add, y, bias if beta == 1 else b.call(torch.mul, bias, beta))  # type: ignore[no-any-return]
+
+
+@onnx_op("Einsum")
+def _einsum(b: Builder, op: Op, *values: Value) -> Value:
+    equation = str(op.get("equation", "")).replace(" ", "")
+    return b.call(torch.einsum, equation, *values)  # type: ignore[no-any-return]
+
+
+@onnx_op("Attention")
+def _attention(b: Builder, op: Op, *values: Value | None) -> Value:
+    q, k, v, mask, *cache = [*values, None][: max(4, len(values))]
+    if any(c is not None for c in cache) or any(op.wants(i) for i in (1, 2, 3)):
+        raise Refusal("it keeps keys and values from run to run; export the model without a cache")
+    if q is None or k is None or v is None or b.ndim(q) != 4 or op.get("softcap", 0.0):
+        raise Refusal("it is no attention of (batch, heads, length, size) without a soft cap")
+    scale = op.get("scale")
+    heads, groups = b.sizes(q)[1], b.sizes(k)[1]
+    return b.call(  # type: ignore[no-any-return]
+        torch.nn.functional.scaled_dot_product_attention, q, k, v, mask,
+        is_causal=bool(op.get("is_causal", 0)), scale=None if scale is None else float(scale),
+        **({} if heads == groups else {"enable_gqa": True}),
+    )  # fmt: skip
