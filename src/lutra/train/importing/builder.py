@@ -142,6 +142,19 @@ class Builder:
             return self._constant(function, given)
         return self._emit("call_function", function, given, lambda a, k: function(*a, **k))
 
+    def call_like(
+        self, sketch: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The same for a function that takes symbols of sizes for numbers.
+
+        Args:
+            sketch: Returns what the function would, in shape and dtype.
+        """
+        given = fx.node.map_aggregate((args, kwargs), self._plain)
+        if not _nodes(given):
+            return self._constant(function, given)
+        return self._emit("call_function", function, given, lambda a, k: sketch(*a, **k))
+
     def method(self, name: str, *args: Any) -> Any:
         """Calls a method of the first argument, which is no constant."""
         given = fx.node.map_aggregate((args, {}), self._plain)

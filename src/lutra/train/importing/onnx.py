@@ -100,14 +100,15 @@ def _import(
 ) -> tuple[Imported, list[Argument], bool]:  # fmt: skip
     """The module for the first sizes that it can be made for."""
     first: LutraError | None = None
-    ones = _is_for_one_sample(inputs, batch_axes)
+    ones = _is_for_one_sample(inputs, shapes, batch_axes)
     for alone in (False, True) if ones else (False,):
         for images, others in _TRIED:
             arguments = _arguments(inputs, shapes, batch_axes, images, others, ones and not alone)
             try:
                 imported = Import(model, arguments, fixed, ones and not alone).run()
                 if ones and not alone:
-                    check_batch(model, imported, arguments)
+                    one = _arguments(inputs, shapes, batch_axes, images, others, False)
+                    check_batch(model, imported, Import(model, one, fixed, False).run(), arguments)
                 return imported, arguments, not alone
             except FormatError:
                 raise
@@ -135,12 +136,13 @@ def _arguments(
     made = []
     for each in inputs:
         given = shapes.get(each.name, each.shape)
+        alone = each.name in shapes and bool(given) and given[0] == 1  # the caller says so
         at = batch_axes.get(each.name, _batch_axis(each, batch, widen))
         sizes: list[int] = []
         dynamic: list[int] = []
         for axis, size in enumerate(given):
             named = each.shape[axis]
-            if axis == at and (not isinstance(named, int) or widen) and len(given) > 0:
+            if axis == at and ((not isinstance(named, int) and not alone) or widen):
                 sizes.append(_BATCH)
                 dynamic.append(axis)
             elif isinstance(size, int):
@@ -170,7 +172,7 @@ def _batch_axis(each: OnnxInput, batch: str | None, widen: bool) -> int:
         return 0
     if batch is not None and each.shape[0] != batch and batch in each.shape:
         return each.shape.index(batch)
-    if widen and each.shape[0] != 1 and 1 in each.shape:
+    if widen and isinstance(each.shape[0], int) and each.shape[0] != 1 and 1 in each.shape:
         return each.shape.index(1)
     if batch is None and isinstance(each.shape[0], int) and each.shape[0] != 1:
         loose = [axis for axis, size in enumerate(each.shape) if size is None]
@@ -178,13 +180,18 @@ def _batch_axis(each: OnnxInput, batch: str | None, widen: bool) -> int:
     return 0
 
 
-def _is_for_one_sample(inputs: Sequence[OnnxInput], batch_axes: Mapping[str, int]) -> bool:
-    """Whether the file takes a batch of 1 and no other."""
-    return bool(inputs) and all(
-        bool(each.shape)
-        and each.shape[batch_axes.get(each.name, _batch_axis(each, None, True))] == 1
-        for each in inputs
-    )
+def _is_for_one_sample(
+    inputs: Sequence[OnnxInput], shapes: Mapping[str, Sequence[int | None]],
+    batch_axes: Mapping[str, int],
+) -> bool:  # fmt: skip
+    """Whether the file takes a batch of 1 and no other, or the caller says so."""
+    for each in inputs:
+        if not each.shape:
+            return False
+        at = batch_axes.get(each.name, _batch_axis(each, None, True))
+        if shapes.get(each.name, each.shape)[at] != 1:
+            return False
+    return bool(inputs)
 
 
 def _turned(argument: Argument) -> tuple[int, ...]:

@@ -145,7 +145,15 @@ def _binary(b: Builder, op: Op, x: Value, y: Value) -> Value:
     counted = _numbers(b, op, x, y)
     if counted is not None:
         return counted
-    return b.call(_BINARY[op.type], x, y)  # type: ignore[no-any-return]
+    return b.call(_BINARY[op.type], *plain_numbers(b, x, y))  # type: ignore[no-any-return]
+
+
+def plain_numbers(b: Builder, x: Value, y: Value) -> tuple[Any, Any]:
+    """The second value as a number where it is a constant of one entry that stretches."""
+    one = isinstance(y, Tensor) and y.numel() == 1 and y.ndim <= b.ndim(x)
+    if one and isinstance(x, fx.Node) and y.dtype == b.dtype(x) != torch.bool:  # type: ignore[union-attr]
+        return x, y.item()  # type: ignore[union-attr]
+    return x, y
 
 
 @onnx_op("Identity", "Dropout")
@@ -161,7 +169,7 @@ def _div(b: Builder, op: Op, x: Value, y: Value) -> Value:
     if counted is not None:
         return counted
     if b.dtype(x).is_floating_point:
-        return b.call(torch.div, x, y)  # type: ignore[no-any-return]
+        return b.call(torch.div, *plain_numbers(b, x, y))  # type: ignore[no-any-return]
     return b.call(torch.div, x, y, rounding_mode="trunc")  # type: ignore[no-any-return]
 
 

@@ -23,6 +23,9 @@ _LIMITS = {
 }  # fmt: skip
 
 
+_STEP = 2.0**-10
+
+
 def _along(b: Builder, x: Value, value: Tensor, axis: int) -> Tensor:
     """A scale for each entry of an axis, shaped so that it multiplies."""
     if value.numel() == 1:
@@ -118,7 +121,8 @@ def _q_matmul(b: Builder, op: Op, x: Value, x_scale: Value, x_zero: Value, w: Va
 @onnx_op("DynamicQuantizeLinear")
 def _dynamic(b: Builder, op: Op, x: Value) -> Any:
     op.context.is_quantized = True
-    return x, torch.ones(()), torch.zeros((), dtype=torch.uint8)
+    # A fine grid: what the file rounds to it, such as biases, loses nothing.
+    return b.call(torch.mul, x, 1 / _STEP), torch.tensor(_STEP), torch.zeros((), dtype=torch.uint8)
 
 
 def _shifted(b: Builder, x: Value, zero: Value | None, axis: int) -> Value:
@@ -139,4 +143,4 @@ def _matmul_integer(b: Builder, op: Op, x: Value, w: Value, x_zero: Value | None
     op.context.is_quantized = True
     if isinstance(x_zero, fx.Node) or isinstance(w_zero, fx.Node):
         raise Refusal("its zero points are computed while the model runs; they must be constants")
-    return b.call(torch.matmul, _shifted(b, x, x_zero, -2), _shifted(b, w, w_zero, -1))  # type: ignore[no-any-return]
+    return matmul(b, op, _shifted(b, x, x_zero, -2), _shifted(b, w, w_zero, -1))

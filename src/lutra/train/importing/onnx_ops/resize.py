@@ -81,7 +81,7 @@ def _resized(b: Builder, op: Op, x: Value, scales: list[Any] | None, sizes: list
             size = [
                 sizes[axes.index(a)] if a in axes else b.size(x, a) for a in range(2, b.ndim(x))
             ]
-            return b.call(F.interpolate, x, size=size, mode=name, **aligned)  # type: ignore[no-any-return]
+            return b.call_like(_sketch, F.interpolate, x, size=size, mode=name, **aligned)  # type: ignore[no-any-return]
         assert scales is not None
         every = [float(scales[axes.index(a)]) if a in axes else 1.0 for a in range(2, b.ndim(x))]
         target = [
@@ -89,15 +89,24 @@ def _resized(b: Builder, op: Op, x: Value, scales: list[Any] | None, sizes: list
             for s, f in zip(b.sizes(x)[2:], every, strict=True)
         ]
         if None not in target and (name == "nearest" or _exact(b.sizes(x)[2:], target, every)):
-            return b.call(F.interpolate, x, size=target, mode=name, **aligned)  # type: ignore[no-any-return]
+            return b.call_like(_sketch, F.interpolate, x, size=target, mode=name, **aligned)  # type: ignore[no-any-return]
         if None in target and all(f.is_integer() for f in every):
-            return b.call(  # type: ignore[no-any-return]
-                F.interpolate, x, scale_factor=every, mode=name, **aligned
+            return b.call_like(  # type: ignore[no-any-return]
+                _sketch, F.interpolate, x, scale_factor=every, mode=name, **aligned
             )
     for i, axis in enumerate(axes):
         x = _along(b, op, x, axis, None if scales is None else float(scales[i]),
                    None if sizes is None else sizes[i], kind, mode)  # fmt: skip
     return x
+
+
+def _sketch(
+    x: Tensor, size: Any = None, scale_factor: Any = None, **_: Any
+) -> Tensor:
+    """An image of the size that is wanted."""
+    if size is None:
+        size = [int(f) * s for s, f in zip(x.shape[2:], scale_factor, strict=True)]
+    return x.new_empty((*x.shape[:2], *size))
 
 
 def _exact(sizes: Any, target: Any, scales: list[float]) -> bool:

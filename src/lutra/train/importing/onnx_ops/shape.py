@@ -265,6 +265,10 @@ def _python_slice(size: int, start: int, end: int, step: int) -> slice:
     return slice(start, None if end < -size else end, step)
 
 
+#: Exporters write such an end for "all the rest".
+_END = 10**8
+
+
 def _sliced(b: Builder, x: Value, start: Any, end: Any, axis: int, step: int) -> Value:
     if step == 0:
         raise Refusal("its step is 0")
@@ -286,7 +290,7 @@ def _sliced(b: Builder, x: Value, start: Any, end: Any, axis: int, step: int) ->
             return b.call(operator.getitem, turned, (*front, slice(0, 0)))  # type: ignore[no-any-return]
         first, last = size - 1 - picked[0], size - 1 - picked[-1]
         return b.call(operator.getitem, turned, (*front, slice(first, last + 1, -step)))  # type: ignore[no-any-return]
-    if isinstance(end, int) and end >= 2**31 - 1:
+    if isinstance(end, int) and end >= _END:
         end = None
     if isinstance(start, int) and isinstance(end, (int, type(None))) and size is not None:
         start, end, step = slice(start, end, step).indices(size)
@@ -389,8 +393,19 @@ def padded(
             return b.call(torch.Tensor.to, whole, torch.bool)  # type: ignore[no-any-return]
         if not b.dtype(x).is_floating_point:
             fill = int(fill)
-        return b.call(F.pad, x, flat, "constant", fill)  # type: ignore[no-any-return]
+        return b.call_like(_sketch, F.pad, x, flat, "constant", fill)  # type: ignore[no-any-return]
     return _mirrored(b, x, sides, mode)
+
+
+def _sketch(x: Tensor, pad: Any, *_: Any, **__: Any) -> Tensor:
+    """A tensor of the size with the pads."""
+    if any(isinstance(w, int) and -w > s for w, s in zip(pad[::2], reversed(x.shape), strict=False)
+           if isinstance(s, int)):  # fmt: skip
+        raise Refusal(f"its pads {list(pad)} take more than there is")
+    shape = list(x.shape)
+    for i in range(len(pad) // 2):
+        shape[-1 - i] = shape[-1 - i] + pad[2 * i] + pad[2 * i + 1]
+    return x.new_empty(shape)
 
 
 def _mirrored(b: Builder, x: Value, sides: list[tuple[Any, Any]], mode: str) -> Value:
@@ -412,7 +427,7 @@ def _mirrored(b: Builder, x: Value, sides: list[tuple[Any, Any]], mode: str) -> 
         if spatial == ndim - 2 or ndim <= 5:
             lead = ndim - spatial
             if lead == 2 or lead == 1:
-                return b.call(F.pad, x, flat, mode=_MODES[mode])  # type: ignore[no-any-return]
+                return b.call_like(_sketch, F.pad, x, flat, mode=_MODES[mode])  # type: ignore[no-any-return]
     for axis in axes:  # entry by entry, in an order of its own
         size = sizes[axis]
         if size is None or any(not isinstance(w, int) for w in sides[axis]):
