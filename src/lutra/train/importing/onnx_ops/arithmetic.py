@@ -205,7 +205,16 @@ def _extreme(b: Builder, op: Op, *values: Value) -> Value:
     if counted is not None:
         return counted
     function = torch.maximum if op.type == "Max" else torch.minimum
-    return _reduced(b, function, values)
+    result = values[0]
+    for value in values[1:]:
+        x, y = plain_numbers(b, *((result, value) if isinstance(value, Tensor) else (value, result)))
+        if not isinstance(y, (int, float)):
+            result = b.call(function, x, y)
+        elif y != (-math.inf if op.type == "Max" else math.inf):
+            result = b.call(torch.clamp, x, **{"min" if op.type == "Max" else "max": y})
+        else:
+            result = x
+    return result
 
 
 @onnx_op("Sum", "Mean")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lutra.train.importing.builder import Builder, Refusal, Value
 from lutra.train.importing.onnx_ops.registry import Op, onnx_op
@@ -29,9 +29,38 @@ def matmul(b: Builder, op: Op, x: Value, y: Value) -> Value:
     """A product; of a constant matrix `nn.Linear`, with the bias that is added next."""
     floats = b.dtype(x).is_floating_point and b.dtype(y).is_floating_point
     if not isinstance(x, Tensor) and isinstance(y, Tensor) and y.ndim == 2 and floats:
+        ids = _hot(b, x, y.shape[0])
+        if ids is not None:
+            table = nn.Embedding(*y.shape, device="meta")
+            table.weight = nn.Parameter(y.float().contiguous().clone())
+            return b.module(op.path, table, ids)  # type: ignore[no-any-return]
         bias = op.context.bias_after(op, y.shape[1])
         return linear(b, op.path, x, y.t(), bias)
     return b.call(torch.matmul, x, y)  # type: ignore[no-any-return]
+
+
+def _hot(b: Builder, x: Value, size: int) -> Value | None:
+    """The numbers whose one-hot form a value is: its product with a matrix picks rows."""
+    equal = x
+    while isinstance(equal, fx.Node) and equal.target is torch.Tensor.to:
+        equal = equal.args[0]  # type: ignore[assignment]
+    if not isinstance(equal, fx.Node) or equal.target is not torch.eq:
+        return None
+    ids, places = equal.args
+    if not isinstance(ids, fx.Node) or not isinstance(places, fx.Node) or places.op != "get_attr":
+        return None
+    order = getattr(b.root, str(places.target))
+    if tuple(order.shape[-1:]) != (size,) or order.numel() != size:
+        return None
+    if b.dtype(ids).is_floating_point or not torch.equal(order.flatten(), torch.arange(size)):
+        return None
+    while ids.target is torch.Tensor.expand and isinstance(ids.args[0], fx.Node):
+        if b.ndim(ids.args[0]) != b.ndim(ids):
+            return None
+        ids = ids.args[0]
+    if b.sizes(ids)[-1] != 1 or b.ndim(ids) != b.ndim(x):
+        return None
+    return b.call(torch.squeeze, ids, -1)  # type: ignore[no-any-return]
 
 
 @onnx_op("Gemm")
