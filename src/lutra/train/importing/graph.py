@@ -70,7 +70,9 @@ def from_graph(graph: Graph) -> nn.Module:
     failures: list[str] = []
     for node in graph.nodes:
         given = [values.get(name) for name in node.inputs]
-        if any(x is None for x in given):
+        reason = _no_maker(node)
+        if reason or any(x is None for x in given):
+            failures += [f"{node.op} (node {node.name!r}): {reason}"] if reason else []
             values[node.output] = None
             continue
         tensors = {
@@ -78,8 +80,8 @@ def from_graph(graph: Graph) -> nn.Module:
         }
         try:
             values[node.output] = _made(builder, graph, node, given, tensors)
-        except Refusal as reason:
-            failures.append(f"{node.op} (node {node.name!r}): {reason}")
+        except Refusal as refusal:
+            failures.append(f"{node.op} (node {node.name!r}): {refusal}")
             values[node.output] = None
     if failures:
         raise UnsupportedModelError(
@@ -109,12 +111,17 @@ def _limit(graph: Graph, name: str) -> int:
     return min(rows, default=2)
 
 
+def _no_maker(node: Node) -> str:
+    """Why a node has no place in a module; empty where it has."""
+    if node.op not in _MAKERS:
+        return "PyTorch has no such operator; start from the float model that it was made of"
+    if any(role.endswith(("slope", "intercept")) for role in node.tensors):
+        return "it reads functions from tables; start from the file without --functions"
+    return ""
+
+
 def _made(b: Builder, graph: Graph, node: Node, given: list[Any], tensors: dict[str, Tensor]) -> Any:
-    maker = _MAKERS.get(node.op)
-    if maker is None:
-        raise Refusal("PyTorch has no such operator; start from the float model that it was made of")
-    if any(role.endswith(("slope", "intercept")) for role in tensors):
-        raise Refusal("it reads functions from tables; start from the file without --functions")
+    maker = _MAKERS[node.op]
     for role, tensor in tensors.items():
         b.name_constant(tensor, f"{node.name}_{role}")
     attrs = dict(node.attrs)
