@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lutra.errors import FormatError, InputError, LutraError, UnsupportedModelError
 from lutra.train.importing.builder import identifier
@@ -84,7 +84,7 @@ def load_onnx(
         model.outputs,
         tuple(_turned(argument) for argument in arguments),
         tuple(argument.dtype for argument in arguments),
-        tuple(_limit(model, argument.name) for argument in arguments),
+        tuple(_limit(imported.module, identifier(argument.name)) for argument in arguments),
         any_batch,
     )
     noted(imported.module, example, imported.ranges)
@@ -200,15 +200,25 @@ def _turned(argument: Argument) -> tuple[int, ...]:
     return (shape[at], *shape[:at], *shape[at + 1 :]) if shape else shape
 
 
-def _limit(model: OnnxModel, name: str) -> int:
-    """The number that entries of an input of integers must stay below: the rows of a table."""
-    tensors = {tensor.name: tensor.dims for tensor in model.graph.initializer}
-    limit = 0
-    for node in nodes_of(model.graph):
-        if node.op_type == "Gather" and len(node.input) > 1 and node.input[1] == name:
-            dims = tensors.get(node.input[0])
-            limit = int(dims[0]) if dims else limit
-    return limit or 2
+#: What only moves or copies the entries of a tensor.
+_MOVES: Final = (
+    torch.reshape, torch.squeeze, torch.unsqueeze, torch.permute, torch.flatten, torch.Tensor.to,
+    torch.Tensor.expand,
+)  # fmt: skip
+
+
+def _limit(module: fx.GraphModule, argument: str) -> int:
+    """The number that entries of an argument of integers must stay below: the rows of a table."""
+    found = next((n for n in module.graph.nodes if n.op == "placeholder" and n.name == argument), None)
+    rows, stack = [], [] if found is None else [found]
+    while stack:
+        for user in stack.pop().users:
+            if user.op == "call_module":
+                layer = module.get_submodule(str(user.target))
+                rows += [layer.num_embeddings] if isinstance(layer, nn.Embedding) else []
+            elif user.target in _MOVES:
+                stack.append(user)
+    return min(rows, default=2)
 
 
 def _constants(model: OnnxModel, given: Mapping[str, Any]) -> dict[str, Tensor]:
