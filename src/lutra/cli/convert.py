@@ -18,6 +18,7 @@ from lutra.cli.common import (
     bytes_text,
     check_writable,
     counts,
+    fraction,
     need_finite,
     plain,
     read_archive,
@@ -110,6 +111,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="E",
         help="read activations, softmaxes and norms from tables of 8, 16 or 32 lines",
     )
+    parser.add_argument(
+        "--tolerance",
+        type=fraction,
+        default=1e-3,
+        metavar="T",
+        help="how far the file may be from PyTorch, as a share of the largest output (default: "
+        "0.001)",
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, help="default: 0")
 
 
@@ -168,6 +177,7 @@ def _write_float(args: argparse.Namespace, model: Any, example: Sequence[Any], t
         tuple(tensor[:_EXAMPLES] for tensor in example),
         metadata={"source": {"format": "onnx", "name": Path(args.model).name}},
         dynamic_axes=args.dynamic_axes,
+        tolerance=args.tolerance,
     )
     print(f"{counted(len(graph.nodes), 'node')} in float32, the same as in {plain(args.model)}")
     print(f"wrote {plain(args.output)}, {bytes_text(os.path.getsize(args.output))}")
@@ -209,6 +219,7 @@ def _convert(
         tuple(tensor[:_EXAMPLES] for tensor in batches[0]),
         metadata=metadata,
         dynamic_axes=args.dynamic_axes,
+        tolerance=args.tolerance,
         tables=args.tables,
     )
     print(report)

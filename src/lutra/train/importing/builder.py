@@ -7,6 +7,7 @@ constants only is computed right away.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -92,12 +93,12 @@ class Builder:
                 for axis in range(len(shape))
             ]
         )
-        fake = self.fake_mode.from_tensor(
-            torch.empty(tuple(shape), dtype=dtype, device="meta").to_empty(device="cpu")
-            if 0 in shape
-            else torch.zeros(1, dtype=dtype).expand(tuple(shape)).clone(),
-            symbolic_context=context,
-        )
+        if math.prod(shape) > MAX_CONSTANT:
+            raise Refusal(
+                f"the input {name!r} of shape {tuple(shape)} has more than {MAX_CONSTANT} entries"
+            )
+        example = torch.zeros(tuple(shape), dtype=dtype)
+        fake = self.fake_mode.from_tensor(example, symbolic_context=context)
         node.meta["val"] = fake
         return node
 

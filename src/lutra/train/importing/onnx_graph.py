@@ -108,7 +108,10 @@ class Import:
             self._values[name] = tensor
             self.builder.name_constant(tensor, name)
         for argument in arguments:
-            self._bind(argument)
+            try:
+                self._bind(argument)
+            except Refusal as reason:
+                raise UnsupportedModelError(f"{model.where}: {reason}") from reason
         self.one_sample = self._batch if one_sample else None
 
     def _bind(self, argument: Argument) -> None:

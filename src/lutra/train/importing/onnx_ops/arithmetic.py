@@ -158,6 +158,9 @@ def plain_numbers(b: Builder, x: Value, y: Value) -> tuple[Any, Any]:
 
 @onnx_op("Identity", "Dropout")
 def _identity(b: Builder, op: Op, x: Value, *rest: Value | None) -> Any:
+    training = rest[1] if len(rest) > 1 else None
+    if training is not None and not (isinstance(training, Tensor) and not bool(training.any())):
+        raise Refusal("it drops values at random; export the model in eval mode")
     if op.wants(1):
         return x, b.call(torch.ones_like, x, dtype=torch.bool)
     return x

@@ -93,17 +93,38 @@ def _einsum(b: Builder, op: Op, *values: Value) -> Value:
     return b.call(torch.einsum, equation, *values)  # type: ignore[no-any-return]
 
 
+#: The attributes of attention that are read, or say nothing about the numbers.
+_READ = {
+    "is_causal", "kv_num_heads", "q_num_heads", "qk_matmul_output_mode", "scale", "softcap",
+    "softmax_precision",
+}  # fmt: skip
+
+
 @onnx_op("Attention")
 def _attention(b: Builder, op: Op, *values: Value | None) -> Value:
-    q, k, v, mask, *cache = [*values, None][: max(4, len(values))]
+    q, k, v, mask, *cache = [*values, *[None] * 4][: max(4, len(values))]
     if any(c is not None for c in cache) or any(op.wants(i) for i in (1, 2, 3)):
         raise Refusal("it keeps keys and values from run to run; export the model without a cache")
-    if q is None or k is None or v is None or b.ndim(q) != 4 or op.get("softcap", 0.0):
-        raise Refusal("it is no attention of (batch, heads, length, size) without a soft cap")
+    if q is None or k is None or v is None or op.get("softcap", 0.0) or op.attrs.keys() - _READ:
+        raise Refusal("it has a window or a soft cap, which PyTorch's attention does not have")
+    if mask is not None and (b.ndim(mask) < 2 or op.get("is_causal", 0)):
+        raise Refusal("it has a mask of one axis, or a mask and is causal")
+    flat = b.ndim(q) == 3
+    if flat:
+        counts = [int(op.get(name, 0)) for name in ("q_num_heads", "kv_num_heads", "kv_num_heads")]
+        q, k, v = (_by_head(b, x, n) for x, n in zip((q, k, v), counts, strict=True))
     scale = op.get("scale")
-    heads, groups = b.sizes(q)[1], b.sizes(k)[1]
-    return b.call(  # type: ignore[no-any-return]
+    made = b.call(
         torch.nn.functional.scaled_dot_product_attention, q, k, v, mask,
         is_causal=bool(op.get("is_causal", 0)), scale=None if scale is None else float(scale),
-        **({} if heads == groups else {"enable_gqa": True}),
+        **({} if b.sizes(q)[1] == b.sizes(k)[1] else {"enable_gqa": True}),
     )  # fmt: skip
+    return b.call(torch.flatten, b.call(torch.transpose, made, 1, 2), 2) if flat else made
+
+
+def _by_head(b: Builder, x: Value, heads: int) -> Value:
+    """(N, T, H d) to (N, H, T, d)."""
+    width = b.sizes(x)[2]
+    if width is None or heads < 1 or width % heads:
+        raise Refusal(f"its {width} values cannot be divided among {heads} heads")
+    return b.call(torch.transpose, b.call(torch.unflatten, x, 2, (heads, width // heads)), 1, 2)  # type: ignore[no-any-return]

@@ -193,7 +193,7 @@ def _places(mode: str, own: int, size: int, scale: float) -> Any:
     if mode == "asymmetric":
         return at / scale
     if mode == "align_corners":
-        return at * (own - 1) / (size - 1) if size > 1 else at * 0
+        return at * (own - 1) / (own * scale - 1) if size > 1 else at * 0
     if mode == "pytorch_half_pixel" and size == 1:
         return at * 0
     if mode == "tf_half_pixel_for_nn":

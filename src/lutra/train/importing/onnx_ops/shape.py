@@ -452,7 +452,9 @@ def _source(index: int, size: int, mode: str) -> int:
 def _space_to_depth(b: Builder, op: Op, x: Value) -> Value:
     size = int(op.get("blocksize", 1))
     channels = b.sizes(x)[1]
-    made = b.call(F.pixel_unshuffle, x, size)  # (C, b, b): ONNX has (b, b, C)
+    made = b.call(F.pixel_unshuffle, x, size)  # (C, b, b): ONNX has (b, b, C), or the same
+    if op.get("mode", "DCR") == "CRD":
+        return made  # type: ignore[no-any-return]
     if channels is None:
         raise Refusal("its channels are known at run time only")
     order = torch.arange(channels * size * size).reshape(channels, -1).t().reshape(-1)
