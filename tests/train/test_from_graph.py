@@ -58,14 +58,15 @@ def nodes_of_random_graphs(seeds: range) -> Iterator[tuple[Graph, Node, dict[str
                 yield graph, node, values
 
 
+@pytest.mark.slow
 def test_every_operator_computes_what_the_reference_does() -> None:
-    tried = set()
+    tried, refused = set(), []
     for graph, node, values in nodes_of_random_graphs(range(120)):
         one = single(graph, node)
         try:
             module = from_graph(one)
         except UnsupportedModelError as error:
-            assert "cell states" in str(error) or "causal and has a mask" in str(error)
+            refused.append(str(error))
             continue
         with torch.no_grad():
             got = module(*arguments(one, values)).numpy()
@@ -77,6 +78,7 @@ def test_every_operator_computes_what_the_reference_does() -> None:
             got[finite], want[finite], atol=2e-5 * scale, rtol=0, err_msg=str(node)
         )
         tried.add(node.op)
+    assert all("cell states" in text or "has a mask" in text for text in refused), refused
     assert len(tried) > 50, sorted(_MAKERS.keys() - tried)
 
 

@@ -17,6 +17,7 @@ from lutra.train import Int8, convert, example_inputs, export, load_onnx
 
 onnx = pytest.importorskip("onnx", reason="needs onnx: pip install 'lutra[onnx]'")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 F32 = TensorProto.FLOAT
 #: As `dimensions` of `make_tensor_value_info` takes them.
@@ -81,7 +82,7 @@ def test_layers_are_ordinary_modules_with_their_names(tmp_path: Path) -> None:
     assert [node.op for node in graph.nodes] == ["conv2d", "relu", "mean", "flatten", "linear"]
     assert graph.outputs == ("y",)
     got = Session(tmp_path / "model.lutra").run(None, {"x": x[0].numpy()})[0]
-    want = onnx.reference.ReferenceEvaluator(network()).run(None, {"x": x[0].numpy()})[0]
+    want = ReferenceEvaluator(network()).run(None, {"x": x[0].numpy()})[0]
     np.testing.assert_allclose(got, want, atol=1e-5)
     small, report = convert(module, {"*": Int8()}, [torch.randn(16, 3, 8, 8)])
     assert {layer.name for layer in report.replaced} == {"body.0", "head"}
@@ -95,7 +96,7 @@ def test_the_command_writes_the_float_model_and_int8(
     onnx.save(network(), source)
     assert cli.main(["convert", str(source), "-o", str(target)]) == 0
     assert "5 nodes in float32" in capsys.readouterr().out
-    np.savez(tmp_path / "data.npz", x=np.random.rand(16, 3, 8, 8).astype(np.float32))
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).random((16, 3, 8, 8), np.float32))
     command = ["--method", "int8", "--data", str(tmp_path / "data.npz")]
     for model in (source, target):
         assert cli.main(["convert", str(model), *command, "-o", str(tmp_path / "i.lutra")]) == 0
@@ -210,6 +211,7 @@ def test_old_and_new_operator_sets(opset: int) -> None:
 def broken() -> dict[str, Any]:
     node = helper.make_node
     relu = node("Relu", ["x"], ["y"], "r")
+    product = node("MatMul", ["x", "w"], ["y"], "p")
     inputs: dict[str, Sizes] = {"x": ["n", 3]}
     circle = [node("Add", ["x", "b"], ["a"], "p"), node("Relu", ["a"], ["b"], "q")]
     short = tensor("w", 4, 3)
@@ -222,11 +224,11 @@ def broken() -> dict[str, Any]:
         "missing": made([node("Add", ["x", "nothing"], ["y"], "a")], inputs, ["y"]),
         "no output": made([relu], inputs, ["z"]),
         "twice": made([relu, relu], inputs, ["y"]),
-        "short tensor": made([node("MatMul", ["x", "w"], ["y"])], inputs, ["y"], [short]),
-        "huge tensor": made([node("MatMul", ["x", "w"], ["y"])], inputs, ["y"], [huge]),
+        "short tensor": made([product], inputs, ["y"], [short]),
+        "huge tensor": made([product], inputs, ["y"], [huge]),
         "huge constant": made(vast, inputs, ["y"], [ints("s", 2**40)]),
         "huge input": made([relu], {"x": [2**40, 2**20]}, ["y"]),
-        "wrong shapes": made([node("MatMul", ["x", "w"], ["y"])], inputs, ["y"], [tensor("w", 9, 2)]),
+        "wrong shapes": made([product], inputs, ["y"], [tensor("w", 9, 2)]),
         "no inputs": made([node("Relu", ["w"], ["y"])], {}, ["y"], [tensor("w", 3)]),
         "many inputs": made([node("Relu", ["x", "x", "x"], ["y"], "r")], inputs, ["y"]),
         "few inputs": made([node("Add", ["x"], ["y"], "r")], inputs, ["y"]),
@@ -256,7 +258,7 @@ def test_changed_bytes_are_read_or_refused(tmp_path: Path) -> None:
     """Hundreds of files with a few bytes changed: an answer or one sentence, nothing else."""
     path, rng = tmp_path / "m.onnx", random.Random(0)
     whole = network().SerializeToString()
-    refused = 0
+    refused: list[str] = []
     for _ in range(400):
         data = bytearray(whole)
         for _ in range(rng.randint(1, 4)):
@@ -265,9 +267,9 @@ def test_changed_bytes_are_read_or_refused(tmp_path: Path) -> None:
         try:
             load_onnx(path, check=False)
         except LutraError as error:
-            refused += 1
-            assert "\n" not in str(error), error
-    assert refused > 50
+            refused.append(str(error))
+    assert not [text for text in refused if "\n" in text]
+    assert len(refused) > 50
 
 
 @pytest.mark.slow

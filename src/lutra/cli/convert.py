@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODULE:FUNCTION|FILE.onnx|FILE.lutra",
-        help="builds the model: pkg.mod:build or file.py:build; or an ONNX file; or a file of float "
-        "layers, or any file for --functions. An ONNX file stays float unless a method is given",
+        help="builds the model: pkg.mod:build or file.py:build; or an ONNX file, which stays float "
+        "unless a method is given; or a file of float layers; or any file, for --functions",
     )
     parser.add_argument(
         "--data",

@@ -91,7 +91,9 @@ def _constant(text: str) -> tuple[str, Any]:
     except ValueError:
         name = ""
     if not name:
-        raise UserError(f"--constant {text!r} is no number; write it like rate=16000 or h=zeros.npy")
+        raise UserError(
+            f"--constant {text!r} is no number; write it like rate=16000 or h=zeros.npy"
+        )
     return name, int(number) if number.is_integer() else number
 
 

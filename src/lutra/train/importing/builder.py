@@ -87,7 +87,7 @@ class Builder:
             dynamic: The axes that may have any size.
         """
         node = self.graph.create_node("placeholder", self._new_name(name))
-        context = StatelessSymbolicContext(
+        context: Any = StatelessSymbolicContext(
             dynamic_sizes=[
                 DimDynamic.DUCK if axis in dynamic else DimDynamic.STATIC
                 for axis in range(len(shape))
@@ -176,7 +176,7 @@ class Builder:
         for parameter in module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         module.eval()
-        given = fx.node.map_aggregate(
+        given: Any = fx.node.map_aggregate(
             args, lambda x: self.node_of(x) if isinstance(x, (Tensor, Numbers)) else x
         )
         path = self._new_path(path)
@@ -267,7 +267,7 @@ class Builder:
         known = _known(value.meta["val"].shape[axis])
         if not isinstance(known, torch.SymInt):
             return known
-        key = ("size", axis)
+        key = f"size {axis}"
         if key not in value.meta:
             with self.named(f"{value.name}_size"):
                 value.meta[key] = self.method("size", value, axis)
@@ -292,9 +292,7 @@ class Builder:
 
     def dtype(self, value: Value) -> torch.dtype:
         """The dtype of a value."""
-        made: torch.dtype = (
-            value.meta["val"].dtype if isinstance(value, fx.Node) else value.dtype
-        )
+        made: torch.dtype = value.meta["val"].dtype if isinstance(value, fx.Node) else value.dtype
         return made
 
     # ---- names ----------------------------------------------------------------------------------
@@ -370,7 +368,8 @@ def _known(value: Any) -> Any:
     if isinstance(value, torch.SymBool):
         if statically_known_true(value):
             return True
-        return False if statically_known_true(torch.sym_not(value)) else value
+        negated: Any = torch.sym_not  # it has no types
+        return False if statically_known_true(negated(value)) else value
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
         expression = value.node.expr
         if expression.is_number:
@@ -391,4 +390,3 @@ def _nodes(value: Any) -> list[fx.Node]:
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
-

@@ -120,11 +120,13 @@ def _no_maker(node: Node) -> str:
     return ""
 
 
-def _made(b: Builder, graph: Graph, node: Node, given: list[Any], tensors: dict[str, Tensor]) -> Any:
+def _made(
+    b: Builder, graph: Graph, node: Node, given: list[Any], tensors: dict[str, Tensor]
+) -> Any:
     maker = _MAKERS[node.op]
     for role, tensor in tensors.items():
         b.name_constant(tensor, f"{node.name}_{role}")
-    attrs = dict(node.attrs)
+    attrs: dict[str, Any] = dict(node.attrs)
     attrs["graph"] = graph
     with b.named(node.output):
         return maker(b, node, given, attrs, tensors)
@@ -168,7 +170,8 @@ def _embedding(b: Builder, node: Node, x: list[fx.Node], a: Args, t: Mapping[str
     weight = t["weight"].float()
     if "scale" in t:
         weight = weight * t["scale"].unsqueeze(1)
-    module = _place(nn.Embedding(*weight.shape, device="meta"), {"weight": weight})
+    table = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
+    module = _place(table, {"weight": weight})
     ids = x[0]
     if b.dtype(ids).is_floating_point:
         ids = b.call(torch.Tensor.to, b.call(torch.round, ids), torch.int64)

@@ -77,7 +77,9 @@ def load_onnx(
     lines = unsupported(model, nodes_of(model.graph))
     inputs = [each for each in model.inputs if each.name not in fixed]
     _check_arguments(model, inputs, shapes or {}, batch_axes or {})
-    imported, arguments, any_batch = _import(model, inputs, fixed, shapes or {}, batch_axes or {}, lines)
+    imported, arguments, any_batch = _import(
+        model, inputs, fixed, shapes or {}, batch_axes or {}, lines
+    )
     example = Example(
         tuple(identifier(argument.name) for argument in arguments),
         tuple(argument.name for argument in arguments),
@@ -120,7 +122,8 @@ def _import(
     if lines and isinstance(first, UnsupportedModelError):
         raise UnsupportedModelError(
             f"{model.where} has operators that lutra cannot import: {'; '.join(lines)}; "
-            "rewrite these parts, or cut them off with onnx.utils.extract_model", lines
+            "rewrite these parts, or cut them off with onnx.utils.extract_model",
+            lines,
         ) from first
     raise first
 
@@ -209,7 +212,9 @@ _MOVES: Final = (
 
 def _limit(module: fx.GraphModule, argument: str) -> int:
     """The number that entries of an argument of integers must stay below: the rows of a table."""
-    found = next((n for n in module.graph.nodes if n.op == "placeholder" and n.name == argument), None)
+    found = next(
+        (n for n in module.graph.nodes if n.op == "placeholder" and n.name == argument), None
+    )
     rows, stack = [], [] if found is None else [found]
     while stack:
         for user in stack.pop().users:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -101,6 +101,7 @@ def read(source: str | os.PathLike[str] | Any) -> OnnxModel:
             f"{where} holds no ONNX model with outputs; give a file that torch.onnx.export or "
             "another exporter wrote"
         )
+    _check_texts(proto, where)
     opset = _opset(proto, where)
     if proto.functions:
         try:
@@ -117,6 +118,23 @@ def read(source: str | os.PathLike[str] | Any) -> OnnxModel:
     return OnnxModel(
         where, graph, opset, inputs, tuple(value.name for value in graph.output), proto
     )
+
+
+def _check_texts(proto: Any, where: str) -> None:
+    """Raises FormatError about names that are no text, which protobuf gives as bytes."""
+    graph = proto.graph
+    values = [*graph.input, *graph.output]
+    texts: list[Any] = [each.name for each in (*values, *graph.initializer)]
+    texts += [dim.dim_param for value in values for dim in value.type.tensor_type.shape.dim]
+    texts += [each.domain for each in proto.opset_import]
+    for node in nodes_of(graph):
+        texts += [node.name, node.op_type, node.domain, *node.input, *node.output]
+        for attribute in node.attribute:
+            texts += [attribute.name, *(each.name for each in attribute.g.initializer)]
+            texts += [each.name for each in (*attribute.g.input, *attribute.g.output)]
+    wrong = next((text for text in texts if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise FormatError(f"{where}: the name {wrong!r} is no text; the file is broken")
 
 
 def _opset(proto: Any, where: str) -> int:

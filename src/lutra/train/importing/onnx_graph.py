@@ -17,6 +17,11 @@ from lutra.train.importing.builder import Builder, Refusal, Value, identifier
 from lutra.train.importing.onnx_file import OnnxModel, as_tensor, attributes, in_order, outer_names
 from lutra.train.importing.onnx_ops import OPS, Op
 
+#: What PyTorch raises about arguments that it does not take.
+_RAISED = (
+    ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, MemoryError,
+    NotImplementedError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 #: Endings of weights of modules: what is in front of them names the module.
 _WEIGHT = re.compile(r"(?:[._/:-](?:weight|kernel|gamma|W|w|weights?_\d+))(?:[:_]\d+)?$")
 _DOMAINS = ("", "ai.onnx")
@@ -228,7 +233,9 @@ class Import:
                     value = results[position] if position < len(results) else None
                     self._values[name] = Failed() if value is None else value
                     if value is None and self._uses[name]:
-                        self._fail(node, f"lutra does not make its output {position}, which is used")
+                        self._fail(
+                            node, f"lutra does not make its output {position}, which is used"
+                        )
                     elif isinstance(value, fx.Node) and name not in self._inside.values():
                         self._origins.setdefault(value.name, name)
 
@@ -362,5 +369,3 @@ def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return f"PyTorch refuses it: {text[:240].rstrip('.')}"
-
-

@@ -90,7 +90,7 @@ def _numbers(b: Builder, op: Op, *values: Value) -> Numbers | None:
         return None
     if any(isinstance(value, fx.Node) or value.ndim > 1 for value in values):
         return None
-    scalar = all(value.ndim == 0 for value in values)
+    scalar = all(b.ndim(value) == 0 for value in values)
     parts = [
         list(value.items) if isinstance(value, Numbers) else value.reshape(-1).tolist()
         for value in values
@@ -133,19 +133,19 @@ def _number(b: Builder, function: Callable[..., Any], *args: Any) -> Any:
 
 
 @onnx_op(*_UNARY)
-def _unary(b: Builder, op: Op, x: Value) -> Value:
+def _unary(b: Builder, op: Op, x: Value) -> Any:
     counted = _numbers(b, op, x)
     if counted is not None:
         return counted
-    return b.call(_UNARY[op.type], x)  # type: ignore[no-any-return]
+    return b.call(_UNARY[op.type], x)
 
 
 @onnx_op(*_BINARY)
-def _binary(b: Builder, op: Op, x: Value, y: Value) -> Value:
+def _binary(b: Builder, op: Op, x: Value, y: Value) -> Any:
     counted = _numbers(b, op, x, y)
     if counted is not None:
         return counted
-    return b.call(_BINARY[op.type], *plain_numbers(b, x, y))  # type: ignore[no-any-return]
+    return b.call(_BINARY[op.type], *plain_numbers(b, x, y))
 
 
 def plain_numbers(b: Builder, x: Value, y: Value) -> tuple[Any, Any]:
@@ -167,50 +167,52 @@ def _identity(b: Builder, op: Op, x: Value, *rest: Value | None) -> Any:
 
 
 @onnx_op("Div")
-def _div(b: Builder, op: Op, x: Value, y: Value) -> Value:
+def _div(b: Builder, op: Op, x: Value, y: Value) -> Any:
     counted = _numbers(b, op, x, y)
     if counted is not None:
         return counted
     if b.dtype(x).is_floating_point:
-        return b.call(torch.div, *plain_numbers(b, x, y))  # type: ignore[no-any-return]
-    return b.call(torch.div, x, y, rounding_mode="trunc")  # type: ignore[no-any-return]
+        return b.call(torch.div, *plain_numbers(b, x, y))
+    return b.call(torch.div, x, y, rounding_mode="trunc")
 
 
 @onnx_op("Mod")
-def _mod(b: Builder, op: Op, x: Value, y: Value) -> Value:
+def _mod(b: Builder, op: Op, x: Value, y: Value) -> Any:
     counted = None if op.get("fmod", 0) else _numbers(b, op, x, y)
     if counted is not None:
         return counted
-    return b.call(torch.fmod if op.get("fmod", 0) else torch.remainder, x, y)  # type: ignore[no-any-return]
+    return b.call(torch.fmod if op.get("fmod", 0) else torch.remainder, x, y)
 
 
 @onnx_op("Pow")
-def _pow(b: Builder, op: Op, x: Value, y: Value) -> Value:
+def _pow(b: Builder, op: Op, x: Value, y: Value) -> Any:
     if isinstance(y, Tensor) and y.numel() == 1 and y.ndim <= b.ndim(x):
         exponent = y.item()
         whole = float(exponent).is_integer()
-        return b.call(torch.pow, x, int(exponent) if whole else exponent)  # type: ignore[no-any-return]
+        return b.call(torch.pow, x, int(exponent) if whole else exponent)
     dtype = b.dtype(x)
     made = b.call(torch.pow, x, y)
     return made if b.dtype(made) == dtype else b.call(torch.Tensor.to, made, dtype)
 
 
 @onnx_op("BitShift")
-def _shift(b: Builder, op: Op, x: Value, y: Value) -> Value:
+def _shift(b: Builder, op: Op, x: Value, y: Value) -> Any:
     left = op.get("direction") == "LEFT"
     function = torch.bitwise_left_shift if left else torch.bitwise_right_shift
-    return b.call(function, x, y)  # type: ignore[no-any-return]
+    return b.call(function, x, y)
 
 
 @onnx_op("Max", "Min")
-def _extreme(b: Builder, op: Op, *values: Value) -> Value:
+def _extreme(b: Builder, op: Op, *values: Value) -> Any:
     counted = _numbers(b, op, *values) if len(values) > 1 else None
     if counted is not None:
         return counted
     function = torch.maximum if op.type == "Max" else torch.minimum
     result = values[0]
     for value in values[1:]:
-        x, y = plain_numbers(b, *((result, value) if isinstance(value, Tensor) else (value, result)))
+        x, y = plain_numbers(
+            b, *((result, value) if isinstance(value, Tensor) else (value, result))
+        )
         if not isinstance(y, (int, float)):
             result = b.call(function, x, y)
         elif y != (-math.inf if op.type == "Max" else math.inf):
@@ -221,14 +223,14 @@ def _extreme(b: Builder, op: Op, *values: Value) -> Value:
 
 
 @onnx_op("Sum", "Mean")
-def _sum(b: Builder, op: Op, *values: Value) -> Value:
+def _sum(b: Builder, op: Op, *values: Value) -> Any:
     total = _reduced(b, torch.add, values)
     if op.type == "Sum" or len(values) == 1:
         return total
-    return b.call(torch.div, total, float(len(values)))  # type: ignore[no-any-return]
+    return b.call(torch.div, total, float(len(values)))
 
 
-def _reduced(b: Builder, function: Callable[..., Any], values: tuple[Value, ...]) -> Value:
+def _reduced(b: Builder, function: Callable[..., Any], values: tuple[Value, ...]) -> Any:
     if not values:
         raise Refusal("it has no inputs")
     result = values[0]
@@ -238,12 +240,12 @@ def _reduced(b: Builder, function: Callable[..., Any], values: tuple[Value, ...]
 
 
 @onnx_op("Where")
-def _where(b: Builder, op: Op, condition: Value, x: Value, y: Value) -> Value:
+def _where(b: Builder, op: Op, condition: Value, x: Value, y: Value) -> Any:
     given = (condition, x, y)
     sizes = any(isinstance(value, Numbers) for value in given)
     if sizes and not any(isinstance(value, fx.Node) or value.ndim > 1 for value in given):
         return _where_numbers(b, given)
-    return b.call(torch.where, condition, x, y)  # type: ignore[no-any-return]
+    return b.call(torch.where, condition, x, y)
 
 
 def _where_numbers(b: Builder, given: tuple[Value, ...]) -> Numbers:
@@ -262,13 +264,13 @@ def _where_numbers(b: Builder, given: tuple[Value, ...]) -> Numbers:
 
 
 @onnx_op("Cast", "CastLike")
-def _cast(b: Builder, op: Op, x: Value, like: Value | None = None) -> Value:
+def _cast(b: Builder, op: Op, x: Value, like: Value | None = None) -> Any:
     dtype = dtype_of(int(op.get("to", 0))) if like is None else b.dtype(like)
     if isinstance(x, Numbers):
         return Numbers(tuple(_cast_number(b, item, dtype) for item in x.items), dtype, x.scalar)
     if b.dtype(x) == dtype:
         return x
-    return b.call(torch.Tensor.to, x, dtype)  # type: ignore[no-any-return]
+    return b.call(torch.Tensor.to, x, dtype)
 
 
 def _cast_number(b: Builder, x: Any, dtype: torch.dtype) -> Any:
@@ -287,10 +289,8 @@ def _cast_number(b: Builder, x: Any, dtype: torch.dtype) -> Any:
 
 
 @onnx_op("Clip")
-def _clip(
-    b: Builder, op: Op, x: Value, low: Value | None = None, high: Value | None = None
-) -> Value:
-    limits = [op.get("min"), op.get("max")] if op.opset < 11 else [low, high]
+def _clip(b: Builder, op: Op, x: Value, low: Value | None = None, high: Value | None = None) -> Any:
+    limits: list[Any] = [op.get("min"), op.get("max")] if op.opset < 11 else [low, high]
     if all(limit is None for limit in limits):
         return x
     limits = [
@@ -302,51 +302,51 @@ def _clip(
         for name, limit in given.items():
             if isinstance(limit, (int, float)):
                 given[name] = torch.tensor(limit, dtype=b.dtype(x))
-        return b.call(torch.clamp, x, **given)  # type: ignore[no-any-return]
+        return b.call(torch.clamp, x, **given)
     if limits[0] is not None and limits[1] is not None and limits[0] > limits[1]:
         limits[0] = limits[1]
     if b.dtype(x).is_floating_point and limits == [0, 6]:
-        return b.call(F.relu6, x)  # type: ignore[no-any-return]
+        return b.call(F.relu6, x)
     given = dict(zip(("min", "max"), limits, strict=True))
-    return b.call(torch.clamp, x, **{k: v for k, v in given.items() if v is not None})  # type: ignore[no-any-return]
+    return b.call(torch.clamp, x, **{k: v for k, v in given.items() if v is not None})
 
 
 @onnx_op("LeakyRelu")
-def _leaky_relu(b: Builder, op: Op, x: Value) -> Value:
-    return b.call(F.leaky_relu, x, float(op.get("alpha", 0.01)))  # type: ignore[no-any-return]
+def _leaky_relu(b: Builder, op: Op, x: Value) -> Any:
+    return b.call(F.leaky_relu, x, float(op.get("alpha", 0.01)))
 
 
 @onnx_op("Elu")
-def _elu(b: Builder, op: Op, x: Value) -> Value:
-    return b.call(F.elu, x, float(op.get("alpha", 1.0)))  # type: ignore[no-any-return]
+def _elu(b: Builder, op: Op, x: Value) -> Any:
+    return b.call(F.elu, x, float(op.get("alpha", 1.0)))
 
 
 @onnx_op("Celu")
-def _celu(b: Builder, op: Op, x: Value) -> Value:
-    return b.call(F.celu, x, float(op.get("alpha", 1.0)))  # type: ignore[no-any-return]
+def _celu(b: Builder, op: Op, x: Value) -> Any:
+    return b.call(F.celu, x, float(op.get("alpha", 1.0)))
 
 
 @onnx_op("Selu")
-def _selu(b: Builder, op: Op, x: Value) -> Value:
+def _selu(b: Builder, op: Op, x: Value) -> Any:
     alpha, gamma = float(op.get("alpha", 1.67326319217681884765625)), op.get("gamma")
     gamma = float(1.05070102214813232421875 if gamma is None else gamma)
     if math.isclose(alpha, 1.6732632, rel_tol=1e-6) and math.isclose(gamma, 1.050701, rel_tol=1e-6):
-        return b.call(F.selu, x)  # type: ignore[no-any-return]
-    return b.call(torch.mul, b.call(F.elu, x, alpha), gamma)  # type: ignore[no-any-return]
+        return b.call(F.selu, x)
+    return b.call(torch.mul, b.call(F.elu, x, alpha), gamma)
 
 
 @onnx_op("ThresholdedRelu")
-def _thresholded(b: Builder, op: Op, x: Value) -> Value:
-    return b.call(F.threshold, x, float(op.get("alpha", 1.0)), 0.0)  # type: ignore[no-any-return]
+def _thresholded(b: Builder, op: Op, x: Value) -> Any:
+    return b.call(F.threshold, x, float(op.get("alpha", 1.0)), 0.0)
 
 
 @onnx_op("Shrink")
-def _shrink(b: Builder, op: Op, x: Value) -> Value:
+def _shrink(b: Builder, op: Op, x: Value) -> Any:
     bias, lambd = float(op.get("bias", 0.0)), float(op.get("lambd", 0.5))
     if bias == lambd and b.dtype(x).is_floating_point:
-        return b.call(F.softshrink, x, lambd)  # type: ignore[no-any-return]
+        return b.call(F.softshrink, x, lambd)
     if bias == 0 and b.dtype(x).is_floating_point:
-        return b.call(F.hardshrink, x, lambd)  # type: ignore[no-any-return]
+        return b.call(F.hardshrink, x, lambd)
     above = b.call(torch.where, b.call(torch.gt, x, lambd), b.call(torch.sub, x, bias), 0.0)
     below = b.call(torch.where, b.call(torch.lt, x, -lambd), b.call(torch.add, x, bias), 0.0)
     made = b.call(torch.add, above, below)
@@ -354,76 +354,75 @@ def _shrink(b: Builder, op: Op, x: Value) -> Value:
 
 
 @onnx_op("HardSigmoid")
-def _hard_sigmoid(b: Builder, op: Op, x: Value) -> Value:
+def _hard_sigmoid(b: Builder, op: Op, x: Value) -> Any:
     alpha, beta = float(op.get("alpha", 0.2)), float(op.get("beta", 0.5))
     if math.isclose(alpha, 1 / 6, rel_tol=1e-4) and beta == 0.5:
-        return b.call(F.hardsigmoid, x)  # type: ignore[no-any-return]
+        return b.call(F.hardsigmoid, x)
     line = b.call(torch.add, b.call(torch.mul, x, alpha), beta)
-    return b.call(torch.clamp, line, 0.0, 1.0)  # type: ignore[no-any-return]
+    return b.call(torch.clamp, line, 0.0, 1.0)
 
 
 @onnx_op("PRelu")
-def _prelu(b: Builder, op: Op, x: Value, slope: Value) -> Value:
+def _prelu(b: Builder, op: Op, x: Value, slope: Value) -> Any:
     channels = b.sizes(x)[1] if b.ndim(x) > 1 else None
-    flat = isinstance(slope, Tensor) and slope.numel() in (1, channels)
-    per_channel = flat and (slope.numel() == 1 or b.ndim(slope) == b.ndim(x) - 1)
-    if per_channel and isinstance(slope, Tensor) and (
-        slope.numel() == 1 or slope.shape[0] == channels
+    if isinstance(slope, Tensor) and (
+        slope.numel() == 1
+        or (slope.ndim == b.ndim(x) - 1 and slope.numel() == slope.shape[0] == channels)
     ):
         module = torch.nn.PReLU(slope.numel())
         module.weight.data = slope.reshape(-1).float().clone()
-        return b.module(op.path, module, x)  # type: ignore[no-any-return]
-    return b.call(torch.where, b.call(torch.lt, x, 0), b.call(torch.mul, x, slope), x)  # type: ignore[no-any-return]
+        return b.module(op.path, module, x)
+    return b.call(torch.where, b.call(torch.lt, x, 0), b.call(torch.mul, x, slope), x)
 
 
 @onnx_op("Gelu")
-def _gelu(b: Builder, op: Op, x: Value) -> Value:
-    return b.call(F.gelu, x, approximate=str(op.get("approximate", "none")))  # type: ignore[no-any-return]
+def _gelu(b: Builder, op: Op, x: Value) -> Any:
+    return b.call(F.gelu, x, approximate=str(op.get("approximate", "none")))
 
 
 @onnx_op("Swish")
-def _swish(b: Builder, op: Op, x: Value) -> Value:
+def _swish(b: Builder, op: Op, x: Value) -> Any:
     alpha = float(op.get("alpha", 1.0))
     if alpha == 1:
-        return b.call(F.silu, x)  # type: ignore[no-any-return]
-    return b.call(torch.mul, x, b.call(torch.sigmoid, b.call(torch.mul, x, alpha)))  # type: ignore[no-any-return]
+        return b.call(F.silu, x)
+    return b.call(torch.mul, x, b.call(torch.sigmoid, b.call(torch.mul, x, alpha)))
 
 
 @onnx_op("IsInf")
-def _is_inf(b: Builder, op: Op, x: Value) -> Value:
+def _is_inf(b: Builder, op: Op, x: Value) -> Any:
     positive, negative = op.get("detect_positive", 1), op.get("detect_negative", 1)
     if positive and negative:
-        return b.call(torch.isinf, x)  # type: ignore[no-any-return]
+        return b.call(torch.isinf, x)
     if not positive and not negative:
-        return b.call(torch.zeros_like, x, dtype=torch.bool)  # type: ignore[no-any-return]
-    return b.call(torch.eq, x, math.inf if positive else -math.inf)  # type: ignore[no-any-return]
+        return b.call(torch.zeros_like, x, dtype=torch.bool)
+    return b.call(torch.eq, x, math.inf if positive else -math.inf)
 
 
 @onnx_op("LogSoftmax", "Softmax", "Hardmax")
-def _softmax(b: Builder, op: Op, x: Value) -> Value:
+def _softmax(b: Builder, op: Op, x: Value) -> Any:
     ndim = b.ndim(x)
     axis = int(op.get("axis", -1 if op.opset >= 13 else 1))
     if op.opset < 13 and axis % max(ndim, 1) != ndim - 1:  # over all axes behind it at once
         flat = b.call(torch.flatten, x, axis % ndim)
         shape = list(b.shape(x))
-        return b.call(torch.reshape, _along(b, op.type, flat, -1), shape)  # type: ignore[no-any-return]
+        return b.call(torch.reshape, _along(b, op.type, flat, -1), shape)
     return _along(b, op.type, x, axis)
 
 
-def _along(b: Builder, kind: str, x: Value, axis: int) -> Value:
+def _along(b: Builder, kind: str, x: Value, axis: int) -> Any:
     if kind != "Hardmax":
         function = torch.softmax if kind == "Softmax" else torch.log_softmax
-        return b.call(function, x, axis)  # type: ignore[no-any-return]
+        return b.call(function, x, axis)
     best = b.call(torch.argmax, x, axis)
     size = b.sizes(x)[axis]
     if size is None:
         raise Refusal("its axis has a size that is known at run time only")
     hot = b.call(torch.Tensor.to, b.call(F.one_hot, best, size), b.dtype(x))
-    return b.call(torch.movedim, hot, -1, axis)  # type: ignore[no-any-return]
+    return b.call(torch.movedim, hot, -1, axis)
 
 
 @onnx_op("Bernoulli", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
-def _random(b: Builder, op: Op, *_: Value | None) -> Value:
+def _random(b: Builder, op: Op, *_: Value | None) -> Any:
     raise Refusal("it gives other numbers in every run; remove what is random")
 
 

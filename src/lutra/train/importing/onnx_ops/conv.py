@@ -48,9 +48,7 @@ def window_pads(
         else:
             total = _same(b, size, strides[i], reach)
         small: Any = total // 2 if isinstance(total, int) else b.call(operator.floordiv, total, 2)
-        large: Any = (
-            total - small if isinstance(total, int) else b.call(operator.sub, total, small)
-        )
+        large: Any = total - small if isinstance(total, int) else b.call(operator.sub, total, small)
         sides.append((small, large) if auto == "SAME_UPPER" else (large, small))
     return sides
 
@@ -58,7 +56,9 @@ def window_pads(
 def _same(b: Builder, size: fx.Node, stride: int, reach: int) -> Any:
     """The padding of an axis whose size is known at run time only."""
     count = b.call(operator.floordiv, b.call(operator.add, size, stride - 1), stride)
-    whole = b.call(operator.add, b.call(operator.mul, b.call(operator.sub, count, 1), stride), reach)
+    whole = b.call(
+        operator.add, b.call(operator.mul, b.call(operator.sub, count, 1), stride), reach
+    )
     return b.call(torch.sym_max, b.call(operator.sub, whole, size), 0)
 
 
@@ -72,11 +72,13 @@ def each(op: Op, name: str, rank: int, default: int = 1) -> list[int]:
 
 
 @onnx_op("Conv")
-def conv(b: Builder, op: Op, x: Value, weight: Value, bias: Value | None = None) -> Value:
+def conv(b: Builder, op: Op, x: Value, weight: Value, bias: Value | None = None) -> Any:
     """A convolution, as `nn.Conv1d` to `nn.Conv3d` where its weight is a constant."""
     rank = b.ndim(x) - 2
     if rank not in (1, 2, 3) or b.ndim(weight) != rank + 2:
-        raise Refusal(f"it convolves {rank} axes with a weight of {b.ndim(weight) - 2}; 1 to 3 exist")
+        raise Refusal(
+            f"it convolves {rank} axes with a weight of {b.ndim(weight) - 2}; 1 to 3 exist"
+        )
     kernel = [size or 0 for size in b.sizes(weight)[2:]]
     strides, dilations = each(op, "strides", rank), each(op, "dilations", rank)
     groups = int(op.get("group", 1))
@@ -88,7 +90,7 @@ def conv(b: Builder, op: Op, x: Value, weight: Value, bias: Value | None = None)
         padding = [0] * rank
     if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
         call = _CONV_CALL[rank - 1]
-        return b.call(call, x, weight, bias, strides, padding, dilations, groups)  # type: ignore[no-any-return]
+        return b.call(call, x, weight, bias, strides, padding, dilations, groups)
     channels = b.sizes(x)[1]
     out, per_group = weight.shape[:2]
     if groups < 1 or channels != per_group * groups or out % groups or 0 in weight.shape:
@@ -101,7 +103,7 @@ def conv(b: Builder, op: Op, x: Value, weight: Value, bias: Value | None = None)
         groups, bias=bias is not None, device="meta",
     )  # fmt: skip
     _fill(module, weight, bias)
-    return b.module(op.path, module, x)  # type: ignore[no-any-return]
+    return b.module(op.path, module, x)
 
 
 def _fill(module: nn.Module, weight: Tensor, bias: Value | None) -> None:
@@ -111,9 +113,7 @@ def _fill(module: nn.Module, weight: Tensor, bias: Value | None) -> None:
 
 
 @onnx_op("ConvTranspose")
-def _conv_transpose(
-    b: Builder, op: Op, x: Value, weight: Value, bias: Value | None = None
-) -> Value:
+def _conv_transpose(b: Builder, op: Op, x: Value, weight: Value, bias: Value | None = None) -> Any:
     rank = b.ndim(x) - 2
     if rank not in (1, 2, 3) or b.ndim(weight) != rank + 2:
         raise Refusal(f"it works on {rank} axes; 1 to 3 exist")
@@ -155,7 +155,7 @@ def _conv_transpose(
         if (front, back) != (0, 0):
             end = None if back == 0 else -back
             y = b.call(operator.getitem, y, (slice(None),) * (2 + i) + (slice(front, end),))
-    return y  # type: ignore[no-any-return]
+    return y
 
 
 def _transposed_pads(
@@ -184,5 +184,3 @@ def _transposed_pads(
         half = total // 2
         sides.append((total - half, half) if auto != "SAME_UPPER" else (half, total - half))
     return sides
-
-

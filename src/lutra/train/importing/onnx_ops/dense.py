@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -9,34 +11,33 @@ from lutra.train.importing.builder import Builder, Refusal, Value
 from lutra.train.importing.onnx_ops.registry import Op, onnx_op
 
 
-def linear(b: Builder, path: str, x: Value, weight: Tensor, bias: Tensor | None) -> Value:
+def linear(b: Builder, path: str, x: Value, weight: Tensor, bias: Tensor | None) -> Any:
     """`nn.Linear` of a weight of shape (outputs, inputs)."""
     if b.sizes(x)[-1] not in (None, weight.shape[1]):
         raise Refusal(
-            f"its weight of shape {tuple(weight.shape)} does not fit an input of shape "
-            f"{b.sizes(x)}"
+            f"its weight of shape {tuple(weight.shape)} does not fit an input of shape {b.sizes(x)}"
         )
     outputs, inputs = weight.shape
     module = nn.Linear(inputs, outputs, bias is not None, device="meta")
     module.weight = nn.Parameter(weight.float().contiguous().clone())
     if bias is not None:
         module.bias = nn.Parameter(bias.float().clone())
-    return b.module(path, module, x)  # type: ignore[no-any-return]
+    return b.module(path, module, x)
 
 
 @onnx_op("MatMul")
-def matmul(b: Builder, op: Op, x: Value, y: Value) -> Value:
+def matmul(b: Builder, op: Op, x: Value, y: Value) -> Any:
     """A product; of a constant matrix `nn.Linear`, with the bias that is added next."""
     floats = b.dtype(x).is_floating_point and b.dtype(y).is_floating_point
     if not isinstance(x, Tensor) and isinstance(y, Tensor) and y.ndim == 2 and floats:
         ids = _hot(b, x, y.shape[0])
         if ids is not None:
-            table = nn.Embedding(*y.shape, device="meta")
+            table = nn.Embedding(y.shape[0], y.shape[1], device="meta")
             table.weight = nn.Parameter(y.float().contiguous().clone())
-            return b.module(op.path, table, ids)  # type: ignore[no-any-return]
+            return b.module(op.path, table, ids)
         bias = op.context.bias_after(op, y.shape[1])
         return linear(b, op.path, x, y.t(), bias)
-    return b.call(torch.matmul, x, y)  # type: ignore[no-any-return]
+    return b.call(torch.matmul, x, y)
 
 
 def _hot(b: Builder, x: Value, size: int) -> Value | None:
@@ -60,11 +61,11 @@ def _hot(b: Builder, x: Value, size: int) -> Value | None:
         ids = ids.args[0]
     if b.sizes(ids)[-1] != 1 or b.ndim(ids) != b.ndim(x):
         return None
-    return b.call(torch.squeeze, ids, -1)  # type: ignore[no-any-return]
+    return b.call(torch.squeeze, ids, -1)
 
 
 @onnx_op("Gemm")
-def _gemm(b: Builder, op: Op, x: Value, weight: Value, bias: Value | None = None) -> Value:
+def _gemm(b: Builder, op: Op, x: Value, weight: Value, bias: Value | None = None) -> Any:
     alpha, beta = float(op.get("alpha", 1.0)), float(op.get("beta", 1.0))
     if op.get("transA", 0):
         x = b.call(torch.t, x)
@@ -73,8 +74,10 @@ def _gemm(b: Builder, op: Op, x: Value, weight: Value, bias: Value | None = None
         outputs = matrix.shape[0]
         if bias is None:
             return linear(b, op.path, x, matrix * alpha, None)
-        if isinstance(bias, Tensor) and bias.numel() in (1, outputs) and (
-            bias.ndim < 2 or bias.shape[0] == 1
+        if (
+            isinstance(bias, Tensor)
+            and bias.numel() in (1, outputs)
+            and (bias.ndim < 2 or bias.shape[0] == 1)
         ):
             row = (bias.reshape(-1) * beta).expand(outputs)
             return linear(b, op.path, x, matrix * alpha, row)
@@ -83,14 +86,14 @@ def _gemm(b: Builder, op: Op, x: Value, weight: Value, bias: Value | None = None
     y = b.call(torch.matmul, x, weight)
     y = y if alpha == 1 else b.call(torch.mul, y, alpha)
     if bias is None:
-        return y  # type: ignore[no-any-return]
-    return b.call(torch.add, y, bias if beta == 1 else b.call(torch.mul, bias, beta))  # type: ignore[no-any-return]
+        return y
+    return b.call(torch.add, y, bias if beta == 1 else b.call(torch.mul, bias, beta))
 
 
 @onnx_op("Einsum")
-def _einsum(b: Builder, op: Op, *values: Value) -> Value:
+def _einsum(b: Builder, op: Op, *values: Value) -> Any:
     equation = str(op.get("equation", "")).replace(" ", "")
-    return b.call(torch.einsum, equation, *values)  # type: ignore[no-any-return]
+    return b.call(torch.einsum, equation, *values)
 
 
 #: The attributes of attention that are read, or say nothing about the numbers.
@@ -101,7 +104,7 @@ _READ = {
 
 
 @onnx_op("Attention")
-def _attention(b: Builder, op: Op, *values: Value | None) -> Value:
+def _attention(b: Builder, op: Op, *values: Value | None) -> Any:
     q, k, v, mask, *cache = [*values, *[None] * 4][: max(4, len(values))]
     if any(c is not None for c in cache) or any(op.wants(i) for i in (1, 2, 3)):
         raise Refusal("it keeps keys and values from run to run; export the model without a cache")
@@ -122,9 +125,9 @@ def _attention(b: Builder, op: Op, *values: Value | None) -> Value:
     return b.call(torch.flatten, b.call(torch.transpose, made, 1, 2), 2) if flat else made
 
 
-def _by_head(b: Builder, x: Value, heads: int) -> Value:
+def _by_head(b: Builder, x: Value, heads: int) -> Any:
     """(N, T, H d) to (N, H, T, d)."""
     width = b.sizes(x)[2]
     if width is None or heads < 1 or width % heads:
         raise Refusal(f"its {width} values cannot be divided among {heads} heads")
-    return b.call(torch.transpose, b.call(torch.unflatten, x, 2, (heads, width // heads)), 1, 2)  # type: ignore[no-any-return]
+    return b.call(torch.transpose, b.call(torch.unflatten, x, 2, (heads, width // heads)), 1, 2)

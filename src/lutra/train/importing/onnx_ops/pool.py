@@ -37,7 +37,7 @@ def _fits(kernel: list[int], dilations: list[int], sides: Any) -> bool:
 
 
 @onnx_op("MaxPool")
-def _max_pool(b: Builder, op: Op, x: Value) -> Value:
+def _max_pool(b: Builder, op: Op, x: Value) -> Any:
     if op.wants(1):
         raise Refusal("the places of the largest values are used; do without them")
     kernel, strides, dilations, sides = _window(b, op, x)
@@ -47,8 +47,8 @@ def _max_pool(b: Builder, op: Op, x: Value) -> Value:
     if not dtype.is_floating_point:
         x = b.call(torch.Tensor.to, x, torch.float32)
     if not _fits(kernel, [1] * len(kernel), sides):
-        x = padded(b, x, [(0, 0), (0, 0), *_with_ceil(b, x, sides, kernel, strides, dilations, ceil)],
-                   fill=-math.inf)  # fmt: skip
+        ended = _with_ceil(b, x, sides, kernel, strides, dilations, ceil)
+        x = padded(b, x, [(0, 0), (0, 0), *ended], fill=-math.inf)
         padding, ceil = [0] * len(kernel), False
     y = b.call(_MAX[len(kernel) - 1], x, kernel, strides, padding, dilations, ceil)
     return y if dtype.is_floating_point else b.call(torch.Tensor.to, y, dtype)
@@ -73,13 +73,13 @@ def _with_ceil(b: Builder, x: Value, sides: Any, kernel: list[int], strides: lis
 
 
 @onnx_op("AveragePool")
-def _average_pool(b: Builder, op: Op, x: Value) -> Value:
+def _average_pool(b: Builder, op: Op, x: Value) -> Any:
     kernel, strides, dilations, sides = _window(b, op, x)
     rank = len(kernel)
     ceil, whole = bool(op.get("ceil_mode", 0)), bool(op.get("count_include_pad", 0))
     function = _AVERAGE[rank - 1]
     if all(d == 1 for d in dilations) and _fits(kernel, dilations, sides):
-        return b.call(function, x, kernel, strides, [f for f, _ in sides], ceil, whole)  # type: ignore[no-any-return]
+        return b.call(function, x, kernel, strides, [f for f, _ in sides], ceil, whole)
     ended = _with_ceil(b, x, sides, kernel, strides, dilations, ceil)
     total = _means(b, padded(b, x, [(0, 0), (0, 0), *ended]), kernel, strides, dilations)
     if all(side == (0, 0) for side in ended):
@@ -93,31 +93,31 @@ def _average_pool(b: Builder, op: Op, x: Value) -> Value:
         ended = [(0, e[1] - s[1]) for e, s in zip(ended, sides, strict=True)]
     counted = padded(b, counted, [(0, 0), (0, 0), *ended])
     share = _means(b, counted, kernel, strides, dilations)
-    return b.call(torch.div, total, share)  # type: ignore[no-any-return]
+    return b.call(torch.div, total, share)
 
 
 def _means(b: Builder, x: Value, kernel: list[int], strides: list[int],
-           dilations: list[int]) -> Value:  # fmt: skip
+           dilations: list[int]) -> Any:  # fmt: skip
     rank = len(kernel)
     if all(d == 1 for d in dilations):
-        return b.call(_AVERAGE[rank - 1], x, kernel, strides)  # type: ignore[no-any-return]
+        return b.call(_AVERAGE[rank - 1], x, kernel, strides)
     channels = b.sizes(x)[1]
     if channels is None:
         raise Refusal("its channels are known at run time only")
     weight = torch.full((channels, 1, *kernel), 1 / math.prod(kernel))
     function = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
-    return b.call(function, x, weight, None, strides, [0] * rank, dilations, channels)  # type: ignore[no-any-return]
+    return b.call(function, x, weight, None, strides, [0] * rank, dilations, channels)
 
 
 @onnx_op("LpPool")
-def _lp_pool(b: Builder, op: Op, x: Value) -> Value:
+def _lp_pool(b: Builder, op: Op, x: Value) -> Any:
     kernel, strides, dilations, sides = _window(b, op, x)
     order = float(op.get("p", 2))
     powers = b.call(torch.pow, b.call(torch.abs, x), order)
     ended = _with_ceil(b, x, sides, kernel, strides, dilations, bool(op.get("ceil_mode", 0)))
     powers = padded(b, powers, [(0, 0), (0, 0), *ended])
     means = _means(b, powers, kernel, strides, dilations)
-    return b.call(torch.pow, b.call(torch.mul, means, float(math.prod(kernel))), 1 / order)  # type: ignore[no-any-return]
+    return b.call(torch.pow, b.call(torch.mul, means, float(math.prod(kernel))), 1 / order)
 
 
 def _spatial(b: Builder, x: Value) -> list[int]:
@@ -127,17 +127,17 @@ def _spatial(b: Builder, x: Value) -> list[int]:
 
 
 @onnx_op("GlobalAveragePool")
-def _global_average(b: Builder, op: Op, x: Value) -> Value:
-    return b.call(torch.mean, x, _spatial(b, x), keepdim=True)  # type: ignore[no-any-return]
+def _global_average(b: Builder, op: Op, x: Value) -> Any:
+    return b.call(torch.mean, x, _spatial(b, x), keepdim=True)
 
 
 @onnx_op("GlobalMaxPool")
-def _global_max(b: Builder, op: Op, x: Value) -> Value:
-    return b.call(torch.amax, x, _spatial(b, x), keepdim=True)  # type: ignore[no-any-return]
+def _global_max(b: Builder, op: Op, x: Value) -> Any:
+    return b.call(torch.amax, x, _spatial(b, x), keepdim=True)
 
 
 @onnx_op("GlobalLpPool")
-def _global_lp(b: Builder, op: Op, x: Value) -> Value:
+def _global_lp(b: Builder, op: Op, x: Value) -> Any:
     order = float(op.get("p", 2))
     powers = b.call(torch.pow, b.call(torch.abs, x), order)
-    return b.call(torch.pow, b.call(torch.sum, powers, _spatial(b, x), keepdim=True), 1 / order)  # type: ignore[no-any-return]
+    return b.call(torch.pow, b.call(torch.sum, powers, _spatial(b, x), keepdim=True), 1 / order)

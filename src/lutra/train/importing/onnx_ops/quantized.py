@@ -37,7 +37,7 @@ def _along(b: Builder, x: Value, value: Tensor, axis: int) -> Tensor:
     return value.reshape(shape)
 
 
-def dequantized(b: Builder, x: Value, scale: Value, zero: Value | None, axis: int) -> Value:
+def dequantized(b: Builder, x: Value, scale: Value, zero: Value | None, axis: int) -> Any:
     """The floats that integers stand for."""
     if not isinstance(scale, Tensor) or not (zero is None or isinstance(zero, Tensor)):
         raise Refusal("its scale is computed while the model runs; it must be a constant")
@@ -51,10 +51,10 @@ def dequantized(b: Builder, x: Value, scale: Value, zero: Value | None, axis: in
     made_ = b.call(torch.Tensor.to, x, torch.float32)
     if zero is not None and bool((zero != 0).any()):
         made_ = b.call(torch.sub, made_, _along(b, x, zero.float(), axis))
-    return b.call(torch.mul, made_, _along(b, x, scale.float(), axis))  # type: ignore[no-any-return]
+    return b.call(torch.mul, made_, _along(b, x, scale.float(), axis))
 
 
-def quantized(b: Builder, op: Op, x: Value, scale: Value, zero: Value | None) -> Value:
+def quantized(b: Builder, op: Op, x: Value, scale: Value, zero: Value | None) -> Any:
     """Activations inside the range of their integers."""
     if not isinstance(scale, Tensor) or not (zero is None or isinstance(zero, Tensor)):
         raise Refusal("its scale is computed while the model runs; it must be a constant")
@@ -65,14 +65,14 @@ def quantized(b: Builder, op: Op, x: Value, scale: Value, zero: Value | None) ->
     if low.numel() == 1:
         span = (float(low), float(high))
         op.context.note_range(op, span)
-        return b.call(torch.clamp, x, *span)  # type: ignore[no-any-return]
+        return b.call(torch.clamp, x, *span)
     axis = int(op.get("axis", 1))
     sides = {"min": _along(b, x, low, axis), "max": _along(b, x, high, axis)}
-    return b.call(torch.clamp, x, **sides)  # type: ignore[no-any-return]
+    return b.call(torch.clamp, x, **sides)
 
 
 @onnx_op("QuantizeLinear")
-def _quantize(b: Builder, op: Op, x: Value, scale: Value, zero: Value | None = None) -> Value:
+def _quantize(b: Builder, op: Op, x: Value, scale: Value, zero: Value | None = None) -> Any:
     if isinstance(x, Tensor) and is_constant(scale):  # a weight that the file quantises itself
         assert isinstance(scale, Tensor)
         axis = int(op.get("axis", 1))
@@ -87,7 +87,7 @@ def _quantize(b: Builder, op: Op, x: Value, scale: Value, zero: Value | None = N
 
 
 @onnx_op("DequantizeLinear")
-def _dequantize(b: Builder, op: Op, x: Value, scale: Value, zero: Value | None = None) -> Value:
+def _dequantize(b: Builder, op: Op, x: Value, scale: Value, zero: Value | None = None) -> Any:
     if isinstance(x, Tensor):
         op.context.is_quantized = True
     made = dequantized(b, x, scale, zero, int(op.get("axis", 1)))
@@ -98,20 +98,23 @@ def _dequantize(b: Builder, op: Op, x: Value, scale: Value, zero: Value | None =
 
 @onnx_op("QLinearConv")
 def _q_conv(b: Builder, op: Op, x: Value, x_scale: Value, x_zero: Value, w: Value, w_scale: Value,
-            w_zero: Value, y_scale: Value, y_zero: Value, bias: Value | None = None) -> Value:  # fmt: skip
+            w_zero: Value, y_scale: Value, y_zero: Value,
+            bias: Value | None = None) -> Any:  # fmt: skip
     op.context.is_quantized = True
     weight = dequantized(b, w, w_scale, w_zero, 0)
     if bias is not None:
         if not is_constant(bias, x_scale, w_scale):
             raise Refusal("its scales are computed while the model runs; they must be constants")
-        bias = b.call(torch.mul, b.call(torch.Tensor.float, bias), b.call(torch.mul, x_scale, w_scale))
+        bias = b.call(
+            torch.mul, b.call(torch.Tensor.float, bias), b.call(torch.mul, x_scale, w_scale)
+        )
     given = dequantized(b, x, x_scale, x_zero, 1)
     return quantized(b, op, conv(b, op, given, weight, bias), y_scale, y_zero)
 
 
 @onnx_op("QLinearMatMul")
 def _q_matmul(b: Builder, op: Op, x: Value, x_scale: Value, x_zero: Value, w: Value,
-              w_scale: Value, w_zero: Value, y_scale: Value, y_zero: Value) -> Value:  # fmt: skip
+              w_scale: Value, w_zero: Value, y_scale: Value, y_zero: Value) -> Any:  # fmt: skip
     op.context.is_quantized = True
     weight = dequantized(b, w, w_scale, w_zero, -1)
     given = dequantized(b, x, x_scale, x_zero, -2)
@@ -125,21 +128,21 @@ def _dynamic(b: Builder, op: Op, x: Value) -> Any:
     return b.call(torch.mul, x, 1 / _STEP), torch.tensor(_STEP), torch.zeros((), dtype=torch.uint8)
 
 
-def _shifted(b: Builder, x: Value, zero: Value | None, axis: int) -> Value:
+def _shifted(b: Builder, x: Value, zero: Value | None, axis: int) -> Any:
     """Integers from their zero point, as floats."""
     return dequantized(b, x, torch.ones(1), zero, axis)
 
 
 @onnx_op("ConvInteger")
 def _conv_integer(b: Builder, op: Op, x: Value, w: Value, x_zero: Value | None = None,
-                  w_zero: Value | None = None) -> Value:  # fmt: skip
+                  w_zero: Value | None = None) -> Any:  # fmt: skip
     op.context.is_quantized = True
     return conv(b, op, _shifted(b, x, x_zero, 1), _shifted(b, w, w_zero, 0))
 
 
 @onnx_op("MatMulInteger")
 def _matmul_integer(b: Builder, op: Op, x: Value, w: Value, x_zero: Value | None = None,
-                    w_zero: Value | None = None) -> Value:  # fmt: skip
+                    w_zero: Value | None = None) -> Any:  # fmt: skip
     op.context.is_quantized = True
     if isinstance(x_zero, fx.Node) or isinstance(w_zero, fx.Node):
         raise Refusal("its zero points are computed while the model runs; they must be constants")

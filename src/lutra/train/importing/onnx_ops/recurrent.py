@@ -18,7 +18,7 @@ _LAYERS = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
 
 
 @onnx_op("DynamicQuantizeLSTM", domain="com.microsoft")
-def _dynamic_lstm(b: Builder, op: Op, x: Value, w: Value, r: Value, *rest: Value | None) -> Any:
+def _dynamic_lstm(b: Builder, op: Op, x: Value, w: Any, r: Any, *rest: Any) -> Any:
     states, scales = [*rest, *[None] * 9][:5], [*rest, *[None] * 9][5:9]
     if not is_constant(w, r, *scales):
         raise Refusal("its weights are computed while the model runs; they must be constants")
@@ -78,8 +78,10 @@ def _check(op: Op, peephole: Value | None, direction: str, count: int) -> None:
     given = [str(name).lower() for name in op.get("activations", default)]
     if given != default and not (op.type == "RNN" and given == ["relu"] * count):
         raise Refusal(f"its activations are {given}; PyTorch has {default}")
-    if op.get("clip") or op.get("input_forget", 0) or (
-        peephole is not None and not (isinstance(peephole, Tensor) and not peephole.any())
+    if (
+        op.get("clip")
+        or op.get("input_forget", 0)
+        or (peephole is not None and not (isinstance(peephole, Tensor) and not peephole.any()))
     ):
         raise Refusal("it has peepholes, coupled gates or a limit, which PyTorch does not have")
     if op.type == "GRU" and not op.get("linear_before_reset", 0):
@@ -97,7 +99,7 @@ def _check_lengths(b: Builder, x: Value, lengths: Value | None) -> None:
         raise Refusal("each sample has a length of its own; give samples of one length")
 
 
-def _layer(op: Op, w: Tensor, r: Tensor, bias: Tensor | None) -> nn.Module:
+def _layer(op: Op, w: Tensor, r: Tensor, bias: Tensor | None) -> Any:
     count, rows, inputs = w.shape
     hidden = r.shape[2]
     gates = _GATES[op.type]
@@ -159,7 +161,7 @@ def _sketch(layer: Any) -> Any:
 def _is_zero(x: Value) -> bool:
     if isinstance(x, fx.Node):
         fills = x.target in (torch.full, torch.zeros) and x.op == "call_function"
-        return fills and len(x.args) > 1 and x.args[1] == 0
+        return bool(fills and len(x.args) > 1 and x.args[1] == 0)
     return isinstance(x, Tensor) and not bool(x.any())
 
 
@@ -168,4 +170,3 @@ def _for_batch(b: Builder, state: Value | None, count: Any) -> Any:
     if state is None or not isinstance(state, Tensor) or state.shape[1] != 1 or count == 1:
         return state
     return b.call(torch.Tensor.expand, state, [-1, count, -1])
-

@@ -11,17 +11,17 @@ from lutra.train.importing.builder import Builder, Numbers, Refusal, Value
 from lutra.train.importing.onnx_ops.registry import Op, axis_of, number, onnx_op
 
 
-def _sum(b: Builder, x: Value, axes: list[int], keep: bool) -> Value:
+def _sum(b: Builder, x: Value, axes: list[int], keep: bool) -> Any:
     made = b.call(torch.sum, x, axes, keepdim=keep)
     return made if b.dtype(made) == b.dtype(x) else b.call(torch.Tensor.to, made, b.dtype(x))
 
 
-def _mean(b: Builder, x: Value, axes: list[int], keep: bool) -> Value:
-    return b.call(torch.mean, x, axes, keepdim=keep)  # type: ignore[no-any-return]
+def _mean(b: Builder, x: Value, axes: list[int], keep: bool) -> Any:
+    return b.call(torch.mean, x, axes, keepdim=keep)
 
 
-def _extreme(function: Callable[..., Any]) -> Callable[..., Value]:
-    def reduce(b: Builder, x: Value, axes: list[int], keep: bool) -> Value:
+def _extreme(function: Callable[..., Any]) -> Callable[..., Any]:
+    def reduce(b: Builder, x: Value, axes: list[int], keep: bool) -> Any:
         dtype = b.dtype(x)
         whole = b.call(torch.Tensor.to, x, torch.uint8) if dtype == torch.bool else x
         made = b.call(function, whole, axes, keepdim=keep)
@@ -30,34 +30,34 @@ def _extreme(function: Callable[..., Any]) -> Callable[..., Value]:
     return reduce
 
 
-def _prod(b: Builder, x: Value, axes: list[int], keep: bool) -> Value:
+def _prod(b: Builder, x: Value, axes: list[int], keep: bool) -> Any:
     dtype = b.dtype(x)
     for axis in sorted(axes, reverse=True):
         x = b.call(torch.prod, x, axis, keepdim=keep)
     return x if b.dtype(x) == dtype else b.call(torch.Tensor.to, x, dtype)
 
 
-def _l1(b: Builder, x: Value, axes: list[int], keep: bool) -> Value:
+def _l1(b: Builder, x: Value, axes: list[int], keep: bool) -> Any:
     return _sum(b, b.call(torch.abs, x), axes, keep)
 
 
-def _squares(b: Builder, x: Value, axes: list[int], keep: bool) -> Value:
+def _squares(b: Builder, x: Value, axes: list[int], keep: bool) -> Any:
     return _sum(b, b.call(torch.mul, x, x), axes, keep)
 
 
-def _l2(b: Builder, x: Value, axes: list[int], keep: bool) -> Value:
-    return b.call(torch.sqrt, _squares(b, x, axes, keep))  # type: ignore[no-any-return]
+def _l2(b: Builder, x: Value, axes: list[int], keep: bool) -> Any:
+    return b.call(torch.sqrt, _squares(b, x, axes, keep))
 
 
-def _log_sum(b: Builder, x: Value, axes: list[int], keep: bool) -> Value:
-    return b.call(torch.log, _sum(b, x, axes, keep))  # type: ignore[no-any-return]
+def _log_sum(b: Builder, x: Value, axes: list[int], keep: bool) -> Any:
+    return b.call(torch.log, _sum(b, x, axes, keep))
 
 
-def _log_sum_exp(b: Builder, x: Value, axes: list[int], keep: bool) -> Value:
-    return b.call(torch.logsumexp, x, axes, keepdim=keep)  # type: ignore[no-any-return]
+def _log_sum_exp(b: Builder, x: Value, axes: list[int], keep: bool) -> Any:
+    return b.call(torch.logsumexp, x, axes, keepdim=keep)
 
 
-_REDUCE: dict[str, Callable[..., Value]] = {
+_REDUCE: dict[str, Callable[..., Any]] = {
     "ReduceL1": _l1,
     "ReduceL2": _l2,
     "ReduceLogSum": _log_sum,
@@ -73,7 +73,7 @@ _EMPTY = ("ReduceMax", "ReduceMin")
 
 
 @onnx_op(*_REDUCE)
-def _reduce(b: Builder, op: Op, x: Value, axes: Value | None = None) -> Value:
+def _reduce(b: Builder, op: Op, x: Value, axes: Value | None = None) -> Any:
     chosen = op.axes(axes)
     keep = bool(op.get("keepdims", 1))
     if isinstance(x, Numbers):
@@ -93,7 +93,7 @@ def _reduce(b: Builder, op: Op, x: Value, axes: Value | None = None) -> Value:
     return _REDUCE[op.type](b, x, chosen, keep)
 
 
-def _nothing(b: Builder, op: Op, x: Value) -> Value:
+def _nothing(b: Builder, op: Op, x: Value) -> Any:
     """What is left of a reduction along no axis."""
     made = b.call(torch.unsqueeze, x, -1)
     return _REDUCE[op.type](b, made, [b.ndim(x)], False)
@@ -114,20 +114,20 @@ def _of_numbers(b: Builder, op: Op, x: Numbers, keep: bool) -> Numbers | None:
 
 
 @onnx_op("ArgMax", "ArgMin")
-def _arg(b: Builder, op: Op, x: Value) -> Value:
+def _arg(b: Builder, op: Op, x: Value) -> Any:
     axis, keep = axis_of(int(op.get("axis", 0)), b.ndim(x)), bool(op.get("keepdims", 1))
     function = torch.argmax if op.type == "ArgMax" else torch.argmin
     if not op.get("select_last_index", 0):
-        return b.call(function, x, axis, keepdim=keep)  # type: ignore[no-any-return]
+        return b.call(function, x, axis, keepdim=keep)
     size = b.sizes(x)[axis]
     if size is None:
         raise Refusal("it looks from behind along an axis whose size is known at run time only")
     last = b.call(function, b.call(torch.flip, x, [axis]), axis, keepdim=keep)
-    return b.call(torch.rsub, last, size - 1)  # type: ignore[no-any-return]
+    return b.call(torch.rsub, last, size - 1)
 
 
 @onnx_op("CumSum", "CumProd")
-def _cumulative(b: Builder, op: Op, x: Value, axis: Value) -> Value:
+def _cumulative(b: Builder, op: Op, x: Value, axis: Value) -> Any:
     at = axis_of(int(number(axis, "axis")), b.ndim(x))
     dtype = b.dtype(x)
     if op.get("reverse", 0):
@@ -141,7 +141,7 @@ def _cumulative(b: Builder, op: Op, x: Value, axis: Value) -> Value:
     return b.call(torch.flip, made, [at]) if op.get("reverse", 0) else made
 
 
-def _moved(b: Builder, x: Value, axis: int, first: float) -> Value:
+def _moved(b: Builder, x: Value, axis: int, first: float) -> Any:
     from lutra.train.importing.onnx_ops.shape import padded
 
     sides: list[tuple[Any, Any]] = [(0, 0)] * b.ndim(x)

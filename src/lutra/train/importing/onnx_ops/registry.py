@@ -1,7 +1,7 @@
 """The table of ONNX operators, and what an entry of it is given.
 
     @onnx_op("Relu")
-    def _relu(b: Builder, op: Op, x: Value) -> Value:
+    def _relu(b: Builder, op: Op, x: Value) -> Any:
         return b.call(torch.relu, x)
 
 An entry gets the builder, the operator, and the inputs of the operator as values: constants, nodes
@@ -168,5 +168,3 @@ def axis_of(axis: int, ndim: int) -> int:
     if not -ndim <= axis < max(ndim, 1):
         raise Refusal(f"it names axis {axis} of a tensor with {ndim} axes")
     return axis % ndim if ndim else 0
-
-

@@ -17,7 +17,7 @@ _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 @onnx_op("Upsample")
-def _upsample(b: Builder, op: Op, x: Value, scales: Value | None = None) -> Value:
+def _upsample(b: Builder, op: Op, x: Value, scales: Value | None = None) -> Any:
     given = op.get("scales") if scales is None else entries(scales, "scales")
     if given is None:
         raise Refusal("it has no scales")
@@ -25,13 +25,13 @@ def _upsample(b: Builder, op: Op, x: Value, scales: Value | None = None) -> Valu
 
 
 @onnx_op("Resize")
-def _resize(b: Builder, op: Op, x: Value, *given: Value | None) -> Value:
+def _resize(b: Builder, op: Op, x: Value, *given: Value | None) -> Any:
     if op.opset < 11:
         return _upsample(b, op, x, *given)
-    roi, scales, sizes = [*given, None, None, None][:3]
+    _, scales, sizes = [*given, None, None, None][:3]
     axes = [axis_of(int(a), b.ndim(x)) for a in op.get("axes", range(b.ndim(x)))]
     mode = str(op.get("coordinate_transformation_mode", "half_pixel"))
-    if mode == "tf_crop_and_resize" or op.get("exclude_outside", 0) and op.get("mode") != "cubic":
+    if mode == "tf_crop_and_resize" or (op.get("exclude_outside", 0) and op.get("mode") != "cubic"):
         raise Refusal("it crops while it resizes; crop with a slice")
     if sizes is not None and not _is_empty(sizes):
         wanted = entries(sizes, "sizes")
@@ -49,7 +49,7 @@ def _is_empty(value: Value) -> bool:
 
 
 def _keeping_ratio(b: Builder, op: Op, x: Value, wanted: list[Any], axes: list[int], mode: str,
-                   policy: str) -> Value:  # fmt: skip
+                   policy: str) -> Any:  # fmt: skip
     own = [b.sizes(x)[axis] for axis in axes]
     if any(size is None for size in own) or any(isinstance(w, fx.Node) for w in wanted):
         raise Refusal("it keeps the ratio of sizes that are known at run time only")
@@ -60,7 +60,7 @@ def _keeping_ratio(b: Builder, op: Op, x: Value, wanted: list[Any], axes: list[i
 
 
 def _resized(b: Builder, op: Op, x: Value, scales: list[Any] | None, sizes: list[Any] | None,
-             axes: list[int], mode: str) -> Value:  # fmt: skip
+             axes: list[int], mode: str) -> Any:  # fmt: skip
     """The image, resized along axes by scales or to sizes; both where sizes were rounded."""
     moved = [
         i for i, axis in enumerate(axes)
@@ -81,7 +81,7 @@ def _resized(b: Builder, op: Op, x: Value, scales: list[Any] | None, sizes: list
             size = [
                 sizes[axes.index(a)] if a in axes else b.size(x, a) for a in range(2, b.ndim(x))
             ]
-            return b.call_like(_sketch, F.interpolate, x, size=size, mode=name, **aligned)  # type: ignore[no-any-return]
+            return b.call_like(_sketch, F.interpolate, x, size=size, mode=name, **aligned)
         assert scales is not None
         every = [float(scales[axes.index(a)]) if a in axes else 1.0 for a in range(2, b.ndim(x))]
         target = [
@@ -89,20 +89,16 @@ def _resized(b: Builder, op: Op, x: Value, scales: list[Any] | None, sizes: list
             for s, f in zip(b.sizes(x)[2:], every, strict=True)
         ]
         if None not in target and (name == "nearest" or _exact(b.sizes(x)[2:], target, every)):
-            return b.call_like(_sketch, F.interpolate, x, size=target, mode=name, **aligned)  # type: ignore[no-any-return]
+            return b.call_like(_sketch, F.interpolate, x, size=target, mode=name, **aligned)
         if None in target and all(f.is_integer() for f in every):
-            return b.call_like(  # type: ignore[no-any-return]
-                _sketch, F.interpolate, x, scale_factor=every, mode=name, **aligned
-            )
+            return b.call_like(_sketch, F.interpolate, x, scale_factor=every, mode=name, **aligned)
     for i, axis in enumerate(axes):
         x = _along(b, op, x, axis, None if scales is None else float(scales[i]),
                    None if sizes is None else sizes[i], kind, mode)  # fmt: skip
     return x
 
 
-def _sketch(
-    x: Tensor, size: Any = None, scale_factor: Any = None, **_: Any
-) -> Tensor:
+def _sketch(x: Tensor, size: Any = None, scale_factor: Any = None, **_: Any) -> Tensor:
     """An image of the size that is wanted."""
     if size is None:
         size = [int(f) * s for s, f in zip(x.shape[2:], scale_factor, strict=True)]
@@ -134,16 +130,24 @@ def _torch_mode(op: Op, kind: str, mode: str, rank: int, scales: Any, sizes: Any
         whole = (
             all(float(s).is_integer() for s in scales if not isinstance(s, fx.Node))
             if scales is not None
-            else all(isinstance(s, int) and o and s % o == 0 for s, o in zip(sizes, own, strict=True))
+            else all(
+                isinstance(s, int) and o and s % o == 0 for s, o in zip(sizes, own, strict=True)
+            )
         )
         odd = scales is not None and any(float(s) % 2 for s in scales)
         if whole and mode in ("half_pixel", "pytorch_half_pixel", "half_pixel_symmetric"):
-            return None if odd and rounding in ("floor", "ceil") else "nearest" if (
-                rounding.startswith("round")
-            ) else None
+            return (
+                None
+                if odd and rounding in ("floor", "ceil")
+                else "nearest"
+                if (rounding.startswith("round"))
+                else None
+            )
         return None
-    if mode == "pytorch_half_pixel" and sizes is not None and all(
-        isinstance(s, int) and s > 1 for s in sizes
+    if (
+        mode == "pytorch_half_pixel"
+        and sizes is not None
+        and all(isinstance(s, int) and s > 1 for s in sizes)
     ):
         mode = "half_pixel"
     if mode == "pytorch_half_pixel" and scales is not None:
@@ -159,7 +163,7 @@ def _torch_mode(op: Op, kind: str, mode: str, rank: int, scales: Any, sizes: Any
 
 
 def _along(b: Builder, op: Op, x: Value, axis: int, scale: float | None, size: Any, kind: str,
-           mode: str) -> Value:  # fmt: skip
+           mode: str) -> Any:  # fmt: skip
     """One axis: entries by their numbers, or a product with a matrix."""
     own = b.sizes(x)[axis]
     if own is None or isinstance(size, fx.Node):
@@ -176,15 +180,15 @@ def _along(b: Builder, op: Op, x: Value, axis: int, scale: float | None, size: A
         default = "round_prefer_floor" if op.opset >= 11 and op.type == "Resize" else "floor"
         chosen = _rounded(places, str(op.get("nearest_mode", default)))
         index = torch.from_numpy(np.clip(chosen, 0, own - 1).astype(np.int64))
-        return b.call(torch.index_select, x, axis, index)  # type: ignore[no-any-return]
+        return b.call(torch.index_select, x, axis, index)
     matrix = _matrix(op, places, own, scale, kind)
     if axis == b.ndim(x) - 1:
-        return b.call(torch.matmul, x, matrix.t().contiguous())  # type: ignore[no-any-return]
+        return b.call(torch.matmul, x, matrix.t().contiguous())
     if axis == b.ndim(x) - 2:
-        return b.call(torch.matmul, matrix, x)  # type: ignore[no-any-return]
+        return b.call(torch.matmul, matrix, x)
     turned = b.call(torch.transpose, x, axis, -1)
     made = b.call(torch.matmul, turned, matrix.t().contiguous())
-    return b.call(torch.transpose, made, axis, -1)  # type: ignore[no-any-return]
+    return b.call(torch.transpose, made, axis, -1)
 
 
 def _places(mode: str, own: int, size: int, scale: float) -> Any:
