@@ -264,8 +264,7 @@ class Import:
             return Failed()
         except Refusal as reason:
             return self._fail(node, str(reason))
-        except (ArithmeticError, TypeError, AttributeError, IndexError, KeyError, RuntimeError, ValueError,
-                NotImplementedError, AssertionError, MemoryError) as error:  # fmt: skip
+        except _RAISED as error:
             return self._fail(node, _first_line(error))
 
     def _fail(self, node: Any, reason: str) -> Failed:

@@ -40,7 +40,7 @@ def matmul(b: Builder, op: Op, x: Value, y: Value) -> Any:
     return b.call(torch.matmul, x, y)
 
 
-def _hot(b: Builder, x: Value, size: int) -> Value | None:
+def _hot(b: Builder, x: Value, size: int) -> Any:
     """The numbers whose one-hot form a value is: its product with a matrix picks rows."""
     equal = x
     while isinstance(equal, fx.Node) and equal.target is torch.Tensor.to:
