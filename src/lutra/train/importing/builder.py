@@ -158,7 +158,7 @@ class Builder:
 
     def method(self, name: str, *args: Any) -> Any:
         """Calls a method of the first argument, which is no constant."""
-        given = fx.node.map_aggregate((args, {}), self._plain)
+        given: Any = fx.node.map_aggregate((args, {}), self._plain)
         return self._emit("call_method", name, given, lambda a, k: getattr(a[0], name)(*a[1:], **k))
 
     def module(
@@ -311,14 +311,13 @@ class Builder:
         self._buffers[id(tensor)] = (tensor, node)
         return node
 
-    def _last_placeholder(self) -> fx.Node:
-        last = None
+    def _last_placeholder(self) -> Any:
+        last: Any = None
         for node in self.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
                 last = node
             else:
                 break
-        assert last is not None
         return last
 
     def _new_name(self, wanted: str) -> str:
