@@ -133,6 +133,8 @@ def _check_texts(proto: Any, where: str) -> None:
             texts += [attribute.name, *(each.name for each in attribute.g.initializer)]
             texts += [each.name for each in (*attribute.g.input, *attribute.g.output)]
     wrong = next((text for text in texts if not isinstance(text, str)), None)
+    kinds = [f"{node.domain}.{node.op_type}" for node in nodes_of(graph)] if wrong is None else []
+    wrong = next((text for text in kinds if not text.isprintable()), wrong)
     if wrong is not None:
         raise FormatError(f"{where}: the name {wrong!r} is no text; the file is broken")
 
