@@ -259,7 +259,7 @@ def test_changed_bytes_are_read_or_refused(tmp_path: Path) -> None:
     path, rng = tmp_path / "m.onnx", random.Random(0)
     whole = network().SerializeToString()
     refused: list[str] = []
-    for _ in range(400):
+    for _ in range(200):
         data = bytearray(whole)
         for _ in range(rng.randint(1, 4)):
             data[rng.randrange(len(data))] = rng.randrange(256)
@@ -282,4 +282,4 @@ def test_node_tests_of_onnx() -> None:
     assert not wrong, wrong
     passed = sum(not text for text in outcomes.values())
     assert len(outcomes) > 900
-    assert passed / len(outcomes) >= 0.88, f"{passed} of {len(outcomes)}"
+    assert passed / len(outcomes) >= 0.9, f"{passed} of {len(outcomes)}"
