@@ -184,8 +184,8 @@ def measure(name: str, recipe: str, samples: int = 32, runs: int = 20) -> dict[s
 
     Returns:
         Of two fresh samples the smallest cosine of an output with that of the imported module in
-        PyTorch, and the largest difference from ONNX Runtime as a share of the largest entry; bytes,
-        seconds of loading, and the median times (ms) of one sample on one thread, in turns.
+        PyTorch, and the largest difference from ONNX Runtime as a share of the largest entry;
+        bytes, seconds of loading, and the median times (ms) of one sample on one thread, in turns.
     """
     torch.manual_seed(0)
     entry = MODELS[name]

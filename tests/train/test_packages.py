@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from lutra.errors import UnsupportedModelError
-from lutra.train import export, load_onnx
-
 from benchmarks import onnx_models
 from benchmarks.packages import MODELS, measure
+from lutra.errors import UnsupportedModelError
+from lutra.train import export, load_onnx
 
 #: The least cosine of the outputs with those of the dense model, without training.
 INT8 = 0.98
