@@ -40,6 +40,8 @@ def allowed(environment: str) -> list[str]:
     if environment not in ("1", "runtime"):
         raise pytest.UsageError(f"{ENVIRONMENT}={environment!r}: set it to 1 or runtime")
     patterns = [rf"needs {name}: pip install 'lutra\[bench\]'" for name in missing(PEERS)]
+    if environment == "runtime":
+        patterns += [r"needs onnx: pip install 'lutra\[onnx\]'"] if missing(("onnx",)) else []
     if not DATA.is_dir():
         patterns.append(r"needs .*: set LUTRA_TEST_DATA to the folder that holds \w+/")
     from lutra import runnable_isas  # imports NumPy, which conftest.py must forestall

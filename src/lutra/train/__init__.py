@@ -17,6 +17,9 @@ from lutra.train.functions.modules import (
     TableSoftmax,
 )
 from lutra.train.functions.relu_net import fit_relu_net
+from lutra.train.importing.examples import example_inputs
+from lutra.train.importing.graph import from_graph
+from lutra.train.importing.onnx import load_onnx
 from lutra.train.layers.finite import check_finite
 from lutra.train.layers.int8 import FrozenInt8, Int8Conv2d, Int8Linear
 from lutra.train.layers.lookup import FrozenLookup, LookupConv2d, LookupLinear
@@ -57,9 +60,12 @@ __all__ = [
     "auto_recipe",
     "check_finite",
     "convert",
+    "example_inputs",
     "export",
     "finetune",
     "fit_relu_net",
+    "from_graph",
+    "load_onnx",
     "masked_mean",
     "recipe_from_json",
     "recipe_to_json",

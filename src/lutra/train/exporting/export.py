@@ -47,6 +47,7 @@ from lutra.train.exporting.parity import (
     outputs_of,
     rounding_share,
 )
+from lutra.train.importing.examples import example_of
 from lutra.train.layers.base import FrozenLayer, QuantizedLayer
 from lutra.train.layers.dropin import copy_forward_hooks
 from lutra.train.threads import threads_for
@@ -87,8 +88,8 @@ def export(
             integers or bool (token ids, masks of attention) become int32 inputs.
         metadata: Stored in the file: anything JSON can hold.
         input_names: One per input; by default the argument names of `forward`.
-        output_names: One per output; by default the keys of a returned dict, else `output`, or
-            `output_0`, `output_1`, ...
+        output_names: One per output; by default the keys of a returned dict or, of an imported
+            model, the names in its file, else `output`, or `output_0`, `output_1`, ...
         dynamic_axes: The axes that may have any size in the file, of all inputs or by input name:
             `(0, 2, 3)` for images of any height and width. Axis 0 is always among them. The
             example must have at least 2 entries on each; the file is then checked on an example of
@@ -134,6 +135,9 @@ def export(
         names = _input_names(frozen, len(example), input_names)
         axes = dynamic_axes_of(dynamic_axes, names, example)
         check_modules(frozen, example)
+        known = example_of(model)
+        if output_names is None and known is not None:
+            output_names = known.outputs
         program = decomposed(capture(frozen, example, axes))
         wanted = outputs_of(given, example)
         rounding = rounding_share(program, example, wanted)

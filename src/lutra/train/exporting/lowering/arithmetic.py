@@ -163,7 +163,8 @@ def affine(ctx: Lowering, x: Ref | View, scale: Any, bias: Any) -> Ref | View:
         return views.on_each(ctx, (x,), lambda ref: _number(ctx, ref, float(scale), float(bias)))
     varying = max((scale, bias), key=lambda constant: constant.numel())
     count = varying.numel()
-    if _varies(varying, x) == {x.rank - 1} and x.rank > 2 and views.sizes_of(ctx, x)[-1] == count:
+    by_last = _varies(varying, x) == {x.rank - 1} and views.sizes_of(ctx, x)[-1] == count
+    if by_last and (x.rank > 2 or not views.is_sample(ctx, x)):
         return views.on_last(ctx, x, lambda ref: _along_last(ctx, ref, scale, bias))
     ref = ctx.realise(x)
     channels = ref.shape[1] if ref.rank > 1 else None
