@@ -37,6 +37,7 @@ from benchmarks.networks import (
 from benchmarks.networks_text import Encoder, Sentences, TabledPq, encoder_graph
 from benchmarks.peers import CAPS, NOT_CAPPED, PEERS
 from benchmarks.table import markdown
+from lutra.format import load_graph
 from lutra.graph import Graph
 from lutra.ops.lookup import unpack_weights
 
@@ -144,6 +145,23 @@ def test_tables_are_those_of_training(levels: int, weights: int, signed: bool) -
     table = quantize_table(Trained(method)(zero).table, made.entries(zero))
     assert made.table(zero).dtype == np.int8
     assert np.abs(made.table(zero).astype(int) - table.numpy()).max() <= 1  # ties may round apart
+
+
+def test_tables_are_not_better_than_trained_ones() -> None:
+    """Columns with small ranges are faster on AVX2."""
+    file = Path(__file__).parents[1] / "zoo" / "resnet20_cifar10.lutra"
+    trained = load_graph(file)
+    drawn = lutra_graph(resnet20(), Pq())
+
+    def ranges(graph: Graph) -> dict[tuple[int, ...], Any]:
+        tables = [graph.node_tensors(n)["tables"] for n in graph.nodes if n.op == "pq_conv2d"]
+        return {t.shape: np.ptp(t.astype(int), axis=1) for t in tables}
+
+    known, made = ranges(trained), ranges(drawn)
+    assert set(known) & set(made)
+    for shape in set(known) & set(made):
+        for percent in (50, 95):
+            assert np.percentile(made[shape], percent) >= np.percentile(known[shape], percent)
 
 
 def test_default_entries() -> None:
