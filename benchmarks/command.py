@@ -13,9 +13,9 @@ from typing import Any, Final
 
 import lutra
 from benchmarks.lookups import FAMILIES, Method
-from benchmarks.machine import machine, write_json
+from benchmarks.machine import CLOCKS, machine, write_json
 from benchmarks.measure import METHOD, Case, Setting, measure
-from benchmarks.peers import AVX2_CAP, PEERS
+from benchmarks.peers import CAPS, PEERS
 from benchmarks.table import markdown
 
 #: Variables that begin like this change how somebody runs, and are recorded.
@@ -34,15 +34,18 @@ def run_command(module: str, purpose: str, cases: Sequence[Case]) -> None:
     setting = Setting(
         threads=options.threads,
         isa=options.isa or lutra.runnable_isas()[-1],
+        capped=options.isa is not None,
         runs=options.runs,
         dense=options.dense,
         memory=options.memory,
         profile=options.profile,
+        clock=options.clock,
     )
-    if setting.capped and not AVX2_CAP.items() <= os.environ.items():
+    cap = CAPS.get(options.isa, {})
+    if not cap.items() <= os.environ.items():
         # The libraries read these variables when they are loaded, so begin again with them.
         words = [sys.executable, "-m", module, *sys.argv[1:]]
-        os.execve(sys.executable, words, os.environ | AVX2_CAP)
+        os.execve(sys.executable, words, os.environ | cap)
     chosen = _chosen(cases, options)
     report: dict[str, Any] = {
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
@@ -77,7 +80,7 @@ def run_command(module: str, purpose: str, cases: Sequence[Case]) -> None:
 def _options(purpose: str, cases: Sequence[Case]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=purpose)
     parser.add_argument("--threads", type=int, default=1, help="of everybody (default: 1)")
-    parser.add_argument("--isa", choices=["avx2"], help="keep everybody at AVX2")
+    parser.add_argument("--isa", choices=list(CAPS), help="keep everybody at this instruction set")
     parser.add_argument("--runs", type=int, default=50, help="turns that count (default: 50)")
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases with it in the name")
     parser.add_argument("--batch", type=int, metavar="N", help="only cases of this batch")
@@ -85,10 +88,15 @@ def _options(purpose: str, cases: Sequence[Case]) -> argparse.Namespace:
                         action="append", help="of lookups (default: all)")  # fmt: skip
     for family in FAMILIES:
         every = [x for case in cases for x in case.methods if x.family == family.family]
-        parser.add_argument(f"--{family.option}", choices=dict.fromkeys(x.choice for x in every),
-                            action="append", help=f"of {family.family} (default: all)")  # fmt: skip
+        for option in family.options:
+            values = dict.fromkeys(method.choices[option] for method in every)
+            parser.add_argument(f"--{option}", choices=values, action="append",
+                                help=f"of {family.family} (default: all)")  # fmt: skip
     parser.add_argument("--dense", choices=["float32", "int8"], default="float32",
                         help="what lutra's dense layers are (default: float32)")  # fmt: skip
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall",
+                        help="cpu: time that the process computes, for a machine that does other "
+                             "things too (default: wall)")  # fmt: skip
     parser.add_argument("--memory", action="store_true", help="peak memory too, after the timing")
     parser.add_argument("--profile", action="store_true", help="where the time of lutra goes too")
     parser.add_argument("--markdown", action="store_true", help="print a table at the end")
@@ -116,10 +124,11 @@ def _chosen(cases: Sequence[Case], options: argparse.Namespace) -> list[Case]:
         )
 
     def wanted(method: Method) -> bool:
-        families, choices = options.method, getattr(options, method.option)
-        return (not families or method.family in families) and (
-            not choices or method.choice in choices
-        )
+        if options.method and method.family not in options.method:
+            return False
+        chosen = {option: getattr(options, option) for option in method.options}
+        return all(not chosen[option] or is_ in chosen[option]
+                   for option, is_ in method.choices.items())  # fmt: skip
 
     chosen = [replace(case, methods=tuple(filter(wanted, case.methods))) for case in named]
     chosen = [case for case in chosen if case.methods]

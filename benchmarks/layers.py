@@ -4,8 +4,8 @@
 
 A layer stands in a small network, so that nobody's conversion of the float32 input and output
 decides: three equal convolutions, or a linear layer and the layer back, with ReLU between. lutra
-runs it with product quantisation, with response tables of 4 bits (16x15) and of 2 bits (4x3), and
-multiplied in int8.
+runs it with product quantisation (codes of patches, of kernel rows and of pixels), with response
+tables of 4 bits (16x15) and of 2 bits (4x3), and multiplied in int8.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Final
 
 from benchmarks.command import run_command
-from benchmarks.lookups import Method, Multiplied, Response, encoders
+from benchmarks.lookups import GROUPED, Method, Multiplied, Response, encoders
 from benchmarks.measure import Case
 from benchmarks.networks import convolutions, linears
 
@@ -25,7 +25,7 @@ _CONVOLUTIONS: Final = (
 #: The shape that is measured with other sizes of tables too.
 _SWEEP: Final = (256, 14)
 _TABLES: Final = (Response(16, 15), Response(4, 3), Multiplied())
-_METHODS: Final[tuple[Method, ...]] = (*encoders(), *_TABLES)
+_METHODS: Final[tuple[Method, ...]] = (*encoders(), *GROUPED, *_TABLES)
 _SWEPT: Final[tuple[Method, ...]] = (
     *(pq for k in (8, 32, 64) for pq in encoders(k=k)),
     *(Response(*size) for size in ((8, 7), (32, 33), (64, 33))),

@@ -87,19 +87,27 @@ class Case:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the command line asks for."""
+    """What the command line asks for.
+
+    Attributes:
+        threads: Of everybody.
+        isa: What lutra runs on.
+        capped: Whether everybody is kept there.
+        runs: Turns that count.
+        dense: What lutra's dense layers are.
+        memory: Whether peak memory is measured too.
+        profile: Whether the steps of lutra are measured too.
+        clock: One of `benchmarks.machine.CLOCKS`.
+    """
 
     threads: int = 1
     isa: str = field(default_factory=lambda: lutra.runnable_isas()[-1])
+    capped: bool = False
     runs: int = 50
     dense: str = "float32"
     memory: bool = False
     profile: bool = False
-
-    @property
-    def capped(self) -> bool:
-        """Whether everybody is kept below what the CPU can do."""
-        return self.isa != lutra.runnable_isas()[-1]
+    clock: str = "wall"
 
 
 @dataclass
@@ -148,6 +156,7 @@ def measure(case: Case, setting: Setting) -> tuple[list[dict[str, Any]], dict[st
             lead_in=LEAD_IN,
             counted=COUNTED,
             settle=setting.threads > 1,
+            clock=setting.clock,
         )
         spreads = {name: spread(seconds) for name, seconds in times.items()}
         memory = _memory(sitting, setting, pool[0]) if setting.memory else {}
@@ -267,6 +276,7 @@ def _record(
         "batch": case.batch,
         "isa": setting.isa,
         "threads": setting.threads,
+        "clock": setting.clock,
         "method": method.family,
         "lookups": str(method),
         **method.columns(),

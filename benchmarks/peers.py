@@ -39,17 +39,21 @@ _ENCODER_FILES: Final = {
     "onnxruntime fp32": "fused.onnx",
     "onnxruntime int8": "fused_int8.onnx",
 }
-#: Variables that keep oneDNN (OpenVINO, PyTorch) and the rest of PyTorch at AVX2.
-AVX2_CAP: Final = {
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+#: Variables that keep oneDNN (OpenVINO, PyTorch) and the rest of PyTorch at an instruction set;
+#: "avx512" is that of VNNI, without bf16 and without the matrix units (AMX) of newer CPUs.
+CAPS: Final = {
+    "avx2": {
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
 }
-#: Who cannot be kept at AVX2, and why.
+#: Who cannot be kept at an instruction set, and why.
 NOT_CAPPED: Final = {
-    "onnxruntime fp32": "ONNX Runtime has no way to be kept at AVX2",
-    "onnxruntime int8": "ONNX Runtime has no way to be kept at AVX2",
-    "openvino bf16": "bf16 needs AVX-512",
+    "onnxruntime fp32": "ONNX Runtime has no way to be kept at an instruction set",
+    "onnxruntime int8": "ONNX Runtime has no way to be kept at an instruction set",
+    "openvino bf16": "bf16 is beyond the instruction sets that others are kept at",
 }
 _BATCHES: Final = 4  # random batches that the activation ranges are taken from
 

@@ -349,6 +349,10 @@ class Tile {
     p.rows = std::min(kScalar.row_tile, p.rows - from);
     return p;
   }
+  // Places of a plane that its rows reach.
+  int span(int taps) const {
+    return *std::max_element(patch_.tap, patch_.tap + taps) + patch_.row[patch_.rows - 1] + 1;
+  }
   uint8_t entry(int taps, int d, int r) const {
     return patch_.planes[d / taps * patch_.plane + patch_.tap[d % taps] + patch_.row[r]];
   }

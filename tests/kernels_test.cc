@@ -146,16 +146,78 @@ void test_lookup_row(const Kernels& k, const PqShape& s, const Guarded<int8_t>& 
   }
 }
 
-// Codes that were made before: gathers those of a tile in parts, and unpacks them.
+// The sums of a tile of codes in parts, and what becomes of them. `codes` are those of the kernels
+// on trial, `plain` those of the scalar ones, tile after tile.
+void test_sums(const Kernels& k, const PqCase& c, const PqShape& s, const Guarded<int8_t>& tables,
+               const uint8_t* codes, const std::vector<uint8_t>& plain, const Mode& mode) {
+  Canvas<uint8_t> table(k.table_bytes(s)), plain_table(kScalar.table_bytes(s));
+  k.pack_tables(s, tables.data(), table.data());
+  kScalar.pack_tables(s, tables.data(), plain_table.data());
+  check(table.intact(), "pack_tables wrote outside its memory");
+  const Exact packed_table(table);
+  Finish finish(mode, s.outputs, c.rows);
+  finish.run(
+      "lookup",
+      [&](const Epilogue& e) {
+        for (auto [first, last] : parts(s.outputs, k.output_tile)) {
+          k.lookup(s, packed_table.data(), codes, first, last, e);
+        }
+      },
+      [&](int from, const Epilogue& e) {
+        const size_t i = static_cast<size_t>(from / kScalar.row_tile);
+        kScalar.lookup(s, plain_table.data(), plain.data() + kScalar.code_bytes(s) * i, 0,
+                       s.outputs, e);
+      });
+}
+
+// Planes of units of codes, from a tile's planes of codes.
+struct Units {
+  std::vector<int32_t> tap, row;
+  Guarded<uint8_t> planes;
+  Patch patch;
+
+  Units(const Kernels& k, const PqShape& s, const Tile& tile, int unit)
+      : tap(static_cast<size_t>(s.parts)),
+        row(static_cast<size_t>(k.row_tile)),
+        planes(static_cast<size_t>(s.codebooks / s.parts * tile.span(s.parts)) + kSlack, coin()) {
+    const Patch& p = tile.patch();
+    const int codebooks = s.codebooks / s.parts, span = tile.span(s.parts);
+    PqShape part = s;
+    part.parts = part.taps = 1;
+    part.codebooks = codebooks;
+    std::vector<int32_t> rows(static_cast<size_t>(k.row_tile));
+    const int32_t none = 0;
+    for (int first = 0; first < span; first += k.row_tile) {
+      const int count = std::min(k.row_tile, span - first);
+      for (int r = 0; r < k.row_tile; ++r) rows[r] = std::min(r, count - 1);
+      Canvas<uint8_t> codes(k.code_bytes(part));
+      const Patch pixels{p.planes + first, p.plane, &none, rows.data(), count, true};
+      k.gather_codes(part, pixels, 0, codebooks, codes.data());
+      const auto unpack = unit == 1 ? k.unpack_codes : k.unpack_units;
+      unpack(part, codes.data(), count, planes.data() + first * unit,
+             static_cast<size_t>(span) * static_cast<size_t>(unit));
+    }
+    for (int t = 0; t < s.parts; ++t) tap[t] = p.tap[t] * unit;
+    for (int r = 0; r < k.row_tile; ++r) row[r] = p.row[r] * unit;
+    patch = {planes.data(), int64_t{span} * unit,      tap.data(), row.data(),
+             p.rows,        p.consecutive && unit == 1};
+  }
+};
+
+// Codes that were made before, and their planes: gathers those of a tile in parts, unpacks them,
+// and looks them up.
 void test_gather_codes(const Kernels& k, const PqCase& c) {
   begin_pq(c, "gather_codes");
   PqShape s = c.shape;
   s.codebooks = s.depth;  // an entry of a row is a code
+  s.parts = s.taps;
+  s.outputs = std::min(s.outputs, 5);
   const Tile tile(c.map, s.depth, c.first, c.rows, k.row_tile, s.centroids - 1, c.fill);
+  const Units units(k, s, tile, k.code_unit(s));
   Canvas<uint8_t> codes(k.code_bytes(s));
   std::memset(codes.data(), any_of({0, 0x3f, 0xa5, 0xff}), codes.size());
   for (auto [first, last] : parts(s.codebooks, k.codebook_tile)) {
-    k.gather_codes(s, s.taps, tile.patch(), first, last, codes.data());
+    k.gather_codes(s, units.patch, first, last, codes.data());
   }
   if (!check(codes.intact(), "gather_codes wrote outside its memory")) return;
   const size_t codebooks = static_cast<size_t>(s.codebooks), rows = static_cast<size_t>(c.rows);
@@ -167,7 +229,17 @@ void test_gather_codes(const Kernels& k, const PqCase& c) {
     }
   }
   k.unpack_codes(s, codes.data(), c.rows, mine.data(), rows);
+  const int before = failed;
   mine.expect(want, "gathered codes (plane = codebook)");
+  if (failed != before) return;
+  const size_t plain_bytes = kScalar.code_bytes(s);
+  const int chunks = (c.rows + kScalar.row_tile - 1) / kScalar.row_tile;
+  std::vector<uint8_t> plain(plain_bytes * static_cast<size_t>(chunks));
+  for (int i = 0; i < chunks; ++i) {
+    kScalar.gather_codes(s, tile.part(i * kScalar.row_tile), 0, s.codebooks,
+                         plain.data() + plain_bytes * static_cast<size_t>(i));
+  }
+  test_sums(k, c, s, make_tables(s, c.tables), codes.data(), plain, random_mode());
 }
 
 // Encodes a tile in parts, unpacks its codes, looks them up in parts, and one row by itself.
@@ -206,24 +278,7 @@ void test_pq(const Kernels& k, const PqCase& c, const Mode* mode = nullptr) {
   if (failed != before) return;  // the sums would be wrong with them
 
   const Guarded<int8_t> tables = make_tables(s, c.tables);
-  Canvas<uint8_t> table(k.table_bytes(s)), plain_table(kScalar.table_bytes(s));
-  k.pack_tables(s, tables.data(), table.data());
-  kScalar.pack_tables(s, tables.data(), plain_table.data());
-  check(table.intact(), "pack_tables wrote outside its memory");
-  const Exact packed_table(table);
-  Finish finish(mode ? *mode : random_mode(), s.outputs, c.rows);
-  finish.run(
-      "lookup",
-      [&](const Epilogue& e) {
-        for (auto [first, last] : parts(s.outputs, k.output_tile)) {
-          k.lookup(s, packed_table.data(), packed_codes.data(), first, last, e);
-        }
-      },
-      [&](int from, const Epilogue& e) {
-        const size_t i = static_cast<size_t>(from / kScalar.row_tile);
-        kScalar.lookup(s, plain_table.data(), plain_codes.data() + plain_bytes * i, 0, s.outputs,
-                       e);
-      });
+  test_sums(k, c, s, tables, packed_codes.data(), plain_codes, mode ? *mode : random_mode());
   test_lookup_row(k, s, tables, want, stride, pick(0, c.rows - 1));
   test_gather_codes(k, c);
 }
@@ -302,7 +357,7 @@ void test_maps(const Kernels& k) {
                 .stride = stride,
                 .pad = kernel / 2,
                 .gap = any_of({0, 0, 17, 4000, 70000})};
-          const int channels = kernel == 1 ? 20 : 2, depth = channels * m.taps();
+          const int channels = kernel == 1 ? 20 : any_of({2, 4}), depth = channels * m.taps();
           const int dim = any_of({3, 4, 8, 9, 16});
           const int total = m.rows(), most = std::min(k.row_tile, total);
           const PqShape s{.depth = depth,

@@ -21,7 +21,7 @@ import lutra
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import command, layers, models, sentences
 from benchmarks.graphs import lutra_graph
-from benchmarks.lookups import FAMILIES, Method, Multiplied, Pq, Range, Response, encoders
+from benchmarks.lookups import FAMILIES, GROUPED, Method, Multiplied, Pq, Range, Response, encoders
 from benchmarks.machine import interleaved, spread
 from benchmarks.measure import Case, Setting, measure
 from benchmarks.networks import (
@@ -35,14 +35,15 @@ from benchmarks.networks import (
     vdsr,
 )
 from benchmarks.networks_text import Encoder, Sentences, TabledPq, encoder_graph
-from benchmarks.peers import AVX2_CAP, NOT_CAPPED, PEERS
+from benchmarks.peers import CAPS, NOT_CAPPED, PEERS
 from benchmarks.table import markdown
+from lutra.format import load_graph
 from lutra.graph import Graph
 from lutra.ops.lookup import unpack_weights
 
 CASES = {case.network.name: case for case in (*layers.CASES, *models.CASES)}
 #: One way of looking up for every kind of kernel.
-METHODS = (*encoders(), Response(16, 15), Response(4, 3))
+METHODS = (*encoders(), GROUPED[0], GROUPED[-1], Response(16, 15), Response(4, 3))
 #: Multiply-adds of the published networks.
 MACS = {
     "ResNet-20 32x32": 40_551_040,
@@ -144,6 +145,23 @@ def test_tables_are_those_of_training(levels: int, weights: int, signed: bool) -
     table = quantize_table(Trained(method)(zero).table, made.entries(zero))
     assert made.table(zero).dtype == np.int8
     assert np.abs(made.table(zero).astype(int) - table.numpy()).max() <= 1  # ties may round apart
+
+
+def test_tables_are_not_better_than_trained_ones() -> None:
+    """Columns with small ranges are faster on AVX2."""
+    file = Path(__file__).parents[1] / "zoo" / "resnet20_cifar10.lutra"
+    trained = load_graph(file)
+    drawn = lutra_graph(resnet20(), Pq())
+
+    def ranges(graph: Graph) -> dict[tuple[int, ...], Any]:
+        tables = [graph.node_tensors(n)["tables"] for n in graph.nodes if n.op == "pq_conv2d"]
+        return {t.shape: np.ptp(t.astype(int), axis=1) for t in tables}
+
+    known, made = ranges(trained), ranges(drawn)
+    assert set(known) & set(made)
+    for shape in set(known) & set(made):
+        for percent in (50, 95):
+            assert np.percentile(made[shape], percent) >= np.percentile(known[shape], percent)
 
 
 def test_default_entries() -> None:
@@ -309,7 +327,7 @@ def test_a_broken_lutra_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     reason="needs a CPU with more than AVX2",
 )
 def test_avx2_begins_again_with_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in AVX2_CAP:
+    for name in CAPS["avx2"]:
         monkeypatch.delenv(name, raising=False)
     begun: list[Any] = []
 
@@ -322,16 +340,14 @@ def test_avx2_begins_again_with_the_cap(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(SystemExit):
         command.run_command("benchmarks.layers", "", layers.CASES)
     assert begun == [(["-m", "benchmarks.layers", "--isa", "avx2"], "AVX2")]
-    assert Setting(isa="avx2").capped
-    assert not Setting().capped
     assert set(NOT_CAPPED) < set(PEERS)
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs the command with these words on one small case, without peers."""
-    methods = (*encoders(v=4), Response(16, 15), Response(4, 3))
-    case = Case(replace(linears(2, 64, 32), name="tiny"), 2, methods)
+    methods = (*encoders(v=4), GROUPED[0], Response(16, 15), Response(4, 3))
+    case = Case(replace(convolutions(8, 4), name="tiny"), 2, methods)
     monkeypatch.setattr("benchmarks.measure.PEERS", {})
     monkeypatch.setattr("benchmarks.measure.write_models", lambda *_: {})
 
@@ -348,11 +364,11 @@ def test_command(
     file = tmp_path / "new" / "out.json"
     tiny("--case", "tin", "--runs", "1", "--markdown", "--profile", "--json", str(file))
     text = capsys.readouterr().out
-    assert "2 x pq_linear, nearest" in text
+    assert "3 x pq_conv2d, nearest, code once a kernel row" in text
     assert "| tiny | 2 | nearest V=4 K=16 |" in text
     assert "| tiny | 2 | table 4x3 |" in text
     records = json.loads(file.read_text())["records"]
-    assert len(records) == 4
+    assert [record.get("group") for record in records] == ["patch", "patch", "row", None, None]
     for record in records:
         steps = record["profile"]["steps"].values()
         assert sum(step["steps"] for step in steps) >= 2  # ReLU is fused
@@ -369,6 +385,8 @@ def test_command(
         ("--method lookup", ["table 16x15", "table 4x3"]),
         ("--table 4x3 --method lookup", ["table 4x3"]),
         ("--encoder tree", ["tree V=4 K=16", "table 16x15", "table 4x3"]),
+        ("--group row --method pq", ["row nearest V=3 K=16"]),
+        ("--v 3 --encoder nearest --method pq", ["row nearest V=3 K=16"]),
         ("--encoder tree --table 4x3 --table 16x15 --method pq", ["tree V=4 K=16"]),
     ],
 )

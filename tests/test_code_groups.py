@@ -148,6 +148,10 @@ def test_rows_are_patches_of_equal_codebooks(encoder: str) -> None:
         {"size": (2, 6, 6), "kernel": (5, 1), "padding": (2, 0), "channels": 7, "width": 5},
         {"size": (2, 6, 6), "kernel": (1, 5), "padding": (0, 2), "channels": 7, "width": 5},
         {"size": (2, 12, 12), "kernel": (7, 7), "padding": (3, 3), "stride": (2, 2), "width": 7},
+        # four codebooks in a unit: rows that lie together, within two registers, and far apart
+        {"size": (3, 30, 9), "stride": (2, 2), "padding": (1, 1), "channels": 16, "width": 4},
+        {"size": (2, 9, 90), "stride": (3, 2), "dilation": (1, 2), "channels": 12, "width": 3},
+        {"size": (9, 4, 4), "padding": (1, 1), "channels": 16, "width": 4, "act_zero": 21},
         {"size": (65, 1, 1), "kernel": (1, 1), "channels": 37, "outputs": 17, "width": 4},
         {"size": (2, 5, 6), "kernel": (1, 1), "channels": 9, "stride": (2, 2), "width": 4},
     ],

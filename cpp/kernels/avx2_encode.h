@@ -436,14 +436,15 @@ void unpack_codes(const PqShape& s, const uint8_t* codes, int32_t rows, uint8_t*
   }
 }
 
-void gather_codes(const PqShape& s, int32_t taps, const Patch& p, int32_t first, int32_t last,
-                  uint8_t* codes) {
+int32_t code_unit(const PqShape&) { return 1; }
+
+void gather_codes(const PqShape& s, const Patch& p, int32_t first, int32_t last, uint8_t* codes) {
   for (int32_t row = 0; row < p.rows; row += kSubRows) {
     Rows rows;
     find_rows(p, row, &rows);
     uint8_t* const to = sub_tile(s, codes, row);
     with_rows(rows, [&](const auto& loader) {
-      Entries entries(p, taps, first);
+      Entries entries(p, s.parts, first);
       if (narrow(p.rows - row)) {
         for (int32_t b = first; b < last; ++b) {
           store_half(to + b * kRowBlock, loader.half(entries.next()));

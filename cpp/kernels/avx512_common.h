@@ -32,6 +32,18 @@ __mmask64 byte_mask(int32_t left) { return left >= 64 ? ~0ull : (1ull << left) -
 // codebooks x 16 entries.
 constexpr int32_t kBookBits = 0x30201000;  // byte j: j << 4
 
+// Such dwords are the units of planes of codes, where the codebooks of a part divide by four. Then
+// codebooks 4 q .. 4 q + 3 of part t are group q T + t.
+int32_t code_unit(const PqShape& s) {
+  return s.parts > 1 && s.codebooks / s.parts % kBooks == 0 ? kBooks : 1;
+}
+
+// The codebook that is number j of a group.
+int32_t book_of(const PqShape& s, int32_t group, int32_t j) {
+  if (code_unit(s) == 1) return group * kBooks + j;
+  return (group / s.parts * kBooks + j) * s.parts + group % s.parts;
+}
+
 uint8_t* codes_at(uint8_t* codes, int32_t codebook, int32_t blocks) {
   return codes + static_cast<size_t>(codebook / kBooks) * blocks * 64;
 }

@@ -294,21 +294,100 @@ void unpack_codes(const PqShape& s, const uint8_t* codes, int32_t rows, uint8_t*
       _mm512_store_si512(planes, _mm512_or_si512(low, high));
       for (int32_t j = 0; j < kBooks && b + j < s.codebooks; ++j) {
         const __m128i line = _mm_load_si128(reinterpret_cast<const __m128i*>(planes + 16 * j));
-        _mm_mask_storeu_epi8(out + (b + j) * stride + 16 * i, lane_mask(rows - 16 * i), line);
+        uint8_t* const to = out + book_of(s, b / kBooks, j) * stride + 16 * i;
+        _mm_mask_storeu_epi8(to, lane_mask(rows - 16 * i), line);
       }
     }
   }
 }
 
-// Four codebooks are a quad of bytes, like four entries of a row. Limited by its loads: one for
+void unpack_units(const PqShape& s, const uint8_t* codes, int32_t rows, uint8_t* out,
+                  size_t stride) {
+  const int32_t blocks = row_blocks(rows);
+  const __mmask16 last = lane_mask(rows - 16 * (blocks - 1));
+  for (int32_t b = 0; b < s.codebooks; b += kBooks, out += stride) {
+    for (int32_t i = 0; i < blocks; ++i, codes += 64) {
+      const __mmask16 mask = i + 1 < blocks ? __mmask16{0xffff} : last;
+      _mm512_mask_storeu_epi32(out + 64 * i, mask, _mm512_loadu_si512(codes));
+    }
+  }
+}
+
+// 16 rows of units: consecutive, within 64 or 128 bytes, or anywhere.
+struct UnitRows {
+  Reach reach;  // kPlain, kSingle, kPair or kSegments
+  int32_t base;
+  __m512i index;  // in the 32 units from `base` on, or the offsets
+};
+
+UnitRows find_unit_rows(const int32_t* row, int32_t valid) {
+  const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i offsets = _mm512_loadu_si512(row);
+  const __m512i index = _mm512_srli_epi32(_mm512_sub_epi32(offsets, _mm512_set1_epi32(row[0])), 2);
+  if (!_mm512_mask_cmpneq_epi32_mask(lane_mask(valid), index, iota)) {
+    return {Reach::kPlain, row[0], index};
+  }
+  if (row[15] - row[0] < 64) return {Reach::kSingle, row[0], index};
+  if (row[15] - row[0] < 128) return {Reach::kPair, row[0], index};
+  return {Reach::kSegments, 0, offsets};
+}
+
+// Nothing but copies: a load and a store for four codebooks of 16 rows, where these are
+// consecutive.
+template <int kBlocks>
+void gather_units(const PqShape& s, const Patch& p, int32_t first, int32_t last, uint8_t* codes) {
+  UnitRows rows[kBlocks];
+  for (int32_t i = 0; i < kBlocks; ++i) {
+    rows[i] = find_unit_rows(p.row + 16 * i, p.rows - 16 * i);
+  }
+  const uint8_t* plane = p.planes + first / kBooks / s.parts * p.plane;
+  int32_t tap = first / kBooks % s.parts;
+  for (int32_t b = first; b < last; b += kBooks) {
+    uint8_t* const to = codes_at(codes, b, kBlocks);
+    const uint8_t* const at = plane + p.tap[tap];
+#pragma GCC unroll 4
+    for (int32_t i = 0; i < kBlocks; ++i) {
+      const uint8_t* const from = at + rows[i].base;
+      __m512i x;
+      if (rows[i].reach == Reach::kPlain) {
+        x = _mm512_loadu_si512(from);
+      } else if (rows[i].reach == Reach::kSingle) {
+        x = _mm512_permutexvar_epi32(rows[i].index, _mm512_loadu_si512(from));
+      } else if (rows[i].reach == Reach::kPair) {
+        x = _mm512_permutex2var_epi32(_mm512_loadu_si512(from), rows[i].index,
+                                      _mm512_loadu_si512(from + 64));
+      } else {
+        x = _mm512_i32gather_epi32(rows[i].index, at, 1);
+      }
+      _mm512_storeu_si512(to + 64 * i, x);
+    }
+    if (++tap == s.parts) {
+      tap = 0;
+      plane += p.plane;
+    }
+  }
+}
+
+// Of bytes: four codebooks are a quad, like four entries of a row. Limited by its loads: one for
 // four codebooks of 16 rows where their taps lie within a line.
-void gather_codes(const PqShape& s, int32_t taps, const Patch& p, int32_t first, int32_t last,
-                  uint8_t* codes) {
+void gather_codes(const PqShape& s, const Patch& p, int32_t first, int32_t last, uint8_t* codes) {
+  if (code_unit(s) == kBooks) {
+    switch (row_blocks(p.rows)) {
+      case 1:
+        return gather_units<1>(s, p, first, last, codes);
+      case 2:
+        return gather_units<2>(s, p, first, last, codes);
+      case 3:
+        return gather_units<3>(s, p, first, last, codes);
+      default:
+        return gather_units<4>(s, p, first, last, codes);
+    }
+  }
   Rows rows;
   find_rows(p, rows);
   ByteRows bytes;
   find_byte_rows(p, bytes);
-  QuadFinder finder(p, s.codebooks, taps, kBooks, kBooks, 63 - rows.reach);
+  QuadFinder finder(p, s.codebooks, s.parts, kBooks, kBooks, 63 - rows.reach);
   const __m512i book = _mm512_set1_epi32(kBookBits), four = _mm512_set1_epi8(15);
   for (int32_t b = first; b < last; b += kBooks) {
     const uint8_t* planes;

@@ -20,10 +20,10 @@ void pack_tables(const PqShape& s, const int8_t* tables, uint8_t* packed) {
   const int32_t slices = table_slices(s), groups = ceil_div(s.codebooks, kBooks);
   for (int32_t block = 0; block < s.outputs; block += kOutputs) {
     for (int32_t c = 0; c < groups * slices; ++c) {
-      const int32_t codebook = c / slices * kBooks, entry = c % slices * 16;
+      const int32_t group = c / slices, entry = c % slices * 16;
       for (int32_t m = block; m < block + kOutputs; ++m) {
         for (int32_t i = 0; i < 64; ++i, ++packed) {
-          const int32_t b = codebook + i / 16, k = entry + i % 16;
+          const int32_t b = book_of(s, group, i / 16), k = entry + i % 16;
           const bool there = m < s.outputs && b < s.codebooks && k < s.centroids;
           const size_t row = static_cast<size_t>(b) * s.centroids + k;
           *packed = there ? static_cast<uint8_t>(tables[row * s.outputs + m]) : 0;

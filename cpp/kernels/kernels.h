@@ -37,6 +37,7 @@ struct PqShape {
   int32_t outputs;    // M
   int32_t bits;       // of the activations, 1..7
   Encoder encoder;
+  int32_t parts = 1;  // T: of a row that have the same codebooks; divides `codebooks`
 };
 
 // Sizes of one lookup layer, whose products are entries of one table.
@@ -275,10 +276,17 @@ struct Kernels {
   void (*unpack_codes)(const PqShape&, const uint8_t* codes, int32_t rows, uint8_t* out,
                        size_t stride);
 
-  // Codes of codebooks first..last-1 of one tile that were made before, as encode() leaves them:
-  // the patch has the code of codebook b and row r as entry b of row r, `taps` entries to a plane.
-  void (*gather_codes)(const PqShape&, int32_t taps, const Patch&, int32_t first, int32_t last,
-                       uint8_t* codes);
+  // Planes of codes that are made before: of a layer whose rows have several parts, codebook
+  // g T + t being codebook g of part t. A unit is the codes of `unit` neighbouring codebooks of a
+  // part, as many bytes, and lies in a plane of its own for every `unit` codebooks.
+  int32_t (*code_unit)(const PqShape&);  // 1, or a divisor of codebooks / T
+  // unit r of plane i is at out + i * stride + r * unit, for r < rows. The codes and the shape are
+  // those of the part. Only where the unit is not 1: else unpack_codes() makes the planes.
+  void (*unpack_units)(const PqShape& part, const uint8_t* codes, int32_t rows, uint8_t* out,
+                       size_t stride);
+  // Codes of codebooks first..last-1 of one tile, in this instruction set's order, as lookup()
+  // takes them: the patch has T units of a row to a plane.
+  void (*gather_codes)(const PqShape&, const Patch&, int32_t first, int32_t last, uint8_t* codes);
 
   // sum[m][r] = sum over b of table[b][code[b][r]][m], exact in int32, then the epilogue, for
   // outputs first..last-1. Epilogue::rows is Patch::rows of encode().

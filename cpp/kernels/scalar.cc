@@ -143,11 +143,12 @@ void unpack_codes(const PqShape& s, const uint8_t* codes, int32_t rows, uint8_t*
   }
 }
 
-void gather_codes(const PqShape&, int32_t taps, const Patch& p, int32_t first, int32_t last,
-                  uint8_t* codes) {
+int32_t code_unit(const PqShape&) { return 1; }
+
+void gather_codes(const PqShape& s, const Patch& p, int32_t first, int32_t last, uint8_t* codes) {
   for (int32_t b = first; b < last; ++b) {
     for (int32_t r = 0; r < p.rows; ++r) {
-      codes[b * kRows + r] = static_cast<uint8_t>(entry(p, taps, b, r));
+      codes[b * kRows + r] = static_cast<uint8_t>(entry(p, s.parts, b, r));
     }
   }
 }
@@ -385,6 +386,8 @@ constinit const Kernels kScalar = {.name = "scalar",
                                    .code_bytes = code_bytes,
                                    .encode = encode,
                                    .unpack_codes = unpack_codes,
+                                   .code_unit = code_unit,
+                                   .unpack_units = unpack_codes,
                                    .gather_codes = gather_codes,
                                    .lookup = lookup,
                                    .lookup_row = lookup_row,

@@ -8,9 +8,9 @@ namespace {
 constexpr double kComparedPerMicrosecond = 1.5e5;  // centroid values, of one AVX-512 core
 
 // The patch, as a patch of planes of codes.
-ConvGeometry code_geometry(const ConvGeometry& g, Group group, int64_t codebooks) {
+ConvGeometry code_geometry(const ConvGeometry& g, Group group, int64_t planes) {
   ConvGeometry codes = g;
-  codes.channels = codebooks;
+  codes.channels = planes;
   if (group == Group::kRow) {
     codes.kernel_w = codes.stride_w = codes.dilation_w = 1;
     codes.pad_w = codes.end_w = 0;
@@ -26,6 +26,10 @@ double encoding_time(const PqShape& shape, int64_t rows) {
   return static_cast<double>(rows) * shape.codebooks * compare / kComparedPerMicrosecond;
 }
 
+int64_t part_count(const ConvGeometry& g, Group group) {
+  return group == Group::kPatch ? 1 : group == Group::kRow ? g.kernel_h : g.taps();
+}
+
 ConvGeometry part_geometry(const ConvGeometry& g, Group group) {
   if (group == Group::kPatch) return g;
   if (group == Group::kPixel) return {.channels = g.channels};
@@ -38,11 +42,13 @@ ConvGeometry part_geometry(const ConvGeometry& g, Group group) {
 }
 
 CodePlanes::CodePlanes(const Kernels& kernels, const PqShape& shape, const uint8_t* encoder,
-                       const ConvGeometry& geometry, Group group, const Quantization& quantization)
+                       int32_t unit, const ConvGeometry& geometry, Group group,
+                       const Quantization& quantization)
     : kernels_(kernels),
       shape_(shape),
       encoder_(encoder),
-      codes_(code_geometry(geometry, group, shape.codebooks)),
+      unit_(unit),
+      codes_(code_geometry(geometry, group, shape.codebooks / unit)),
       padding_(static_cast<size_t>(shape.codebooks)) {
   // A patch in which every entry of every row is the same byte.
   const std::vector<uint8_t> zeros(2 * kSlack, static_cast<uint8_t>(quantization.zero));
@@ -50,12 +56,17 @@ CodePlanes::CodePlanes(const Kernels& kernels, const PqShape& shape, const uint8
   AlignedBytes codes(kernels.code_bytes(shape));
   const Patch patch{zeros.data(), 0, taps.data(), rows.data(), 1, true};
   kernels.encode(shape, encoder, patch, 0, shape.codebooks, codes.data());
-  kernels.unpack_codes(shape, codes.data(), 1, padding_.data(), 1);
+  unpack(codes.data(), 1, padding_.data(), static_cast<size_t>(unit));
+}
+
+void CodePlanes::unpack(const uint8_t* codes, int32_t rows, uint8_t* out, size_t stride) const {
+  (unit_ == 1 ? kernels_.unpack_codes : kernels_.unpack_units)(shape_, codes, rows, out, stride);
 }
 
 PatchSource CodePlanes::patches(const PatchSource& parts) const {
   const ConvGeometry& g = parts.geometry();
-  return PatchSource(codes_, parts.images(), g.out_h(parts.height()), g.out_w(parts.width()));
+  return PatchSource(codes_, parts.images(), g.out_h(parts.height()), g.out_w(parts.width()),
+                     unit_);
 }
 
 size_t CodePlanes::code_bytes(const PatchSource& parts) const {
@@ -80,14 +91,19 @@ void CodePlanes::make(const PatchSource& parts, PatchSource& patches, uint8_t* s
     const Patch patch =
         parts.tile(first, count, static_cast<int32_t>(tile), reinterpret_cast<int32_t*>(memory));
     kernels_.encode(shape_, encoder_, patch, 0, shape_.codebooks, codes);
-    kernels_.unpack_codes(shape_, codes, static_cast<int32_t>(count), shared + first,
-                          static_cast<size_t>(rows));
+    unpack(codes, static_cast<int32_t>(count), shared + first * unit_,
+           static_cast<size_t>(rows * unit_));
   });
   const ConvGeometry& g = parts.geometry();
   const int64_t height = g.out_h(parts.height()), width = g.out_w(parts.width());
-  const ByteView codes{
-      shared, parts.images(), shape_.codebooks, height, width, height * width, rows, width, 1};
-  patches.load(codes, padding_.data(), shared + code_bytes(parts), pool);
+  uint8_t* const workspace = shared + code_bytes(parts);
+  const auto load = [&](const auto* codes) {
+    const View view{codes,          parts.images(), codes_.channels, height,    width,
+                    height * width, rows,           width,           int64_t{1}};
+    patches.load(view, padding_.data(), workspace, pool);
+  };
+  if (unit_ == 1) return load(static_cast<const uint8_t*>(shared));
+  load(reinterpret_cast<const uint32_t*>(shared));
 }
 
 }  // namespace lutra

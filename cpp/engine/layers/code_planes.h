@@ -1,8 +1,8 @@
 // Codes that belong to pixels: made once, read by every patch that the pixel is in.
 //
 // A part of a patch (a row of the kernel, or a pixel) is a patch of its own, of another geometry:
-// its codes are planes of bytes, one for each codebook. The kernel then walks over these planes as
-// it does over those of the input.
+// its codes are planes of units: bytes, one plane for each codebook, or what else the instruction
+// set takes. The kernel then walks over these planes as it does over those of the input.
 #pragma once
 
 #include <vector>
@@ -14,6 +14,8 @@ namespace lutra {
 
 enum class Group { kPatch, kRow, kPixel };
 
+// How many parts a patch has. A patch of one part is encoded as a whole.
+int64_t part_count(const ConvGeometry& g, Group group);
 // The parts of a patch, as patches of the input.
 ConvGeometry part_geometry(const ConvGeometry& g, Group group);
 // How long it takes to make the codes of so many rows, in microseconds, to guess.
@@ -21,8 +23,9 @@ double encoding_time(const PqShape& shape, int64_t rows);
 
 class CodePlanes {
  public:
-  // `shape` is of the codebooks that encode a part, packed in `encoder`. Both must outlive this.
-  CodePlanes(const Kernels& kernels, const PqShape& shape, const uint8_t* encoder,
+  // `shape` is of the codebooks that encode a part, packed in `encoder`; `unit` is that of the
+  // planes. All must outlive this.
+  CodePlanes(const Kernels& kernels, const PqShape& shape, const uint8_t* encoder, int32_t unit,
              const ConvGeometry& geometry, Group group, const Quantization& quantization);
 
   // Patches of codes, for a source of parts.
@@ -37,10 +40,12 @@ class CodePlanes {
 
  private:
   size_t code_bytes(const PatchSource& parts) const;  // of the planes
+  void unpack(const uint8_t* codes, int32_t rows, uint8_t* out, size_t stride) const;
 
   const Kernels& kernels_;
   const PqShape& shape_;
   const uint8_t* const encoder_;
+  const int32_t unit_;
   const ConvGeometry codes_;
   std::vector<uint8_t> padding_;  // the codes of zeros
 };

@@ -37,12 +37,12 @@ void transpose(const View<S>& x, int64_t step, uint8_t* to, uint8_t* scratch, si
 
 }  // namespace
 
-PatchSource::PatchSource(const ConvGeometry& g, int64_t n, int64_t h, int64_t w)
-    : g_(g), n_(n), h_(h), w_(w), planes_(g, n, h, w) {}
+PatchSource::PatchSource(const ConvGeometry& g, int64_t n, int64_t h, int64_t w, int64_t unit)
+    : g_(g), n_(n), h_(h), w_(w), unit_(unit), planes_(g, n, h, w) {}
 
 size_t PatchSource::bytes() const {
   return align64(static_cast<size_t>(g_.taps()) * sizeof(int32_t)) +
-         align64(static_cast<size_t>(planes_.elements()));
+         align64(static_cast<size_t>(planes_.elements() * unit_));
 }
 
 size_t PatchSource::scratch_bytes() const {
@@ -52,7 +52,8 @@ size_t PatchSource::scratch_bytes() const {
 uint8_t* PatchSource::begin(uint8_t* workspace) {
   taps_ = reinterpret_cast<int32_t*>(workspace);
   planes_.write_tap_offsets(taps_);
-  plane_ = planes_.plane();
+  for (int64_t t = 0; unit_ > 1 && t < g_.taps(); ++t) taps_[t] *= static_cast<int32_t>(unit_);
+  plane_ = planes_.plane() * unit_;
   consecutive_ = planes_.plain();
   uint8_t* const planes = workspace + align64(static_cast<size_t>(g_.taps()) * sizeof(int32_t));
   data_ = planes;
@@ -83,24 +84,30 @@ void PatchSource::load(const ByteView& x, int32_t zero, uint8_t* workspace, uint
   copy_planes(x, to, pool, [zero](int64_t) { return static_cast<uint8_t>(zero); });
 }
 
-void PatchSource::load(const ByteView& x, const uint8_t* padding, uint8_t* workspace,
+template <class T>
+void PatchSource::load(const View<const T>& x, const uint8_t* padding, uint8_t* workspace,
                        ThreadPool& pool) {
-  uint8_t* const to = begin(workspace);
-  if (take(x)) return;
-  copy_planes(x, to, pool, [padding](int64_t c) { return padding[c]; });
+  copy_planes(x, reinterpret_cast<T*>(begin(workspace)), pool, [padding](int64_t c) {
+    T element;
+    std::memcpy(&element, padding + c * static_cast<int64_t>(sizeof(T)), sizeof(T));
+    return element;
+  });
 }
+template void PatchSource::load(const ByteView&, const uint8_t*, uint8_t*, ThreadPool&);
+template void PatchSource::load(const View<const uint32_t>&, const uint8_t*, uint8_t*, ThreadPool&);
 
-template <class PaddingOf>
-void PatchSource::copy_planes(const ByteView& x, uint8_t* to, ThreadPool& pool,
+template <class T, class PaddingOf>
+void PatchSource::copy_planes(const View<const T>& x, T* to, ThreadPool& pool,
                               const PaddingOf& padding_of) {
+  const PaddedPlanes<T> planes(g_, n_, h_, w_);
   const double time = static_cast<double>(x.pixels() * x.c) / kCopiedPerMicrosecond;
   const int64_t items = (x.c + kFillChannels - 1) / kFillChannels;
   pool.run(static_cast<size_t>(items), time, [&](size_t item, int) {
     const int64_t first = static_cast<int64_t>(item) * kFillChannels;
     const int64_t last = std::min(x.c, first + kFillChannels);
     for (int64_t c = first; c < last; ++c) {
-      planes_.clear(to, c, c + 1, padding_of(c));
-      for (int64_t n = 0; n < x.n; ++n) planes_.copy(to, x.data + c * x.sc + n * x.sn, n, c);
+      planes.clear(to, c, c + 1, padding_of(c));
+      for (int64_t n = 0; n < x.n; ++n) planes.copy(to, x.data + c * x.sc + n * x.sn, n, c);
     }
   });
 }
@@ -165,11 +172,13 @@ Patch PatchSource::tile(int64_t first, int64_t count, int32_t row_tile, int32_t*
   const auto runs = planes_.runs(first, count);
   int32_t at = 0;
   for (int64_t i = 0; i < runs.count; ++i) {
-    const int32_t offset = static_cast<int32_t>(runs.source[i] - runs.source[0]);
-    for (int32_t k = 0; k < runs.length[i]; ++k) row[at++] = offset + k;
+    const int32_t unit = static_cast<int32_t>(unit_);
+    const int32_t offset = static_cast<int32_t>(runs.source[i] - runs.source[0]) * unit;
+    for (int32_t k = 0; k < runs.length[i]; ++k) row[at++] = offset + k * unit;
   }
   for (const int32_t last = row[at - 1]; at < row_tile; ++at) row[at] = last;
-  return {data_ + runs.source[0], plane_, taps_, row, static_cast<int32_t>(count), runs.count == 1};
+  return {data_ + runs.source[0] * unit_, plane_, taps_, row, static_cast<int32_t>(count),
+          runs.count == 1 && unit_ == 1};
 }
 
 }  // namespace lutra

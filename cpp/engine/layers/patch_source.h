@@ -11,7 +11,8 @@ namespace lutra {
 
 class PatchSource {
  public:
-  PatchSource(const ConvGeometry& g, int64_t n, int64_t h, int64_t w);
+  // An element of a plane has `unit` bytes: 1 or 4.
+  PatchSource(const ConvGeometry& g, int64_t n, int64_t h, int64_t w, int64_t unit = 1);
 
   // Memory that load() takes, and scratch for every worker.
   size_t bytes() const;
@@ -21,8 +22,9 @@ class PatchSource {
   // sizes must be those given to the constructor; scratch of the workers lies `stride` bytes apart.
   void load(const ByteView& x, int32_t zero, uint8_t* workspace, uint8_t* scratch, size_t stride,
             ThreadPool& pool);
-  // From planes that have a padding each.
-  void load(const ByteView& x, const uint8_t* padding, uint8_t* workspace, ThreadPool& pool);
+  // From planes of elements of one byte or four that have a padding each, one element.
+  template <class T>
+  void load(const View<const T>& x, const uint8_t* padding, uint8_t* workspace, ThreadPool& pool);
   void load(const ImageView& x, const Kernels& kernels, const Grid& grid, uint8_t* workspace,
             uint8_t* scratch, size_t stride, ThreadPool& pool);
 
@@ -42,12 +44,12 @@ class PatchSource {
   uint8_t* begin(uint8_t* workspace);
   // Reads the value where it is, if that is what tile() needs.
   bool take(const ByteView& x);
-  template <class PaddingOf>
-  void copy_planes(const ByteView& x, uint8_t* to, ThreadPool& pool, const PaddingOf& padding_of);
+  template <class T, class PaddingOf>
+  void copy_planes(const View<const T>& x, T* to, ThreadPool& pool, const PaddingOf& padding_of);
   void subsample(const ByteView& x, uint8_t* to, ThreadPool& pool);
 
   ConvGeometry g_;
-  int64_t n_, h_, w_;
+  int64_t n_, h_, w_, unit_;
   PaddedPlanes<uint8_t> planes_;
   const uint8_t* data_ = nullptr;
   int64_t plane_ = 0;

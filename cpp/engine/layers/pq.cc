@@ -73,7 +73,7 @@ class PqLayer : public Layer {
 void PqLayer::check(const EncoderData& encoder) const {
   const PqShape& s = part_;
   const Quantization& q = quantization_;
-  const int32_t k = s.centroids, parts = shape_.taps / s.taps;
+  const int32_t k = s.centroids, parts = shape_.parts;
   const int64_t depth = s.depth;
   require(is_one_of(k, kCentroidCounts), "K must be 8, 16, 32 or 64, not " + std::to_string(k));
   require(shape_.codebooks >= 1 && shape_.codebooks <= kMaxCodebooks,
@@ -117,7 +117,7 @@ PqLayer::PqLayer(const Kernels& kernels, PqShape shape, const ConvGeometry& geom
     : Layer("product-quantised", kernels, geometry, shape.outputs, quantization, kMaxActBits, scale,
             bias),
       shape_(shape),
-      group_(group),
+      group_(part_count(geometry, group) > 1 ? group : Group::kPatch),
       few_rows_(few_rows) {
   require(geometry.depth() < (int64_t{1} << 31), "its rows are too long");
   shape_.depth = static_cast<int32_t>(geometry.depth());
@@ -128,6 +128,7 @@ PqLayer::PqLayer(const Kernels& kernels, PqShape shape, const ConvGeometry& geom
   part_.codebooks = static_cast<int32_t>(codebooks);
   part_.depth = static_cast<int32_t>(part.depth());
   part_.taps = static_cast<int32_t>(part.taps());
+  shape_.parts = shape_.taps / part_.taps;
   check(encoder);
   encoder_ = AlignedBytes(kernels.encoder_bytes(part_));
   if (part_.encoder == Encoder::kNearest) {
@@ -135,9 +136,9 @@ PqLayer::PqLayer(const Kernels& kernels, PqShape shape, const ConvGeometry& geom
   } else {
     kernels.pack_tree(part_, encoder.splits, encoder.thresholds, encoder_.data());
   }
-  if (group != Group::kPatch) {
-    planes_ = std::make_unique<CodePlanes>(kernels, part_, encoder_.data(), geometry, group,
-                                           quantization);
+  if (group_ != Group::kPatch) {
+    planes_ = std::make_unique<CodePlanes>(
+        kernels, part_, encoder_.data(), kernels.code_unit(shape_), geometry, group_, quantization);
   }
   const size_t entries = static_cast<size_t>(shape_.codebooks) * shape_.centroids * shape_.outputs;
   if (few_rows) {
@@ -235,7 +236,6 @@ void PqLayer::run_patches(const Call& call) const {
   if (by_row(source.rows())) return run_rows(call, s);
   const int64_t tile = kernels_.row_tile, rows = source.rows();
   const uint8_t* const packed = packed_.data();
-  const int32_t taps = static_cast<int32_t>(source.geometry().taps());
   struct Own {
     int32_t* row;
     uint8_t *codes, *scratch;
@@ -250,7 +250,7 @@ void PqLayer::run_patches(const Call& call) const {
     const int64_t row = index * tile, count = std::min(tile, rows - row);
     const Patch patch = source.tile(row, count, static_cast<int32_t>(tile), m.row);
     if (planes_) {
-      kernels_.gather_codes(shape_, taps, patch, first, last, codes);
+      kernels_.gather_codes(shape_, patch, first, last, codes);
     } else {
       kernels_.encode(shape_, encoder_.data(), patch, first, last, codes);
     }
