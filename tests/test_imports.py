@@ -20,6 +20,7 @@ ORDER: Final[tuple[tuple[str, ...], ...]] = (
     ("lutra.cli",),
     ("lutra",),
     ("lutra.train",),
+    ("lutra.train.search",),
     ("lutra.train.exporting", "lutra.train.finetuning"),
     ("lutra.train.conversion",),
     ("lutra.train.layers",),
