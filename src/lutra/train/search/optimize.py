@@ -23,6 +23,7 @@ from lutra.train.search.bench import Bench, EngineModel, outputs_of
 from lutra.train.search.budget import DEFAULT_DROP, Budget
 from lutra.train.search.candidates import find_layers
 from lutra.train.search.finetuned import teach
+from lutra.train.search.proposals import need_solver
 from lutra.train.search.quality import Outputs
 from lutra.train.search.samples import Part, Split, split
 from lutra.train.search.search import Search
@@ -102,6 +103,7 @@ def optimize(
     """
     begin = time.perf_counter()
     _check(model, evaluate, budget, output)
+    need_solver()
     max_drop = DEFAULT_DROP if budget.max_drop is None else budget.max_drop
     budget = Budget(**{**vars(budget), "max_drop": max_drop})
     parts = split(model, data, labels, budget.seed)

@@ -6,17 +6,30 @@ Recipes that were tried are cut off, so that every proposal is new.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Mapping
 from typing import Final
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import lil_array
 
+from lutra.errors import LutraError
 from lutra.train.search.predict import Term
 
 _SECONDS: Final = 10.0
 _GAP: Final = 1e-4
+
+
+def need_solver() -> None:
+    """Finds out before the work whether SciPy is there.
+
+    Raises:
+        LutraError: it is not installed.
+    """
+    if importlib.util.find_spec("scipy") is None:
+        raise LutraError(
+            "optimize needs scipy, which is not installed; install it with "
+            "pip install 'lutra[search]'"
+        )
 
 
 def propose(
@@ -37,6 +50,9 @@ def propose(
     Returns:
         The key of each layer; None where no recipe is left.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp  # of the extra `search`
+    from scipy.sparse import lil_array
+
     terms = list(losses)
     layers: dict[str, list[int]] = {}
     for place, (layer, _) in enumerate(terms):

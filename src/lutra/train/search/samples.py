@@ -102,8 +102,8 @@ def split(model: nn.Module, data: Any, labels: Any, seed: int) -> Split:
     total = sum(counts)
     if total < LEAST:
         raise LutraError(
-            f"{_WHERE} hold {total} sample{'s' * (total != 1)}; give at least {LEAST}, some hundred "
-            "are better: a part calibrates, and the others judge"
+            f"{_WHERE} hold {total} sample{'s' * (total != 1)}; give at least {LEAST}, some "
+            "hundred are better: a part calibrates, and the others judge"
         )
     own = _labels(labels, found, total)
     shapes = [tuple(tuple(tensor.shape[1:]) for tensor in batch) for batch in batches]

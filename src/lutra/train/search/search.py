@@ -32,7 +32,7 @@ from lutra.train.search.storage import Storage
 from lutra.train.search.trial import DENSE, INT8_EVERYWHERE, Trial, best, front, good
 
 _SECONDS: Final = 1.0  # of timing a trial
-_CALIBRATION_ROWS: Final = 8192
+_CALIBRATION_ROWS: Final = 4096
 #: How far a measured time, loss and size may be off, as shares.
 _TIME_NOISE: Final = 0.03
 _LOSS_NOISE: Final = 0.1
