@@ -122,12 +122,12 @@ def run(args: argparse.Namespace) -> int:
             "convert needs calibration inputs; give --data D.npz with an array for each argument, "
             "or x"
         )
-    torch, train = _training()
+    torch, train = training("convert")
     check_writable(args.output)
     _check_flags(args)
     given = None if args.recipe is None else _read_recipe(args.recipe, train)
     torch.manual_seed(args.seed)
-    model = _build(args.model)
+    model = build(args.model)
     if not isinstance(model, torch.nn.Module):
         raise UserError(
             f"{args.model!r} gave a {type(model).__name__}; it must return a torch.nn.Module"
@@ -227,8 +227,11 @@ def _compact_text(entry: Mapping[str, Any]) -> str:
     return "\n".join(lines) or "there are no tables to build from int8 weights"
 
 
-def _training() -> tuple[Any, Any]:
+def training(command: str) -> tuple[Any, Any]:
     """torch and lutra.train.
+
+    Args:
+        command: that needs them.
 
     Raises:
         UserError: If they are not installed.
@@ -237,7 +240,7 @@ def _training() -> tuple[Any, Any]:
         return importlib.import_module("torch"), importlib.import_module("lutra.train")
     except ModuleNotFoundError as error:
         raise UserError(
-            f"convert needs {error.name}, which is not installed; "
+            f"{command} needs {error.name}, which is not installed; "
             "install it with pip install 'lutra[train]'"
         ) from error
 
@@ -307,7 +310,7 @@ def _read_recipe(path: str, train: Any) -> Mapping[str, Any]:
     return recipe
 
 
-def _build(target: str) -> Any:
+def build(target: str) -> Any:
     """Calls the function that a target names.
 
     Args:

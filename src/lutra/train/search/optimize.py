@@ -14,18 +14,19 @@ from torch import nn
 
 from lutra.errors import LutraError
 from lutra.graph import Graph
+from lutra.node import Array
 from lutra.runtime.cpu import choose_isa, cpu_info
 from lutra.runtime.session import Session
 from lutra.train.conversion.resume import digest
 from lutra.train.progress import Progress
 from lutra.train.recipe import recipe_to_json
-from lutra.train.search.bench import Bench, EngineModel, outputs_of
+from lutra.train.search.bench import Bench, outputs_of
 from lutra.train.search.budget import DEFAULT_DROP, Budget
 from lutra.train.search.candidates import find_layers
 from lutra.train.search.finetuned import teach
 from lutra.train.search.proposals import need_solver
-from lutra.train.search.quality import Outputs
-from lutra.train.search.samples import Part, Split, split
+from lutra.train.search.quality import Outputs, Top1
+from lutra.train.search.samples import Split, split
 from lutra.train.search.search import Search
 from lutra.train.search.storage import open_storage
 from lutra.train.search.study import Study
@@ -161,6 +162,7 @@ class _Finish:
         session = self._export(model, "choice")
         final = self._measured(session, chosen)
         chosen, model, session, final = self._not_slower(chosen, model, session, final)
+        worst, inputs = self._worst(session)
         study = Study(
             trials=self.trials,
             choice=chosen,
@@ -173,7 +175,8 @@ class _Finish:
             settings=self.settings,
             final=final,
             expected=search.loss_model(good(self.trials)).terms(),
-            worst=self._worst(session),
+            worst=worst,
+            worst_inputs=inputs,
         )
         study.reached, study.message = self._message(study)
         if self.peers is not None:
@@ -326,20 +329,29 @@ class _Finish:
                 )
         return reached, " ".join([text, *self.notes])
 
-    def _worst(self, session: Session) -> list[dict[str, Any]]:
-        """The samples whose outputs differ most."""
-        part = self.search.data.judged
-        badness = self.search.measure.badness(outputs_of(session, part))
-        places = np.argsort(-badness, kind="stable")[:_WORST]
-        flat = _samples(part)
-        return [
+    def _worst(self, session: Session) -> tuple[list[dict[str, Any]], list[tuple[Array, ...]]]:
+        """The samples whose outputs differ most: their places in the data, and their inputs."""
+        search, part = self.search, self.search.data.judged
+        outputs = outputs_of(session, part)
+        badness = search.measure.badness(outputs)
+        places = [int(place) for place in np.argsort(-badness, kind="stable")[:_WORST]]
+        classes: list[Array | None] = [None, None]
+        if isinstance(search.measure, Top1):
+            classes = [
+                np.concatenate([batch[0].argmax(1) for batch in own])
+                for own in (outputs, search.outputs)
+            ]
+        mine, dense = classes
+        entries = [
             {
                 "index": int(part.index[place]),
                 "error": float(badness[place]),
-                "input": _small(flat, int(place)),
+                "choice": None if mine is None else int(mine[place]),
+                "dense": None if dense is None else int(dense[place]),
             }
             for place in places
         ]
+        return entries, [part.sample(place) for place in places]
 
     def _write(self, model: nn.Module, study: Study) -> Graph:
         """Writes the choice with the study in its metadata."""
@@ -355,16 +367,6 @@ class _Finish:
 
 def _adjective(target: str) -> str:
     return "fast" if target == "latency" else "small"
-
-
-def _samples(part: Part) -> list[tuple[int, int]]:
-    """Batch and place of every sample, in the order of the batches."""
-    return [(b, i) for b, batch in enumerate(part.batches) for i in range(len(batch[0]))]
-
-
-def _small(flat: list[tuple[int, int]], place: int) -> list[int]:
-    """Where a sample stands: its batch, and its place there."""
-    return list(flat[place])
 
 
 def _check(
@@ -412,6 +414,3 @@ def _settings(model: nn.Module, data: Split, budget: Budget, evaluate: Any) -> d
         "threads": budget.threads,
         "seed": budget.seed,
     }
-
-
-__all__ = ["EngineModel", "optimize"]

@@ -44,6 +44,14 @@ class Part:
         """How many samples there are."""
         return len(self.index)
 
+    def sample(self, place: int) -> tuple[Array, ...]:
+        """The arguments of one sample, each (1, ...), by its place in the order of the batches."""
+        for batch in self.batches:
+            if place < len(batch[0]):
+                return tuple(tensor[place : place + 1].numpy() for tensor in batch)
+            place -= len(batch[0])
+        raise IndexError(place)
+
     def samples(self, most: int) -> list[tuple[Array, ...]]:
         """The first samples, each as a batch of one, from all shapes that there are."""
         found = [

@@ -10,6 +10,7 @@ from torch import nn
 
 from lutra.formatting import counted, table
 from lutra.graph import Graph
+from lutra.node import Array
 from lutra.train.recipe import Method, recipe_to_json
 from lutra.train.search.budget import Budget
 from lutra.train.search.candidates import FLOAT32, INT8, SearchLayer, recipe_of
@@ -39,6 +40,7 @@ class Study:
         peers: other runtimes on the same samples, where they were asked for.
         expected: what each candidate of each layer is believed to add to the loss.
         worst: the samples whose outputs differ most, as places in the data, with their errors.
+        worst_inputs: the inputs of these samples.
         seconds: that all of it took.
     """
 
@@ -54,6 +56,7 @@ class Study:
     final: dict[str, dict[str, float]]
     expected: dict[tuple[str, str], float]
     worst: list[dict[str, Any]] = field(default_factory=list)
+    worst_inputs: list[tuple[Array, ...]] = field(default_factory=list)
     peers: list[dict[str, Any]] = field(default_factory=list)
     graph: Graph | None = None
     seconds: float = 0.0
