@@ -35,7 +35,7 @@ ORDER: Final[tuple[tuple[str, ...], ...]] = (
     ),
     ("lutra.sentences",),
     ("lutra.stream",),
-    ("lutra.functions",),
+    ("lutra.functions", "lutra.reporting"),
     ("lutra.runtime",),
     ("lutra.reference", "lutra.preprocess"),
     ("lutra.format", "lutra.energy", "lutra.inputs"),

@@ -39,8 +39,9 @@ def front_chart(study: Mapping[str, Any]) -> str:
         ys = [t["quality"] for t in trials]
         axes.scatter(xs, ys, s=18, color=_GREY, label="tried", zorder=2)
         ends = sorted((x, y) for x, y, t in zip(xs, ys, trials, strict=True) if t["front"])
-        axes.step(*zip(*ends, strict=True), where="post", color=_BLUE, lw=1.4, zorder=1)
-        axes.scatter(*zip(*ends, strict=True), s=30, color=_BLUE, label="front", zorder=3)
+        line = ([x for x, _ in ends], [y for _, y in ends])
+        axes.step(*line, where="post", color=_BLUE, lw=1.4, zorder=1)
+        axes.scatter(line[0], line[1], s=30, color=_BLUE, label="front", zorder=3)
         for trial, x, y in zip(trials, xs, ys, strict=True):
             if trial["label"] in ("dense", "int8 everywhere"):
                 axes.annotate(

@@ -80,7 +80,7 @@ def page(
     chart, worst = "", []
     if found is not None:
         try:
-            if not isinstance(found, Mapping) or not _STUDY <= found.keys():
+            if not isinstance(found, Mapping) or not found.keys() >= _STUDY:
                 raise TypeError("entries are missing")
             chart = front_chart(found)
             images = [image_of(sample) for sample in inputs]

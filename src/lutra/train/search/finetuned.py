@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lutra.train.finetuning.finetune import finetune
 from lutra.train.modes import evaluating
@@ -24,17 +25,47 @@ _BATCH: Final = 64
 _MOST_STEPS: Final = 200_000
 
 
-class _Batches(Dataset[Any]):
-    """Batches of arguments with the outputs of the teacher behind them."""
+class _Taught(Dataset[Any]):
+    """Samples: the arguments, and the outputs of the teacher."""
 
-    def __init__(self, batches: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]) -> None:
-        self._batches = batches
+    def __init__(self, samples: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]) -> None:
+        self._samples = samples
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._samples)
 
     def __getitem__(self, index: int) -> Any:
-        return self._batches[index]
+        return self._samples[index]
+
+
+class _SameShape(Sampler[list[int]]):
+    """Batches of samples of one shape, in a new order each time.
+
+    Args:
+        groups: places of the samples of each shape.
+    """
+
+    drop_last = False
+
+    def __init__(self, groups: list[list[int]]) -> None:
+        self._groups = groups
+        self.batch_size = _BATCH
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = []
+        for group in self._groups:
+            order = [group[i] for i in torch.randperm(len(group)).tolist()]
+            batches += [order[first : first + _BATCH] for first in _starts(len(group))]
+        yield from (batches[i] for i in torch.randperm(len(batches)).tolist())
+
+    def __len__(self) -> int:
+        return sum(len(_starts(len(group))) for group in self._groups)
+
+
+def _starts(count: int) -> list[int]:
+    """Where batches begin; a last one of one sample, of which batch norms make nothing, is left
+    out."""
+    return [first for first in range(0, count, _BATCH) if count - first > 1 or count == 1]
 
 
 def teach(
@@ -54,15 +85,16 @@ def teach(
         Steps, and seconds of all of it.
     """
     begin = time.perf_counter()
-    batches = _taught(teacher, part, seed)
-    loader = DataLoader(_Batches(batches), batch_size=None, shuffle=True)
+    samples, groups = _taught(teacher, part)
+    sampler = _SameShape(groups)
+    loader = DataLoader(_Taught(samples), batch_sampler=sampler)
     loss = _divergence if isinstance(measure, Top1) else _squares
 
     def train(student: nn.Module, steps: int) -> float:
         start = time.perf_counter()
         finetune(
             student, loader, steps=steps, loss=loss, lr=_LR, warmup=steps // 20, seed=seed,
-            clip_norm=1.0, batch_norm_batches=min(_RENEWED, len(batches)), progress=False,
+            clip_norm=1.0, batch_norm_batches=min(_RENEWED, len(sampler)), progress=False,
         )  # fmt: skip
         return time.perf_counter() - start
 
@@ -78,20 +110,19 @@ def teach(
 
 @torch.no_grad()
 def _taught(
-    teacher: nn.Module, part: Part, seed: int
-) -> list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
-    """Batches in a new order, with the outputs of the teacher."""
-    found = []
-    generator = torch.Generator().manual_seed(seed)
+    teacher: nn.Module, part: Part
+) -> tuple[list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]], list[list[int]]]:
+    """Samples with the outputs of the teacher, and the places of those of each shape."""
+    found: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
+    groups: dict[Any, list[int]] = {}
     with evaluating(teacher):
         for batch in part.batches:
-            order = torch.randperm(len(batch[0]), generator=generator)
-            shuffled = tuple(tensor[order] for tensor in batch)
-            for first in range(0, len(order), _BATCH):
-                args = tuple(tensor[first : first + _BATCH] for tensor in shuffled)
-                if len(args[0]) > 1 or len(part.batches) == 1:  # batch norms need two
-                    found.append((args, tuple(_tensors(teacher(*args)))))
-    return found
+            outputs = _tensors(teacher(*batch))
+            group = groups.setdefault(tuple(tensor.shape[1:] for tensor in batch), [])
+            for i in range(len(batch[0])):
+                group.append(len(found))
+                found.append((tuple(t[i] for t in batch), tuple(t[i] for t in outputs)))
+    return found, list(groups.values())
 
 
 def _divergence(output: Any, wanted: Any) -> Tensor:

@@ -103,7 +103,7 @@ def optimize(
         (['dense', 'int8 everywhere'], 'agreement')
     """
     begin = time.perf_counter()
-    _check(model, evaluate, budget, output)
+    _check(model, evaluate, budget, output, peers)
     need_solver()
     max_drop = DEFAULT_DROP if budget.max_drop is None else budget.max_drop
     budget = Budget(**{**vars(budget), "max_drop": max_drop})
@@ -374,6 +374,7 @@ def _check(
     evaluate: Any,
     budget: Any,
     output: Any,
+    peers: Any,
 ) -> None:
     if not isinstance(model, nn.Module):
         raise LutraError(
@@ -391,6 +392,10 @@ def _check(
         raise LutraError(
             "optimize: with an evaluate of your own the budget must say, in its unit, what may be "
             "lost; give Budget(max_drop=...)"
+        )
+    if evaluate is not None and peers is not None:
+        raise LutraError(
+            "optimize: evaluate takes a model, and peers give outputs only; leave one of them out"
         )
     if output is not None and not Path(output).resolve().parent.is_dir():
         raise LutraError(

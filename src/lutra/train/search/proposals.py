@@ -62,9 +62,10 @@ def propose(
     place_of = {term: i for i, term in enumerate(terms)}
     cuts = []
     for choice in tried:
-        places = [place_of.get((layer, choice.get(layer, ""))) for layer in layers]
-        if all(place is not None for place in places):
-            cuts.append([place for place in places if place is not None])
+        own = [place_of.get((layer, choice.get(layer, ""))) for layer in layers]
+        known = [place for place in own if place is not None]
+        if len(known) == len(layers):
+            cuts.append(known)
     rows = lil_array((len(layers) + 1 + len(cuts), len(terms)))
     low = np.full(rows.shape[0], -np.inf)
     high = np.full(rows.shape[0], np.inf)

@@ -130,10 +130,10 @@ class Search:
                 for layer in self.layers
             }
             made.append((f"{key} wherever it may gain", choice))
-        fastest = {
-            layer.name: min(layer.candidates, key=lambda k, own=layer: self._alone(own, k))
-            for layer in self.layers
-        }
+        fastest = {}
+        for layer in self.layers:
+            costs = {key: self._alone(layer, key) for key in layer.candidates}
+            fastest[layer.name] = min(costs, key=lambda key: costs[key])
         return [*made, ("the cheapest alone of each layer", fastest)]
 
     def _alone(self, layer: SearchLayer, key: str) -> float:
