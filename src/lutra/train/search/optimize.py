@@ -268,10 +268,12 @@ class _Finish:
         for trial, name in zip(rivals, ("dense", "int8"), strict=False):
             mine, other = final["choice"][key], final[name][key]
             within = trial.drop <= search.max_drop and trial.choice != chosen.choice
-            if within and other * (1 + _SAME_TIME) < mine:
+            cheaper = other * (1 + _SAME_TIME) < mine
+            same = other <= mine * (1 + _SAME_TIME) and trial.loss <= chosen.loss
+            if within and (cheaper or same):
+                how = "was cheaper than" if cheaper else "cost no more, and was as good as,"
                 self.notes.append(
-                    f"Measured together, {trial.label} was cheaper than '{chosen.label}', and is "
-                    "the choice."
+                    f"Measured together, {trial.label} {how} '{chosen.label}', and is the choice."
                 )
                 model, _ = search.convert(trial.choice)
                 session = self._export(model, "choice")
@@ -319,7 +321,12 @@ class _Finish:
                 f"Nothing {what} than {names[rival]} was found within {limit}; the best is "
                 f"'{chosen.label}': {numbers}."
             )
-            beyond = [t for t in good(self.trials) if t.cost(target) < chosen.cost(target) * 0.99]
+            cheaper = chosen.cost(target) * (1 - _SAME_TIME)
+            beyond = [
+                t
+                for t in good(self.trials)
+                if t.cost(target) < cheaper and t.drop > search.max_drop
+            ]
             if beyond:
                 near = min(beyond, key=lambda t: (t.drop, t.cost(target)))
                 cost = f"{near.ms:.4f} ms" if target == "latency" else f"{near.bytes:,} bytes"
