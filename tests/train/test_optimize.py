@@ -17,8 +17,10 @@ from torch import nn
 import lutra
 from lutra.errors import LutraError
 from lutra.graph import Graph
+from lutra.runtime.session import Session
 from lutra.train import PQ, Budget, Int8, Lookup, convert, optimize, recipe_from_json
-from lutra.train.search import candidates, search
+from lutra.train.search import candidates
+from lutra.train.search.bench import Bench
 from lutra.train.search.candidates import FLOAT32, INT8
 
 pytest_plugins = ["cli_support"]
@@ -53,10 +55,15 @@ def timed(graphs: Mapping[str, Graph], _: Any) -> dict[str, float]:
     return {key: fast.get(key, 3.0) for key in graphs}
 
 
+def by_bytes(_: Bench, sessions: Mapping[str, Session], seconds: float) -> dict[str, list[float]]:
+    """As many milliseconds as parameters have kilobytes."""
+    return {name: [s.graph.parameter_bytes() / 1e3] * 3 for name, s in sessions.items()}
+
+
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "time_graphs", timed)
-    monkeypatch.setattr(search, "_SECONDS", 0.0)
+    monkeypatch.setattr(Bench, "times", by_bytes)
 
 
 @pytest.mark.slow

@@ -26,9 +26,8 @@ from lutra.cli.verify import verify
 from lutra.format import load_graph
 from lutra.formatting import counted
 from lutra.node import Array
-from lutra.reporting.page import need_packages, page, write_page
+from lutra.reporting.page import need_packages
 from lutra.runtime.cpu import runnable_isas
-from lutra.runtime.session import Session
 
 _BATCH: Final = 64
 _FAILED: Final = 1
@@ -137,12 +136,7 @@ def run(args: argparse.Namespace) -> int:
     problems = [p for result in verify(graph, runnable_isas(), samples=0 if graph.golden else 4)
                 for p in result.problems]  # fmt: skip
     if args.report is not None:
-        session = Session(graph, threads=args.threads, isa=args.isa)
-        text = page(
-            os.path.basename(args.output), graph, session.profile(), study=study.to_dict(),
-            inputs=study.worst_inputs, size=os.path.getsize(args.output),
-        )  # fmt: skip
-        write_page(args.report, text)
+        study.save_report(args.report, os.path.basename(args.output))
         print(f"wrote {plain(args.report)}")
     if problems:
         print(f"the file fails its check: {plain(problems[0])}")

@@ -31,8 +31,8 @@ def front_chart(study: Mapping[str, Any]) -> str:
 
     size = study["target"] == "size"
     measure = study["measure"]
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lutra"}):
-        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lutra", "font.size": 9}):
+        figure = Figure(figsize=(5.2, 3.5), layout="constrained")
         axes = figure.add_subplot()
         trials = [t for t in study["trials"] if not t["failed"]]
         xs = [t["bytes"] / 1024 if size else t["ms"] for t in trials]
@@ -46,7 +46,7 @@ def front_chart(study: Mapping[str, Any]) -> str:
             if trial["label"] in ("dense", "int8 everywhere"):
                 axes.annotate(
                     trial["label"], (x, y), xytext=(0, -14), textcoords="offset points",
-                    ha="center", fontsize=9, color=_INK,
+                    ha="center", fontsize=8, color=_INK,
                 )  # fmt: skip
         choice = study["choice"]
         axes.scatter(
@@ -57,7 +57,7 @@ def front_chart(study: Mapping[str, Any]) -> str:
             axes.scatter([peer["ms"]], [peer["quality"]], s=34, marker="s", color=_INK, zorder=4)
             axes.annotate(
                 peer["name"], (peer["ms"], peer["quality"]), xytext=(0, 8), ha="center",
-                textcoords="offset points", fontsize=9, color=_INK,
+                textcoords="offset points", fontsize=8, color=_INK,
             )  # fmt: skip
         unit = f", {measure['unit']}" if measure["unit"] else ""
         axes.axhline(measure["dense"] - study["max_drop"], color=_RED, lw=0.9, ls=":", zorder=0)
@@ -68,7 +68,7 @@ def front_chart(study: Mapping[str, Any]) -> str:
         axes.set_axisbelow(True)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-        axes.legend(frameon=False, fontsize=9, loc="lower right")
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     return _element(text.getvalue(), f"{measure['name']} of every recipe against its cost")

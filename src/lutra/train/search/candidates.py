@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,13 +33,12 @@ from lutra.train.search.samples import Split
 #: The keys of the two dense candidates, which every layer has.
 FLOAT32: Final = "float32"
 INT8: Final = "int8"
-_INT8: Final = Int8(otherwise=Keep())
 #: A lookup candidate may be slower alone than the dense ones by this factor: in a network the step
 #: before often makes its input.
 _MARGIN: Final = 1.1
 #: Linear layers of so many inputs may take long sub-vectors.
 _WIDE: Final = 256
-#: What the gate measures with: fewer rounds do, as trials measure whole networks anyway.
+#: Milliseconds by key.
 Times = dict[str, float]
 
 
@@ -139,7 +137,7 @@ def find_layers(
     batch = data.calibration.batches[0]
     few = tuple(tensor[:8] for tensor in batch)
     rough, report = convert(
-        model, {"*": _INT8}, [(few,)], rows=256, calibration="parallel", progress=False,
+        model, {"*": Int8(otherwise=Keep())}, [(few,)], rows=256, calibration="parallel", progress=False,
         seed=budget.seed,
     )  # fmt: skip
     names = [entry.name for entry in report.layers if entry.replaced]
@@ -200,7 +198,7 @@ def _graphs(
         FLOAT32: float_graph(name, layer, frozen, shape),
         INT8: frozen_graph(name, frozen, shape),
     }
-    methods: dict[str, Method | None] = {FLOAT32: None, INT8: _INT8}
+    methods: dict[str, Method | None] = {FLOAT32: None, INT8: Int8()}
     if isinstance(parent, Recurrent):
         return graphs, methods
     for key, method in lookup_methods(layer.geometry).items():
@@ -223,7 +221,7 @@ def _untimed(layer: nn.Module) -> dict[str, Candidate]:
     small = sum(t.numel() * t.element_size() for t in layer.state_dict().values())
     rows = layer.state_dict().get("int8_weight")
     large = 4 * (rows.numel() if rows is not None else small)
-    return {FLOAT32: Candidate(None, None, large), INT8: Candidate(_INT8, None, small)}
+    return {FLOAT32: Candidate(None, None, large), INT8: Candidate(Int8(), None, small)}
 
 
 def _signature(layer: QuantizedLayer, shape: tuple[int, ...], budget: Budget) -> str:
@@ -268,9 +266,3 @@ def _inputs(
         for handle in handles:
             handle.remove()
     return found
-
-
-def seconds_of(layers: list[SearchLayer], choice: Mapping[str, str]) -> float:
-    """The sum of the times of layers alone, in milliseconds."""
-    times = [layer.candidates[choice[layer.name]].ms for layer in layers]
-    return float(np.sum([value for value in times if value is not None]))

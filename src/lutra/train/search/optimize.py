@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -162,6 +163,9 @@ class _Finish:
         session = self._export(model, "choice")
         final = self._measured(session, chosen)
         chosen, model, session, final = self._not_slower(chosen, model, session, final)
+        # All times by the same measure: the dense model as it was measured last.
+        dense_ms = final["dense"]["ms"]
+        self.trials = [replace(trial, ms=trial.ratio * dense_ms) for trial in self.trials]
         worst, inputs = self._worst(session)
         study = Study(
             trials=self.trials,
@@ -175,6 +179,7 @@ class _Finish:
             settings=self.settings,
             final=final,
             expected=search.loss_model(good(self.trials)).terms(),
+            graph=session.graph,
             worst=worst,
             worst_inputs=inputs,
         )
@@ -212,7 +217,7 @@ class _Finish:
         trial = search.judge(
             f"{start.label}, fine-tuned", start.choice, model, report, finetuned=True
         )
-        trial = Trial(**{**trial.to_dict(), "seconds": seconds})
+        trial = replace(trial, seconds=seconds)
         self.trials = [*self.trials, trial]
         unit = search.measure.unit
         self.notes.append(
@@ -232,27 +237,34 @@ class _Finish:
         """The dense model, int8 and the choice, timed together."""
         search, bench = self.search, self.search.bench
         sessions = {"dense": search.dense, "choice": session}
+        files = {"dense": "dense", "choice": "choice", "int8": "int8"}
         int8 = self._int8()
+        if chosen.choice == self._dense().choice:
+            del sessions["choice"]
+            files["choice"] = "dense"
         if int8 is not None and int8.choice != chosen.choice:
             path = bench.file("int8")
             if not path.exists():
                 bench.export(search.convert(int8.choice)[0], path)
             sessions["int8"] = bench.session(path)
         times = bench.times(sessions, _SECONDS)
+        times.setdefault("choice", times["dense"])
         if int8 is not None and "int8" not in sessions:
             times["int8"] = times["choice"]
-        files = {"dense": "dense", "choice": "choice", "int8": "int8"}
-        if "int8" not in sessions:
             files["int8"] = "choice"
+        dense = np.array(times["dense"])
         final: dict[str, dict[str, float]] = {}
         for name, values in times.items():
-            low, middle, high = np.percentile(values, [10, 50, 90])
+            low, high = np.percentile(values, [10, 90])
+            ratio = float(np.median(np.array(values) / dense))
             final[name] = {
-                "ms": float(middle), "low_ms": float(low), "high_ms": float(high),
-                "ratio": float(np.median(np.array(values) / np.array(times["dense"]))),
+                "ms": ratio * float(np.median(dense)),
+                "low_ms": float(low),
+                "high_ms": float(high),
+                "ratio": ratio,
                 "bytes": float(bench.file(files[name]).stat().st_size),
                 "rounds": float(len(values)),
-            }  # fmt: skip
+            }
         return final
 
     def _int8(self) -> Trial | None:
@@ -295,6 +307,7 @@ class _Finish:
         target = search.budget.target
         key = "ms" if target == "latency" else "bytes"
         unit = f" {search.measure.unit}".rstrip()
+        limit_unit = unit.rstrip("s") if search.max_drop == 1 else unit
         within = [
             name
             for name, trial in (("dense", self._dense()), ("int8", self._int8()))
@@ -303,7 +316,7 @@ class _Finish:
         rival = min(within, key=lambda name: final[name][key])
         gain = final[rival][key] / final["choice"][key]
         names = {"dense": "the dense model", "int8": "int8 everywhere"}
-        limit = f"a drop of at most {search.max_drop:g}{unit}"
+        limit = f"a drop of at most {search.max_drop:g}{limit_unit}"
         numbers = (
             f"{search.measure.name} {chosen.quality:.2f}, drop {chosen.drop:.2f}{unit}, "
             f"{final['choice']['ms']:.4f} ms ({1 / final['choice']['ratio']:.2f}x the dense "

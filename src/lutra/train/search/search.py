@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -156,7 +157,7 @@ class Search:
                 raise
             trial = Trial(label, dict(choice), failed=str(error))
         seconds = time.perf_counter() - start
-        trial = Trial(**{**trial.to_dict(), "seconds": seconds})
+        trial = replace(trial, seconds=seconds)
         if label not in (DENSE,):
             self._longest = max(self._longest, seconds)
         self.storage.finish(number, trial)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,6 +13,8 @@ from torch import nn
 from lutra.formatting import counted, table
 from lutra.graph import Graph
 from lutra.node import Array
+from lutra.reporting.page import page, write_page
+from lutra.runtime.session import Session
 from lutra.train.recipe import Method, recipe_to_json
 from lutra.train.search.budget import Budget
 from lutra.train.search.candidates import FLOAT32, INT8, SearchLayer, recipe_of
@@ -31,7 +35,7 @@ class Study:
         message: what was chosen and why, or what could not be reached, in a sentence or two.
         model: the converted model of the choice; the dense one where nothing was better.
         recipe: for `convert`; empty where the dense model is the choice.
-        graph: what was written, where `output` was given.
+        graph: the choice as it was exported, and as it was written where `output` was given.
         measure: name, unit, text, and the value of the dense model.
         layers: candidates of each layer.
         budget: that was given.
@@ -55,10 +59,10 @@ class Study:
     settings: dict[str, Any]
     final: dict[str, dict[str, float]]
     expected: dict[tuple[str, str], float]
+    graph: Graph
     worst: list[dict[str, Any]] = field(default_factory=list)
     worst_inputs: list[tuple[Array, ...]] = field(default_factory=list)
     peers: list[dict[str, Any]] = field(default_factory=list)
-    graph: Graph | None = None
     seconds: float = 0.0
 
     @property
@@ -93,6 +97,32 @@ class Study:
             "worst": self.worst,
             "seconds": self.seconds,
         }  # fmt: skip
+
+    def save_report(self, path: str | os.PathLike[str], name: str | None = None) -> None:
+        """Writes a page about the study: HTML that needs no network (needs the extra `report`).
+
+        Args:
+            path: the file to write.
+            name: what to call the model; the name of the file, without it.
+
+        Raises:
+            LutraError: a package of the extra is not installed.
+            OSError: the file cannot be written.
+        """
+        session = Session(self.graph, threads=self.budget.threads, isa=self.budget.isa)
+        sizes = {
+            value.name: array.shape
+            for value, array in zip(self.graph.inputs, self.worst_inputs[0], strict=True)
+        }
+        text = page(
+            Path(path).stem if name is None else name,
+            self.graph,
+            session.profile(sizes=sizes),
+            study=self.to_dict(),
+            inputs=self.worst_inputs,
+            size=int(self.final["choice"]["bytes"]),
+        )
+        write_page(path, text)
 
     def _layer(self, layer: SearchLayer) -> dict[str, Any]:
         chosen = self.choice.choice[layer.name]
