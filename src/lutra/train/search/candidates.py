@@ -137,8 +137,8 @@ def find_layers(
     batch = data.calibration.batches[0]
     few = tuple(tensor[:8] for tensor in batch)
     rough, report = convert(
-        model, {"*": Int8(otherwise=Keep())}, [(few,)], rows=256, calibration="parallel", progress=False,
-        seed=budget.seed,
+        model, {"*": Int8(otherwise=Keep())}, [(few,)], rows=256, calibration="parallel",
+        progress=False, seed=budget.seed,
     )  # fmt: skip
     names = [entry.name for entry in report.layers if entry.replaced]
     kinds = {entry.name: entry.kind for entry in report.layers}
