@@ -326,3 +326,42 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(LutraError, match="holds no images"):
         read_pictures(str(tmp_path / "empty"), None, [0.0], [1.0])
+
+
+def test_onnx_runtime_beside_it(tmp_path: Path) -> None:
+    reason = "needs {}: pip install 'lutra[bench]'"
+    onnx = pytest.importorskip("onnx", reason=reason.format("onnx"))
+    pytest.importorskip("onnxruntime", reason=reason.format("onnxruntime"))
+    from lutra.train.search.peers import onnx_runtime
+    from lutra.train.search.samples import split
+
+    layer, x = nn.Linear(6, 3), torch.rand(24, 6)
+    make, kinds = onnx.helper, onnx.TensorProto
+    graph = make.make_graph(
+        [make.make_node("Gemm", ["x", "w", "b"], ["y"], transB=1)],
+        "gemm",
+        [make.make_tensor_value_info("x", kinds.FLOAT, ["n", 6])],
+        [make.make_tensor_value_info("y", kinds.FLOAT, ["n", 3])],
+        [
+            onnx.numpy_helper.from_array(value.detach().numpy(), name)
+            for name, value in (("w", layer.weight), ("b", layer.bias))
+        ],
+    )
+    path = tmp_path / "gemm.onnx"
+    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=9), path)
+    parts = split(layer, x, None, 0)
+    with torch.no_grad():
+        wanted = np.concatenate([layer(*batch).numpy() for batch in parts.judged.batches])
+    seen = []
+
+    def judge(outputs: Any) -> tuple[float, float]:
+        seen.append(np.concatenate([batch[0] for batch in outputs]))
+        return 1.0, 0.5
+
+    found = onnx_runtime(path, 1)(parts, judge)
+    assert [entry["name"] for entry in found] == ["ONNX Runtime", "ONNX Runtime int8"]
+    assert all(entry["ms"] > 0 and entry["drop"] == 0.5 for entry in found)
+    np.testing.assert_allclose(seen[0], wanted, atol=1e-5)
+    assert 0 < np.abs(seen[1] - wanted).max() < 0.1  # it is rounded
+    path.write_bytes(b"no model")
+    assert onnx_runtime(path, 1)(parts, judge) == []

@@ -69,7 +69,7 @@ class Search:
         self.model, self.data, self.layers, self.bench = model, data, layers, bench
         self.budget, self.storage, self._evaluate, self._tell = budget, storage, evaluate, tell
         self._begin = time.perf_counter()
-        self._longest = 0.0
+        self._longest = max((trial.seconds for trial in storage.trials()), default=0.0)
         self.dense = bench.export(model, bench.file("dense"))
         self.outputs: Outputs = outputs_of(self.dense, data.judged)
         _check_outputs(self.outputs)
