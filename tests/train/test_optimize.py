@@ -22,6 +22,7 @@ from lutra.train import PQ, Budget, Int8, Lookup, convert, optimize, recipe_from
 from lutra.train.search import candidates
 from lutra.train.search.bench import Bench
 from lutra.train.search.candidates import FLOAT32, INT8
+from lutra.train.search.search import Search
 
 pytest_plugins = ["cli_support"]
 pytest.importorskip("scipy")
@@ -117,7 +118,7 @@ def test_optimize(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("steady")
-def test_labels_training_and_measures_of_ones_own() -> None:
+def test_labels_training_and_measures_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = net(), images()
     with torch.no_grad():
         y = model(x).argmax(1)
@@ -134,13 +135,18 @@ def test_labels_training_and_measures_of_ones_own() -> None:
             seen.append(file(x))
         return -float((seen[-1] - model(x)).detach().square().mean())
 
-    study = optimize(model, x, own, Budget(max_drop=1e-12, minutes=0, trials=0))
+    def stopped(self: Search) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Search, "_search", stopped)
+    study = optimize(model, x, own, Budget(max_drop=1e-12, minutes=1))
     assert len(seen) >= 2
     assert study.measure.dense == pytest.approx(0.0, abs=1e-9)
     assert study.choice.label == "dense"  # nothing else is as exact
     assert not study.reached
     assert "Nothing faster than the dense model was found" in study.message
     assert "The nearest beyond it is 'int8 everywhere'" in study.message
+    assert "The search was stopped before its time" in study.message
     assert study.recipe == {}
 
 

@@ -146,7 +146,7 @@ class _Finish:
         self.search, self.settings, self.output = search, settings, output
         self.metadata, self.peers, self.begin = metadata or {}, peers, begin
         self.trials = search.storage.trials()
-        self.notes: list[str] = []
+        self.notes = ["The search was stopped before its time."] if search.stopped else []
 
     def study(self) -> Study:
         """The result."""

@@ -79,12 +79,20 @@ class Search:
             else Own(self.outputs, own_value(evaluate, EngineModel(self.dense)))
         )
         self.tried = 0
+        self.stopped = False
 
     # ---- trials ---------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Tries recipes until the budget is used up, or none is left."""
+        """Tries recipes until the budget is used up, none is left, or Ctrl-C is pressed."""
         self._base()
+        try:
+            self._search()
+        except KeyboardInterrupt:  # there is an answer already; a second one ends all
+            self.stopped = True
+
+    def _search(self) -> None:
+        """All trials behind the base."""
         for label, choice in self._uniform():
             if not self._may_go_on():
                 return
