@@ -186,6 +186,7 @@ class _Finish:
         study.reached, study.message = self._message(study)
         if self.peers is not None:
             study.peers = self.peers(search.data, self._judged)
+            study.message = " ".join([study.message, *_faster_peers(study)])
         study.seconds = time.perf_counter() - self.begin
         if self.output is not None:
             study.graph = self._write(model, study)
@@ -383,6 +384,19 @@ class _Finish:
             **self.metadata,
         }
         return self.search.bench.export(model, Path(self.output), entries).graph
+
+
+def _faster_peers(study: Study) -> list[str]:
+    """A sentence about the fastest runtime within the budget that is faster than the choice."""
+    most, chosen = study.budget.max_drop or 0.0, study.choice
+    within = [peer for peer in study.peers if peer["drop"] <= most and peer["ms"] < chosen.ms]
+    if not within:
+        return []
+    best_peer = min(within, key=lambda peer: float(peer["ms"]))
+    return [
+        f"{best_peer['name']} is faster here: {best_peer['ms']:.4f} ms, drop "
+        f"{best_peer['drop']:.2f}."
+    ]
 
 
 def _adjective(target: str) -> str:
