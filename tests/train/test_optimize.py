@@ -182,7 +182,7 @@ def test_candidates_fit_the_layer() -> None:
     known: dict[str, dict[str, float]] = {}
     found = candidates.find_layers(model, parts, Budget(), known)
     assert len(known) == 4
-    choice = {layer.name: layer.candidates and [*layer.candidates][-1] for layer in found}
+    choice = {layer.name: layer.active[-1] for layer in found}
     recipe = candidates.recipe_of(found, choice)
     assert recipe["first"] == PQ(encoder="tree")
     assert isinstance(recipe["deep"], Int8)

@@ -346,6 +346,9 @@ def test_journal(tmp_path: Path) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         assert one.running() == [{"a": "z"}]
+        assert one.claim({"a": "z"}) is None  # the other process is first
+        assert one.claim({"a": "x"}) is None  # it is measured
+        assert one.claim({"a": "new"}) is not None
     finally:
         process.kill()
         process.communicate()

@@ -87,7 +87,7 @@ class SearchLayer:
         kind: as reports call it.
         shape: of its input for one sample; empty where no batch reached it alone.
         candidates: what it may become, by key.
-        dropped: why others are no candidates, by key.
+        dropped: why the search leaves some of them out, by key.
     """
 
     name: str
@@ -97,9 +97,14 @@ class SearchLayer:
     dropped: dict[str, str] = field(default_factory=dict)
 
     @property
+    def active(self) -> list[str]:
+        """The keys that are not left out."""
+        return [key for key in self.candidates if key not in self.dropped]
+
+    @property
     def lookups(self) -> list[str]:
-        """The keys that are not dense."""
-        return [key for key in self.candidates if key not in (FLOAT32, INT8)]
+        """The keys that are neither dense nor left out."""
+        return [key for key in self.active if key not in (FLOAT32, INT8)]
 
     @property
     def fastest_dense(self) -> str:
@@ -171,7 +176,7 @@ def find_layers(
 
 
 def _pruned(layer: SearchLayer, budget: Budget) -> SearchLayer:
-    """The layer without lookups that gain nothing."""
+    """Leaves out the lookups of a layer that gain nothing."""
     for key in layer.lookups:
         own = layer.candidates[key]
         if budget.target == "size":
@@ -183,8 +188,6 @@ def _pruned(layer: SearchLayer, budget: Budget) -> SearchLayer:
             best = layer.candidates[dense].ms or 0.0
             if own.ms > best * _MARGIN:
                 layer.dropped[key] = f"takes {own.ms:.4f} ms alone, {dense} {best:.4f}"
-    for key in layer.dropped:
-        del layer.candidates[key]
     return layer
 
 

@@ -97,13 +97,13 @@ class Search:
             if not self._may_go_on():
                 return
             if not self._known(choice):
-                self._try(label, choice)
+                self._claimed(label, choice)
         number = 0
         while self._may_go_on():
             made = self.proposal(number)
             if made is None:
                 return
-            self._try(*made)
+            self._claimed(*made)
             number += 1
 
     def _may_go_on(self) -> bool:
@@ -124,7 +124,7 @@ class Search:
         for label, key in ((DENSE, FLOAT32), (INT8_EVERYWHERE, INT8)):
             choice = dict.fromkeys((layer.name for layer in self.layers), key)
             found = [t for t in self.storage.trials() if t.label == label]
-            trial = found[0] if found else self._try(label, choice)
+            trial = found[0] if found else self._try(label, choice, self.storage.start(choice))
             if label == DENSE:
                 self.dense_ms = trial.ms
         self.tried = 0
@@ -135,13 +135,13 @@ class Search:
         made = []
         for key in _by_exactness(list(keys)):
             choice = {
-                layer.name: key if key in layer.candidates else layer.fastest_dense
+                layer.name: key if key in layer.active else layer.fastest_dense
                 for layer in self.layers
             }
             made.append((f"{key} wherever it may gain", choice))
         fastest = {}
         for layer in self.layers:
-            costs = {key: self._alone(layer, key) for key in layer.candidates}
+            costs = {key: self._alone(layer, key) for key in layer.active}
             fastest[layer.name] = min(costs, key=lambda key: costs[key])
         return [*made, ("the cheapest alone of each layer", fastest)]
 
@@ -152,10 +152,15 @@ class Search:
             return own.bytes
         return 0.0 if own.ms is None else own.ms
 
-    def _try(self, label: str, choice: Mapping[str, str]) -> Trial:
+    def _claimed(self, label: str, choice: Mapping[str, str]) -> None:
+        """Measures a recipe, unless another process is at it."""
+        number = self.storage.claim(choice)
+        if number is not None:
+            self._try(label, choice, number)
+
+    def _try(self, label: str, choice: Mapping[str, str], number: int) -> Trial:
         """Measures a recipe, and keeps what came of it."""
         self._tell(f"trial {len(self.storage.trials()) + 1}: {label}")
-        number = self.storage.start(choice)
         start = time.perf_counter()
         try:
             model, report = self.convert(choice)

@@ -32,6 +32,9 @@ class Storage(Protocol):
     def start(self, choice: Mapping[str, str]) -> int:
         """Says that a trial begins; returns its number."""
 
+    def claim(self, choice: Mapping[str, str]) -> int | None:
+        """As `start`; None where another process was first with the choice."""
+
     def finish(self, number: int, trial: Trial) -> None:
         """Keeps what came of a trial that was started."""
 
@@ -58,6 +61,9 @@ class Memory:
     def start(self, choice: Mapping[str, str]) -> int:
         self._trials[len(self._trials)] = None
         return len(self._trials) - 1
+
+    def claim(self, choice: Mapping[str, str]) -> int | None:
+        return self.start(choice)
 
     def finish(self, number: int, trial: Trial) -> None:
         self._trials[number] = trial
@@ -187,6 +193,17 @@ class Journal:
         started = {"choice": dict(choice), "host": socket.gethostname(), "process": os.getpid()}
         trial.set_user_attr(_STARTED, started)
         return int(trial.number)
+
+    def claim(self, choice: Mapping[str, str]) -> int | None:
+        number = self.start(choice)
+        for entry in self._study.get_trials(deepcopy=False):
+            started = entry.user_attrs.get(_STARTED)
+            if entry.number >= number or started is None or started["choice"] != dict(choice):
+                continue
+            if _RECORD in entry.user_attrs or (not entry.state.is_finished() and _alive(started)):
+                self._study.tell(number, state=self._optuna.trial.TrialState.FAIL)
+                return None
+        return number
 
     def finish(self, number: int, trial: Trial) -> None:
         storage = self._study._storage

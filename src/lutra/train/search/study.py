@@ -142,6 +142,7 @@ class Study:
                     "loss": self.expected.get((layer.name, key)),
                 }
                 for key, own in layer.candidates.items()
+                if key not in layer.dropped
             },
             "dropped": layer.dropped,
         }
@@ -179,7 +180,7 @@ def why(
         return "" if value is None else f", loss {max(value, 0.0):.2g}"
 
     text = f"{chosen}: {costs(chosen)}{loss(chosen)}"
-    others = [key for key in layer.candidates if key != chosen]
+    others = [key for key in layer.active if key != chosen]
     if chosen in (FLOAT32, INT8):
         others = [key for key in others if key not in (FLOAT32, INT8)] or others
         if not layer.lookups and layer.dropped:
