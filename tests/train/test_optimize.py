@@ -343,6 +343,7 @@ def test_onnx_runtime_beside_it(tmp_path: Path) -> None:
     from lutra.train.search.peers import onnx_runtime
     from lutra.train.search.samples import split
 
+    torch.manual_seed(0)
     layer, x = nn.Linear(6, 3), torch.rand(24, 6)
     make, kinds = onnx.helper, onnx.TensorProto
     graph = make.make_graph(
@@ -370,6 +371,6 @@ def test_onnx_runtime_beside_it(tmp_path: Path) -> None:
     assert [entry["name"] for entry in found] == ["ONNX Runtime", "ONNX Runtime int8"]
     assert all(entry["ms"] > 0 and entry["drop"] == 0.5 for entry in found)
     np.testing.assert_allclose(seen[0], wanted, atol=1e-5)
-    assert 0 < np.abs(seen[1] - wanted).max() < 0.1  # it is rounded
+    assert 0 < np.abs(seen[1] - wanted).mean() < 0.05  # it is rounded
     path.write_bytes(b"no model")
     assert onnx_runtime(path, 1)(parts, judge) == []
