@@ -45,7 +45,7 @@ $(ENV): $(VENV)/.torch $(NATIVE)
 dev: $(ENV)
 
 demo: $(ENV)
-	$(BIN)/python examples/digits.py --output build/digits.lutra
+	$(BIN)/python examples/digits.py --output build/digits.lutra --report build/report.html
 
 # One worker for each core, with one thread each.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal

@@ -27,7 +27,11 @@ def test_the_demo(
 
     monkeypatch.setattr(digits, "finetune", briefly)
     file = tmp_path / "digits.lutra"
-    monkeypatch.setattr(sys, "argv", ["digits.py", "--output", str(file)])
+    page = tmp_path / "report.html"
+    monkeypatch.setattr(digits, "SAMPLES", 64)
+    monkeypatch.setattr(digits, "SEARCH_MINUTES", 0)
+    words = ["digits.py", "--output", str(file), "--report", str(page)]
+    monkeypatch.setattr(sys, "argv", words)
     digits.main()
     assert len(epochs) == 2  # the dense network, then the lookups
     ops = [node.op for node in lutra.load_graph(file).nodes]
@@ -40,3 +44,5 @@ def test_the_demo(
     shown = [line.split() for line in out.splitlines() if "accuracy, engine" in line]
     assert float(shown[0][-3]) == pytest.approx(100 * right, abs=0.05)
     assert "engine: Session(" in out
+    assert "int8 everywhere" in out
+    assert "48 of 64 samples calibrate" in page.read_text()

@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
             "convert needs calibration inputs; give --data D.npz with an array for each argument, "
             "or x"
         )
-    torch, train = _training()
+    torch, train = training("convert")
     check_writable(args.output)
     _check_flags(args)
     given = None if args.recipe is None else _read_recipe(args.recipe, train)
@@ -279,8 +279,11 @@ def _compact_text(entry: Mapping[str, Any]) -> str:
     return "\n".join(lines) or "there are no tables to build from int8 weights"
 
 
-def _training() -> tuple[Any, Any]:
+def training(command: str) -> tuple[Any, Any]:
     """torch and lutra.train.
+
+    Args:
+        command: that needs them.
 
     Raises:
         UserError: If they are not installed.
@@ -289,7 +292,7 @@ def _training() -> tuple[Any, Any]:
         return importlib.import_module("torch"), importlib.import_module("lutra.train")
     except ModuleNotFoundError as error:
         raise UserError(
-            f"convert needs {error.name}, which is not installed; "
+            f"{command} needs {error.name}, which is not installed; "
             "install it with pip install 'lutra[train]'"
         ) from error
 

@@ -28,9 +28,14 @@ from lutra.train.layers.pq_reconstruction import reconstruction_loss
 from lutra.train.operators.masked_mean import masked_mean
 from lutra.train.recipe import PQ, Function, Int8, Keep, Lookup, recipe_from_json, recipe_to_json
 from lutra.train.report import ConversionReport, FunctionReport, LayerReport
+from lutra.train.search.budget import Budget
+from lutra.train.search.optimize import optimize
+from lutra.train.search.study import Study
+from lutra.train.search.trial import Trial
 
 __all__ = [
     "PQ",
+    "Budget",
     "Checkpoints",
     "ConversionReport",
     "Distillation",
@@ -52,11 +57,13 @@ __all__ = [
     "PQLinear",
     "Schedule",
     "SpeedGate",
+    "Study",
     "TableAttention",
     "TableFunction",
     "TableLayerNorm",
     "TableRMSNorm",
     "TableSoftmax",
+    "Trial",
     "auto_recipe",
     "check_finite",
     "convert",
@@ -67,6 +74,7 @@ __all__ = [
     "from_graph",
     "load_onnx",
     "masked_mean",
+    "optimize",
     "recipe_from_json",
     "recipe_to_json",
     "reconstruction_loss",

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lutra.errors import LutraError
 from lutra.graph import Graph, make_node
@@ -28,7 +28,7 @@ from lutra.runtime.cpu import MAX_THREADS, choose_isa, cpu_info
 from lutra.runtime.profile import input_pool
 from lutra.runtime.session import Session
 from lutra.train import distributed as collective
-from lutra.train.layers.base import QuantizedLayer, families
+from lutra.train.layers.base import FrozenLayer, QuantizedLayer, families
 from lutra.train.recipe import Method
 from lutra.train.report import FLOAT32, LOOKUP, Decision
 
@@ -159,17 +159,12 @@ def candidates(name: str, layer: QuantizedLayer, shape: tuple[int, ...]) -> dict
     """
     layer.randomize()
     frozen = layer.freeze()
-    linear, geometry = frozen.linear, layer.geometry
-    weight = layer.kernel_weight.detach().cpu().float()
-    if not linear:
-        weight = weight.reshape(len(weight), -1, *geometry.kernel)
-    arrays = {"weight": weight.numpy(), "bias": frozen.arrays()["bias"]}
-    op = "linear" if linear else "conv2d"
+    geometry, weight = layer.geometry, float_weight(layer)
     graphs = {
-        LOOKUP: _graph(frozen.node.op, name, shape, frozen.node.attrs, frozen.arrays()),
-        FLOAT32: _graph(op, name, shape, geometry.attrs(OPS[op].attrs), arrays),
+        LOOKUP: frozen_graph(name, frozen, shape),
+        FLOAT32: float_graph(name, layer, frozen, shape),
     }
-    module = nn.Linear if linear else nn.Conv2d
+    module = nn.Linear if frozen.linear else nn.Conv2d
     for family in families():
         if family.is_rival and module in family.layers:
             try:
@@ -177,11 +172,42 @@ def candidates(name: str, layer: QuantizedLayer, shape: tuple[int, ...]) -> dict
             except LutraError:  # too deep for it
                 continue
             dense.randomize()
-            made = dense.freeze()
-            graphs[family.method.name] = _graph(
-                made.node.op, name, shape, made.node.attrs, made.arrays()
-            )
+            graphs[family.method.name] = frozen_graph(name, dense.freeze(), shape)
     return graphs
+
+
+def float_weight(layer: QuantizedLayer) -> Tensor:
+    """The dense weight of a layer: (M, C / G, kh, kw) of an image layer, (M, D) of a linear one."""
+    weight = layer.kernel_weight.detach().cpu().float()
+    linear = layer.form.dense is nn.Linear
+    return weight if linear else weight.reshape(len(weight), -1, *layer.geometry.kernel)
+
+
+def frozen_graph(name: str, frozen: FrozenLayer, shape: tuple[int, ...]) -> Graph:
+    """A frozen layer as a graph of one node.
+
+    Args:
+        name: Of the node.
+        frozen: The layer.
+        shape: Of the input, batch included.
+    """
+    return _graph(frozen.node.op, name, shape, frozen.node.attrs, frozen.arrays())
+
+
+def float_graph(
+    name: str, layer: QuantizedLayer, frozen: FrozenLayer, shape: tuple[int, ...]
+) -> Graph:
+    """The dense form of a layer as a graph of one node.
+
+    Args:
+        name: Of the node.
+        layer: A layer with the dense weights.
+        frozen: Its frozen form, which has the bias.
+        shape: Of the input, batch included.
+    """
+    arrays = {"weight": float_weight(layer).numpy(), "bias": frozen.arrays()["bias"]}
+    op = "linear" if frozen.linear else "conv2d"
+    return _graph(op, name, shape, layer.geometry.attrs(OPS[op].attrs), arrays)
 
 
 def rival(choice: str) -> Method:

@@ -1,0 +1,215 @@
+"""``lutra optimize``: the fastest or smallest recipe for a model within a budget."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+
+from lutra.cli import models
+from lutra.cli.calibration import in_batches, read_inputs
+from lutra.cli.common import (
+    UserError,
+    add_isa,
+    at_least,
+    bytes_text,
+    check_writable,
+    need_finite,
+    plain,
+    read_array,
+)
+from lutra.cli.convert import training
+from lutra.cli.pictures import read_pictures
+from lutra.cli.verify import verify
+from lutra.format import load_graph
+from lutra.formatting import counted
+from lutra.node import Array
+from lutra.reporting.page import need_packages
+from lutra.runtime.cpu import runnable_isas
+
+_BATCH: Final = 64
+_FAILED: Final = 1
+_FOLDERS: Final = "folders"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="FILE.onnx, FILE.lutra in float32, or what builds a PyTorch model: pkg.mod:build or "
+        "file.py:build",
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="D",
+        help="samples, some hundred: .npy of the one input; .npz with an array for each argument "
+        "of forward (x is the first argument of any model); or a folder of images",
+    )
+    parser.add_argument(
+        "--labels",
+        metavar="Y",
+        help=".npy with a class for each sample, or a target of the output's shape; "
+        f"'{_FOLDERS}': the images lie in a folder for each class, in the order of the names. "
+        "Without labels the outputs of the dense model are what counts",
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="OUT", help="the .lutra file of the choice"
+    )
+    parser.add_argument(
+        "--max-drop",
+        type=_drop,
+        default=1.0,
+        metavar="P",
+        help="points (or dB) that may be lost against the dense model (default: 1)",
+    )
+    parser.add_argument(
+        "--target",
+        choices=("latency", "size"),
+        default="latency",
+        help="what becomes as small as possible (default: latency)",
+    )
+    parser.add_argument(
+        "--minutes", type=_minutes, default=10.0, metavar="N", help="of the search (default: 10)"
+    )
+    parser.add_argument(
+        "--finetune",
+        type=_minutes,
+        default=0.0,
+        metavar="MINUTES",
+        help="of fine-tuning behind it, with the dense model as teacher (default: none)",
+    )
+    parser.add_argument(
+        "--threads", type=at_least(1), default=1, metavar="N", help="of the engine (default: 1)"
+    )
+    add_isa(parser)
+    parser.add_argument(
+        "--storage",
+        metavar="FILE",
+        help="keeps finished trials: the same command goes on after a stop, and several may run "
+        "at once",
+    )
+    parser.add_argument(
+        "--report", metavar="FILE.html", help="also write a page about what was found"
+    )
+    parser.add_argument(
+        "--size", type=_size, metavar="H,W", help="images: cut and scale them to this size"
+    )
+    parser.add_argument(
+        "--mean", type=_floats, default=[0.0], metavar="M,...", help="images: subtracted from 0..1"
+    )
+    parser.add_argument(
+        "--std", type=_floats, default=[1.0], metavar="S,...", help="images: divide, after --mean"
+    )
+    models.add_arguments(parser)
+    parser.add_argument("--seed", type=at_least(0), default=0, help="default: 0")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; 1 where the written file fails its check."""
+    torch, train = training("optimize")
+    check_writable(args.output)
+    if args.report is not None:
+        check_writable(args.report)
+        need_packages()
+    torch.manual_seed(args.seed)
+    budget = train.Budget(
+        max_drop=args.max_drop, target=args.target, minutes=args.minutes, threads=args.threads,
+        isa=args.isa, finetune_minutes=args.finetune, seed=args.seed,
+    )  # fmt: skip
+    model = models.load(args, torch, train)
+    inputs, labels = _data(args, model)
+    study = train.optimize(
+        model,
+        [(tuple(map(torch.from_numpy, batch)),) for batch in in_batches(inputs, _BATCH)],
+        budget=budget,
+        labels=labels,
+        storage=args.storage,
+        output=args.output,
+        peers=_peers(args),
+    )
+    print(plain_lines(str(study)))
+    print(f"wrote {plain(args.output)}, {bytes_text(os.path.getsize(args.output))}")
+    graph = load_graph(args.output)
+    problems = [p for result in verify(graph, runnable_isas(), samples=0 if graph.golden else 4)
+                for p in result.problems]  # fmt: skip
+    if args.report is not None:
+        study.save_report(args.report, os.path.basename(args.output))
+        print(f"wrote {plain(args.report)}")
+    if problems:
+        print(f"the file fails its check: {plain(problems[0])}")
+        return _FAILED
+    print(f"verified with {counted(len(runnable_isas()), 'set')} of kernels")
+    return 0
+
+
+def plain_lines(text: str) -> str:
+    """Lines of text without anything that a terminal could obey."""
+    return "\n".join(map(plain, text.split("\n")))
+
+
+def _data(args: argparse.Namespace, model: Any) -> tuple[Mapping[str, Array], Array | None]:
+    """Inputs by argument, and labels."""
+    labels = None
+    if os.path.isdir(args.data):
+        pictures, classes = read_pictures(args.data, args.size, args.mean, args.std)
+        inputs: Mapping[str, Array] = {"x": pictures}
+        if args.labels == _FOLDERS:
+            labels = classes
+    else:
+        if args.size is not None or args.mean != [0.0] or args.std != [1.0]:
+            raise UserError("--size, --mean and --std are for a folder of images; leave them out")
+        if args.labels == _FOLDERS:
+            raise UserError(f"--labels {_FOLDERS} is for a folder of images; give a .npy file")
+        inputs = read_inputs(args.data, model.forward)
+    if args.labels not in (None, _FOLDERS):
+        labels = np.array(read_array(args.labels))
+        need_finite(args.labels, labels)
+    return inputs, labels
+
+
+def _peers(args: argparse.Namespace) -> Any:
+    """Measures ONNX Runtime beside an ONNX file, where it is installed."""
+    if not args.model.endswith(".onnx"):
+        return None
+    from lutra.train.search.peers import onnx_runtime
+
+    return onnx_runtime(args.model, args.threads)
+
+
+def _drop(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return number
+
+
+def _minutes(text: str) -> float:
+    number = _drop(text)
+    if number > 60 * 24 * 30:
+        raise argparse.ArgumentTypeError(f"{text!r} minutes are more than a month")
+    return number
+
+
+def _floats(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [float("nan")]
+    if not np.isfinite(values).all():
+        raise argparse.ArgumentTypeError(f"{text!r} are not numbers with commas between them")
+    return values
+
+
+def _size(text: str) -> tuple[int, int]:
+    parts = text.split(",")
+    if len(parts) not in (1, 2) or not all(p.isdigit() and 0 < int(p) <= 1 << 15 for p in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give H,W in pixels")
+    return int(parts[0]), int(parts[-1])

@@ -1,0 +1,1 @@
+"""Pages about models: what was decided, why, and where the time goes. Needs lutra[report]."""

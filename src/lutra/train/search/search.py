@@ -1,0 +1,365 @@
+"""Trials, one after the other: the dense model and int8 first, then uniform lookups, then recipes
+that a mixed-integer program proposes and that measured ones correct."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Container, Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+from torch import nn
+
+from lutra.errors import LutraError
+from lutra.runtime.session import Session
+from lutra.train.conversion.convert import convert
+from lutra.train.report import ConversionReport
+from lutra.train.search.bench import Bench, EngineModel, outputs_of
+from lutra.train.search.budget import Budget
+from lutra.train.search.candidates import FLOAT32, INT8, SearchLayer, recipe_of
+from lutra.train.search.predict import Belief, SumModel, Term
+from lutra.train.search.proposals import cheapest, propose, spread
+from lutra.train.search.quality import (
+    Measure,
+    Outputs,
+    Own,
+    choose_measure,
+    own_value,
+    surrogate,
+)
+from lutra.train.search.samples import Split
+from lutra.train.search.storage import Storage
+from lutra.train.search.trial import DENSE, INT8_EVERYWHERE, Trial, best, front, good
+
+_SECONDS: Final = 1.0  # of timing a trial
+_CALIBRATION_ROWS: Final = 4096
+#: How far a measured time, loss and size may be off, as shares.
+_TIME_NOISE: Final = 0.03
+_LOSS_NOISE: Final = 0.1
+_SIZE_NOISE: Final = 0.002
+_OUT: Final = 1.0  # loss of outputs that have nothing to do with those of the dense model
+
+
+class Search:
+    """The trials of a study.
+
+    Args:
+        model: the dense model.
+        data: its samples.
+        layers: what is decided about.
+        bench: exports, runs and times.
+        budget: when to stop, and what should be small.
+        storage: where trials are kept.
+        evaluate: the quality of a model; None chooses a measure.
+        tell: called with what is going on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Split,
+        layers: list[SearchLayer],
+        bench: Bench,
+        budget: Budget,
+        storage: Storage,
+        evaluate: Callable[[Any], float] | None,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.model, self.data, self.layers, self.bench = model, data, layers, bench
+        self.budget, self.storage, self._evaluate, self._tell = budget, storage, evaluate, tell
+        self._begin = time.perf_counter()
+        self._longest = max((trial.seconds for trial in storage.trials()), default=0.0)
+        self.dense = bench.export(model, bench.file("dense"))
+        self.outputs: Outputs = outputs_of(self.dense, data.judged)
+        _check_outputs(self.outputs)
+        self.measure: Measure = (
+            choose_measure(self.outputs, data.judged.labels)
+            if evaluate is None
+            else Own(self.outputs, own_value(evaluate, EngineModel(self.dense)))
+        )
+        self.tried = 0
+        self.stopped = False
+
+    # ---- trials ---------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Tries recipes until the budget is used up, none is left, or Ctrl-C is pressed."""
+        self._base()
+        try:
+            self._search()
+        except KeyboardInterrupt:  # there is an answer already; a second one ends all
+            self.stopped = True
+
+    def _search(self) -> None:
+        """All trials behind the base."""
+        for label, choice in self._uniform():
+            if not self._may_go_on():
+                return
+            if not self._known(choice):
+                self._claimed(label, choice)
+        number = 0
+        while self._may_go_on():
+            made = self.proposal(number)
+            if made is None:
+                return
+            self._claimed(*made)
+            number += 1
+
+    def _may_go_on(self) -> bool:
+        """Whether another trial fits into the budget."""
+        if self.budget.trials is not None and self.tried >= self.budget.trials:
+            return False
+        left = 60.0 * self.budget.minutes - (time.perf_counter() - self._begin)
+        return left > self._longest  # and the chosen recipe is converted once more
+
+    def _known(self, choice: Mapping[str, str]) -> bool:
+        """Whether a recipe was measured, or is in flight elsewhere."""
+        same = [trial.choice == choice for trial in self.storage.trials()]
+        return any(same) or dict(choice) in self.storage.running()
+
+    def _base(self) -> None:
+        """The dense model, and int8 wherever it can be: what all others are compared with."""
+        self.dense_ms = 0.0
+        for label, key in ((DENSE, FLOAT32), (INT8_EVERYWHERE, INT8)):
+            choice = dict.fromkeys((layer.name for layer in self.layers), key)
+            found = [t for t in self.storage.trials() if t.label == label]
+            trial = found[0] if found else self._try(label, choice, self.storage.start(choice))
+            if label == DENSE:
+                self.dense_ms = trial.ms
+        self.tried = 0
+
+    def _uniform(self) -> list[tuple[str, dict[str, str]]]:
+        """Recipes with the same lookups in all layers that can have them, the most exact first."""
+        keys = dict.fromkeys(key for layer in self.layers for key in layer.lookups)
+        made = []
+        for key in _by_exactness(list(keys)):
+            choice = {
+                layer.name: key if key in layer.active else layer.fastest_dense
+                for layer in self.layers
+            }
+            made.append((f"{key} wherever it may gain", choice))
+        fastest = {}
+        for layer in self.layers:
+            costs = {key: self._alone(layer, key) for key in layer.active}
+            fastest[layer.name] = min(costs, key=lambda key: costs[key])
+        return [*made, ("the cheapest alone of each layer", fastest)]
+
+    def _alone(self, layer: SearchLayer, key: str) -> float:
+        """What a candidate costs by itself."""
+        own = layer.candidates[key]
+        if self.budget.target == "size":
+            return own.bytes
+        return 0.0 if own.ms is None else own.ms
+
+    def _claimed(self, label: str, choice: Mapping[str, str]) -> None:
+        """Measures a recipe, unless another process is at it."""
+        number = self.storage.claim(choice)
+        if number is not None:
+            self._try(label, choice, number)
+
+    def _try(self, label: str, choice: Mapping[str, str], number: int) -> Trial:
+        """Measures a recipe, and keeps what came of it."""
+        self._tell(f"trial {len(self.storage.trials()) + 1}: {label}")
+        start = time.perf_counter()
+        try:
+            model, report = self.convert(choice)
+            trial = self.judge(label, choice, model, report)
+        except LutraError as error:
+            if label == DENSE:
+                raise
+            trial = Trial(label, dict(choice), failed=str(error))
+        seconds = time.perf_counter() - start
+        trial = replace(trial, seconds=seconds)
+        if label not in (DENSE,):
+            self._longest = max(self._longest, seconds)
+        self.storage.finish(number, trial)
+        self.tried += 1
+        return trial
+
+    def convert(self, choice: Mapping[str, str]) -> tuple[nn.Module, ConversionReport | None]:
+        """The model with a recipe: the same bits in every call."""
+        recipe = recipe_of(self.layers, choice)
+        if not recipe:
+            return self.model, None
+        batches = [(batch,) for batch in self.data.calibration.batches]
+        return convert(
+            self.model, recipe, batches, rows=_CALIBRATION_ROWS, seed=self.budget.seed,
+            progress=False,
+        )  # fmt: skip
+
+    def judge(
+        self,
+        label: str,
+        choice: Mapping[str, str],
+        model: nn.Module,
+        report: ConversionReport | None,
+        finetuned: bool = False,
+    ) -> Trial:
+        """Measures a model as a file in the engine.
+
+        Raises:
+            LutraError: it cannot be exported, or what it gives is not finite.
+        """
+        path = self.bench.file("trial")
+        session = self.dense if model is self.model else self.bench.export(model, path)
+        file = self.bench.file("dense") if model is self.model else path
+        outputs = outputs_of(session, self.data.judged)
+        _check_outputs(outputs)
+        ratio, own = self._ratio(session)
+        names = [layer.name for layer in self.layers]
+        errors = {}
+        if report is not None:
+            errors = {e.name: e.error for e in report.layers if e.error is not None}
+        quality = self.quality(session, outputs)
+        return Trial(
+            label, dict(choice), quality, self.measure.drop(quality),
+            surrogate(outputs, self.outputs), self.dense_ms * ratio if self.dense_ms else own,
+            ratio, file.stat().st_size, errors, self.bench.layer_times(session, names),
+            finetuned=finetuned,
+        )  # fmt: skip
+
+    def quality(self, session: Session, outputs: Outputs) -> float:
+        """Of a file, whose outputs for the samples that judge are known."""
+        if self._evaluate is not None:
+            return own_value(self._evaluate, EngineModel(session))
+        return self.measure.quality(outputs)
+
+    def _ratio(self, session: Session) -> tuple[float, float]:
+        """The time of a file over that of the dense one, and its milliseconds."""
+        if session is self.dense:
+            return 1.0, float(np.median(self.bench.times({"dense": session}, _SECONDS)["dense"]))
+        times = self.bench.times({"dense": self.dense, "own": session}, _SECONDS)
+        ratios = np.array(times["own"]) / np.array(times["dense"])
+        return float(np.median(ratios)), float(np.median(times["own"]))
+
+    # ---- proposals ------------------------------------------------------------------------------
+
+    def proposal(self, number: int) -> tuple[str, dict[str, str]] | None:
+        """The next recipe to try, with a label; None where none is left.
+
+        Every third proposal is by a draw from what is believed, so that candidates of which little
+        is known get their turn.
+
+        Args:
+            number: of proposals before it.
+        """
+        trials = good(self.storage.trials())
+        losses = self.loss_model(trials)
+        costs = self.cost_model(trials, losses.terms())
+        rng = np.random.default_rng([self.budget.seed, len(trials), number])
+        terms = losses.terms(rng if number % 3 == 2 else None)
+        loss_of = {term: max(0.0, value) for term, value in terms.items()}
+        cost_of = costs.terms()
+        constant, least = costs.constant, cheapest(cost_of)
+        target = self.budget.target
+        within = best(trials, target, self.max_drop)
+        top = max(t.cost(target) for t in trials if t.label in (DENSE, INT8_EVERYWHERE))
+        top = top if within is None or number % 2 else within.cost(target)
+        tried = [dict(t.choice) for t in self.storage.trials()] + self.storage.running()
+        for attempt in range(4):
+            share = spread(number // 2 + attempt)
+            # near what is best already, most recipes; the others along the whole front
+            share = share if number % 2 else share**0.5
+            limit = least + share * max(0.0, top - constant - least)
+            choice = propose(loss_of, cost_of, limit, tried)
+            if choice is not None:
+                whole = f"{constant + limit:.4g} ms"
+                if target == "size":
+                    whole = f"{int(constant + limit)} bytes"
+                return f"the least predicted loss within {whole}", choice
+        choice = propose(loss_of, cost_of, sum(map(abs, cost_of.values())), tried)
+        return None if choice is None else ("the least predicted loss of all", choice)
+
+    @property
+    def max_drop(self) -> float:
+        """The budget of quality."""
+        return 1.0 if self.budget.max_drop is None else self.budget.max_drop
+
+    def loss_model(self, trials: list[Trial]) -> SumModel:
+        """What each candidate adds to the loss: at first the errors of the layers share that of
+        the uniform conversion that they are from; then all trials correct it."""
+        known: dict[Term, list[float]] = {}
+        for trial in trials:
+            total = sum(max(error, 0.0) for error in trial.errors.values())
+            for name, error in trial.errors.items():
+                if name in trial.choice and total > 0:
+                    share = min(trial.loss, _OUT) * max(error, 0.0) / total
+                    known.setdefault((name, trial.choice[name]), []).append(share)
+        prior: dict[Term, Belief] = {}
+        for layer in self.layers:
+            for key in layer.candidates:
+                if key == FLOAT32:
+                    prior[layer.name, key] = Belief(0.0, 0.0)
+                elif (layer.name, key) in known:
+                    mean = float(np.median(known[layer.name, key]))
+                    prior[layer.name, key] = Belief(mean, mean + 1e-6)
+                elif key == INT8:  # of layers without an error, such as embeddings
+                    prior[layer.name, key] = Belief(1e-5, 1e-5)
+        model = SumModel(prior, Belief(0.0, 0.0))
+        seen = [t for t in trials if all((n, k) in prior for n, k in t.choice.items())]
+        model.observe(
+            [t.choice for t in seen],
+            [
+                Belief(min(t.loss, _OUT), _LOSS_NOISE * min(t.loss, _OUT) + 1e-6)
+                for t in seen
+                if t.loss >= 0
+            ],
+        )
+        return model
+
+    def cost_model(self, trials: list[Trial], terms: Container[Term]) -> SumModel:
+        """What each candidate costs in the network, beside a constant for all else.
+
+        Args:
+            trials: that were measured.
+            terms: the candidates to know it of.
+        """
+        size = self.budget.target == "size"
+        inside: dict[Term, list[float]] = {}
+        for trial in trials:
+            for name, value in trial.layer_ms.items():
+                inside.setdefault((name, trial.choice[name]), []).append(value)
+        prior = {}
+        for layer in self.layers:
+            for key, own in layer.candidates.items():
+                term = (layer.name, key)
+                if term not in terms:
+                    continue
+                if size:
+                    prior[term] = Belief(own.bytes, 0.05 * own.bytes + 64)
+                    continue
+                value = float(np.median(inside[term])) if term in inside else own.ms or 0.0
+                share = 0.2 if term in inside else 0.5
+                prior[term] = Belief(value, share * value + 1e-6)
+        dense = next(t for t in trials if t.label == DENSE)
+        whole = dense.cost(self.budget.target)
+        rest = whole - sum(prior[term].mean for term in dense.choice.items() if term in prior)
+        model = SumModel(prior, Belief(rest, 0.3 * whole))
+        noise = _SIZE_NOISE if size else _TIME_NOISE
+        values = [t.cost(self.budget.target) for t in trials]
+        model.observe([t.choice for t in trials], [Belief(v, noise * v) for v in values])
+        return model
+
+    # ---- what came of it ------------------------------------------------------------------------
+
+    def front(self) -> list[Trial]:
+        """The trials that no other beats."""
+        return front(self.storage.trials(), self.budget.target)
+
+
+def _by_exactness(keys: list[str]) -> list[str]:
+    """4-bit lookups, then nearest centroids, trees and 2-bit lookups."""
+    return sorted(
+        keys, key=lambda key: (key.startswith("lookup 4"), "tree" in key, not key.startswith("l"))
+    )
+
+
+def _check_outputs(outputs: Outputs) -> None:
+    for batch in outputs:
+        for array in batch:
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise LutraError(
+                    "optimize: the outputs for the samples that judge hold NaN or infinity; check "
+                    "the model and the data"
+                )
