@@ -438,6 +438,11 @@ void unpack_codes(const PqShape& s, const uint8_t* codes, int32_t rows, uint8_t*
 
 int32_t code_unit(const PqShape&) { return 1; }
 
+void unpack_units(const PqShape& s, const uint8_t* codes, int32_t rows, uint8_t* out,
+                  size_t stride) {
+  unpack_codes(s, codes, rows, out, stride);
+}
+
 void gather_codes(const PqShape& s, const Patch& p, int32_t first, int32_t last, uint8_t* codes) {
   for (int32_t row = 0; row < p.rows; row += kSubRows) {
     Rows rows;

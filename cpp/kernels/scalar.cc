@@ -145,6 +145,11 @@ void unpack_codes(const PqShape& s, const uint8_t* codes, int32_t rows, uint8_t*
 
 int32_t code_unit(const PqShape&) { return 1; }
 
+void unpack_units(const PqShape& s, const uint8_t* codes, int32_t rows, uint8_t* out,
+                  size_t stride) {
+  unpack_codes(s, codes, rows, out, stride);
+}
+
 void gather_codes(const PqShape& s, const Patch& p, int32_t first, int32_t last, uint8_t* codes) {
   for (int32_t b = first; b < last; ++b) {
     for (int32_t r = 0; r < p.rows; ++r) {
@@ -387,7 +392,7 @@ constinit const Kernels kScalar = {.name = "scalar",
                                    .encode = encode,
                                    .unpack_codes = unpack_codes,
                                    .code_unit = code_unit,
-                                   .unpack_units = unpack_codes,
+                                   .unpack_units = unpack_units,
                                    .gather_codes = gather_codes,
                                    .lookup = lookup,
                                    .lookup_row = lookup_row,
