@@ -362,7 +362,10 @@ class _Grower(StepGrower):
         if self.chance(0.1):
             return self.add("adaptive_max_pool2d", x, hidden=hidden, output_size=(2, 3))
         x = self.padded(x, 0.0, -0.75, -NO_LIMIT) if self.chance(0.3) else x
-        return self.add("max_pool2d", x, hidden=hidden, **self._window(x))
+        y = self.add("max_pool2d", x, hidden=hidden, **self._window(x))
+        if float(self.arrays[y].min()) <= -NO_LIMIT:  # a window of nothing but borders
+            y = self.add("relu", y, hidden=hidden)
+        return y
 
     def _avg_pool(self, x: str, hidden: bool) -> str:
         if self.chance(0.3):

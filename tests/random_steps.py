@@ -10,6 +10,8 @@ from graphs import Array
 from random_layers import LayerGrower
 from recurrences import grids, int8_weights, weights
 
+from lutra.ops.elementwise import NO_LIMIT
+
 #: What a padding is filled with: the padding of a layer, what is rounded to it, and other numbers.
 FILLS = (0.0, 0.0, 0.0, -0.0, 1e-6, 0.5, -0.75)
 MAX_SIDE = 12
@@ -66,7 +68,7 @@ class StepGrower(LayerGrower):
         for _ in range(self.random.choice([1, 1, 1, 2])):
             sides = (self.random.randint(0, 2) for _ in range(4))
             x = self.add("pad", x, hidden=True, pads=(0, 0, 0, 0, *sides), value=fill)
-            if self.chance(0.1):
+            if self.chance(0.1) and fill > -NO_LIMIT:  # which overflows in other readers
                 self.open.append(x)
         return x
 
