@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -21,7 +20,7 @@ import torch
 
 import lutra
 from benchmarks.machine import machine
-from benchmarks.packages import RECIPES, Inputs, _noise, _tones, cosine
+from benchmarks.packages import RECIPES, Inputs, _noise, _tones, command, cosine, run_all
 from lutra.train import convert, export, load_onnx
 
 #: One thread of lutra on the exported file may be so far from PyTorch, as a share of the largest
@@ -234,30 +233,17 @@ def measure(name: str, recipe: str, samples: int = 32, runs: int = 20) -> dict[s
     }  # fmt: skip
 
 
+def _left_out(name: str) -> str | None:
+    entry = MODELS[name]
+    return entry.missing() or (None if entry.exports else "its answers do not keep samples apart")
+
+
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", action="append", choices=MODELS)
-    parser.add_argument("--recipe", action="append", choices=RECIPES)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    records: list[dict[str, Any]] = []
-    for name in options.model or MODELS:
-        reason = MODELS[name].missing() or (
-            None if MODELS[name].exports else "its answers do not keep samples apart"
-        )
-        for recipe in options.recipe or ("dense", "int8", "auto"):
-            if reason is not None:
-                print(f"{name}: skipped, {reason}", flush=True)
-                break
-            try:
-                records.append(measure(name, recipe))
-            except lutra.LutraError as error:
-                records.append({"model": name, "recipe": recipe, "error": str(error)})
-            print(json.dumps(records[-1]), flush=True)
+    options = command(__doc__, MODELS)
+    runs = list(run_all(options, MODELS, ("dense", "int8", "auto"), _left_out, measure))
     if options.json is not None:
-        document = {"machine": machine(), "records": records}
+        document = {"machine": machine(), "records": runs[-1] if runs else []}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -389,28 +389,55 @@ def measure(name: str, recipe: str, samples: int = 32, runs: int = 20) -> dict[s
     }  # fmt: skip
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", action="append", choices=MODELS)
-    parser.add_argument("--recipe", action="append", choices=RECIPES)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+def run_all(
+    options: argparse.Namespace,
+    names: Iterable[str],
+    recipes: Iterable[str],
+    missing: Callable[[str], str | None],
+    measured: Callable[[str, str], dict[str, Any]],
+) -> Iterator[list[dict[str, Any]]]:
+    """Measures the models and recipes that a command line names, and prints each record.
+
+    Args:
+        options: with `model` and `recipe`; None stands for all.
+        names, recipes: all that there are.
+        missing: why a model is left out; None where it is not.
+        measured: the record of a model with a recipe.
+
+    Yields:
+        The records so far, after each.
+    """
     torch.set_num_threads(1)
-    records = []
-    for name in options.model or MODELS:
-        reason = MODELS[name].missing()
-        for recipe in options.recipe or RECIPES:
+    records: list[dict[str, Any]] = []
+    for name in options.model or names:
+        reason = missing(name)
+        for recipe in options.recipe or recipes:
             if reason is not None:
                 print(f"{name}: skipped, {reason}", flush=True)
                 break
             try:
-                records.append(measure(name, recipe))
+                records.append(measured(name, recipe))
             except lutra.LutraError as error:
                 records.append({"model": name, "recipe": recipe, "error": str(error)})
             print(json.dumps(records[-1]), flush=True)
-            if options.json:
-                options.json.write_text(json.dumps([{"machine": machine()}, *records], indent=1))
+            yield records
+
+
+def command(doc: str | None, names: Iterable[str]) -> argparse.Namespace:
+    """The command line: models, recipes and where the records go."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--model", action="append", choices=names)
+    parser.add_argument("--recipe", action="append", choices=RECIPES)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """The command."""
+    options = command(__doc__, MODELS)
+    for records in run_all(options, MODELS, RECIPES, lambda name: MODELS[name].missing(), measure):
+        if options.json:
+            options.json.write_text(json.dumps([{"machine": machine()}, *records], indent=1))
 
 
 if __name__ == "__main__":

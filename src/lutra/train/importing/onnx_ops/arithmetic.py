@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -91,15 +91,7 @@ def _numbers(b: Builder, op: Op, *values: Value) -> Numbers | None:
     if any(isinstance(value, fx.Node) or value.ndim > 1 for value in values):
         return None
     scalar = all(b.ndim(value) == 0 for value in values)
-    parts = [
-        list(value.items) if isinstance(value, Numbers) else value.reshape(-1).tolist()
-        for value in values
-        if not isinstance(value, fx.Node)
-    ]
-    length = max(map(len, parts))
-    parts = [part * length if len(part) == 1 else part for part in parts]
-    if any(len(part) != length for part in parts):
-        raise Refusal(f"it gets arrays of {sorted(map(len, parts))} entries")
+    parts = _alike(values)
     dtype = next(value.dtype for value in values if not isinstance(value, fx.Node))
     function = _ON_NUMBERS.get(op.type)
     if op.type == "Div":
@@ -248,14 +240,22 @@ def _where(b: Builder, op: Op, condition: Value, x: Value, y: Value) -> Any:
     return b.call(torch.where, condition, x, y)
 
 
-def _where_numbers(b: Builder, given: tuple[Value, ...]) -> Numbers:
+def _alike(values: Sequence[Value]) -> list[list[Any]]:
+    """The entries of sizes and constants, those of one entry as often as the longest has."""
     parts = [
-        list(v.items) if isinstance(v, Numbers) else v.reshape(-1).tolist()
-        for v in given
-        if not isinstance(v, fx.Node)
+        list(value.items) if isinstance(value, Numbers) else value.reshape(-1).tolist()
+        for value in values
+        if not isinstance(value, fx.Node)
     ]
     length = max(map(len, parts))
     parts = [part * length if len(part) == 1 else part for part in parts]
+    if any(len(part) != length for part in parts):
+        raise Refusal(f"it gets arrays of {sorted(map(len, parts))} entries")
+    return parts
+
+
+def _where_numbers(b: Builder, given: tuple[Value, ...]) -> Numbers:
+    parts = _alike(given)
     items = [
         b.call(torch.sym_ite, c, x, y) if isinstance(c, fx.Node) else (x if c else y)
         for c, x, y in zip(*parts, strict=True)

@@ -60,14 +60,19 @@ def _group_norm(b: Builder, op: Op, x: Value, scale: Value, bias: Value) -> Any:
     return b.call(F.group_norm, x, groups, *given, epsilon)
 
 
-@onnx_op("LayerNormalization")
-def _layer_norm(b: Builder, op: Op, x: Value, scale: Value, bias: Value | None = None) -> Any:
+def _normalised(b: Builder, op: Op, x: Value) -> tuple[int, list[int], float]:
+    """The first axis that is normalised, the sizes from it on, and epsilon."""
     axis = axis_of(int(op.get("axis", -1)), b.ndim(x))
-    epsilon = float(op.get("epsilon", 1e-5))
-    shape = list(b.sizes(x)[axis:])
+    shape = b.sizes(x)[axis:]
     sizes = [size for size in shape if size is not None]
     if len(sizes) < len(shape):
         raise Refusal("it normalises an axis whose size is known at run time only")
+    return axis, sizes, float(op.get("epsilon", 1e-5))
+
+
+@onnx_op("LayerNormalization")
+def _layer_norm(b: Builder, op: Op, x: Value, scale: Value, bias: Value | None = None) -> Any:
+    axis, sizes, epsilon = _normalised(b, op, x)
     if any(op.wants(i) for i in (1, 2)):
         return _with_statistics(b, op, x, scale, bias, list(range(axis, b.ndim(x))), epsilon)
     if isinstance(scale, Tensor) and (bias is None or isinstance(bias, Tensor)):
@@ -76,7 +81,7 @@ def _layer_norm(b: Builder, op: Op, x: Value, scale: Value, bias: Value | None =
         if isinstance(bias, Tensor):
             module.bias = nn.Parameter(bias.float().expand(sizes).clone())
         return b.module(op.path, module, x)
-    return b.call(F.layer_norm, x, shape, scale, bias, epsilon)
+    return b.call(F.layer_norm, x, sizes, scale, bias, epsilon)
 
 
 def _with_statistics(b: Builder, op: Op, x: Value, scale: Value, bias: Value | None,
@@ -91,17 +96,12 @@ def _with_statistics(b: Builder, op: Op, x: Value, scale: Value, bias: Value | N
 
 @onnx_op("RMSNormalization")
 def _rms_norm(b: Builder, op: Op, x: Value, scale: Value) -> Any:
-    axis = axis_of(int(op.get("axis", -1)), b.ndim(x))
-    epsilon = float(op.get("epsilon", 1e-5))
-    shape = list(b.sizes(x)[axis:])
-    sizes = [size for size in shape if size is not None]
-    if len(sizes) < len(shape):
-        raise Refusal("it normalises an axis whose size is known at run time only")
+    _, sizes, epsilon = _normalised(b, op, x)
     if isinstance(scale, Tensor):
         module = nn.RMSNorm(sizes, epsilon, device="meta")
         module.weight = nn.Parameter(scale.float().expand(sizes).clone())
         return b.module(op.path, module, x)
-    return b.call(F.rms_norm, x, shape, scale, epsilon)
+    return b.call(F.rms_norm, x, sizes, scale, epsilon)
 
 
 @onnx_op("LRN")

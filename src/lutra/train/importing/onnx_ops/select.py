@@ -79,8 +79,8 @@ def _at_constants(b: Builder, x: fx.Node, indices: Tensor, axis: int, size: Any)
     return b.call(torch.reshape, flat, [*shape[:axis], *indices.shape, *shape[axis + 1 :]])
 
 
-@onnx_op("GatherElements")
-def _gather_elements(b: Builder, op: Op, x: Value, indices: Value) -> Any:
+def _along_axis(b: Builder, op: Op, x: Value, indices: Value) -> tuple[int, Value]:
+    """The axis of an operator, and indices of its entries that count from its beginning."""
     axis = axis_of(int(op.get("axis", 0)), b.ndim(x))
     index = _index(b, indices, b.sizes(x)[axis])
     if isinstance(index, fx.Node):
@@ -88,6 +88,12 @@ def _gather_elements(b: Builder, op: Op, x: Value, indices: Value) -> Any:
         index = b.call(
             torch.where, b.call(torch.lt, index, 0), b.call(torch.add, index, size), index
         )
+    return axis, index
+
+
+@onnx_op("GatherElements")
+def _gather_elements(b: Builder, op: Op, x: Value, indices: Value) -> Any:
+    axis, index = _along_axis(b, op, x, indices)
     return b.call(torch.gather, x, axis, index)
 
 
@@ -108,13 +114,7 @@ _REDUCTIONS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
 
 @onnx_op("ScatterElements", "Scatter")
 def _scatter_elements(b: Builder, op: Op, x: Value, indices: Value, updates: Value) -> Any:
-    axis = axis_of(int(op.get("axis", 0)), b.ndim(x))
-    index = _index(b, indices, b.sizes(x)[axis])
-    if isinstance(index, fx.Node):
-        size = b.size(x, axis)
-        index = b.call(
-            torch.where, b.call(torch.lt, index, 0), b.call(torch.add, index, size), index
-        )
+    axis, index = _along_axis(b, op, x, indices)
     reduction = str(op.get("reduction", "none"))
     if reduction == "none":
         return b.call(torch.scatter, x, axis, index, updates)
