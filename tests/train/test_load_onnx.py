@@ -148,7 +148,7 @@ def test_quantised_files_are_read_as_float() -> None:
         "sw": np.full(4, 0.01, np.float32), "sc": np.float32(0.1), "zc": np.uint8(0),
     }  # fmt: skip
     tensors = [numpy_helper.from_array(np.asarray(a), n) for n, a in arrays.items()]
-    module = load_onnx(made(nodes, {"x": ["n", 2, 6, 6]}, ["y"], tensors))
+    module = load_onnx(made(nodes, {"x": ["n", 2, 6, 6]}, ["y"], tensors, opset=21))
     conv = next(m for m in module.modules() if isinstance(m, nn.Conv2d))
     np.testing.assert_allclose(conv.weight.detach().numpy(), arrays["w"] * np.float32(0.01))
     y = module(torch.randn(2, 2, 6, 6))

@@ -193,7 +193,13 @@ def _runtime() -> Any:
 
 def _reference(proto: Any, names: Sequence[str]) -> Run:
     reference = importlib.import_module("onnx.reference")
-    evaluator = reference.ReferenceEvaluator(proto)
+    try:
+        evaluator = reference.ReferenceEvaluator(proto)
+    except Exception as error:  # it lacks old forms of some operators
+        raise LutraError(
+            f"load_onnx: the reference of onnx cannot run the file to compare it ({error}); "
+            "install onnxruntime, or leave the comparison out (check=False, --no-check)"
+        ) from error
     return lambda feeds: dict(zip(names, evaluator.run(list(names), dict(feeds)), strict=True))
 
 
