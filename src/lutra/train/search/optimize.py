@@ -155,7 +155,7 @@ class _Finish:
     def study(self) -> Study:
         """The result."""
         search, budget = self.search, self.search.budget
-        chosen = best(self.trials, budget.target, search.max_drop)
+        chosen = self._best()
         assert chosen is not None  # the dense model loses nothing
         model = None
         if budget.finetune_minutes > 0:
@@ -196,6 +196,11 @@ class _Finish:
             study.graph = self._write(model, study)
         return study
 
+    def _best(self) -> Trial | None:
+        """The cheapest recipe within the budget, of those that all samples calibrated."""
+        whole = [trial for trial in self.trials if not trial.rough]
+        return best(whole, self.search.budget.target, self.search.max_drop)
+
     def _judged(self, outputs: Outputs) -> tuple[float, float]:
         """Quality and drop of the outputs of another runtime."""
         quality = self.search.measure.quality(outputs)
@@ -208,7 +213,7 @@ class _Finish:
         """A cheaper recipe than the budget allows without training, fine-tuned into it; the choice
         without training where that does not do; None where nothing is to be trained."""
         search, budget = self.search, self.search.budget
-        plain = best(self.trials, budget.target, search.max_drop)
+        plain = self._best()
         start = best(self.trials, budget.target, _RECOVERED * search.max_drop)
         assert plain is not None
         assert start is not None
