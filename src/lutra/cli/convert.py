@@ -257,10 +257,10 @@ def _swap(args: argparse.Namespace) -> int:
         sizes = {name: len(array) for name, array in arrays.items()}
         if len(set(sizes.values())) > 1:
             raise InputError(f"{args.data!r} holds arrays of different length: {sizes}")
-        samples = next(iter(sizes.values()))
+        count = next(iter(sizes.values()))
         feeds = [
             {name: array[i : i + _BATCH] for name, array in arrays.items()}
-            for i in range(0, samples, _BATCH)
+            for i in range(0, count, _BATCH)
         ]
     swapped = swap_functions(graph, args.functions, feeds=feeds)
     save_graph(swapped, args.output)
