@@ -132,12 +132,12 @@ def plain_lines(text: str) -> str:
 
 
 def _peers(args: argparse.Namespace) -> Any:
-    """Measures ONNX Runtime beside an ONNX file, where it is installed."""
+    """Measures other runtimes beside an ONNX file, where they are installed."""
     if not args.model.endswith(".onnx"):
         return None
-    from lutra.train.search.peers import onnx_runtime
+    from lutra.train.search.peers import runtimes
 
-    return onnx_runtime(args.model, args.threads)
+    return runtimes(args.model, args.threads)
 
 
 def _drop(text: str) -> float:

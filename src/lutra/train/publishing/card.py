@@ -101,8 +101,7 @@ def make_card(
     if description:
         parts.append(description.strip())
     parts.append(
-        f"A {model_class} whose layers run by table lookup or in integers on a CPU, by "
-        "[lutra](https://pypi.org/project/lutra)."
+        f"A {model_class} whose layers run by table lookup or in integers on a CPU, by lutra."
         if structure.layers
         else f"A {model_class} in float32, for a CPU."
     )
