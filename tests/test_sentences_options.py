@@ -23,10 +23,21 @@ def encoder() -> SentenceEncoder:
     return SentenceEncoder(encoder_graph(text_metadata(prompts=PROMPTS)), threads=1)
 
 
-def test_arguments_by_position_are_those_of_sentence_transformers(encoder: SentenceEncoder) -> None:
+def test_the_defaults_are_those_of_sentence_transformers(encoder: SentenceEncoder) -> None:
     plain = encoder.encode(TEXTS)
     given = encoder.encode(
-        TEXTS, 2, False, "sentence_embedding", "float32", True, False, "cpu", False
+        TEXTS,
+        batch_size=2,
+        show_progress_bar=False,
+        output_value="sentence_embedding",
+        precision="float32",
+        convert_to_numpy=True,
+        convert_to_tensor=False,
+        device="cpu",
+        normalize_embeddings=False,
+        prompt=None,
+        prompt_name=None,
+        truncate_dim=None,
     )
     np.testing.assert_allclose(given, plain, atol=1e-6)
     assert given.dtype == np.float32

@@ -149,6 +149,7 @@ class SentenceEncoder:
         self,
         sentences: Texts,
         batch_size: int = 32,
+        *,
         show_progress_bar: bool | None = None,
         output_value: str | None = "sentence_embedding",
         precision: str = "float32",
@@ -156,7 +157,6 @@ class SentenceEncoder:
         convert_to_tensor: bool = False,
         device: str | None = None,
         normalize_embeddings: bool = False,
-        *,
         prompt: str | None = None,
         prompt_name: str | None = None,
         truncate_dim: int | None = None,
@@ -165,7 +165,8 @@ class SentenceEncoder:
         """What the model makes of texts: their vectors, or the scores of a classifier.
 
         Texts of about the same length run together, filled up to the longest of their batch. Names,
-        defaults and results are those of ``SentenceTransformer.encode``.
+        defaults, shapes and types are those of ``SentenceTransformer.encode``; give options by
+        name, as the order differs from version to version there.
 
         Args:
             sentences: Texts, or one text. An empty one is fine.
