@@ -287,6 +287,18 @@ def test_arrays_are_as_before(tmp_path: Path) -> None:
     assert made == Samples(made.batches)
 
 
+def test_what_a_file_says_of_its_inputs_is_carried_on(capture: Any, folder: Path) -> None:
+    entries = {"preprocess": {"kind": "mine"}, "classes": ["a", "b", "c"], "seed": 7}
+    export(nn.Sequential(nn.Linear(4, 3)), "float.lutra", torch.rand(4, 4), metadata=entries)
+    np.save("x.npy", np.random.default_rng(0).random((100, 4), np.float32))
+    words = ["float.lutra", "--data", "x.npy", "--method", "int8", "-o", "m.lutra"]
+    assert capture("convert", *words)[0] == 0
+    metadata = lutra.load_graph("m.lutra").metadata
+    assert metadata["classes"] == ["a", "b", "c"]
+    assert metadata["preprocess"] == {"kind": "mine"}
+    assert metadata["seed"] == 0
+
+
 def test_convert_sounds(capture: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", sys.path[:])
     Path("sample_nets.py").write_text(NETS)

@@ -33,6 +33,8 @@ _PACKED: Final = (".gz", ".xz")
 FOLDERS: Final = "folders"
 COLUMN: Final = "column"
 _LENGTH: Final = 256
+#: Metadata of a file that hold for a model that is made of it.
+_CARRIED: Final = ("preprocess", "classes", "prompts")
 _SHOWN: Final = 200  # characters of a text in a report
 
 
@@ -117,6 +119,10 @@ def read_samples(args: argparse.Namespace, model: Any, labels: str | None = None
         made = _sounds(args, model, labels == FOLDERS)
     else:
         made = _texts(args, model, labels == COLUMN)
+    if args.model.endswith(".lutra"):
+        source = load_graph(args.model).metadata
+        carried = {name: source[name] for name in _CARRIED if name in source}
+        made = replace(made, metadata={**carried, **made.metadata})
     if labels is None:
         return replace(made, labels=None)
     if labels in (FOLDERS, COLUMN):
