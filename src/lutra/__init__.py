@@ -89,8 +89,8 @@ _PLACES: Final = {
 }
 #: Modules that are attributes of the package without an import of their own.
 _MODULES: Final = (
-    "errors", "format", "formatting", "functions", "graph", "inputs", "node", "ops", "preprocess",
-    "reference", "runtime", "sentences", "stream",
+    "errors", "format", "formatting", "functions", "graph", "hub", "inputs", "node", "ops",
+    "preprocess", "reference", "runtime", "sentences", "stream",
 )  # fmt: skip
 #: The names of lutra.train that are here too. Listed, not asked for: asking imports PyTorch.
 _TRAIN: Final = (
@@ -132,12 +132,15 @@ _TRAIN: Final = (
     "finetune",
     "fit_relu_net",
     "from_graph",
+    "from_pretrained",
     "load_onnx",
     "masked_mean",
     "optimize",
+    "push_to_hub",
     "recipe_from_json",
     "recipe_to_json",
     "reconstruction_loss",
+    "save_pretrained",
 )
 
 install(MOVED)
