@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
@@ -30,6 +30,7 @@ from lutra.train.conversion.prepare import (
     tied_parameters,
     wrapped_paths,
 )
+from lutra.train.conversion.replay import Replay
 from lutra.train.conversion.resume import FinishedLayers, digest, restore
 from lutra.train.conversion.sequential import Batches, Targets, norms_behind
 from lutra.train.conversion.speed_gate import SpeedGate, attach, decide, record, rival
@@ -200,7 +201,7 @@ def convert(
             )
     if sequential and chosen:
         most = _fitted_rows(rows, memory_bytes, chosen.values())
-        targets = Targets(Batches(list(batches), most, seed), store)
+        targets = Targets(Batches(list(batches), most, seed), store, Replay(memory_bytes))
         targets.collect(model, {name: layer.module for name, layer in chosen.items()})
         # What the speed gate keeps is noted behind the others.
         calibrated = {name: calibrated[name] for name in (*targets.order, *calibrated)}
@@ -244,7 +245,9 @@ def convert(
             else:
                 rows_in, wanted = sample.rows, None
                 if targets is not None:
-                    rows_in, wanted = targets.rows(converted, name, old, layer.geometry)
+                    rows_in, wanted = targets.rows(
+                        converted, name, old, layer.geometry, _pending(calibrated, fitted)
+                    )
                 tied, learned = id(old.weight) in shared, spread(rows_in, rows)
                 with threads_for_rows(rows_in.numel()):
                     new = layer.fit(
@@ -279,6 +282,11 @@ def convert(
     reports = sorted((*(a.report for a in layers), *kept), key=lambda entry: order[entry.name])
     report = ConversionReport(tuple(reports), seed, entry, swapped, tuple(small), tuple(notes))
     return converted, report
+
+
+def _pending(layers: Mapping[str, Candidate], fitted: Collection[str]) -> list[str]:
+    """The layers that will be replaced and are not yet."""
+    return [name for name, e in layers.items() if e.method is not None and name not in fitted]
 
 
 @dataclass

@@ -3,12 +3,12 @@
 Layers that were converted give other values than the dense network. A layer behind them is fitted
 on the inputs that it will get, to the outputs that the dense layer had, and so mends part of the
 errors before it. The dense network runs once; the converted one runs once for each layer, up to
-that layer.
+that layer, and reads what earlier passes computed (`replay`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -19,6 +19,7 @@ from lutra.errors import LutraError
 from lutra.train.batches import BatchReader
 from lutra.train.conversion.behind import Behind, Follower
 from lutra.train.conversion.calibrate import images_of, patches
+from lutra.train.conversion.replay import Replay
 from lutra.train.conversion.spill import Spill
 from lutra.train.geometry import Geometry
 from lutra.train.layers.attention import plain_attention
@@ -115,10 +116,11 @@ class Targets:
     Args:
         batches: that are run.
         store: keeps what the dense network gives.
+        replay: keeps what the converted network gives.
     """
 
-    def __init__(self, batches: Batches, store: Spill) -> None:
-        self._batches, self._store = batches, store
+    def __init__(self, batches: Batches, store: Spill, replay: Replay) -> None:
+        self._batches, self._store, self._replay = batches, store, replay
         self._behind: dict[str, Behind] = {}
         self.outputs: dict[str, list[Tensor]] = {}
         self.added: dict[str, list[Tensor]] = {}
@@ -187,7 +189,12 @@ class Targets:
 
     @torch.no_grad()
     def rows(
-        self, model: nn.Module, name: str, layer: nn.Module, geometry: Geometry
+        self,
+        model: nn.Module,
+        name: str,
+        layer: nn.Module,
+        geometry: Geometry,
+        pending: Collection[str],
     ) -> tuple[Tensor, Goal]:
         """Inputs (n, D) of a layer in the converted model, and what its outputs should be; what the
         dense network had is forgotten.
@@ -197,6 +204,7 @@ class Targets:
             name: of the layer, as `collect` had it.
             layer: what stands in its place in the model.
             geometry: of the layer.
+            pending: the paths of all layers that are not fitted, this one among them.
         """
         behind = self._behind.get(name, Behind())
         position = {"batch": 0, "call": 0}
@@ -205,6 +213,7 @@ class Targets:
 
         def enter(batch: int) -> None:
             position.update(batch=batch, call=0)
+            self._replay.enter(batch)
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             batch, call = position["batch"], position["call"]
@@ -223,7 +232,10 @@ class Targets:
         follower = Follower({name: layer} if behind.adds else {}, on_add)
         handle = layer.register_forward_pre_hook(before, with_kwargs=True)
         try:
-            with follower.following(model) if behind.adds else nullcontext():
+            with (
+                self._replay.passing(model, pending),
+                follower.following(model) if behind.adds else nullcontext(),
+            ):
                 self._batches.run(model, enter, follower.forget)
         finally:
             handle.remove()

@@ -66,8 +66,10 @@ def fit_tables(codes: Tensor, tables: Tensor, y: Tensor, goal: Goal) -> Fit:
             middle = distributed.mean_row(rest)
             shift, y, rest = shift + middle, y + middle, rest - middle
             moments = [_moments(codes[group, part], rest[part], k) for part in held_out(len(y))]
-            if turn == 0:
+            if turn == 0 and ridge is ridges[0]:
                 ridge.choose(moments, goal.weights(outputs))
+            elif turn == 0:  # codebooks of one layer are alike
+                ridge.take(ridges[0].weight)
             change = ridge.solve(moments, total[group].flatten(0, 1)).view(len(group), k, outputs)
             total[group] += change
             y = y + sum_rows(codes[group], change)

@@ -73,6 +73,11 @@ class Ridge:
                 best, self.weight, worse = error, weight, 0
             elif self.weight in weights and (worse := worse + 1) == _WORSE:
                 break
+        self.take(self.weight)
+
+    def take(self, weight: float) -> None:
+        """Takes a weight, or the least power of ten above it that rounding allows."""
+        self.weight = weight
         while (factor := self._cholesky(self.gram, self.weight)) is None:
             self.weight *= 10.0
         self._factor = factor
