@@ -43,13 +43,17 @@ float lowbit_quantize(const float* x, size_t n, int8_t* q) {
   return zero ? 0.0f : top / 127.0f;
 }
 
+// As keep(), and in the order of the program: activations are not loaded so far ahead that sums do
+// not stay in registers.
+LUTRA_INLINE void keep_order(__m256i& v) { __asm__ volatile("" : "+x"(v)); }
+
 // --- the dense kernel ---------------------------------------------------------------------------
 //
-// 16 outputs x kRowsAtOnce rows: two registers of 16-bit sums for each row, two lanes for each
-// output. A block of 64 bytes becomes, field after field, two registers of four neighbouring
-// weights of 8 outputs, which vpmaddubsw multiplies with four activations of a row. 16-bit sums of
-// `dense_steps` products are exact; then they go to 32 bits. Limited by vpmaddubsw and vpaddw:
-// two instructions for 32 products.
+// 16 outputs x kRowsAtOnce (at most 4) rows: two registers of 16-bit sums for each row, two lanes
+// for each output. A block of 64 bytes becomes, field after field, two registers of four
+// neighbouring weights of 8 outputs, which vpmaddubsw multiplies with four activations of a row.
+// 16-bit sums of `dense_steps` products are exact; then they go to 32 bits. Limited by vpmaddubsw
+// and vpaddw: two instructions for 32 products.
 template <int kBits, int kRowsAtOnce>
 void dense_outputs(int32_t levels, int32_t blocks, const uint8_t* weights, const int8_t* x,
                    int32_t width, int32_t (&out)[kRowsAtOnce][16]) {
@@ -77,6 +81,8 @@ void dense_outputs(int32_t levels, int32_t blocks, const uint8_t* weights, const
           const __m256i v = broadcast_word(x + 4 * r);
           sum[r][0] = _mm256_add_epi16(sum[r][0], _mm256_maddubs_epi16(w0, v));
           sum[r][1] = _mm256_add_epi16(sum[r][1], _mm256_maddubs_epi16(w1, v));
+          keep_order(sum[r][0]);
+          keep_order(sum[r][1]);
         }
       }
     }

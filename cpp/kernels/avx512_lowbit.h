@@ -26,39 +26,72 @@ float lowbit_quantize(const float* x, size_t n, int8_t* q) {
   return zero ? 0.0f : top / 127.0f;
 }
 
+// Nothing, but not for the compiler, which otherwise loads so many activations ahead that sums do
+// not stay in registers.
+LUTRA_INLINE void keep(__m512i& v) { __asm__ volatile("" : "+v"(v)); }
+
 // --- the dense kernel ---------------------------------------------------------------------------
 //
-// 16 outputs x kWidth rows: a sum of each row is a register with a dword for each output. A block
-// of 64 bytes becomes, field after field, a register of four neighbouring weights of 16 outputs,
-// which vpdpbusd multiplies with four activations of a row, broadcast from memory. Limited by
-// vpdpbusd from 4 rows on, by unpacking (a shift and an and for each) below.
-template <int kBits, int kWidth>
-void dense_outputs(int32_t blocks, const uint8_t* weights, const int8_t* x, __m512i* out) {
+// 32 outputs x kWidth rows, as two blocks of 16: a sum of a row is a register with a dword for each
+// output. A block of 64 bytes becomes, field after field, a register of four neighbouring weights
+// of 16 outputs, which vpdpbusd multiplies with four activations of a row, broadcast from memory.
+// One broadcast serves two vpdpbusd, of which there are 24 for 12 rows: they are the limit from 8
+// rows on. Below, the limit is unpacking (a shift and an and for each), or memory.
+template <int kBits, int kBlocks, int kWidth>
+LUTRA_INLINE void dense_outputs(int32_t blocks, const uint8_t* weights, const int8_t* x,
+                                __m512i* out) {
   constexpr int32_t kFields = 8 / kBits;
-  constexpr int32_t kChains = kWidth >= 4 ? 1 : 4 / kWidth;  // sums of a row: they hide latency
+  constexpr int32_t kChains = kWidth == 1 ? 4 : kWidth == 2 ? 2 : 1;  // sums that hide latency
+  constexpr int32_t kSums = kBlocks * kWidth;
   const __m512i mask = _mm512_set1_epi8((1 << kBits) - 1);
-  __m512i sum[kChains * kWidth];
-#pragma GCC unroll 16
-  for (int32_t i = 0; i < kChains * kWidth; ++i) sum[i] = _mm512_setzero_si512();
+  const size_t next = static_cast<size_t>(blocks) * 64;
+  __m512i sum[kChains * kSums];
+#pragma GCC unroll 32
+  for (int32_t i = 0; i < kChains * kSums; ++i) sum[i] = _mm512_setzero_si512();
   for (; blocks > 0; --blocks, weights += 64) {
-    const __m512i packed = _mm512_loadu_si512(weights);
+    __m512i packed[kBlocks];
+#pragma GCC unroll 2
+    for (int32_t b = 0; b < kBlocks; ++b) packed[b] = _mm512_loadu_si512(weights + b * next);
 #pragma GCC unroll 8
     for (int32_t j = 0; j < kFields; ++j, x += 4 * kWidth) {
-      const __m512i w = _mm512_and_si512(_mm512_srli_epi32(packed, kBits * j), mask);
-#pragma GCC unroll 16
+      __m512i w[kBlocks];
+#pragma GCC unroll 2
+      for (int32_t b = 0; b < kBlocks; ++b) {
+        w[b] = _mm512_and_si512(_mm512_srli_epi32(packed[b], kBits * j), mask);
+      }
+#pragma GCC unroll 12
       for (int32_t r = 0; r < kWidth; ++r) {
         const __m512i v = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(x)[r]);
-        __m512i& s = sum[(j % kChains) * kWidth + r];
-        s = _mm512_dpbusd_epi32(s, w, v);
+#pragma GCC unroll 2
+        for (int32_t b = 0; b < kBlocks; ++b) {
+          __m512i& s = sum[(j % kChains) * kSums + b * kWidth + r];
+          s = _mm512_dpbusd_epi32(s, w[b], v);
+          keep(s);
+        }
       }
     }
   }
-#pragma GCC unroll 16
-  for (int32_t r = 0; r < kWidth; ++r) {
-    out[r] = sum[r];
+#pragma GCC unroll 32
+  for (int32_t i = 0; i < kSums; ++i) {
+    __m512i all = sum[i];
 #pragma GCC unroll 4
-    for (int32_t c = 1; c < kChains; ++c) {
-      out[r] = _mm512_add_epi32(out[r], sum[c * kWidth + r]);
+    for (int32_t c = 1; c < kChains; ++c) all = _mm512_add_epi32(all, sum[c * kSums + i]);
+    out[i] = all;
+  }
+}
+
+template <int kBits, int kBlocks, int kWidth>
+void dense_step(int32_t blocks, const uint8_t* weights, const int8_t* x, int32_t rows, int32_t left,
+                int32_t* sums, size_t stride) {
+  __m512i out[kBlocks * kWidth];
+  dense_outputs<kBits, kBlocks, kWidth>(blocks, weights, x, out);
+#pragma GCC unroll 12
+  for (int32_t r = 0; r < kWidth; ++r) {
+    if (r >= rows) break;
+#pragma GCC unroll 2
+    for (int32_t b = 0; b < kBlocks; ++b) {
+      _mm512_mask_storeu_epi32(sums + r * stride + b * kLowBitOutputs,
+                               lane_mask(left - b * kLowBitOutputs), out[b * kWidth + r]);
     }
   }
 }
@@ -67,17 +100,14 @@ template <int kBits, int kWidth>
 void dense_range(const LowBitShape& s, const uint8_t* packed, const int8_t* x, int32_t rows,
                  int32_t first, int32_t last, int32_t* sums, size_t stride) {
   const int32_t blocks = dense_blocks(s);
-  const uint8_t* weights = packed + static_cast<size_t>(first / kLowBitOutputs) * blocks * 64;
-  for (int32_t m = first; m < last; m += kLowBitOutputs) {
-    __m512i out[kWidth];
-    dense_outputs<kBits, kWidth>(blocks, weights, x, out);
-    weights += static_cast<size_t>(blocks) * 64;
-#pragma GCC unroll 16
-    for (int32_t r = 0; r < kWidth; ++r) {
-      if (r < rows) {
-        _mm512_mask_storeu_epi32(sums + r * stride + (m - first), lane_mask(last - m), out[r]);
-      }
-    }
+  const size_t block_bytes = static_cast<size_t>(blocks) * 64;
+  const uint8_t* weights = packed + static_cast<size_t>(first / kLowBitOutputs) * block_bytes;
+  int32_t m = first;
+  for (; last - m > kLowBitOutputs; m += 2 * kLowBitOutputs, weights += 2 * block_bytes) {
+    dense_step<kBits, 2, kWidth>(blocks, weights, x, rows, last - m, sums + (m - first), stride);
+  }
+  if (m < last) {
+    dense_step<kBits, 1, kWidth>(blocks, weights, x, rows, last - m, sums + (m - first), stride);
   }
 }
 
@@ -94,7 +124,7 @@ void dense_widths(const LowBitShape& s, const uint8_t* packed, const int8_t* x, 
     case 8:
       return dense_range<kBits, 8>(s, packed, x, rows, first, last, sums, stride);
     default:
-      return dense_range<kBits, 16>(s, packed, x, rows, first, last, sums, stride);
+      return dense_range<kBits, 12>(s, packed, x, rows, first, last, sums, stride);
   }
 }
 

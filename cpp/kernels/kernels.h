@@ -25,7 +25,7 @@ inline constexpr int32_t kMaxQuantized = 2;    // quantised copies that an epilo
 inline constexpr int32_t kMaxDepthwiseTaps = 128;
 inline constexpr size_t kSlack = 64;           // bytes that may be read after any value of a plane
 inline constexpr int32_t kLowBitOutputs = 16;  // low-bit kernels may be split at multiples of this
-inline constexpr int32_t kLowBitRows = 16;     // rows of a tile of lowbit_dense(), at most
+inline constexpr int32_t kLowBitRows = 12;     // rows of a tile of lowbit_dense(), at most
 inline constexpr int32_t kTableRows = 32;      // rows of a tile of lowbit_tables()
 
 enum class Encoder : int32_t { kNearest, kTree };
@@ -393,7 +393,7 @@ struct Kernels {
   // with z = 0 for the dense kernel, and z = levels / 2 (1 for three levels) for that of tables.
   //
   // x: (ceil(group / 32) 8, width, 4), four neighbouring k of a row together, zero padded; width is
-  // 1, 2, 4, 8 or 16 and at least `rows`.
+  // 1, 2, 4, 8 or 12 and at least `rows`.
   void (*lowbit_dense)(const LowBitShape&, const uint8_t* packed, int32_t group, const int8_t* x,
                        int32_t width, int32_t rows, int32_t first, int32_t last, int32_t* sums,
                        size_t stride);

@@ -130,11 +130,13 @@ LowBitMatrix::LowBitMatrix(const Kernels& kernels, LowBitKernel kernel, const Lo
   bytes_ = bytes + scale_.size() * sizeof(float) + zero_.size() * sizeof(int32_t);
 }
 
-int32_t LowBitMatrix::tile_rows(int64_t n) const {
+// Rows that a tile of so many rows has room for, as the kernel takes them.
+int32_t LowBitMatrix::tile_width(int64_t rows) const {
   if (kernel_ == LowBitKernel::kTables) return kTableRows;
-  int32_t rows = 1;
-  while (rows < kLowBitRows && rows < n) rows *= 2;
-  return rows;
+  for (const int32_t width : {1, 2, 4, 8}) {
+    if (rows <= width) return width;
+  }
+  return kLowBitRows;
 }
 
 int32_t LowBitMatrix::tile_depth() const {
@@ -154,7 +156,7 @@ int32_t LowBitMatrix::call_outputs(int64_t tiles, int threads) const {
 
 LowBitMatrix::Scratch LowBitMatrix::scratch_of(int64_t n, int threads, uint8_t* memory) const {
   Scratch s{};
-  s.rows = tile_rows(n);
+  s.rows = tile_width(n);
   s.tiles = ceil_div(n, s.rows);
   s.outputs = call_outputs(s.tiles, threads);
   s.tile_bytes = align64(static_cast<size_t>(groups()) * static_cast<size_t>(tile_depth()) *
@@ -190,16 +192,17 @@ void LowBitMatrix::prepare(const int8_t* x, int64_t n, const Scratch& s, int64_t
   const int64_t first = tile * s.rows;
   const int32_t rows = static_cast<int32_t>(std::min<int64_t>(s.rows, n - first));
   const int8_t* const from = x + static_cast<size_t>(first) * depth;
+  const int32_t width = tile_width(rows);
   int8_t* const to = s.tile + static_cast<size_t>(tile) * s.tile_bytes;
   std::memset(to, 0, s.tile_bytes);
   for (int32_t g = 0; g < groups(); ++g) {
     const size_t column = static_cast<size_t>(g) * static_cast<size_t>(shape_.group);
     int8_t* const place = to + static_cast<size_t>(g) * static_cast<size_t>(tile_depth()) *
-                                   static_cast<size_t>(s.rows);
+                                   static_cast<size_t>(width);
     if (kernel_ == LowBitKernel::kTables) {
       to_table_tile(from + column, depth, rows, shape_.group, place);
     } else {
-      to_dense_tile(from + column, depth, rows, s.rows, shape_.group, place);
+      to_dense_tile(from + column, depth, rows, width, shape_.group, place);
     }
     for (int32_t r = 0; r < rows; ++r) {
       const int8_t* const entries = from + static_cast<size_t>(r) * depth + column;
@@ -223,6 +226,7 @@ void LowBitMatrix::run(int64_t n, const Scratch& s, ThreadPool& pool, const Done
     const int32_t last = std::min(shape_.outputs, from + s.outputs);
     const int64_t first = tile * s.rows;
     const int32_t rows = static_cast<int32_t>(std::min<int64_t>(s.rows, n - first));
+    const int32_t width = tile_width(rows);
     int32_t* const sums =
         reinterpret_cast<int32_t*>(s.worker + static_cast<size_t>(worker) * s.worker_bytes);
     uint8_t* const memory =
@@ -232,12 +236,12 @@ void LowBitMatrix::run(int64_t n, const Scratch& s, ThreadPool& pool, const Done
     for (int32_t g = 0; g < groups(); ++g) {
       const int8_t* const in =
           s.tile + static_cast<size_t>(tile) * s.tile_bytes +
-          static_cast<size_t>(g) * static_cast<size_t>(tile_depth()) * static_cast<size_t>(s.rows);
+          static_cast<size_t>(g) * static_cast<size_t>(tile_depth()) * static_cast<size_t>(width);
       if (kernel_ == LowBitKernel::kTables) {
         kernels_->lowbit_tables(shape_, packed_.data(), g, in, rows, from, last, sums, stride,
                                 memory);
       } else {
-        kernels_->lowbit_dense(shape_, packed_.data(), g, in, s.rows, rows, from, last, sums,
+        kernels_->lowbit_dense(shape_, packed_.data(), g, in, width, rows, from, last, sums,
                                stride);
       }
       done(first, rows, g, from, last - from, sums, stride);

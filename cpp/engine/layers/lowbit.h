@@ -37,7 +37,7 @@ class LowBitMatrix {
 
  private:
   struct Scratch;  // where the parts of a call's scratch are
-  int32_t tile_rows(int64_t n) const;
+  int32_t tile_width(int64_t rows) const;
   int32_t tile_depth() const;  // entries of a group in a tile of activations
   int32_t call_outputs(int64_t tiles, int threads) const;
   Scratch scratch_of(int64_t n, int threads, uint8_t* memory) const;
