@@ -31,13 +31,12 @@ ROWS: Final = (1, 4, 32, 256)
 KERNELS: Final = ("dense", "tables")
 WARMUP: Final = 1
 METHOD: Final = (
-    "One process; float32 rows in, float32 rows out, quantising included. All contestants of a case "
-    "take turns, who begins changes. Times are medians of runs that each follow one that does not "
-    "count; ms has their spread. lutra has random codes and a scale for each output, or for groups "
-    f"of --group; ONNX Runtime has MatMulNBits with a scale for {BLOCK} weights and int8 "
-    "activations (accuracy_level 4), and runs on the best instruction set that it finds, whatever "
-    "--isa is: it cannot be kept at another. Kernels of lutra beside the one that its table chooses "
-    "are in kernels_ms."
+    "One process; float32 rows in, float32 rows out, quantising included. All contestants of a "
+    "case take turns, who begins changes. Times are medians of runs of which the first of a turn "
+    "does not count; ms has their spread. lutra has random codes and a scale for each output, or "
+    f"for groups of --group; ONNX Runtime has MatMulNBits with a scale for {BLOCK} weights and "
+    "int8 activations (accuracy_level 4), and runs on the best instruction set that it finds, "
+    "whatever --isa is: it cannot be kept at another. kernels_ms has both kernels of lutra."
 )
 
 

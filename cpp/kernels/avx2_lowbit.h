@@ -109,7 +109,12 @@ void dense_range(const LowBitShape& s, const uint8_t* packed, const int8_t* x, i
       dense_outputs<kBits, kRowsAtOnce>(s.levels, blocks, weights, x + 4 * from, width, out);
       for (int32_t r = 0; r < kRowsAtOnce && from + r < rows; ++r) {
         int32_t* const to = sums + (from + r) * stride + (m - first);
-        for (int32_t i = 0; i < left; ++i) to[i] = out[r][i];
+        if (left == kLowBitOutputs) {
+          store(to, load(out[r]));
+          store(to + 8, load(out[r] + 8));
+        } else {
+          for (int32_t i = 0; i < left; ++i) to[i] = out[r][i];
+        }
       }
     }
     weights += static_cast<size_t>(blocks) * 64;
@@ -142,17 +147,29 @@ void lowbit_finish(const LowBitFinish& f, int32_t rows, int32_t outputs, const i
                    size_t sums_stride, float* out, size_t out_stride) {
   const __m256i times = _mm256_set1_epi32(f.times), plus = _mm256_set1_epi32(f.plus);
   for (int32_t r = 0; r < rows; ++r, sums += sums_stride, out += out_stride) {
-    const __m256i x_sum = _mm256_set1_epi32(f.x_sum[r]);
-    for (int32_t m = 0; m < outputs; m += 8) {
+    const __m256i x_sum = _mm256_set1_epi32(f.x_sum[r]), same = _mm256_mullo_epi32(plus, x_sum);
+    const __m256 row_scale = _mm256_set1_ps(f.row_scale ? f.row_scale[r] : 1.0f);
+    // d, then y, of 8 outputs
+    const auto finish = [&](__m256i sum, __m256i zero, __m256 scale, __m256 before) {
+      __m256i d = _mm256_add_epi32(_mm256_mullo_epi32(times, sum), same);
+      if (f.zero) d = _mm256_sub_epi32(d, _mm256_mullo_epi32(zero, x_sum));
+      __m256 y = _mm256_mul_ps(_mm256_cvtepi32_ps(d), scale);
+      if (!f.first) y = _mm256_add_ps(before, y);
+      return f.row_scale ? _mm256_mul_ps(y, row_scale) : y;
+    };
+    const __m256i none = _mm256_setzero_si256();
+    int32_t m = 0;
+    for (; m + 8 <= outputs; m += 8) {
+      const __m256i zero = f.zero ? load(f.zero + m) : none;
+      const __m256 before = f.first ? _mm256_setzero_ps() : _mm256_loadu_ps(out + m);
+      _mm256_storeu_ps(out + m, finish(load(sums + m), zero, _mm256_loadu_ps(f.scale + m), before));
+    }
+    if (m < outputs) {
       const __m256i mask = first_dwords(outputs - m);
-      const __m256i p =
-          f.zero ? _mm256_sub_epi32(plus, _mm256_maskload_epi32(f.zero + m, mask)) : plus;
-      const __m256i d =
-          _mm256_add_epi32(_mm256_mullo_epi32(times, _mm256_maskload_epi32(sums + m, mask)),
-                           _mm256_mullo_epi32(p, x_sum));
-      __m256 y = _mm256_mul_ps(_mm256_cvtepi32_ps(d), _mm256_maskload_ps(f.scale + m, mask));
-      if (!f.first) y = _mm256_add_ps(_mm256_maskload_ps(out + m, mask), y);
-      if (f.row_scale) y = _mm256_mul_ps(y, _mm256_set1_ps(f.row_scale[r]));
+      const __m256i zero = f.zero ? _mm256_maskload_epi32(f.zero + m, mask) : none;
+      const __m256 before = f.first ? _mm256_setzero_ps() : _mm256_maskload_ps(out + m, mask);
+      const __m256 y = finish(_mm256_maskload_epi32(sums + m, mask), zero,
+                              _mm256_maskload_ps(f.scale + m, mask), before);
       _mm256_maskstore_ps(out + m, mask, y);
     }
   }

@@ -18,7 +18,7 @@ import numpy as np
 from lutra._engine import LowBitMatrix as PackedMatrix
 from lutra._engine import ThreadPool, all_finite
 from lutra.errors import InputError
-from lutra.formatting import shape_text
+from lutra.formatting import counted, shape_text
 from lutra.inputs import cast_input
 from lutra.node import Array, Value
 from lutra.ops.limits import MAX_LOWBIT_DEPTH, MAX_LOWBIT_OUTPUTS
@@ -53,10 +53,19 @@ class KernelChoice:
         return f"{self.kernel} on {self.isa}: {self.reason}"
 
 
-#: From how many rows on tables are faster, by instruction set, bits, and whether a scale belongs to
-#: a group of 32 to 128 weights. `python -m benchmarks.lowbit --kernels` measures it; what is not
-#: here is faster dense.
-_TABLES_FROM: Final[dict[tuple[str, float, int | None], int]] = {}
+#: The time of the kernel of tables for a tile of 32 rows, divided by that of the dense kernel, by
+#: instruction set, bits and group; what is not here is above 1. `python -m benchmarks.lowbit
+#: --kernels` measures it. Tables take as long for a tile that has fewer rows.
+_TABLES_TIME: Final[dict[tuple[str, float, int | None], float]] = {
+    ("avx2", 1, None): 0.40,
+    ("avx2", TERNARY, None): 0.60,
+    ("avx2", 2, None): 0.78,
+    ("avx2", 1, 128): 0.75,
+    ("avx2", TERNARY, 128): 0.92,
+    ("avx512", 1, None): 0.90,
+}
+#: Rows of a tile of the kernel of tables.
+TABLE_ROWS: Final = 32
 
 
 @lru_cache(maxsize=4)
@@ -215,20 +224,24 @@ class LowBitMatrix:
         what = "ternary weights" if self.bits == TERNARY else f"weights of {self.bits:g} bits"
         if self.group is not None:
             what += f" in groups of {self.group}"
-        first = _TABLES_FROM.get((self.isa, self.bits, self.group))
         if self.isa == "scalar":
             reason = "the scalar kernels are the specification and have no tables"
             return KernelChoice("dense", self.isa, reason)
-        if first is None:
+        time = _TABLES_TIME.get((self.isa, self.bits, self.group))
+        if time is None:
             reason = f"lookups were measured to be slower for {what}, however many rows there are"
             return KernelChoice("dense", self.isa, reason)
-        if rows < first:
-            reason = (
-                f"with {rows} of at least {first} rows, tables cost more than they save for {what}"
-            )
-            return KernelChoice("dense", self.isa, reason)
-        reason = f"from {first} rows on lookups were measured to be faster for {what}"
-        return KernelChoice("tables", self.isa, reason)
+        # In units of the dense kernel's time for a row.
+        tables = -(-rows // TABLE_ROWS) * TABLE_ROWS * time
+        costs = f"{tables / rows:.2f} times what products cost"
+        if tables < rows:
+            reason = f"lookups for {counted(rows, 'row')} of {what} were measured to cost {costs}"
+            return KernelChoice("tables", self.isa, reason)
+        reason = (
+            f"lookups for {counted(rows, 'row')} of {what} would cost {costs}; a tile of "
+            f"{TABLE_ROWS} rows costs the same when it is not full"
+        )
+        return KernelChoice("dense", self.isa, reason)
 
     def matmul(self, x: Any, *, kernel: Kernel | None = None) -> Any:
         """The product with the transposed matrix, ``x @ weights.T``.
