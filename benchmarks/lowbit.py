@@ -36,7 +36,8 @@ METHOD: Final = (
     "does not count; ms has their spread. lutra has random codes and a scale for each output, or "
     f"for groups of --group; ONNX Runtime has MatMulNBits with a scale for {BLOCK} weights and "
     "int8 activations (accuracy_level 4), and runs on the best instruction set that it finds, "
-    "whatever --isa is: it cannot be kept at another. kernels_ms has both kernels of lutra."
+    "whatever --isa is: it cannot be kept at another. speedup_peer compares with the fastest peer "
+    "whose weights have at least as many bits. kernels_ms has both kernels of lutra."
 )
 
 
@@ -92,7 +93,9 @@ def _record(
     name = f"{matrix.bits} {choice.kernel}"
     own = {k: ms[f"{matrix.bits} {k}"] for k in KERNELS if f"{matrix.bits} {k}" in ms}
     peers_ms = {peer: ms[peer]["median"] for peer in PEERS if peer in ms}
-    fastest = min(peers_ms.values(), default=None)
+    # A peer of fewer bits could not hold these weights.
+    able = [peers_ms[peer] for peer in peers_ms if PEERS[peer] >= matrix.bits]
+    fastest = min(able, default=None)
     outputs, depth = matrix.shape
     lutra_ms = ms[name]["median"]
     return {
@@ -136,7 +139,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of everybody (default: 1)")
     parser.add_argument("--bits", type=float, choices=BITS, help="only so many bits")
     parser.add_argument("--group", type=int, choices=(32, 64, 128), help="weights of a scale")
-    parser.add_argument("--shape", metavar="MxK", help="only this shape, such as 2560x2560")
+    parser.add_argument("--shape", metavar="MxK", action="append", help="only these shapes, "
+                        "such as 2560x2560")  # fmt: skip
     parser.add_argument("--kernels", action="store_true", help="only lutra's kernels")
     parser.add_argument("--runs", type=int, default=15, help="turns that count (default: 15)")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall",
@@ -146,15 +150,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads < 1 or options.runs < 1 or (options.rows or 1) < 1:
         parser.error("--threads, --runs and --rows must be at least 1")
-    shapes = SHAPES
-    if options.shape:
-        sizes = options.shape.split("x")
+    shapes = []
+    for text in options.shape or ():
+        sizes = text.split("x")
         if len(sizes) != 2 or not all(size.isdecimal() and int(size) for size in sizes):
-            parser.error(f"--shape {options.shape}: give it as MxK, such as 2560x2560")
-        shapes = ((int(sizes[0]), int(sizes[1])),)
+            parser.error(f"--shape {text}: give it as MxK, such as 2560x2560")
+        shapes.append((int(sizes[0]), int(sizes[1])))
     records: list[dict[str, Any]] = []
     bits = BITS if options.bits is None else (options.bits,)
-    for shape in shapes:
+    for shape in shapes or SHAPES:
         if options.group and shape[1] % options.group:
             continue
         for rows in ROWS if options.rows is None else (options.rows,):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -376,6 +378,16 @@ def test_bad_integer_activations_rows_and_kernels() -> None:
         matrix.explain(0)
     with pytest.raises(ValueError, match="kernel='fast'; choose 'dense', 'tables' or None"):
         matrix.matmul(np.ones((1, 64), np.float32), kernel="fast")  # type: ignore[arg-type]
+
+
+def test_copies_compute_the_same() -> None:
+    rng = np.random.default_rng(4)
+    matrix = LowBitMatrix.pack(rng.normal(size=(9, 64)), 3, 32)
+    x = rng.normal(size=(3, 64)).astype(np.float32)
+    y = matrix.matmul(x)
+    for other in (copy.deepcopy(matrix), pickle.loads(pickle.dumps(matrix))):
+        assert repr(other) == repr(matrix) == f"LowBitMatrix(9 x 64, bits=3, group=32, {ISAS[-1]})"
+        assert same_bits(other.matmul(x), y)
 
 
 def test_levels_are_symmetric() -> None:

@@ -180,6 +180,10 @@ class LowBitMatrix:
         stored = store_codes(codes, bits, trits=trits)
         return cls(stored, bits, depth, s, z, group=group, trits=trits, isa=isa, threads=threads)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what kernels have packed: a copy packs again."""
+        return {**self.__dict__, "_packed": {}}
+
     def __repr__(self) -> str:
         outputs, depth = self.shape
         grouped = "" if self.group is None else f", group={self.group}"
