@@ -170,6 +170,23 @@ void bind_layers(nb::module_& m) {
       },
       "isa"_a, "pool"_a, "codes"_a, "gradient"_a, "out"_a);
 
+  m.def(
+      "code_pairs",
+      [](ThreadPool& pool, Array<uint8_t, 2> codes, int centroids, OutArray<int32_t, 2> counts) {
+        const int64_t codebooks = static_cast<int64_t>(codes.shape(0));
+        const int64_t rows = static_cast<int64_t>(codes.shape(1));
+        require(centroids >= 1 && centroids <= 64, "centroids are not 1 to 64");
+        require(static_cast<int64_t>(counts.shape(0)) == codebooks * centroids &&
+                    counts.shape(1) == counts.shape(0),
+                "codes and counts do not fit each other");
+        require(std::all_of(codes.data(), codes.data() + codebooks * rows,
+                            [&](uint8_t code) { return code < centroids; }),
+                "a code is not below centroids");
+        nb::gil_scoped_release release;
+        code_pairs(codes.data(), codebooks, rows, centroids, counts.data(), pool);
+      },
+      "pool"_a, "codes"_a, "centroids"_a, "counts"_a);
+
   m.def("lookup_gradient", &lookup_gradients, "isa"_a, "pool"_a, "x"_a, "indices"_a, "gradient"_a,
         "low"_a, "high"_a, "levels"_a);
 

@@ -30,6 +30,7 @@ from lutra.train import (
     recipe_to_json,
 )
 from lutra.train.exporting.export import freeze_lookup_layers
+from lutra.train.layers.int8 import quantize_weight
 from lutra.train.operators import int8 as module
 from lutra.train.operators import portable
 from lutra.train.operators.frozen import frozen as frozen_op
@@ -132,26 +133,29 @@ def test_long_sums_are_exact(features: int) -> None:
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_depthwise_has_the_same_bits_either_way(
-    last: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((24, 24, 3), {"groups": 24, "padding": 1}),
+        ((6, 12, (3, 1)), {"groups": 3, "dilation": (2, 1), "padding": (2, 0)}),
+        ((130, 4, 3), {"padding": "same"}),
+        ((7, 9, 1), {"stride": 2}),
+    ],
+)
+def test_products_of_pytorch_have_the_same_bits(
+    args: Any, kwargs: Any, last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer, x = make_conv(24, 24, 3, groups=24, padding=1).eval(), noise(5, 24, 9, 7)
+    """Other devices add up by products of PyTorch."""
+    layer, x = make_conv(*args, **kwargs), noise(5, args[0], 9, 7)
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():
-        plain = layer(x)
-        monkeypatch.setattr(module, "_plain_conv", lambda *_: False)
-        products = layer(x)
-    assert torch.equal(plain, products)
-    assert plain.stride() == products.stride()
-
-
-def test_memory_is_bounded_without_changing_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = make_conv(4, 6, 3, padding=1).eval(), noise(5, 4, 8, 8)
-    with torch.no_grad():
-        want = layer(x)
-        monkeypatch.setattr(portable, "BLOCK", 1)
-        assert torch.equal(layer(x), want)
+    weight, _ = quantize_weight(layer._kernel().float().detach(), layer.grid())
+    sums = module.integer_sums(x, weight, layer.geometry, layer.grid())
+    products = module.portable_sums(x, weight, layer.geometry, layer.grid())
+    assert torch.equal(sums, products)
+    assert sums.stride() == products.stride()
+    monkeypatch.setattr(portable, "BLOCK", 1)
+    assert torch.equal(module.portable_sums(x, weight, layer.geometry, layer.grid()), products)
 
 
 def test_weights_of_zero_and_of_almost_zero() -> None:

@@ -8,6 +8,8 @@ namespace lutra {
 namespace {
 
 constexpr double kGradPerMicrosecond = 5e3;  // table entries added: a rough guess for one core
+constexpr double kPairsPerMicrosecond = 1e3;
+constexpr int64_t kMostCentroids = 64;
 
 }  // namespace
 
@@ -89,6 +91,39 @@ void cluster_sums(const Kernels& kernels, const PqShape& shape, const ConvGeomet
                }
              }
            });
+}
+
+void code_pairs(const uint8_t* codes, int64_t codebooks, int64_t rows, int64_t centroids,
+                int32_t* counts, ThreadPool& pool) {
+  const int64_t size = codebooks * centroids;
+  const double work = static_cast<double>(rows) * codebooks * (codebooks + 1) / 2;
+  // Item b writes the cells of (b, a) and (a, b) for all a <= b: no two items share a cell.
+  pool.run(static_cast<size_t>(codebooks), work / kPairsPerMicrosecond, [&](size_t item, int) {
+    const int64_t b = static_cast<int64_t>(item);
+    const uint8_t* const left = codes + b * rows;
+    // Two histograms in turn, so that equal neighbours do not wait for each other's increment.
+    std::vector<int32_t> cells(2 * kMostCentroids * kMostCentroids);
+    const int64_t used = centroids * centroids;
+    for (int64_t a = 0; a <= b; ++a) {
+      const uint8_t* const right = codes + a * rows;
+      int32_t* const even = cells.data();
+      int32_t* const odd = even + used;
+      std::fill(even, odd + used, 0);
+      int64_t r = 0;
+      for (; r + 2 <= rows; r += 2) {
+        ++even[left[r] * centroids + right[r]];
+        ++odd[left[r + 1] * centroids + right[r + 1]];
+      }
+      if (r < rows) ++even[left[r] * centroids + right[r]];
+      for (int64_t i = 0; i < centroids; ++i) {
+        for (int64_t j = 0; j < centroids; ++j) {
+          const int32_t count = even[i * centroids + j] + odd[i * centroids + j];
+          counts[(b * centroids + i) * size + a * centroids + j] = count;
+          counts[(a * centroids + j) * size + b * centroids + i] = count;
+        }
+      }
+    }
+  });
 }
 
 }  // namespace lutra

@@ -17,4 +17,9 @@ void cluster_sums(const Kernels& kernels, const PqShape& shape, const ConvGeomet
                   const Quantization& quantization, const ImageView& input, const uint8_t* codes,
                   int64_t* sums, int64_t* counts, ThreadPool& pool);
 
+// How often two codes meet in a row: counts (codebooks * K, codebooks * K), symmetric.
+//   codes (codebooks, rows), each below K <= 64.
+void code_pairs(const uint8_t* codes, int64_t codebooks, int64_t rows, int64_t centroids,
+                int32_t* counts, ThreadPool& pool);
+
 }  // namespace lutra

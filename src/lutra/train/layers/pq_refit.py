@@ -17,6 +17,7 @@ from torch import Tensor
 from lutra.train import distributed
 from lutra.train.layers.goal import Goal
 from lutra.train.layers.ridge import Ridge, held_out
+from lutra.train.operators import pq as ops
 
 _ROUNDS = 6  # of a goal that is cut off
 _TABLE_ROWS = 2048  # that are solved for together
@@ -75,31 +76,22 @@ def fit_tables(codes: Tensor, tables: Tensor, y: Tensor, goal: Goal) -> Fit:
 
 def _gram(codes: Tensor, k: int) -> list[Tensor]:
     """How often two codes meet: (B K, B K) for each part of the rows."""
-    size = len(codes) * k
-    offset = torch.arange(len(codes), device=codes.device)[:, None] * k
-    grams = []
-    for part in held_out(codes.shape[1]):
-        gram = torch.zeros((size, size), device=codes.device)
-        for block in torch.split(codes[:, part].long(), _BLOCK, 1):
-            member = torch.zeros((block.shape[1], size), device=codes.device)
-            member.scatter_(1, (block + offset).t(), 1.0)
-            gram += member.t() @ member  # whole numbers: exact
-        grams.append(gram)
-    return grams
+    return [ops.code_pairs(codes[:, part], k).float() for part in held_out(codes.shape[1])]
 
 
 def _moments(codes: Tensor, values: Tensor, k: int) -> Tensor:
     """Sums (B K, M) of values (n, M) by code."""
-    moments = [
-        torch.zeros((k, values.shape[1]), device=values.device).index_add_(0, own.int(), values)
-        for own in codes
-    ]
-    return torch.cat(moments)
+    image = values.t()[None, :, None, :]  # (1, M, 1, n), channels last
+    return ops.table_gradient(codes.contiguous(), image, k).flatten(0, 1)
 
 
 def sum_rows(codes: Tensor, tables: Tensor) -> Tensor:
     """Sums (n, M) of the rows of tables (B, K, M) that codes (B, n) pick."""
-    total = tables.new_zeros((codes.shape[1], tables.shape[2]))
-    for codebook, table in zip(codes, tables, strict=True):
-        total += F.embedding(codebook.int(), table)
-    return total
+    codebooks, k, outputs = tables.shape
+    offset = torch.arange(0, codebooks * k, k, dtype=torch.int32, device=codes.device)
+    rows = tables.reshape(codebooks * k, outputs)
+    blocks = [
+        F.embedding_bag(block.t().int() + offset, rows, mode="sum")
+        for block in torch.split(codes, _BLOCK, 1)
+    ]
+    return torch.cat(blocks)

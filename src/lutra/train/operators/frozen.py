@@ -92,17 +92,28 @@ def frozen_kernel(*ops: str) -> Callable[[_K], _K]:
     return register
 
 
-def frozen_native(x: Tensor, node: FrozenNode, tensors: Mapping[str, Tensor]) -> Tensor:
+def frozen_native(
+    x: Tensor,
+    node: FrozenNode,
+    tensors: Mapping[str, Tensor],
+    kernel: tuple[int, int] = (1, 1),
+) -> Tensor:
     """The kernel of every operator of which the engine has a layer, on the CPU.
 
     The layer is packed once for as long as none of its tensors is replaced or written.
+
+    Args:
+        x: images (N, C, H, W).
+        node: the layer.
+        tensors: its tensors by role.
+        kernel: height and width of the kernel, of operators without an attribute for it.
     """
     if x.device.type != "cpu":
         raise LutraError(
             f"lutra::frozen: the operator {node.op!r} has no kernel for {x.device.type}; move the "
             "model to the CPU, or register one with frozen_kernel"
         )
-    geometry = Geometry.of_attrs(node.attrs, x.shape[1])
+    geometry = Geometry.of_attrs(node.attrs, x.shape[1], kernel)
     shape = (x.shape[0], x.shape[1]) if node.is_linear else x.shape
     outputs = node.output_shape(shape, list(tensors.values()))[1]
     layer = native.cached(

@@ -1,17 +1,20 @@
-"""Dense layers in int8: exact integer sums by PyTorch's own products."""
+"""Dense layers in int8: the engine's kernels on the CPU, products of PyTorch on other devices.
+
+Both add up the same integers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lutra.ops import OPS
 from lutra.ops.limits import INT8_MAX
 from lutra.train.geometry import Geometry, Grid
 from lutra.train.operators import native, portable
-from lutra.train.operators.frozen import FrozenNode, frozen_kernel
+from lutra.train.operators.frozen import FrozenNode, frozen_kernel, frozen_native
 
 _EXACT = 1 << 24  # up to here float32 holds every integer
 
@@ -24,6 +27,8 @@ def frozen_int8(x: Tensor, node: FrozenNode, tensors: Mapping[str, Tensor]) -> T
     """
     weight, scale, bias = (tensors[role] for role in ("weight", "scale", "bias"))
     kernel = (weight.shape[2], weight.shape[3]) if weight.dim() == 4 else (1, 1)
+    if x.device.type == "cpu":
+        return frozen_native(x, node, tensors, kernel)
     geometry = Geometry.of_attrs(node.attrs, x.shape[1], kernel)
     sums = integer_sums(x, weight, geometry, Grid.of_attrs(node.attrs))
     return sums * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
@@ -34,19 +39,28 @@ def integer_sums(x: Tensor, weight: Tensor, geometry: Geometry, grid: Grid) -> T
 
     Args:
         x: (N, C, H, W), real values.
-        weight: int8 (M, C / G, kh, kw).
+        weight: int8 (M, C / G, kh, kw), or (M, C) of a kernel of 1x1.
     """
     g, outputs = geometry, weight.shape[0]
-    height, width = g.out_size(x.shape[2], x.shape[3])
     if not x.numel():
-        return native.empty_output(x, outputs, height, width)
+        return native.empty_output(x, outputs, *g.out_size(x.shape[2], x.shape[3]))
+    if x.device.type != "cpu":
+        return portable_sums(x, weight, g, grid)
+    tensors = {
+        "weight": weight.reshape(outputs, g.channels // g.groups, *g.kernel),
+        "scale": torch.ones(outputs),
+        "bias": torch.zeros(outputs),
+    }
+    attrs = {**g.attrs(OPS["int8_conv2d"].attrs), **grid.attrs}
+    layer = native.make_layer("int8_conv2d", attrs, tensors)
+    return native.run(layer, g, x.float(), outputs, None)
+
+
+def portable_sums(x: Tensor, weight: Tensor, geometry: Geometry, grid: Grid) -> Tensor:
+    """`integer_sums` by the products of PyTorch."""
+    g, outputs = geometry, weight.shape[0]
+    height, width = g.out_size(x.shape[2], x.shape[3])
     largest = INT8_MAX * max(grid.zero, grid.qmax - grid.zero)
-    if _plain_conv(x, g, largest):
-        with torch.autocast(x.device.type, enabled=False):
-            steps = portable.quantize(x, grid) - grid.zero
-            return F.conv2d(
-                steps, weight.float(), None, g.stride, g.padding, g.dilation, g.groups
-            ).contiguous(memory_format=native.layout(x))
     matrices = weight.reshape(g.groups, outputs // g.groups, -1).float()
     images = max(1, portable.block_size(x) // max(1, g.depth * height * width))
     parts = []
@@ -57,20 +71,6 @@ def integer_sums(x: Tensor, weight: Tensor, geometry: Geometry, grid: Grid) -> T
             sums = _products(matrices, rows, largest)
             parts.append(sums.view(outputs, len(part), height, width).transpose(0, 1))
     return torch.cat(parts).contiguous(memory_format=native.layout(x))
-
-
-def _plain_conv(x: Tensor, geometry: Geometry, largest: int) -> bool:
-    """Whether PyTorch's own convolution adds up the same integers, and is faster.
-
-    On a CPU depthwise convolutions are computed directly, product by product, and all sums of a few
-    products are exact in float32. Others may go through transforms that are not.
-    """
-    depthwise = geometry.groups == geometry.channels > 1
-    return (
-        depthwise
-        and x.device.type == "cpu"
-        and geometry.kernel[0] * geometry.kernel[1] * largest < _EXACT
-    )
 
 
 def _products(matrices: Tensor, rows: Tensor, largest: int) -> Tensor:

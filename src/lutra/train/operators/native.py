@@ -92,6 +92,14 @@ def table_gradient(codes: Tensor, gradient: Tensor, centroids: int) -> Tensor:
     return out
 
 
+def code_pairs(codes: Tensor, centroids: int) -> Tensor:
+    """How often two codes of (B, n) meet in a row: int32 (B K, B K)."""
+    size = codes.shape[0] * centroids
+    counts = torch.empty((size, size), dtype=torch.int32)
+    _engine.code_pairs(pool(), _array(codes.contiguous()), centroids, _array(counts))
+    return counts
+
+
 def cluster_sums(
     geometry: Geometry, grid: Grid, x: Tensor, codes: Tensor, centroids: int, dim: int
 ) -> tuple[Tensor, Tensor]:

@@ -130,6 +130,18 @@ def table_gradient(codes: Tensor, gradient: Tensor, centroids: int) -> Tensor:
     return total.view(codebooks, centroids, outputs)
 
 
+def code_pairs(codes: Tensor, centroids: int) -> Tensor:
+    """How often two codes of (B, n) meet in a row: int32 (B K, B K)."""
+    size = codes.shape[0] * centroids
+    offset = torch.arange(codes.shape[0], device=codes.device)[:, None] * centroids
+    counts = torch.zeros((size, size), dtype=torch.int32, device=codes.device)
+    for block in torch.split(codes.long(), max(1, block_size(codes) // size), 1):
+        member = torch.zeros((block.shape[1], size), device=codes.device)
+        member.scatter_(1, (block + offset).t(), 1.0)
+        counts += (member.t() @ member).int()  # whole numbers below 2^24: exact
+    return counts
+
+
 def cluster_sums(
     geometry: Geometry, grid: Grid, x: Tensor, codes: Tensor, centroids: int, dim: int
 ) -> tuple[Tensor, Tensor]:

@@ -72,6 +72,13 @@ def table_gradient(codes: Tensor, gradient: Tensor, centroids: int) -> Tensor:
     return portable.table_gradient(codes, gradient.float(), centroids)
 
 
+def code_pairs(codes: Tensor, centroids: int) -> Tensor:
+    """How often two codes of (B, n) meet in a row: int32 (B K, B K)."""
+    if _is_native(codes):
+        return native.code_pairs(codes, centroids)
+    return portable.code_pairs(codes, centroids)
+
+
 def cluster_sums(
     geometry: Geometry, grid: Grid, x: Tensor, codes: Tensor, centroids: int, dim: int
 ) -> tuple[Tensor, Tensor]:
