@@ -277,19 +277,6 @@ def test_vectors_and_stacks_of_rows() -> None:
     assert same_bits(matrix.matmul(np.asfortranarray(x)), y)
 
 
-def test_tensors_of_pytorch() -> None:
-    torch = pytest.importorskip("torch")
-    rng = np.random.default_rng(2)
-    weights = torch.from_numpy(rng.normal(size=(7, 32)).astype(np.float32))
-    matrix = LowBitMatrix.pack(torch.nn.Parameter(weights), TERNARY)
-    x = torch.from_numpy(rng.normal(size=(4, 32)).astype(np.float32))
-    y = matrix.matmul(x.requires_grad_())
-    assert isinstance(y, torch.Tensor)
-    assert same_bits(y.numpy(), matrix.matmul(x.detach().numpy()))
-    assert matrix.matmul(x.bfloat16()).dtype == torch.float32
-    assert matrix.sums(torch.ones(2, 32, dtype=torch.int8)).shape == (2, 7)
-
-
 @pytest.mark.parametrize("isa", ISAS)
 def test_explain_says_what_matmul_takes(isa: str) -> None:
     rng = np.random.default_rng(0)
