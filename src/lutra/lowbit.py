@@ -90,11 +90,14 @@ class LowBitMatrix:
         zero_points: float32 (M, K / group), or None for ternary weights.
 
     Example:
-        >>> rng = np.random.default_rng(0)
-        >>> weights = rng.normal(size=(64, 96)).astype(np.float32)
+        >>> import numpy as np
+        >>> from lutra import LowBitMatrix
+        >>> weights = np.random.default_rng(0).normal(size=(64, 96)).astype(np.float32)
         >>> matrix = LowBitMatrix.pack(weights, bits=1.58)
-        >>> matrix.matmul(rng.normal(size=(5, 96)).astype(np.float32)).shape
+        >>> matrix.matmul(weights[:5]).shape
         (5, 64)
+        >>> matrix.explain(5).kernel
+        'dense'
     """
 
     def __init__(
