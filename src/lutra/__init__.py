@@ -92,8 +92,8 @@ _PLACES: Final = {
 }
 #: Modules that are attributes of the package without an import of their own.
 _MODULES: Final = (
-    "errors", "format", "formatting", "functions", "graph", "inputs", "lowbit", "node", "ops",
-    "preprocess", "reference", "runtime", "sentences", "stream",
+    "errors", "format", "formatting", "functions", "graph", "hub", "inputs", "lowbit", "node",
+    "ops", "preprocess", "reference", "runtime", "sentences", "stream",
 )  # fmt: skip
 #: The names of lutra.train that are here too. Listed, not asked for: asking imports PyTorch.
 _TRAIN: Final = (
@@ -135,12 +135,15 @@ _TRAIN: Final = (
     "finetune",
     "fit_relu_net",
     "from_graph",
+    "from_pretrained",
     "load_onnx",
     "masked_mean",
     "optimize",
+    "push_to_hub",
     "recipe_from_json",
     "recipe_to_json",
     "reconstruction_loss",
+    "save_pretrained",
 )
 
 install(MOVED)

@@ -6,15 +6,17 @@ The file of the model carries its tokenizer (see ``lutra.preprocess.text``), whi
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, overload
 
 import numpy as np
 
-from lutra.errors import FormatError, InputError
+from lutra.errors import FormatError, InputError, LutraError
 from lutra.formatting import shape_text
 from lutra.graph import Graph
+from lutra.hub import MODEL, find_file
 from lutra.node import Array
 from lutra.preprocess.image import shown
 from lutra.preprocess.text import TextPreprocess, takes_text, text_preprocess
@@ -28,6 +30,9 @@ __all__ = ["SentenceEncoder", "TextPreprocess", "takes_text", "text_preprocess"]
 
 #: Texts that are in the hands of the tokenizer at once.
 _CHUNK: Final = 4096
+
+#: How ``encode`` may store vectors.
+_PRECISIONS: Final = ("float32", "binary", "ubinary")
 
 Texts: TypeAlias = str | Iterable[str]
 
@@ -82,6 +87,29 @@ class SentenceEncoder:
         (output,) = (graph.values[name] for name in graph.outputs)
         self._size = int(output.shape[1] or 0)
         self._classes = _classes(graph.metadata, self._size)
+        self._prompts = _prompts_of(graph.metadata)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        where: str | os.PathLike[str],
+        *,
+        filename: str = MODEL,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        threads: int | None = None,
+        isa: str | None = None,
+        max_memory: int | None = None,
+    ) -> SentenceEncoder:
+        """Loads the model of a folder or of the Hugging Face hub; see ``Session.from_pretrained``.
+
+        Raises:
+            InputError: If there is no such folder, or no such file in it.
+            LutraError: If the repository cannot be read; see ``SentenceEncoder`` for all others.
+        """
+        path = find_file(where, filename, revision=revision, token=token, cache_dir=cache_dir)
+        return cls(path, threads=threads, isa=isa, max_memory=max_memory)
 
     @property
     def session(self) -> Session:
@@ -99,6 +127,20 @@ class SentenceEncoder:
         return self._size
 
     @property
+    def max_seq_length(self) -> int:
+        """The name that ``SentenceTransformer`` has for ``max_length``."""
+        return self.max_length
+
+    def get_sentence_embedding_dimension(self) -> int:
+        """The name that ``SentenceTransformer`` has for ``dimension``."""
+        return self.dimension
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """Texts that can be put in front of all texts, by name: ``prompts`` in the metadata."""
+        return dict(self._prompts)
+
+    @property
     def classes(self) -> tuple[str, ...] | None:
         """The names of the classes; None where the file names none."""
         return self._classes
@@ -108,32 +150,85 @@ class SentenceEncoder:
         sentences: Texts,
         batch_size: int = 32,
         *,
+        show_progress_bar: bool | None = None,
+        output_value: str | None = "sentence_embedding",
+        precision: str = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: str | None = None,
         normalize_embeddings: bool = False,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        truncate_dim: int | None = None,
         truncate: bool = True,
-    ) -> Array:
+    ) -> Any:
         """What the model makes of texts: their vectors, or the scores of a classifier.
 
-        Texts of about the same length run together, filled up to the longest of their batch.
+        Texts of about the same length run together, filled up to the longest of their batch. Names,
+        defaults, shapes and types are those of ``SentenceTransformer.encode``; give options by
+        name, as the order differs from version to version there.
 
         Args:
             sentences: Texts, or one text. An empty one is fine.
             batch_size: Texts that run at once.
+            show_progress_bar: Whether to show a bar of batches on standard error (with ``tqdm``).
+            output_value: "sentence_embedding"; a file has no other outputs.
+            precision: "float32"; or "binary" or "ubinary": a bit for each value, 1 where it is
+                above 0, eight of them in an int8 (minus 128) or a uint8.
+            convert_to_numpy: Whether the result is an array; otherwise, and without
+                convert_to_tensor, it is a list of a PyTorch tensor for each text.
+            convert_to_tensor: Whether the result is one PyTorch tensor, on the CPU.
+            device: None or "cpu".
             normalize_embeddings: Whether to bring every vector to length 1.
+            prompt: Text that is put in front of every text.
+            prompt_name: The name of a text of ``prompts``, in place of ``prompt``.
+            truncate_dim: Keep so many values of each vector, the first ones, for models that were
+                trained so. It comes before the lengths become 1.
             truncate: Whether to cut texts of more than ``max_length`` tokens, as
                 sentence-transformers does; otherwise they are an error.
 
         Returns:
-            float32 (n, D) in the order of the texts, or (D,) for one text.
+            float32 (n, D) in the order of the texts, or (D,) for one text; (n, D / 8) and (D / 8,)
+            of bits.
 
         Raises:
-            InputError: If something is not text, or is too long and may not be cut.
+            InputError: If something is not text, is too long and may not be cut, or an option is
+                not supported.
+            LutraError: If PyTorch or tqdm is asked for and not installed.
         """
+        _check_options(output_value, precision, device, truncate_dim, self._size)
         single = isinstance(sentences, str)
-        vectors = self._run(_as_list(sentences), batch_size, truncate)
+        texts = _as_list(sentences)
+        before = self._prompt(prompt, prompt_name)
+        if before:
+            texts = [before + text for text in texts]
+        vectors = self._run(texts, batch_size, truncate, bool(show_progress_bar))
+        vectors = vectors[:, :truncate_dim]
         if normalize_embeddings:
             lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-            vectors /= np.maximum(lengths, np.float32(1e-12))
+            vectors = vectors / np.maximum(lengths, np.float32(1e-12))
+        vectors = _in_bits(vectors, precision)
+        if convert_to_tensor or not convert_to_numpy:
+            tensor = _torch().from_numpy(np.ascontiguousarray(vectors))
+            made = tensor if convert_to_tensor else list(tensor)
+            return made[0] if single else made
         return vectors[0] if single else vectors
+
+    def _prompt(self, prompt: str | None, name: str | None) -> str:
+        """The text in front of every text."""
+        if prompt is not None:
+            if not isinstance(prompt, str):
+                raise InputError(f"the prompt is a {type(prompt).__name__}; give a str")
+            return prompt
+        if name is None:
+            return ""
+        if name not in self._prompts:
+            known = ", ".join(map(repr, self._prompts)) or "none"
+            raise InputError(
+                f"prompt_name={name!r} is not a prompt of the model ({known}); give the text as "
+                "prompt=..."
+            )
+        return self._prompts[name]
 
     def predict_proba(
         self, sentences: Texts, batch_size: int = 32, *, truncate: bool = True
@@ -151,7 +246,8 @@ class SentenceEncoder:
         Raises:
             InputError: See ``encode``.
         """
-        return self.shares(self.encode(sentences, batch_size, truncate=truncate))
+        scores: Array = self.encode(sentences, batch_size, truncate=truncate)
+        return self.shares(scores)
 
     def shares(self, scores: Array) -> Array:
         """The probabilities of scores that ``encode`` gave, float32 of the same shape."""
@@ -211,10 +307,27 @@ class SentenceEncoder:
                 f"similarity: the vectors have shapes {np.shape(a)} and {np.shape(b)}; give "
                 "(n, D) and (m, D)"
             )
-        units = [
-            x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (first, second)
-        ]
-        result: Array = (units[0] @ units[1].T).astype(np.float32)
+        result: Array = (_units(first) @ _units(second).T).astype(np.float32)
+        return result
+
+    @staticmethod
+    def similarity_pairwise(a: Array, b: Array) -> Array:
+        """Cosine similarities of the vectors of two sets, one by one.
+
+        Args:
+            a: (n, D) or (D,).
+            b: Of the same shape.
+
+        Returns:
+            float32 (n,); a vector of zeros has the similarity 0.
+        """
+        first, second = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
+        if first.ndim != 2 or first.shape != second.shape:
+            raise InputError(
+                f"similarity_pairwise: the vectors have shapes {np.shape(a)} and {np.shape(b)}; "
+                "give as many of both, (n, D)"
+            )
+        result: Array = (_units(first) * _units(second)).sum(1).astype(np.float32)
         return result
 
     def tokenize(self, sentences: Texts, *, truncate: bool = True) -> list[Array]:
@@ -261,7 +374,9 @@ class SentenceEncoder:
                     ) from error
             raise
 
-    def _run(self, texts: list[str], batch_size: int, truncate: bool) -> Array:
+    def _run(
+        self, texts: list[str], batch_size: int, truncate: bool, progress: bool = False
+    ) -> Array:
         """What the model makes of texts, (n, D)."""
         if type(batch_size) is not int or batch_size < 1:
             raise InputError(f"batch_size is {batch_size!r}; it must be a whole number above 0")
@@ -269,7 +384,10 @@ class SentenceEncoder:
         result = np.empty((len(rows), self._size), np.float32)
         # The longest first: what does not fit in memory fails at once.
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-        for chosen in self._batches(order, rows, self._batch or batch_size):
+        batches: Iterable[list[int]] = self._batches(order, rows, self._batch or batch_size)
+        if progress:
+            batches = _with_bar(list(batches))
+        for chosen in batches:
             (made,) = self._session.run(None, self._feeds([rows[index] for index in chosen]))
             result[chosen] = made[: len(chosen)]
         return result
@@ -375,6 +493,86 @@ def _classes(metadata: Mapping[str, Any], count: int) -> tuple[str, ...] | None:
             f"{count} scores; export it with a name for each"
         )
     return tuple(names)
+
+
+def _prompts_of(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The prompts in the metadata."""
+    prompts = metadata.get("prompts", {})
+    if not isinstance(prompts, Mapping) or not all(
+        isinstance(name, str) and isinstance(text, str) for name, text in prompts.items()
+    ):
+        raise FormatError(
+            f"SentenceEncoder: the metadata have the prompts {shown(prompts)}; export the model "
+            "with a text for each name"
+        )
+    return dict(prompts)
+
+
+def _check_options(
+    output_value: str | None,
+    precision: str,
+    device: str | None,
+    truncate_dim: int | None,
+    size: int,
+) -> None:
+    """Raises InputError for options of sentence-transformers that are not supported."""
+    if output_value != "sentence_embedding":
+        raise InputError(
+            f"output_value={output_value!r}: a file has one vector for each text; give "
+            "'sentence_embedding', or export a model that returns the tokens and run a Session"
+        )
+    if precision in ("int8", "uint8"):
+        raise InputError(
+            f"precision={precision!r} needs the ranges of many vectors, which the file does not "
+            "have; take 'float32', and quantise the vectors with the ranges of your own"
+        )
+    if precision not in _PRECISIONS:
+        raise InputError(f"precision={precision!r} is not one of {list(_PRECISIONS)}")
+    if device is not None and str(device) != "cpu":
+        raise InputError(f"device={str(device)!r}: lutra runs on the CPU; leave it out")
+    if truncate_dim is not None and (type(truncate_dim) is not int or truncate_dim < 1):
+        raise InputError(
+            f"truncate_dim={truncate_dim!r} must be a whole number above 0; vectors have {size} "
+            "values"
+        )
+
+
+def _in_bits(vectors: Array, precision: str) -> Array:
+    """Vectors (n, D), or their signs, eight in a byte."""
+    if precision == "float32":
+        return vectors
+    bits: Array = np.packbits(vectors > 0, axis=1)
+    return bits if precision == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)
+
+
+def _units(vectors: Array) -> Array:
+    """Vectors (n, D) of length 1, or of zeros."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    units: Array = vectors / np.maximum(lengths, 1e-12)
+    return units
+
+
+def _torch() -> Any:
+    try:
+        return importlib.import_module("torch")
+    except ModuleNotFoundError as error:
+        raise LutraError(
+            "encode: tensors need PyTorch, which is not installed; take arrays, or install it "
+            "with pip install torch"
+        ) from error
+
+
+def _with_bar(batches: list[list[int]]) -> Iterable[list[int]]:
+    """The batches, with a bar on standard error."""
+    try:
+        tqdm: Any = importlib.import_module("tqdm")
+    except ModuleNotFoundError as error:
+        raise LutraError(
+            "encode: show_progress_bar=True needs tqdm, which is not installed; install it with "
+            "pip install tqdm, or leave it out"
+        ) from error
+    bar: Iterable[list[int]] = tqdm.tqdm(batches, desc="Batches")
+    return bar
 
 
 def _as_list(sentences: Texts) -> list[str]:

@@ -290,15 +290,15 @@ RESIZES |= {
     "upsample_module": module(lambda: nn.Upsample(scale_factor=2, mode="bilinear")),
     "pixel_shuffle_function": call(lambda m, x: F.pixel_shuffle(x, 2)),
     "pixel_unshuffle_function": call(lambda m, x: F.pixel_unshuffle(x, 2)),
-    "fold": call(lambda m, x: F.fold(x, (4, 6), (2, 2), stride=2), (8, 6), refused="aten.col2im"),
-    "fold_overlapping": call(
-        lambda m, x: F.fold(x, (4, 4), (3, 3), padding=1), (9, 16), refused="aten.col2im"
+    "fold": call(lambda m, x: F.fold(x, (4, 6), (2, 2), stride=2), (8, 6)),
+    "fold_overlapping": call(lambda m, x: F.fold(x, (4, 4), (3, 3), padding=1), (9, 16)),
+    "fold_uneven": call(
+        lambda m, x: F.fold(x, (8, 7), (3, 2), padding=(1, 0), stride=(2, 3)), (12, 8)
     ),
+    "fold_dilated": call(lambda m, x: F.fold(x, (8, 6), (2, 3), dilation=2), (6, 12)),
     "unfold": call(lambda m, x: F.unfold(x, 2, stride=2)),
     "unfold_dilated": call(lambda m, x: F.unfold(x, (2, 3), dilation=2)),
-    "unfold_fold": call(
-        lambda m, x: F.fold(F.unfold(x, 2, stride=2), (8, 6), 2, stride=2), refused="aten.col2im"
-    ),
+    "unfold_fold": call(lambda m, x: F.fold(F.unfold(x, 2, stride=2), (8, 6), 2, stride=2)),
     "affine_grid": call(
         lambda m, x, t: F.grid_sample(
             x, F.affine_grid(t, x.shape, align_corners=False), align_corners=False
@@ -440,6 +440,15 @@ ATTENTION = {
         lambda m, x, y: F.scaled_dot_product_attention(x, y, y, enable_gqa=True),
         (4, 5, 6),
         (1, 7, 6),
+    ),
+    "one_head_of_keys": call(
+        lambda m, x, y: F.scaled_dot_product_attention(x, y, y * 2), HEADS, (1, 5, 6)
+    ),
+    "nothing_passes": call(
+        lambda m, x: F.scaled_dot_product_attention(
+            x, torch.cat([x[..., :6].neg(), x[..., 6:] + 1], -1), torch.cat([x[..., 6:], x], -1)
+        ),
+        HEADS,
     ),
     "cross": call(lambda m, x, y: F.scaled_dot_product_attention(x, y, y), HEADS, (2, 7, 6)),
     "other_width": call(

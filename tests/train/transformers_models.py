@@ -161,6 +161,12 @@ TEXTS = {
     "llama-cache": text("LlamaModel", "LlamaConfig", {**_DECODER, "use_cache": True}),
     "qwen2": text("Qwen2Model", "Qwen2Config", _DECODER, masked=False),
     "mistral": text("MistralModel", "MistralConfig", {**_DECODER, "sliding_window": 4}),
+    "falcon": text(
+        "FalconModel",
+        "FalconConfig",
+        {**TEXT, "use_cache": False},  # one head of keys for all queries
+    ),
+    "phi3": text("Phi3Model", "Phi3Config", {**_DECODER, "eos_token_id": 1}),
     "gpt-neox": text(
         "GPTNeoXModel", "GPTNeoXConfig", {**ENCODER, "use_cache": False}, masked=False
     ),

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from lutra.cli import models
-from lutra.cli.calibration import in_batches, read_inputs
+from lutra.cli import models, samples
 from lutra.cli.common import (
     UserError,
     at_least,
@@ -49,9 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         metavar="D",
         help="calibration inputs: .npy of the one input, or .npz with an array for each argument "
-        "of forward (x is the first argument of any model); of a file, its inputs by name "
-        "(optional)",
+        "of forward (x is the first argument of any model); a folder of images or of WAV files; "
+        ".tsv and .txt files of texts; for --functions of a file, its inputs by name (optional)",
     )
+    samples.add_arguments(parser)
     models.add_arguments(parser)
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the .lutra file")
     parser.add_argument(
@@ -138,17 +138,17 @@ def run(args: argparse.Namespace) -> int:
     given = None if args.recipe is None else _read_recipe(args.recipe, train)
     torch.manual_seed(args.seed)
     model = models.load(args, torch, train)
-    batches = []
+    found = samples.Samples([])
     if args.data is not None:
-        batches = [
-            tuple(torch.from_numpy(array) for array in batch)
-            for batch in in_batches(read_inputs(args.data, model.forward), _BATCH)
-        ]
+        found = samples.read_samples(args, model)
+    batches = [tuple(torch.from_numpy(array) for array in batch) for batch in found.batches]
+    args.dynamic_axes = sorted({*args.dynamic_axes, *found.dynamic_axes})
     try:
         if stays_float:
             example = batches[0] if batches else train.example_inputs(model, _EXAMPLES)
-            return _write_float(args, model, example, train)
-        return _convert(args, model, _recipe(args, given, model, train), given, batches, train)
+            return _write_float(args, model, example, train, found.metadata)
+        recipe = _recipe(args, given, model, train)
+        return _convert(args, model, recipe, given, batches, train, found.metadata)
     except (LutraError, OSError, MemoryError):
         raise
     except Exception as error:  # what the model raises on the calibration data
@@ -164,7 +164,13 @@ def _names_method(args: argparse.Namespace) -> bool:
     return any(each is not None for each in settings)
 
 
-def _write_float(args: argparse.Namespace, model: Any, example: Sequence[Any], train: Any) -> int:
+def _write_float(
+    args: argparse.Namespace,
+    model: Any,
+    example: Sequence[Any],
+    train: Any,
+    more: Mapping[str, Any],
+) -> int:
     """Writes an ONNX file as it is."""
     if args.functions is not None or args.speed_gate or args.keep or args.tables != "stored":
         raise UserError(
@@ -175,7 +181,7 @@ def _write_float(args: argparse.Namespace, model: Any, example: Sequence[Any], t
         model,
         args.output,
         tuple(tensor[:_EXAMPLES] for tensor in example),
-        metadata={"source": {"format": "onnx", "name": Path(args.model).name}},
+        metadata={"source": {"format": "onnx", "name": Path(args.model).name}, **more},
         dynamic_axes=args.dynamic_axes,
         tolerance=args.tolerance,
     )
@@ -191,6 +197,7 @@ def _convert(
     given: Mapping[str, Any] | None,
     batches: Sequence[tuple[Any, ...]],
     train: Any,
+    more: Mapping[str, Any],
 ) -> int:
     """Replaces layers and writes the result."""
     converted, report = train.convert(
@@ -212,6 +219,7 @@ def _convert(
         },
         "seed": args.seed,
         "report": details,
+        **more,
     }
     graph = train.export(
         converted,
@@ -238,6 +246,7 @@ def _swap(args: argparse.Namespace) -> int:
             f"{args.model!r} is converted already; say what to do: --functions 16, or --method and "
             "--data for the layers of a float file"
         )
+    samples.check_arguments(args, "arrays", None)
     check_writable(args.output)
     graph = load_graph(args.model)
     feeds = None
@@ -248,10 +257,10 @@ def _swap(args: argparse.Namespace) -> int:
         sizes = {name: len(array) for name, array in arrays.items()}
         if len(set(sizes.values())) > 1:
             raise InputError(f"{args.data!r} holds arrays of different length: {sizes}")
-        samples = next(iter(sizes.values()))
+        count = next(iter(sizes.values()))
         feeds = [
             {name: array[i : i + _BATCH] for name, array in arrays.items()}
-            for i in range(0, samples, _BATCH)
+            for i in range(0, count, _BATCH)
         ]
     swapped = swap_functions(graph, args.functions, feeds=feeds)
     save_graph(swapped, args.output)

@@ -4,35 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
 from typing import Any, Final
 
-import numpy as np
-
-from lutra.cli import models
-from lutra.cli.calibration import in_batches, read_inputs
-from lutra.cli.common import (
-    UserError,
-    add_isa,
-    at_least,
-    bytes_text,
-    check_writable,
-    need_finite,
-    plain,
-    read_array,
-)
+from lutra.cli import models, samples
+from lutra.cli.common import add_isa, at_least, bytes_text, check_writable, plain
 from lutra.cli.convert import training
-from lutra.cli.pictures import read_pictures
 from lutra.cli.verify import verify
 from lutra.format import load_graph
 from lutra.formatting import counted
-from lutra.node import Array
 from lutra.reporting.page import need_packages
 from lutra.runtime.cpu import runnable_isas
 
-_BATCH: Final = 64
 _FAILED: Final = 1
-_FOLDERS: Final = "folders"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,14 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="D",
         help="samples, some hundred: .npy of the one input; .npz with an array for each argument "
-        "of forward (x is the first argument of any model); or a folder of images",
+        "of forward (x is the first argument of any model); a folder of images or of WAV files; or "
+        ".tsv and .txt files of texts, one a line, also .gz and .xz",
     )
     parser.add_argument(
         "--labels",
         metavar="Y",
         help=".npy with a class for each sample, or a target of the output's shape; "
-        f"'{_FOLDERS}': the images lie in a folder for each class, in the order of the names. "
-        "Without labels the outputs of the dense model are what counts",
+        f"'{samples.FOLDERS}': images or sounds lie in a folder for each class; "
+        f"'{samples.COLUMN}': a label and a tab stand in front of each text. Without labels the "
+        "outputs of the dense model are what counts",
     )
     parser.add_argument(
         "-o", "--output", required=True, metavar="OUT", help="the .lutra file of the choice"
@@ -96,15 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", metavar="FILE.html", help="also write a page about what was found"
     )
-    parser.add_argument(
-        "--size", type=_size, metavar="H,W", help="images: cut and scale them to this size"
-    )
-    parser.add_argument(
-        "--mean", type=_floats, default=[0.0], metavar="M,...", help="images: subtracted from 0..1"
-    )
-    parser.add_argument(
-        "--std", type=_floats, default=[1.0], metavar="S,...", help="images: divide, after --mean"
-    )
+    samples.add_arguments(parser)
     models.add_arguments(parser)
     parser.add_argument("--seed", type=at_least(0), default=0, help="default: 0")
 
@@ -122,14 +99,16 @@ def run(args: argparse.Namespace) -> int:
         isa=args.isa, finetune_minutes=args.finetune, seed=args.seed,
     )  # fmt: skip
     model = models.load(args, torch, train)
-    inputs, labels = _data(args, model)
+    found = samples.read_samples(args, model, args.labels)
     study = train.optimize(
         model,
-        [(tuple(map(torch.from_numpy, batch)),) for batch in in_batches(inputs, _BATCH)],
+        [(tuple(map(torch.from_numpy, batch)),) for batch in found.batches],
         budget=budget,
-        labels=labels,
+        labels=found.labels,
+        names=found.names,
         storage=args.storage,
         output=args.output,
+        metadata=dict(found.metadata),
         peers=_peers(args),
     )
     print(plain_lines(str(study)))
@@ -152,33 +131,13 @@ def plain_lines(text: str) -> str:
     return "\n".join(map(plain, text.split("\n")))
 
 
-def _data(args: argparse.Namespace, model: Any) -> tuple[Mapping[str, Array], Array | None]:
-    """Inputs by argument, and labels."""
-    labels = None
-    if os.path.isdir(args.data):
-        pictures, classes = read_pictures(args.data, args.size, args.mean, args.std)
-        inputs: Mapping[str, Array] = {"x": pictures}
-        if args.labels == _FOLDERS:
-            labels = classes
-    else:
-        if args.size is not None or args.mean != [0.0] or args.std != [1.0]:
-            raise UserError("--size, --mean and --std are for a folder of images; leave them out")
-        if args.labels == _FOLDERS:
-            raise UserError(f"--labels {_FOLDERS} is for a folder of images; give a .npy file")
-        inputs = read_inputs(args.data, model.forward)
-    if args.labels not in (None, _FOLDERS):
-        labels = np.array(read_array(args.labels))
-        need_finite(args.labels, labels)
-    return inputs, labels
-
-
 def _peers(args: argparse.Namespace) -> Any:
-    """Measures ONNX Runtime beside an ONNX file, where it is installed."""
+    """Measures other runtimes beside an ONNX file, where they are installed."""
     if not args.model.endswith(".onnx"):
         return None
-    from lutra.train.search.peers import onnx_runtime
+    from lutra.train.search.peers import runtimes
 
-    return onnx_runtime(args.model, args.threads)
+    return runtimes(args.model, args.threads)
 
 
 def _drop(text: str) -> float:
@@ -196,20 +155,3 @@ def _minutes(text: str) -> float:
     if number > 60 * 24 * 30:
         raise argparse.ArgumentTypeError(f"{text!r} minutes are more than a month")
     return number
-
-
-def _floats(text: str) -> list[float]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = [float("nan")]
-    if not np.isfinite(values).all():
-        raise argparse.ArgumentTypeError(f"{text!r} are not numbers with commas between them")
-    return values
-
-
-def _size(text: str) -> tuple[int, int]:
-    parts = text.split(",")
-    if len(parts) not in (1, 2) or not all(p.isdigit() and 0 < int(p) <= 1 << 15 for p in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; give H,W in pixels")
-    return int(parts[0]), int(parts[-1])

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from lutra.cli.common import UserError, plain
+from lutra.cli.folders import files_of
 from lutra.errors import InputError
 from lutra.node import Array
 from lutra.preprocess.image import ImagePreprocess
 
-_ENDINGS: Final = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif")
+#: Endings of the names of images.
+PICTURES: Final = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif")
 
 
 def read_pictures(
@@ -45,7 +45,11 @@ def read_pictures(
             "a folder of images needs Pillow, which is not installed; install it with "
             "pip install pillow"
         ) from error
-    paths = _paths(folder)
+    paths, _ = files_of(folder, PICTURES)
+    if not paths:
+        raise InputError(
+            f"{folder!r} holds no images ({', '.join(PICTURES)}), nor do the folders in it"
+        )
     found, classes = [], []
     for path, place in paths:
         try:
@@ -75,27 +79,6 @@ def read_pictures(
     except InputError as error:
         raise UserError(f"--mean and --std of images: {plain(error)}") from error
     return made, np.array(classes, np.int64)
-
-
-def _paths(folder: str) -> list[tuple[Path, int]]:
-    """The images in a folder or its folders, each with the place of its folder."""
-    root = Path(folder)
-    try:
-        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    except OSError as error:
-        raise InputError(f"cannot read {folder!r}: {error.strerror}; give a folder") from error
-    found = [
-        (path, place)
-        for place, name in enumerate(folders)
-        for path in sorted((root / name).iterdir())
-        if path.suffix.lower() in _ENDINGS
-    ]
-    found += [(path, 0) for path in sorted(root.iterdir()) if path.suffix.lower() in _ENDINGS]
-    if not found:
-        raise InputError(
-            f"{folder!r} holds no images ({', '.join(_ENDINGS)}), nor do the folders in it"
-        )
-    return found
 
 
 def _cover(pillow: Any, image: Any, size: tuple[int, int]) -> Any:

@@ -85,7 +85,7 @@ def page(
             chart = front_chart(found)
             images = [image_of(sample) for sample in inputs]
             worst = [
-                {**entry, "image": images[i] if i < len(images) else None}
+                {"name": None, **entry, "image": images[i] if i < len(images) else None}
                 for i, entry in enumerate(found["worst"])
             ]
         except (KeyError, TypeError, ValueError, AttributeError) as error:

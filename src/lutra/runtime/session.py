@@ -16,6 +16,7 @@ from lutra.errors import EngineError, GraphError, InputError
 from lutra.format import load_graph
 from lutra.formatting import counted, did_you_mean, shape_text
 from lutra.graph import Graph, Sizes, sized
+from lutra.hub import MODEL, find_file
 from lutra.inputs import cast_input, check_ids, id_ranges
 from lutra.node import Array, Value
 from lutra.runtime.cpu import choose_isa, choose_threads, usable_memory
@@ -114,6 +115,41 @@ class Session:
             shapes = [sized(value.shape, 1) for value in self._graph.inputs]
             self._room(shapes)
             self._plan.prepare(shapes)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        where: str | os.PathLike[str],
+        *,
+        filename: str = MODEL,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        threads: int | None = None,
+        isa: str | None = None,
+        check_finite: bool = True,
+        max_memory: int | None = None,
+    ) -> Session:
+        """Loads the model of a folder that ``lutra.train.save_pretrained`` wrote, or of the hub.
+
+        Args:
+            where: The folder, or the name of a repository of the Hugging Face hub, ``owner/name``,
+                which needs ``pip install 'lutra[hub]'``.
+            filename: The file in it.
+            revision: Branch, tag or commit of the repository.
+            token: Of the hub, for private repositories.
+            cache_dir: Where files of the hub are kept.
+            threads: As of ``Session``.
+            isa: As of ``Session``.
+            check_finite: As of ``Session``.
+            max_memory: As of ``Session``.
+
+        Raises:
+            InputError: If there is no such folder, or no such file in it.
+            LutraError: If the repository cannot be read; see ``Session`` for all others.
+        """
+        path = find_file(where, filename, revision=revision, token=token, cache_dir=cache_dir)
+        return cls(path, threads=threads, isa=isa, check_finite=check_finite, max_memory=max_memory)
 
     @property
     def graph(self) -> Graph:

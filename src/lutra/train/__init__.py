@@ -26,6 +26,8 @@ from lutra.train.layers.lookup import FrozenLookup, LookupConv2d, LookupLinear
 from lutra.train.layers.pq import FrozenPQ, PQConv2d, PQLinear
 from lutra.train.layers.pq_reconstruction import reconstruction_loss
 from lutra.train.operators.masked_mean import masked_mean
+from lutra.train.publishing.load import from_pretrained
+from lutra.train.publishing.save import push_to_hub, save_pretrained
 from lutra.train.recipe import PQ, Function, Int8, Keep, Lookup, recipe_from_json, recipe_to_json
 from lutra.train.report import ConversionReport, FunctionReport, LayerReport
 from lutra.train.search.budget import Budget
@@ -72,12 +74,15 @@ __all__ = [
     "finetune",
     "fit_relu_net",
     "from_graph",
+    "from_pretrained",
     "load_onnx",
     "masked_mean",
     "optimize",
+    "push_to_hub",
     "recipe_from_json",
     "recipe_to_json",
     "reconstruction_loss",
+    "save_pretrained",
 ]
 
 install(MOVED_TRAINING)

@@ -51,10 +51,29 @@ class Example:
 
 
 def noted(
-    module: nn.Module, example: Example, ranges: Mapping[str, tuple[float, float]] | None = None
+    module: nn.Module,
+    example: Example,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> None:
-    """Puts what is known of a module into its `meta`, which copies keep."""
-    cast(Any, module).meta[KEY] = {"example": example, "ranges": dict(ranges or {})}
+    """Puts what is known of a module into its `meta`, which copies keep.
+
+    Args:
+        module: That was imported.
+        example: Its inputs and outputs.
+        ranges: Of values of files of integers.
+        arguments: With which the file was read, as JSON values.
+    """
+    cast(Any, module).meta[KEY] = {
+        "example": example, "ranges": dict(ranges or {}), "arguments": dict(arguments or {}),
+    }  # fmt: skip
+
+
+def arguments_of(module: nn.Module) -> dict[str, Any]:
+    """The arguments with which a module was imported, as JSON values; none of other modules."""
+    entry = getattr(module, "meta", None)
+    found = entry.get(KEY, {}).get("arguments") if isinstance(entry, dict) else None
+    return dict(found or {})
 
 
 def example_of(module: nn.Module) -> Example | None:

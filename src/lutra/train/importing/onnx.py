@@ -89,7 +89,12 @@ def load_onnx(
         tuple(_limit(imported.module, identifier(argument.name)) for argument in arguments),
         any_batch,
     )
-    noted(imported.module, example, imported.ranges)
+    given = {
+        "shapes": {name: list(shape) for name, shape in (shapes or {}).items()},
+        "constants": {name: tensor.tolist() for name, tensor in fixed.items()},
+        "batch_axes": dict(batch_axes or {}),
+    }
+    noted(imported.module, example, imported.ranges, given)
     if check:
         check_values(model, imported, arguments, fixed, example)
     return imported.module

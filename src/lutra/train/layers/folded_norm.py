@@ -82,7 +82,7 @@ class FoldedNorm(nn.modules.batchnorm._BatchNorm):
         scale, bias = (scale.double() * gain).float(), (bias.double() * gain + shift).float()
         y = torch.empty_like(x)
         samples = max(1, _CACHED * len(x) // max(x.numel(), 1))
-        for own, out in zip(x.split(samples), y.split(samples), strict=True):
+        for own, out in zip(torch.split(x, samples), torch.split(y, samples), strict=True):
             sums = (own.double() - start).div_(unit).round_().float()
             if not torch.equal(sums * step + start, own):
                 return None

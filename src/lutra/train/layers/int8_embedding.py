@@ -35,6 +35,7 @@ class Int8Embedding(nn.Module):
 
     int8_weight: Tensor
     scale: Tensor
+    method = _DEFAULT
 
     def __init__(self, int8_weight: Tensor, scale: Tensor) -> None:
         super().__init__()
@@ -49,6 +50,7 @@ class Int8Embedding(nn.Module):
         scale = (rows.abs().amax(1) / INT8_MAX).clamp_min(_TINY)
         steps = (rows / scale[:, None]).round().clamp(-INT8_MAX, INT8_MAX)
         new = cls(steps.to(torch.int8), scale)
+        new.method = method
         adopt_attributes(new, layer)
         return new
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -53,6 +53,7 @@ def optimize(
     budget: Budget = _DEFAULT,
     *,
     labels: Any = None,
+    names: Sequence[str] | None = None,
     storage: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
     metadata: dict[str, Any] | None = None,
@@ -78,6 +79,8 @@ def optimize(
         budget: quality, time and machine.
         labels: a class for each sample in the order of the data, or a target of the output's shape;
             None takes what stands in the batches behind the arguments, if anything does.
+        names: what the report calls the samples, such as their files or texts, in the order of the
+            data; None calls them by their number.
         storage: a file that keeps finished trials, so that the search goes on after a stop, and
             several processes can work on it (needs the extra `search`). None keeps them in memory.
         output: the `.lutra` file to write the choice to; None writes none.
@@ -109,6 +112,10 @@ def optimize(
     max_drop = DEFAULT_DROP if budget.max_drop is None else budget.max_drop
     budget = Budget(**{**vars(budget), "max_drop": max_drop})
     parts = split(model, data, labels, budget.seed)
+    if names is not None and (isinstance(names, str) or len(names) != parts.given):
+        raise LutraError(
+            f"optimize: names has {len(names)} entries for {parts.given} samples; give one for each"
+        )
     with (
         tempfile.TemporaryDirectory(prefix="lutra-") as folder,
         Progress("searching", None, progress) as bar,
@@ -132,7 +139,7 @@ def optimize(
         search = Search(model, parts, layers, bench, budget, kept, evaluate, tell)
         search.run()
         tell("the choice")
-        return _Finish(search, settings, output, metadata, peers, begin).study()
+        return _Finish(search, settings, output, metadata, peers, begin, names).study()
 
 
 class _Finish:
@@ -146,16 +153,18 @@ class _Finish:
         metadata: dict[str, Any] | None,
         peers: Peers | None,
         begin: float,
+        names: Sequence[str] | None,
     ) -> None:
         self.search, self.settings, self.output = search, settings, output
         self.metadata, self.peers, self.begin = metadata or {}, peers, begin
+        self.names = names
         self.trials = search.storage.trials()
         self.notes = ["The search was stopped before its time."] if search.stopped else []
 
     def study(self) -> Study:
         """The result."""
         search, budget = self.search, self.search.budget
-        chosen = best(self.trials, budget.target, search.max_drop)
+        chosen = self._best()
         assert chosen is not None  # the dense model loses nothing
         model = None
         if budget.finetune_minutes > 0:
@@ -196,6 +205,11 @@ class _Finish:
             study.graph = self._write(model, study)
         return study
 
+    def _best(self) -> Trial | None:
+        """The cheapest recipe within the budget, of those that all samples calibrated."""
+        whole = [trial for trial in self.trials if not trial.rough]
+        return best(whole, self.search.budget.target, self.search.max_drop)
+
     def _judged(self, outputs: Outputs) -> tuple[float, float]:
         """Quality and drop of the outputs of another runtime."""
         quality = self.search.measure.quality(outputs)
@@ -208,7 +222,7 @@ class _Finish:
         """A cheaper recipe than the budget allows without training, fine-tuned into it; the choice
         without training where that does not do; None where nothing is to be trained."""
         search, budget = self.search, self.search.budget
-        plain = best(self.trials, budget.target, search.max_drop)
+        plain = self._best()
         start = best(self.trials, budget.target, _RECOVERED * search.max_drop)
         assert plain is not None
         assert start is not None
@@ -370,6 +384,7 @@ class _Finish:
         entries = [
             {
                 "index": int(part.index[place]),
+                "name": None if self.names is None else str(self.names[int(part.index[place])]),
                 "error": float(badness[place]),
                 "choice": None if mine is None else int(mine[place]),
                 "dense": None if dense is None else int(dense[place]),

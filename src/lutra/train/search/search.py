@@ -30,10 +30,18 @@ from lutra.train.search.quality import (
 )
 from lutra.train.search.samples import Split
 from lutra.train.search.storage import Storage
-from lutra.train.search.trial import DENSE, INT8_EVERYWHERE, Trial, best, front, good
+from lutra.train.search.trial import DENSE, INT8_EVERYWHERE, ROUGH, Trial, best, front, good
 
 _SECONDS: Final = 1.0  # of timing a trial
-_CALIBRATION_ROWS: Final = 4096
+#: Rows that layers are fitted to, and samples that give them: of the choice, and of rough trials.
+_ROWS: Final = 4096
+_ROUGH_ROWS: Final = 1024
+_ROUGH_SAMPLES: Final = 256
+#: Trials are rough where so many int8 conversions with all samples do not fit into the budget.
+_MANY: Final = 60
+#: A conversion with all samples takes this many times as long, and keeps this share of the drop.
+_WHOLE_TIME: Final = 4.0
+_WHOLE_DROP: Final = 0.85
 #: How far a measured time, loss and size may be off, as shares.
 _TIME_NOISE: Final = 0.03
 _LOSS_NOISE: Final = 0.1
@@ -69,7 +77,6 @@ class Search:
         self.model, self.data, self.layers, self.bench = model, data, layers, bench
         self.budget, self.storage, self._evaluate, self._tell = budget, storage, evaluate, tell
         self._begin = time.perf_counter()
-        self._longest = max((trial.seconds for trial in storage.trials()), default=0.0)
         self.dense = bench.export(model, bench.file("dense"))
         self.outputs: Outputs = outputs_of(self.dense, data.judged)
         _check_outputs(self.outputs)
@@ -80,6 +87,7 @@ class Search:
         )
         self.tried = 0
         self.stopped = False
+        self.rough = False
 
     # ---- trials ---------------------------------------------------------------------------------
 
@@ -88,8 +96,10 @@ class Search:
         self._base()
         try:
             self._search()
+            self._refine()
         except KeyboardInterrupt:  # there is an answer already; a second one ends all
             self.stopped = True
+        self.rough = False
 
     def _search(self) -> None:
         """All trials behind the base."""
@@ -110,8 +120,18 @@ class Search:
         """Whether another trial fits into the budget."""
         if self.budget.trials is not None and self.tried >= self.budget.trials:
             return False
-        left = 60.0 * self.budget.minutes - (time.perf_counter() - self._begin)
-        return left > self._longest  # and the chosen recipe is converted once more
+        # The chosen recipe is converted once more, with all samples.
+        return self._left() > self._longest * (1.0 + _WHOLE_TIME * self.rough)
+
+    @property
+    def _longest(self) -> float:
+        """Seconds of the longest trial of the kind that is under way."""
+        own = [t for t in self.storage.trials() if t.rough == self.rough and t.label != DENSE]
+        return max((trial.seconds for trial in own), default=0.0)
+
+    def _left(self) -> float:
+        """Seconds of the budget."""
+        return 60.0 * self.budget.minutes - (time.perf_counter() - self._begin)
 
     def _known(self, choice: Mapping[str, str]) -> bool:
         """Whether a recipe was measured, or is in flight elsewhere."""
@@ -128,6 +148,41 @@ class Search:
             if label == DENSE:
                 self.dense_ms = trial.ms
         self.tried = 0
+        more = self.data.calibration.count > _ROUGH_SAMPLES
+        self.rough = more and _MANY * trial.seconds > 60.0 * self.budget.minutes
+
+    def _refine(self) -> None:
+        """Where trials were rough, measures recipes with all samples: from the cheapest that may be
+        within the budget on, until one is."""
+        if not self.rough:
+            return
+        target, kept = self.budget.target, _WHOLE_DROP
+        first, longest = True, 0.0
+        while first or self._left() > max(longest, _WHOLE_TIME * self._longest):
+            trials = good(self.storage.trials())
+            whole = [trial for trial in trials if not trial.rough]
+            found = best(whole, target, self.max_drop)
+            assert found is not None  # the dense model loses nothing
+            known = [trial.choice for trial in whole]
+            candidates = [
+                trial
+                for trial in front([t for t in trials if t.rough], target)
+                if trial.choice not in known
+                and kept * trial.drop <= self.max_drop
+                and trial.cost(target) < found.cost(target)
+            ]
+            if not candidates:
+                return
+            rough, self.rough = candidates[0], False
+            try:
+                trial = self._try(
+                    rough.label.removesuffix(ROUGH), rough.choice, self.storage.start(rough.choice)
+                )
+            finally:
+                self.rough = True
+            first, longest = False, max(longest, trial.seconds)
+            if not trial.failed and rough.drop > 0:
+                kept = min(1.0, max(0.1, trial.drop / rough.drop))
 
     def _uniform(self) -> list[tuple[str, dict[str, str]]]:
         """Recipes with the same lookups in all layers that can have them, the most exact first."""
@@ -160,6 +215,7 @@ class Search:
 
     def _try(self, label: str, choice: Mapping[str, str], number: int) -> Trial:
         """Measures a recipe, and keeps what came of it."""
+        label += ROUGH if self.rough else ""
         self._tell(f"trial {len(self.storage.trials()) + 1}: {label}")
         start = time.perf_counter()
         try:
@@ -170,9 +226,7 @@ class Search:
                 raise
             trial = Trial(label, dict(choice), failed=str(error))
         seconds = time.perf_counter() - start
-        trial = replace(trial, seconds=seconds)
-        if label not in (DENSE,):
-            self._longest = max(self._longest, seconds)
+        trial = replace(trial, seconds=seconds, rough=self.rough)
         self.storage.finish(number, trial)
         self.tried += 1
         return trial
@@ -183,9 +237,11 @@ class Search:
         if not recipe:
             return self.model, None
         batches = [(batch,) for batch in self.data.calibration.batches]
+        if self.rough:
+            batches = batches[:: -(-self.data.calibration.count // _ROUGH_SAMPLES)]
         return convert(
-            self.model, recipe, batches, rows=_CALIBRATION_ROWS, seed=self.budget.seed,
-            progress=False,
+            self.model, recipe, batches, rows=_ROUGH_ROWS if self.rough else _ROWS,
+            seed=self.budget.seed, progress=False,
         )  # fmt: skip
 
     def judge(
@@ -279,6 +335,9 @@ class Search:
     def loss_model(self, trials: list[Trial]) -> SumModel:
         """What each candidate adds to the loss: at first the errors of the layers share that of
         the uniform conversion that they are from; then all trials correct it."""
+        if any(trial.rough for trial in trials):  # losses by all samples are others
+            base = (DENSE, INT8_EVERYWHERE)
+            trials = [trial for trial in trials if trial.rough or trial.label in base]
         known: dict[Term, list[float]] = {}
         for trial in trials:
             total = sum(max(error, 0.0) for error in trial.errors.values())

@@ -13,6 +13,8 @@ from lutra.train.search.budget import Target
 #: What the first two trials are called.
 DENSE = "dense"
 INT8_EVERYWHERE = "int8 everywhere"
+#: What the labels of rough trials end with.
+ROUGH = ", rough"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Trial:
         layer_ms: milliseconds of the steps of each layer in its network, where it has its own.
         seconds: that the trial took.
         finetuned: whether the model was fine-tuned.
+        rough: whether a part of the calibration samples made it, as where all of them take long.
         failed: why there are no numbers; empty where there are.
     """
 
@@ -48,6 +51,7 @@ class Trial:
     layer_ms: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     finetuned: bool = False
+    rough: bool = False
     failed: str = ""
 
     def cost(self, target: Target) -> float:

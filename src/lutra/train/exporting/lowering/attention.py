@@ -61,6 +61,12 @@ def _attention(
     if enable_gqa:
         heads = _query_heads(ctx, query)
         key, value = (_shared(ctx, x, heads) for x in (key, value))
+    else:
+        heads = _heads_of(ctx, query)
+        key, value = (
+            _shared(ctx, x, heads) if heads not in (None, 1) and _heads_of(ctx, x) == 1 else x
+            for x in (key, value)
+        )
     return _attend(ctx, query, key, value, attn_mask, is_causal, scale, None)
 
 
@@ -70,6 +76,13 @@ def _query_heads(ctx: Lowering, query: Any) -> Any:
     if not is_activation(x) or x.rank != 4:
         raise UnsupportedUse("its heads share keys; give it queries of shape (N, heads, T, D)")
     return views.sizes_of(ctx, x)[1]
+
+
+def _heads_of(ctx: Lowering, x: Any) -> Any:
+    """The heads of (N, H, T, D); None where there are other axes."""
+    made = operand(ctx, x)
+    sizes = views.sizes_of(ctx, made) if is_activation(made) else made.shape
+    return sizes[1] if len(sizes) == 4 else None
 
 
 def _shared(ctx: Lowering, x: Any, heads: Any) -> Any:

@@ -56,6 +56,47 @@ def _im2col(
     return views.emit_reshape(ctx, made, ctx.result_shape, "columns")
 
 
+@lowers("aten.col2im.default")
+def _col2im(
+    ctx: Lowering,
+    self: Ref,
+    output_size: list[Any],
+    kernel_size: list[int],
+    dilation: list[int],
+    padding: list[int],
+    stride: list[int],
+) -> Ref:
+    """Columns added up where their windows lie: the transposed convolution of `_im2col`."""
+    need_rank(self, 3)
+    if any(is_dynamic(length) for length in ctx.result_shape[1:]):
+        raise UnsupportedUse("it makes an image of a size that is known at run time only")
+    channels, *lengths = (int(size) for size in ctx.result_shape[1:])
+    size = kernel_size[0] * kernel_size[1]
+    reach = [spread * (kernel - 1) for spread, kernel in zip(dilation, kernel_size, strict=True)]
+    counts, left = zip(
+        *(
+            divmod(length + 2 * pad - own - 1, step)
+            for length, pad, own, step in zip(lengths, padding, reach, stride, strict=True)
+        ),
+        strict=True,
+    )
+    grid = (self.shape[0], channels * size, counts[0] + 1, counts[1] + 1)
+    windows = views.emit_reshape(ctx, self, grid, "windows")
+    one = torch.eye(size).reshape(1, size, *kernel_size)
+    return ctx.emit(
+        "conv_transpose2d",
+        windows,
+        attrs={
+            "stride": pair(stride),
+            "padding": pair(padding),
+            "output_padding": (left[0], left[1]),
+            "dilation": pair(dilation),
+            "groups": channels,
+        },
+        tensors={"weight": one.repeat(channels, 1, 1, 1), "bias": torch.zeros(channels)},
+    )
+
+
 @lowers("aten.upsample_nearest1d.vec", takes_sizes=True)
 def _nearest1d(ctx: Lowering, input: Ref, scale_factors: Any) -> Ref:
     return _upsample1d(ctx, input, scale_factors, "nearest", False)

@@ -184,6 +184,9 @@ class Walk(Lowering):
         deferred = self.sources.deferred(node)
         if deferred is not None:
             return deferred
+        empty = _empty(node)
+        if empty is not None:
+            return empty
         if node.target is operator.getitem:
             return self._getitem(node)
         args = fx.map_arg((node.args, node.kwargs), lambda n: self._results[n])
@@ -384,6 +387,18 @@ def _alike(a: Sizes, b: Sizes) -> bool:
     return len(a) == len(b) and all(
         x == y or (is_dynamic(x) and is_dynamic(y)) for x, y in zip(a, b, strict=True)
     )
+
+
+def _empty(node: fx.Node) -> Tensor | None:
+    """The value of a node that holds nothing for any input, such as `x[..., 8:]` of eight features;
+    with 1 for sizes that are known at run time."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not any(
+        isinstance(size, int) and size == 0 for size in value.shape
+    ):
+        return None
+    sizes = [size if isinstance(size, int) else 1 for size in value.shape]
+    return torch.zeros(sizes, dtype=value.dtype)
 
 
 def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:

@@ -1,0 +1,1 @@
+"""Models as folders of the Hugging Face hub: saved, described and loaded."""
