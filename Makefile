@@ -111,6 +111,8 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.engine --json benchmarks/results/engine.json
 	$(BIN)/python -m benchmarks.functions --json benchmarks/results/functions.json
 	$(BIN)/python -m benchmarks.functions --isa avx2 --json benchmarks/results/functions_avx2.json
+	$(BIN)/python -m benchmarks.lowbit --json benchmarks/results/lowbit.json
+	$(BIN)/python -m benchmarks.lowbit --isa avx2 --json benchmarks/results/lowbit_avx2.json
 	$(BIN)/python -m benchmarks.layers --json benchmarks/results/layers.json
 	$(BIN)/python -m benchmarks.layers --isa avx2 --json benchmarks/results/layers_avx2.json
 	$(BIN)/python -m benchmarks.models --memory --json benchmarks/results/models.json

@@ -7,6 +7,7 @@
 #include "kernels_depthwise_test.h"
 #include "kernels_functions_test.h"
 #include "kernels_lookup_test.h"
+#include "kernels_lowbit_test.h"
 
 namespace lutra {
 namespace {
@@ -561,6 +562,7 @@ void test_kernels(const Kernels& k) {
   test_depthwise(k);
   test_respond(k);
   test_long_responses(k);
+  test_lowbit(k);
   test_response_grad(k);
   test_floats(k);
   test_function(k);

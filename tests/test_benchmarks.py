@@ -437,3 +437,38 @@ def test_turns_rotate() -> None:
     assert "".join(seen) == "aabbccbbccaaccaabb"
     assert all(len(seconds) == 2 for seconds in times.values())
     assert spread([0.001, 0.002, 0.003])["median"] == 2
+
+
+def test_products_of_low_bit_weights(tmp_path: Path) -> None:
+    need_peers()
+    file = tmp_path / "lowbit.json"
+    command = [sys.executable, "-m", "benchmarks.lowbit", "--runs", "1", "--json", str(file)]
+    command += ["--shape", "48x256", "--rows", "33"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert "llama-cpp-python" in report["left_out"]
+    assert [record["bits"] for record in report["records"]] == [1, 1.58, 2, 3, 4]
+    for record in report["records"]:
+        assert (record["shape"], record["rows"], record["threads"]) == ([48, 256], 33, 1)
+        assert record["isa"] == lutra.runnable_isas()[-1]
+        assert record["lutra_ms"] == record["kernels_ms"][record["kernel"]]
+        assert set(record["kernels_ms"]) == {"dense", "tables"}
+        able = [ms for peer, ms in record["peers_ms"].items()
+                if record["bits"] <= 2 or " 2 bits" not in peer]  # fmt: skip
+        assert record["speedup_peer"] == min(able) / record["lutra_ms"]
+        assert record["gmacs"] == pytest.approx(48 * 256 * 33 / record["lutra_ms"] / 1e6)
+        assert {*record["peers_ms"], *record["peers_failed"]} >= {"onnxruntime 2 bits"}
+        assert record["peers_ms"]["onnxruntime float32"] > 0
+    assert report["records"][1]["bytes"] == 48 * 52 + 48 * 4
+
+
+def test_the_shape_of_low_bit_weights_is_checked() -> None:
+    command = [sys.executable, "-m", "benchmarks.lowbit", "--shape", "48*256"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2
+    assert "--shape 48*256: give it as MxK" in done.stderr

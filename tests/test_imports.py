@@ -36,7 +36,7 @@ ORDER: Final[tuple[tuple[str, ...], ...]] = (
     ),
     ("lutra.sentences",),
     ("lutra.stream",),
-    ("lutra.functions", "lutra.reporting"),
+    ("lutra.functions", "lutra.lowbit", "lutra.reporting"),
     ("lutra.runtime",),
     ("lutra.reference", "lutra.preprocess"),
     ("lutra.format", "lutra.energy", "lutra.inputs", "lutra.hub"),

@@ -36,6 +36,8 @@ StepArgs step_args(const std::string& op, const Attrs& attrs, const Tensors& ten
 
 // Layers on their own and what else training needs, for PyTorch's operators.
 void bind_layers(nb::module_& m);
+// Matrices of low-bit weights.
+void bind_lowbit(nb::module_& m);
 void bind_plan(nb::module_& m);
 // Functions of one variable and their tables.
 void bind_functions(nb::module_& m);

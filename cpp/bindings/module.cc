@@ -50,6 +50,9 @@ std::map<std::string, Limit> limits() {
           {"weight_bits", all_of(kWeightBits)},
           {"max_lookup_depth", kMaxLookupDepth},
           {"max_int8_depth", kMaxInt8Depth},
+          {"lowbit_levels", all_of(kLowBitLevels)},
+          {"max_lowbit_depth", kMaxLowBitDepth},
+          {"max_lowbit_outputs", kMaxLowBitOutputs},
           {"function_entries", all_of(kFunctionEntries)}};
 }
 
@@ -97,6 +100,7 @@ NB_MODULE(_engine, m) {
   m.def("all_finite", &all_finite, "x"_a);
 
   bind_layers(m);
+  bind_lowbit(m);
   bind_functions(m);
   bind_plan(m);
 }

@@ -2,7 +2,7 @@
 //
 // The parts are private headers, all in this file's anonymous namespace: avx2_common.h (loads of
 // rows, the epilogue), avx2_encode.h, avx2_lookup.h, avx2_dense.h, avx2_depthwise.h,
-// avx2_respond.h (with responses.h), avx2_training.h.
+// avx2_lowbit.h, avx2_respond.h (with responses.h), avx2_training.h.
 #include <immintrin.h>
 
 #include "avx2_common.h"
@@ -11,11 +11,13 @@
 #include "avx2_encode.h"
 #include "avx2_lanes.h"
 #include "avx2_lookup.h"
+#include "avx2_lowbit.h"
 #include "avx2_respond.h"
 #include "avx2_training.h"
 // After the lanes that they are written in:
 #include "attention.h"
 #include "functions.h"
+#include "lowbit_tables.h"
 #include "piecewise.h"
 #include "planes.h"
 
@@ -95,6 +97,16 @@ constinit const Kernels kAvx2 = {.name = "avx2",
                                  .gather_indices = gather_indices,
                                  .respond = respond,
                                  .respond_row = respond_row,
+                                 .lowbit_quantize = lowbit_quantize,
+                                 .lowbit_dense_bytes = lowbit_dense_bytes,
+                                 .pack_lowbit_dense = pack_lowbit_dense,
+                                 .lowbit_table_bytes = lowbit_table_bytes,
+                                 .pack_lowbit_tables = pack_lowbit_tables,
+                                 .lowbit_dense = lowbit_dense,
+                                 .lowbit_table_depth = lowbit_table_depth,
+                                 .lowbit_scratch_bytes = lowbit_scratch_bytes,
+                                 .lowbit_tables = lowbit_tables,
+                                 .lowbit_finish = lowbit_finish,
                                  .gemm = gemm,
                                  .linear = linear,
                                  .function = function,

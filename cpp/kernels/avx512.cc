@@ -7,12 +7,14 @@
 #include "avx512_depthwise.h"
 #include "avx512_lanes.h"
 #include "avx512_lookup.h"
+#include "avx512_lowbit.h"
 #include "avx512_respond.h"
 #include "avx512_training.h"
 // After the lanes that they are written in:
 #include "attention.h"
 #include "avx512_cells.h"
 #include "functions.h"
+#include "lowbit_tables.h"
 #include "planes.h"
 
 namespace lutra {
@@ -70,6 +72,16 @@ constinit const Kernels kAvx512 = {.name = "avx512",
                                    .gather_indices = gather_indices,
                                    .respond = respond,
                                    .respond_row = respond_row,
+                                   .lowbit_quantize = lowbit_quantize,
+                                   .lowbit_dense_bytes = lowbit_dense_bytes,
+                                   .pack_lowbit_dense = pack_lowbit_dense,
+                                   .lowbit_table_bytes = lowbit_table_bytes,
+                                   .pack_lowbit_tables = pack_lowbit_tables,
+                                   .lowbit_dense = lowbit_dense,
+                                   .lowbit_table_depth = lowbit_table_depth,
+                                   .lowbit_scratch_bytes = lowbit_scratch_bytes,
+                                   .lowbit_tables = lowbit_tables,
+                                   .lowbit_finish = lowbit_finish,
                                    .gemm = gemm,
                                    .linear = linear,
                                    .function = function,

@@ -23,7 +23,10 @@ inline constexpr int32_t kGemmOutputs = 4;     // outputs per block of packed fl
 inline constexpr int32_t kLinearOutputs = 64;  // outputs per block of packed linear weights
 inline constexpr int32_t kMaxQuantized = 2;    // quantised copies that an epilogue can write
 inline constexpr int32_t kMaxDepthwiseTaps = 128;
-inline constexpr size_t kSlack = 64;  // bytes that may be read after any value of a plane
+inline constexpr size_t kSlack = 64;           // bytes that may be read after any value of a plane
+inline constexpr int32_t kLowBitOutputs = 16;  // low-bit kernels may be split at multiples of this
+inline constexpr int32_t kLowBitRows = 12;     // rows of a tile of lowbit_dense(), at most
+inline constexpr int32_t kTableRows = 32;      // rows of a tile of lowbit_tables()
 
 enum class Encoder : int32_t { kNearest, kTree };
 
@@ -241,6 +244,30 @@ struct Attention {
   Segments exp, reciprocal;
 };
 
+// Sizes of a matrix of low-bit weights. A weight is a code u of 0..levels - 1.
+struct LowBitShape {
+  int32_t depth;    // K
+  int32_t outputs;  // M
+  int32_t levels;   // 2, 3, 4, 8 or 16
+  int32_t group;    // neighbouring weights of an output that share a scale; divides K
+};
+
+// What the sums of a group of weights become. For row r and output m, X[r] being the sum of the
+// activations of the group:
+//   d = times * sum[r][m] + (plus - zero[m]) * X[r]   in int32; without `zero`, zero[m] is 0
+//   y = float32(d) * scale[m]
+//   y = out[r][m] + y                                 unless `first`; never contracted
+//   y = y * row_scale[r]                              if row_scale
+//   out[r][m] = y
+struct LowBitFinish {
+  int32_t times, plus;
+  const int32_t* zero;   // (outputs), or null
+  const float* scale;    // (outputs)
+  const int32_t* x_sum;  // (rows)
+  bool first;
+  const float* row_scale;  // (rows), or null
+};
+
 struct Kernels {
   const char* name;
   uint32_t needs;         // Feature bits
@@ -348,6 +375,37 @@ struct Kernels {
   // One row, only for taps == 1: sums[m - first] for outputs first..last-1 of x (depth).
   void (*respond_row)(const LookupShape&, const uint8_t* packed, const uint8_t* x, int32_t first,
                       int32_t last, int32_t* sums);
+
+  // --- low-bit weights: codes u of 1 to 4 bits, activations in int8 ------------------------------
+  // q = round_half_even(x * (127 / a)) with a = max |x|; gives a / 127. Where a < 2^-120: zeros, 0.
+  // x is finite.
+  float (*lowbit_quantize)(const float* x, size_t n, int8_t* q);
+
+  // Codes (outputs, depth) -> this instruction set's order, for each of the two kernels.
+  size_t (*lowbit_dense_bytes)(const LowBitShape&);
+  void (*pack_lowbit_dense)(const LowBitShape&, const uint8_t* codes, uint8_t* packed);
+  size_t (*lowbit_table_bytes)(const LowBitShape&);
+  void (*pack_lowbit_tables)(const LowBitShape&, const uint8_t* codes, uint8_t* packed);
+
+  // Both give sums of one group of weights, exact in int32, for outputs first..last-1, where
+  // `first` is a multiple of kLowBitOutputs:
+  //   sums[r * stride + m - first] = sum over k of (u[m][k] - z) * x[k][r], r < rows
+  // with z = 0 for the dense kernel, and z = levels / 2 (1 for three levels) for that of tables.
+  //
+  // x: (ceil(group / 32) 8, width, 4), four neighbouring k of a row together, zero padded; width is
+  // 1, 2, 4, 8 or 12 and at least `rows`.
+  void (*lowbit_dense)(const LowBitShape&, const uint8_t* packed, int32_t group, const int8_t* x,
+                       int32_t width, int32_t rows, int32_t first, int32_t last, int32_t* sums,
+                       size_t stride);
+  // x: (lowbit_table_depth(), kTableRows), zero padded. `scratch` is 64-byte aligned.
+  int32_t (*lowbit_table_depth)(const LowBitShape&);
+  size_t (*lowbit_scratch_bytes)(const LowBitShape&, int32_t outputs);  // of a call
+  void (*lowbit_tables)(const LowBitShape&, const uint8_t* packed, int32_t group, const int8_t* x,
+                        int32_t rows, int32_t first, int32_t last, int32_t* sums, size_t stride,
+                        uint8_t* scratch);
+  // `sums` and `out` are (rows, outputs) with strides of their own.
+  void (*lowbit_finish)(const LowBitFinish&, int32_t rows, int32_t outputs, const int32_t* sums,
+                        size_t sums_stride, float* out, size_t out_stride);
 
   // --- dense layers in float32 ------------------------------------------------------------------
   // sum[m][r] = fma chain over d, ascending, of weights[m][d] * patch[d][r], then the epilogue.

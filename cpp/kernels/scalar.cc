@@ -3,6 +3,7 @@
 
 #include "kernels.h"
 #include "scalar_lanes.h"
+#include "scalar_lowbit.h"
 // After the lanes that they are written in:
 #include "functions.h"
 #include "scalar_planes.h"
@@ -414,6 +415,16 @@ constinit const Kernels kScalar = {.name = "scalar",
                                    .gather_indices = gather_indices,
                                    .respond = respond,
                                    .respond_row = respond_row,
+                                   .lowbit_quantize = lowbit_quantize,
+                                   .lowbit_dense_bytes = lowbit_dense_bytes,
+                                   .pack_lowbit_dense = pack_lowbit_dense,
+                                   .lowbit_table_bytes = lowbit_table_bytes,
+                                   .pack_lowbit_tables = pack_lowbit_tables,
+                                   .lowbit_dense = lowbit_dense,
+                                   .lowbit_table_depth = lowbit_table_depth,
+                                   .lowbit_scratch_bytes = lowbit_scratch_bytes,
+                                   .lowbit_tables = lowbit_tables,
+                                   .lowbit_finish = lowbit_finish,
                                    .gemm = gemm,
                                    .linear = linear,
                                    .function = function,

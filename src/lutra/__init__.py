@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from lutra.format import load_graph, save_graph
     from lutra.graph import Graph
+    from lutra.lowbit import LowBitMatrix
     from lutra.node import Node, Value
     from lutra.reference import run_reference
     from lutra.runtime.cpu import cpu_info, runnable_isas
@@ -45,6 +46,7 @@ __all__ = [
     "Graph",
     "GraphError",
     "InputError",
+    "LowBitMatrix",
     "LutraError",
     "Node",
     "Profile",
@@ -71,6 +73,7 @@ _PLACES: Final = {
     "Graph": "graph",
     "GraphError": "errors",
     "InputError": "errors",
+    "LowBitMatrix": "lowbit",
     "LutraError": "errors",
     "Node": "node",
     "Profile": "runtime.profile",
@@ -89,8 +92,8 @@ _PLACES: Final = {
 }
 #: Modules that are attributes of the package without an import of their own.
 _MODULES: Final = (
-    "errors", "format", "formatting", "functions", "graph", "hub", "inputs", "node", "ops",
-    "preprocess", "reference", "runtime", "sentences", "stream",
+    "errors", "format", "formatting", "functions", "graph", "hub", "inputs", "lowbit", "node",
+    "ops", "preprocess", "reference", "runtime", "sentences", "stream",
 )  # fmt: skip
 #: The names of lutra.train that are here too. Listed, not asked for: asking imports PyTorch.
 _TRAIN: Final = (

@@ -22,7 +22,8 @@ REFERENCE = sorted((ROOT / "docs" / "api").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
          ROOT / "zoo" / "README.md", ROOT / "benchmarks" / "README.md", *REFERENCE]  # fmt: skip
 NAMES = ["Session", "Stream", "load_graph", "convert", "finetune", "export", "optimize", "PQ",
-         "Lookup", "Int8", "Function", "auto_recipe", "save_pretrained"]  # fmt: skip
+         "Lookup", "Int8", "Function", "auto_recipe", "save_pretrained",
+         "LowBitMatrix"]  # fmt: skip
 #: Files that the commands of a page make.
 MADE = {"build/site"}
 

@@ -26,6 +26,12 @@ inline constexpr int64_t kWeightBits[] = {2, 4, 8};  // of a packed weight index
 inline constexpr int64_t kMaxLookupDepth = INT32_MAX / kInt8Max;
 inline constexpr int64_t kMaxInt8Depth = (int64_t{1} << 31) / (127 * 128);
 
+// Codes of low-bit weights: of 1 bit, ternary, of 2, 3 and 4 bits. Sums of so many products of
+// twice the distance of a code from a zero point (at most 30) and an int8 are exact in int32.
+inline constexpr int64_t kLowBitLevels[] = {2, 3, 4, 8, 16};
+inline constexpr int64_t kMaxLowBitDepth = INT32_MAX / (30 * 128);
+inline constexpr int64_t kMaxLowBitOutputs = 1 << 24;
+
 inline constexpr int64_t kFunctionEntries[] = {8, 16, 32};  // lines of a function table
 
 template <int64_t kCount>

@@ -53,5 +53,12 @@ MAX_LOOKUP_DEPTH: Final = (2**31 - 1) // INT8_MAX
 #: A sum of so many products of int8 weights and activations is exact in int32.
 MAX_INT8_DEPTH: Final = 2**31 // (127 * 128)
 
+#: Values of a code of low-bit weights: 1 bit, ternary, 2, 3 and 4 bits.
+LOWBIT_LEVELS: Final = (2, 3, 4, 8, 16)
+#: A sum of so many products of twice the distance of a code from a zero point (at most 30) and an
+#: int8 is exact in int32.
+MAX_LOWBIT_DEPTH: Final = (2**31 - 1) // (30 * 128)
+MAX_LOWBIT_OUTPUTS: Final = 2**24
+
 #: Lines of a function table.
 FUNCTION_ENTRIES: Final = (8, 16, 32)
