@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lutra.errors import LutraError
 from lutra.train import PQ, Int8, Lookup, convert
 from lutra.train.conversion.convert import Calibration, Candidate
+from lutra.train.conversion.replay import Replay
 from lutra.train.conversion.sequential import Batches, Targets, output_rows
 from lutra.train.conversion.spill import Spill
 from lutra.train.geometry import Geometry
@@ -79,10 +80,10 @@ def test_it_is_nearer_to_the_dense_network_on_other_data(name: str) -> None:
 def test_rows_of_input_and_target_belong_together() -> None:
     dense, x = network(), images(24, 3)
     layers = {"3": dense[3], "8": dense[8]}
-    targets = Targets(Batches(x.split(8), 40, 0), Spill(1 << 20))
+    targets = Targets(Batches(x.split(8), 40, 0), Spill(1 << 20), Replay(1 << 20))
     targets.collect(dense, layers)
     for name, layer in layers.items():
-        rows, goal = targets.rows(dense, name, layer, Geometry.of(layer))
+        rows, goal = targets.rows(dense, name, layer, Geometry.of(layer), [name])
         assert len(rows) == len(goal.want) <= 3 * 14
         got = rows @ layer.weight.flatten(1).t() + layer.bias
         torch.testing.assert_close(goal.of(got), goal.want, rtol=1e-4, atol=1e-4)

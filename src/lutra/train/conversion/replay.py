@@ -134,15 +134,23 @@ def _state(module: nn.Module, args: Any, kwargs: Any) -> list[Any]:
         for leaf in pytree.tree_leaves((args, kwargs))
         if isinstance(leaf, Tensor) and not leaf.is_inference()
     ]
-    for part in module.modules():
-        if isinstance(part, QuantizedLayer):  # what it remembers are its own results
-            continue
+    for part in _own_parts(module):
         for name, value in vars(part).items():
             sized = len(value) if isinstance(value, list | dict | set) else -1
             found.append((name, id(value), sized))
-        found.extend((id(tensor), tensor._version) for tensor in part._buffers.values() if tensor
-                     is not None)  # fmt: skip
+        buffers = [tensor for tensor in part._buffers.values() if tensor is not None]
+        found.extend((id(tensor), tensor._version) for tensor in buffers)
     return found
+
+
+def _own_parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules inside a module, without those of fitted layers: these remember results of their
+    own, and nothing else."""
+    if isinstance(module, QuantizedLayer):
+        return
+    yield module
+    for child in module.children():
+        yield from _own_parts(child)
 
 
 def _is_plain(value: Any) -> bool:
