@@ -166,6 +166,7 @@ TEXTS = {
         "FalconConfig",
         {**TEXT, "use_cache": False},  # one head of keys for all queries
     ),
+    "gemma2": text("Gemma2Model", "Gemma2Config", {**_DECODER, "head_dim": 8}),
     "phi3": text("Phi3Model", "Phi3Config", {**_DECODER, "eos_token_id": 1}),
     "gpt-neox": text(
         "GPTNeoXModel", "GPTNeoXConfig", {**ENCODER, "use_cache": False}, masked=False

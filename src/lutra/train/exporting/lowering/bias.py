@@ -43,11 +43,13 @@ _CHANGE_NOTHING = ("aten.clone.default", "aten.contiguous.default", "aten.alias.
 _PRODUCTS = ("aten.matmul.default", "aten.bmm.default", "aten.baddbmm.default")
 #: What is written here, after it was found out where everything comes from.
 _WRITTEN = ("lutra.relative_bias.default", "lutra.masked_scores.default")
+#: What scores may go through between their product and what is added to them.
 _SCALES = (
     "aten.mul.Tensor",
     "aten.mul.Scalar",
     "aten.div.Tensor",
     "aten.div.Scalar",
+    "aten.tanh.default",  # scores that are squashed before the mask, as in Gemma 2
     "aten.add.Tensor",
     "aten.view.default",
     "aten._unsafe_view.default",
@@ -95,7 +97,7 @@ def _rewrite_sum(graph: fx.Graph, sources: Sources, node: fx.Node) -> None:
 
 
 def _are_scores(sources: Sources, node: Any) -> bool:
-    """Whether an activation is a product of two, perhaps scaled or with terms added."""
+    """Whether an activation is a product of two, perhaps scaled, squashed or with terms added."""
     while isinstance(node, fx.Node) and _is_activation(sources, node):
         if str(node.target) in _PRODUCTS:
             return True
