@@ -42,6 +42,8 @@ _MANY: Final = 60
 #: A conversion with all samples takes this many times as long, and keeps this share of the drop.
 _WHOLE_TIME: Final = 4.0
 _WHOLE_DROP: Final = 0.85
+#: Layers of a network whose ends are left dense at first.
+_DEEP: Final = 5
 #: How far a measured time, loss and size may be off, as shares.
 _TIME_NOISE: Final = 0.03
 _LOSS_NOISE: Final = 0.1
@@ -185,14 +187,20 @@ class Search:
                 kept = min(1.0, max(0.1, trial.drop / rough.drop))
 
     def _uniform(self) -> list[tuple[str, dict[str, str]]]:
-        """Recipes with the same lookups in all layers that can have them, the most exact first."""
-        keys = dict.fromkeys(key for layer in self.layers for key in layer.lookups)
+        """Recipes with the same lookups in all layers that can have them, the most exact first.
+
+        Of networks of some depth the first and the last layer stay dense: they lose most.
+        """
+        inner = self.layers[1:-1] if len(self.layers) >= _DEEP else self.layers
+        names = {layer.name for layer in inner}
+        keys = dict.fromkeys(key for layer in inner for key in layer.lookups)
         made = []
         for key in _by_exactness(list(keys)):
             choice = {
-                layer.name: key if key in layer.active else layer.fastest_dense
+                layer.name: key if key in layer.active and layer.name in names
+                else layer.fastest_dense
                 for layer in self.layers
-            }
+            }  # fmt: skip
             made.append((f"{key} wherever it may gain", choice))
         fastest = {}
         for layer in self.layers:
