@@ -10,7 +10,7 @@ on several devices.
 `--method pq` is product quantisation (LUT-NN, V=9, K=16); with `--encoder tree` its codes come from
 decision trees, which is faster and less accurate. `--method lookup --bits 4|3|2` is a learned table
 of activations and weights for each layer (Deep Lookup Network), with the first convolution and the
-classifier in int8.
+classifier in int8. `--recipe FILE` takes a method for each layer, as `lutra optimize` finds them.
 
 5,000 training images are held out for validation: every choice is made on them. (The public
 checkpoint was trained on all 50,000, so validation accuracy is optimistic.) The test images are
@@ -20,12 +20,13 @@ used once, at the end, through the engine.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
 from cifar10 import ResNet, add_arguments, compress, load_checkpoint, load_data, method_of
 
-from lutra.train import Int8
+from lutra.train import Int8, recipe_from_json
 from lutra.train.recipe import Recipe
 
 BLOCKS = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in (0, 1, 2)]
@@ -37,6 +38,11 @@ def main() -> None:
     )
     add_arguments(parser, "resnet20_cifar10.lutra")
     parser.add_argument("--weights", type=Path, required=True, help="the dense checkpoint, .npz")
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        help="a recipe in JSON, as `lutra optimize` finds one; in place of one method",
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     data = load_data(options)
@@ -46,6 +52,8 @@ def main() -> None:
     recipe: Recipe = {"layer*.conv*": method_of(options)}
     if options.method == "lookup":
         recipe = {"conv1": Int8(), "linear": Int8(), **recipe}
+    if options.recipe is not None:
+        recipe = recipe_from_json(json.loads(options.recipe.read_text()))
     compress(dense, recipe, data, options, feature_layers=BLOCKS)
 
 
