@@ -19,7 +19,7 @@ from lutra.errors import LutraError
 from lutra.graph import Graph
 from lutra.runtime.session import Session
 from lutra.train import PQ, Budget, Int8, Lookup, convert, optimize, recipe_from_json
-from lutra.train.search import candidates
+from lutra.train.search import candidates, samples, search
 from lutra.train.search.bench import Bench
 from lutra.train.search.candidates import FLOAT32, INT8
 from lutra.train.search.search import Search
@@ -65,6 +65,50 @@ def by_bytes(_: Bench, sessions: Mapping[str, Session], seconds: float) -> dict[
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "time_graphs", timed)
     monkeypatch.setattr(Bench, "times", by_bytes)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("steady")
+@pytest.mark.parametrize("target", ["latency", "size"])
+def test_rough_trials(target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where conversion takes long a part of the samples calibrates trials, and all the choice."""
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(search, "_MANY", 1e6)
+    monkeypatch.setattr(search, "_ROUGH_SAMPLES", 16)
+    monkeypatch.setattr(samples, "_BATCH", 4)
+    rows: list[tuple[int, int]] = []
+
+    def counted(model: Any, recipe: Any, batches: Any, **settings: Any) -> Any:
+        rows.append((settings["rows"], sum(len(batch[0][0]) for batch in batches)))
+        return convert(model, recipe, batches, **settings)
+
+    monkeypatch.setattr(search, "convert", counted)
+    kept, data = tmp_path / "study.log", images()
+    budget = Budget(max_drop=100.0, minutes=5, trials=3, target=target)
+    study = optimize(net(), data, budget=budget, storage=kept)
+    rough = [trial for trial in study.trials if trial.rough]
+    whole = [trial for trial in study.trials if not trial.rough]
+    assert len(rough) == 3
+    assert all(trial.label.endswith(", rough") for trial in rough)
+    assert {trial.label for trial in whole} >= {"dense", "int8 everywhere"}
+    assert rows[0] == (search._ROWS, 36)  # int8
+    assert rows[1:4] == [(search._ROUGH_ROWS, 12)] * 3
+    assert set(rows[4:]) == {(search._ROWS, 36)}
+    assert not study.choice.rough
+    cheapest = min(rough, key=lambda t: t.cost(target))
+    refined = cheapest.cost(target) < study.trials[1].cost(target)  # than int8
+    assert refined == (target == "size")
+    assert (cheapest.choice in [trial.choice for trial in whole]) == refined
+    assert study.choice.choice == min(whole, key=lambda t: t.cost(target)).choice
+    assert not study.choice.label.endswith(", rough")
+    assert study.choice.choice in [trial.choice for trial in study.front]
+    twice = [trial for trial in study.front if trial.choice == study.choice.choice]
+    assert len(twice) == 1
+    count = len(rows)
+    again = optimize(net(), data, budget=Budget(**{**vars(budget), "trials": 0}), storage=kept)
+    assert again.choice.choice == study.choice.choice
+    assert len(rows) - count <= 2  # the choice, and int8 beside it
+    assert [t.label for t in again.trials] == [t.label for t in study.trials]
 
 
 @pytest.mark.slow

@@ -38,15 +38,18 @@ def front_chart(study: Mapping[str, Any]) -> str:
         xs = [t["bytes"] / 1024 if size else t["ms"] for t in trials]
         ys = [t["quality"] for t in trials]
         axes.scatter(xs, ys, s=18, color=_GREY, label="tried", zorder=2)
-        ends = sorted((x, y) for x, y, t in zip(xs, ys, trials, strict=True) if t["front"])
+        ends: list[tuple[float, float]] = []  # the choice may lie behind them
+        for x, y in sorted((x, y) for x, y, t in zip(xs, ys, trials, strict=True) if t["front"]):
+            if not ends or y > ends[-1][1]:
+                ends.append((x, y))
         line = ([x for x, _ in ends], [y for _, y in ends])
         axes.step(*line, where="post", color=_BLUE, lw=1.4, zorder=1)
         axes.scatter(line[0], line[1], s=30, color=_BLUE, label="front", zorder=3)
         for trial, x, y in zip(trials, xs, ys, strict=True):
             if trial["label"] in ("dense", "int8 everywhere"):
                 axes.annotate(
-                    trial["label"], (x, y), xytext=(0, -14), textcoords="offset points",
-                    ha="center", fontsize=8, color=_INK,
+                    trial["label"], (x, y), xytext=(6, -16), textcoords="offset points",
+                    ha="left" if x < max(xs) else "right", fontsize=8, color=_INK,
                 )  # fmt: skip
         choice = study["choice"]
         axes.scatter(

@@ -67,8 +67,13 @@ class Study:
 
     @property
     def front(self) -> list[Trial]:
-        """The trials that no other is both cheaper and better than, the cheapest first."""
-        return front(self.trials, self.budget.target)
+        """The trials that no other is both cheaper and better than, the cheapest first, and the
+        choice. Rough trials of recipes that all samples calibrated too do not count."""
+        whole = [trial.choice for trial in self.trials if not trial.rough]
+        own = [trial for trial in self.trials if not trial.rough or trial.choice not in whole]
+        found = front(own, self.budget.target)
+        missing = [t for t in own if t.choice == self.choice.choice and t not in found]
+        return sorted([*found, *missing[-1:]], key=lambda t: t.cost(self.budget.target))
 
     @property
     def recipe(self) -> dict[str, Method]:
