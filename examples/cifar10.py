@@ -217,7 +217,9 @@ def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     add_data(parser, "cifar-10-python.tar.gz, or a folder with cifar10_*.npy.xz")
     add_training(parser, output)
     parser.add_argument("--method", default="pq", choices=("pq", "lookup"))
-    parser.add_argument("--epochs", type=float, default=40, help="of fine-tuning; default: 40")
+    parser.add_argument(
+        "--epochs", type=float, default=40, help="of fine-tuning; default: 40; 0: none"
+    )
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--v", type=int, default=9, help="PQ: values of a sub-vector")
@@ -304,12 +306,15 @@ def compress(
     def log(name: str) -> Log:
         return Log(name, lambda current: accuracy(current, data.x_valid, data.y_valid), "%")
 
-    run = finetune(
-        model, loader, teacher=dense, distillation=options.distillation,
-        feature_layers=feature_layers, feature_weight=options.feature_weight,
-        batch_norm_batches=100, checkpoint_dir=folder, evaluate=log(options.method),
-        **settings, **steady(options),
-    )  # fmt: skip
+    steps = 0
+    if options.epochs:
+        run = finetune(
+            model, loader, teacher=dense, distillation=options.distillation,
+            feature_layers=feature_layers, feature_weight=options.feature_weight,
+            batch_norm_batches=100, checkpoint_dir=folder, evaluate=log(options.method),
+            **settings, **steady(options),
+        )  # fmt: skip
+        steps = run.steps
     metrics = {
         "dense_validation": accuracy(dense, data.x_valid, data.y_valid),
         "validation": accuracy(model, data.x_valid, data.y_valid),
@@ -326,7 +331,7 @@ def compress(
     entries = {
         "recipe": recipe_to_json(recipe),
         "seed": options.seed,
-        "training": {"epochs": options.epochs, "steps": run.steps, "batch": options.batch,
+        "training": {"epochs": options.epochs, "steps": steps, "batch": options.batch,
                      "lr": options.lr, "distillation": options.distillation,
                      "feature_weight": options.feature_weight, "clip_norm": clip_norm,
                      "mixed_precision": options.mixed_precision, **steady(options)},
@@ -344,6 +349,6 @@ def compress(
         "engine_validation": engine_accuracy(options.output, data.x_valid, data.y_valid),
         "engine_test": engine_accuracy(options.output, data.x_test, data.y_test),
         "test_images": len(data.x_test),
-        "steps": run.steps,
+        "steps": steps,
     }
     finish(options.output, results)
