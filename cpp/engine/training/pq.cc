@@ -9,7 +9,6 @@ namespace {
 
 constexpr double kGradPerMicrosecond = 5e3;  // table entries added: a rough guess for one core
 constexpr double kPairsPerMicrosecond = 1e3;
-constexpr int64_t kMostCentroids = 64;
 
 }  // namespace
 
@@ -102,8 +101,8 @@ void code_pairs(const uint8_t* codes, int64_t codebooks, int64_t rows, int64_t c
     const int64_t b = static_cast<int64_t>(item);
     const uint8_t* const left = codes + b * rows;
     // Two histograms in turn, so that equal neighbours do not wait for each other's increment.
-    std::vector<int32_t> cells(2 * kMostCentroids * kMostCentroids);
     const int64_t used = centroids * centroids;
+    std::vector<int32_t> cells(static_cast<size_t>(2 * used));
     for (int64_t a = 0; a <= b; ++a) {
       const uint8_t* const right = codes + a * rows;
       int32_t* const even = cells.data();

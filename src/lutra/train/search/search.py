@@ -89,7 +89,7 @@ class Search:
         )
         self.tried = 0
         self.stopped = False
-        self.rough = False
+        self.rough = False  # whether the trials of the search are; known behind the base
 
     # ---- trials ---------------------------------------------------------------------------------
 
@@ -101,7 +101,6 @@ class Search:
             self._refine()
         except KeyboardInterrupt:  # there is an answer already; a second one ends all
             self.stopped = True
-        self.rough = False
 
     def _search(self) -> None:
         """All trials behind the base."""
@@ -175,13 +174,9 @@ class Search:
             ]
             if not candidates:
                 return
-            rough, self.rough = candidates[0], False
-            try:
-                trial = self._try(
-                    rough.label.removesuffix(ROUGH), rough.choice, self.storage.start(rough.choice)
-                )
-            finally:
-                self.rough = True
+            rough = candidates[0]
+            label, number = rough.label.removesuffix(ROUGH), self.storage.start(rough.choice)
+            trial = self._try(label, rough.choice, number)
             first, longest = False, max(longest, trial.seconds)
             if not trial.failed and rough.drop > 0:
                 kept = min(1.0, max(0.1, trial.drop / rough.drop))
@@ -219,36 +214,40 @@ class Search:
         """Measures a recipe, unless another process is at it."""
         number = self.storage.claim(choice)
         if number is not None:
-            self._try(label, choice, number)
+            self._try(label, choice, number, self.rough)
 
-    def _try(self, label: str, choice: Mapping[str, str], number: int) -> Trial:
+    def _try(
+        self, label: str, choice: Mapping[str, str], number: int, rough: bool = False
+    ) -> Trial:
         """Measures a recipe, and keeps what came of it."""
-        label += ROUGH if self.rough else ""
+        label += ROUGH if rough else ""
         self._tell(f"trial {len(self.storage.trials()) + 1}: {label}")
         start = time.perf_counter()
         try:
-            model, report = self.convert(choice)
+            model, report = self.convert(choice, rough)
             trial = self.judge(label, choice, model, report)
         except LutraError as error:
             if label == DENSE:
                 raise
             trial = Trial(label, dict(choice), failed=str(error))
         seconds = time.perf_counter() - start
-        trial = replace(trial, seconds=seconds, rough=self.rough)
+        trial = replace(trial, seconds=seconds, rough=rough)
         self.storage.finish(number, trial)
         self.tried += 1
         return trial
 
-    def convert(self, choice: Mapping[str, str]) -> tuple[nn.Module, ConversionReport | None]:
-        """The model with a recipe: the same bits in every call."""
+    def convert(
+        self, choice: Mapping[str, str], rough: bool = False
+    ) -> tuple[nn.Module, ConversionReport | None]:
+        """The model with a recipe, by all samples or a part: the same bits in every call."""
         recipe = recipe_of(self.layers, choice)
         if not recipe:
             return self.model, None
         batches = [(batch,) for batch in self.data.calibration.batches]
-        if self.rough:
+        if rough:
             batches = batches[:: -(-self.data.calibration.count // _ROUGH_SAMPLES)]
         return convert(
-            self.model, recipe, batches, rows=_ROUGH_ROWS if self.rough else _ROWS,
+            self.model, recipe, batches, rows=_ROUGH_ROWS if rough else _ROWS,
             seed=self.budget.seed, progress=False,
         )  # fmt: skip
 
