@@ -22,6 +22,7 @@ from benchmarks.networks import (
     keyword_resnet,
     mobilenet_v2,
     pointnet,
+    resnet9,
     resnet18,
     resnet20,
     vdsr,
@@ -29,7 +30,7 @@ from benchmarks.networks import (
 )
 
 _NETWORKS: Final = (
-    *((network, (1, 8)) for network in (resnet20(), resnet18(32), vgg11(), resnet18(224))),
+    *((network, (1, 8)) for network in (resnet20(), resnet9(), resnet18(32), vgg11(), resnet18(224))),
     (vdsr(128), (1,)),
     (pointnet(512), (1, 8)),
     (dscnn(), (1,)),

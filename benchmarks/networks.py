@@ -163,6 +163,12 @@ class _Writer:
         y = self.add(Conv(f"{name}.conv2", y, outputs, outputs))
         return self.relu(self.add(Add(f"{name}.add", y, x)))
 
+    def plain_block(self, name: str, x: str, channels: int) -> str:
+        """Two 3x3 convolutions, each with a ReLU, and what they read added to their output."""
+        y = self.relu(self.add(Conv(f"{name}.conv1", x, channels, channels)))
+        y = self.relu(self.add(Conv(f"{name}.conv2", y, channels, channels)))
+        return self.add(Add(f"{name}.add", y, x))
+
     def head(self, x: str, features: int, classes: int) -> None:
         x = self.add(GlobalAverage("average", x))
         self.add(Linear("classifier", x, features, classes, lookup=False))
@@ -214,6 +220,21 @@ def resnet18(size: int) -> Network:
             inputs = outputs
     w.head(x, inputs, 1000 if size >= 64 else 10)
     return Network(f"ResNet-18 {size}x{size}", (3, size, size), tuple(w.layers))
+
+
+def resnet9(width: int = 32) -> Network:
+    """ResNet-9 for CIFAR (Page 2018), 8 widths wide at its end, like the zoo's."""
+    w = _Writer()
+    x = w.relu(w.add(Conv("stem", "x", 3, width, lookup=False)))
+    x = w.relu(w.add(Conv("conv1", x, width, 2 * width)))
+    x = w.add(MaxPool("pool1", x, 2, 2))
+    x = w.plain_block("block1", x, 2 * width)
+    for i in (2, 3):
+        x = w.relu(w.add(Conv(f"conv{i}", x, 2 ** (i - 1) * width, 2**i * width)))
+        x = w.add(MaxPool(f"pool{i}", x, 2, 2))
+    x = w.add(GlobalMax("max", w.plain_block("block3", x, 8 * width)))
+    w.add(Linear("classifier", x, 8 * width, 10, lookup=False))
+    return Network("ResNet-9 32x32", (3, 32, 32), tuple(w.layers))
 
 
 def vgg11() -> Network:
