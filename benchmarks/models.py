@@ -30,7 +30,10 @@ from benchmarks.networks import (
 )
 
 _NETWORKS: Final = (
-    *((network, (1, 8)) for network in (resnet20(), resnet9(), resnet18(32), vgg11(), resnet18(224))),
+    *(
+        (network, (1, 8))
+        for network in (resnet20(), resnet9(), resnet18(32), vgg11(), resnet18(224))
+    ),
     (vdsr(128), (1,)),
     (pointnet(512), (1, 8)),
     (dscnn(), (1,)),

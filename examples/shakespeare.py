@@ -8,8 +8,8 @@ straight-through gradients with the dense one as teacher. The run can be stopped
 same command goes on from the last checkpoint; `--dense-only` ends after the first training, which
 all --bits share.
 
-The first 90 % of the text are for training, the next 5 % for every choice, and the last 5 % are used
-once, at the end, through the engine.
+The first 90 % of the text are for training, the next 5 % for every choice, and the last 5 % are
+used once, at the end, through the engine.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ class Text(NamedTuple):
 
 def load_text(path: Path) -> Text:
     """The text of a file, cut at 90 % and 95 %."""
-    symbols, ids = np.unique(
-        np.frombuffer(path.read_bytes(), np.uint8), return_inverse=True
-    )
+    symbols, ids = np.unique(np.frombuffer(path.read_bytes(), np.uint8), return_inverse=True)
     whole = torch.from_numpy(ids.astype(np.int64))
     cuts = [int(0.9 * len(whole)), int(0.95 * len(whole))]
     return Text("".join(map(chr, symbols)), *torch.tensor_split(whole, cuts))

@@ -93,7 +93,7 @@ def _parameters(forward: Any) -> tuple[list[str], list[str]]:
 
 def _ready(path: str, name: str, array: Array) -> Array:
     where = f"{path!r}: {name}"
-    if array.ndim < 2 or array.size == 0:
+    if array.ndim < 1 or array.size == 0:
         raise InputError(
             f"{path!r} holds {name} of shape {array.shape}; it must be (N, ...) and not empty"
         )

@@ -49,7 +49,7 @@ def example_tensors(example_input: ExampleInput) -> tuple[Tensor, ...]:
                 f"export: example_input[{index}] is a {type(tensor).__name__} but must be a "
                 "torch.Tensor; give one tensor per argument of the model's forward."
             )
-        if tensor.ndim < 2 or tensor.shape[0] == 0:
+        if tensor.ndim < 1 or tensor.shape[0] == 0:
             raise InputError(
                 f"export: example_input[{index}] has shape {tuple(tensor.shape)} but must be "
                 "(N, ...) with N >= 1; give at least one sample with a batch axis in front."
@@ -99,6 +99,18 @@ def argument_names(model: nn.Module, count: int) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _of_vectors(example: Sequence[Tensor]) -> str:
+    """Advice for what may be one sample without its batch axis; nothing where there is none."""
+    vectors = [tensor for tensor in example if tensor.ndim == 1]
+    if not vectors:
+        return ""
+    shape = tuple(vectors[0].shape)
+    return (
+        f"; or, if the example of shape {shape} is one sample, give it a batch axis in front: "
+        f"{(1, *shape)}"
+    )
+
+
 def capture(
     model: nn.Module,
     example: tuple[Tensor, ...],
@@ -125,7 +137,7 @@ def capture(
     fixed = UnsupportedModelError(
         f"export: {name} works for one batch size only ({batch} in the example); write sizes that "
         "depend on the batch as x.size(0) or -1, for example x.flatten(1) in place of "
-        "x.reshape(8, -1)."
+        f"x.reshape(8, -1){_of_vectors(whole)}."
     )
     try:
         dynamic = _dynamic_shapes(model, dynamic_axes or ((),) * len(example))
@@ -136,11 +148,11 @@ def capture(
         ) from error
     failure = _run(model, example)
     if failure is not None and batch > _TRACED and _run(model, whole) is None:
-        raise fixed from failure
+        raise (InputError(str(fixed)) if _of_vectors(whole) else fixed) from failure
     if failure is not None:
         raise InputError(
             f"export: {name} fails on example_input of shapes {[tuple(t.shape) for t in whole]} "
-            f"({_first_line(failure)}); give an example that the model takes."
+            f"({_first_line(failure)}); give an example that the model takes{_of_vectors(whole)}."
         ) from failure
     if batch == 1:
         # A batch of 1 would be taken for a constant (and for a broadcast) by torch.export.

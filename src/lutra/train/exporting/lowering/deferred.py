@@ -183,7 +183,7 @@ def _lowered(ctx: Lowering, node: fx.Node) -> Any:
     value = node.meta["val"]
     if own is not None:
         return own(ctx, arguments, value.dtype)
-    if value.dtype == torch.bool and not target.startswith(_MOVES):
+    if value.dtype == torch.bool and not target.startswith((*_MOVES, *_COMPARES)):
         raise UnsupportedUse(f"{target} of integers cannot be computed with activations")
     return ctx.apply(node, arguments)
 
@@ -260,6 +260,12 @@ _MOVES = (
     "aten.unflatten.",
     "aten.flatten.",
 )
+#: What compares numbers, which float32 does exactly below 2^24, and what joins such answers.
+_COMPARES = (
+    "aten.lt.", "aten.le.", "aten.gt.", "aten.ge.", "aten.eq.", "aten.ne.",
+    "aten.logical_and.", "aten.logical_or.", "aten.logical_xor.",
+    "aten.bitwise_and.", "aten.bitwise_or.", "aten.__and__.", "aten.__or__.",
+)  # fmt: skip
 _OWN: dict[str, Callable[[Lowering, list[Any], torch.dtype], Any]] = {
     "aten._to_copy.default": _cast,
     "aten.to.dtype": _cast,
