@@ -283,3 +283,39 @@ def test_node_tests_of_onnx() -> None:
     passed = sum(not text for text in outcomes.values())
     assert len(outcomes) > 900
     assert passed / len(outcomes) >= 0.9, f"{passed} of {len(outcomes)}"
+
+
+def _either(tmp_path: Path) -> Path:
+    """A file whose input `flag` decides between the double and the square of x."""
+    node = helper.make_node
+    branches = {
+        name: helper.make_graph(
+            [node(op, ["x", other], [f"{name}_y"])],
+            name,
+            [],
+            [helper.make_tensor_value_info(f"{name}_y", F32, None)],
+        )
+        for name, op, other in (("then", "Add", "x"), ("else", "Mul", "x"))
+    }
+    choice = node("If", ["flag"], ["y"], then_branch=branches["then"], else_branch=branches["else"])
+    graph = helper.make_graph(
+        [choice],
+        "graph",
+        [
+            helper.make_tensor_value_info("x", F32, ["n", 3]),
+            helper.make_tensor_value_info("flag", TensorProto.BOOL, []),
+        ],
+        [helper.make_tensor_value_info("y", F32, None)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "either.onnx")
+    return tmp_path / "either.onnx"
+
+
+def test_a_branch_names_the_input_that_decides(tmp_path: Path) -> None:
+    path = _either(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"inputs \('flag'\) decide .* --constant"):
+        load_onnx(path)
+    x = torch.randn(4, 3)
+    for flag, want in ((True, x + x), (False, x * x)):
+        assert torch.equal(load_onnx(path, constants={"flag": flag})(x), want)
