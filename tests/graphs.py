@@ -10,6 +10,7 @@ import numpy as np
 
 from lutra.graph import Graph, Node, Shape, Value, make_node
 from lutra.ops.lookup import bits_for, pack_weights
+from lutra.ops.lowbit import store_rows
 from lutra.runtime.session import Session
 
 Array = np.ndarray[Any, Any]
@@ -49,6 +50,23 @@ def int8_tensors(rng: np.random.Generator, shape: tuple[int, ...]) -> dict[str, 
         ),
         "bias": rng.normal(size=shape[0]).astype(np.float32),
     }
+
+
+def lowbit_tensors(
+    rng: np.random.Generator, outputs: int, inputs: int, levels: int, group: int
+) -> dict[str, Array]:
+    """Random weight uint8 (M, bytes), scale float32 and perhaps zero int8 (M, inputs / group), bias
+    float32 (M,)."""
+    codes = rng.integers(0, levels, (outputs, inputs)).astype(np.uint8)
+    shape = (outputs, inputs // group)
+    tensors: dict[str, Array] = {
+        "weight": store_rows(codes, levels),
+        "scale": (rng.uniform(0.5, 1.5, shape) / levels / np.sqrt(inputs)).astype(np.float32),
+        "bias": rng.normal(size=outputs).astype(np.float32),
+    }
+    if levels > 3 and rng.integers(2):
+        tensors["zero"] = rng.integers(1 - levels, levels, shape).astype(np.int8)
+    return tensors
 
 
 def lookup_tensors(

@@ -112,6 +112,9 @@ void test_lowbit_quantize(const Kernels& k, size_t n, float size) {
   Guarded<float> x(n, coin());
   for (size_t i = 0; i < n; ++i) x[i] = pick(0, 9) == 0 ? 0.0f : uniform(size);
   if (n > 2 && coin()) x[n - 1] = -size;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const float none[] = {kInfinity, -kInfinity, std::numeric_limits<float>::quiet_NaN()};
+  if (pick(0, 3) == 0) x[static_cast<size_t>(pick(0, static_cast<int>(n) - 1))] = none[pick(0, 2)];
   Canvas<uint8_t> mine(n), want(n);
   const float a = k.lowbit_quantize(x.data(), n, reinterpret_cast<int8_t*>(mine.data()));
   const float b = kScalar.lowbit_quantize(x.data(), n, reinterpret_cast<int8_t*>(want.data()));

@@ -7,8 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from graphs import Array, Builder, int8_tensors, lookup_tensors, pq_tensors, tree_tensors
+from graphs import (
+    Array,
+    Builder,
+    int8_tensors,
+    lookup_tensors,
+    lowbit_tensors,
+    pq_tensors,
+    tree_tensors,
+)
 
+from lutra.ops.limits import LOWBIT_LEVELS
 from lutra.ops.lookup import bits_for
 from lutra.reference import run_node
 
@@ -118,6 +127,7 @@ class LayerGrower:
     ) -> str:
         """A layer of any family; its value is hidden."""
         families = ["pq", "tree", "lookup", "int8", "int8"] + ["float"] * (not integers)
+        families += ["lowbit"] * (len(self.shape(x)) != 3 and not integers)
         family = self.random.choice(families)
         wide = outputs or self.random.choice([1, 3, 4, 5, 8, 8, 12])
         if family in ("pq", "tree"):
@@ -155,6 +165,12 @@ class LayerGrower:
         if family == "int8":
             tensors = int8_tensors(self.b.rng, (outputs, features))
             return self.add("int8_linear", x, hidden=True, tensors=tensors, **self.grid(x))
+        if family == "lowbit":
+            levels = self.random.choice(LOWBIT_LEVELS)
+            group = self.random.choice([n for n in range(1, features + 1) if features % n == 0])
+            tensors = lowbit_tensors(self.b.rng, outputs, features, levels, group)
+            attrs = {"in_features": features, "levels": levels, "group": group}
+            return self.add("lowbit_linear", x, hidden=True, tensors=tensors, **attrs)
         return self.add("linear", x, hidden=True, tensors=self._floats((outputs, features)))
 
     def _floats(self, shape: tuple[int, ...]) -> dict[str, Array]:

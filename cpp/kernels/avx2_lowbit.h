@@ -14,15 +14,19 @@ LUTRA_INLINE __m256i first_dwords(int32_t count) {
 }
 
 float lowbit_quantize(const float* x, size_t n, int8_t* q) {
-  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-  __m256 most = _mm256_setzero_ps();
+  // Magnitudes as integers: infinities and NaN are above all numbers.
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  __m256i most = _mm256_setzero_si256();
   for (size_t i = 0; i < n; i += 8) {
     const __m256i mask = first_dwords(n - i < 8 ? static_cast<int32_t>(n - i) : 8);
-    most = _mm256_max_ps(most, _mm256_and_ps(magnitude, _mm256_maskload_ps(x + i, mask)));
+    const __m256i v = _mm256_castps_si256(_mm256_maskload_ps(x + i, mask));
+    most = _mm256_max_epi32(most, _mm256_and_si256(v, magnitude));
   }
-  float lanes[8], top = 0.0f;
-  _mm256_storeu_ps(lanes, most);
-  for (int32_t i = 0; i < 8; ++i) top = lanes[i] > top ? lanes[i] : top;
+  int32_t lanes[8], top_bits = 0;
+  store(lanes, most);
+  for (int32_t i = 0; i < 8; ++i) top_bits = lanes[i] > top_bits ? lanes[i] : top_bits;
+  if (top_bits >= kInfinityBits) return no_row(n, q);
+  const float top = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(top_bits)));
   const bool zero = top < 0x1p-120f;
   const __m256 inverse = _mm256_set1_ps(zero ? 0.0f : 127.0f / top);
   for (size_t i = 0; i < n; i += 8) {

@@ -10,12 +10,17 @@ namespace lutra {
 namespace {
 
 float lowbit_quantize(const float* x, size_t n, int8_t* q) {
-  __m512 most = _mm512_setzero_ps();
+  // Magnitudes as integers: infinities and NaN are above all numbers.
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  __m512i most = _mm512_setzero_si512();
   for (size_t i = 0; i < n; i += 16) {
     const int32_t left = n - i < 16 ? static_cast<int32_t>(n - i) : 16;
-    most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(lane_mask(left), x + i)));
+    const __m512i v = _mm512_maskz_loadu_epi32(lane_mask(left), x + i);
+    most = _mm512_max_epi32(most, _mm512_and_si512(v, magnitude));
   }
-  const float top = _mm512_reduce_max_ps(most);
+  const int32_t top_bits = _mm512_reduce_max_epi32(most);
+  if (top_bits >= kInfinityBits) return no_row(n, q);
+  const float top = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(top_bits)));
   const bool zero = top < 0x1p-120f;
   const __m512 inverse = _mm512_set1_ps(zero ? 0.0f : 127.0f / top);
   for (size_t i = 0; i < n; i += 16) {

@@ -378,7 +378,7 @@ struct Kernels {
 
   // --- low-bit weights: codes u of 1 to 4 bits, activations in int8 ------------------------------
   // q = round_half_even(x * (127 / a)) with a = max |x|; gives a / 127. Where a < 2^-120: zeros, 0.
-  // x is finite.
+  // Where an x is not finite: zeros, NaN.
   float (*lowbit_quantize)(const float* x, size_t n, int8_t* q);
 
   // Codes (outputs, depth) -> this instruction set's order, for each of the two kernels.

@@ -7,6 +7,14 @@
 namespace lutra {
 namespace {
 
+constexpr int32_t kInfinityBits = 0x7f800000;
+
+// What quantising makes of a row that holds NaN or an infinity.
+inline float no_row(size_t n, int8_t* q) {
+  for (size_t i = 0; i < n; ++i) q[i] = 0;
+  return __builtin_nanf("");
+}
+
 inline int32_t lowbit_ceil(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
 // --- the dense kernel ---------------------------------------------------------------------------

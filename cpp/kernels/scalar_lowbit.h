@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "kernels.h"
 
@@ -10,7 +11,15 @@ namespace {
 
 float lowbit_quantize(const float* x, size_t n, int8_t* q) {
   float most = 0.0f;
-  for (size_t i = 0; i < n; ++i) most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
+  bool finite = true;
+  for (size_t i = 0; i < n; ++i) {
+    finite = finite && std::isfinite(x[i]);
+    most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
+  }
+  if (!finite) {
+    for (size_t i = 0; i < n; ++i) q[i] = 0;
+    return std::numeric_limits<float>::quiet_NaN();
+  }
   const bool zero = most < 0x1p-120f;
   const float inverse = zero ? 0.0f : 127.0f / most;
   for (size_t i = 0; i < n; ++i) {

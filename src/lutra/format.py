@@ -122,8 +122,8 @@ def file_version(graph: Graph) -> int:
     functions, and sums and products of values whose shapes differ; version 3 has comparisons,
     choices, constants, cumulative sums, more functions, embeddings of computed ids, transposed
     convolutions, norms over groups of channels, recurrent layers, positions, and operators that
-    choose entries or read images between their pixels, codes that are made once a pixel, and
-    tables of two axes whose zero is any index.
+    choose entries or read images between their pixels, codes that are made once a pixel, low-bit
+    weights, and tables of two axes whose zero is any index.
 
     Args:
         graph: A valid graph.

@@ -16,12 +16,12 @@ from typing import Any, Final, Literal, TypeAlias, cast
 import numpy as np
 
 from lutra._engine import LowBitMatrix as PackedMatrix
-from lutra._engine import ThreadPool, all_finite
+from lutra._engine import ThreadPool, all_finite, choose_lowbit
 from lutra.errors import InputError
 from lutra.formatting import counted, shape_text
 from lutra.inputs import cast_input
 from lutra.node import Array, Value
-from lutra.ops.limits import MAX_LOWBIT_DEPTH, MAX_LOWBIT_OUTPUTS
+from lutra.ops.limits import LOWBIT_GROUPS, MAX_LOWBIT_DEPTH, MAX_LOWBIT_OUTPUTS
 from lutra.ops.lowbit_storage import BITS, TERNARY, levels_of, load_codes, store_codes
 from lutra.reference.lowbit import lowbit_levels
 from lutra.runtime.cpu import choose_isa, choose_threads
@@ -29,8 +29,6 @@ from lutra.runtime.cpu import choose_isa, choose_threads
 __all__ = ["KernelChoice", "LowBitMatrix"]
 
 Kernel: TypeAlias = Literal["dense", "tables"]
-#: Neighbouring weights that may share a scale; else all weights of an output do.
-GROUPS: Final = (32, 64, 128)
 _BITS_TEXT: Final = "1, 1.58, 2, 3 or 4"
 
 
@@ -53,17 +51,6 @@ class KernelChoice:
         return f"{self.kernel} on {self.isa}: {self.reason}"
 
 
-#: The time of the kernel of tables for a tile of 32 rows, divided by that of the dense kernel, by
-#: instruction set, bits and group; what is not here is above 1. `python -m benchmarks.lowbit
-#: --kernels` measures it. Tables take as long for a tile that has fewer rows.
-_TABLES_TIME: Final[dict[tuple[str, float, int | None], float]] = {
-    ("avx2", 1, None): 0.40,
-    ("avx2", TERNARY, None): 0.60,
-    ("avx2", 2, None): 0.78,
-    ("avx2", 1, 128): 0.75,
-    ("avx2", TERNARY, 128): 0.92,
-    ("avx512", 1, None): 0.90,
-}
 #: Rows of a tile of the kernel of tables.
 TABLE_ROWS: Final = 32
 
@@ -234,14 +221,15 @@ class LowBitMatrix:
         if self.isa == "scalar":
             reason = "the scalar kernels are the specification and have no tables"
             return KernelChoice("dense", self.isa, reason)
-        time = _TABLES_TIME.get((self.isa, self.bits, self.group))
-        if time is None:
+        depth = self.shape[1]
+        kernel, time = choose_lowbit(
+            self.isa, depth, levels_of(self.bits), depth if self.group is None else self.group, rows
+        )
+        if time == 0.0:
             reason = f"lookups were measured to be slower for {what}, however many rows there are"
             return KernelChoice("dense", self.isa, reason)
-        # In units of the dense kernel's time for a row.
-        tables = -(-rows // TABLE_ROWS) * TABLE_ROWS * time
-        costs = f"{tables / rows:.2f} times what products cost"
-        if tables < rows:
+        costs = f"{time:.2f} times what products cost"
+        if kernel == "tables":
             reason = f"lookups for {counted(rows, 'row')} of {what} were measured to cost {costs}"
             return KernelChoice("tables", self.isa, reason)
         reason = (
@@ -273,11 +261,28 @@ class LowBitMatrix:
         rows = self._rows(where, array)
         if not all_finite(rows):
             raise InputError(f"{where} holds NaN or an infinity; give finite numbers")
-        out = np.empty((len(rows), self.shape[0]), np.float32)
-        if len(rows):
-            self._pack_for(kernel, len(rows)).matmul(_pool(self._threads), rows, out)
+        out = self.multiply(rows, kernel=kernel)
         y = out.reshape(*array.shape[:-1], self.shape[0])
         return sys.modules["torch"].from_numpy(y) if tensor else y
+
+    def multiply(
+        self, rows: Array, *, kernel: Kernel | None = None, pool: ThreadPool | None = None
+    ) -> Array:
+        """``matmul`` without its checks.
+
+        Args:
+            rows: float32 (n, K), C-contiguous. A row that holds NaN or an infinity gives NaN.
+            kernel: As of ``matmul``.
+            pool: The threads; None takes those of the matrix.
+
+        Returns:
+            float32 (n, M).
+        """
+        out = np.empty((len(rows), self.shape[0]), np.float32)
+        if len(rows):
+            pool = _pool(self._threads) if pool is None else pool
+            self._pack_for(kernel, len(rows)).matmul(pool, rows, out)
+        return out
 
     def sums(self, x: Any, *, kernel: Kernel | None = None) -> Array:
         """Exact integer sums of levels times activations.
@@ -380,7 +385,7 @@ def _weights(where: str, weights: Any) -> Array:
 
 
 def _groups(where: str, group: int, depth: int) -> int:
-    if group not in GROUPS:
+    if group not in LOWBIT_GROUPS:
         raise ValueError(f"{where}: group={group!r}; give 32, 64, 128 or None")
     if depth % group:
         raise ValueError(

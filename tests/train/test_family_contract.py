@@ -26,7 +26,7 @@ from lutra.errors import LutraError
 from lutra.graph import Graph
 from lutra.node import Array, Node
 from lutra.ops.lookup import unpack_weights
-from lutra.train import PQ, Int8, Lookup, convert, export, finetune
+from lutra.train import PQ, Int8, Lookup, LowBit, convert, export, finetune
 from lutra.train.layers.base import KINDS, families
 
 
@@ -74,7 +74,31 @@ def int8_sums(rows: Array, tensors: dict[str, Array], node: Node) -> Array:
     return (rows - node.attrs["act_zero"]) @ weight.reshape(len(weight), -1).T
 
 
-# name, recipe, sum of a row: all that a new family adds
+def lowbit_outputs(x: Array, tensors: dict[str, Array], node: Node) -> Array:
+    """Levels times activations in int8, group by group; the scale of the row, and the bias."""
+    count, group, depth = (node.attrs[name] for name in ("levels", "group", "in_features"))
+    stored = tensors["weight"].astype(np.int64)
+    if count == 3:
+        codes = (stored[:, :, None] // 3 ** np.arange(5) % 3).reshape(len(stored), -1)
+        levels = codes[:, :depth] - 1
+    else:
+        bits = int(np.log2(count))
+        planes = stored.reshape(len(stored), bits, -1)[:, :, :, None] >> np.arange(8) & 1
+        codes = (planes.reshape(len(stored), bits, -1) << np.arange(bits)[:, None]).sum(1)
+        levels = 2 * codes[:, :depth] - (count - 1)
+    most = np.abs(x).max(1, keepdims=True)
+    q = np.rint(x * (np.float32(127) / most)).astype(np.int64)
+    zero = tensors.get("zero", np.zeros_like(tensors["scale"], np.int8)).astype(np.int64)
+    y = np.zeros((len(x), len(stored)), np.float32)
+    for g in range(depth // group):
+        part = slice(g * group, (g + 1) * group)
+        sums = q[:, part] @ (levels[:, part] - zero[:, g, None]).T
+        y = y + sums.astype(np.float32) * tensors["scale"][:, g]
+    return y * (most / np.float32(127)) + tensors["bias"]
+
+
+# name, recipe, sum of a row: all that a new family adds. Without an activation grid the function
+# gives the outputs of rows of floats.
 FAMILIES: list[tuple[str, Any, Callable[..., Array]]] = [
     ("pq-nearest", PQ(k=16), pq_sums),
     ("pq-average", PQ(k=8, centroids="average"), pq_sums),
@@ -83,6 +107,12 @@ FAMILIES: list[tuple[str, Any, Callable[..., Array]]] = [
     ("lookup", Lookup(), lookup_sums),
     ("lookup-free", Lookup(8, 7, table="free"), lookup_sums),
     ("int8", Int8(), int8_sums),
+    ("lowbit", LowBit(), lowbit_outputs),
+    ("lowbit-absmean", LowBit(rounding="absmean"), lowbit_outputs),
+    ("lowbit-1", LowBit(1), lowbit_outputs),
+    ("lowbit-2", LowBit(2, rounding="nearest"), lowbit_outputs),
+    ("lowbit-3-zeros", LowBit(3, zero_points=True), lowbit_outputs),
+    ("lowbit-4", LowBit(4), lowbit_outputs),
 ]
 Shape = tuple[int, ...]
 # of a kind of module: a dense layer, shape of one input, what the refusal of a shape says
@@ -183,6 +213,8 @@ def by_hand(case: Case, graph: Graph, x: Array) -> Array:
     """The sums of all rows, one patch after the other, then scale and bias."""
     (node,) = graph.nodes
     attrs, tensors = node.attrs, graph.node_tensors(node)
+    if "act_scale" not in attrs:
+        return case.sums(x, tensors, node)
     zero, most = attrs["act_zero"], 2 ** attrs["act_bits"] - 1
     steps = np.rint(x / np.float32(attrs["act_scale"])).astype(np.int64) + zero
     grid = np.clip(steps, 0, most)

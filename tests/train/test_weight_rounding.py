@@ -16,7 +16,7 @@ def test_outputs_move_less_than_with_the_nearest_levels(half: int) -> None:
     x = torch.randn(400, 150) @ torch.randn(150, 150).div_(8) + torch.randn(400, 1)
     weight = torch.randn(9, 150)
     step = weight.abs().amax(1) / half * 0.7
-    found = round_weights(weight, step, half, *rounding_factor((x.t() @ x).double()))
+    found = round_weights(weight, step, -half, half, *rounding_factor((x.t() @ x).double()))
     assert set(found.unique().tolist()) <= set(range(-half, half + 1))
     nearest = (weight / step[:, None]).round().clamp(-half, half)
 
@@ -25,7 +25,18 @@ def test_outputs_move_less_than_with_the_nearest_levels(half: int) -> None:
 
     assert moved(found) < 0.7 * moved(nearest)
     apart = torch.eye(150, dtype=torch.float64)  # nothing to make good with
-    assert torch.equal(round_weights(weight, step, half, *rounding_factor(apart)), nearest)
+    assert torch.equal(round_weights(weight, step, -half, half, *rounding_factor(apart)), nearest)
+    # the same levels as codes from 0 up, with a step and a zero for each weight
+    wide = step[:, None].expand_as(weight)
+    codes = round_weights(
+        weight,
+        wide,
+        0,
+        2 * half,
+        *rounding_factor((x.t() @ x).double()),
+        torch.full_like(wide, half),
+    )
+    assert torch.equal(codes - half, found)
 
 
 def test_the_grid_of_a_lookup_layer_follows_its_data() -> None:

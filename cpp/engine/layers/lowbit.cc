@@ -87,6 +87,24 @@ void to_dense_tile(const int8_t* x, size_t stride, int32_t rows, int32_t width, 
 
 }  // namespace
 
+const char* lowbit_kernel_name(LowBitKernel kernel) {
+  return kernel == LowBitKernel::kDense ? "dense" : "tables";
+}
+
+void check_lowbit(const LowBitShape& s) {
+  require(is_one_of(s.levels, kLowBitLevels),
+          "levels must be 2, 3, 4, 8 or 16, not " + std::to_string(s.levels));
+  require(s.depth >= 1 && s.depth <= kMaxLowBitDepth, "the depth must be 1.." +
+                                                          std::to_string(kMaxLowBitDepth) +
+                                                          ", not " + std::to_string(s.depth));
+  require(s.outputs >= 1 && s.outputs <= kMaxLowBitOutputs,
+          "outputs must be 1.." + std::to_string(kMaxLowBitOutputs) + ", not " +
+              std::to_string(s.outputs));
+  require(s.group >= 1 && s.depth % s.group == 0, "a group of " + std::to_string(s.group) +
+                                                      " does not divide the depth " +
+                                                      std::to_string(s.depth));
+}
+
 struct LowBitMatrix::Scratch {
   int64_t tiles;
   int32_t rows;         // of a tile
@@ -104,18 +122,8 @@ struct LowBitMatrix::Scratch {
 LowBitMatrix::LowBitMatrix(const Kernels& kernels, LowBitKernel kernel, const LowBitShape& shape,
                            const uint8_t* codes, const float* scale, const int32_t* zero)
     : kernels_(&kernels), kernel_(kernel), shape_(shape) {
+  check_lowbit(shape);
   const LowBitShape& s = shape_;
-  require(is_one_of(s.levels, kLowBitLevels),
-          "levels must be 2, 3, 4, 8 or 16, not " + std::to_string(s.levels));
-  require(s.depth >= 1 && s.depth <= kMaxLowBitDepth, "the depth must be 1.." +
-                                                          std::to_string(kMaxLowBitDepth) +
-                                                          ", not " + std::to_string(s.depth));
-  require(s.outputs >= 1 && s.outputs <= kMaxLowBitOutputs,
-          "outputs must be 1.." + std::to_string(kMaxLowBitOutputs) + ", not " +
-              std::to_string(s.outputs));
-  require(s.group >= 1 && s.depth % s.group == 0, "a group of " + std::to_string(s.group) +
-                                                      " does not divide the depth " +
-                                                      std::to_string(s.depth));
   const size_t count = static_cast<size_t>(s.outputs) * static_cast<size_t>(s.depth);
   const uint8_t top = *std::max_element(codes, codes + count);
   require(top < s.levels, "the code " + std::to_string(top) + " is not below " +

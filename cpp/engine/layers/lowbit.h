@@ -10,6 +10,11 @@
 namespace lutra {
 
 enum class LowBitKernel { kDense, kTables };
+inline constexpr int kLowBitKernels = 2;
+const char* lowbit_kernel_name(LowBitKernel kernel);  // "dense", "tables"
+
+// Throws std::invalid_argument for sizes that are not sound.
+void check_lowbit(const LowBitShape& shape);
 
 // A weight of code u stands for the integer level
 //   ternary: u - 1        1, 2, 3 and 4 bits: 2 u - (levels - 1)

@@ -55,6 +55,8 @@ MAX_INT8_DEPTH: Final = 2**31 // (127 * 128)
 
 #: Values of a code of low-bit weights: 1 bit, ternary, 2, 3 and 4 bits.
 LOWBIT_LEVELS: Final = (2, 3, 4, 8, 16)
+#: Neighbouring low-bit weights that may share a scale, where not all of an output do.
+LOWBIT_GROUPS: Final = (32, 64, 128)
 #: A sum of so many products of twice the distance of a code from a zero point (at most 30) and an
 #: int8 is exact in int32.
 MAX_LOWBIT_DEPTH: Final = (2**31 - 1) // (30 * 128)

@@ -11,11 +11,15 @@ a zero point ``z`` of codes, ``s * (u - z)``, become ``s / 2`` and ``2 z - (2**b
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
-from lutra.node import Array
+from lutra.node import Array, Node
+from lutra.ops.lowbit import load_rows
+from lutra.ops.spec import integer
 
-__all__ = ["lowbit_levels", "lowbit_matmul", "lowbit_sums", "quantise_rows"]
+__all__ = ["lowbit_levels", "lowbit_linear", "lowbit_matmul", "lowbit_sums", "quantise_rows"]
 
 #: Rows whose largest magnitude is below this are zeros.
 _TINY = np.float32(2.0**-120)
@@ -36,16 +40,20 @@ def quantise_rows(x: Array) -> tuple[Array, Array]:
     """Activations in int8, each row by its largest magnitude.
 
     Args:
-        x: float32 (n, K), finite.
+        x: float32 (n, K).
 
     Returns:
-        int8 (n, K) in -127..127, and float32 (n): what a step of each row stands for.
+        int8 (n, K) in -127..127, and float32 (n): what a step of each row stands for. A row that
+        holds NaN or an infinity becomes zeros, whose step is NaN.
     """
+    finite = np.asarray(np.isfinite(x).all(axis=1))
+    x = np.where(finite[:, None], x, np.float32(0))
     most = np.abs(x).max(axis=1)
     tiny = most < _TINY
     inverse = np.float32(127) / np.where(tiny, np.float32(1), most)
     q = np.rint(x * np.where(tiny, np.float32(0), inverse)[:, None]).astype(np.int8)
-    return q, np.where(tiny, np.float32(0), most / np.float32(127))
+    step = np.where(tiny, np.float32(0), most / np.float32(127))
+    return q, np.where(finite, step, np.float32(np.nan))
 
 
 def lowbit_sums(levels: Array, x: Array, group: int) -> Array:
@@ -75,7 +83,7 @@ def lowbit_matmul(levels: Array, scale: Array, zero: Array | None, x: Array, gro
         levels: int32 (M, K).
         scale: float32 (K / group, M).
         zero: int32 (K / group, M), or None for zeros.
-        x: float32 (n, K), finite.
+        x: float32 (n, K); a row that holds NaN or an infinity gives NaN.
         group: Neighbouring inputs of a group; divides K.
 
     Returns:
@@ -90,3 +98,20 @@ def lowbit_matmul(levels: Array, scale: Array, zero: Array | None, x: Array, gro
     for g in range(1, len(scale)):
         y = y + sums[:, g].astype(np.float32) * scale[g]
     return y * row_scale[:, None]
+
+
+def lowbit_linear(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
+    """(..., K) to (..., M): see ``lutra.ops.lowbit`` for the equations."""
+    (x,) = inputs
+    depth, count = integer(node, "in_features"), integer(node, "levels")
+    levels = lowbit_levels(load_rows(tensors["weight"], count, depth), count)
+    zero = tensors.get("zero")
+    y = lowbit_matmul(
+        levels,
+        tensors["scale"].T,
+        None if zero is None else zero.astype(np.int32).T,
+        x.reshape(-1, depth),
+        integer(node, "group"),
+    )
+    made: Array = (y + tensors["bias"]).reshape(*x.shape[:-1], -1)
+    return made

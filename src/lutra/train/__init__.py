@@ -23,12 +23,22 @@ from lutra.train.importing.onnx import load_onnx
 from lutra.train.layers.finite import check_finite
 from lutra.train.layers.int8 import FrozenInt8, Int8Conv2d, Int8Linear
 from lutra.train.layers.lookup import FrozenLookup, LookupConv2d, LookupLinear
+from lutra.train.layers.lowbit import FrozenLowBit, LowBitLinear
 from lutra.train.layers.pq import FrozenPQ, PQConv2d, PQLinear
 from lutra.train.layers.pq_reconstruction import reconstruction_loss
 from lutra.train.operators.masked_mean import masked_mean
 from lutra.train.publishing.load import from_pretrained
 from lutra.train.publishing.save import push_to_hub, save_pretrained
-from lutra.train.recipe import PQ, Function, Int8, Keep, Lookup, recipe_from_json, recipe_to_json
+from lutra.train.recipe import (
+    PQ,
+    Function,
+    Int8,
+    Keep,
+    Lookup,
+    LowBit,
+    recipe_from_json,
+    recipe_to_json,
+)
 from lutra.train.report import ConversionReport, FunctionReport, LayerReport
 from lutra.train.search.budget import Budget
 from lutra.train.search.optimize import optimize
@@ -44,6 +54,7 @@ __all__ = [
     "FinetuneReport",
     "FrozenInt8",
     "FrozenLookup",
+    "FrozenLowBit",
     "FrozenPQ",
     "Function",
     "FunctionReport",
@@ -55,6 +66,8 @@ __all__ = [
     "Lookup",
     "LookupConv2d",
     "LookupLinear",
+    "LowBit",
+    "LowBitLinear",
     "PQConv2d",
     "PQLinear",
     "Schedule",

@@ -14,17 +14,20 @@ from lutra.ops.limits import (
     FUNCTION_ENTRIES,
     INT8_MAX,
     LOOKUP_ACT_BITS,
+    LOWBIT_GROUPS,
     MAX_ACT_BITS,
     MAX_SUBVECTOR,
     MAX_WEIGHTS,
     MIN_WEIGHTS,
 )
+from lutra.ops.lowbit_storage import BITS, TERNARY
 from lutra.train.parts import Group
 
 Gradient = Literal["projected", "straight-through", "dense", "soft"]
 CentroidUpdate = Literal["average", "gradient"]
 EncoderName = Literal["nearest", "tree"]
 TableKind = Literal["learned", "linear", "free"]
+Rounding = Literal["calibrated", "nearest", "absmean"]
 
 #: Activation indices that a lookup layer may have.
 LOOKUP_LEVELS = tuple(1 << bits for bits in LOOKUP_ACT_BITS)
@@ -76,7 +79,7 @@ def _check_otherwise(owner: str, other: Any) -> None:
     if other is not None and (not isinstance(other, Method) or isinstance(other, Function)):
         raise LutraError(
             f"{owner}: otherwise={other!r} is no method of layers; give Int8(), Lookup(...), "
-            "PQ(...) or Keep()"
+            "LowBit(...), PQ(...) or Keep()"
         )
 
 
@@ -251,6 +254,74 @@ class Int8(Method, name="int8"):
                 f"leave it out for {MAX_ACT_BITS}"
             )
         _check_otherwise("Int8", self.otherwise)
+
+
+@dataclass(frozen=True)
+class LowBit(Method, name="lowbit"):
+    """Weights of 1 to 4 bits in linear layers, and activations in int8, row by row.
+
+    Products are lookups in tables of activation sums, or multiplications, whichever is faster for
+    the number of rows (see docs/low-bit.md); the sums are exact.
+
+    Args:
+        bits: of a weight: 1, 1.58 (ternary: -1, 0, 1), 2, 3 or 4.
+        group: neighbouring weights of an output that share a scale: 32, 64 or 128, which has to
+            divide the inputs of the layer. None: all weights of an output.
+        rounding: how weights become codes. "calibrated": scales by the error of the outputs on the
+            calibration data; with sequential calibration weights are then fitted to the dense
+            network and rounded one after the other, each making good the errors before it (GPTQ,
+            arXiv 2210.17323). "nearest": scales by the error of the weights alone. The scales of
+            both are learned in training. "absmean", of 1 and 1.58 bits: the scale is the mean
+            magnitude of the weights, in training too (BitNet b1.58, arXiv 2402.17764): for models
+            that are trained with such weights.
+        zero_points: whether the codes of a group need not be symmetric around zero; of 2 to 4 bits.
+        otherwise: what a layer becomes that cannot have such weights (a convolution, an embedding,
+            inputs that the group does not divide), as of `PQ`.
+
+    Raises:
+        LutraError: a value is out of range.
+
+    Examples:
+        >>> from lutra.train import Int8, LowBit
+        >>> recipe = {"head": Int8(), "*": LowBit(4, group=32, otherwise=Int8())}
+        >>> recipe["*"].bits
+        4
+    """
+
+    bits: float = TERNARY
+    group: int | None = None
+    rounding: Rounding = "calibrated"
+    zero_points: bool = False
+    otherwise: Method | None = None
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, what: str) -> None:
+            if not ok:
+                raise LutraError(f"LowBit: {what}")
+
+        require(
+            not isinstance(self.bits, bool) and self.bits in BITS,
+            f"bits={self.bits!r} is not one of {list(BITS)}",
+        )
+        require(
+            self.group is None or (type(self.group) is int and self.group in LOWBIT_GROUPS),
+            f"group={self.group!r} is not one of {list(LOWBIT_GROUPS)} or None",
+        )
+        kinds = list(get_args(Rounding))
+        require(self.rounding in kinds, f"rounding={self.rounding!r} is not one of {kinds}")
+        require(
+            self.rounding != "absmean" or self.bits in (1, TERNARY),
+            f"rounding='absmean' is of 1 and 1.58 bits, not of {self.bits:g}; choose 'calibrated' "
+            "or 'nearest'",
+        )
+        require(
+            type(self.zero_points) is bool, f"zero_points={self.zero_points!r} is not True or False"
+        )
+        require(
+            not self.zero_points or self.bits not in (1, TERNARY),
+            f"zero_points=True is of 2 to 4 bits, not of {self.bits:g}",
+        )
+        _check_otherwise("LowBit", self.otherwise)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from lutra.errors import LutraError
 from lutra.graph import Graph
 from lutra.node import Array, Node
 from lutra.ops.limits import INT8_MAX
+from lutra.train.geometry import Grid
 from lutra.train.layers.base import FrozenLayer, QuantizedLayer
 
 _TABLES: Final = "tables"
@@ -64,10 +65,11 @@ def compact_tables_of(
             continue
         rows = weight.double().numpy()
         scale = frozen.tensors["scale"].double().cpu().numpy()
+        grid = Grid.of_attrs(frozen.node.attrs)
         step = np.maximum(np.abs(rows).max(axis=1), 1e-30) / INT8_MAX
         result[tables] = CompactTables(
             np.rint(rows / step[:, None]).astype(np.int8),
-            np.minimum(step * frozen.grid.scale / scale, _MOST).astype(np.float32),
+            np.minimum(step * grid.scale / scale, _MOST).astype(np.float32),
         )
     return result
 

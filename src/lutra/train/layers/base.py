@@ -138,7 +138,8 @@ class FrozenLayer(nn.Module):
     Args:
         name: class of the layer that was frozen, for errors.
         op: operator of the graph.
-        geometry, grid: of the layer.
+        geometry: of the layer.
+        grid: of the layer, if it has one.
         tensors: by role; they become buffers.
         attrs: attributes of the operator beside those of geometry and grid.
     """
@@ -150,13 +151,14 @@ class FrozenLayer(nn.Module):
         name: str,
         op: str,
         geometry: Geometry,
-        grid: Grid,
+        grid: Grid | None,
         tensors: Mapping[str, Tensor],
         attrs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         spec = op_spec(op)
-        own = {**geometry.attrs(spec.attrs), **grid.attrs, **(attrs or {})}
+        steps = {} if grid is None else grid.attrs
+        own = {**geometry.attrs(spec.attrs), **steps, **(attrs or {})}
         self.name, self.geometry, self.grid = name, geometry, grid
         for role in spec.tensors:
             if role in tensors:
@@ -209,11 +211,13 @@ class QuantizedLayer(nn.Module):
     """A layer with the weights of a dense one, whose forward pass is that of the engine.
 
     State: `weight` and `bias` of the dense layer, and `act_scale` and `signed`, which make the
-    activation grid. Other attributes of the dense layer, such as `kernel_size`, are kept too.
+    activation grid of layers that have one. Other attributes of the dense layer, such as
+    `kernel_size`, are kept too.
     """
 
     op: ClassVar[str]  # operator of the graph
     takes_groups: ClassVar[bool] = False  # whether a grouped convolution will do
+    has_grid: ClassVar[bool] = True  # or activations are rounded in another way
     form: Form = CONV2D  # of the module that it replaces
     geometry: Geometry
     method: Any  # the method of the family
@@ -231,7 +235,8 @@ class QuantizedLayer(nn.Module):
         self.method = method
         self.weight = nn.Parameter(weight.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        self._hold_grid(weight.device)
+        if self.has_grid:
+            self._hold_grid(weight.device)
 
     @classmethod
     def from_float(cls, layer: Any, method: Any) -> Self:
@@ -446,10 +451,11 @@ class QuantizedLayer(nn.Module):
         self, kind: type[_F], tensors: Mapping[str, Tensor], attrs: Mapping[str, Any] | None = None
     ) -> _F:
         """The frozen layer of some tensors; adds the bias."""
-        scale = tensors["scale"]
-        bias = torch.zeros_like(scale) if self.bias is None else self.bias.float().clone()
+        zeros = tensors["scale"].new_zeros(self.outputs)
+        bias = zeros if self.bias is None else self.bias.float().clone()
         name, every = type(self).__name__, {**tensors, "bias": bias}
-        made = kind(name, self.op, self.geometry, self.grid(), every, attrs)
+        grid = self.grid() if self.has_grid else None
+        made = kind(name, self.op, self.geometry, grid, every, attrs)
         made.form = self.form
         adopt_attributes(made, self)
         return made
@@ -466,7 +472,7 @@ class QuantizedLayer(nn.Module):
     def forget_frozen(self) -> None:
         """Forgets what `frozen` kept: not every write to a parameter can be noticed."""
         self.__dict__.pop("_frozen", None)
-        if self._step_source().requires_grad:
+        if self.has_grid and self._step_source().requires_grad:
             self.__dict__.pop("_grid", None)
 
     def train(self, mode: bool = True) -> Self:

@@ -93,7 +93,9 @@ def _activation_range(rows: Tensor, bits: int) -> tuple[float, float]:
 
 @torch.no_grad()
 def fit_grid(layer: QuantizedLayer, rows: Tensor) -> None:
-    """Sets the activation grid of a layer from samples of its input."""
+    """Sets the activation grid of a layer, if it has one, from samples of its input."""
+    if not layer.has_grid:
+        return
     low, high = _activation_range(rows, layer.method.act_bits)
     # A process whose samples are all positive must take the others' signed grid.
     reach = distributed.all_reduce(torch.tensor([-low, high]), "max")

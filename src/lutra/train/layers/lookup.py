@@ -333,7 +333,8 @@ class LookupLayer(ZeroPointLayer):
         rows, half = self._rows(), self.method.weights // 2
         scale = _weight_scale(rows, self.method.weights)
         step = scale / half
-        found = round_weights(rows, step, half, *rounding_factor(gram)) * step[:, None]
+        codes = round_weights(rows, step, -half, half, *rounding_factor(gram))
+        found = codes * step[:, None]
         reach = _INSIDE * step[:, None]
         moved = torch.maximum(torch.minimum(rows, found + reach), found - reach)
         self.log_weight_scale.copy_(scale.log())

@@ -28,24 +28,37 @@ def rounding_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.linalg.cholesky(inverse, upper=True)
 
 
-def round_weights(weight: Tensor, step: Tensor, half: int, order: Tensor, factor: Tensor) -> Tensor:
-    """Multiples of a step, -half..half (M, D), for weights (M, D).
+def round_weights(
+    weight: Tensor,
+    step: Tensor,
+    low: int,
+    high: int,
+    order: Tensor,
+    factor: Tensor,
+    zero: Tensor | None = None,
+) -> Tensor:
+    """Codes low..high (M, D) for weights (M, D), each of which stands for (code - zero) * step.
 
     Args:
         weight: of a layer.
-        step: of each output (M).
-        half: the largest multiple.
+        step: of each output (M), or of each weight (M, D).
+        low, high: the smallest and the largest code.
         order, factor: from `rounding_factor`.
+        zero: the code that stands for zero, of each weight (M, D); None: 0.
     """
     rest = weight.double()[:, order]
-    unit = step.double()[:, None]
+    step = step[:, None] if step.dim() == 1 else step
+    unit = step.double().expand_as(rest)[:, order]
+    middle = torch.zeros_like(rest[:1]) if zero is None else zero.double()[:, order]
     found = torch.empty_like(rest)
     for start in range(0, rest.shape[1], _BLOCK):
         end = min(start + _BLOCK, rest.shape[1])
         errors = torch.empty_like(rest[:, start:end])
         for i in range(start, end):
-            found[:, i : i + 1] = (rest[:, i : i + 1] / unit).round().clamp_(-half, half)
-            error = (rest[:, i : i + 1] - found[:, i : i + 1] * unit) / factor[i, i]
+            own, offset = unit[:, i : i + 1], middle[:, i : i + 1]
+            code = (rest[:, i : i + 1] / own + offset).round().clamp_(low, high)
+            error = (rest[:, i : i + 1] - (code - offset) * own) / factor[i, i]
+            found[:, i : i + 1] = code
             rest[:, i + 1 : end] -= error * factor[i, i + 1 : end]
             errors[:, i - start : i - start + 1] = error
         rest[:, end:] -= errors @ factor[start:end, end:]

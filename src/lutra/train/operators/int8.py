@@ -16,8 +16,6 @@ from lutra.train.geometry import Geometry, Grid
 from lutra.train.operators import native, portable
 from lutra.train.operators.frozen import FrozenNode, frozen_kernel, frozen_native
 
-_EXACT = 1 << 24  # up to here float32 holds every integer
-
 
 @frozen_kernel("int8_conv2d", "int8_linear")
 def frozen_int8(x: Tensor, node: FrozenNode, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -68,23 +66,6 @@ def portable_sums(x: Tensor, weight: Tensor, geometry: Geometry, grid: Grid) -> 
         for part in torch.split(x, images):
             steps = portable.quantize(part, grid) - grid.zero
             rows = portable.unfold(steps, g, g.depth, 0.0).view(g.groups, g.depth // g.groups, -1)
-            sums = _products(matrices, rows, largest)
+            sums = portable.exact_products(matrices, rows, largest)
             parts.append(sums.view(outputs, len(part), height, width).transpose(0, 1))
     return torch.cat(parts).contiguous(memory_format=native.layout(x))
-
-
-def _products(matrices: Tensor, rows: Tensor, largest: int) -> Tensor:
-    """Integer matrices (G, M, D) times (G, D, R), in float32: exact sums, rounded once.
-
-    Args:
-        largest: that a product of two entries can be. So many are added at a time that every sum
-            on the way is exact in float32, in whatever order it is formed.
-    """
-    depth = _EXACT // largest
-    if rows.shape[1] <= depth:
-        return torch.bmm(matrices, rows)
-    total = torch.zeros((), dtype=torch.int32, device=rows.device)
-    parts = zip(torch.split(matrices, depth, 2), torch.split(rows, depth, 1), strict=True)
-    for some, others in parts:
-        total = total + torch.bmm(some, others).to(torch.int32)
-    return total.float()

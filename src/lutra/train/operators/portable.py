@@ -15,6 +15,7 @@ from lutra.train.encoder import Encoder, Tree, descend
 from lutra.train.geometry import Geometry, Grid
 from lutra.train.parts import Parts
 
+_EXACT = 1 << 24  # up to here float32 holds every integer
 BLOCK = 1 << 20  # elements of the largest temporary on the CPU: it should stay in the cache
 
 
@@ -159,3 +160,20 @@ def cluster_sums(
         wide = index[:, :, None].expand(-1, -1, dim)
         sums.scatter_add_(1, wide, sub.transpose(1, 2))
     return sums, counts
+
+
+def exact_products(matrices: Tensor, rows: Tensor, largest: int) -> Tensor:
+    """Integer matrices (G, M, D) times (G, D, R), in float32: exact sums, rounded once.
+
+    Args:
+        largest: that a product of two entries can be. So many are added at a time that every sum
+            on the way is exact in float32, in whatever order it is formed.
+    """
+    depth = _EXACT // largest
+    if rows.shape[1] <= depth:
+        return torch.bmm(matrices, rows)
+    total = torch.zeros((), dtype=torch.int32, device=rows.device)
+    parts = zip(torch.split(matrices, depth, 2), torch.split(rows, depth, 1), strict=True)
+    for some, others in parts:
+        total = total + torch.bmm(some, others).to(torch.int32)
+    return total.float()
