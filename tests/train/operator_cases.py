@@ -206,7 +206,7 @@ MASKS = {
     "tril": call(lambda m, x: x.tril(), TOKENS),
     "zeros_like": call(lambda m, x: torch.cat([x, torch.zeros_like(x)], 1)),
     "new_full": call(lambda m, x: torch.cat([x, x.new_full((x.shape[0], 2), 0.5)], 1), ROW),
-    "bool_output": call(lambda m, x: x > 0, refused="float32"),
+    "bool_output": call(lambda m, x: x > 0),
 }
 SHAPES = {
     "class_token": call(

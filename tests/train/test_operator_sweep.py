@@ -13,6 +13,8 @@ import pytest
 import torch
 from operator_cases import CASES as FIRST
 from operator_cases import Case
+from operator_positions import CASES as OF_POSITIONS
+from operator_positions import SIZES as POSITIONS_OF_ANY_SIZE
 from operator_relatives import RELATIVES
 from operator_relatives import SIZES as RELATIVES_OF_ANY_SIZE
 from torch import Tensor
@@ -24,7 +26,11 @@ from lutra.reference import run_reference
 from lutra.reference.compare import difference
 from lutra.train.exporting.export import export
 
-CASES = {**FIRST, **{f"relatives-{name}": case for name, case in RELATIVES.items()}}
+CASES = {
+    **FIRST,
+    **{f"relatives-{name}": case for name, case in RELATIVES.items()},
+    **{f"positions-{name}": case for name, case in OF_POSITIONS.items()},
+}
 #: One of each kind; the others are slow.
 QUICK = (
     "activations-prelu_channels",
@@ -39,6 +45,9 @@ QUICK = (
     "reductions-std",
     "reductions-cosine_similarity",
     "products-einsum_heads",
+    "positions-einsum_of_parts",
+    "positions-mask_as_output",
+    "positions-attention_pooling",
 )
 
 
@@ -103,11 +112,19 @@ SIZES = {
 ANY_SIZE = {
     **{name: (CASES[name], axes) for name, axes in SIZES.items()},
     **{f"relatives-{name}": each for name, each in RELATIVES_OF_ANY_SIZE.items()},
+    **{f"positions-{name}": each for name, each in POSITIONS_OF_ANY_SIZE.items()},
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ANY_SIZE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name == "positions-attention_pooling"
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in ANY_SIZE
+    ],
+)
 def test_operators_of_any_size(name: str, tmp_path: Path) -> None:
     case, axes = ANY_SIZE[name]
     model = case.make().eval()
@@ -130,4 +147,4 @@ def test_operators_of_any_size(name: str, tmp_path: Path) -> None:
 def test_the_sweep_is_as_large_as_it_says() -> None:
     assert len(CASES) >= 120
     assert sum(case.refused is None for case in CASES.values()) >= 110
-    assert set(QUICK) <= set(CASES)
+    assert set(QUICK) <= {*CASES, *ANY_SIZE}

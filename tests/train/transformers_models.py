@@ -81,6 +81,22 @@ _DECODER = {
     "use_cache": False,
     "pad_token_id": 0,
 }
+_GPT = {
+    "vocab_size": 60,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 40,
+    "use_cache": False,
+}
+_SEGMENTS = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 64,
+    "patch_size": 16,
+    "window_size": 2,
+}
 _STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "num_stages": 4}
 _SWIN = {
     "image_size": 32,
@@ -188,6 +204,15 @@ TEXTS = {
             "sep_token_id": 2,
         },
     ),
+    "bloom": text(
+        "BloomModel",
+        "BloomConfig",
+        {"vocab_size": 60, "hidden_size": 16, "n_layer": 2, "n_head": 2, "use_cache": False},
+    ),
+    "gpt-j": text("GPTJModel", "GPTJConfig", {**_GPT, "rotary_dim": 4}, masked=False),
+    "codegen": text(
+        "CodeGenModel", "CodeGenConfig", {**_GPT, "n_head": 4, "rotary_dim": 4}, masked=False
+    ),
     "deberta-v2": text(
         "DebertaV2Model",
         "DebertaV2Config",
@@ -207,6 +232,18 @@ IMAGES = {
     "dinov2": image("Dinov2Model", "Dinov2Config", {**_VIT, "mlp_ratio": 2}),
     "siglip": image("SiglipVisionModel", "SiglipVisionConfig", _VIT, field="pooler_output"),
     "clip-vision": image("CLIPVisionModel", "CLIPVisionConfig", _VIT, field="pooler_output"),
+    "sam": image(
+        "SamVisionModel",
+        "SamVisionConfig",
+        {**_SEGMENTS, "output_channels": 8, "global_attn_indexes": [1], "mlp_dim": 32},
+        shape=(3, 64, 64),
+    ),
+    "vitdet": image(
+        "VitDetModel",
+        "VitDetConfig",
+        {**_SEGMENTS, "use_relative_position_embeddings": True, "window_block_indices": [0]},
+        shape=(3, 64, 64),
+    ),
     "swin": image("SwinModel", "SwinConfig", _SWIN),
     "swinv2": image("Swinv2Model", "Swinv2Config", _SWIN),
     "convnext": image("ConvNextModel", "ConvNextConfig", _STAGES, shape=(3, 64, 64), step=32),
@@ -350,6 +387,49 @@ IMAGES = {
         field="predicted_depth",
     ),
 }
+
+
+def _two_texts(batch: int, seed: int, more: int) -> tuple[Tensor, ...]:
+    """Ids and mask of a text, and the ids of what was written of it so far."""
+    return *tokens(batch, seed, more), *ids_alone(batch, seed + 50, more)
+
+
+def translator(kind: str, config: str, settings: dict[str, Any]) -> Architecture:
+    names = ("input_ids", "attention_mask", "decoder_input_ids")
+    return Architecture(_make(kind, config, settings, names, "logits"), _two_texts, (0, 1))
+
+
+TRANSLATORS = {
+    "bart": translator(
+        "BartForConditionalGeneration",
+        "BartConfig",
+        {
+            "vocab_size": 60,
+            "d_model": 16,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 32,
+            "decoder_ffn_dim": 32,
+            "max_position_embeddings": 40,
+            "pad_token_id": 1,
+        },
+    ),
+    "t5-with-decoder": translator(
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {
+            "vocab_size": 60,
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 32,
+            "num_layers": 1,
+            "num_heads": 2,
+            "decoder_start_token_id": 0,
+        },
+    ),
+}
 WAVES = {
     **ENCODER,
     "conv_dim": (8, 8),
@@ -414,4 +494,4 @@ SOUNDS = {
         pixels(8, 24),
     ),
 }
-ARCHITECTURES = {**TEXTS, **IMAGES, **SOUNDS}
+ARCHITECTURES = {**TEXTS, **TRANSLATORS, **IMAGES, **SOUNDS}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any, Final
 
 import torch
@@ -147,6 +149,8 @@ def capture(
             f"take ({_first_line(error)}); give one tensor per positional argument."
         ) from error
     failure = _run(model, example)
+    if isinstance(failure, UnsupportedModelError):
+        raise failure
     if failure is not None and batch > _TRACED and _run(model, whole) is None:
         raise (InputError(str(fixed)) if _of_vectors(whole) else fixed) from failure
     if failure is not None:
@@ -163,6 +167,7 @@ def capture(
     try:
         with (
             quiet(),
+            _without_listings(),
             plain_attention(),
             _masks_as_given(),
             whole_recurrent_layers(),
@@ -286,6 +291,16 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
+
+
+@contextmanager
+def _without_listings() -> Iterator[None]:
+    """Drop the listing of the whole program that torch.export prints where it fails; what a model
+    that can be traced prints is kept."""
+    stream, written = sys.stderr, io.StringIO()
+    with redirect_stderr(written):
+        yield
+    stream.write(written.getvalue())
 
 
 def _violated(error: BaseException) -> str:

@@ -37,6 +37,7 @@ from lutra.train.exporting.compact_tables import (
 from lutra.train.exporting.fold import fold_program, with_biases
 from lutra.train.exporting.lowering import decomposed, lower
 from lutra.train.exporting.lowering.modules import check_modules
+from lutra.train.exporting.outputs import return_tensors
 from lutra.train.exporting.parity import (
     Check,
     check_engine,
@@ -88,8 +89,10 @@ def export(
             integers or bool (token ids, masks of attention) become int32 inputs.
         metadata: Stored in the file: anything JSON can hold.
         input_names: One per input; by default the argument names of `forward`.
-        output_names: One per output; by default the keys of a returned dict or, of an imported
-            model, the names in its file, else `output`, or `output_0`, `output_1`, ...
+        output_names: One per output; by default the keys of a returned dict, data class or named
+            tuple or, of an imported model, the names in its file, else `output`, or `output_0`,
+            `output_1`, ... Tensors in lists under a key are `key_0`, `key_1`, ...; what is no
+            tensor, such as a decoder's cache, is left out.
         dynamic_axes: The axes that may have any size in the file, of all inputs or by input name:
             `(0, 2, 3)` for images of any height and width. Axis 0 is always among them. The
             example must have at least 2 entries on each; the file is then checked on an example of
@@ -127,10 +130,10 @@ def export(
     if tables not in get_args(Tables):
         raise InputError(f"export: tables={tables!r} is not one of {list(get_args(Tables))}")
     example = tuple(tensor[:_SAMPLES] for tensor in example_tensors(example_input))
-    given = prepare_copy(model)
+    given = return_tensors(prepare_copy(model))
     weights = weights_of(given)
     with threads_for(given, example):
-        frozen = with_biases(freeze_lookup_layers(prepare_copy(model)))
+        frozen = return_tensors(with_biases(freeze_lookup_layers(prepare_copy(model))))
         compact = compact_tables_of(frozen, weights)  # before norms go into the scales
         names = _input_names(frozen, len(example), input_names)
         axes = dynamic_axes_of(dynamic_axes, names, example)

@@ -316,11 +316,11 @@ def _another(size: int, limits: Mapping[Any, Any], symbol: Any) -> int:
 
 
 def outputs_of(model: nn.Module, example: Sequence[Tensor]) -> list[Array]:
-    """Return the outputs of a torch model."""
+    """Return the outputs of a torch model in float32, integers and masks too."""
     with torch.no_grad():
         # Copies, because a model may work in place on its input.
         leaves = _pytree.tree_leaves(model(*(tensor.clone() for tensor in example)))
-    return [leaf.numpy() for leaf in leaves if isinstance(leaf, Tensor)]
+    return [leaf.float().numpy() for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def check_engine(
@@ -442,7 +442,7 @@ def _traced(
         results = interpreter.run(*_arguments(program, example))
     specs = program.graph_signature.output_specs
     return [
-        result.numpy()
+        result.float().numpy()
         for result, spec in zip(results, specs, strict=True)
         if spec.kind == OutputKind.USER_OUTPUT
     ]

@@ -8,7 +8,6 @@ distances.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,16 +30,16 @@ from lutra.train.exporting.lowering.core import (
     View,
     lowers,
 )
-from lutra.train.exporting.lowering.deferred import LONGEST
 from lutra.train.exporting.lowering.emitter import expressions
 from lutra.train.exporting.lowering.operands import constant
+from lutra.train.exporting.lowering.placed import LONGEST, by_distance, numbers_at
 from lutra.train.exporting.lowering.sources import Sources
 from lutra.train.operators.scores import LOWEST
 
 _aten = torch.ops.aten
 _ATTENTION = "aten.scaled_dot_product_attention.default"
 _CHANGE_NOTHING = ("aten.clone.default", "aten.contiguous.default", "aten.alias.default")
-_PRODUCTS = ("aten.matmul.default", "aten.bmm.default", "aten.baddbmm.default")
+_PRODUCTS = ("aten.matmul.default", "aten.bmm.default")
 #: What is written here, after it was found out where everything comes from.
 _WRITTEN = ("lutra.relative_bias.default", "lutra.masked_scores.default")
 #: What scores may go through between their product and what is added to them.
@@ -115,9 +114,10 @@ def _is_activation(sources: Sources, node: fx.Node) -> bool:
 
 
 def _adds_numbers(sources: Sources, mask: fx.Node) -> bool:
-    """Whether a mask is more than a mask, and depends on constants, sizes and integers only."""
-    floats = mask.meta["val"].is_floating_point()
-    return floats and not sources.is_activation(mask) and not _is_mask(sources, mask)
+    """Whether a mask is more than a mask of constants, sizes and integers."""
+    if sources.is_activation(mask):
+        return True
+    return mask.meta["val"].is_floating_point() and not _is_mask(sources, mask)
 
 
 def _has_positions(sources: Sources, node: fx.Node, mask: fx.Node) -> bool:
@@ -175,6 +175,9 @@ def _take_apart(
         scores = call(_aten.mul.Tensor, scores, factor) if factor != 1 else scores
         for term, keeps in _terms(sources, mask):
             target = torch.ops.lutra.masked_scores.default
+            if term.meta["val"].dtype == torch.bool and not keeps:  # computed from activations
+                scores = call(_aten.where.ScalarOther, term, scores, LOWEST)
+                continue
             scores = call(target if keeps else _added(sources, scores, term), scores, term)
         weights = call(_aten.softmax.int, scores, -1)
         made = call(_aten.matmul.default, weights, value)
@@ -199,7 +202,7 @@ def _terms(sources: Sources, mask: Any) -> list[tuple[fx.Node, bool]]:
         mask = mask.args[0]
     deferred = sources.deferred(mask)
     if mask.meta["val"].dtype == torch.bool:
-        return [(mask, True)]
+        return [(mask, not sources.is_activation(mask))]
     if deferred is None or not deferred.inputs:
         return [(mask, False)]
     target, args = str(mask.target), mask.args
@@ -237,10 +240,10 @@ def _relative_bias(ctx: Lowering, x: Ref, bias: Any) -> Ref | View:
     if not isinstance(heads, int) or not isinstance(bias, Deferred):
         raise UnsupportedUse("its heads are known at run time only")
     symbols = [size for size in scores.shape[2:] if not isinstance(size, int)]
-    weight = _by_distance(
+    weight = by_distance(
         ctx,
         symbols,
-        lambda length: _bias_at(ctx, bias, symbols, length),
+        lambda length: numbers_at(ctx, bias, symbols, length),
         "it adds numbers to its scores that depend",
     )
     weight = weight.clamp(min=LOWEST).expand(heads, -1).contiguous()
@@ -289,99 +292,8 @@ def _masked_positions(ctx: Lowering, scores: Ref, keep: Any) -> Ref:
         return added[None] if added.ndim == 2 else added
 
     if symbols:
-        weight = _by_distance(ctx, symbols, at, "its mask depends")
+        weight = by_distance(ctx, symbols, at, "its mask depends")
         tensors = {"weight": weight.expand(scores.shape[1], -1).contiguous()}
         return ctx.emit("relative_bias", scores, scores.shape, tensors=tensors)
     term = constant(ctx, at(0), scores, 4)
     return ctx.emit("add", (scores, term), scores.shape)
-
-
-def _by_distance(
-    ctx: Lowering, symbols: list[Any], at: Callable[[int], Tensor], what: str
-) -> Tensor:
-    """(H or 1, 2 L - 1) of what is added to scores, for every distance within the longest length L.
-
-    Args:
-        ctx: The walk.
-        symbols: The lengths of queries and keys.
-        at: What is added at one length, (H or 1, length, length).
-        what: Begins the refusal.
-
-    Raises:
-        UnsupportedUse: It depends on more than the distance of two positions.
-    """
-    longest = min([LONGEST, *(ctx.sources.range_of(s)[1] or LONGEST for s in symbols)])
-    weight = _distances(at(longest))
-    for length in {2, 3, longest // 2}:
-        part, first = at(length), longest - length
-        if part.shape[-1] > longest or not torch.equal(
-            _distances(part), weight[:, first : first + 2 * length - 1]
-        ):
-            raise UnsupportedUse(
-                f"{what} on more than the distance of two positions; fix the length of the input"
-            )
-    return weight
-
-
-def pairs(ctx: Lowering, x: Deferred, heads: int) -> Ref | None:
-    """What depends on the distance of two positions, whose numbers are known at run time only.
-
-    Args:
-        ctx: The walk.
-        x: (N heads, T, S), the same for all samples and heads; it depends on no input.
-        heads: Parts of a sample.
-
-    Returns:
-        (N, heads, T, S) like scores that were computed before; None where there are none, or its
-        sizes are fixed.
-
-    Raises:
-        UnsupportedUse: It depends on more than the distance.
-    """
-    sizes = expressions(x.node.meta["val"].shape)
-    symbols = [size for size in sizes[-2:] if not isinstance(size, int)]
-    if x.inputs or len(symbols) < 2 or ctx.batch in symbols:
-        return None
-    like = ctx.find(lambda ref: ref.shape[1:] == (heads, *sizes[-2:]))
-    if like is None:
-        return None
-
-    def at(length: int) -> Tensor:
-        values = _bias_at(ctx, x, symbols, length)
-        if not torch.equal(values, values[:1].expand_as(values)):
-            raise UnsupportedUse("it computes with the number of a sample or a head")
-        return values[:1]
-
-    weight = _by_distance(ctx, symbols, at, "it computes numbers that depend")
-    zero = ctx.emit("clamp", like, like.shape, attrs={"low": 0.0, "high": 0.0}, suffix="filled")
-    tensors = {"weight": weight.expand(heads, -1).contiguous()}
-    return ctx.emit("relative_bias", zero, like.shape, tensors=tensors, suffix="distances")
-
-
-def _bias_at(ctx: Lowering, bias: Deferred, symbols: list[Any], length: int) -> Tensor:
-    """(H or 1, length, length): the bias of sequences of one length."""
-    sizes = {**ctx.sources.sizes(), **dict.fromkeys(symbols, length)}
-    values = ctx.sources.evaluate(bias.node, sizes, {}).float()
-    while values.ndim > 3:
-        if not torch.equal(values, values[:1].expand_as(values)):
-            raise UnsupportedUse("it adds other numbers to each sample of the batch")
-        values = values[0]
-    values = values[None] if values.ndim == 2 else values
-    return values.expand(-1, length, length)
-
-
-def _distances(bias: Tensor) -> Tensor:
-    """(H, 2 L - 1) of a bias (H, L, L): its number for every distance, j - i rising.
-
-    Raises:
-        UnsupportedUse: There are several for one distance.
-    """
-    length = bias.shape[-1]
-    made = torch.cat([bias[:, 1:, 0].flip(1), bias[:, 0]], 1)
-    place = torch.arange(length) - torch.arange(length)[:, None] + length - 1
-    if not torch.equal(made[:, place], bias):
-        raise UnsupportedUse(
-            "it adds numbers to its scores that depend on more than the distance of two positions; "
-            "fix the length of the input"
-        )
-    return made

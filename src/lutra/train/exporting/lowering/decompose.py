@@ -10,6 +10,7 @@ from torch.export import ExportedProgram, default_decompositions
 from lutra.train.exporting.capture import quiet
 from lutra.train.exporting.lowering.core import LOWERINGS
 from lutra.train.exporting.lowering.hints import has_hint
+from lutra.train.exporting.lowering.rewrite import rewrite
 from lutra.train.exporting.lowering.sources import Sources
 
 _ROUNDS = 3  # what torch writes may have to be written again
@@ -27,6 +28,7 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
         The program; as it was where something would be left, so that errors name the operators of
         the model.
     """
+    rewrite(program)
     made = program
     for _ in range(_ROUNDS):
         missing = _missing(made)

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, fx
 
 from lutra.train.exporting.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, View
+from lutra.train.exporting.lowering.placed import LONGEST, placed
 from lutra.train.exporting.lowering.sources import Sources, size_at
 
 _DYNAMIC = (
     "it computes with the size of an axis that is known at run time only; use constants, or take "
     "that axis out of dynamic_axes"
 )
-#: The longest input that a table of positions is made for where the model sets no limit.
-LONGEST = 2048
 
 
 def computed(ctx: Lowering, x: Deferred) -> Ref | View | Tensor:
@@ -30,7 +29,10 @@ def computed(ctx: Lowering, x: Deferred) -> Ref | View | Tensor:
     Raises:
         UnsupportedUse: It is neither.
     """
-    return _constant(ctx, x) if not x.inputs else _activation(ctx, x.node)
+    if x.inputs:
+        return _activation(ctx, x.node)
+    made: Ref | View | None = placed(ctx, x)
+    return _constant(ctx, x) if made is None else made
 
 
 def table(ctx: Lowering, x: Deferred, axis: int) -> Tensor | None:
@@ -171,7 +173,7 @@ def _activation(ctx: Lowering, node: fx.Node) -> Ref | View | Tensor:
     if deferred is None:
         raise UnsupportedUse("it computes with integers and activations at once")
     if not deferred.inputs:
-        return _constant(ctx, deferred)
+        return computed(ctx, deferred)
     made: Ref | View | Tensor = ctx.force(node, lambda each: _lowered(ctx, each))
     return made
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lutra.train.exporting.lowering import views
-from lutra.train.exporting.lowering.bias import pairs
 from lutra.train.exporting.lowering.core import (
     Deferred,
     Entry,
@@ -26,6 +25,7 @@ from lutra.train.exporting.lowering.core import (
 )
 from lutra.train.exporting.lowering.deferred import computed, in_parts
 from lutra.train.exporting.lowering.emitter import expressions, flatten
+from lutra.train.exporting.lowering.placed import pairs, placed
 
 #: The operators that treat axis 0 like any other that they do not name.
 _OPERATORS = frozenset(
@@ -210,6 +210,8 @@ def _deferred(ctx: Lowering, x: Deferred, whole: Any, count: Any) -> Any:
         return computed(ctx, x)
     if (made := pairs(ctx, x, count)) is not None:
         return _together(ctx, made, sizes)
+    if (row := placed(ctx, x)) is not None:
+        return row
     one, two = in_parts(ctx, x, 0, count)
     if not torch.equal(two, two[:1].expand_as(two)):
         raise UnsupportedUse("it computes with the number of a sample in the batch")

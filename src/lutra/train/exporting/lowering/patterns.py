@@ -102,13 +102,6 @@ class _Scores:
             if target in _PRODUCTS:
                 self.query, self.key = node.args
                 break
-            if target == "aten.baddbmm.default":
-                if any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
-                    return False
-                mask, self.query, self.key = node.args[:3]
-                if not self._take(mask):
-                    return False
-                break
             node = self._before(node, target)
             node = _through(node)
         if self.query is None:

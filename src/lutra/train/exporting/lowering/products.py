@@ -13,8 +13,15 @@ from lutra.train.exporting.lowering.arguments import Number, activation
 from lutra.train.exporting.lowering.arithmetic import add, affine, div, mul
 from lutra.train.exporting.lowering.core import Lowering, Ref, UnsupportedUse, View, lowers
 from lutra.train.exporting.lowering.dense import matmul, product
+from lutra.train.exporting.lowering.folded import parts_of
 from lutra.train.exporting.lowering.functions import line
-from lutra.train.exporting.lowering.operands import constant, is_activation, operand, together
+from lutra.train.exporting.lowering.operands import (
+    base_of,
+    constant,
+    is_activation,
+    operand,
+    together,
+)
 from lutra.train.exporting.lowering.reduce import emit_sum, reduced
 
 _ROOTS = {0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}
@@ -121,15 +128,6 @@ def _lerp(ctx: Lowering, self: Any, end: Any, weight: Any) -> Ref | View:
     return add(ctx, parts[0], parts[1], 1)
 
 
-@lowers("aten.baddbmm.default", takes=("self", "batch1", "batch2"))
-def _baddbmm(
-    ctx: Lowering, self: Any, batch1: Any, batch2: Any, beta: Number, alpha: Number
-) -> Ref | View:
-    made = matmul(ctx, batch1, batch2)
-    made = made if alpha == 1 else affine(ctx, made, float(alpha), 0.0)
-    return add(ctx, made, self, beta)
-
-
 # ---- einsum -------------------------------------------------------------------------------------
 
 
@@ -140,10 +138,58 @@ def _einsum(ctx: Lowering, equation: str, tensors: list[Any]) -> Ref | View:
     inputs, output = _letters(equation, ranks)
     if any(len(set(letters)) < len(letters) for letters in (*inputs, output)):
         raise UnsupportedUse(f"einsum {equation!r} takes a diagonal; write it in other operators")
+    while len(given) > 2:  # two at a time, from the left
+        later = {*output, *"".join(inputs[2:])}
+        kept = "".join(x for x in dict.fromkeys(inputs[0] + inputs[1]) if x in later)
+        if not any(map(is_activation, given[:2])):
+            made: Any = torch.einsum(f"{inputs[0]},{inputs[1]}->{kept}", *given[:2])
+        else:
+            made = _of_letters(ctx, equation, given[:2], inputs[:2], kept)
+        given, inputs = [made, *given[2:]], [kept, *inputs[2:]]
+    apart = _parts_apart(ctx, given, inputs, output)
+    if apart is not None:
+        joined = _of_letters(ctx, equation, *apart)
+        whole = views.reshaped(ctx, joined, ctx.result_sizes)
+        assert whole is not None  # axes that are put together always fit
+        return whole
+    return _of_letters(ctx, equation, given, inputs, output)
+
+
+def _parts_apart(
+    ctx: Lowering, given: list[Any], inputs: list[str], output: str
+) -> tuple[list[Any], list[str], str] | None:
+    """Operands and letters with parts of samples, that lie in one axis with the batch, in an axis
+    of their own; None where there are none."""
+    for x, letters in zip(given, inputs, strict=True):
+        count = parts_of(ctx, x)
+        if count is None or not isinstance(count, int):
+            continue
+        letter, taken = letters[0], {*"".join(inputs), *output}
+        new = next(chr(code) for code in range(ord("A"), 0x10000) if chr(code) not in taken)
+        operands = []
+        for each, its in zip(given, inputs, strict=True):
+            if letter in its and is_activation(each):
+                sizes = list(views.sizes_of(ctx, each))
+                place = its.index(letter)
+                sizes[place : place + 1] = [ctx.batch, count]
+                made = views.reshaped(ctx, each, tuple(sizes))
+                if made is None:
+                    return None
+                operands.append(made)
+            elif letter in its:
+                return None
+            else:
+                operands.append(each)
+        every = [its.replace(letter, letter + new) for its in (*inputs, output)]
+        return operands, every[:-1], every[-1]
+    return None
+
+
+def _of_letters(
+    ctx: Lowering, equation: str, given: list[Any], inputs: list[str], output: str
+) -> Ref | View:
     if len(given) == 1:
         return _summed(ctx, given[0], inputs[0], output)
-    if len(given) != 2:
-        raise UnsupportedUse(f"einsum {equation!r} has {len(given)} operands; take two at a time")
     if not is_activation(given[0]):
         given, inputs = given[::-1], inputs[::-1]
     a, b = given
@@ -192,7 +238,7 @@ def _einsum_of_two(
             moved = _merged(ctx, x, first, [[r] for r in rows] + [summed], sizes)
             made = matmul(ctx, moved, weight, (*(sizes[r] for r in rows), weight.shape[1]))
             return _ordered(ctx, made, [*rows, *columns], output, sizes)
-        like = ctx.realise(x)
+        like = base_of(x)
         shape = weight.shape
         weight = weight.reshape(
             1, *shape[:count], math.prod(shape[count : count + len(summed)]), -1

@@ -96,8 +96,28 @@ def count(x: Ref, axes: Sequence[int], what: str, instead: str) -> int:
 
 
 def emit_sum(ctx: Lowering, x: Ref, axes: tuple[int, ...], keepdim: bool) -> Ref:
-    number = count(x, axes, "it adds up", _INSTEAD)
-    return line(ctx, emit_reduced(ctx, "mean", x, axes, keepdim), number, 0.0)
+    fixed = [axis for axis in axes if isinstance(x.shape[axis], int)]
+    if len(fixed) == len(axes):
+        number = count(x, axes, "it adds up", _INSTEAD)
+        return line(ctx, emit_reduced(ctx, "mean", x, axes, keepdim), number, 0.0)
+    made = line(ctx, emit_reduced(ctx, "mean", x, axes, True), count(x, fixed, "", ""), 0.0)
+    for axis in axes:
+        if axis not in fixed:
+            made = ctx.emit("mul", (made, _length(ctx, x, axis)), made.shape)
+    return made if keepdim else views.emit_reshape(ctx, made, shape_without(x, axes, False))
+
+
+def _length(ctx: Lowering, x: Ref, axis: int) -> Ref:
+    """(N, 1, ...) of the size of an axis that is known at run time only: a sum of as many ones."""
+    row = (None, x.shape[axis])
+    others = tuple(i for i in range(1, x.rank) if i != axis)
+    if others:
+        attrs: dict[str, Any] = {"axes": others, "keepdims": False}
+        x = ctx.emit("mean", x, row, attrs=attrs, suffix="row")
+    ones = ctx.emit("clamp", x, row, attrs={"low": 1.0, "high": 1.0}, suffix="ones")  # of NaN too
+    sums = ctx.emit("cumsum", ones, row, attrs={"axis": 1}, suffix="sums")
+    last = ctx.emit("from_end", sums, (None,), attrs={"axis": 1, "back": 1}, suffix="last")
+    return views.emit_reshape(ctx, last, (None, *(1,) * len(others), 1), "length")
 
 
 @lowers("aten.mean.dim", takes=_SELF)

@@ -6,30 +6,44 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from lutra.train.exporting.lowering import views
 from lutra.train.exporting.lowering.arguments import activation, need_constant
-from lutra.train.exporting.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, lowers
+from lutra.train.exporting.lowering.core import (
+    Deferred,
+    Lowering,
+    Ref,
+    UnsupportedUse,
+    View,
+    lowers,
+)
 
 
 @lowers("aten.embedding.default", takes=("indices",))
-def _embedding(ctx: Lowering, weight: Tensor, indices: Any) -> Ref:
+def _embedding(ctx: Lowering, weight: Tensor, indices: Any) -> Ref | View:
     return _rows(ctx, indices, {"weight": need_constant(weight, "the table")})
 
 
 @lowers("lutra.int8_embedding.default", takes=("ids",))
-def _int8_embedding(ctx: Lowering, ids: Any, weight: Tensor, scale: Tensor) -> Ref:
+def _int8_embedding(ctx: Lowering, ids: Any, weight: Tensor, scale: Tensor) -> Ref | View:
     return _rows(ctx, ids, {"weight": weight, "scale": scale})
 
 
-def _rows(ctx: Lowering, indices: Any, tensors: dict[str, Tensor]) -> Ref:
+def _rows(ctx: Lowering, indices: Any, tensors: dict[str, Tensor]) -> Ref | View:
     ids: Any = _integers(ctx, indices)
+    order: list[int] | None = None  # of axes, where the batch is not in front
     if ids is None and isinstance(indices, Deferred) and indices.inputs:
-        ids = ctx.realise(activation(ctx, indices))
+        ids = activation(ctx, indices)
+        if not views.is_sample(ctx, ids):
+            order = views.batch_first(ctx, ids)
+            ids = views.permuted(ctx, ids, order)
+        ids = ctx.realise(ids)
     if not isinstance(ids, Ref):
         raise UnsupportedUse(
             "its indices are computed from activations; compute them from an input of int64, or "
             "let them depend on sizes only, such as positions that count from 0"
         )
-    return ctx.emit("embedding", ids, (*ids.shape, tensors["weight"].shape[1]), tensors=tensors)
+    made = ctx.emit("embedding", ids, (*ids.shape, tensors["weight"].shape[1]), tensors=tensors)
+    return made if order is None else views.put_back(ctx, made, [*order, len(order)])
 
 
 @lowers("lutra.masked_mean.default", takes=("mask",))

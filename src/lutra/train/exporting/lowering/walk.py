@@ -32,6 +32,7 @@ from lutra.train.exporting.lowering.values import (
     View,
     is_dynamic,
 )
+from lutra.train.exporting.outputs import names_of
 
 _INTEGERS = (torch.int64, torch.int32, torch.bool)
 
@@ -339,26 +340,23 @@ class Walk(Lowering):
         except UnsupportedUse as reason:
             self._add_unsupported("output", "", f"output '{name}': {reason}")
             return None
-        if isinstance(result, Ref) and argument.meta["val"].dtype == torch.float32:
+        dtype = argument.meta["val"].dtype if isinstance(argument, fx.Node) else None
+        if isinstance(result, Ref) and dtype in (torch.float32, *_INTEGERS):
             return result
         if not isinstance(result, Unlowered):
-            self._add_unsupported(
-                "output",
-                "",
-                f"output '{name}' does not depend on the inputs, or is not float32; return tensors "
-                "of float32 only",
+            what = (
+                f"is {dtype}; return float32, integers or bool"
+                if isinstance(result, Ref)
+                else "does not depend on the inputs; leave it out, or keep it beside the file"
             )
+            self._add_unsupported("output", "", f"output '{name}' {what}")
         return None
 
     def _output_names(self, given: Sequence[str] | None, count: int) -> list[str]:
         if given is not None:
             return self._given_names(given, count)
         spec = self._program.call_spec.out_spec
-        tree = spec.unflatten(list(range(count))) if spec is not None else None
-        if isinstance(tree, dict) and list(tree.values()) == list(range(count)):
-            keys = [str(key) for key in tree]
-        else:
-            keys = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
+        keys = names_of(list(range(count)) if spec is None else spec.unflatten(list(range(count))))
         taken = set(self._shapes)  # an output may be called like an input, a value may not
         for i, key in enumerate(keys):
             keys[i] = self._unique(key, taken)

@@ -1,0 +1,373 @@
+"""Numbers that depend on positions only, where their count is known at run time only.
+
+Along one axis they become a table with a row for each position, along two a table of distances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lutra.ops.shape import REST
+from lutra.train.exporting.lowering import views
+from lutra.train.exporting.lowering.core import (
+    Deferred,
+    Lowering,
+    Ref,
+    Sizes,
+    UnsupportedUse,
+    View,
+    is_dynamic,
+)
+from lutra.train.exporting.lowering.emitter import expressions
+from lutra.train.exporting.lowering.sources import size_at
+from lutra.train.operators.scores import LOWEST
+
+#: The longest input that a table of positions is made for where the model sets no limit.
+LONGEST = 2048
+
+
+def placed(ctx: Lowering, x: Deferred) -> Ref | View | None:
+    """What depends on positions only as an activation, the same for every sample.
+
+    Args:
+        ctx: The walk.
+        x: What is deferred.
+
+    Returns:
+        An activation; None where every size of x is fixed, or its numbers depend on inputs, on the
+        length itself, or on more than the distance of two positions.
+    """
+    sizes = expressions(x.node.meta["val"].shape)
+    free = [
+        axis for axis, size in enumerate(sizes) if is_dynamic(size) and not _of_batch(ctx, size)
+    ]
+    if x.inputs or not free:
+        return None
+    ways = [partial(_row_each, ctx, x, sizes, axis) for axis in free]
+    if len(free) == 2:
+        ways.append(partial(_pairs, ctx, x, sizes, free))
+    for way in ways:
+        try:
+            made: Ref | View | None = way()
+        except UnsupportedUse:
+            continue
+        if made is not None:
+            return made
+    return None
+
+
+def _of_batch(ctx: Lowering, size: Any) -> bool:
+    """Whether a size is the batch, or as many parts of each sample."""
+    return is_dynamic(size) and size.free_symbols == {ctx.batch}
+
+
+def _row_each(ctx: Lowering, x: Deferred, sizes: Sizes, axis: int) -> Ref | View | None:
+    """A row of a table for each position along one axis; along others of free sizes the same."""
+    length = sizes[axis]
+    symbols = length.free_symbols
+    if len(symbols) != 1 or ctx.batch in symbols:
+        return None
+    (symbol,) = symbols
+
+    def rows(size: int, shift: int = 0) -> Tensor:
+        return _rows(ctx, x, sizes, axis, {symbol: size}, shift)
+
+    largest = _largest(ctx, symbol, length, rows)
+    whole = rows(largest)
+    low, _ = ctx.sources.range_of(symbol)
+    for size in {low, min(low + 1, largest), (low + largest) // 2}:
+        part = rows(size)
+        if part.shape[1:] != whole.shape[1:] or not torch.equal(part, whole[: len(part)]):
+            return None
+    zero = _zeros(ctx, length)
+    if zero is None or not torch.equal(rows(largest, shift=1), whole):
+        return None
+    width = whole[0].numel()
+    shape = (None, length, width)
+    spread = zero if width == 1 else ctx.emit("expand", zero, shape, attrs={"shape": (0, width)})
+    tensors = {"weight": whole.reshape(-1, width)}
+    made = ctx.emit("position_embedding", spread, shape, tensors=tensors)
+    # the axes of a row as they are in x, parts of samples among them
+    others = tuple(whole.shape[1:])
+    apart = views.reshaped(ctx, made, (ctx.batch, length, *others))
+    assert apart is not None  # the features of a value
+    order = [0, *range(2, 2 + axis), 1, *range(2 + axis, len(sizes) + 1)]
+    turned = views.permuted(ctx, apart, order)
+    small = [
+        1 if i != axis and is_dynamic(size) and not _of_batch(ctx, size) else size
+        for i, size in enumerate(sizes)
+    ]
+    shaped = _shaped(ctx, turned, tuple(small))
+    return shaped if shaped is None or small == list(sizes) else _widened(ctx, shaped, sizes)
+
+
+def _widened(ctx: Lowering, x: Ref | View, sizes: Sizes) -> Ref | None:
+    """An activation with values repeated along axes of free size, as an activation has them; None
+    where there is none like it."""
+    small = ctx.realise(x)
+    shape = (None, *sizes[-small.rank + 1 :]) if len(sizes) >= small.rank else (None, *sizes)
+    free = [axis for axis, size in enumerate(shape) if is_dynamic(size)]
+    like = ctx.find(
+        lambda ref: ref.rank == len(shape) and all(ref.shape[i] == shape[i] for i in free)
+    )
+    if like is None or ctx.is_integers(like):
+        return None
+    for axis, size in enumerate(like.shape[1:], 1):
+        if axis not in free and size != 1:
+            one = (*like.shape[:axis], 1, *like.shape[axis + 1 :])
+            attrs: dict[str, Any] = {"axis": axis, "start": 0, "stop": 1, "step": 1}
+            like = ctx.emit("slice", like, one, attrs=attrs, suffix="slice")
+    attrs = {"low": 0.0, "high": 0.0}  # of NaN too
+    zero = ctx.emit("clamp", like, like.shape, attrs=attrs, suffix="zeros")
+    return ctx.emit("add", (zero, small), shape, suffix="repeated")
+
+
+def _shaped(ctx: Lowering, x: Ref | View, sizes: Sizes) -> Ref | View | None:
+    """An activation (N, ...) with the batch where the sizes have it, or in front of them."""
+    places = [axis for axis, size in enumerate(sizes) if _of_batch(ctx, size)]
+    if len(places) > 1:
+        return None
+    if not places:
+        shape = _with_batch(ctx, sizes)
+        return None if shape is None else views.reshaped(ctx, x, shape)
+    (place,) = places
+    order = [*range(1, place + 1), 0, *range(place + 1, len(sizes) + 1)]
+    return views.reshaped(ctx, views.permuted(ctx, x, order), sizes)
+
+
+def _zeros(ctx: Lowering, length: Any) -> Ref | None:
+    """Zeros (N, T, 1) for a size T that an activation or an input has."""
+    like = ctx.find(lambda ref: ref.rank > 1 and length in ref.shape[1:])
+    if like is None:
+        return None
+    if ctx.is_integers(like):
+        like = ctx.emit("cast", like, like.shape, suffix="cast")
+    axis = like.shape.index(length)
+    others = tuple(i for i in range(1, like.rank) if i != axis)
+    x = like
+    if others:
+        attrs = {"axes": others, "keepdims": False}
+        x = ctx.emit("mean", like, (None, length), attrs=attrs, suffix="mean")
+    attrs = {"low": 0.0, "high": 0.0}  # of NaN too
+    x = ctx.emit("clamp", x, x.shape, attrs=attrs, suffix="zeros")
+    return ctx.emit("reshape", x, (None, length, 1), attrs={"shape": (REST, 1)}, suffix="column")
+
+
+def _largest(
+    ctx: Lowering, symbol: Any, length: Any, rows: Callable[[int], Tensor], longest: int = LONGEST
+) -> int:
+    """The largest size of an input for which there are rows, and not more than are kept."""
+    low, high = ctx.sources.range_of(symbol)
+    if high is None:
+        high = max(low, 2)
+        while size_at(length, {symbol: high}) < longest and high < 2**24:
+            high *= 2
+
+    def works(size: int) -> bool:
+        if size_at(length, {symbol: size}) > longest:
+            return False
+        try:
+            rows(size)
+        except UnsupportedUse:
+            return False
+        return True
+
+    if works(high):
+        return high
+    while low < high - 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if works(middle) else (low, middle)
+    return low
+
+
+def _rows(
+    ctx: Lowering, x: Deferred, sizes: Sizes, axis: int, given: dict[Any, int], shift: int
+) -> Tensor:
+    """(T, ...) of the numbers of one sample at one size: the axis of positions in front of the
+    others, where the batch and axes along which they repeat have a size of 1."""
+    batch = 2 + shift
+    chosen = {**ctx.sources.sizes(shift=4 * shift, first=batch), **given}
+    values = ctx.sources.evaluate(x.node, chosen, {})
+    for place, size in enumerate(sizes):
+        if place == axis or not is_dynamic(size):
+            continue
+        if _of_batch(ctx, size):
+            parts = values.reshape(*values.shape[:place], batch, -1, *values.shape[place + 1 :])
+            values = _once(parts, place).squeeze(place)
+        else:
+            values = _once(values, place)
+    return values.movedim(axis, 0).float().contiguous()
+
+
+def _once(values: Tensor, axis: int) -> Tensor:
+    """Numbers with a size of 1 in place of an axis along which they repeat.
+
+    Raises:
+        UnsupportedUse: They differ.
+    """
+    first = values.narrow(axis, 0, 1)
+    if not torch.equal(values, first.expand_as(values)):
+        raise UnsupportedUse("its numbers differ along more than one axis of free size")
+    return first
+
+
+# ---- distances ----------------------------------------------------------------------------------
+
+
+def _pairs(ctx: Lowering, x: Deferred, sizes: Sizes, free: list[int]) -> Ref | View | None:
+    """A number for each distance of two positions, in the last two axes."""
+    rank = len(sizes)
+    if free != [rank - 2, rank - 1]:
+        return None
+    leading = [size for size in sizes[:-2] if size != 1 and size != ctx.batch]
+    if any(is_dynamic(size) for size in leading) or len(leading) > 1:
+        return None
+    heads = leading[0] if leading else None
+    like = ctx.find(
+        lambda ref: (
+            ref.rank == 4
+            and isinstance(ref.shape[1], int)
+            and (heads is None or ref.shape[1] == heads)
+            and ref.shape[2:] == sizes[-2:]
+        )
+    )
+    if like is None and heads is None:
+        like = ctx.find(lambda ref: ref.rank == 3 and ref.shape[1:] == sizes[-2:])
+        like = like and views.emit_reshape(ctx, like, (None, 1, *sizes[-2:]), "one")
+    if like is None:
+        return None
+    symbols = list(sizes[-2:])
+    if not all(symbol.is_Symbol for symbol in symbols):
+        return None
+    made = _of_distance(ctx, like, symbols, lambda length: numbers_at(ctx, x, symbols, length))
+    if heads is None and like.shape[1] != 1:
+        attrs = {"axis": 1, "start": 0, "stop": 1, "step": 1}
+        made = ctx.emit("slice", made, (None, 1, *sizes[-2:]), attrs=attrs, suffix="slice")
+    shape = _with_batch(ctx, sizes) if ctx.batch not in sizes else sizes
+    return None if shape is None else views.reshaped(ctx, made, shape)
+
+
+def _with_batch(ctx: Lowering, sizes: Sizes) -> Sizes | None:
+    """Sizes without the batch, with it in front of them as in the result of the operator; None
+    where they leave no place for it."""
+    missing = len(ctx.result_sizes) - len(sizes)
+    if missing > 0:
+        return (ctx.batch, *(1,) * (missing - 1), *sizes)
+    return (ctx.batch, *sizes[1:]) if sizes[0] == 1 else None
+
+
+def by_distance(
+    ctx: Lowering, symbols: list[Any], at: Callable[[int], Tensor], what: str
+) -> Tensor:
+    """(H or 1, 2 L - 1) of what is added to scores, for every distance within the longest length L.
+
+    Args:
+        ctx: The walk.
+        symbols: The lengths of queries and keys.
+        at: What is added at one length, (H or 1, length, length).
+        what: Begins the refusal.
+
+    Raises:
+        UnsupportedUse: It depends on more than the distance of two positions.
+    """
+    longest = min([LONGEST, *(ctx.sources.range_of(s)[1] or LONGEST for s in symbols)])
+    if not _has_numbers(at, longest):  # a table of the model's may end before it
+        low, high = 1, longest
+        while low < high - 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if _has_numbers(at, middle) else (low, middle)
+        longest = low
+    weight = _distances(at(longest))
+    for length in {2, 3, longest // 2}:
+        part, first = at(length), longest - length
+        if part.shape[-1] > longest or not torch.equal(
+            _distances(part), weight[:, first : first + 2 * length - 1]
+        ):
+            raise UnsupportedUse(
+                f"{what} on more than the distance of two positions; fix the length of the input"
+            )
+    return weight
+
+
+def _has_numbers(at: Callable[[int], Tensor], length: int) -> bool:
+    try:
+        at(length)
+    except UnsupportedUse:
+        return False
+    return True
+
+
+def pairs(ctx: Lowering, x: Deferred, heads: int) -> Ref | None:
+    """What depends on the distance of two positions, whose numbers are known at run time only.
+
+    Args:
+        ctx: The walk.
+        x: (N heads, T, S), the same for all samples and heads; it depends on no input.
+        heads: Parts of a sample.
+
+    Returns:
+        (N, heads, T, S) like scores that were computed before; None where there are none, or its
+        sizes are fixed.
+
+    Raises:
+        UnsupportedUse: It depends on more than the distance.
+    """
+    sizes = expressions(x.node.meta["val"].shape)
+    symbols = [size for size in sizes[-2:] if not isinstance(size, int)]
+    if x.inputs or len(symbols) < 2 or ctx.batch in symbols:
+        return None
+    like = ctx.find(lambda ref: ref.shape[1:] == (heads, *sizes[-2:]))
+    if like is None:
+        return None
+
+    def at(length: int) -> Tensor:
+        values = numbers_at(ctx, x, symbols, length)
+        if not torch.equal(values, values[:1].expand_as(values)):
+            raise UnsupportedUse("it computes with the number of a sample or a head")
+        return values[:1]
+
+    return _of_distance(ctx, like, symbols, at)
+
+
+def _of_distance(ctx: Lowering, like: Ref, symbols: list[Any], at: Callable[[int], Tensor]) -> Ref:
+    """(N, H, T, S) of what `at` gives for a length, (H or 1, length, length)."""
+    weight = by_distance(ctx, symbols, at, "it computes numbers that depend")
+    zero = ctx.emit("clamp", like, like.shape, attrs={"low": 0.0, "high": 0.0}, suffix="filled")
+    tensors = {"weight": weight.clamp(min=LOWEST).expand(like.shape[1], -1).contiguous()}
+    return ctx.emit("relative_bias", zero, like.shape, tensors=tensors, suffix="distances")
+
+
+def numbers_at(ctx: Lowering, bias: Deferred, symbols: list[Any], length: int) -> Tensor:
+    """(H or 1, length, length): the bias of sequences of one length."""
+    sizes = {**ctx.sources.sizes(), **dict.fromkeys(symbols, length)}
+    values = ctx.sources.evaluate(bias.node, sizes, {}).float()
+    while values.ndim > 3:
+        if not torch.equal(values, values[:1].expand_as(values)):
+            raise UnsupportedUse("it adds other numbers to each sample of the batch")
+        values = values[0]
+    values = values[None] if values.ndim == 2 else values
+    if any(size not in (1, length) for size in values.shape[-2:]):
+        raise UnsupportedUse(f"its numbers for {length} positions are {tuple(values.shape)}")
+    return values.expand(-1, length, length)
+
+
+def _distances(bias: Tensor) -> Tensor:
+    """(H, 2 L - 1) of a bias (H, L, L): its number for every distance, j - i rising.
+
+    Raises:
+        UnsupportedUse: There are several for one distance.
+    """
+    length = bias.shape[-1]
+    made = torch.cat([bias[:, 1:, 0].flip(1), bias[:, 0]], 1)
+    place = torch.arange(length) - torch.arange(length)[:, None] + length - 1
+    if not torch.equal(made[:, place], bias):
+        raise UnsupportedUse(
+            "it adds numbers to its scores that depend on more than the distance of two positions; "
+            "fix the length of the input"
+        )
+    return made
