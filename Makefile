@@ -20,6 +20,7 @@ help:
 	@echo "make lint      ruff, clang-format, mypy; 'make format' mends the first two"
 	@echo "make wheel     a wheel for $(PYTHON) and the source archive, in dist; tried in an empty environment"
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
+	@echo "make kernels-arm  kernel tests for AArch64, under qemu-aarch64"
 	@echo "make stubs     src/lutra/_engine.pyi from the built extension"
 	@echo "make docs      the documentation as a site, in build/site"
 	@echo "make bench     benchmarks; results go to benchmarks/results"
@@ -88,6 +89,19 @@ sanitize: $(ENV)
 	  -DCMAKE_BUILD_TYPE=Release -DLUTRA_PYTHON=OFF -DLUTRA_KERNEL_TESTS=ON -DLUTRA_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/kernels_test
+
+# Needs Debian's g++-aarch64-linux-gnu and qemu-user. One core has the dot products, one has not.
+ARM := aarch64-linux-gnu
+ARM_CORES := cortex-a53 max
+.PHONY: kernels-arm
+kernels-arm: $(ENV)
+	$(BIN)/cmake -S . -B build/aarch64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=$(ARM)-g++ -DCMAKE_BUILD_TYPE=Release \
+	  -DLUTRA_PYTHON=OFF -DLUTRA_KERNEL_TESTS=ON -DLUTRA_WERROR=ON
+	$(BIN)/cmake --build build/aarch64
+	for core in $(ARM_CORES); do echo "== $$core"; \
+	  qemu-aarch64 -cpu $$core -L /usr/$(ARM) build/aarch64/kernels_test || exit 1; done
 
 $(VENV)/.docs: $(ENV)
 	@echo "== installing the tools of the documentation"

@@ -35,7 +35,7 @@ void test_lowbit(const Kernels& k, const LowBitShape& s, int32_t rows, int fill)
       depth = (s.group + 31) / 32 * 32;
     }
     Canvas<uint8_t> tile(static_cast<size_t>(depth) * width);
-    std::memset(tile.data(), 0, tile.size());
+    for (size_t i = 0; i < tile.size(); ++i) tile.data()[i] = 0;
     for (int32_t r = 0; r < rows; ++r) {
       for (int32_t i = 0; i < s.group; ++i) {
         const size_t at = tables ? static_cast<size_t>(i) * width + r

@@ -6,6 +6,12 @@
 #if defined(__x86_64__) || defined(_M_X64)
 #include <cpuid.h>
 #define LUTRA_X86 1
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+
+#include <cstdio>
+#define LUTRA_ARM64_LINUX 1
 #endif
 
 namespace lutra {
@@ -53,6 +59,24 @@ Flags flags() {
 }
 #endif
 
+#ifdef LUTRA_ARM64_LINUX
+bool has(unsigned long bit) { return (getauxval(AT_HWCAP) & bit) != 0; }
+
+struct Core {
+  uint32_t implementer, part;
+  const char* name;
+};
+// Arm's own cores, by the part number in MIDR_EL1 (the technical reference manual of each).
+constexpr Core kCores[] = {
+    {0x41, 0xd03, "Cortex-A53"},  {0x41, 0xd04, "Cortex-A35"},  {0x41, 0xd05, "Cortex-A55"},
+    {0x41, 0xd07, "Cortex-A57"},  {0x41, 0xd08, "Cortex-A72"},  {0x41, 0xd09, "Cortex-A73"},
+    {0x41, 0xd0a, "Cortex-A75"},  {0x41, 0xd0b, "Cortex-A76"},  {0x41, 0xd0c, "Neoverse-N1"},
+    {0x41, 0xd40, "Neoverse-V1"}, {0x41, 0xd41, "Cortex-A78"},  {0x41, 0xd44, "Cortex-X1"},
+    {0x41, 0xd46, "Cortex-A510"}, {0x41, 0xd47, "Cortex-A710"}, {0x41, 0xd49, "Neoverse-N2"},
+    {0x41, 0xd4f, "Neoverse-V2"},
+};
+#endif
+
 }  // namespace
 
 uint32_t cpu_features() {
@@ -64,6 +88,11 @@ uint32_t cpu_features() {
       f.vnni) {
     features |= kFeatureAvx512;
   }
+#elif defined(LUTRA_ARM64_LINUX)
+  if (has(HWCAP_ASIMD)) features |= kFeatureNeon;
+  if (has(HWCAP_ASIMDDP)) features |= kFeatureDot;
+#elif defined(__aarch64__)
+  features |= kFeatureNeon;  // which other systems require
 #endif
   return features;
 }
@@ -81,6 +110,10 @@ std::vector<std::string> cpu_feature_names() {
   if (f.vbmi) names.push_back("avx512vbmi");
   if (f.vbmi2) names.push_back("avx512vbmi2");
   if (f.vnni) names.push_back("avx512vnni");
+#else
+  const uint32_t features = cpu_features();
+  if (features & kFeatureNeon) names.push_back("neon");
+  if (features & kFeatureDot) names.push_back("dotprod");
 #endif
   return names;
 }
@@ -96,6 +129,17 @@ std::string cpu_model() {
   std::string model(text);
   const size_t first = model.find_first_not_of(' '), last = model.find_last_not_of(' ');
   return first == std::string::npos ? "unknown" : model.substr(first, last - first + 1);
+#elif defined(LUTRA_ARM64_LINUX)
+  if (!has(HWCAP_CPUID)) return "unknown";  // the register can be read only with it
+  uint64_t id;
+  __asm__("mrs %0, midr_el1" : "=r"(id));
+  const uint32_t implementer = (id >> 24) & 0xff, part = (id >> 4) & 0xfff;
+  for (const Core& core : kCores) {
+    if (core.implementer == implementer && core.part == part) return core.name;
+  }
+  char text[64];
+  std::snprintf(text, sizeof text, "AArch64, implementer 0x%02x, part 0x%03x", implementer, part);
+  return text;
 #else
   return "unknown";
 #endif

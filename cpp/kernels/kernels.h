@@ -15,6 +15,8 @@ namespace lutra {
 enum Feature : uint32_t {
   kFeatureAvx2 = 1u << 0,    // AVX2, FMA
   kFeatureAvx512 = 1u << 1,  // AVX-512 F, BW, DQ, VL, VBMI, VBMI2, VNNI
+  kFeatureNeon = 1u << 2,    // Advanced SIMD of AArch64
+  kFeatureDot = 1u << 3,     // its dot products of bytes (sdot, udot)
 };
 
 inline constexpr int32_t kMaxRowTile = 64;
