@@ -8,6 +8,7 @@ from lutra._moved import MOVED_OPS, install
 from lutra.errors import GraphError
 from lutra.ops import (
     conv_transpose,
+    decoder,
     dense,
     elementwise,
     functions,
@@ -39,6 +40,7 @@ OPS: dict[str, OpSpec] = {
         pq,
         lookup,
         int8,
+        decoder,
         dense,
         conv_transpose,
         matmul,

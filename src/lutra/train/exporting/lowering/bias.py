@@ -24,6 +24,7 @@ from lutra.train.exporting.lowering.attention import (
     is_mask,
 )
 from lutra.train.exporting.lowering.core import (
+    LONGEST,
     Deferred,
     Lowering,
     Ref,
@@ -31,7 +32,6 @@ from lutra.train.exporting.lowering.core import (
     View,
     lowers,
 )
-from lutra.train.exporting.lowering.deferred import LONGEST
 from lutra.train.exporting.lowering.emitter import expressions
 from lutra.train.exporting.lowering.operands import constant
 from lutra.train.exporting.lowering.sources import Sources

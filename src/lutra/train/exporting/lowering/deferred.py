@@ -20,8 +20,6 @@ _DYNAMIC = (
     "it computes with the size of an axis that is known at run time only; use constants, or take "
     "that axis out of dynamic_axes"
 )
-#: The longest input that a table of positions is made for where the model sets no limit.
-LONGEST = 2048
 
 
 def computed(ctx: Lowering, x: Deferred) -> Ref | View | Tensor:
@@ -55,7 +53,7 @@ def table(ctx: Lowering, x: Deferred, axis: int) -> Tensor | None:
     if not symbol.is_Symbol or symbol == ctx.batch:
         return None
     low, high = ctx.sources.range_of(symbol)
-    longest = _longest(ctx, x, axis, symbol, low, LONGEST if high is None else high)
+    longest = _longest(ctx, x, axis, symbol, low, ctx.longest if high is None else high)
     whole = _rows(ctx, x, axis, {symbol: longest})
     for length in {low, min(low + 1, longest), (low + longest) // 2}:
         part = _rows(ctx, x, axis, {symbol: length})
