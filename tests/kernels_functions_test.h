@@ -211,8 +211,11 @@ void test_attention(const Kernels& k, int width, int keys, int queries, int mask
   const size_t d = static_cast<size_t>(width), s = static_cast<size_t>(keys);
   const size_t t = static_cast<size_t>(queries);
   const size_t q_stride = t + any_of<size_t>({0, 0, 3}), k_stride = s + any_of<size_t>({0, 0, 5});
+  // keys before the first query, and values in rows: as in the cache of a decoder
+  const bool rows = coin();
+  const int past = coin() ? pick(0, keys) : 0;
   Guarded<float> q((d - 1) * q_stride + t, coin()), key((d - 1) * k_stride + s, coin()),
-      value((d - 1) * k_stride + s, coin());
+      value(rows ? s * d : (d - 1) * k_stride + s, coin());
   fill_special(q, 2.0f, special);
   fill_special(key, 2.0f, special);
   fill_special(value, 2.0f, special && !causal);
@@ -225,13 +228,15 @@ void test_attention(const Kernels& k, int width, int keys, int queries, int mask
   const Attention a{.width = width,
                     .keys = keys,
                     .causal = causal,
+                    .past = past,
                     .scale = any_of({0.125f, 0.3f, 1.0f}),
                     .q = q.data(),
                     .k = key.data(),
                     .v = value.data(),
                     .q_stride = q_stride,
                     .k_stride = k_stride,
-                    .v_stride = k_stride,
+                    .v_stride = rows ? 1 : k_stride,
+                    .v_step = rows ? d : 1,
                     .mask = masked ? mask.data() : nullptr,
                     .exp = any_segments(exp),
                     .reciprocal = any_segments(reciprocal)};
@@ -240,6 +245,12 @@ void test_attention(const Kernels& k, int width, int keys, int queries, int mask
     Canvas<uint8_t> scratch(by.attention_bytes(width, keys));
     by.attention(a, cut, queries, to, scratch.data());
     by.attention(a, 0, cut, to, scratch.data());
+    check(scratch.intact(), "wrote outside its scratch");
+  });
+  if (masked || !rows) return;
+  test_planes(k, d, t, [&](const Kernels& by, const PlaneOutput& to) {
+    Canvas<uint8_t> scratch(by.attention_row_bytes(width, keys));
+    for (int i = 0; i < queries; ++i) by.attention_row(a, i, to, scratch.data());
     check(scratch.intact(), "wrote outside its scratch");
   });
 }

@@ -147,6 +147,20 @@ def every_selection_graph() -> Graph:
     return b.graph(b.add("from_end", y, axis=1, back=1))
 
 
+def every_decoder_graph() -> Graph:
+    """Ids (N, ?), starts (N,) and picks (N, ?) to (N, ?, 12): what a decoder has of its own."""
+    ids, picked = ((name, (None, None), "int32") for name in ("ids", "picked"))
+    b = Builder(ids, ("start", (None,), "int32"), picked)
+    h = b.add("embedding", "ids", tensors={"weight": b.rng.normal(size=(40, 12)).astype(F)})
+    angles = {name: b.rng.normal(size=(64, 4)).astype(F) for name in ("cos", "sin")}
+    q = b.add("rotary", b.pq_linear(h, 12, 16), "start", tensors=angles, heads=4)
+    k = b.add("rotary", b.pq_linear(h, 12, 8), "start", tensors=angles, heads=2)
+    v = b.int8_linear(h, 12, 8)
+    y = b.add("cached_attention", q, k, v, "start", heads=4, kv_heads=2, scale=0.5, length=64)
+    y = b.add("pick_tokens", b.linear(y, 16, 12), "picked")
+    return b.graph(b.add("rms_norm", y, tensors=norm_tensors(b.rng, 12, bias=False), eps=1e-6))
+
+
 def check(graph: Graph, *inputs: Array, tolerance: float = 2e-6, finite: bool = True) -> Array:
     """The reference's output, after comparing the engine with it.
 

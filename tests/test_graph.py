@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from graphs import Builder, every_op_graph, random_inputs, tied_graph, tiny_graph, with_golden
 from sequences import (
+    every_decoder_graph,
     every_pointwise_op_graph,
     every_selection_graph,
     every_sequence_op_graph,
@@ -54,7 +55,7 @@ def zeros(dtype: str, *shape: int) -> Any:
 def test_every_op_is_covered_by_the_test_graph():
     graph = every_op_graph()
     nodes = graph.nodes + every_sequence_op_graph().nodes + every_pointwise_op_graph().nodes
-    nodes += every_selection_graph().nodes
+    nodes += every_selection_graph().nodes + every_decoder_graph().nodes
     assert {node.op for node in nodes} == set(OPS)
     assert [shape_of(graph), graph.values[graph.outputs[1]].shape] == [(None, 5), (None, 10)]
 

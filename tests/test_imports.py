@@ -35,7 +35,7 @@ ORDER: Final[tuple[tuple[str, ...], ...]] = (
         "lutra.train.batches", "lutra.train.threads", "lutra.train.modes",
     ),
     ("lutra.sentences",),
-    ("lutra.stream",),
+    ("lutra.stream", "lutra.generator"),
     ("lutra.functions", "lutra.lowbit", "lutra.reporting"),
     ("lutra.runtime",),
     ("lutra.reference", "lutra.preprocess"),

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 from cli_support import save
 from graphs import Array, Builder, tiny_graph, with_golden
-from sequences import every_selection_graph, every_sequence_op_graph, reduced_table, single
+from sequences import (
+    every_decoder_graph,
+    every_selection_graph,
+    every_sequence_op_graph,
+    reduced_table,
+    single,
+)
 
 import lutra.format
 from lutra import FormatError, GraphError, InputError, Session, load_graph, run_reference
@@ -239,6 +245,7 @@ def softmax(**tables: Array) -> Graph:
         (single("cast", ("x", (None, 4), "int32")), 2),
         (every_sequence_op_graph(), 2),
         (every_selection_graph(), 3),
+        (every_decoder_graph(), 3),
     ],
 )
 def test_files_have_the_oldest_version_that_can_hold_them(

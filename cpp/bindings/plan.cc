@@ -67,10 +67,20 @@ std::pair<Described, std::vector<std::vector<double>>> profile_plan(
   return {described, seconds};
 }
 
-nb::list run_plan(Plan& plan, const std::vector<InputArray>& inputs) {
+nb::list run_plan(Plan& plan, const std::vector<InputArray>& inputs, Cache* cache, int64_t first) {
   Shapes shapes;
   std::vector<const float*> data;
   shapes_of(plan, inputs, shapes, data);
+  std::optional<Cache::Use> use;
+  if (cache) {
+    require(cache->plan() == &plan, "the cache is of another session");
+    use.emplace(*cache);
+    for (const Shape& s : shapes) {
+      require(first >= 0 && first + s.batch() <= cache->sequences(),
+              "sequences " + std::to_string(first) + ".." + std::to_string(first + s.batch() - 1) +
+                  " are run, and the cache holds " + std::to_string(cache->sequences()));
+    }
+  }
   std::unique_ptr<Plan::Context> context;
   {
     nb::gil_scoped_release release;
@@ -97,7 +107,7 @@ nb::list run_plan(Plan& plan, const std::vector<InputArray>& inputs) {
   }
   {
     nb::gil_scoped_release release;
-    plan.execute(*context, data, targets);
+    plan.execute(*context, data, targets, nullptr, cache, first);
     plan.release(std::move(context));
   }
   return results;
@@ -119,6 +129,10 @@ int add(Plan& plan, const std::string& op, std::vector<int> inputs, const Attrs&
 }  // namespace
 
 void bind_plan(nb::module_& m) {
+  nb::class_<Cache>(m, "Cache")
+      .def_prop_ro("sequences", &Cache::sequences)
+      .def_prop_ro("nbytes", &Cache::bytes)
+      .def("select", &Cache::select, "rows"_a);
   nb::class_<Plan>(m, "Plan")
       .def(
           "__init__",
@@ -155,7 +169,8 @@ void bind_plan(nb::module_& m) {
           },
           "input_shapes"_a)
       .def("profile", &profile_plan, "inputs"_a, "runs"_a)
-      .def("run", &run_plan, "inputs"_a);
+      .def("cache", &Plan::make_cache, "sequences"_a, nb::keep_alive<0, 1>())
+      .def("run", &run_plan, "inputs"_a, "cache"_a.none() = nb::none(), "first"_a = 0);
 }
 
 }  // namespace lutra

@@ -43,6 +43,18 @@ size_t attention_bytes(int32_t width, int32_t keys) {
   return (2 * d * key_stride(keys) + d * kQueries + n * kQueries + n) * sizeof(float);
 }
 
+// The first `count` of s.key of one plane, `step` floats apart.
+LUTRA_INLINE void pack_plane(const AttentionScratch& s, const float* from, size_t step,
+                             bool leading, int32_t count, float* to) {
+  if (leading && step == 1) {
+    int32_t j = 0;
+    for (; j + kLanes <= count; j += kLanes) store_floats(to + j, load_floats(from + j));
+    if (j < count) store_floats(to + j, load_floats(from + j, count - j), count - j);
+  } else {
+    for (int32_t j = 0; j < count; ++j) to[j] = from[static_cast<size_t>(s.key[j]) * step];
+  }
+}
+
 // Copies the keys that may be attended; returns how many.
 int32_t pack_keys(const Attention& a, const AttentionScratch& s) {
   int32_t count = 0;
@@ -54,22 +66,8 @@ int32_t pack_keys(const Attention& a, const AttentionScratch& s) {
   for (int32_t d = 0; d < a.width; ++d) {
     const float *const k = a.k + d * a.k_stride, *const v = a.v + d * a.v_stride;
     float *const to_k = s.k + d * s.stride, *const to_v = s.v + d * s.stride;
-    if (leading) {
-      int32_t j = 0;
-      for (; j + kLanes <= count; j += kLanes) {
-        store_floats(to_k + j, load_floats(k + j));
-        store_floats(to_v + j, load_floats(v + j));
-      }
-      if (j < count) {
-        store_floats(to_k + j, load_floats(k + j, count - j), count - j);
-        store_floats(to_v + j, load_floats(v + j, count - j), count - j);
-      }
-    } else {
-      for (int32_t j = 0; j < count; ++j) {
-        to_k[j] = k[s.key[j]];
-        to_v[j] = v[s.key[j]];
-      }
-    }
+    pack_plane(s, k, 1, leading, count, to_k);
+    pack_plane(s, v, a.v_step, leading, count, to_v);
   }
   return count;
 }
@@ -211,8 +209,8 @@ void attention_tile(const Attention& a, const Exp& exp, const AttentionScratch& 
   if (a.causal) {  // -inf where the key is later than the query
     float lane[kQueries];
     for (int32_t i = 0; i < kQueries; ++i) lane[i] = static_cast<float>(i);
-    for (int32_t j = keys; j-- > 0 && s.key[j] > first;) {
-      const Floats from = splat(static_cast<float>(s.key[j] - first));
+    for (int32_t j = keys; j-- > 0 && s.key[j] > first + a.past;) {
+      const Floats from = splat(static_cast<float>(s.key[j] - a.past - first));
 #pragma GCC unroll 2
       for (int32_t v = 0; v < kVectors; ++v) {
         float* const x = s.p + j * kQueries + v * kLanes;
@@ -263,7 +261,7 @@ void attention(const Attention& a, int32_t first, int32_t last, const PlaneOutpu
     for (int32_t i = first; i < last; i += kQueries) {
       const int32_t count = last - i < kQueries ? last - i : kQueries;
       int32_t keys = all;
-      while (a.causal && keys > 0 && s.key[keys - 1] >= i + count) --keys;
+      while (a.causal && keys > 0 && s.key[keys - 1] >= i + count + a.past) --keys;
       const PlaneWriter to{out, static_cast<size_t>(i), count, scratch};
       if (count > kLanes) {
         attention_tile<kQueryVectors>(a, exp, s, keys, i, to);

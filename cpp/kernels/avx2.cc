@@ -16,6 +16,7 @@
 #include "avx2_training.h"
 // After the lanes that they are written in:
 #include "attention.h"
+#include "attention_row.h"
 #include "functions.h"
 #include "lowbit_tables.h"
 #include "piecewise.h"
@@ -119,6 +120,8 @@ constinit const Kernels kAvx2 = {.name = "avx2",
                                  .softmax = softmax,
                                  .attention_bytes = attention_bytes,
                                  .attention = attention,
+                                 .attention_row_bytes = attention_row_bytes,
+                                 .attention_row = attention_row,
                                  .table_grad = table_grad,
                                  .response_grad = response_grad};
 

@@ -12,6 +12,7 @@
 #include "avx512_training.h"
 // After the lanes that they are written in:
 #include "attention.h"
+#include "attention_row.h"
 #include "avx512_cells.h"
 #include "functions.h"
 #include "lowbit_tables.h"
@@ -94,6 +95,8 @@ constinit const Kernels kAvx512 = {.name = "avx512",
                                    .softmax = softmax,
                                    .attention_bytes = attention_bytes,
                                    .attention = attention,
+                                   .attention_row_bytes = attention_row_bytes,
+                                   .attention_row = attention_row,
                                    .table_grad = table_grad,
                                    .response_grad = response_grad};
 

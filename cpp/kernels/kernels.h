@@ -237,11 +237,13 @@ struct Attention {
   int32_t width;  // d
   int32_t keys;
   bool causal;
+  int32_t past;  // keys before the first query: a causal one sees keys 0..past + its index
   float scale;
   const float* q;  // at the first token of the sample, as k and v
   const float* k;
   const float* v;
   size_t q_stride, k_stride, v_stride;  // from one plane to the next
+  size_t v_step;                        // from one key to the next in v
   const int32_t* mask;                  // (keys), or null
   Segments exp, reciprocal;
 };
@@ -438,6 +440,9 @@ struct Kernels {
   size_t (*attention_bytes)(int32_t width, int32_t keys);  // of scratch, 64-byte aligned
   void (*attention)(const Attention&, int32_t first, int32_t last, const PlaneOutput&,
                     uint8_t* scratch);
+  // One query with the same bits, without a mask, for v_stride == 1: values in rows.
+  size_t (*attention_row_bytes)(int32_t width, int32_t keys);
+  void (*attention_row)(const Attention&, int32_t query, const PlaneOutput&, uint8_t* scratch);
 
   // --- training ---------------------------------------------------------------------------------
   // grad[b][codes[b][r]][m] += rows[r][m] for r in order: the exact gradient of tables.

@@ -437,6 +437,8 @@ constinit const Kernels kScalar = {.name = "scalar",
                                    .softmax = softmax,
                                    .attention_bytes = attention_bytes,
                                    .attention = attention,
+                                   .attention_row_bytes = attention_bytes,
+                                   .attention_row = attention_row,
                                    .table_grad = table_grad,
                                    .response_grad = response_grad};
 

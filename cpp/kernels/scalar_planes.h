@@ -88,7 +88,7 @@ void attention(const Attention& a, int32_t first, int32_t last, const PlaneOutpu
                uint8_t* scratch) {
   float* const p = reinterpret_cast<float*>(scratch);
   for (int32_t i = first; i < last; ++i) {
-    const int32_t end = a.causal && i + 1 < a.keys ? i + 1 : a.keys;
+    const int32_t end = a.causal && i + a.past + 1 < a.keys ? i + a.past + 1 : a.keys;
     const auto seen = [&](int32_t j) { return !a.mask || a.mask[j] != 0; };
     float top = -INFINITY, sum = 0.0f;
     for (int32_t j = 0; j < end; ++j) {
@@ -107,11 +107,15 @@ void attention(const Attention& a, int32_t first, int32_t last, const PlaneOutpu
     for (int32_t d = 0; d < a.width; ++d) {
       float y = 0.0f;
       for (int32_t j = 0; j < end; ++j) {
-        if (seen(j)) y = std::fmaf(p[j], a.v[d * a.v_stride + j], y);
+        if (seen(j)) y = std::fmaf(p[j], a.v[d * a.v_stride + j * a.v_step], y);
       }
       put(y * factor, to, static_cast<size_t>(d), static_cast<size_t>(i));
     }
   }
+}
+
+void attention_row(const Attention& a, int32_t query, const PlaneOutput& to, uint8_t* scratch) {
+  attention(a, query, query + 1, to, scratch);
 }
 
 }  // namespace

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from lutra.format import load_graph, save_graph
+    from lutra.generator import Completion, Generator
     from lutra.graph import Graph
     from lutra.lowbit import LowBitMatrix
     from lutra.node import Node, Value
@@ -41,8 +42,10 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Completion",
     "EngineError",
     "FormatError",
+    "Generator",
     "Graph",
     "GraphError",
     "InputError",
@@ -68,8 +71,10 @@ __all__ = [
 #: The module of each name. They are imported when one of their names is first used, so that
 #: ``lutra --help`` waits for none.
 _PLACES: Final = {
+    "Completion": "generator",
     "EngineError": "errors",
     "FormatError": "errors",
+    "Generator": "generator",
     "Graph": "graph",
     "GraphError": "errors",
     "InputError": "errors",
@@ -92,8 +97,8 @@ _PLACES: Final = {
 }
 #: Modules that are attributes of the package without an import of their own.
 _MODULES: Final = (
-    "errors", "format", "formatting", "functions", "graph", "hub", "inputs", "lowbit", "node",
-    "ops", "preprocess", "reference", "runtime", "sentences", "stream",
+    "errors", "format", "formatting", "functions", "generator", "graph", "hub", "inputs", "lowbit",
+    "node", "ops", "preprocess", "reference", "runtime", "sentences", "stream",
 )  # fmt: skip
 #: The names of lutra.train that are here too. Listed, not asked for: asking imports PyTorch.
 _TRAIN: Final = (
@@ -135,10 +140,13 @@ _TRAIN: Final = (
     "convert",
     "example_inputs",
     "export",
+    "export_decoder",
     "finetune",
     "fit_relu_net",
     "from_graph",
     "from_pretrained",
+    "load_llama2c",
+    "load_llama2c_tokenizer",
     "load_onnx",
     "masked_mean",
     "optimize",

@@ -23,8 +23,17 @@ import numpy as np
 from lutra.errors import InputError
 from lutra.graph import Graph
 from lutra.node import Array, Value
+from lutra.ops import OPS
 
-__all__ = ["IdRange", "cast_input", "check_ids", "dtype_complaint", "id_ranges", "random_ints"]
+__all__ = [
+    "IdRange",
+    "cast_input",
+    "check_ids",
+    "dtype_complaint",
+    "id_ranges",
+    "place_inputs",
+    "random_ints",
+]
 
 _INT32: Final = np.iinfo(np.int32)
 _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
@@ -58,6 +67,17 @@ def id_ranges(graph: Graph) -> dict[str, IdRange]:
             if name not in ranges or rows < ranges[name].rows:
                 ranges[name] = IdRange(node.name, rows)
     return ranges
+
+
+def place_inputs(graph: Graph) -> set[str]:
+    """Names of the inputs that are places in a sequence, see ``OpSpec.places``."""
+    read = {
+        node.inputs[index]
+        for node in graph.nodes
+        for index in OPS[node.op].places
+        if index < len(node.inputs)
+    }
+    return read & {value.name for value in graph.inputs}
 
 
 def check_ids(where: str, node: str, ids: Array, rows: int) -> None:

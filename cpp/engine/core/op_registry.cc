@@ -18,15 +18,15 @@ using Family = void(OpRegistry&);
 Family pq_ops, lookup_ops, int8_ops, lowbit_ops, dense_ops, conv_transpose_ops, basic_ops,
     arithmetic_ops, function_ops, norm_ops, group_norm_ops, attention_ops, matmul_ops,
     pointwise_ops, reduce_ops, pool_ops, image_ops, resample_ops, sequence_ops, select_ops,
-    recurrent_ops, position_ops;
+    recurrent_ops, position_ops, decoder_ops;
 
 namespace {
 
 constexpr Family* kFamilies[] = {
-    pq_ops,       lookup_ops,     int8_ops,      lowbit_ops,  dense_ops,      conv_transpose_ops,
-    basic_ops,    arithmetic_ops, function_ops,  norm_ops,    group_norm_ops, attention_ops,
-    matmul_ops,   pointwise_ops,  reduce_ops,    pool_ops,    image_ops,      resample_ops,
-    sequence_ops, select_ops,     recurrent_ops, position_ops};
+    pq_ops,       lookup_ops,     int8_ops,      lowbit_ops,   dense_ops,      conv_transpose_ops,
+    basic_ops,    arithmetic_ops, function_ops,  norm_ops,     group_norm_ops, attention_ops,
+    matmul_ops,   pointwise_ops,  reduce_ops,    pool_ops,     image_ops,      resample_ops,
+    sequence_ops, select_ops,     recurrent_ops, position_ops, decoder_ops};
 
 // A library that stays loaded, or is unloaded again.
 class Library {

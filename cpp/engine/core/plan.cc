@@ -316,7 +316,8 @@ uint8_t* Plan::memory(Context& c, int id) const {
 float* Plan::floats(Context& c, int id) const { return reinterpret_cast<float*>(memory(c, id)); }
 
 void Plan::execute(Context& c, const std::vector<const float*>& inputs,
-                   const std::vector<float*>& outputs, double* seconds) {
+                   const std::vector<float*>& outputs, double* seconds, Cache* cache,
+                   int64_t first) {
   const double start = now();
   double before = start;
   auto lap = [&](double* to) {
@@ -338,7 +339,8 @@ void Plan::execute(Context& c, const std::vector<const float*>& inputs,
                  storage_strides(s));
   }
   if (seconds) lap(seconds++);
-  for (const Entry& e : steps_) {
+  for (size_t s = 0; s < steps_.size(); ++s) {
+    const Entry& e = steps_[s];
     c.step_shapes_.clear();
     c.step_inputs_.clear();
     for (int i : e.inputs) {
@@ -353,7 +355,9 @@ void Plan::execute(Context& c, const std::vector<const float*>& inputs,
               .quantized = static_cast<int>(e.quantized.size()),
               .q = {},
               .workspace = c.memory_.data() + c.workspace_,
-              .pool = pool_};
+              .pool = pool_,
+              .past = cache ? cache->past(s) : nullptr,
+              .first = first};
     for (size_t i = 0; i < e.quantized.size(); ++i) {
       r.q[i].grid = grids_[static_cast<size_t>(e.quantized[i])];
       r.q[i].data = memory(c, e.quantized[i]);
@@ -372,6 +376,16 @@ void Plan::execute(Context& c, const std::vector<const float*>& inputs,
   }
   if (seconds) lap(seconds);
   c.last_run_ = now() - start;
+}
+
+std::unique_ptr<Cache> Plan::make_cache(int64_t sequences) const {
+  std::vector<std::unique_ptr<Past>> pasts;
+  for (const Entry& e : steps_) {
+    PastShape shape = e.step->remembers();
+    const bool any = !shape.arrays.empty();
+    pasts.push_back(any ? std::make_unique<Past>(std::move(shape), sequences) : nullptr);
+  }
+  return std::make_unique<Cache>(this, std::move(pasts), sequences);
 }
 
 std::vector<Plan::StepInfo> Plan::describe(const Context& c) const {

@@ -72,8 +72,13 @@ class Plan final : public PlanBuilder {
   // inputs and outputs are C-contiguous arrays in logical order; int32 inputs are given as if they
   // were floats. Throws std::invalid_argument with the label of the step that cannot run. If
   // `seconds` is not null it gets the time of: copying the inputs, each step, copying the outputs.
+  // With a cache, sample n continues its sequence `first` + n.
   void execute(Context& context, const std::vector<const float*>& inputs,
-               const std::vector<float*>& outputs, double* seconds = nullptr);
+               const std::vector<float*>& outputs, double* seconds = nullptr,
+               Cache* cache = nullptr, int64_t first = 0);
+
+  // An empty cache for so many sequences.
+  std::unique_ptr<Cache> make_cache(int64_t sequences) const;
 
   // What the steps are, in the order in which they run.
   struct StepInfo {

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/core/cache.h"
 #include "engine/core/quantization.h"
 #include "engine/core/shape.h"
 #include "engine/core/thread_pool.h"
@@ -59,6 +60,8 @@ struct StepRun {
   } q[kMaxQuantized];
   uint8_t* workspace;
   ThreadPool& pool;
+  Past* past = nullptr;  // what the step remembers; null: the run is alone
+  int64_t first = 0;     // the sequence of the past that is the first sample
 };
 
 class Step {
@@ -91,6 +94,9 @@ class Step {
   // The same operation on quantised values, if quantising before it gives the same integers as
   // quantising after it; else null.
   virtual StepPtr on_bytes() const { return nullptr; }
+
+  // What it keeps of each sequence for runs with a cache.
+  virtual PastShape remembers() const { return {}; }
 
   // What it does, if that is a function of each value of its only input; else null.
   virtual ElementwisePtr elementwise() const { return nullptr; }

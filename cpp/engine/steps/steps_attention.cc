@@ -107,6 +107,7 @@ class AttentionStep : public Step {
     Attention a{.width = static_cast<int32_t>(width),
                 .keys = static_cast<int32_t>(keys),
                 .causal = s_.causal,
+                .past = 0,
                 .scale = s_.scale,
                 .q = planes(0, queries),
                 .k = planes(1, keys),
@@ -114,6 +115,7 @@ class AttentionStep : public Step {
                 .q_stride = static_cast<size_t>(samples * queries),
                 .k_stride = static_cast<size_t>(samples * keys),
                 .v_stride = static_cast<size_t>(samples * keys),
+                .v_step = 1,
                 .mask = nullptr,
                 .exp = s_.exp.segments(),
                 .reciprocal = s_.reciprocal.segments()};

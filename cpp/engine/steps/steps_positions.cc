@@ -11,8 +11,9 @@ using Inputs = std::vector<const float*>;
 
 constexpr double kPerMicrosecond = 1e3;  // elements, a rough guess for one core
 
-// x (N, T, H d) -> the same shape; cos and sin (length, d), of which the first T rows are used. In
-// each head the features a < d / 2 and b = a + d / 2 (or 2 a and 2 a + 1, interleaved) are turned:
+// x (N, T, H d) and perhaps start (N) of integers -> the shape of x; cos and sin (length, d), of
+// which the rows start[n].. are used, or the first T. In each head the features a < d / 2 and b = a
+// + d / 2 (or 2 a and 2 a + 1, interleaved) are turned:
 //   y[a] = x[a] cos[t, a] - x[b] sin[t, a];  y[b] = x[b] cos[t, b] + x[a] sin[t, b]
 class RotaryStep : public FloatStep {
  public:
@@ -26,8 +27,11 @@ class RotaryStep : public FloatStep {
     }
   }
 
+  bool reads_integers(size_t input) const override { return input == 1; }
   Shape infer(const Shapes& in) const override {
     const Shape& x = in[0];
+    require(in.size() == 1 || in[1] == Shape({x[0]}),
+            "rotary got the shape " + x.text() + " and starts that are not (N)");
     require(x.rank == 3 && x[2] == heads_ * width_, "rotary of " + std::to_string(heads_) +
                                                         " heads of " + std::to_string(width_) +
                                                         " features got the shape " + x.text());
@@ -43,6 +47,13 @@ class RotaryStep : public FloatStep {
            ThreadPool& pool) const override {
     const int64_t batch = shapes[0][0], length = shapes[0][1], half = width_ / 2;
     const int64_t plane = batch * length;
+    const int32_t* const start = in.size() > 1 ? integers_of(in[1]) : nullptr;
+    for (int64_t n = 0; start && n < batch; ++n) {
+      require(start[n] >= 0 && start[n] + length <= length_,
+              "sequence " + std::to_string(n) + " starts at token " + std::to_string(start[n]) +
+                  " and gets " + std::to_string(length) + " more, but the table has " +
+                  std::to_string(length_) + " positions");
+    }
     pool.run(static_cast<size_t>(heads_ * half),
              static_cast<double>(shapes[0].size()) / kPerMicrosecond, [&](size_t item, int) {
                const int64_t k = static_cast<int64_t>(item) % half;
@@ -58,10 +69,11 @@ class RotaryStep : public FloatStep {
                  const int64_t at_b = (head + b) * plane + n * length;
                  const float *const xa = in[0] + at_a, *const xb = in[0] + at_b;
                  float *const ya = out + at_a, *const yb = out + at_b;
+                 const int64_t s = start ? start[n] : 0;
                  for (int64_t t = 0; t < length; ++t) {
                    const float u = xa[t], v = xb[t];
-                   ya[t] = u * cos_a[t] - v * sin_a[t];
-                   yb[t] = v * cos_b[t] + u * sin_b[t];
+                   ya[t] = u * cos_a[s + t] - v * sin_a[s + t];
+                   yb[t] = v * cos_b[s + t] + u * sin_b[s + t];
                  }
                }
              });
@@ -127,7 +139,7 @@ int add_relative_bias(PlanBuilder& plan, const StepArgs& args) {
 }  // namespace
 
 void position_ops(OpRegistry& r) {
-  r.add("rotary", {.build = add_rotary});
+  r.add("rotary", {.build = add_rotary, .inputs = 1, .most = 2});
   r.add("relative_bias", {.build = add_relative_bias});
 }
 

@@ -28,6 +28,7 @@ COMMANDS: Final = {
     "doctor": ("doctor", "show CPU, kernels, versions and a self test"),
     "inspect": ("inspect", "show what is in a file"),
     "run": ("run", "run a model on .npy files"),
+    "generate": ("generate", "continue a text with a language model"),
     "verify": ("verify", "check the engine against the reference on this machine"),
     "eval": ("evaluate", "measure a model on data with known answers"),
     "bench": ("bench", "measure the speed of a model"),

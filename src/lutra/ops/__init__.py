@@ -8,6 +8,7 @@ from lutra._moved import MOVED_OPS, install
 from lutra.errors import GraphError
 from lutra.ops import (
     conv_transpose,
+    decoder,
     dense,
     elementwise,
     functions,
@@ -41,6 +42,7 @@ OPS: dict[str, OpSpec] = {
         lookup,
         int8,
         lowbit,
+        decoder,
         dense,
         conv_transpose,
         matmul,

@@ -21,6 +21,8 @@ MAX_EXTENT: Final = 4096
 MAX_GROUPS: Final = 2**24
 #: Heads of an attention.
 MAX_HEADS: Final = 4096
+#: Tokens of a sequence that a decoder makes.
+MAX_TOKENS: Final = 2**20
 #: Entries of an axis whose indices are values of the graph: float32 holds them exactly.
 MAX_INDEXED: Final = 2**24
 #: Factor of a pixel shuffle or an upsampling, and stride of a transposed convolution.

@@ -4,6 +4,8 @@
                     and 2 a + 1 where they are interleaved, are turned by the angles of the token t:
                     y[t, a] = x[t, a] * cos[t, a] - x[t, b] * sin[t, a]
                     y[t, b] = x[t, b] * cos[t, b] + x[t, a] * sin[t, b]
+                    With starts (N,) of integers, token t of sequence n is turned by the angles of
+                    start[n] + t.
     relative_bias:  y[n, h, i, j] = x[n, h, i, j] + weight[h, j - i + L - 1]
 
 ``cos`` and ``sin`` are (L, d), and ``weight`` is (H, 2 L - 1), for sequences of at most L tokens.
@@ -17,6 +19,7 @@ from typing import Final
 
 from lutra.formatting import shape_text
 from lutra.node import Array, Node, Value
+from lutra.ops.decoder import need_starts
 from lutra.ops.limits import MAX_HEADS
 from lutra.ops.spec import (
     Attr,
@@ -52,8 +55,10 @@ def _need_length(node: Node, x: Value, axis: int, length: int) -> None:
 
 
 def _infer_rotary(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
-    (x,) = inputs
+    x, *start = inputs
     need_rank(node, x, 3, 3)
+    for value in start:
+        need_starts(node, x, value)
     length, width = tensors["cos"].shape
     heads = integer(node, "heads")
     if need_size(node, x, 2) != heads * width:
@@ -117,6 +122,9 @@ SPECS: Final = (
         check=_check_rotary,
         infer=_infer_rotary,
         cost=_cost_rotary,
+        max_inputs=2,
+        dtypes=("float32", "int32"),
+        places=(1,),
         since=3,
     ),
     OpSpec(

@@ -217,6 +217,8 @@ class OpSpec:
             run, ``sized``, are not what ``inputs``, which may be dynamic, promised.
         dtypes: The dtype of each input, or several with ``|`` between them; those that are not
             named are float32. The output always is.
+        places: The inputs that are places in a sequence, counted from 0; in self tests they are 0.
+        remembers: Whether a run with a cache continues what earlier runs with it left.
         since: The version of the file format that the operator came with.
         output_axis: The axis of the output that holds the outputs of a layer: 1 for images, -1 for
             rows; None for operators that are no layer.
@@ -250,6 +252,8 @@ class OpSpec:
     max_inputs: int | None = 1
     check_sizes: SizesFn = no_check_sizes
     dtypes: tuple[str, ...] = ()
+    places: tuple[int, ...] = ()
+    remembers: bool = False
     since: int = 1
     output_axis: int | None = None
     fuses: bool = False

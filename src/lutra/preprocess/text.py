@@ -112,7 +112,7 @@ class TextPreprocess:
             )
         try:
             return cls(
-                _unpacked(entry["tokenizer"], entry["tokenizer_bytes"]),
+                unpack(entry["tokenizer"], entry["tokenizer_bytes"]),
                 entry["max_length"],
                 entry["pad_id"],
                 entry["inputs"],
@@ -131,11 +131,11 @@ class TextPreprocess:
 
     def to_dict(self) -> dict[str, Any]:
         """The entry for the metadata of a file."""
-        data = self.tokenizer.encode()
+        packed, size = pack(self.tokenizer)
         return {
             "kind": "text",
-            "tokenizer": base64.b64encode(zlib.compress(data, 9)).decode(),
-            "tokenizer_bytes": len(data),
+            "tokenizer": packed,
+            "tokenizer_bytes": size,
             "max_length": self.max_length,
             "pad_id": self.pad_id,
             "inputs": dict(self.inputs),
@@ -151,7 +151,7 @@ class TextPreprocess:
             LutraError: If the package ``tokenizers`` is not installed.
             FormatError: If that cannot read the tokenizer.
         """
-        tokenizer = _parse(self.tokenizer)
+        tokenizer = parse(self.tokenizer)
         tokenizer.no_padding()
         if truncate:
             added = tokenizer.num_special_tokens_to_add(False)
@@ -264,7 +264,13 @@ def _pad_of(content: Mapping[str, Any]) -> int:
     return next((int(ids[pad]) for pad in _PADS if isinstance(ids.get(pad), int)), 0)
 
 
-def _parse(text: str) -> Tokenizer:
+def parse(text: str) -> Tokenizer:
+    """The tokenizer of the text of a tokenizer.json.
+
+    Raises:
+        LutraError: If the package ``tokenizers`` is not installed.
+        FormatError: If that cannot read it.
+    """
     try:
         from tokenizers import Tokenizer
     except ModuleNotFoundError as error:
@@ -284,7 +290,13 @@ def _parse(text: str) -> Tokenizer:
         ) from error
 
 
-def _unpacked(packed: object, size: object) -> str:
+def pack(text: str) -> tuple[str, int]:
+    """The text of a tokenizer.json for the metadata of a file, and its size before."""
+    data = text.encode()
+    return base64.b64encode(zlib.compress(data, 9)).decode(), len(data)
+
+
+def unpack(packed: object, size: object) -> str:
     """The text of a tokenizer.json.
 
     Raises:

@@ -19,6 +19,7 @@ from lutra.ops.functions import FUNCTIONS
 from lutra.ops.pointwise import BENDS, CHOICES
 from lutra.reference import (
     conv_transpose,
+    decoder,
     dense,
     elementwise,
     functions,
@@ -40,6 +41,7 @@ from lutra.reference import (
     sequence,
     shape,
 )
+from lutra.reference.decoder import Past
 
 __all__ = ["KERNELS", "register", "run_node", "run_reference"]
 
@@ -69,6 +71,7 @@ KERNELS: Final[dict[str, Kernel]] = {
     "position_embedding": sequence.position_embedding,
     "masked_mean": sequence.masked_mean,
     "attention": sequence.attention,
+    "cached_attention": decoder.cached_attention,
     "gather": sequence.gather,
     "lstm": recurrent.lstm,
     "gru": recurrent.gru,
@@ -79,6 +82,7 @@ KERNELS: Final[dict[str, Kernel]] = {
     "from_end": select.from_end,
     "flip": select.flip,
     "trim": select.trim,
+    "pick_tokens": decoder.pick_tokens,
     "rotary": positions.rotary,
     "relative_bias": positions.relative_bias,
     "relu": elementwise.clamp,
@@ -136,6 +140,7 @@ def run_reference(
     inputs: Mapping[str, Array] | Sequence[Array],
     *,
     intermediates: bool = False,
+    cache: dict[str, Past] | None = None,
 ) -> dict[str, Array]:
     """Runs a graph in NumPy.
 
@@ -145,6 +150,8 @@ def run_reference(
             ``Session.run`` takes. NaN and infinity are allowed: grids quantise NaN to 0 and clamp
             infinity.
         intermediates: Whether to return every value instead of the outputs only.
+        cache: What earlier runs left of each sequence, for decoders, by node name; an empty dict
+            before the first run. It is changed. Without it a run is alone.
 
     Returns:
         float32 arrays by value name; inputs of dtype int32 stay int32.
@@ -157,9 +164,13 @@ def run_reference(
     expected = graph.values
     values = _named(graph, inputs)
     for node in graph.nodes:
-        values[node.output] = run_node(
-            node, [values[name] for name in node.inputs], graph.node_tensors(node)
-        )
+        given = [values[name] for name in node.inputs]
+        tensors = graph.node_tensors(node)
+        if cache is not None and node.op == "cached_attention":
+            past = cache.setdefault(node.name, [])
+            values[node.output] = decoder.cached_attention(node, given, tensors, past)
+        else:
+            values[node.output] = run_node(node, given, tensors)
     wanted = expected if intermediates else graph.outputs
     return {name: values[name] for name in wanted}
 

@@ -6,13 +6,18 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from lutra.errors import InputError
 from lutra.node import Array, Node
 from lutra.ops.spec import flag, integer
 
 
 def rotary(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
-    """(N, T, H d) to (N, T, H d)."""
-    (x,) = inputs
+    """(N, T, H d), and perhaps starts int32 (N,), to (N, T, H d).
+
+    Raises:
+        InputError: If a sequence goes beyond the table.
+    """
+    x, *starts = inputs
     samples, tokens, _ = x.shape
     heads, width = integer(node, "heads"), tensors["cos"].shape[1]
     apart = x.reshape(samples, tokens, heads, width)
@@ -21,7 +26,14 @@ def rotary(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) ->
     else:
         first, second = np.split(apart, 2, axis=-1)
         turned = np.concatenate([-second, first], axis=-1)
-    cos, sin = (tensors[name][:tokens, None] for name in ("cos", "sin"))
+    places = np.arange(tokens) + (starts[0][:, None] if starts else 0)
+    length = len(tensors["cos"])
+    if places.size and not 0 <= places.min() <= places.max() < length:
+        raise InputError(
+            f"run_reference: node {node.name!r} is given the positions {int(places.min())}.."
+            f"{int(places.max())}, and its table has {length}; cut the sequence"
+        )
+    cos, sin = (tensors[name][places][..., None, :] for name in ("cos", "sin"))
     result: Array = (apart * cos + turned * sin).reshape(x.shape)
     return result
 

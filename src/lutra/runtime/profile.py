@@ -13,7 +13,7 @@ from lutra._engine import Plan
 from lutra.errors import InputError
 from lutra.formatting import counted, shape_text, table
 from lutra.graph import Graph, Sizes
-from lutra.inputs import id_ranges, random_ints
+from lutra.inputs import id_ranges, place_inputs, random_ints
 from lutra.node import Array
 from lutra.runtime.shared_codes import SHARED_LABEL
 
@@ -119,7 +119,7 @@ def _short(name: str) -> str:
 def random_inputs(
     graph: Graph, batch: int, rng: np.random.Generator, sizes: Sizes | None = None
 ) -> dict[str, Array]:
-    """Random inputs by name: normal floats, and of integers ids that exist, or masks.
+    """Random inputs by name: normal floats, and of integers ids that exist, masks, or places 0.
 
     Args:
         graph: What they are for.
@@ -139,8 +139,11 @@ def random_inputs(
             "no size to choose; give the shapes"
         )
     ranges = id_ranges(graph)
+    places = place_inputs(graph)
     return {
-        value.name: random_ints(value, ranges, tuple(sizes[value.name]), rng)
+        value.name: np.zeros(tuple(sizes[value.name]), np.int32)
+        if value.name in places
+        else random_ints(value, ranges, tuple(sizes[value.name]), rng)
         if value.dtype == "int32"
         else rng.standard_normal(tuple(sizes[value.name]), np.float32)
         for value in graph.inputs

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 
-from lutra._engine import all_finite
+from lutra._engine import Cache, all_finite
 from lutra.errors import EngineError, GraphError, InputError
 from lutra.format import load_graph
 from lutra.formatting import counted, did_you_mean, shape_text
@@ -19,6 +19,7 @@ from lutra.graph import Graph, Sizes, sized
 from lutra.hub import MODEL, find_file
 from lutra.inputs import cast_input, check_ids, id_ranges
 from lutra.node import Array, Value
+from lutra.ops import OPS
 from lutra.runtime.cpu import choose_isa, choose_threads, usable_memory
 from lutra.runtime.plan import build_plan
 from lutra.runtime.profile import Profile, input_pool, measure
@@ -106,6 +107,7 @@ class Session:
         self._outputs = [self._graph.values[name] for name in self._graph.outputs]
         self._ids = id_ranges(self._graph)
         self._plan = build_plan(self._graph, self._isa, self._threads)
+        self._remembers = any(OPS[node.op].remembers for node in self._graph.nodes)
         self._can_split = all(value.shape[0] is None for value in self._graph.inputs)
         self._limit = usable_memory() if max_memory is None else max_memory
         self._fits: OrderedDict[_Shapes, _Fit] = OrderedDict()
@@ -184,7 +186,36 @@ class Session:
         """``outputs`` as a list."""
         return list(self.outputs)
 
-    def run(self, output_names: Sequence[str] | None, feeds: Mapping[str, Array]) -> list[Array]:
+    def new_cache(self, sequences: int = 1) -> Cache:
+        """Memory for what a decoder keeps of sequences from run to run; it grows with them.
+
+        ``nbytes`` says how much it holds; ``select(rows)`` makes sequence i what rows[i] was, as
+        when some of them are done. A cache is for one run at a time.
+
+        Args:
+            sequences: How many; runs with the cache have that batch.
+
+        Raises:
+            InputError: If it is less than 1, or the model remembers nothing.
+        """
+        if type(sequences) is not int or sequences < 1:
+            raise InputError(
+                f"Session.new_cache: sequences={sequences!r} is not a whole number of at least 1"
+            )
+        if not self._remembers:
+            raise InputError(
+                "Session.new_cache: the model remembers nothing from run to run; export a decoder "
+                "with lutra.train.export_decoder"
+            )
+        return self._plan.cache(sequences)
+
+    def run(
+        self,
+        output_names: Sequence[str] | None,
+        feeds: Mapping[str, Array],
+        *,
+        cache: Cache | None = None,
+    ) -> list[Array]:
         """Runs the model once.
 
         Args:
@@ -192,6 +223,7 @@ class Session:
             feeds: An array for every input, by name. A float32 input takes float32, float16, uint8,
                 int8 and int16, which are cast exactly, and float64, which is rounded. An int32
                 input (token ids, masks) takes integers of any width that fit, and bool.
+            cache: What earlier runs left of these sequences, for decoders, see ``new_cache``.
 
         Returns:
             New float32 arrays.
@@ -212,7 +244,7 @@ class Session:
                         f"the model has {names}"
                     )
             picked = [names.index(name) for name in output_names]
-        results = self._execute(self._checked(feeds))
+        results = self._execute(self._checked(feeds), cache)
         return [results[index] for index in picked]
 
     def __call__(self, x: Array) -> Array:
@@ -383,7 +415,7 @@ class Session:
         # Two samples tell what one takes: of a single one, inputs and outputs are not copied.
         need = self._arena_bytes(batches)
         most = _ARENA_LIMIT if self._limit is None else min(_ARENA_LIMIT, self._limit)
-        if any(node.op == "attention" for node in self._graph.nodes):
+        if any(node.op in ("attention", "cached_attention") for node in self._graph.nodes):
             most = min(most, _SEQUENCE_ARENA * self._threads)
         piece = max(1, 2 * most // max(1, need)) if self._can_split else shapes[0][0]
         if self._can_split:
@@ -412,17 +444,22 @@ class Session:
         except ValueError as error:
             raise EngineError(f"the engine cannot run this graph: {error}") from error
 
-    def _execute(self, arrays: list[Array]) -> list[Array]:
+    def _execute(self, arrays: list[Array], cache: Cache | None) -> list[Array]:
         """Runs a batch, in pieces where it is large: samples do not depend on each other."""
         batch = arrays[0].shape[0]
+        if cache is not None and cache.sequences != batch:
+            raise InputError(
+                f"Session.run: the cache holds {cache.sequences} sequences and the inputs have a "
+                f"batch of {batch}; they must be the same"
+            )
         fit = self._room([array.shape for array in arrays])
         try:
             if batch <= fit.piece:
-                return list(self._plan.run(arrays))
+                return list(self._plan.run(arrays, cache))
             results = [np.empty((batch, *shape), np.float32) for shape in fit.outputs]
             for first in range(0, batch, fit.piece):
                 piece = slice(first, first + fit.piece)
-                parts = self._plan.run([array[piece] for array in arrays])
+                parts = self._plan.run([array[piece] for array in arrays], cache, first)
                 for result, part in zip(results, parts, strict=True):
                     result[piece] = part
         except MemoryError:

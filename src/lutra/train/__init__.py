@@ -6,6 +6,7 @@ from lutra._moved import MOVED_TRAINING, install
 from lutra.train.conversion.auto import auto_recipe
 from lutra.train.conversion.convert import convert
 from lutra.train.conversion.speed_gate import SpeedGate
+from lutra.train.exporting.decoder import export_decoder
 from lutra.train.exporting.export import export
 from lutra.train.finetuning.finetune import FinetuneReport, finetune
 from lutra.train.finetuning.settings import Checkpoints, Distillation, Schedule
@@ -19,6 +20,7 @@ from lutra.train.functions.modules import (
 from lutra.train.functions.relu_net import fit_relu_net
 from lutra.train.importing.examples import example_inputs
 from lutra.train.importing.graph import from_graph
+from lutra.train.importing.llama import load_llama2c, load_llama2c_tokenizer
 from lutra.train.importing.onnx import load_onnx
 from lutra.train.layers.finite import check_finite
 from lutra.train.layers.int8 import FrozenInt8, Int8Conv2d, Int8Linear
@@ -84,10 +86,13 @@ __all__ = [
     "convert",
     "example_inputs",
     "export",
+    "export_decoder",
     "finetune",
     "fit_relu_net",
     "from_graph",
     "from_pretrained",
+    "load_llama2c",
+    "load_llama2c_tokenizer",
     "load_onnx",
     "masked_mean",
     "optimize",

@@ -129,6 +129,43 @@ def export(
     """
     if tables not in get_args(Tables):
         raise InputError(f"export: tables={tables!r} is not one of {list(get_args(Tables))}")
+    graph, feeds = export_graph(
+        model,
+        example_input,
+        metadata=metadata,
+        input_names=input_names,
+        output_names=output_names,
+        dynamic_axes=dynamic_axes,
+        tolerance=tolerance,
+        tables=tables,
+    )
+    if golden:
+        graph = with_golden(graph, feeds)
+    save_graph(graph, path)
+    return graph
+
+
+def export_graph(
+    model: nn.Module,
+    example_input: ExampleInput,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic_axes: Sequence[int] | Mapping[str, Sequence[int]] = (0,),
+    tolerance: float = 1e-3,
+    tables: Tables = "stored",
+    longest: int | None = None,
+) -> tuple[Graph, dict[str, Array]]:
+    """What `export` writes, checked, without golden data.
+
+    Args:
+        model: As for `export`, as the other arguments and the errors are.
+        longest: Positions of tables where the model sets no limit; None for 2048.
+
+    Returns:
+        The graph, and the inputs that it was checked with.
+    """
     example = tuple(tensor[:_SAMPLES] for tensor in example_tensors(example_input))
     given = return_tensors(prepare_copy(model))
     weights = weights_of(given)
@@ -145,7 +182,7 @@ def export(
         wanted = outputs_of(given, example)
         rounding = rounding_share(program, example, wanted)
         fold_program(frozen, program)
-        lowered = lower(program, names, output_names, _metadata(model, metadata))
+        lowered = lower(program, names, output_names, _metadata(model, metadata), longest)
         graph = lowered.graph
         graph.validate()
         check = Check(example, wanted, rounding)
@@ -156,13 +193,10 @@ def export(
         feeds = feeds_of(graph, example)
         if tables != "stored":
             graph = _compacted(graph, compact, feeds, check, tolerance)
-    if golden:
-        graph = _with_golden(graph, feeds)
-    save_graph(graph, path)
-    return graph
+    return graph, feeds
 
 
-def _with_golden(graph: Graph, feeds: Mapping[str, Array]) -> Graph:
+def with_golden(graph: Graph, feeds: Mapping[str, Array]) -> Graph:
     """The graph with as many samples as golden data may have, or with why there are none."""
     session = Session(graph)
     room = max(_GOLDEN_BYTES, graph.parameter_bytes() // _GOLDEN_SHARE)

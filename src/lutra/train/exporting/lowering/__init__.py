@@ -51,6 +51,7 @@ def lower(
     input_names: Sequence[str],
     output_names: Sequence[str] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    longest: int | None = None,
 ) -> Lowered:
     """Turn a captured program into a graph.
 
@@ -61,6 +62,7 @@ def lower(
         output_names: One per output; by default the keys of a returned dict, else `output` or
             `output_0`, `output_1`, ...
         metadata: Put into the graph as it is.
+        longest: Positions of tables where the model sets no limit; by default `core.LONGEST`.
 
     Returns:
         The graph, not yet validated, and the torch node behind each of its values.
@@ -71,4 +73,4 @@ def lower(
     combine(program)
     bias.combine_biases(program)
     rotary.combine_rotary(program)
-    return Walk(program).run(input_names, output_names, metadata or {}, without_detours)
+    return Walk(program, longest).run(input_names, output_names, metadata or {}, without_detours)

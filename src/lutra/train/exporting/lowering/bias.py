@@ -23,6 +23,7 @@ from lutra.train.exporting.lowering.attention import (
     is_mask,
 )
 from lutra.train.exporting.lowering.core import (
+    LONGEST,
     Deferred,
     Lowering,
     Ref,

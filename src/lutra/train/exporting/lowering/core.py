@@ -69,6 +69,8 @@ class Entry:
     axes: tuple[str, ...] = ()
 
 
+#: The longest input that a table of positions is made for where the model sets no limit.
+LONGEST = 2048
 _F = TypeVar("_F", bound=Callable[..., Any])
 #: The lowering of each torch operator.
 LOWERINGS: dict[str, Entry] = {}
@@ -120,6 +122,7 @@ class Lowering(Emitter, ABC):
         self.sources = Sources(program)
         self._results: dict[fx.Node, Any] = {}
         self._integers: dict[fx.Node, Ref] = {}
+        self.longest = LONGEST
 
     def integer_input(self, node: fx.Node) -> Ref | None:
         """Return the graph value of an input of integers, or None for any other torch node."""

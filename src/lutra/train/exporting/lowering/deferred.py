@@ -57,7 +57,7 @@ def table(ctx: Lowering, x: Deferred, axis: int) -> Tensor | None:
     if not symbol.is_Symbol or symbol == ctx.batch:
         return None
     low, high = ctx.sources.range_of(symbol)
-    longest = _longest(ctx, x, axis, symbol, low, LONGEST if high is None else high)
+    longest = _longest(ctx, x, axis, symbol, low, ctx.longest if high is None else high)
     whole = _rows(ctx, x, axis, {symbol: longest})
     for length in {low, min(low + 1, longest), (low + longest) // 2}:
         part = _rows(ctx, x, axis, {symbol: length})

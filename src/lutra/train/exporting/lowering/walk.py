@@ -49,8 +49,9 @@ class _Reported(Exception):
 class Walk(Lowering):
     """The state of one walk: what every torch node became, and the graph so far."""
 
-    def __init__(self, program: ExportedProgram) -> None:
+    def __init__(self, program: ExportedProgram, longest: int | None = None) -> None:
         super().__init__(program)
+        self.longest = longest or self.longest
         self._program = program
         self._realised: dict[View, Ref] = {}
         self._shown: dict[View, fx.Node] = {}  # views that are results of torch nodes
