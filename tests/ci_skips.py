@@ -20,7 +20,7 @@ ENVIRONMENT = "LUTRA_CI"
 #: Packages of the extra ``bench``, which is not part of ``make dev``.
 PEERS = ("onnx", "onnxruntime", "openvino")
 #: Packages that the environment of the wheel does not have.
-NO_RUNTIME = ("torch", "transformers", "sklearn", "PIL", "nanobind")
+NO_RUNTIME = ("torch", "transformers", "sklearn", "PIL", "nanobind", "amaranth")
 
 
 def missing(packages: tuple[str, ...]) -> list[str]:

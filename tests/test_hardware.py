@@ -1,0 +1,166 @@
+"""Generated accelerators give the codes and sums of the reference, in the cycles of the model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lutra.hardware import Design, HardwareError, TableLayer, count_cycles, random_layer
+from lutra.hardware.layer import nearest
+from lutra.hardware.words import layer_words
+
+amaranth = pytest.importorskip("amaranth")
+from lutra.hardware.simulate import simulate  # noqa: E402
+
+ENCODERS = ("l2", "l1", "chebyshev", "tree")
+
+
+def coin(seed: int, chance: float) -> Iterator[bool]:
+    """A stream that has or takes a word with that chance in each cycle."""
+    numbers = random.Random(seed)
+    while True:
+        yield numbers.random() < chance
+
+
+def random_case(seed: int) -> tuple[TableLayer, Design]:
+    """A small layer and a design for it, both random."""
+    rng = np.random.default_rng(seed)
+    encoder = ENCODERS[seed % 4]
+    k = int(rng.choice([8, 8, 8, 16, 32, 64]))
+    v, rows, codebooks = (int(rng.integers(1, high)) for high in (10, 17, 5))
+    tail = int(rng.integers(0, v))
+    layer = random_layer(
+        rng, encoder, rows, codebooks, k, v, int(rng.integers(1, 8)), tail=tail,
+        act_bits=int(rng.choice([6, 7])),
+    )  # fmt: skip
+    tile = int(rng.choice([1, 2, 4]))
+    design = layer.design(
+        tile=tile,
+        elements=k >> int(rng.integers(0, k.bit_length())),
+        beat=int(rng.choice([1, tile])),
+        fifo=int(rng.choice([2, 3, 8, 32])),
+        rows=int(rng.choice([rows, max(1, rows // 2), rows + 3])),
+    )
+    return layer, design
+
+
+def check(layer: TableLayer, design: Design, **options: Any) -> int:
+    """Simulates and compares every code and every sum; returns the cycles."""
+    words = layer_words(layer, design)
+    run = simulate(design, words, **options)
+    assert run.code == words.code
+    assert run.sums == words.sums
+    return run.cycles
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_codes_sums_and_cycles(seed: int) -> None:
+    layer, design = random_case(seed)
+    cycles = check(layer, design)
+    assert cycles == count_cycles(design, layer_words(layer, design).commands).cycles
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12, 212))
+def test_codes_sums_and_cycles_of_many_layers(seed: int) -> None:
+    test_codes_sums_and_cycles(seed)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_waiting_streams(encoder: str) -> None:
+    """Streams without words, sums that nobody takes, and a reset in the middle."""
+    layer = random_layer(np.random.default_rng(5), encoder, 6, 3, 8, 3, 5)
+    design = layer.design(tile=2, elements=4, fifo=4)
+    steady = count_cycles(design, layer_words(layer, design).commands).cycles
+    for seed, chance in enumerate((0.3, 0.9)):
+        cycles = check(layer, design, pattern=lambda name: coin(seed, chance))  # noqa: B023
+        assert cycles > steady
+    check(layer, design, reset_at=70, pattern=lambda name: coin(1, 0.6))
+
+
+@pytest.mark.parametrize("period", [0.61, 1.0, 1.73])
+def test_two_clocks(period: float) -> None:
+    layer = random_layer(np.random.default_rng(6), "l2", 6, 3, 8, 3, 5)
+    design = layer.design(tile=2, elements=4, fifo=8, rows=4, two_clocks=True)
+    check(layer, design, encoder_period=period)
+    check(layer, design, encoder_period=period, reset_at=70, pattern=lambda name: coin(2, 0.7))
+
+
+def test_multipliers_give_the_same_sums() -> None:
+    """The array of multipliers: a table of products adds what they add."""
+    rng = np.random.default_rng(7)
+    x = rng.integers(0, 128, (9, 4, 3), dtype=np.uint8)
+    weights = rng.integers(-128, 128, (4, 3, 5)).astype(np.int8)
+    from lutra.hardware.words import product_words
+
+    design = Design(multiply=True, v=3, tile=2, rows=5, codes=20, fifo=2)
+    words = product_words(x, weights, design)
+    run = simulate(design, words)
+    expected = np.einsum("rbv,bvm->rm", x.astype(np.int64), weights.astype(np.int64))
+    assert run.sums == words.sums
+    mask = 2**design.sum_bits - 1
+    assert [word & mask for word in run.sums[:5]] == [int(n) & mask for n in expected[:5, 0]]
+    assert run.cycles == count_cycles(design, words.commands).cycles
+
+
+def test_distances() -> None:
+    """The lowest index wins ties, whatever the distance."""
+    x = np.array([[[2, 2]]], np.uint8)
+    centroids = np.array(
+        [[[0, 3], [4, 3], [1, 4], [4, 3], [9, 9], [9, 9], [9, 9], [2, 4]]], np.uint8
+    )
+    # L1: 3 3 3 3 . . . 2; Chebyshev: 2 2 2 2 . . . 2; squares: 5 5 5 5 . . . 4
+    assert nearest(x, centroids, "l1").item() == 7
+    assert nearest(x, centroids, "chebyshev").item() == 0
+    # half of a square is rounded down, in the engine too: 5 and 4 are equally near
+    assert nearest(x, centroids, "l2").item() == 0
+
+
+def test_model_skips_what_repeats_exactly() -> None:
+    """The periods that the model does not walk through are those that it would walk through."""
+    import lutra.hardware.cycles as cycles
+
+    for elements, rows, fifo in ((16, 5, 8), (4, 50, 32), (1, 7, 2), (16, 300, 8)):
+        design = Design(k=16, elements=elements, rows=300, codes=300 * 40, fifo=fifo)
+        got = cycles.count_cycles(design, [(rows, 40, 3)]).cycles
+        model = cycles._Model(design)
+        for _ in range(40):
+            model.first_tile(0, rows)
+        for _ in range(80):
+            model.later_tile(rows)
+        assert got == model.taken + 3
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"encoder": "cosine"}, "encoder='cosine'; choose from"),
+        ({"k": 12}, r"k=12; choose from \(8, 16, 32, 64\)"),
+        ({"elements": 3}, "elements=3 does not divide 16; use a divisor"),
+        ({"tile": 0}, r"tile=0; it must be in 1..256"),
+        ({"v": 2.0}, "v=2.0 is no int"),
+        ({"fifo": 24, "two_clocks": True}, "needs a power of 2"),
+        ({"speed": 1}, "no parameter 'speed'"),
+    ],
+)
+def test_designs_that_cannot_be(parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(HardwareError, match=message):
+        Design.from_dict(parameters)
+
+
+def test_layers_that_do_not_fit() -> None:
+    layer = random_layer(np.random.default_rng(0), "l2", 4, 2, 8, 3, 5)
+    for parameters, message in (
+        ({"k": 16}, "codes of a codebook: 8, and the design 16"),
+        ({"v": 4}, "values of a sub-vector: 3, and the design 4"),
+        ({"encoder": "l1"}, "encoder: l2, and the design l1"),
+        ({"codes": 7, "tile": 2}, "codes to keep: 8, and the design 7"),
+        ({"sum_bits": 8}, "bits of a sum"),
+        ({"table_bits": 4}, "table entries beyond 4 bits"),
+    ):
+        with pytest.raises(HardwareError, match=message):
+            layer_words(layer, layer.design(**parameters))  # type: ignore[arg-type]
