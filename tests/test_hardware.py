@@ -164,3 +164,59 @@ def test_layers_that_do_not_fit() -> None:
     ):
         with pytest.raises(HardwareError, match=message):
             layer_words(layer, layer.design(**parameters))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lookup_unit(seed: int) -> None:
+    """A layer of one response table gives the sums of the reference."""
+    from lutra.hardware.lookup_circuit import LookupUnit
+    from lutra.hardware.lookup_unit import LookupDesign, lookup_cycles, lookup_words
+    from lutra.hardware.simulate import simulate_streams
+    from lutra.reference.lookup import responses
+
+    rng = np.random.default_rng(seed)
+    design = LookupDesign(act_bits=int(rng.integers(2, 5)), weights=(3, 15, 33, 5)[seed], tile=3)
+    table = rng.integers(-127, 128, (2**design.act_bits, design.weights)).astype(np.int8)
+    rows = rng.integers(0, len(table), (4, 7), dtype=np.uint8)
+    weight = rng.integers(0, design.weights, (5, 7), dtype=np.uint8)
+    words = lookup_words(rows, weight, table, design)
+    expected = words.pop("sums")
+    sums = responses(rows, weight, table).astype(np.int64)
+    mask = 2**design.sum_bits - 1
+    assert [word & mask for word in expected[:4]] == [int(n) & mask for n in sums[:, 0]]
+    run = simulate_streams(LookupUnit(design), words, len(expected))
+    assert run.sums == expected
+    assert run.cycles == lookup_cycles(design, 7, 4, 5)
+    again = simulate_streams(
+        LookupUnit(design), words, len(expected), reset_at=40, pattern=lambda name: coin(seed, 0.6)
+    )
+    assert again.sums == expected
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_lmma_unit(bits: int) -> None:
+    """Weights of 1 to 4 bits give the sums of the engine's matrices, at the extremes too."""
+    from lutra.hardware.lmma import LmmaDesign, lmma_cycles, lmma_sums, lmma_words
+    from lutra.hardware.lmma_circuit import LmmaUnit
+    from lutra.hardware.simulate import simulate_streams
+    from lutra.lowbit import LowBitMatrix
+
+    rng = np.random.default_rng(bits)
+    x = rng.integers(-128, 128, (3, 10)).astype(np.int8)
+    x[0], x[1, :4] = -128, 127
+    codes = rng.integers(0, 2**bits, (5, 10), dtype=np.uint8)
+    codes[0], codes[1] = 0, 2**bits - 1
+    sums = lmma_sums(x, codes, bits)
+    assert np.array_equal(sums, LowBitMatrix.pack(codes, bits).sums(x))
+    design = LmmaDesign(bits=bits, rows=2, columns=3, sum_bits=18)
+    words = lmma_words(x, codes, design)
+    expected = words.pop("sums")
+    mask = 2**design.sum_bits - 1
+    assert [expected[0] >> 18 * i & mask for i in range(3)] == [int(n) & mask for n in sums[0, :3]]
+    run = simulate_streams(LmmaUnit(design), words, len(expected))
+    assert run.sums == expected
+    assert run.cycles == lmma_cycles(design, 3, 10, 5)
+    again = simulate_streams(
+        LmmaUnit(design), words, len(expected), reset_at=15, pattern=lambda name: coin(bits, 0.5)
+    )
+    assert again.sums == expected

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, Final
@@ -14,7 +14,7 @@ from lutra.hardware.accelerator import Accelerator
 from lutra.hardware.design import Design, HardwareError
 from lutra.hardware.words import Words
 
-__all__ = ["Run", "always", "simulate"]
+__all__ = ["Run", "always", "simulate", "simulate_streams"]
 
 #: Whether a stream offers its next word, or takes one, in each cycle; endless.
 Pattern = Iterator[bool]
@@ -103,32 +103,54 @@ def simulate(
     Raises:
         HardwareError: If nothing moves for a long time.
     """
-    dut = Accelerator(design)
+    inputs = words.inputs
+    slow = ("x", "codebook") if design.two_clocks else ()
+    return simulate_streams(
+        Accelerator(design), inputs, len(words.sums), slow=slow, pattern=pattern,
+        reset_at=reset_at, encoder_period=encoder_period,
+    )  # fmt: skip
+
+
+def simulate_streams(
+    dut: Any,
+    inputs: Mapping[str, list[int]],
+    count: int,
+    *,
+    slow: Sequence[str] = (),
+    pattern: Callable[[str], Pattern] = lambda name: always(),
+    reset_at: int | None = None,
+    encoder_period: float = 1.0,
+) -> Run:
+    """Runs words through any circuit with input streams and the output stream ``sums``.
+
+    Args:
+        dut: The circuit.
+        inputs: Words of each input stream by its name; the first one is the command.
+        count: Words of sums that must come out.
+        slow: Streams that belong to the encoder's clock, if there is one.
+        pattern: The pattern of a stream by its name.
+        reset_at: A cycle in which everything is reset and begins again.
+        encoder_period: Period of the encoder's clock in periods of the other one.
+
+    Raises:
+        HardwareError: If nothing moves for a long time.
+    """
     m, clock = Module(), ClockDomain("sync")
     m.domains += clock
     m.submodules.dut = dut
-    fast = {"command": words.command, "tables": words.tables}
-    slow = {"x": words.x, "codebook": words.codebook}
-    if design.multiply:
-        fast["x"] = slow.pop("x")
-        slow.clear()
-    elif not design.two_clocks:
-        fast |= slow
-        slow = {}
-    run = Run()
+    run, done = Run(), [False]
     sources = {
-        name: _Source(getattr(dut, name), list(given), pattern(name))
-        for name, given in {**fast, **slow}.items()
+        name: _Source(getattr(dut, name), given, pattern(name)) for name, given in inputs.items()
     }
-    done = [False]
     taking = pattern("sums")
     sums = dut.sums.payload.as_value()
+    codes = [dut.code_valid, dut.code] if hasattr(dut, "code_valid") else []
 
     async def bench(ctx: Any) -> None:
-        used = [sources[name] for name in fast]
-        shown = [dut.code_valid, dut.code] if fast.keys() >= {"codebook"} else []
+        used = [source for name, source in sources.items() if name not in slow]
+        shown = [] if slow else codes
         cycle = idle = 0
-        while len(run.sums) < len(words.sums):
+        while len(run.sums) < count:
             if cycle == reset_at:
                 ctx.set(clock.rst, 1)
                 for _ in range(_RESET_CYCLES):
@@ -156,8 +178,8 @@ def simulate(
             idle = 0 if any(moved) or valid else idle + 1
             if idle > _PATIENCE:
                 raise HardwareError(
-                    f"the simulation of {design.to_json()} is stuck in cycle {cycle} with "
-                    f"{len(run.sums)} of {len(words.sums)} sums; please report it"
+                    f"the simulation is stuck in cycle {cycle} with {len(run.sums)} of {count} "
+                    "sums; please report the design and the layer"
                 )
             cycle += 1
         done[0] = True
@@ -168,20 +190,20 @@ def simulate(
             for source in used:
                 source.before(ctx)
             _, _, coded, code, *values = await ctx.tick("encoder_bench").sample(
-                dut.code_valid, dut.code, *(source.stream.ready for source in used)
+                *codes, *(source.stream.ready for source in used)
             )
             for source, value in zip(used, values, strict=True):
                 source.after(value)
             if coded and not ctx.get(clock.rst):
                 run.code.append(code)
 
-    if design.two_clocks:
+    if slow:
         m.domains += ClockDomain("encoder_bench", reset_less=True)
         m.d.comb += dut.encoder_clk.eq(ClockSignal("encoder_bench"))
     simulator = Simulator(m)
     simulator.add_clock(1e-6)
     simulator.add_testbench(bench)
-    if design.two_clocks:
+    if slow:
         simulator.add_clock(1e-6 * encoder_period, domain="encoder_bench")
         simulator.add_testbench(encoder_bench, background=True)
     simulator.run()

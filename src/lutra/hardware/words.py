@@ -36,6 +36,14 @@ class Words:
     code: list[int]
     sums: list[int]
 
+    @property
+    def inputs(self) -> dict[str, list[int]]:
+        """The input streams that have words, the command first."""
+        streams = {
+            "command": self.command, "codebook": self.codebook, "x": self.x, "tables": self.tables
+        }  # fmt: skip
+        return {name: words for name, words in streams.items() if words}
+
 
 def pack(values: Iterable[int], bits: int) -> int:
     """Packs numbers into a word, the first one in the lowest bits, in two's complement."""
