@@ -251,10 +251,13 @@ class TreeEncoder(_Encoder):
             )
             write, read = store.write_port(), store.read_port(domain="comb")
             first = 2**level - 1  # heap index of the leftmost node of the level
+            here = self.beat == 0
+            if level:
+                here = (self.beat >= first) & (self.beat < 2 * first + 1)
             m.d.comb += [
                 write.addr.eq(Cat((self.beat - first)[:level], self.load_bank)),
                 write.data.eq(self.codebook.payload),
-                write.en.eq(self.load & (self.beat >= first) & (self.beat < 2 * first + 1)),
+                write.en.eq(self.load & here),
                 read.addr.eq(bank if node is None else Cat(node, bank)),
             ]
             right = Signal(name=f"right_{level}")

@@ -125,4 +125,4 @@ def lookup_cycles(design: LookupDesign, depth: int, rows: int, outputs: int) -> 
         rows: Rows.
         outputs: Outputs.
     """
-    return 2**design.act_bits + depth * rows * -(-outputs // design.tile) + 3
+    return (1 << design.act_bits) + depth * rows * -(-outputs // design.tile) + 3

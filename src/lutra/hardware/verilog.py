@@ -11,12 +11,14 @@ from lutra.hardware.design import HardwareError
 
 __all__ = ["need_amaranth", "to_verilog"]
 
-#: Yosys writes operands of different widths and leaves names for parts of words: both are what the
-#: language says, and Verilator warns of both. Every other warning stays on.
+#: Yosys writes operands of different widths, leaves names for parts of words, and puts all modules
+#: into one file: all are what the language allows, and Verilator warns of them. Every other warning
+#: stays on.
 _HEAD: Final = """\
 // Made by lutra (lutra.hardware). Design: {design}
 /* verilator lint_off WIDTH */
 /* verilator lint_off UNUSEDSIGNAL */
+/* verilator lint_off DECLFILENAME */
 """
 #: Attributes that say where in Python a line comes from.
 _NOTES: Final = "-remove generator -remove top -remove src -remove amaranth.*"
