@@ -220,3 +220,39 @@ def test_lmma_unit(bits: int) -> None:
         LmmaUnit(design), words, len(expected), reset_at=15, pattern=lambda name: coin(bits, 0.5)
     )
     assert again.sums == expected
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_memory_bits_are_those_that_yosys_counts(encoder: str) -> None:
+    import shutil
+
+    from lutra.hardware.accelerator import Accelerator
+    from lutra.hardware.cost import memory_bits
+    from lutra.hardware.synthesis import synthesize
+
+    if shutil.which("yosys") is None:
+        pytest.skip("needs yosys: apt-get install verilator iverilog yosys")
+    design = Design(encoder=encoder, k=8, v=2, tile=2, elements=4, rows=8, codes=16, act_bits=3)
+    gates = synthesize(Accelerator(design))
+    assert gates.memory_bits == sum(memory_bits(design).values())
+    assert gates.cells > 100
+    assert gates.flip_flops > 50
+
+
+def test_costs_of_a_network() -> None:
+    from pathlib import Path
+
+    import lutra
+    from lutra.hardware.cost import network_cost, total_cost
+
+    graph = lutra.load_graph(Path(__file__).parent.parent / "zoo/resnet20_cifar10.lutra")
+    design = Design(k=16, v=9, tile=16, rows=1024, codes=2**14, act_bits=6)
+    costs = network_cost(graph, lambda name: design)
+    assert len(costs) == 18
+    total = total_cost(costs)
+    # each code reads a row of a table of 16 outputs: table reads of the model over 16
+    assert total.lookups * 16 == graph.total_cost().lookups
+    assert 0.5 < total.utilisation < 1
+    assert total.table_bytes == sum(
+        graph.node_tensors(node)["tables"].nbytes for node in graph.nodes if node.op == "pq_conv2d"
+    )

@@ -11,6 +11,7 @@ with the lowest ``k`` on ties.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -289,6 +290,25 @@ def graph_layer(graph: Graph, name: str, inputs: Mapping[str, Array], limit: int
     return node_layer(
         node, graph.node_tensors(node), layer_rows(node, node_input(graph, node, inputs), limit)
     )
+
+
+def graph_shapes(graph: Graph) -> list[tuple[str, int, int, int]]:
+    """Name, rows of one sample, tables and outputs of each layer of product quantisation.
+
+    Raises:
+        HardwareError: If the model takes samples of any size and holds no golden data.
+    """
+    sizes = graph.nominal_sizes()
+    if sizes is None:
+        raise HardwareError("the model takes samples of any size and has no golden data to fix one")
+    values = graph.infer(sizes)
+    found = []
+    for node in graph.nodes:
+        if node.op.startswith("pq_"):
+            b, _, m = graph.node_tensors(node)["tables"].shape
+            made = math.prod(size or 1 for size in values[node.output].shape)
+            found.append((node.name, made // m, b, m))
+    return found
 
 
 def find_node(graph: Graph, name: str) -> Node:

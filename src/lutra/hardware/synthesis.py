@@ -81,7 +81,7 @@ def synthesize(circuit: Any) -> Gates:
         folder = Path(scratch)
         (folder / "accelerator.v").write_text(to_verilog(circuit))
         said = run_tool(["yosys", "-p", f"read_verilog accelerator.v; {GENERIC}"], folder)
-    if "DLATCH" in said or "Latch inferred" in said:
+    if "$_DLATCH" in said or "Latch inferred" in said:
         raise HardwareError(f"the circuit has a latch: {circuit.design.to_json()}")
     return parse_stat(said)
 
