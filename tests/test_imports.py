@@ -36,6 +36,7 @@ ORDER: Final[tuple[tuple[str, ...], ...]] = (
     ),
     ("lutra.sentences",),
     ("lutra.stream", "lutra.generator"),
+    ("lutra.hardware",),
     ("lutra.functions", "lutra.lowbit", "lutra.reporting"),
     ("lutra.runtime",),
     ("lutra.reference", "lutra.preprocess"),

@@ -1,8 +1,8 @@
 """The command line: ``lutra`` and ``python -m lutra``.
 
 One module for each command, with ``HELP``, ``add_arguments(parser)`` and ``run(args)``, which
-returns the exit code. Everything but ``convert``, ``optimize`` and ``report`` needs NumPy and
-safetensors only.
+returns the exit code. Everything but ``convert``, ``optimize``, ``report`` and ``hardware``
+needs NumPy and safetensors only.
 
 Exit codes: 0 for success, 1 for a model that fails a check, 2 for a mistake of the caller (one
 sentence on stderr), 3 for a mistake of lutra, 130 for Ctrl-C, 141 for a closed pipe.
@@ -35,6 +35,7 @@ COMMANDS: Final = {
     "convert": ("convert", "convert a PyTorch model (needs lutra[train])"),
     "optimize": ("optimize", "find the fastest recipe within a budget (needs lutra[train,search])"),
     "report": ("report", "write a page about a file (needs lutra[report])"),
+    "hardware": ("hardware", "write a layer as a circuit (needs lutra[hardware])"),
 }
 _MISTAKE: Final = 2
 _BUG: Final = 3

@@ -1,0 +1,119 @@
+"""Gates, memory bits and cycles of layers of the zoo as circuits, beside int8 multipliers.
+
+    python -m benchmarks.hardware [--json FILE]
+
+Gates that are not known yet are counted by Yosys and kept in ``src/lutra/hardware/gates.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lutra import load_graph
+from lutra.formatting import table
+from lutra.hardware import Design, TableLayer, count_cycles, graph_layer
+from lutra.hardware.accelerator import Accelerator
+from lutra.hardware.cycles import pass_commands
+from lutra.hardware.lmma import LmmaDesign
+from lutra.hardware.lmma_circuit import LmmaUnit
+from lutra.hardware.lookup_circuit import LookupUnit
+from lutra.hardware.lookup_unit import LookupDesign
+from lutra.hardware.synthesis import gates_of
+
+ZOO = Path(__file__).parent.parent / "zoo"
+#: File, layer, and inputs of a row that one code stands for, which the multipliers take in a cycle.
+LAYERS = (
+    ("resnet20_cifar10", "layer1.0.conv1", 9),
+    ("resnet20_cifar10", "layer3.1.conv1", 9),
+    ("resnet20_cifar10_fast", "layer2.1.conv1", 9),
+    ("resnet_speech_commands", "blocks.2.conv2", 3),
+)
+TILE = 16
+
+
+@dataclass
+class Row:
+    """One circuit for one layer."""
+
+    layer: str
+    circuit: str
+    cells: int
+    flip_flops: int
+    memory_bits: int
+    cycles: int
+
+
+def of_layer(file: str, name: str, v: int) -> list[Row]:
+    """A layer with all its distance elements, with a quarter of them, and with multipliers."""
+    graph = load_graph(ZOO / f"{file}.lutra")
+    assert graph.golden is not None
+    inputs = {
+        value.name: array[:1] for value, array in zip(graph.inputs, graph.golden[0], strict=True)
+    }
+    layer = graph_layer(graph, name, inputs, limit=4096)
+    b, k, m = layer.shape
+    rows = min(256, layer.rows)
+    found = []
+    for elements in (k,) if layer.encoder == "tree" else (k, k // 4):
+        design = layer.design(tile=TILE, rows=rows, elements=elements)
+        title = "tree" if layer.encoder == "tree" else f"L2, {elements} elements"
+        found.append(row(f"{file} {name}", title, design, layer))
+    multiply = Design(
+        multiply=True, v=v, tile=TILE, rows=rows, fifo=2, act_bits=layer.act_bits,
+        sum_bits=dense_bits(v * b, layer.act_bits), codes=found_codes(rows, b, m),
+    )  # fmt: skip
+    found.append(row(f"{file} {name}", f"{v * TILE} multipliers", multiply, layer))
+    return found
+
+
+def found_codes(rows: int, b: int, m: int) -> int:
+    """Sub-vectors to keep for later tiles."""
+    return 0 if m <= TILE else rows * b
+
+
+def dense_bits(depth: int, act_bits: int) -> int:
+    """Bits that hold a sum of products of int8 weights."""
+    return 1 + (depth * 128 * (2**act_bits - 1)).bit_length()
+
+
+def row(name: str, title: str, design: Design, layer: TableLayer) -> Row:
+    """Counts one circuit."""
+    b, _, m = layer.shape
+    gates = gates_of(Accelerator(design))
+    cycles = count_cycles(design, pass_commands(design, layer.rows, b, m)).cycles
+    return Row(name, title, gates.cells, gates.flip_flops, gates.memory_bits, cycles)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = [found for layer in LAYERS for found in of_layer(*layer)]
+    units: list[tuple[str, Any]] = [
+        ("LookupUnit, 16 x 15 table, tile 16", LookupUnit(LookupDesign())),
+        *(
+            (f"LmmaUnit 2 x 64 x 4, {bits} bits", LmmaUnit(LmmaDesign(bits=bits)))
+            for bits in (1, 2, 4)
+        ),
+    ]
+    heads = ("layer", "circuit", "cells", "flip-flops", "memory bits", "cycles")
+    cells = [
+        tuple(f"{value:,}" if isinstance(value, int) else value for value in vars(each).values())
+        for each in rows
+    ]
+    print(table([heads, *cells], left=2), flush=True)
+    others = {name: gates_of(circuit) for name, circuit in units}
+    for name, gates in others.items():
+        print(f"{name}: {gates}")
+    if options.json:
+        found = {"layers": [vars(each) for each in rows],
+                 "units": {name: vars(gates) for name, gates in others.items()}}  # fmt: skip
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
