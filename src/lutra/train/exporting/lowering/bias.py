@@ -33,7 +33,7 @@ from lutra.train.exporting.lowering.core import (
 )
 from lutra.train.exporting.lowering.emitter import expressions
 from lutra.train.exporting.lowering.operands import constant
-from lutra.train.exporting.lowering.placed import LONGEST, by_distance, numbers_at
+from lutra.train.exporting.lowering.placed import by_distance, numbers_at
 from lutra.train.exporting.lowering.sources import Sources
 from lutra.train.operators.scores import LOWEST
 

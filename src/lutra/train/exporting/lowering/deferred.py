@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from lutra.train.exporting.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, View
-from lutra.train.exporting.lowering.placed import LONGEST, placed
+from lutra.train.exporting.lowering.placed import placed
 from lutra.train.exporting.lowering.sources import Sources, size_at
 
 _DYNAMIC = (

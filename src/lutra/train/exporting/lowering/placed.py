@@ -15,6 +15,7 @@ from torch import Tensor
 from lutra.ops.shape import REST
 from lutra.train.exporting.lowering import views
 from lutra.train.exporting.lowering.core import (
+    LONGEST,
     Deferred,
     Lowering,
     Ref,
@@ -26,9 +27,6 @@ from lutra.train.exporting.lowering.core import (
 from lutra.train.exporting.lowering.emitter import expressions
 from lutra.train.exporting.lowering.sources import size_at
 from lutra.train.operators.scores import LOWEST
-
-#: The longest input that a table of positions is made for where the model sets no limit.
-LONGEST = 2048
 
 
 def placed(ctx: Lowering, x: Deferred) -> Ref | View | None:
