@@ -18,14 +18,18 @@ import argparse
 import copy
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tasks import add_data, add_training, stage
+from tasks import add_data, add_training, finish, stage
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import lutra
+from lutra.preprocess.tokens import CharacterTokenizer
+from lutra.train import Int8, LowBit, convert, export_decoder
 
 CONTEXT = 256
 
@@ -92,7 +96,8 @@ def train(
 ) -> None:
     """Trains `model` in place; with a folder it goes on from the last evaluation.
 
-    The targets are the characters that follow; with a teacher, its scores too.
+    The targets are the characters that follow; with a teacher, its scores too. The model ends with
+    the parameters that were best on the validation text.
     """
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim < 2]
@@ -151,23 +156,64 @@ def main() -> None:
     add_data(parser, "folder with tinyshakespeare.txt")
     add_training(parser, "shakespeare.lutra", tables=False)
     parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--dense-steps", type=int, default=4000)
+    parser.add_argument("--dense-steps", type=int, default=2000)
     parser.add_argument("--dense-lr", type=float, default=2e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--steps", type=int, default=1500, help="of the low-bit form; 0: none")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.1, help="of the dense network")
     parser.add_argument("--evaluate-every", type=int, default=250)
-    parser.add_argument("--dense-only", action="store_true")
+    parser.add_argument("--bits", type=float, default=1.58, choices=(1, 1.58, 2, 3, 4))
+    parser.add_argument("--group", type=int, choices=(32, 64), help="default: one scale an output")
+    parser.add_argument("--dense-only", action="store_true", help="write the dense network")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     text = load_text(options.data / "tinyshakespeare.txt")
     torch.manual_seed(options.seed)
     dense = new_model(len(text.characters), options)
-    print(sum(p.numel() for p in dense.parameters()), "parameters")
+    parameters = sum(p.numel() for p in dense.parameters())
+    print(f"{parameters} parameters", flush=True)
     train(
         dense, text, options.dense_steps, options.dense_lr, options,
         stage(options.checkpoints, "dense"), name="dense",
     )  # fmt: skip
+    results: dict[str, Any] = {
+        "parameters": parameters, "dense_validation": math.exp(mean_loss(dense, text.valid)),
+    }  # fmt: skip
+    model: nn.Module = dense
+    if not options.dense_only:
+        rounding = "absmean" if options.bits < 2 and options.steps else "calibrated"
+        method = LowBit(options.bits, group=options.group, rounding=rounding)
+        recipe = {"lm_head": Int8(), "model.embed_tokens": Int8(), "*": method}
+        generator = torch.Generator().manual_seed(options.seed)
+        calibration = [windows(text.train, 16, generator)[0] for _ in range(8)]
+        model, report = convert(dense, recipe, calibration, seed=options.seed)
+        print(report, flush=True)
+        results["converted_validation"] = math.exp(mean_loss(model, text.valid))
+        print(f"converted: validation {results['converted_validation']:.3f}", flush=True)
+        if options.steps:
+            options.weight_decay = 0.0
+            train(
+                model, text, options.steps, options.lr, options,
+                stage(options.checkpoints, f"{options.bits:g} bits"),
+                teacher=dense, name=f"{options.bits:g} bits",
+            )  # fmt: skip
+        results["validation"] = math.exp(mean_loss(model, text.valid))
+    settings = ("dense_steps", "dense_lr", "steps", "lr", "batch", "bits", "group", "seed")
+    export_decoder(
+        model, options.output, max_length=CONTEXT,
+        tokenizer=CharacterTokenizer(text.characters), example=text.valid[None, :CONTEXT],
+        metadata={"training": {name: getattr(options, name) for name in settings}},
+    )  # fmt: skip
+    generator = lutra.Generator(options.output)
+    results |= {
+        "engine_validation": generator.perplexity(text.valid.numpy(), context=CONTEXT),
+        "engine_test": generator.perplexity(text.test.numpy(), context=CONTEXT),
+        "dense_test": math.exp(mean_loss(dense, text.test)),
+    }
+    print(generator.generate("ROMEO:", 200, temperature=0.8, seed=options.seed).text)
+    finish(options.output, results)
 
 
 if __name__ == "__main__":

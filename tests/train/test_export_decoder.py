@@ -219,3 +219,13 @@ def test_what_is_no_decoder_is_refused(tmp_path: Path) -> None:
             export_decoder(llama, path, **options)
     with pytest.raises((InputError, UnsupportedModelError)):
         export_decoder(nn.Linear(3, 3), path, max_length=9)
+
+
+@pytest.mark.parametrize("length", [4, 9, 20])
+def test_an_example_as_long_as_texts_may_be(tmp_path: Path, length: int) -> None:
+    torch.manual_seed(0)
+    model = spread(LlamaForCausalLM(LlamaConfig(**SETTINGS))).eval()
+    ids = torch.randint(0, model.config.vocab_size, (1, length))
+    export_decoder(model, tmp_path / "m.lutra", max_length=length, example=ids)
+    export_decoder(model, tmp_path / "n.lutra", max_length=length)
+    assert Generator(tmp_path / "m.lutra").max_length == length

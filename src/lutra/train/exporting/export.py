@@ -188,7 +188,7 @@ def export_graph(
         check = Check(example, wanted, rounding)
         check_graph(lowered, program, check, tolerance=tolerance)
         if any(axes):
-            other = other_size(program, example, axes)
+            other = other_size(program, example, axes, longest)
             check_other_size(lowered, program, given, other, tolerance=tolerance, rounding=rounding)
         feeds = feeds_of(graph, example)
         if tables != "stored":

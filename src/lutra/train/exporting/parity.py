@@ -274,7 +274,10 @@ def array_of(tensor: Tensor) -> Array:
 
 
 def other_size(
-    program: ExportedProgram, example: Sequence[Tensor], axes: Sequence[tuple[int, ...]]
+    program: ExportedProgram,
+    example: Sequence[Tensor],
+    axes: Sequence[tuple[int, ...]],
+    longest: int | None = None,
 ) -> tuple[Tensor, ...]:
     """One sample of an example, of another size on some axes of each tensor.
 
@@ -282,6 +285,7 @@ def other_size(
         program: What was traced.
         example: Inputs.
         axes: Those that may have any size.
+        longest: The largest size of axes but the batch; None: any.
 
     Returns:
         Tensors that are twice as long there, or as long as the program allows; of half the size
@@ -299,20 +303,23 @@ def other_size(
         made = tensor[:1]
         for axis in mine:
             old = tensor.shape[axis]
-            new = _another(old, limits, place.meta["val"].shape[axis])
+            new = _another(old, limits, place.meta["val"].shape[axis], longest if axis else None)
             made = made.repeat_interleave(2, axis) if new > old else made
             made = made.narrow(axis, 0, new)
         result.append(made.contiguous())
     return tuple(result)
 
 
-def _another(size: int, limits: Mapping[Any, Any], symbol: Any) -> int:
+def _another(size: int, limits: Mapping[Any, Any], symbol: Any, longest: int | None) -> int:
     """Twice a size, or what is allowed instead."""
     allowed = limits.get(symbol.node.expr) if isinstance(symbol, torch.SymInt) else None
-    if allowed is None:
-        return 2 * size
-    most = int(allowed.upper) if allowed.upper.is_Integer else 2 * size
-    return min(2 * size, most) if most > size else max(int(allowed.lower), size // 2)
+    least, most = 1, 2 * size
+    if allowed is not None:
+        least = int(allowed.lower)
+        most = min(most, int(allowed.upper)) if allowed.upper.is_Integer else most
+    if longest is not None:
+        most = min(most, longest)
+    return most if most > size else max(least, size // 2)
 
 
 def outputs_of(model: nn.Module, example: Sequence[Tensor]) -> list[Array]:
