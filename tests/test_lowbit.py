@@ -365,9 +365,7 @@ def test_bad_integer_activations_rows_and_kernels() -> None:
         matrix.sums(np.ones((2, 65), np.int8))
     with pytest.raises(ValueError, match="rows=0; give a number of at least 1"):
         matrix.explain(0)
-    with pytest.raises(
-        ValueError, match="kernel='fast'; choose 'dense', 'tables', 'reg"
-    ):
+    with pytest.raises(ValueError, match="kernel='fast'; choose 'dense', 'tables', 'reg"):
         matrix.matmul(np.ones((1, 64), np.float32), kernel="fast")  # type: ignore[arg-type]
 
 
