@@ -21,6 +21,7 @@ import lutra
 from benchmarks.lowbit_peers import BLOCK, LEFT_OUT, PEERS, open_peer
 from benchmarks.machine import CLOCKS, interleaved, machine, spread, write_json
 from benchmarks.peers import Array, reason
+from lutra.lowbit import REGISTER_ROWS
 from lutra.ops.lowbit_storage import BITS, TERNARY, levels_of
 
 #: (outputs, inputs): BitNet 2B, Llama 8B, and one that no tile divides.
@@ -28,7 +29,7 @@ SHAPES: Final = (
     (2560, 2560), (6912, 2560), (2560, 6912), (4096, 4096), (14336, 4096), (641, 2563)
 )  # fmt: skip
 ROWS: Final = (1, 4, 32, 256)
-KERNELS: Final = ("dense", "tables")
+KERNELS: Final = ("dense", "tables", "registers")
 WARMUP: Final = 1
 METHOD: Final = (
     "One process; float32 rows in, float32 rows out, quantising included. All contestants of a "
@@ -37,7 +38,7 @@ METHOD: Final = (
     f"for groups of --group; ONNX Runtime has MatMulNBits with a scale for {BLOCK} weights and "
     "int8 activations (accuracy_level 4), and runs on the best instruction set that it finds, "
     "whatever --isa is: it cannot be kept at another. speedup_peer compares with the fastest peer "
-    "whose weights have at least as many bits. kernels_ms has both kernels of lutra."
+    "whose weights have at least as many bits. kernels_ms has the kernels of lutra."
 )
 
 
@@ -63,7 +64,8 @@ def measure(
         )  # fmt: skip
         matrices[b] = matrix
         for kernel in KERNELS:
-            if kernel == "dense" or rows > 4:
+            few = kernel == "registers"
+            if kernel == "dense" or few == (rows <= REGISTER_ROWS):
                 cases[f"{b} {kernel}"] = lambda m=matrix, k=kernel: m.matmul(next(pool), kernel=k)
     failed: dict[str, str] = {}
     for name in () if options.kernels else PEERS:

@@ -22,13 +22,24 @@ void test_lowbit(const Kernels& k, const LowBitShape& s, int32_t rows, int fill)
   const int32_t group = pick(0, s.depth / s.group - 1), middle = s.levels == 3 ? 1 : s.levels / 2;
   const size_t stride = static_cast<size_t>(s.outputs + pick(0, 3));
 
-  for (const bool tables : {false, true}) {
-    Canvas<uint8_t> packed(tables ? k.lowbit_table_bytes(s) : k.lowbit_dense_bytes(s));
-    (tables ? k.pack_lowbit_tables : k.pack_lowbit_dense)(s, codes.data(), packed.data());
+  for (const char* const name : {"dense", "tables", "registers"}) {
+    const bool tables = name[0] == 't', registers = name[0] == 'r';
+    const auto bytes = tables      ? k.lowbit_table_bytes
+                       : registers ? k.lowbit_register_bytes
+                                   : k.lowbit_dense_bytes;
+    const auto pack = tables      ? k.pack_lowbit_tables
+                      : registers ? k.pack_lowbit_registers
+                                  : k.pack_lowbit_dense;
+    if (registers && rows > kRegisterRows) continue;
+    Canvas<uint8_t> packed(bytes(s));
+    pack(s, codes.data(), packed.data());
     check(packed.intact(), "packing wrote outside its memory");
     const Exact weights(packed);
     int32_t width = kTableRows, depth = k.lowbit_table_depth(s);
-    if (!tables) {
+    if (registers) {
+      width = rows;
+      depth = (s.group + 31) / 32 * 32;
+    } else if (!tables) {
       width = 1;
       while (width < rows) width = width == 8 ? kLowBitRows : 2 * width;
       if (rows > kLowBitRows) continue;
@@ -38,8 +49,9 @@ void test_lowbit(const Kernels& k, const LowBitShape& s, int32_t rows, int fill)
     for (size_t i = 0; i < tile.size(); ++i) tile.data()[i] = 0;
     for (int32_t r = 0; r < rows; ++r) {
       for (int32_t i = 0; i < s.group; ++i) {
-        const size_t at = tables ? static_cast<size_t>(i) * width + r
-                                 : (static_cast<size_t>(i / 4) * width + r) * 4 + i % 4;
+        const size_t at = tables      ? static_cast<size_t>(i) * width + r
+                          : registers ? static_cast<size_t>(r) * depth + i
+                                      : (static_cast<size_t>(i / 4) * width + r) * 4 + i % 4;
         tile.data()[at] = static_cast<uint8_t>(x[static_cast<size_t>(r) * s.group + i]);
       }
     }
@@ -52,6 +64,11 @@ void test_lowbit(const Kernels& k, const LowBitShape& s, int32_t rows, int fill)
         k.lowbit_tables(s, weights.data(), group, entries, rows, from, to, sums.data(), stride,
                         scratch.data());
         check(scratch.intact(), "lowbit_tables wrote outside its scratch");
+      } else if (registers) {
+        Canvas<uint8_t> scratch(k.lowbit_register_scratch_bytes(s, rows));
+        k.lowbit_registers(s, weights.data(), group, entries, rows, from, to, sums.data(), stride,
+                           scratch.data());
+        check(scratch.intact(), "lowbit_registers wrote outside its scratch");
       } else {
         k.lowbit_dense(s, weights.data(), group, entries, width, rows, from, to, sums.data(),
                        stride);
@@ -68,8 +85,7 @@ void test_lowbit(const Kernels& k, const LowBitShape& s, int32_t rows, int fill)
           wrong += sums.data()[static_cast<size_t>(r) * stride + (m - from)] != want ? 1 : 0;
         }
       }
-      check(wrong == 0, "%s: %d sums of outputs %d..%d are wrong", tables ? "tables" : "dense",
-            wrong, from, to);
+      check(wrong == 0, "%s: %d sums of outputs %d..%d are wrong", name, wrong, from, to);
     }
   }
 }

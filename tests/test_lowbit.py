@@ -14,14 +14,14 @@ from layers import same_bits
 
 import lutra
 from lutra import InputError, LowBitMatrix, runnable_isas
-from lutra.lowbit import TABLE_ROWS
+from lutra.lowbit import REGISTER_ROWS, TABLE_ROWS
 from lutra.node import Array
 from lutra.ops.limits import MAX_LOWBIT_DEPTH
 from lutra.ops.lowbit_storage import BITS, TERNARY, levels_of, load_codes, store_codes, stored_shape
 from lutra.reference.lowbit import lowbit_levels, lowbit_matmul, lowbit_sums, quantise_rows
 
 ISAS = runnable_isas()
-KERNELS = ("dense", "tables")
+KERNELS = ("dense", "tables", "registers")
 #: Activations that are hard for sums of 16 bits.
 FILLS = ("random", "most", "least", "alternating", "opposed")
 
@@ -290,8 +290,10 @@ def test_explain_says_what_matmul_takes(isa: str) -> None:
                 assert list(matrix._packed) == [choice.kernel]
                 assert choice.isa == isa
                 assert str(choice).startswith(f"{choice.kernel} on {isa}: ")
-                if isa == "scalar" or rows == 1:
+                if isa == "scalar":
                     assert choice.kernel == "dense"
+                assert rows > REGISTER_ROWS or choice.kernel != "tables"
+                assert rows <= REGISTER_ROWS or choice.kernel != "registers"
 
 
 GOOD: dict[str, Any] = {"weights": np.ones((2, 64), np.float32), "bits": 2}
@@ -363,7 +365,7 @@ def test_bad_integer_activations_rows_and_kernels() -> None:
         matrix.sums(np.ones((2, 65), np.int8))
     with pytest.raises(ValueError, match="rows=0; give a number of at least 1"):
         matrix.explain(0)
-    with pytest.raises(ValueError, match="kernel='fast'; choose 'dense', 'tables' or None"):
+    with pytest.raises(ValueError, match="kernel='fast'; choose 'dense', 'tables', 'reg"):
         matrix.matmul(np.ones((1, 64), np.float32), kernel="fast")  # type: ignore[arg-type]
 
 
@@ -389,6 +391,9 @@ def test_levels_are_symmetric() -> None:
 @pytest.mark.skipif("avx2" not in ISAS, reason="needs AVX2")
 def test_tables_are_taken_for_full_tiles() -> None:
     matrix = LowBitMatrix.pack(np.zeros((4, 32), np.int8), TERNARY, isa="avx2")
+    assert LowBitMatrix.pack(np.zeros((4, 32), np.int8), 1, isa="avx2").explain(1).kernel == (
+        "registers"
+    )
     assert matrix.explain(TABLE_ROWS).kernel == "tables"
     assert matrix.explain(TABLE_ROWS + 1).kernel == "dense"
     assert matrix.explain(10 * TABLE_ROWS + 1).kernel == "tables"

@@ -23,8 +23,9 @@ uint8_t* scratch(size_t needed) {
 LowBitKernel kernel_named(const std::string& name) {
   if (name == "dense") return LowBitKernel::kDense;
   if (name == "tables") return LowBitKernel::kTables;
+  if (name == "registers") return LowBitKernel::kRegisters;
   throw std::invalid_argument("low-bit weights: there is no kernel '" + name +
-                              "'; choose dense or tables");
+                              "'; choose dense, tables or registers");
 }
 
 void require(bool condition, const char* message) {

@@ -12,6 +12,7 @@
 #include "avx2_lanes.h"
 #include "avx2_lookup.h"
 #include "avx2_lowbit.h"
+#include "avx2_lowbit_registers.h"
 #include "avx2_respond.h"
 #include "avx2_training.h"
 // After the lanes that they are written in:
@@ -103,10 +104,14 @@ constinit const Kernels kAvx2 = {.name = "avx2",
                                  .pack_lowbit_dense = pack_lowbit_dense,
                                  .lowbit_table_bytes = lowbit_table_bytes,
                                  .pack_lowbit_tables = pack_lowbit_tables,
+                                 .lowbit_register_bytes = lowbit_register_bytes,
+                                 .pack_lowbit_registers = pack_lowbit_registers,
                                  .lowbit_dense = lowbit_dense,
                                  .lowbit_table_depth = lowbit_table_depth,
                                  .lowbit_scratch_bytes = lowbit_scratch_bytes,
                                  .lowbit_tables = lowbit_tables,
+                                 .lowbit_register_scratch_bytes = lowbit_register_scratch_bytes,
+                                 .lowbit_registers = lowbit_registers,
                                  .lowbit_finish = lowbit_finish,
                                  .gemm = gemm,
                                  .linear = linear,

@@ -29,6 +29,7 @@ inline constexpr size_t kSlack = 64;           // bytes that may be read after a
 inline constexpr int32_t kLowBitOutputs = 16;  // low-bit kernels may be split at multiples of this
 inline constexpr int32_t kLowBitRows = 12;     // rows of a tile of lowbit_dense(), at most
 inline constexpr int32_t kTableRows = 32;      // rows of a tile of lowbit_tables()
+inline constexpr int32_t kRegisterRows = 4;    // rows of a tile of lowbit_registers(), at most
 
 enum class Encoder : int32_t { kNearest, kTree };
 
@@ -385,16 +386,18 @@ struct Kernels {
   // Where an x is not finite: zeros, NaN.
   float (*lowbit_quantize)(const float* x, size_t n, int8_t* q);
 
-  // Codes (outputs, depth) -> this instruction set's order, for each of the two kernels.
+  // Codes (outputs, depth) -> this instruction set's order, for each of the three kernels.
   size_t (*lowbit_dense_bytes)(const LowBitShape&);
   void (*pack_lowbit_dense)(const LowBitShape&, const uint8_t* codes, uint8_t* packed);
   size_t (*lowbit_table_bytes)(const LowBitShape&);
   void (*pack_lowbit_tables)(const LowBitShape&, const uint8_t* codes, uint8_t* packed);
+  size_t (*lowbit_register_bytes)(const LowBitShape&);
+  void (*pack_lowbit_registers)(const LowBitShape&, const uint8_t* codes, uint8_t* packed);
 
-  // Both give sums of one group of weights, exact in int32, for outputs first..last-1, where
+  // All give sums of one group of weights, exact in int32, for outputs first..last-1, where
   // `first` is a multiple of kLowBitOutputs:
   //   sums[r * stride + m - first] = sum over k of (u[m][k] - z) * x[k][r], r < rows
-  // with z = 0 for the dense kernel, and z = levels / 2 (1 for three levels) for that of tables.
+  // with z = 0, but z = levels / 2 (1 for three levels) for lowbit_tables().
   //
   // x: (ceil(group / 32) 8, width, 4), four neighbouring k of a row together, zero padded; width is
   // 1, 2, 4, 8 or 12 and at least `rows`.
@@ -407,6 +410,12 @@ struct Kernels {
   void (*lowbit_tables)(const LowBitShape&, const uint8_t* packed, int32_t group, const int8_t* x,
                         int32_t rows, int32_t first, int32_t last, int32_t* sums, size_t stride,
                         uint8_t* scratch);
+  // x: (rows, ceil(group / 32) 32), zero padded; at most kRegisterRows rows. `scratch` is 64-byte
+  // aligned.
+  size_t (*lowbit_register_scratch_bytes)(const LowBitShape&, int32_t rows);
+  void (*lowbit_registers)(const LowBitShape&, const uint8_t* packed, int32_t group,
+                           const int8_t* x, int32_t rows, int32_t first, int32_t last,
+                           int32_t* sums, size_t stride, uint8_t* scratch);
   // `sums` and `out` are (rows, outputs) with strides of their own.
   void (*lowbit_finish)(const LowBitFinish&, int32_t rows, int32_t outputs, const int32_t* sums,
                         size_t sums_stride, float* out, size_t out_stride);

@@ -136,5 +136,67 @@ inline int32_t table_steps(const LowBitShape& s) {
   return 32767 / (table_digits(s) * middle(s.levels) * 128);
 }
 
+// --- the kernel of tables in registers ----------------------------------------------------------
+//
+// Four neighbouring bits of a plane are the index of a table of 16 sums of four activations:
+//   [group][16 outputs][plane][block of 32 weights][64 bytes], zero padded
+// A byte has the index of four weights of an output in its low half, and that of the four weights
+// 16 further on in its high half. The order of the 64 bytes is that of the instruction set: byte i
+// is of output register_output(i) and of weights 4 t .. 4 t + 3, t = register_table(i) of 0..3.
+
+inline int32_t planes(int32_t levels) {
+  return levels == 2 ? 1 : levels <= 4 ? 2 : levels == 8 ? 3 : 4;
+}
+inline int32_t register_blocks(const LowBitShape& s) { return lowbit_ceil(s.group, 32); }
+// Bytes of a plane of 16 outputs.
+inline size_t register_plane_bytes(const LowBitShape& s) {
+  return static_cast<size_t>(register_blocks(s)) * 64;
+}
+inline size_t register_group_bytes(const LowBitShape& s) {
+  return static_cast<size_t>(lowbit_ceil(s.outputs, kLowBitOutputs)) * planes(s.levels) *
+         register_plane_bytes(s);
+}
+
+size_t lowbit_register_bytes(const LowBitShape& s) {
+  return static_cast<size_t>(s.depth / s.group) * register_group_bytes(s);
+}
+
+inline int32_t register_output(int32_t byte);
+inline int32_t register_table(int32_t byte);
+
+void pack_lowbit_registers(const LowBitShape& s, const uint8_t* codes, uint8_t* packed) {
+  const int32_t blocks = register_blocks(s), count = planes(s.levels);
+  for (int32_t from = 0; from < s.depth; from += s.group) {
+    for (int32_t block = 0; block < s.outputs; block += kLowBitOutputs) {
+      for (int32_t plane = 0; plane < count; ++plane) {
+        for (int32_t b = 0; b < blocks; ++b) {
+          for (int32_t i = 0; i < 64; ++i, ++packed) {
+            const int32_t m = block + register_output(i);
+            uint32_t byte = 0;
+            for (int32_t j = 0; j < 8; ++j) {
+              const int32_t k = 32 * b + 16 * (j / 4) + 4 * register_table(i) + j % 4;
+              if (m >= s.outputs || k >= s.group) continue;
+              const uint32_t code = codes[static_cast<size_t>(m) * s.depth + from + k];
+              byte |= (code >> plane & 1u) << j;
+            }
+            *packed = static_cast<uint8_t>(byte);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Bytes of the tables of 16 weights, which are those of a row of activations: 4 x 16 low bytes and
+// as many high ones.
+constexpr size_t kRegisterTables = 128;
+inline size_t register_row_bytes(const LowBitShape& s) {
+  return static_cast<size_t>(register_blocks(s)) * 2 * kRegisterTables;
+}
+
+size_t lowbit_register_scratch_bytes(const LowBitShape& s, int32_t rows) {
+  return static_cast<size_t>(rows) * register_row_bytes(s);
+}
+
 }  // namespace
 }  // namespace lutra

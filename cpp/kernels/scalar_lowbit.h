@@ -80,6 +80,29 @@ void lowbit_tables(const LowBitShape& s, const uint8_t* packed, int32_t group, c
   }
 }
 
+size_t lowbit_register_bytes(const LowBitShape& s) { return lowbit_dense_bytes(s); }
+
+void pack_lowbit_registers(const LowBitShape& s, const uint8_t* codes, uint8_t* packed) {
+  pack_lowbit_dense(s, codes, packed);
+}
+
+size_t lowbit_register_scratch_bytes(const LowBitShape&, int32_t) { return 0; }
+
+void lowbit_registers(const LowBitShape& s, const uint8_t* packed, int32_t group, const int8_t* x,
+                      int32_t rows, int32_t first, int32_t last, int32_t* sums, size_t stride,
+                      uint8_t*) {
+  const size_t padded = static_cast<size_t>((s.group + 31) / 32 * 32);
+  for (int32_t r = 0; r < rows; ++r) {
+    for (int32_t m = first; m < last; ++m) {
+      const uint8_t* const u =
+          packed + static_cast<size_t>(m) * s.depth + static_cast<size_t>(group) * s.group;
+      int32_t sum = 0;
+      for (int32_t k = 0; k < s.group; ++k) sum += u[k] * x[r * padded + k];
+      sums[r * stride + (m - first)] = sum;
+    }
+  }
+}
+
 void lowbit_finish(const LowBitFinish& f, int32_t rows, int32_t outputs, const int32_t* sums,
                    size_t sums_stride, float* out, size_t out_stride) {
   for (int32_t r = 0; r < rows; ++r) {

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, Literal, TypeAlias, cast
+from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from lutra.runtime.cpu import choose_isa, choose_threads
 
 __all__ = ["KernelChoice", "LowBitMatrix"]
 
-Kernel: TypeAlias = Literal["dense", "tables"]
+Kernel: TypeAlias = Literal["dense", "tables", "registers"]
 _BITS_TEXT: Final = "1, 1.58, 2, 3 or 4"
 
 
@@ -37,8 +37,9 @@ class KernelChoice:
     """Which kernel multiplies a matrix, and why.
 
     Attributes:
-        kernel: ``"tables"``: lookups in tables whose entries are vectors over rows; ``"dense"``:
-            weights are unpacked and multiplied.
+        kernel: ``"tables"``: lookups in tables whose entries are vectors over rows;
+            ``"registers"``: lookups in tables of 16 entries, which stay in registers, for few rows;
+            ``"dense"``: weights are unpacked and multiplied.
         isa: The instruction set.
         reason: One sentence.
     """
@@ -53,6 +54,8 @@ class KernelChoice:
 
 #: Rows of a tile of the kernel of tables.
 TABLE_ROWS: Final = 32
+#: Rows at most for which tables in registers may be faster than products.
+REGISTER_ROWS: Final = 4
 
 
 @lru_cache(maxsize=4)
@@ -226,17 +229,18 @@ class LowBitMatrix:
             self.isa, depth, levels_of(self.bits), depth if self.group is None else self.group, rows
         )
         if time == 0.0:
-            reason = f"lookups were measured to be slower for {what}, however many rows there are"
+            reason = f"lookups were measured to be slower for {counted(rows, 'row')} of {what}"
             return KernelChoice("dense", self.isa, reason)
         costs = f"{time:.2f} times what products cost"
-        if kernel == "tables":
-            reason = f"lookups for {counted(rows, 'row')} of {what} were measured to cost {costs}"
-            return KernelChoice("tables", self.isa, reason)
-        reason = (
-            f"lookups for {counted(rows, 'row')} of {what} would cost {costs}; a tile of "
-            f"{TABLE_ROWS} rows costs the same when it is not full"
-        )
-        return KernelChoice("dense", self.isa, reason)
+        if kernel != "dense":
+            how = "lookups in registers" if kernel == "registers" else "lookups"
+            reason = f"{how} for {counted(rows, 'row')} of {what} were measured to cost {costs}"
+        else:
+            reason = (
+                f"lookups for {counted(rows, 'row')} of {what} would cost {costs}; a tile of "
+                f"{TABLE_ROWS} rows costs the same when it is not full"
+            )
+        return KernelChoice(cast(Kernel, kernel), self.isa, reason)
 
     def matmul(self, x: Any, *, kernel: Kernel | None = None) -> Any:
         """The product with the transposed matrix, ``x @ weights.T``.
@@ -247,7 +251,7 @@ class LowBitMatrix:
         Args:
             x: (..., K), float32 or what a session takes for it; an array, or a PyTorch tensor of
                 any floating dtype on the CPU.
-            kernel: ``"dense"`` or ``"tables"``; None takes what ``explain`` says.
+            kernel: ``"dense"``, ``"tables"`` or ``"registers"``; None takes what ``explain`` says.
 
         Returns:
             float32 (..., M), an array or a tensor as ``x`` is.
@@ -291,7 +295,7 @@ class LowBitMatrix:
 
         Args:
             x: int8 (n, K), an array or a PyTorch tensor; every number from -128 to 127.
-            kernel: ``"dense"`` or ``"tables"``; None takes what ``explain`` says.
+            kernel: ``"dense"``, ``"tables"`` or ``"registers"``; None takes what ``explain`` says.
 
         Returns:
             int32 (n, M), or (n, K / group, M) where weights have groups.
@@ -323,8 +327,10 @@ class LowBitMatrix:
 
     def _pack_for(self, kernel: Kernel | None, rows: int) -> PackedMatrix:
         name = self.explain(rows).kernel if kernel is None else kernel
-        if name not in ("dense", "tables"):
-            raise ValueError(f"LowBitMatrix: kernel={kernel!r}; choose 'dense', 'tables' or None")
+        kernels = get_args(Kernel)
+        if name not in kernels:
+            known = ", ".join(map(repr, kernels))
+            raise ValueError(f"LowBitMatrix: kernel={kernel!r}; choose {known} or None")
         packed = self._packed.get(name)
         if packed is None:
             codes = load_codes(self.stored, self.bits, self.shape[1], trits=self._trits)

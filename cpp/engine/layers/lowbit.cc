@@ -25,8 +25,9 @@ struct ToLevels {
   int32_t times, plus;
 };
 ToLevels to_levels(LowBitKernel kernel, int32_t levels) {
-  if (levels == 3) return {1, kernel == LowBitKernel::kDense ? -1 : 0};
-  return {2, kernel == LowBitKernel::kDense ? -(levels - 1) : 1};
+  const bool is_centered = kernel == LowBitKernel::kTables;
+  if (levels == 3) return {1, is_centered ? 0 : -1};
+  return {2, is_centered ? 1 : -(levels - 1)};
 }
 
 // Bytes in[i][j] -> out[j][i] of 8 rows and 8 columns, by exchanging quarters of ever smaller
@@ -88,7 +89,14 @@ void to_dense_tile(const int8_t* x, size_t stride, int32_t rows, int32_t width, 
 }  // namespace
 
 const char* lowbit_kernel_name(LowBitKernel kernel) {
-  return kernel == LowBitKernel::kDense ? "dense" : "tables";
+  switch (kernel) {
+    case LowBitKernel::kTables:
+      return "tables";
+    case LowBitKernel::kRegisters:
+      return "registers";
+    default:
+      return "dense";
+  }
 }
 
 void check_lowbit(const LowBitShape& s) {
@@ -128,10 +136,15 @@ LowBitMatrix::LowBitMatrix(const Kernels& kernels, LowBitKernel kernel, const Lo
   const uint8_t top = *std::max_element(codes, codes + count);
   require(top < s.levels, "the code " + std::to_string(top) + " is not below " +
                               std::to_string(s.levels) + ", the levels");
-  const bool dense = kernel == LowBitKernel::kDense;
-  const size_t bytes = dense ? kernels.lowbit_dense_bytes(s) : kernels.lowbit_table_bytes(s);
+  const struct {
+    size_t (*bytes)(const LowBitShape&);
+    void (*pack)(const LowBitShape&, const uint8_t*, uint8_t*);
+  } order[kLowBitKernels] = {{kernels.lowbit_dense_bytes, kernels.pack_lowbit_dense},
+                             {kernels.lowbit_table_bytes, kernels.pack_lowbit_tables},
+                             {kernels.lowbit_register_bytes, kernels.pack_lowbit_registers}};
+  const size_t bytes = order[static_cast<int>(kernel)].bytes(s);
   packed_ = AlignedBytes(bytes);
-  (dense ? kernels.pack_lowbit_dense : kernels.pack_lowbit_tables)(s, codes, packed_.data());
+  order[static_cast<int>(kernel)].pack(s, codes, packed_.data());
   const size_t scales = static_cast<size_t>(groups()) * static_cast<size_t>(s.outputs);
   scale_.assign(scale, scale + scales);
   if (zero) zero_.assign(zero, zero + scales);
@@ -141,6 +154,9 @@ LowBitMatrix::LowBitMatrix(const Kernels& kernels, LowBitKernel kernel, const Lo
 // Rows that a tile of so many rows has room for, as the kernel takes them.
 int32_t LowBitMatrix::tile_width(int64_t rows) const {
   if (kernel_ == LowBitKernel::kTables) return kTableRows;
+  if (kernel_ == LowBitKernel::kRegisters) {
+    return static_cast<int32_t>(std::min<int64_t>(rows, kRegisterRows));
+  }
   for (const int32_t width : {1, 2, 4, 8}) {
     if (rows <= width) return width;
   }
@@ -174,6 +190,8 @@ LowBitMatrix::Scratch LowBitMatrix::scratch_of(int64_t n, int threads, uint8_t* 
   s.worker_bytes = sums;
   if (kernel_ == LowBitKernel::kTables) {
     s.worker_bytes += align64(kernels_->lowbit_scratch_bytes(shape_, s.outputs));
+  } else if (kernel_ == LowBitKernel::kRegisters) {
+    s.worker_bytes += align64(kernels_->lowbit_register_scratch_bytes(shape_, s.rows));
   }
   size_t at = 0;
   const auto take = [&](size_t bytes) {
@@ -209,6 +227,12 @@ void LowBitMatrix::prepare(const int8_t* x, int64_t n, const Scratch& s, int64_t
                                    static_cast<size_t>(width);
     if (kernel_ == LowBitKernel::kTables) {
       to_table_tile(from + column, depth, rows, shape_.group, place);
+    } else if (kernel_ == LowBitKernel::kRegisters) {
+      for (int32_t r = 0; r < rows; ++r) {
+        std::memcpy(place + static_cast<size_t>(r) * static_cast<size_t>(tile_depth()),
+                    from + static_cast<size_t>(r) * depth + column,
+                    static_cast<size_t>(shape_.group));
+      }
     } else {
       to_dense_tile(from + column, depth, rows, width, shape_.group, place);
     }
@@ -248,6 +272,9 @@ void LowBitMatrix::run(int64_t n, const Scratch& s, ThreadPool& pool, const Done
       if (kernel_ == LowBitKernel::kTables) {
         kernels_->lowbit_tables(shape_, packed_.data(), g, in, rows, from, last, sums, stride,
                                 memory);
+      } else if (kernel_ == LowBitKernel::kRegisters) {
+        kernels_->lowbit_registers(shape_, packed_.data(), g, in, rows, from, last, sums, stride,
+                                   memory);
       } else {
         kernels_->lowbit_dense(shape_, packed_.data(), g, in, width, rows, from, last, sums,
                                stride);

@@ -9,9 +9,9 @@
 
 namespace lutra {
 
-enum class LowBitKernel { kDense, kTables };
-inline constexpr int kLowBitKernels = 2;
-const char* lowbit_kernel_name(LowBitKernel kernel);  // "dense", "tables"
+enum class LowBitKernel { kDense, kTables, kRegisters };
+inline constexpr int kLowBitKernels = 3;
+const char* lowbit_kernel_name(LowBitKernel kernel);  // "dense", "tables", "registers"
 
 // Throws std::invalid_argument for sizes that are not sound.
 void check_lowbit(const LowBitShape& shape);

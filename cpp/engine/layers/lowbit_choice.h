@@ -8,7 +8,7 @@ namespace lutra {
 struct LowBitChoice {
   LowBitKernel kernel;
   // The time of lookups for these rows, divided by that of the dense kernel; 0 where lookups were
-  // never measured to be faster, however many rows there are.
+  // measured to be slower.
   double lookup_time;
 };
 
