@@ -32,6 +32,16 @@ CASES = {
     "einsum_of_three": call(
         lambda m, x, y: torch.einsum("bij,bjk,kl->bil", x, y, m.c), TOKENS, (6, 3), c=_numbers(3, 4)
     ),
+    "einsum_of_a_constant_with_a_batch": call(
+        lambda m, x: torch.einsum("ibd,jbd->bij", x.transpose(0, 1), m.c),
+        TOKENS,
+        c=_numbers(4, 1, 6),
+    ),
+    "scales_of_heads_with_time_first": call(
+        lambda m, x: (x.permute(2, 0, 1, 3) * m.c + m.c).permute(1, 0, 2, 3),
+        (2, 5, 6),
+        c=_numbers(2, 6),
+    ),
     "baddbmm_scaled": call(
         lambda m, x, y: torch.baddbmm(m.c, x, y, beta=0.5, alpha=2.0),
         TOKENS,

@@ -166,6 +166,8 @@ def affine(ctx: Lowering, x: Ref | View, scale: Any, bias: Any) -> Ref | View:
     by_last = _varies(varying, x) == {x.rank - 1} and views.sizes_of(ctx, x)[-1] == count
     if by_last and (x.rank > 2 or not views.is_sample(ctx, x)):
         return views.on_last(ctx, x, lambda ref: _along_last(ctx, ref, scale, bias))
+    if not views.is_sample(ctx, x) and len(ctx.result_sizes) == x.rank:
+        return _batch_first(ctx, x, scale, bias)
     ref = ctx.realise(x)
     channels = ref.shape[1] if ref.rank > 1 else None
     if _varies(varying, x) <= {1} and isinstance(channels, int) and count in (1, channels):
@@ -194,6 +196,19 @@ def affine(ctx: Lowering, x: Ref | View, scale: Any, bias: Any) -> Ref | View:
         ),
     )
     return views.emit_reshape(ctx, made, ref.shape, "shaped")
+
+
+def _batch_first(ctx: Lowering, x: Ref | View, scale: Tensor, bias: Tensor) -> Ref | View:
+    """x * scale + bias with the batch brought to the front, and back."""
+    order = views.batch_first(ctx, x)
+    scale, bias = (
+        each.reshape((1,) * (x.rank - each.ndim) + tuple(each.shape)).permute(order)
+        for each in (scale, bias)
+    )
+    front = ctx.realise(views.permuted(ctx, x, order))
+    with ctx.making(ctx.shape_of_sizes(tuple(ctx.result_sizes[i] for i in order))):
+        made = affine(ctx, front, scale, bias)
+    return views.put_back(ctx, made, order)
 
 
 def _spread(ctx: Lowering, x: Ref, scale: Tensor, bias: Tensor) -> Ref | View:

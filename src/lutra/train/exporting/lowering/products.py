@@ -221,6 +221,8 @@ def _einsum_of_two(
                 f"einsum {equation!r} multiplies every sample with every other; keep samples apart"
             )
     else:
+        if batch in second and b.shape[second.index(batch)] == 1:  # the same for every sample
+            b, second = b.squeeze(second.index(batch)), second.replace(batch, "")
         sizes |= dict(zip(second, b.shape, strict=True))
         if batch in second:
             raise UnsupportedUse(
