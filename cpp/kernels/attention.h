@@ -1,5 +1,5 @@
-// Attention of one head in one sample. Included by avx2.cc and avx512.cc after functions.h, in the
-// anonymous namespace of each.
+// Attention of one head in one sample. Included after functions.h by the vector instruction sets,
+// in the anonymous namespace of each.
 //
 // Lanes are queries, two registers of them to a tile; keys and values are broadcast from memory, so
 // both products are chains of fused multiply-adds without anything across a register:
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int32_t kQueryVectors = 2;
 constexpr int32_t kQueries = kQueryVectors * kLanes;
-constexpr int32_t kKeyTile = kLanes == 16 ? 8 : 6;
+constexpr int32_t kKeyTile = kVectorRegisters == 32 ? 8 : 6;
 
 // From one feature to the next in the copies: an odd number of cache lines, which puts features
 // into different sets of the cache.

@@ -7,7 +7,7 @@
 namespace lutra {
 namespace {
 
-constexpr int32_t kLanes = 8;
+constexpr int32_t kLanes = 8, kVectorRegisters = 16;
 using Floats = __m256;
 using Ints = __m256i;
 struct Mask {

@@ -7,7 +7,7 @@
 namespace lutra {
 namespace {
 
-constexpr int32_t kLanes = 16;
+constexpr int32_t kLanes = 16, kVectorRegisters = 32;
 using Floats = __m512;
 using Ints = __m512i;
 using Mask = __mmask16;

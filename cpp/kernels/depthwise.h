@@ -1,6 +1,6 @@
 // Quads of a depthwise layer, whose bytes one multiply-add of four bytes a lane takes: neighbouring
-// taps of a row of the kernel lie in one dword. Included by avx2_depthwise.h and
-// avx512_depthwise.h, in the anonymous namespace of each.
+// taps of a row of the kernel lie in one dword. Included by avx2_depthwise.h,
+// avx512_depthwise.h and neon_dot_depthwise8.h, in the anonymous namespace of each.
 #pragma once
 
 #include "kernels.h"

@@ -90,7 +90,10 @@ uint32_t cpu_features() {
   }
 #elif defined(LUTRA_ARM64_LINUX)
   if (has(HWCAP_ASIMD)) features |= kFeatureNeon;
-  if (has(HWCAP_ASIMDDP)) features |= kFeatureDot;
+  // What the compiler may use of Armv8.2 besides.
+  if (has(HWCAP_ASIMDDP) && has(HWCAP_ASIMDRDM) && has(HWCAP_ATOMICS) && has(HWCAP_CRC32)) {
+    features |= kFeatureDot;
+  }
 #elif defined(__aarch64__)
   features |= kFeatureNeon;  // which other systems require
 #endif
@@ -152,6 +155,12 @@ std::vector<const Kernels*> compiled_kernels() {
 #endif
 #ifdef LUTRA_HAVE_AVX512
   all.push_back(&kAvx512);
+#endif
+#ifdef LUTRA_HAVE_NEON
+  all.push_back(&kNeon);
+#endif
+#ifdef LUTRA_HAVE_NEON_DOT
+  all.push_back(&kNeonDot);
 #endif
   return all;
 }

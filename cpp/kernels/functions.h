@@ -1,5 +1,5 @@
 // Functions of one variable, and tables of them, on the lanes of an instruction set. Included by
-// avx2.cc, avx512.cc and scalar.cc after their ..._lanes.h, in the anonymous namespace of each:
+// the files of the instruction sets after their ..._lanes.h, in the anonymous namespace of each:
 // what the operations do is said in scalar_lanes.h, and here they are put together only once.
 //
 // The polynomials are least maximum fits (relative error, unless said otherwise) in float64,
@@ -18,7 +18,7 @@ namespace lutra {
 namespace {
 
 // Registers that each() and other loops do side by side.
-constexpr int kSideBySide = kLanes == 16 ? 4 : 2;
+constexpr int kSideBySide = kVectorRegisters == 32 ? 4 : 2;
 
 // Added to a float below 2^22, it rounds that to an integer.
 constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23

@@ -16,7 +16,7 @@ enum Feature : uint32_t {
   kFeatureAvx2 = 1u << 0,    // AVX2, FMA
   kFeatureAvx512 = 1u << 1,  // AVX-512 F, BW, DQ, VL, VBMI, VBMI2, VNNI
   kFeatureNeon = 1u << 2,    // Advanced SIMD of AArch64
-  kFeatureDot = 1u << 3,     // its dot products of bytes (sdot, udot)
+  kFeatureDot = 1u << 3,     // Armv8.2 with dot products of bytes (sdot, udot)
 };
 
 inline constexpr int32_t kMaxRowTile = 64;
@@ -473,6 +473,12 @@ extern const Kernels kAvx2;
 #endif
 #ifdef LUTRA_HAVE_AVX512
 extern const Kernels kAvx512;
+#endif
+#ifdef LUTRA_HAVE_NEON
+extern const Kernels kNeon;
+#endif
+#ifdef LUTRA_HAVE_NEON_DOT
+extern const Kernels kNeonDot;
 #endif
 
 }  // namespace lutra

@@ -1,5 +1,5 @@
-// Piecewise-linear functions with free breakpoints. Included by avx2.cc and avx512.cc after
-// functions.h, in the anonymous namespace of each.
+// Piecewise-linear functions with free breakpoints. Included after functions.h by the vector
+// instruction sets, in the anonymous namespace of each.
 //
 // The entry is found by bisection, all lanes at once: level l compares x with one of 2^l pivots,
 // which a permutation reads at the l decisions made so far, and its own decision becomes bit l. So

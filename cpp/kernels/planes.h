@@ -1,6 +1,6 @@
 // Norms and softmax of rows that lie across planes: lanes are rows, so that nothing is added across
-// a register. Included by avx2.cc and avx512.cc after functions.h, in the anonymous namespace of
-// each.
+// a register. Included after functions.h by the vector instruction sets, in the anonymous namespace
+// of each.
 #pragma once
 
 #include "functions.h"
@@ -10,7 +10,8 @@ namespace {
 
 void quantize(const float* x, size_t n, const Grid& grid, uint8_t* q);
 
-constexpr int32_t kTileVectors = kLanes == 16 ? 4 : 2;  // times the four sums: all registers
+constexpr int32_t kTileVectors =
+    kVectorRegisters == 32 ? 4 : 2;  // times the four sums: all registers
 constexpr int32_t kTileRows = kTileVectors * kLanes;
 
 // kVectors vectors of rows, the last of which may be cut off.

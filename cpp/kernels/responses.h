@@ -1,6 +1,6 @@
 // How vector kernels hold the table of a lookup layer: a row of bytes for each weight, to be read
-// by a shuffle at the activation indices. Private to avx2.cc and avx512.cc, in the anonymous
-// namespace of each.
+// by a shuffle at the activation indices. Private to the files of the instruction sets, in the
+// anonymous namespace of each.
 //
 // Bytes are unsigned: each row is less its minimum, and the minima of all weights of an output are
 // added to its sum in the end, as one constant.

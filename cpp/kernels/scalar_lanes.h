@@ -1,5 +1,5 @@
-// The operations that functions.h is written in, on one lane: what they mean. avx2_lanes.h and
-// avx512_lanes.h give the same bits in every lane. Private to scalar.cc.
+// The operations that functions.h is written in, on one lane: what they mean. avx2_lanes.h,
+// avx512_lanes.h and neon_lanes.h give the same bits in every lane. Private to scalar.cc.
 #pragma once
 
 #include <bit>
@@ -10,7 +10,7 @@
 namespace lutra {
 namespace {
 
-constexpr int32_t kLanes = 1;
+constexpr int32_t kLanes = 1, kVectorRegisters = 16;
 using Floats = float;
 using Ints = int32_t;
 using Mask = bool;
