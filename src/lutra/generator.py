@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
@@ -268,7 +268,7 @@ class Generator:
             InputError: If a prompt or a number makes no sense.
         """
         several = not isinstance(prompt, str) and len(prompt) > 0 and _is_prompt(prompt[0])
-        prompts = list(prompt) if several else [prompt]  # type: ignore[arg-type]
+        prompts: Any = prompt if several else [prompt]
         run = _Run(
             self, [self.tokens(p) for p in prompts], max_tokens,
             Sampling(temperature, top_k, top_p), seed, stop,

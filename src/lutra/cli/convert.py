@@ -1,4 +1,4 @@
-"""``lutra convert``: a PyTorch or ONNX model to a file, or function tables into one."""
+"""``lutra convert``: a PyTorch, ONNX or language model to a file, or function tables into one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from lutra.cli import models, samples
+from lutra.cli import language, models, samples
 from lutra.cli.common import (
     UserError,
     at_least,
@@ -40,9 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.add_argument(
         "model",
-        metavar="MODULE:FUNCTION|FILE.onnx|FILE.lutra",
-        help="builds the model: pkg.mod:build or file.py:build; or an ONNX file, which stays float "
-        "unless a method is given; or a file of float layers; or any file, for --functions",
+        metavar="MODULE:FUNCTION|FILE",
+        help="builds the model: pkg.mod:build or file.py:build; or an ONNX file or a language "
+        "model (.gguf, or .bin of llama2.c), which stay float unless a method is given; or a "
+        ".lutra file of float layers, or any of them for --functions",
     )
     parser.add_argument(
         "--data",
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     samples.add_arguments(parser)
     models.add_arguments(parser)
+    language.add_arguments(parser)
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the .lutra file")
     parser.add_argument(
         "--recipe",
@@ -126,8 +128,10 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     if args.model.endswith(".lutra") and not _names_method(args):
         return _swap(args)
-    stays_float = args.model.endswith(".onnx") and not _names_method(args)
-    if args.data is None and not stays_float:
+    language.check_arguments(args)
+    of_language = language.is_language_model(args)
+    stays_float = of_language or (args.model.endswith(".onnx") and not _names_method(args))
+    if args.data is None and not stays_float and not of_language:
         raise UserError(
             "convert needs calibration inputs; give --data D.npz with an array for each argument, "
             "or x"
@@ -135,6 +139,8 @@ def run(args: argparse.Namespace) -> int:
     torch, train = training("convert")
     check_writable(args.output)
     _check_flags(args)
+    if of_language:
+        return _language(args, torch, train)
     given = None if args.recipe is None else _read_recipe(args.recipe, train)
     torch.manual_seed(args.seed)
     model = models.load(args, torch, train)
@@ -156,6 +162,14 @@ def run(args: argparse.Namespace) -> int:
             f"{args.model!r} cannot be converted: {type(error).__name__}: {error}; "
             "see --debug for where"
         ) from error
+
+
+def _language(args: argparse.Namespace, torch: Any, train: Any) -> int:
+    """Writes a language model, as it is or by a method."""
+    if not _names_method(args):
+        return language.run(args, None, torch, train)
+    given = None if args.recipe is None else _read_recipe(args.recipe, train)
+    return language.run(args, lambda model: _recipe(args, given, model, train), torch, train)
 
 
 def _names_method(args: argparse.Namespace) -> bool:

@@ -83,7 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-length",
         type=at_least(1),
         metavar="N",
-        help=f"texts: cut them to so many tokens (default: as in --preprocess, or {_LENGTH})",
+        help=f"texts: cut them to so many tokens (default: as in --preprocess, or {_LENGTH}); "
+        "language models: the most tokens of a text (default: the model's, 2048 at most)",
     )
     parser.add_argument(
         "--fill",

@@ -19,6 +19,7 @@ from lutra.train.functions.modules import (
 )
 from lutra.train.functions.relu_net import fit_relu_net
 from lutra.train.importing.examples import example_inputs
+from lutra.train.importing.gguf_file import GGUFModel, load_gguf
 from lutra.train.importing.graph import from_graph
 from lutra.train.importing.llama import load_llama2c, load_llama2c_tokenizer
 from lutra.train.importing.onnx import load_onnx
@@ -60,6 +61,7 @@ __all__ = [
     "FrozenPQ",
     "Function",
     "FunctionReport",
+    "GGUFModel",
     "Int8",
     "Int8Conv2d",
     "Int8Linear",
@@ -91,6 +93,7 @@ __all__ = [
     "fit_relu_net",
     "from_graph",
     "from_pretrained",
+    "load_gguf",
     "load_llama2c",
     "load_llama2c_tokenizer",
     "load_onnx",

@@ -122,7 +122,9 @@ def load_llama2c_tokenizer(path: str | os.PathLike[str]) -> PieceTokenizer:
         InputError: If the file cannot be read or is no such file.
     """
     data = _read("load_llama2c_tokenizer", path)
-    pieces, scores, at = [], [], 4
+    pieces: list[str] = []
+    scores: list[float] = []
+    at = 4
     try:
         while at < len(data):
             score, size = struct.unpack_from("<fi", data, at)

@@ -1,0 +1,370 @@
+"""Llama models in GGUF files, the format of llama.cpp (https://github.com/ggml-org/ggml).
+
+The package ``gguf`` reads the file and makes floats of quantised weights; the names of entries and
+tensors are those of its ``constants`` module.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from lutra.errors import InputError, LutraError, UnsupportedModelError
+from lutra.formatting import counted
+from lutra.node import Array
+from lutra.preprocess.tokens import JsonTokenizer, PieceTokenizer, Tokenizer
+from lutra.train.importing.llama import halved, llama
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+#: Architectures, and whether neighbouring features of queries and keys are turned together there.
+_ARCHITECTURES: Final = {"llama": True, "qwen2": False}
+_PARTS: Final = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ENDS: Final = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+#: Kinds of tokens: unknown, control and unused ones stand for no text.
+_CONTROLS: Final = (2, 3, 5)
+_CONTROL: Final = 3
+#: How text is cut into words before they are cut into tokens, by the name that files give it. From
+#: src/llama-vocab.cpp of llama.cpp.
+_CONTRACTIONS: Final = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS: Final = {
+    "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "llama-bpe": _CONTRACTIONS
+    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": _CONTRACTIONS
+    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+
+
+@dataclass(frozen=True)
+class GGUFModel:
+    """A language model from a GGUF file.
+
+    Attributes:
+        model: Of transformers, float32, in eval mode.
+        tokenizer: How text becomes tokens; None where the file has none.
+        bos: The token that every text begins with, or None.
+        eos: The tokens that end a text.
+        max_length: The most tokens of a text that the model was trained with.
+        formats: How many tensors the file holds in each format, by its name.
+    """
+
+    model: LlamaForCausalLM
+    tokenizer: Tokenizer | None
+    bos: int | None
+    eos: tuple[int, ...]
+    max_length: int
+    formats: Mapping[str, int] = field(repr=False)
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} in {name}" for name, count in self.formats.items())
+        return f"{counted(sum(self.formats.values()), 'tensor')} ({kinds}), made float32"
+
+
+def load_gguf(path: str | os.PathLike[str], *, tokenizer: bool = True) -> GGUFModel:
+    """Reads a language model of the form of Llama or Qwen2 from a GGUF file.
+
+    Every format of weights that the package ``gguf`` can make floats of is read: F32, F16, BF16,
+    Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, TQ1_0, TQ2_0 and others.
+
+    Args:
+        path: The file.
+        tokenizer: Whether to read how text becomes tokens.
+
+    Raises:
+        InputError: If the file cannot be read or is damaged.
+        UnsupportedModelError: If the architecture, its settings, a format of weights or the
+            tokenizer are none that lutra knows.
+        LutraError: If the packages ``gguf`` or ``transformers`` are not installed.
+    """
+    name = os.fspath(path)
+    reader = _reader(name)
+    entries = _Entries(name, reader)
+    architecture = entries.text("general.architecture")
+    if architecture not in _ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"load_gguf: {name!r} holds a model of the architecture {architecture!r}; lutra reads "
+            f"{' and '.join(_ARCHITECTURES)}"
+        )
+    config = _config(name, entries, architecture)
+    state, formats = _state(name, reader, architecture, config)
+    config["tie_word_embeddings"] = "lm_head.weight" not in state
+    try:
+        model = llama(config, state)
+    except RuntimeError as error:
+        raise InputError(
+            f"load_gguf: the tensors of {name!r} do not fit its settings: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+    found = _tokenizer(name, entries) if tokenizer else None
+    bos = entries.get("tokenizer.ggml.bos_token_id")
+    spm = entries.get("tokenizer.ggml.model") == "llama"
+    begins = entries.get("tokenizer.ggml.add_bos_token", spm)
+    ends = [entries.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
+    return GGUFModel(
+        model,
+        found,
+        bos if begins else None,
+        tuple(dict.fromkeys(end for end in ends if end is not None)),
+        config["max_position_embeddings"],
+        formats,
+    )
+
+
+def _reader(name: str) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ModuleNotFoundError as error:
+        raise LutraError(
+            'GGUF files need the package gguf; install it with: pip install "lutra[gguf]"'
+        ) from error
+    if not os.path.isfile(name):
+        raise InputError(f"load_gguf: there is no file {name!r}; check the path")
+    try:
+        return GGUFReader(name)
+    except Exception as error:  # it reads sizes from the file and trusts them
+        raise InputError(
+            f"load_gguf: {name!r} is cut off or is no GGUF file ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); copy it again"
+        ) from error
+
+
+class _Entries:
+    """The settings of a file."""
+
+    def __init__(self, name: str, reader: Any) -> None:
+        self._name, self._fields = name, reader.fields
+
+    def get(self, key: str, default: Any = None) -> Any:
+        if key not in self._fields:
+            return default
+        try:
+            return self._fields[key].contents()
+        except Exception as error:
+            raise InputError(
+                f"load_gguf: the entry {key!r} of {self._name!r} cannot be read "
+                f"({type(error).__name__}); copy the file again"
+            ) from error
+
+    def text(self, key: str) -> str:
+        return str(self._need(key))
+
+    def count(self, key: str) -> int:
+        value = self._need(key)
+        if not isinstance(value, int) or not 0 < value < 2**31:
+            raise UnsupportedModelError(
+                f"load_gguf: the entry {key!r} of {self._name!r} is {value!r}; lutra reads models "
+                "with one whole number there"
+            )
+        return value
+
+    def _need(self, key: str) -> Any:
+        value = self.get(key)
+        if value is None:
+            raise InputError(f"load_gguf: {self._name!r} lacks the entry {key!r}")
+        return value
+
+
+def _config(name: str, entries: _Entries, architecture: str) -> dict[str, Any]:
+    def key(end: str) -> str:
+        return f"{architecture}.{end}"
+
+    heads = entries.count(key("attention.head_count"))
+    width = entries.count(key("embedding_length"))
+    head = int(entries.get(key("attention.key_length"), width // heads))
+    wanted = {
+        "expert_count": (0, "experts"),
+        "rope.dimension_count": (head, "positions that turn a part of each head"),
+        "attention.value_length": (head, "values of another width than keys"),
+        "attention.sliding_window": (0, "attention that forgets"),
+        "rope.scaling.type": ("none", "scaled positions"),
+    }
+    for end, (value, what) in wanted.items():
+        got = entries.get(key(end), value)
+        if got != value:
+            raise UnsupportedModelError(
+                f"load_gguf: {name!r} has {key(end)} = {got!r}, {what}, which lutra does not read"
+            )
+    config = {
+        "hidden_size": width,
+        "intermediate_size": entries.count(key("feed_forward_length")),
+        "num_hidden_layers": entries.count(key("block_count")),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(entries.get(key("attention.head_count_kv"), heads)),
+        "head_dim": head,
+        "max_position_embeddings": entries.count(key("context_length")),
+        "rms_norm_eps": float(entries.get(key("attention.layer_norm_rms_epsilon"), 1e-5)),
+        "rope_theta": float(entries.get(key("rope.freq_base"), 10000.0)),
+        "qkv_bias": architecture == "qwen2",
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if architecture == "qwen2":
+        if head * heads != width:
+            raise UnsupportedModelError(
+                f"load_gguf: {name!r} has {heads} heads of {head} for a width of {width}, which "
+                "lutra does not read for qwen2"
+            )
+        del config["head_dim"]
+    return config
+
+
+def _state(
+    name: str, reader: Any, architecture: str, config: dict[str, Any]
+) -> tuple[dict[str, Array], dict[str, int]]:
+    """The parameters by their names in transformers, and how many are in which format."""
+    state: dict[str, Array] = {}
+    formats: dict[str, int] = {}
+    for tensor in reader.tensors:
+        target, kind = _target(tensor.name)
+        if target is None:
+            raise UnsupportedModelError(
+                f"load_gguf: {name!r} holds the tensor {tensor.name!r}, which lutra does not know "
+                f"in a model of the architecture {architecture!r}"
+            )
+        array = _floats(name, tensor)
+        if _ARCHITECTURES[architecture] and target.endswith(("q_proj", "k_proj")):
+            heads = "num_attention_heads" if target.endswith("q_proj") else "num_key_value_heads"
+            array = halved(array, config[heads])
+        state[f"{target}.{kind}"] = array
+        format_ = tensor.tensor_type.name
+        formats[format_] = formats.get(format_, 0) + 1
+    if "model.embed_tokens.weight" not in state:
+        raise InputError(f"load_gguf: {name!r} lacks the tensor 'token_embd.weight'")
+    config["vocab_size"] = state["model.embed_tokens.weight"].shape[0]
+    return state, formats
+
+
+def _target(name: str) -> tuple[str | None, str]:
+    """The module of a tensor, and weight or bias."""
+    rest, _, kind = name.rpartition(".")
+    if kind not in ("weight", "bias"):
+        return None, kind
+    if rest in _ENDS:
+        return _ENDS[rest], kind
+    words = rest.split(".")
+    if len(words) == 3 and words[0] == "blk" and words[1].isdecimal() and words[2] in _PARTS:
+        return f"model.layers.{words[1]}.{_PARTS[words[2]]}", kind
+    return None, kind
+
+
+def _floats(name: str, tensor: Any) -> Array:
+    """float32, the rows first."""
+    from gguf import dequantize
+
+    try:
+        made = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+    except NotImplementedError as error:
+        raise UnsupportedModelError(
+            f"load_gguf: the tensor {tensor.name!r} of {name!r} is in the format "
+            f"{tensor.tensor_type.name}, which the package gguf makes no floats of; upgrade it, or "
+            "quantise the model to another format"
+        ) from error
+    except Exception as error:
+        raise InputError(
+            f"load_gguf: the tensor {tensor.name!r} of {name!r} cannot be read "
+            f"({type(error).__name__}); copy the file again"
+        ) from error
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+    if made.size != int(np.prod(shape)) or not np.isfinite(made).all():
+        raise InputError(
+            f"load_gguf: the tensor {tensor.name!r} of {name!r} is cut off or holds NaN or "
+            "infinite values; copy the file again"
+        )
+    return made.reshape(shape)
+
+
+def _tokenizer(name: str, entries: _Entries) -> Tokenizer | None:
+    kind = entries.get("tokenizer.ggml.model")
+    if kind is None or kind == "no_vocab":
+        return None
+    pieces = [str(piece) for piece in entries.get("tokenizer.ggml.tokens", [])]
+    types = entries.get("tokenizer.ggml.token_type", [1] * len(pieces))
+    if kind == "llama":
+        return PieceTokenizer(
+            tuple(piece.replace("▁", " ") for piece in pieces),
+            tuple(float(score) for score in entries.get("tokenizer.ggml.scores", [])),
+            bool(entries.get("tokenizer.ggml.add_space_prefix", True)),
+            frozenset(index for index, kind in enumerate(types) if kind in _CONTROLS),
+        )
+    words = entries.get("tokenizer.ggml.pre", "gpt-2")
+    if kind != "gpt2" or words not in _WORDS:
+        raise UnsupportedModelError(
+            f"load_gguf: {name!r} has a tokenizer of the kind {kind!r} that cuts words as "
+            f"{words!r}; lutra knows 'llama', and 'gpt2' with {', '.join(_WORDS)}: read the file "
+            "without a tokenizer"
+        )
+    merges = [str(merge) for merge in entries.get("tokenizer.ggml.merges", [])]
+    controls = {index for index, kind in enumerate(types) if kind == _CONTROL}
+    return JsonTokenizer(_json(pieces, merges, controls, words))
+
+
+def _json(pieces: list[str], merges: list[str], controls: set[int], words: str) -> str:
+    """A tokenizer.json of pieces of bytes that are written as letters, as GPT-2 does."""
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": _WORDS[words]},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
+    added = [
+        {
+            "id": index,
+            "content": pieces[index],
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for index in sorted(controls)
+    ]
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+        "post_processor": None,
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": words == "llama-bpe",
+            "vocab": {piece: index for index, piece in enumerate(pieces)},
+            "merges": merges,
+        },
+    }
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,244 @@
+"""Language models in GGUF files, written here by the package gguf."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+gguf = pytest.importorskip("gguf")
+transformers = pytest.importorskip("transformers")
+
+from gguf import GGMLQuantizationType as Format  # noqa: E402
+from transformers import (  # noqa: E402
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from lutra.errors import InputError, UnsupportedModelError  # noqa: E402
+from lutra.node import Array  # noqa: E402
+from lutra.train import load_gguf  # noqa: E402
+from lutra.train.importing.gguf_file import _ENDS, _PARTS  # noqa: E402
+
+WIDTH, VOCABULARY = 256, 40
+SETTINGS: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rope_theta": 5000.0,
+    "rms_norm_eps": 1e-4,
+}
+QUANTISED = [
+    Format.F16,
+    Format.BF16,
+    Format.Q8_0,
+    Format.Q4_0,
+    Format.Q4_1,
+    Format.TQ1_0,
+    Format.TQ2_0,
+]
+PACKED = [Format.Q2_K, Format.Q3_K, Format.Q4_K, Format.Q5_K, Format.Q6_K]
+
+
+def model_of(architecture: str) -> Any:
+    torch.manual_seed(0)
+    if architecture == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**SETTINGS, tie_word_embeddings=True))
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter)
+        return model.eval()
+    return LlamaForCausalLM(LlamaConfig(**SETTINGS)).eval()
+
+
+def pairs(weight: Array, heads: int) -> Array:
+    """Rows as llama.cpp wants them: the two features that are turned together are neighbours."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def tensors_of(model: Any, architecture: str) -> dict[str, Array]:
+    """The tensors of a model by the names of GGUF."""
+    names = {new: old for old, new in (*_PARTS.items(), *_ENDS.items())}
+    made = {}
+    for name, parameter in model.state_dict().items():
+        module, kind = name.rsplit(".", 1)
+        array = parameter.numpy()
+        if module == "lm_head" and model.config.tie_word_embeddings:
+            continue
+        if module.startswith("model.layers."):
+            _, _, layer, part = module.split(".", 3)
+            if architecture == "llama" and part.endswith(("q_proj", "k_proj")):
+                array = pairs(array, 4 if part.endswith("q_proj") else 2)
+            made[f"blk.{layer}.{names[part]}.{kind}"] = array
+        else:
+            made[f"{names[module]}.{kind}"] = array
+    return made
+
+
+def write(
+    path: Path,
+    tensors: dict[str, Array],
+    architecture: str = "llama",
+    formats: dict[str, Any] | None = None,
+    more: Any = None,
+) -> Path:
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(64)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(256)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-4)
+    writer.add_rope_freq_base(5000.0)
+    if more is not None:
+        more(writer)
+    for name, array in tensors.items():
+        if formats and name in formats:
+            writer.add_tensor(name, array, raw_dtype=formats[name])
+        else:
+            writer.add_tensor(name, np.ascontiguousarray(array, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_model_comes_back_as_it_was(architecture: str, tmp_path: Path) -> None:
+    model = model_of(architecture)
+    path = write(tmp_path / "m.gguf", tensors_of(model, architecture), architecture)
+    made = load_gguf(path)
+    want, got = model.state_dict(), made.model.state_dict()
+    assert want.keys() == got.keys()
+    for name, parameter in want.items():
+        assert torch.equal(parameter, got[name]), name
+    ids = torch.randint(0, VOCABULARY, (2, 30))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, made.model(ids).logits)
+    assert (made.tokenizer, made.bos, made.eos, made.max_length) == (None, None, (), 64)
+    assert made.formats == {"F32": 12 if architecture == "llama" else 14}
+    assert "made float32" in str(made)
+
+
+@pytest.mark.parametrize("format_", QUANTISED, ids=lambda f: f.name)
+def test_quantised_weights(format_: Any, tmp_path: Path) -> None:
+    tensors = tensors_of(model_of("llama"), "llama")
+    name = "blk.0.ffn_up.weight"
+    packed = gguf.quantize(tensors[name], format_)
+    path = write(tmp_path / "m.gguf", {**tensors, name: packed}, formats={name: format_})
+    made = load_gguf(path)
+    got = made.model.model.layers[0].mlp.up_proj.weight.detach().numpy()
+    np.testing.assert_array_equal(got, gguf.dequantize(packed, format_))
+    assert made.formats[format_.name] == 1
+
+
+@pytest.mark.parametrize("format_", PACKED, ids=lambda f: f.name)
+def test_weights_in_super_blocks(format_: Any, tmp_path: Path) -> None:
+    """The package does not write these formats: any bytes with finite scales are weights."""
+    tensors = tensors_of(model_of("llama"), "llama")
+    _, size = gguf.GGML_QUANT_SIZES[format_]
+    packed = np.random.default_rng(0).integers(0, 60, (256, size), dtype=np.uint8)
+    name = "blk.0.ffn_down.weight"
+    path = write(tmp_path / "m.gguf", {**tensors, name: packed}, formats={name: format_})
+    got = load_gguf(path).model.model.layers[0].mlp.down_proj.weight.detach().numpy()
+    want = gguf.dequantize(packed, format_)
+    assert np.abs(want).max() > 0
+    np.testing.assert_array_equal(got, want)
+
+
+def test_a_tokenizer_of_pieces(tmp_path: Path) -> None:
+    pieces = ["<unk>", "<s>", "</s>", "<0x0A>", "▁", "a", "b", "▁a", "ab"]
+    pieces += [f"p{i}" for i in range(VOCABULARY - len(pieces))]
+
+    def more(writer: Any) -> None:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(pieces)
+        writer.add_token_scores([0.0] * 4 + [-9.0, -9.0, -9.0, -2.0, -1.0] + [-20.0] * 31)
+        writer.add_token_types([2, 3, 3, 6] + [1] * 36)
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+
+    made = load_gguf(write(tmp_path / "m.gguf", tensors_of(model_of("llama"), "llama"), more=more))
+    assert made.tokenizer is not None
+    assert made.tokenizer.encode("ab\na") == [4, 8, 3, 5]
+    assert made.tokenizer.encode("a") == [7]
+    assert made.tokenizer.decode([1, 7, 8, 3, 2]) == " aab\n"
+    assert (made.bos, made.eos) == (1, (2,))
+    assert load_gguf(tmp_path / "m.gguf", tokenizer=False).tokenizer is None
+
+
+def test_a_tokenizer_of_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    letters = ["a", "b", "c", "Ġ", "Ċ", "1", "2", "Ã", "Ł", "<|end|>"]
+    pieces = [*letters, "ab", "Ġa", "12"]
+    pieces += [f"p{i}" for i in range(VOCABULARY - len(pieces))]
+
+    def more(words: str) -> Any:
+        def add(writer: Any) -> None:
+            writer.add_tokenizer_model("gpt2")
+            writer.add_tokenizer_pre(words)
+            writer.add_token_list(pieces)
+            writer.add_token_types([1] * 9 + [3] + [1] * 30)
+            writer.add_token_merges(["a b", "Ġ a", "1 2"])
+            writer.add_eos_token_id(9)
+
+        return add
+
+    tensors = tensors_of(model_of("llama"), "llama")
+    for words, numbers in (("qwen2", [5, 6]), ("llama-bpe", [12])):
+        made = load_gguf(write(tmp_path / "m.gguf", tensors, more=more(words)))
+        assert made.tokenizer is not None
+        assert made.tokenizer.encode("ab a\n12ß") == [10, 11, 4, *numbers, 7, 8]
+        assert made.tokenizer.decode([10, 11, 4, 7, 8, 9]) == "ab a\nß"
+        assert (made.bos, made.eos) == (None, (9,))
+    write(tmp_path / "m.gguf", tensors, more=more("words"))
+    with pytest.raises(UnsupportedModelError, match="cuts words as 'words'"):
+        load_gguf(tmp_path / "m.gguf")
+    assert load_gguf(tmp_path / "m.gguf", tokenizer=False).tokenizer is None
+
+
+def test_damaged_and_unknown_files(tmp_path: Path) -> None:
+    tensors = tensors_of(model_of("llama"), "llama")
+    whole = write(tmp_path / "m.gguf", tensors).read_bytes()
+    for size in (0, 3, 20, 200, 900, len(whole) // 2, len(whole) - 40):
+        cut = tmp_path / "cut.gguf"
+        cut.write_bytes(whole[:size])
+        with pytest.raises(InputError, match=r"copy (it|the file) again") as caught:
+            load_gguf(cut)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="there is no file"):
+        load_gguf(tmp_path / "none.gguf")
+    path = tmp_path / "n.gguf"
+    for architecture in ("falcon", "mamba"):
+        write(path, tensors, architecture)
+        with pytest.raises(UnsupportedModelError, match=f"architecture '{architecture}'; lutra"):
+            load_gguf(path)
+    for more, match in (
+        (lambda w: w.add_expert_count(8), "llama.expert_count = 8, experts, which lutra does not"),
+        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "scaled positions"),
+        (lambda w: w.add_sliding_window(16), "attention that forgets"),
+    ):
+        write(path, tensors, more=more)
+        with pytest.raises(UnsupportedModelError, match=match):
+            load_gguf(path)
+    write(path, {**tensors, "rope_freqs.weight": np.ones(32, np.float32)})
+    with pytest.raises(UnsupportedModelError, match=r"the tensor 'rope_freqs.weight', which lutra"):
+        load_gguf(path)
+    write(path, {n: x for n, x in tensors.items() if n != "blk.0.ffn_up.weight"})
+    with pytest.raises(InputError, match=r"do not fit its settings: .*up_proj"):
+        load_gguf(path)
+    nan = tensors["output_norm.weight"] * np.nan
+    write(path, {**tensors, "output_norm.weight": nan})
+    with pytest.raises(InputError, match=r"'output_norm.weight' .* holds NaN"):
+        load_gguf(path)
