@@ -1,7 +1,8 @@
-"""A whole network through one accelerator: layer after layer, the rest in the reference.
+"""A whole network through one accelerator: layer after layer, the rest in the engine.
 
 The sums that come out of the simulation go on: they are scaled, and the nodes between two layers
-run in NumPy, as a host would run them. The accelerator is built once, for what all layers ask for.
+run in the engine, one by one, as a host would run them. The accelerator is built once, for what all
+layers ask for.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from lutra.graph import Graph
 from lutra.hardware.design import Design, HardwareError
 from lutra.hardware.layer import TableLayer, graph_shapes, layer_rows, node_layer
 from lutra.hardware.words import Words, layer_words, unpack
-from lutra.node import Array
+from lutra.node import Array, Node
 from lutra.ops.rows import row_length
-from lutra.reference import run_node
+from lutra.runtime.session import Session
 
 __all__ = ["LayerRun", "NetworkRun", "common_design", "in_amaranth", "in_tool", "run_network"]
 
@@ -107,7 +108,7 @@ def run_network(
         arrays = [values[name] for name in node.inputs]
         tensors = graph.node_tensors(node)
         if not node.op.startswith("pq_"):
-            values[node.output] = run_node(node, arrays, tensors)
+            values[node.output] = _on_host(graph, node, values)
             continue
         layer = node_layer(node, tensors, layer_rows(node, arrays[0]))
         words, cycles = runner(design, layer_words(layer, design))
@@ -120,6 +121,15 @@ def run_network(
         values[node.output] = np.ascontiguousarray(made.reshape(shape))
         layers.append(LayerRun(node.name, layer.rows, cycles))
     return NetworkRun({name: values[name] for name in graph.outputs}, tuple(layers))
+
+
+def _on_host(graph: Graph, node: Node, values: Mapping[str, Array]) -> Array:
+    """One node in the engine."""
+    inputs = tuple(graph.values[name] for name in dict.fromkeys(node.inputs))
+    tensors = {name: graph.tensors[name] for name in node.tensors.values()}
+    session = Session(Graph(inputs, (node.output,), (node,), tensors))
+    (found,) = session.run(None, {value.name: values[value.name] for value in inputs})
+    return found
 
 
 def decode_sums(words: list[int], layer: TableLayer, design: Design) -> Array:

@@ -107,7 +107,8 @@ def gates_of(circuit: Any, file: Path = GATES_FILE) -> Gates:
     """
     known, key = known_gates(file), gates_key(circuit)
     if key not in known:
-        known[key] = synthesize(circuit)
+        made = synthesize(circuit)
+        known = {**known_gates(file), key: made}  # another process may have added some meanwhile
         version = run_tool(["yosys", "-V"], file.parent).strip()
         content = {
             "command": f'yosys -p "read_verilog accelerator.v; {GENERIC}"',
