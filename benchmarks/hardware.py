@@ -28,8 +28,8 @@ ZOO = Path(__file__).parent.parent / "zoo"
 #: File, layer, and inputs of a row that one code stands for, which the multipliers take in a cycle.
 LAYERS = (
     ("resnet20_cifar10", "layer1.0.conv1", 9),
-    ("resnet20_cifar10", "layer3.1.conv1", 9),
     ("resnet20_cifar10_fast", "layer2.1.conv1", 9),
+    ("dscnn_speech_commands", "blocks.0.pointwise", 2),
     ("resnet_speech_commands", "blocks.2.conv2", 3),
 )
 TILE = 16
@@ -48,7 +48,7 @@ class Row:
 
 
 def of_layer(file: str, name: str, v: int) -> list[Row]:
-    """A layer with all its distance elements, with a quarter of them, and with multipliers."""
+    """A layer with an element for each centroid, with a quarter of them, and with multipliers."""
     graph = load_graph(ZOO / f"{file}.lutra")
     assert graph.golden is not None
     inputs = {
@@ -97,7 +97,7 @@ def main() -> None:
         ("LookupUnit, 16 x 15 table, tile 16", LookupUnit(LookupDesign())),
         *(
             (f"LmmaUnit 2 x 64 x 4, {bits} bits", LmmaUnit(LmmaDesign(bits=bits)))
-            for bits in (1, 2, 4)
+            for bits in (1, 2)
         ),
     ]
     heads = ("layer", "circuit", "cells", "flip-flops", "memory bits", "cycles")

@@ -222,6 +222,7 @@ def test_lmma_unit(bits: int) -> None:
     assert again.sums == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_memory_bits_are_those_that_yosys_counts(encoder: str) -> None:
     import shutil
@@ -256,3 +257,13 @@ def test_costs_of_a_network() -> None:
     assert total.table_bytes == sum(
         graph.node_tensors(node)["tables"].nbytes for node in graph.nodes if node.op == "pq_conv2d"
     )
+
+
+@pytest.mark.parametrize("module", ["design", "cycles", "cost", "explore"])
+def test_examples_in_docstrings(module: str) -> None:
+    import doctest
+    import importlib
+
+    tried = doctest.testmod(importlib.import_module(f"lutra.hardware.{module}"))
+    assert tried.attempted > 0
+    assert tried.failed == 0

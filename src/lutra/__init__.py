@@ -97,8 +97,8 @@ _PLACES: Final = {
 }
 #: Modules that are attributes of the package without an import of their own.
 _MODULES: Final = (
-    "errors", "format", "formatting", "functions", "generator", "graph", "hub", "inputs", "lowbit",
-    "node", "ops", "preprocess", "reference", "runtime", "sentences", "stream",
+    "errors", "format", "formatting", "functions", "generator", "graph", "hardware", "hub",
+    "inputs", "lowbit", "node", "ops", "preprocess", "reference", "runtime", "sentences", "stream",
 )  # fmt: skip
 #: The names of lutra.train that are here too. Listed, not asked for: asking imports PyTorch.
 _TRAIN: Final = (

@@ -14,14 +14,14 @@ import numpy as np
 
 from lutra.atomic import write_whole
 from lutra.graph import Graph
-from lutra.hardware.cycles import count_cycles, pass_commands
-from lutra.hardware.design import HardwareError
+from lutra.hardware.cycles import count_cycles
+from lutra.hardware.design import Design, HardwareError
 from lutra.hardware.layer import find_node, layer_rows, node_input, node_layer
 from lutra.hardware.lookup_unit import LookupDesign, lookup_cycles, lookup_words
 from lutra.hardware.synthesis import GENERIC
 from lutra.hardware.testbench import Bench, testbench
 from lutra.hardware.verilog import need_amaranth, to_verilog
-from lutra.hardware.words import layer_words
+from lutra.hardware.words import Words, layer_words
 from lutra.node import Array, Node
 from lutra.ops.lookup import unpack_weights
 from lutra.ops.rows import row_length
@@ -29,7 +29,7 @@ from lutra.ops.spec import integer
 from lutra.reference.lookup import responses
 from lutra.runtime.profile import random_inputs
 
-__all__ = ["Bundle", "make_bundle"]
+__all__ = ["Bundle", "accelerator_bench", "make_bundle"]
 
 _MAKEFILE: Final = """\
 # Verilator and Icarus Verilog are packages of Debian and Ubuntu:
@@ -129,6 +129,23 @@ def make_bundle(
     return build(node, graph.node_tensors(node), made, parameters)
 
 
+def accelerator_bench(design: Design, words: Words) -> Bench:
+    """What a testbench of the accelerator does with the words of a layer."""
+    widths = {
+        "command": design.rows.bit_length() + 32,
+        "codebook": design.codebook_bits,
+        "x": design.width * design.act_bits,
+        "tables": design.beat * design.table_bits,
+    }
+    return Bench(
+        {name: (widths[name], given) for name, given in words.inputs.items()},
+        (design.tile * design.sum_bits, words.sums),
+        (design.levels, words.code),
+        None if design.two_clocks else count_cycles(design, words.commands).cycles,
+        ("codebook", "x") if design.two_clocks else (),
+    )
+
+
 def _table(
     node: Node, tensors: Mapping[str, Array], rows: Array, parameters: Mapping[str, Any]
 ) -> Bundle:
@@ -141,23 +158,8 @@ def _table(
         raise HardwareError("multiply=True makes an array of multipliers; layers of tables need 0")
     words = layer_words(layer, design)
     b, k, m = layer.shape
-    cycles = None
-    if not design.two_clocks:
-        cycles = count_cycles(design, words.commands).cycles
-        assert words.commands == tuple(pass_commands(design, layer.rows, b, m))
-    widths = {
-        "command": design.rows.bit_length() + 32,
-        "codebook": design.codebook_bits,
-        "x": design.width * design.act_bits,
-        "tables": design.beat * design.table_bits,
-    }
-    bench = Bench(
-        {name: (widths[name], given) for name, given in words.inputs.items()},
-        (design.tile * design.sum_bits, words.sums),
-        (design.levels, words.code),
-        cycles,
-        ("codebook", "x") if design.two_clocks else (),
-    )
+    bench = accelerator_bench(design, words)
+    cycles = bench.cycles
     books = "thresholds" if layer.encoder == "tree" else "centroids"
     arrays = {
         "rows": rows, "subvectors": layer.subvectors, books: layer.codebooks,

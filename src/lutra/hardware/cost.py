@@ -9,7 +9,7 @@ no formula for areas or watts here, because nobody measured any.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final
 
 from lutra.energy import EnergyTable
@@ -161,9 +161,7 @@ def network_cost(
 def total_cost(costs: Iterable[LayerCost], name: str = "total") -> LayerCost:
     """The sum of costs; layers run one after the other."""
     each = list(costs)
+    numbers = [field.name for field in fields(LayerCost) if field.name != "name"]
     return LayerCost(
-        name, *(sum(getattr(cost, field) for cost in each) for field in (
-            "cycles", "lookups", "table_loads", "table_bytes", "codebook_bytes",
-            "activation_bytes", "sum_bytes",
-        )), sum(cost.energy_pj for cost in each),
-    )  # fmt: skip
+        name, **{number: sum(getattr(cost, number) for cost in each) for number in numbers}
+    )

@@ -25,7 +25,7 @@ __all__ = ["GATES_FILE", "GENERIC", "Gates", "known_gates", "synthesize"]
 #: What Yosys does with ``accelerator.v``.
 GENERIC: Final = (
     "hierarchy -top accelerator; proc; flatten; opt; wreduce; stat; memory -nomap; opt -full; "
-    "alumacc; techmap; opt; abc -g simple; opt_clean; stat"
+    "alumacc; techmap; opt; abc -fast -g simple; opt_clean; stat"
 )
 #: The same circuits on an FPGA, with its LUTs, flip-flops, block memories and no multipliers.
 FPGA: Final = {
@@ -107,7 +107,8 @@ def gates_of(circuit: Any, file: Path = GATES_FILE) -> Gates:
     """
     known, key = known_gates(file), gates_key(circuit)
     if key not in known:
-        known[key] = synthesize(circuit)
+        made = synthesize(circuit)
+        known = {**known_gates(file), key: made}  # another process may have added some meanwhile
         version = run_tool(["yosys", "-V"], file.parent).strip()
         content = {
             "command": f'yosys -p "read_verilog accelerator.v; {GENERIC}"',

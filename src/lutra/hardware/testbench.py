@@ -42,7 +42,7 @@ def _image(bits: int, words: list[int]) -> str:
 
 def testbench(bench: Bench) -> str:
     """A testbench as text. ``+bubbles`` lets every stream wait in half of all cycles; then cycles
-    are not compared."""
+    are not compared. The sums go to ``sums.out``."""
     slow = bench.slow
     parts = [
         """\
@@ -115,7 +115,7 @@ module testbench;
   wire [{bits - 1}:0] sums_word;
   wire sums_valid;
   reg sums_ready = 1;
-  integer differ = 0;
+  integer differ = 0, file;
   always @(posedge clk) begin
     sums_ready <= !bubbles || $urandom % 2 == 0;
     if (!rst) begin
@@ -125,6 +125,7 @@ module testbench;
       if (sums_valid && sums_ready) begin
         idle <= 0;
         got <= got + 1;
+        $fdisplay(file, "%h", sums_word);
         if (sums_word !== sums_words[got]) begin
           differ = differ + 1;
           if (differ < 8) $display("sums %0d: %h, not %h", got, sums_word, sums_words[got]);
@@ -134,6 +135,7 @@ module testbench;
             wrong + differ == 0 && coded == {coded}
               && (bubbles || {cycles} < 0 || cycle - first + 1 == {cycles}) ? "PASS" : "FAIL",
             coded, got + 1, wrong + differ, cycle - first + 1);
+          $fclose(file);
           $finish;
         end
       end
@@ -150,6 +152,7 @@ module testbench;
 
   initial begin
 {chr(10).join(loads)}
+    file = $fopen("sums.out", "w");
     bubbles = $test$plusargs("bubbles") != 0;
     repeat (8) @(posedge clk);
     #1 rst = 0;

@@ -61,6 +61,13 @@ def pack_all(rows: Array, bits: int) -> list[int]:
     return [pack(row, bits) for row in rows.tolist()]
 
 
+def unpack(words: list[int], bits: int, count: int) -> Array:
+    """The signed numbers of words, int64 (words, count)."""
+    mask, sign = (1 << bits) - 1, 1 << (bits - 1)
+    numbers = [[(word >> bits * i & mask ^ sign) - sign for i in range(count)] for word in words]
+    return np.array(numbers, np.int64).reshape(len(words), count)
+
+
 def passes_of(layer: TableLayer, design: Design) -> Iterator[tuple[slice, int]]:
     """The rows of each pass, and its number of tiles."""
     tiles = -(-layer.shape[2] // design.tile)
