@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lutra._engine import load_ops
+from lutra.runtime.plugins import include_folder
 
 TESTS = Path(__file__).parent
 
@@ -26,7 +27,7 @@ def compile_plugin(source: Path, target: Path) -> None:
         pytest.skip("compiling a plugin needs a compiler that takes the flags of GCC")
     flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
     command = [*compiler.split(), *flags, "-Wall", "-Wextra", "-Werror"]
-    command += ["-Wno-missing-field-initializers", f"-I{TESTS.parent / 'cpp'}"]
+    command += ["-Wno-missing-field-initializers", f"-I{include_folder()}"]
     subprocess.run([*command, str(source), "-o", str(target)], check=True)
 
 

@@ -17,7 +17,7 @@ INFO = "lutra-0.1.0.dist-info/"
 
 def make(folder: Path, *more: str, tags: tuple[str, str] = TAGS, lacks: str = "") -> Path:
     """A wheel of empty files."""
-    names = ["lutra/__init__.py", "lutra/py.typed", "lutra/_engine.pyi", "lutra/train/__init__.py"]
+    names = ["lutra/__init__.py", *wheel_smoke.NEEDED]
     names += [f"lutra/_engine.{tags[1]}.so", "lutra/ops/latest.py", f"{INFO}RECORD", *more]
     wheel = folder / f"lutra-0.1.0-{tags[0]}-linux_x86_64.whl"
     with zipfile.ZipFile(wheel, "w") as archive:

@@ -18,6 +18,12 @@ import zipfile
 from pathlib import Path
 
 LARGEST = 5_000_000  # bytes of a wheel
+NEEDED = (
+    "lutra/py.typed",
+    "lutra/_engine.pyi",
+    "lutra/train/__init__.py",
+    "lutra/include/engine/core/op_registry.h",  # for plugins
+)
 #: Runs in the new environment: the golden data of the model, and nothing of PyTorch.
 RUN = """
 import importlib.util, sys
@@ -53,11 +59,7 @@ def complaints(wheel: Path) -> list[str]:
     if stable != ("-cp312-abi3-" in wheel.name and all(".abi3." in n for n in engines)):
         kind = "for the stable ABI" if stable else f"for Python {sys.version_info[1]} of 3"
         found.append(f"its tags are not those of a wheel {kind}")
-    found += [
-        f"it lacks {name}"
-        for name in ("lutra/py.typed", "lutra/_engine.pyi", "lutra/train/__init__.py")
-        if name not in names
-    ]
+    found += [f"it lacks {name}" for name in NEEDED if name not in names]
     return found
 
 

@@ -20,6 +20,8 @@ NEEDS: Final[Mapping[type[nn.Module], tuple[str, ...]]] = {
     nn.MaxPool3d: ("aten.max_pool3d.default",),
     nn.AvgPool3d: ("aten.avg_pool3d.default",),
 }
+#: What a layer with projections is told.
+PROJECTS: Final = "it projects its hidden values; leave proj_size out"
 
 
 def check_modules(model: nn.Module, example: tuple[Tensor, ...]) -> None:
@@ -33,9 +35,7 @@ def check_modules(model: nn.Module, example: tuple[Tensor, ...]) -> None:
         UnsupportedModelError: Such modules, all of them listed.
     """
     lacking = {
-        module: NEEDS[type(module)][0]
-        for module in model.modules()
-        if type(module) in NEEDS and not LOWERINGS.keys() & set(NEEDS[type(module)])
+        module: found for module in model.modules() if (found := _lacking(module)) is not None
     }
     if not lacking:
         return
@@ -54,6 +54,16 @@ def check_modules(model: nn.Module, example: tuple[Tensor, ...]) -> None:
         for handle in handles:
             handle.remove()
     names = {module: name for name, module in model.named_modules()}
-    found = [UnsupportedOp(lacking[m], names[m], hint_for(lacking[m])) for m in called]
+    found = [UnsupportedOp(lacking[m][0], names[m], lacking[m][1]) for m in called]
     if found:
         raise unsupported_model(found)
+
+
+def _lacking(module: nn.Module) -> tuple[str, str] | None:
+    """The operator of a module that has no lowering, and what to do; None for other modules."""
+    if isinstance(module, nn.LSTM) and module.proj_size:
+        return "aten.lstm.input", PROJECTS
+    needed = NEEDS.get(type(module))
+    if needed is None or LOWERINGS.keys() & set(needed):
+        return None
+    return needed[0], hint_for(needed[0])

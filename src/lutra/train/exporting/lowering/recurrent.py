@@ -21,6 +21,7 @@ from lutra.train.exporting.lowering.core import (
     View,
     lowers,
 )
+from lutra.train.exporting.lowering.modules import PROJECTS
 from lutra.train.operators import recurrent as operators  # noqa: F401  (its operators)
 
 
@@ -164,7 +165,7 @@ def _layers(
     directions = 2 if bidirectional else 1
     each = 4 if has_biases else 2
     if len(params) != each * layers * directions:
-        raise UnsupportedUse("it projects its hidden values; leave proj_size out")
+        raise UnsupportedUse(PROJECTS)
     weights = [need_constant(p, "a weight") for p in params]
     parts = [weights[i : i + each] for i in range(0, len(weights), each)]
     given: list[Ref] = []
@@ -232,7 +233,7 @@ def _tensors(op: str, params: Sequence[Any]) -> dict[str, Tensor]:
     weight_ih, weight_hh, *biases = (need_constant(p, "a weight") for p in params)
     rows, hidden = weight_hh.shape
     if rows != GATES[op] * hidden:
-        raise UnsupportedUse("it projects its hidden values; leave proj_size out")
+        raise UnsupportedUse(PROJECTS)
     bias_ih, bias_hh = biases or (torch.zeros(rows), torch.zeros(rows))
     return {
         "weight_ih": weight_ih,
