@@ -39,7 +39,8 @@ def include_folder() -> Path:
         EngineError: If this lutra was installed without them.
     """
     engine = importlib.util.find_spec("lutra._engine")
-    assert engine is not None and engine.origin is not None  # it is imported above
+    assert engine is not None  # it is imported above
+    assert engine.origin is not None
     folder = Path(engine.origin).parent / "include"
     if not (folder / "engine" / "core" / "op_registry.h").is_file():
         raise EngineError(f"{str(folder)!r} has no headers of the engine; install lutra again")

@@ -34,9 +34,8 @@ def check_modules(model: nn.Module, example: tuple[Tensor, ...]) -> None:
     Raises:
         UnsupportedModelError: Such modules, all of them listed.
     """
-    lacking = {
-        module: found for module in model.modules() if (found := _lacking(module)) is not None
-    }
+    every = {module: _lacking(module) for module in model.modules()}
+    lacking = {module: needed for module, needed in every.items() if needed is not None}
     if not lacking:
         return
     called: dict[nn.Module, None] = {}
