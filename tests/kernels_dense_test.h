@@ -100,6 +100,120 @@ void test_dense8(const Kernels& k) {
   }
 }
 
+// --- convolutions in int8 of planes of quads -----------------------------------------------------
+
+// As Tile: four neighbouring bytes for a place of the map.
+class QuadTile {
+ public:
+  QuadTile(const Map& m, int planes, int first, int rows, int row_tile, Fill fill)
+      : tap_(static_cast<size_t>(m.taps())),
+        row_(static_cast<size_t>(row_tile)),
+        planes_(size(m, planes, first, rows), coin()) {
+    for (int t = 0; t < m.taps(); ++t) tap_[static_cast<size_t>(t)] = 4 * m.tap(t);
+    const int from = m.row(first);
+    for (int r = 0; r < row_tile; ++r) {
+      row_[static_cast<size_t>(r)] = 4 * (m.row(first + std::min(r, rows - 1)) - from);
+    }
+    for (size_t i = 0; i < planes_.size(); ++i) {
+      planes_[i] = static_cast<uint8_t>(fill == Fill::kRandom ? pick(0, 127)
+                                        : fill == Fill::kZero ? 0
+                                                              : 127);
+    }
+    for (size_t i = planes_.size() - kSlack; i < planes_.size(); ++i) planes_[i] = 0xff;
+    patch_ = {.planes = planes_.data(),
+              .plane = 4 * m.plane(),
+              .tap = tap_.data(),
+              .row = row_.data(),
+              .rows = rows,
+              .consecutive = false};
+  }
+  const Patch& patch() const { return patch_; }
+  Patch part(int from) const {
+    Patch p = patch_;
+    p.row += from;
+    p.rows = std::min(kScalar.row_tile, p.rows - from);
+    return p;
+  }
+
+ private:
+  static size_t size(const Map& m, int planes, int first, int rows) {
+    int tap = 0;
+    for (int t = 0; t < m.taps(); ++t) tap = std::max(tap, m.tap(t));
+    const int row = m.row(first + rows - 1) - m.row(first);
+    return 4 * (static_cast<size_t>(planes - 1) * static_cast<size_t>(m.plane()) +
+                static_cast<size_t>(tap + row + 1)) +
+           kSlack;
+  }
+
+  std::vector<int32_t> tap_, row_;
+  Guarded<uint8_t> planes_;
+  Patch patch_;
+};
+
+// weights: 0 any, 1 all 127, 2 all -127, 3 one of these, 4 of a bell curve, as trained ones are
+void test_conv8(const Kernels& k, const Map& m, int channels, int outputs, int first, int rows,
+                Fill fill, int weights, const Mode* mode = nullptr) {
+  const Conv8Shape s{.channels = channels, .taps = m.taps(), .outputs = outputs};
+  begin("conv8, channels %d, outputs %d, rows %d of %d from %d, fill %d, weights %d, " MAP_FORMAT,
+        channels, outputs, rows, m.rows(), first, static_cast<int>(fill), weights, MAP_VALUES(m));
+  const QuadTile tile(m, (channels + 3) / 4, first, rows, k.row_tile, fill);
+  Guarded<int8_t> w(static_cast<size_t>(outputs) * static_cast<size_t>(channels * s.taps));
+  for (size_t i = 0; i < w.size(); ++i) {
+    int v = weights == 0 ? pick(-127, 127) : weights == 1 ? 127 : weights == 2 ? -127 : 0;
+    if (weights == 3) v = any_of({-127, 127});
+    for (int j = 0; weights == 4 && j < 4; ++j) v += pick(-31, 31);
+    w[i] = static_cast<int8_t>(v);
+  }
+  Canvas<uint8_t> packed(k.conv8_bytes(s)), plain(kScalar.conv8_bytes(s));
+  k.pack_conv8(s, w.data(), packed.data());
+  kScalar.pack_conv8(s, w.data(), plain.data());
+  check(packed.intact(), "pack_conv8 wrote outside its memory");
+  const Exact packed_weights(packed);
+  Canvas<uint8_t> copies(k.conv8_copy_bytes(s));
+  k.copy_conv8(s, tile.patch(), copies.data());
+  check(copies.intact(), "copy_conv8 wrote outside its memory");
+  Finish finish(mode ? *mode : random_mode(), outputs, rows);
+  finish.run(
+      "conv8",
+      [&](const Epilogue& e) {
+        for (auto [from, to] : parts(outputs, kConvOutputs)) {
+          k.conv8(s, packed_weights.data(), tile.patch(), copies.data(), from, to, e);
+        }
+      },
+      [&](int from, const Epilogue& e) {
+        kScalar.conv8(s, plain.data(), tile.part(from), nullptr, 0, outputs, e);
+      });
+}
+
+void test_conv8(const Kernels& k) {
+  auto draw = [&](int kernel, int channels, int outputs, Fill fill, int weights) {
+    begin("draw");
+    const Map m = random_map(kernel);
+    int first, rows;
+    random_rows(k, m, &first, &rows);
+    test_conv8(k, m, channels, outputs, first, rows, fill, weights);
+  };
+  for (int channels = 1; channels <= 40; ++channels) {
+    for (int weights = 0; weights < 5; ++weights) {
+      draw(3, channels, 1 + channels % 19, weights % 4 == 0 ? Fill::kRandom : Fill::kMost, weights);
+    }
+  }
+  for (int outputs = 1; outputs <= 70; ++outputs) {
+    draw(3, pick(1, 9), outputs, Fill::kRandom, 4);
+    draw(any_of({1, 2, 3, 5, 11}), pick(1, 9), outputs, Fill::kMost, any_of({0, 3, 4}));
+  }
+  for (int rows = 1; rows <= k.row_tile; ++rows) {
+    for (int width : {3, 7, 8, 14, 16, 32, 200}) {
+      const Map m{.width = width, .height = 40, .images = 1, .kernel = 3, .pad = 1};
+      test_conv8(k, m, 1 + rows % 9, 5, coin() ? 0 : m.rows() - rows, rows, Fill::kRandom, 4);
+    }
+  }
+  const Map deep{.width = 7, .height = 7, .images = 2, .kernel = 3, .pad = 1};
+  for (int weights = 0; weights < 5; ++weights) {
+    test_conv8(k, deep, 512, 3, 30, std::min(60, k.row_tile), Fill::kMost, weights);
+  }
+}
+
 // --- dense layers in float32 --------------------------------------------------------------------
 
 // Planes (depth, row_tile) of rows from..from+n-1 of x (rows, depth); other lanes hold NaN.

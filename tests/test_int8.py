@@ -187,6 +187,10 @@ CONVOLUTIONS: list[dict[str, Any]] = [
     {"channels": 17, "outputs": 33, "kernel": (1, 1)},
     {"channels": 64, "outputs": 70, "kernel": (1, 1), "stride": (2, 2)},
     {"channels": 130, "outputs": 3, "padding": (1, 1)},
+    {"channels": 16, "outputs": 33, "padding": (1, 1), "stride": (2, 2)},
+    {"channels": 6, "outputs": 17, "stride": (1, 3), "padding": (0, 2)},
+    {"channels": 8, "outputs": 9, "kernel": (5, 5), "dilation": (1, 2), "padding": (2, 4)},
+    {"channels": 12, "outputs": 24, "kernel": (3, 1), "padding": (1, 0)},
     {"channels": 1, "outputs": 1, "kernel": (1, 1)},
     {"channels": 1, "outputs": 1, "kernel": (5, 1), "padding": (4, 3)},
 ]
@@ -208,6 +212,23 @@ def test_tails_of_tiles(size: tuple[int, int]) -> None:
         b = Builder(("x", (None, 4, *size)), seed=outputs)
         b.int8_conv2d("x", 4, outputs, padding=(1, 1), act_zero=9)
         compare(b.graph(), batches=(1, 2))
+
+
+@pytest.mark.parametrize("width", [7, 8, 14, 16, 24, 32])
+@sweep("largest", [10, 43, 44, 64, 127])
+def test_weights_that_let_taps_be_added_in_16_bits(width: int, largest: int) -> None:
+    """Six weights of 43 times 127 are just below 2^15, and six of 44 above."""
+    rng = np.random.default_rng(width)
+    for sign in (-1, 1):
+        tensors = int8_tensors(rng, (18, 8, 3, 3))
+        random = np.rint(rng.normal(size=(18, 8, 3, 3)) * (largest / 3))
+        tensors["weight"] = np.clip(random, -largest, largest).astype(np.int8)
+        tensors["weight"][::5] = sign * largest
+        b = Builder(("x", (None, 8, 5, width)))
+        grid = {"act_scale": 0.05, "act_zero": 0, "act_bits": 7}
+        b.add("int8_conv2d", "x", tensors=tensors, padding=(1, 1), **grid)
+        compare(b.graph(), batches=(1, 3))
+        compare(b.graph(), batches=(1,), spread=1e3)  # all activations are 0 or 127
 
 
 @pytest.mark.parametrize("bits", range(1, 8))

@@ -1,11 +1,12 @@
 // AVX2 with FMA, nothing newer: rows in the lanes, tiles of 64 rows as sub-tiles of 32.
 //
 // The parts are private headers, all in this file's anonymous namespace: avx2_common.h (loads of
-// rows, the epilogue), avx2_encode.h, avx2_lookup.h, avx2_dense.h, avx2_depthwise.h,
+// rows, the epilogue), avx2_encode.h, avx2_lookup.h, avx2_dense.h, avx2_conv.h, avx2_depthwise.h,
 // avx2_lowbit.h, avx2_respond.h (with responses.h), avx2_training.h.
 #include <immintrin.h>
 
 #include "avx2_common.h"
+#include "avx2_conv.h"
 #include "avx2_dense.h"
 #include "avx2_depthwise.h"
 #include "avx2_encode.h"
@@ -87,6 +88,11 @@ constinit const Kernels kAvx2 = {.name = "avx2",
                                  .gather8 = gather8,
                                  .dense8 = dense8,
                                  .dense8_row = dense8_row,
+                                 .conv8_bytes = conv8_bytes,
+                                 .pack_conv8 = pack_conv8,
+                                 .conv8_copy_bytes = conv8_copy_bytes,
+                                 .copy_conv8 = copy_conv8,
+                                 .conv8 = conv8,
                                  .depthwise8_bytes = depthwise8_bytes,
                                  .pack_depthwise8 = pack_depthwise8,
                                  .depthwise8_mask_bytes = depthwise8_mask_bytes,

@@ -3,6 +3,7 @@
 // Everything is blocks of 16 rows, a dword lane for each, in natural order: four entries or four
 // codes of a row share its dword, vpermb moves or reads 64 bytes, vpdpbusd adds the four. A tile
 // has one to four blocks and costs accordingly.
+#include "avx512_conv.h"
 #include "avx512_dense.h"
 #include "avx512_depthwise.h"
 #include "avx512_lanes.h"
@@ -62,6 +63,11 @@ constinit const Kernels kAvx512 = {.name = "avx512",
                                    .gather8 = gather8,
                                    .dense8 = dense8,
                                    .dense8_row = dense8_row,
+                                   .conv8_bytes = conv8_bytes,
+                                   .pack_conv8 = pack_conv8,
+                                   .conv8_copy_bytes = conv8_copy_bytes,
+                                   .copy_conv8 = copy_conv8,
+                                   .conv8 = conv8,
                                    .depthwise8_bytes = depthwise8_bytes,
                                    .pack_depthwise8 = pack_depthwise8,
                                    .depthwise8_mask_bytes = depthwise8_mask_bytes,

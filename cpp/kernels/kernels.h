@@ -25,6 +25,8 @@ inline constexpr int32_t kGemmOutputs = 4;     // outputs per block of packed fl
 inline constexpr int32_t kLinearOutputs = 64;  // outputs per block of packed linear weights
 inline constexpr int32_t kMaxQuantized = 2;    // quantised copies that an epilogue can write
 inline constexpr int32_t kMaxDepthwiseTaps = 128;
+inline constexpr int32_t kMaxConvTaps = 128;   // of conv8()
+inline constexpr int32_t kConvOutputs = 16;    // conv8() may be split at multiples of this
 inline constexpr size_t kSlack = 64;           // bytes that may be read after any value of a plane
 inline constexpr int32_t kLowBitOutputs = 16;  // low-bit kernels may be split at multiples of this
 inline constexpr int32_t kLowBitRows = 12;     // rows of a tile of lowbit_dense(), at most
@@ -134,6 +136,15 @@ struct DepthwiseTile {
   const int32_t* offset;  // (taps)
   const uint8_t* masks;   // `valid` in this instruction set's order
   T zero;
+};
+
+// Sizes of a convolution in int8. Its planes hold quads: a pixel's four channels 4 i .. 4 i + 3 are
+// neighbouring bytes of plane i. Of a last plane with fewer channels the other bytes may be
+// anything.
+struct Conv8Shape {
+  int32_t channels;
+  int32_t taps;  // at most kMaxConvTaps
+  int32_t outputs;
 };
 
 // Functions of one variable, good to a few units in the last place (gelu, and erf where it is not
@@ -346,6 +357,19 @@ struct Kernels {
   // of 64 bytes).
   void (*dense8_row)(int32_t depth, int32_t outputs, const uint8_t* packed, const uint8_t* x,
                      int32_t first, int32_t last, int32_t* sums);
+
+  // --- convolutions in int8, of the same numbers, that read quads where they are ----------------
+  // weights (outputs, channels, taps) -> this instruction set's order
+  size_t (*conv8_bytes)(const Conv8Shape&);
+  void (*pack_conv8)(const Conv8Shape&, const int8_t* weights, uint8_t* packed);
+  // Patches: the planes are those of quads, taps and rows are in bytes. What of a tile conv8()
+  // cannot read in place is copied before; `copies` is 64-byte aligned.
+  size_t (*conv8_copy_bytes)(const Conv8Shape&);
+  void (*copy_conv8)(const Conv8Shape&, const Patch&, uint8_t* copies);
+  // sum[m][r] = sum over c, t of weights[m][c][t] * x[c][t][r], exact in int32, then the epilogue,
+  // for outputs first..last-1, where `first` is a multiple of kConvOutputs
+  void (*conv8)(const Conv8Shape&, const uint8_t* packed, const Patch&, uint8_t* copies,
+                int32_t first, int32_t last, const Epilogue&);
 
   // --- depthwise layers -------------------------------------------------------------------------
   // In int8: weights (outputs, taps) -> this instruction set's order

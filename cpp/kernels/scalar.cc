@@ -226,6 +226,32 @@ void dense8_row(int32_t depth, int32_t, const uint8_t* packed, const uint8_t* x,
   }
 }
 
+size_t conv8_bytes(const Conv8Shape& s) {
+  return static_cast<size_t>(s.outputs) * s.channels * s.taps;
+}
+
+void pack_conv8(const Conv8Shape& s, const int8_t* weights, uint8_t* packed) {
+  for (size_t i = 0; i < conv8_bytes(s); ++i) packed[i] = static_cast<uint8_t>(weights[i]);
+}
+
+size_t conv8_copy_bytes(const Conv8Shape&) { return 0; }
+void copy_conv8(const Conv8Shape&, const Patch&, uint8_t*) {}
+
+void conv8(const Conv8Shape& s, const uint8_t* packed, const Patch& p, uint8_t*, int32_t first,
+           int32_t last, const Epilogue& e) {
+  for (int32_t m = first; m < last; ++m) {
+    for (int32_t r = 0; r < e.rows; ++r) {
+      const uint8_t* w = packed + static_cast<size_t>(m) * s.channels * s.taps;
+      int32_t sum = 0;
+      for (int32_t c = 0; c < s.channels; ++c) {
+        const uint8_t* const x = p.planes + c / 4 * p.plane + p.row[r] + c % 4;
+        for (int32_t t = 0; t < s.taps; ++t) sum += static_cast<int8_t>(*w++) * x[p.tap[t]];
+      }
+      finish(sum, e, m, r);
+    }
+  }
+}
+
 size_t depthwise8_bytes(const DepthwiseShape& s, int32_t outputs) {
   return static_cast<size_t>(outputs) * s.taps;
 }
@@ -403,6 +429,11 @@ constinit const Kernels kScalar = {.name = "scalar",
                                    .gather8 = gather8,
                                    .dense8 = dense8,
                                    .dense8_row = dense8_row,
+                                   .conv8_bytes = conv8_bytes,
+                                   .pack_conv8 = pack_conv8,
+                                   .conv8_copy_bytes = conv8_copy_bytes,
+                                   .copy_conv8 = copy_conv8,
+                                   .conv8 = conv8,
                                    .depthwise8_bytes = depthwise8_bytes,
                                    .pack_depthwise8 = pack_depthwise8,
                                    .depthwise8_mask_bytes = depthwise8_mask_bytes,

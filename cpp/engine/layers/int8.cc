@@ -2,6 +2,7 @@
 // int32 sums.
 #include "engine/core/limits.h"
 #include "engine/layers/gathered.h"
+#include "engine/layers/int8_conv.h"
 #include "engine/layers/int8_depthwise.h"
 
 namespace lutra {
@@ -68,6 +69,9 @@ std::unique_ptr<Layer> make_int8(const Kernels& kernels, const StepArgs& args, b
   if (is_depthwise(geometry, groups)) {
     return make_int8_depthwise(kernels, geometry, weight[0], grid_of(args), weight.data, scale,
                                bias);
+  }
+  if (is_quad_conv(geometry, groups)) {
+    return make_int8_conv(kernels, geometry, weight[0], grid_of(args), weight.data, scale, bias);
   }
   return std::make_unique<Int8Layer>(kernels, geometry, weight[0], groups, grid_of(args),
                                      weight.data, scale, bias);

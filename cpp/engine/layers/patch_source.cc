@@ -112,6 +112,40 @@ void PatchSource::copy_planes(const View<const T>& x, T* to, ThreadPool& pool,
   });
 }
 
+size_t PatchSource::quad_scratch_bytes() const {
+  return g_.stride_w == 1 ? 0 : align64(static_cast<size_t>(h_ * w_) * sizeof(uint32_t));
+}
+
+void PatchSource::load_quads(const uint8_t* x, int64_t plane, int64_t channels, uint8_t zero,
+                             uint8_t* workspace, uint8_t* scratch, size_t stride,
+                             ThreadPool& pool) {
+  uint32_t* const to = reinterpret_cast<uint32_t*>(begin(workspace));
+  const PaddedPlanes<uint32_t> planes(g_, n_, h_, w_);
+  const double time = static_cast<double>(n_ * h_ * w_ * channels) / kCopiedPerMicrosecond;
+  pool.run(static_cast<size_t>(g_.channels), time, [&](size_t item, int worker) {
+    const int64_t c = static_cast<int64_t>(item);
+    planes.clear(to, c, c + 1, zero * 0x01010101u);
+    const uint8_t* line[4];
+    for (int64_t n = 0; n < n_; ++n) {
+      for (int64_t j = 0; j < 4; ++j) {
+        line[j] = x + std::min(4 * c + j, channels - 1) * plane + n * h_ * w_;
+      }
+      if (g_.stride_w != 1) {
+        uint32_t* const image =
+            reinterpret_cast<uint32_t*>(scratch + static_cast<size_t>(worker) * stride);
+        interleave_quads(line, h_ * w_, image);
+        planes.copy(to, image, n, c);
+        continue;
+      }
+      uint32_t* at = planes.lines(to, n, c) + g_.pad_w;
+      for (int64_t y = 0; y < h_; ++y, at += planes.pitch()) {
+        interleave_quads(line, w_, at);
+        for (const uint8_t*& from : line) from += w_;
+      }
+    }
+  });
+}
+
 // A 1x1 convolution with a stride: its rows become consecutive.
 void PatchSource::subsample(const ByteView& x, uint8_t* to, ThreadPool& pool) {
   const int64_t height = g_.out_h(h_), width = g_.out_w(w_);

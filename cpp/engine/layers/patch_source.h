@@ -25,6 +25,12 @@ class PatchSource {
   // From planes of elements of one byte or four that have a padding each, one element.
   template <class T>
   void load(const View<const T>& x, const uint8_t* padding, uint8_t* workspace, ThreadPool& pool);
+  // From planes of bytes of `channels` channels, `plane` bytes apart: elements are quads, four of
+  // these channels each. Those that are missing in the last plane repeat another. Scratch of the
+  // workers is quad_scratch_bytes().
+  void load_quads(const uint8_t* x, int64_t plane, int64_t channels, uint8_t zero,
+                  uint8_t* workspace, uint8_t* scratch, size_t stride, ThreadPool& pool);
+  size_t quad_scratch_bytes() const;
   void load(const ImageView& x, const Kernels& kernels, const Grid& grid, uint8_t* workspace,
             uint8_t* scratch, size_t stride, ThreadPool& pool);
 

@@ -107,6 +107,27 @@ inline void split_pairs(const T* from, int64_t count, T* even, T* odd) {
   if (count % 2) even[pairs] = from[2 * pairs];
 }
 
+// to[i] = x[0][i], x[1][i], x[2][i], x[3][i], as four neighbouring bytes
+inline void interleave_quads(const uint8_t* const* x, int64_t count, uint32_t* to) {
+  int64_t i = 0;
+#ifdef __SSE2__
+  const auto load = [&i](const uint8_t* line) {
+    return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(line + i));
+  };
+  for (; i + 8 <= count; i += 8) {
+    const __m128i a = load(x[0]), b = load(x[1]), c = load(x[2]), d = load(x[3]);
+    const __m128i ab = _mm_unpacklo_epi8(a, b), cd = _mm_unpacklo_epi8(c, d);
+    __m128i* const out = reinterpret_cast<__m128i*>(to + i);
+    _mm_storeu_si128(out, _mm_unpacklo_epi16(ab, cd));
+    _mm_storeu_si128(out + 1, _mm_unpackhi_epi16(ab, cd));
+  }
+#endif
+  for (; i < count; ++i) {
+    const uint8_t quad[4] = {x[0][i], x[1][i], x[2][i], x[3][i]};
+    std::memcpy(to + i, quad, sizeof quad);
+  }
+}
+
 template <class T>
 class PaddedPlanes {
  public:
@@ -193,7 +214,7 @@ class PaddedPlanes {
     std::fill(planes + first * plane_, planes + last * plane_, padding);
   }
   void copy(T* planes, const T* x, int64_t n, int64_t c) const {
-    T* const line = planes + c * plane_ + n * image_ + g_.pad_h * pitch_;
+    T* const line = lines(planes, n, c);
     if (g_.stride_w == 1) {
       copy_lines(line + g_.pad_w, pitch_, x, w_, h_, w_);
       return;
@@ -208,6 +229,12 @@ class PaddedPlanes {
       }
     }
   }
+
+  // The first line of a channel of an image, from its padding on.
+  T* lines(T* planes, int64_t n, int64_t c) const {
+    return planes + c * plane_ + n * image_ + g_.pad_h * pitch_;
+  }
+  int64_t pitch() const { return pitch_; }  // elements between lines
 
   // Where the rows first..first+count-1 of a tile come from: runs of consecutive addresses.
   struct Runs {
