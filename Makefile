@@ -21,6 +21,7 @@ help:
 	@echo "make wheel     a wheel for $(PYTHON) and the source archive, in dist; tried in an empty environment"
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make kernels-arm  kernel tests for AArch64, under qemu-aarch64"
+	@echo "make test-arm  tests of the engine and the zoo with an arm64 Python, under qemu-aarch64"
 	@echo "make stubs     src/lutra/_engine.pyi from the built extension"
 	@echo "make docs      the documentation as a site, in build/site"
 	@echo "make bench     benchmarks; results go to benchmarks/results"
@@ -93,15 +94,37 @@ sanitize: $(ENV)
 # Needs Debian's g++-aarch64-linux-gnu and qemu-user. One core has the dot products, one has not.
 ARM := aarch64-linux-gnu
 ARM_CORES := cortex-a53 max
-.PHONY: kernels-arm
+ARM_CMAKE = $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(ARM)-g++ \
+  -DCMAKE_BUILD_TYPE=Release
+.PHONY: kernels-arm test-arm
 kernels-arm: $(ENV)
-	$(BIN)/cmake -S . -B build/aarch64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
-	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
-	  -DCMAKE_CXX_COMPILER=$(ARM)-g++ -DCMAKE_BUILD_TYPE=Release \
-	  -DLUTRA_PYTHON=OFF -DLUTRA_KERNEL_TESTS=ON -DLUTRA_WERROR=ON
-	$(BIN)/cmake --build build/aarch64
+	$(ARM_CMAKE) -B build/aarch64 -DLUTRA_PYTHON=OFF -DLUTRA_KERNEL_TESTS=ON -DLUTRA_WERROR=ON
+	$(BIN)/cmake --build build/aarch64 --target kernels_test
 	for core in $(ARM_CORES); do echo "== $$core"; \
 	  qemu-aarch64 -cpu $$core -L /usr/$(ARM) build/aarch64/kernels_test || exit 1; done
+
+build/arm/python: tests/arm_python.sh | $(ENV)
+	tests/arm_python.sh build/arm $(BIN)/python
+
+# The files of the zoo run on both cores, the tests on the newer one with all its instruction sets.
+# One is left out: the memory that it limits would be the emulator's.
+ARM_TESTS := tests/test_dispatch.py tests/test_session.py tests/test_int8.py tests/test_depthwise.py \
+  tests/test_tree.py tests/test_code_groups.py tests/test_lookup_engine.py tests/test_fused.py \
+  tests/test_function_kernels.py tests/test_softmax.py
+test-arm: $(ENV) build/arm/python
+	$(ARM_CMAKE) -B build/aarch64-python -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -DPython_INCLUDE_DIR=$$(echo $(abspath build/arm)/root/usr/include/python3.*) \
+	  -DCMAKE_CXX_FLAGS="-isystem $(abspath build/arm)/root/usr/include" \
+	  -DNB_SUFFIX=.so -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir)
+	$(BIN)/cmake --build build/aarch64-python --target _engine
+	rm -rf build/arm/package && mkdir -p build/arm/package
+	cp -r src/lutra build/aarch64-python/_engine.so build/arm/package/
+	rm -f build/arm/package/lutra/_engine.*.so && mv build/arm/package/_engine.so build/arm/package/lutra/
+	for core in $(ARM_CORES); do echo "== $$core"; for file in zoo/*.lutra; do \
+	  QEMU_CPU=$$core build/arm/python -m lutra verify $$file --samples 0 || exit 1; done; done
+	build/arm/python -m pytest -q -p no:cacheprovider -m "not slow and not sweep" $(ARM_TESTS) \
+	  --deselect tests/test_dispatch.py::test_threads_that_do_not_start_are_an_error $(ARGS)
 
 $(VENV)/.docs: $(ENV)
 	@echo "== installing the tools of the documentation"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -95,17 +96,30 @@ def kernels() -> list[str]:
     return re.findall(r"\(\*(\w+)\)\(", table[1])
 
 
-def objects() -> dict[str, Path]:
-    """The newest object file of every instruction set, from optimised builds."""
-    found: dict[str, Path] = {}
+MACHINES = {"x86_64": 62, "aarch64": 183}  # e_machine of ELF
+
+
+def builds() -> list[Path]:
+    """The folders of optimised builds for this machine."""
+    found = []
     for cache in ROOT.glob("build/**/CMakeCache.txt"):
         settings = cache.read_text().splitlines()
         if "CMAKE_BUILD_TYPE:STRING=Release" not in settings:
             continue
         if "LUTRA_SANITIZE:BOOL=ON" in settings:
             continue
+        scalar = next(cache.parent.glob("**/kernels/scalar.cc.o"), None)
+        if scalar and scalar.read_bytes()[18] == MACHINES.get(platform.machine()):
+            found.append(cache.parent)
+    return found
+
+
+def objects() -> dict[str, Path]:
+    """The newest object file of every instruction set."""
+    found: dict[str, Path] = {}
+    for folder in builds():
         for isa in cpu_info()["compiled"]:
-            for path in cache.parent.glob(f"**/kernels/{isa}.cc.o"):
+            for path in folder.glob(f"**/kernels/{isa}.cc.o"):
                 newest = found.get(isa)
                 if newest is None or path.stat().st_mtime > newest.stat().st_mtime:
                     found[isa] = path
@@ -127,6 +141,34 @@ def test_object_files_export_their_table_and_nothing_else() -> None:
         sections = subprocess.check_output(["objdump", "-h", path], text=True)
         assert ".init_array" not in sections, path
         assert ".ctors" not in sections, path
+
+
+#: Instructions that not every CPU of a machine has, in what objdump prints: AVX and later, what
+#: came between SSE2 and AVX, BMI; the optional parts of Armv8.
+NEWER = {
+    "x86_64": r"%[yz]mm|\tv[a-z]|\t(popcnt|pshufb|palignr|pmaddubsw|pmulhrsw|ph(add|sub)\w+|"
+    r"pabs[bwd]|pblend\w+|blendv?p[sd]|round[ps][sd]|pmulld|ptest|pinsr[bdq]|pextr[bdq]|"
+    r"pm(ax|in)(sb|sd|uw|ud)|pmov[sz]x\w+|crc32|andn|bextr|s[ah][lr]x|rorx|mulx|tzcnt|lzcnt)\b",
+    "aarch64": r"\t(s|u|us|su)dot\b|\t(cas|swp|ldadd|ldset|ldclr|ldeor)(a|l|al)?[bh]?\b|"
+    r"\tsqrdml[as]h\b|\tcrc32|\t[su]mmla\b",
+}
+
+
+@pytest.mark.skipif(not shutil.which("objdump"), reason="objdump is not installed")
+def test_code_outside_the_kernels_runs_on_every_cpu() -> None:
+    """No other file has newer instructions, and the kernels' files show that they would be seen."""
+    newer = re.compile(NEWER.get(platform.machine(), "(?!)"))
+    special = {isa for isa in objects() if isa not in ("scalar", "neon")}
+    paths = [path for folder in builds() for path in folder.glob("**/cpp/**/*.cc.o")]
+    names = {path: path.name.removesuffix(".cc.o") for path in paths}
+    assert {"scalar", "dispatch", "plan", *special} <= set(names.values())
+    for path, name in names.items():
+        text = subprocess.check_output(["objdump", "-d", "--no-show-raw-insn", path], text=True)
+        if name in special:
+            assert newer.search(text), path
+        else:
+            found = newer.search(text)
+            assert found is None, (path, text[max(0, found.start() - 80) : found.end() + 80])
 
 
 @pytest.mark.skipif(not shutil.which("objdump"), reason="objdump is not installed")

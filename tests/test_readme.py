@@ -55,5 +55,5 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for page in PAGES[:2]:
-        for target in re.findall(r"`?make (\w+)", page.read_text()):
+        for target in re.findall(r"`?make ([\w-]+)", page.read_text()):
             assert re.search(rf"^{target}:", makefile, re.M), target
