@@ -20,6 +20,7 @@
 #include "attention.h"
 #include "attention_row.h"
 #include "functions.h"
+#include "lowbit_dense.h"
 #include "lowbit_tables.h"
 #include "piecewise.h"
 #include "planes.h"

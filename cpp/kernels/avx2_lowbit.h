@@ -47,6 +47,13 @@ float lowbit_quantize(const float* x, size_t n, int8_t* q) {
   return zero ? 0.0f : top / 127.0f;
 }
 
+// Asks for weights that are read some blocks later: where they come from beyond the second-level
+// cache, the hardware alone asks too late for few rows, which read 64 bytes in ten cycles. Any
+// address will do.
+LUTRA_INLINE void fetch_ahead(const uint8_t* weights) {
+  _mm_prefetch(reinterpret_cast<const char*>(weights) + 1024, _MM_HINT_T0);
+}
+
 // As keep(), and in the order of the program: activations are not loaded so far ahead that sums do
 // not stay in registers.
 LUTRA_INLINE void keep_order(__m256i& v) { __asm__ volatile("" : "+x"(v)); }
@@ -76,6 +83,7 @@ void dense_outputs(int32_t levels, int32_t blocks, const uint8_t* weights, const
       sum[r][0] = sum[r][1] = _mm256_setzero_si256();
     }
     for (int32_t b = 0; b < count; ++b, weights += 64) {
+      fetch_ahead(weights);
       const __m256i low = load(weights), high = load(weights + 32);
 #pragma GCC unroll 8
       for (int32_t j = 0; j < kFields; ++j, x += 4 * width) {
@@ -131,20 +139,6 @@ void dense_widths(const LowBitShape& s, const uint8_t* packed, const int8_t* x, 
   if (width == 1) return dense_range<kBits, 1>(s, packed, x, 1, rows, first, last, sums, stride);
   if (width == 2) return dense_range<kBits, 2>(s, packed, x, 2, rows, first, last, sums, stride);
   dense_range<kBits, 4>(s, packed, x, width, rows, first, last, sums, stride);
-}
-
-void lowbit_dense(const LowBitShape& s, const uint8_t* packed, int32_t group, const int8_t* x,
-                  int32_t width, int32_t rows, int32_t first, int32_t last, int32_t* sums,
-                  size_t stride) {
-  packed += static_cast<size_t>(group) * dense_group_bytes(s);
-  switch (field_bits(s.levels)) {
-    case 1:
-      return dense_widths<1>(s, packed, x, width, rows, first, last, sums, stride);
-    case 2:
-      return dense_widths<2>(s, packed, x, width, rows, first, last, sums, stride);
-    default:
-      return dense_widths<4>(s, packed, x, width, rows, first, last, sums, stride);
-  }
 }
 
 void lowbit_finish(const LowBitFinish& f, int32_t rows, int32_t outputs, const int32_t* sums,
@@ -224,27 +218,16 @@ LUTRA_INLINE void transpose_8(__m256i (&a)[8]) {
   }
 }
 
-// sums[r * stride + m] = total[m * kTableRows + r], for r < rows
-void transpose_sums(const int32_t* total, int32_t outputs, int32_t rows, int32_t* sums,
-                    size_t stride) {
-  for (int32_t m = 0; m < outputs; m += 8) {
-    const int32_t left = outputs - m < 8 ? outputs - m : 8;
-    const __m256i mask = first_dwords(left);
-    for (int32_t r = 0; r < rows; r += 8) {
-      __m256i a[8];
-#pragma GCC unroll 8
-      for (int32_t i = 0; i < 8; ++i) {
-        a[i] = i < left ? load(total + static_cast<size_t>(m + i) * kTableRows + r)
-                        : _mm256_setzero_si256();
-      }
-      transpose_8(a);
-#pragma GCC unroll 8
-      for (int32_t i = 0; i < 8; ++i) {
-        if (r + i < rows) _mm256_maskstore_epi32(sums + (r + i) * stride + m, mask, a[i]);
-      }
-    }
-  }
+// A square of sums.
+constexpr int32_t kSquare = 8;
+using Dwords = __m256i;
+LUTRA_INLINE Dwords load_dwords(const int32_t* p) { return load(p); }
+LUTRA_INLINE Dwords no_dwords() { return _mm256_setzero_si256(); }
+// The first `count`.
+LUTRA_INLINE void store_dwords(int32_t* p, int32_t count, Dwords v) {
+  _mm256_maskstore_epi32(p, first_dwords(count), v);
 }
+LUTRA_INLINE void transpose_square(Dwords (&a)[kSquare]) { transpose_8(a); }
 
 }  // namespace
 }  // namespace lutra

@@ -63,6 +63,7 @@ LUTRA_INLINE void look_up_plane(int32_t blocks, const uint8_t* weights, const ui
     blocks -= count;
     __m256i sum0 = _mm256_setzero_si256(), sum1 = sum0;
     for (int32_t b = 0; b < count; ++b, weights += 64, tables += 2 * kRegisterTables) {
+      fetch_ahead(weights);
       LUTRA_UNROLL for (int32_t part = 0; part < 4; ++part) {
         // low halves of both loads, then high ones
         __m256i byte = load(weights + 32 * (part % 2));

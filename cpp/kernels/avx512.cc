@@ -17,6 +17,7 @@
 #include "attention_row.h"
 #include "avx512_cells.h"
 #include "functions.h"
+#include "lowbit_dense.h"
 #include "lowbit_tables.h"
 #include "planes.h"
 

@@ -35,6 +35,13 @@ float lowbit_quantize(const float* x, size_t n, int8_t* q) {
 // not stay in registers.
 LUTRA_INLINE void keep(__m512i& v) { __asm__ volatile("" : "+v"(v)); }
 
+// Asks for the weights `ahead` bytes further on: where they come from beyond the second-level
+// cache, the hardware alone asks too late for few rows, which read 64 bytes in six cycles. Any
+// address will do.
+LUTRA_INLINE void fetch_ahead(const uint8_t* weights, size_t ahead) {
+  _mm_prefetch(reinterpret_cast<const char*>(weights) + ahead, _MM_HINT_T1);
+}
+
 // --- the dense kernel ---------------------------------------------------------------------------
 //
 // 32 outputs x kWidth rows, as two blocks of 16: a sum of a row is a register with a dword for each
@@ -56,7 +63,10 @@ LUTRA_INLINE void dense_outputs(int32_t blocks, const uint8_t* weights, const in
   for (; blocks > 0; --blocks, weights += 64) {
     __m512i packed[kBlocks];
 #pragma GCC unroll 2
-    for (int32_t b = 0; b < kBlocks; ++b) packed[b] = _mm512_loadu_si512(weights + b * next);
+    for (int32_t b = 0; b < kBlocks; ++b) {
+      packed[b] = _mm512_loadu_si512(weights + b * next);
+      fetch_ahead(weights + b * next, kBlocks * next);  // of the next outputs
+    }
 #pragma GCC unroll 8
     for (int32_t j = 0; j < kFields; ++j, x += 4 * kWidth) {
       __m512i w[kBlocks];
@@ -130,20 +140,6 @@ void dense_widths(const LowBitShape& s, const uint8_t* packed, const int8_t* x, 
       return dense_range<kBits, 8>(s, packed, x, rows, first, last, sums, stride);
     default:
       return dense_range<kBits, 12>(s, packed, x, rows, first, last, sums, stride);
-  }
-}
-
-void lowbit_dense(const LowBitShape& s, const uint8_t* packed, int32_t group, const int8_t* x,
-                  int32_t width, int32_t rows, int32_t first, int32_t last, int32_t* sums,
-                  size_t stride) {
-  packed += static_cast<size_t>(group) * dense_group_bytes(s);
-  switch (field_bits(s.levels)) {
-    case 1:
-      return dense_widths<1>(s, packed, x, width, rows, first, last, sums, stride);
-    case 2:
-      return dense_widths<2>(s, packed, x, width, rows, first, last, sums, stride);
-    default:
-      return dense_widths<4>(s, packed, x, width, rows, first, last, sums, stride);
   }
 }
 
@@ -221,27 +217,16 @@ LUTRA_INLINE void transpose_16(__m512i (&a)[16]) {
   for (int32_t i = 0; i < 16; ++i) a[i] = b[i];
 }
 
-// sums[r * stride + m] = total[m * kTableRows + r], for r < rows
-void transpose_sums(const int32_t* total, int32_t outputs, int32_t rows, int32_t* sums,
-                    size_t stride) {
-  for (int32_t m = 0; m < outputs; m += 16) {
-    const int32_t left = outputs - m < 16 ? outputs - m : 16;
-    for (int32_t r = 0; r < rows; r += 16) {
-      __m512i a[16];
-#pragma GCC unroll 16
-      for (int32_t i = 0; i < 16; ++i) {
-        a[i] = i < left ? _mm512_load_si512(total + static_cast<size_t>(m + i) * kTableRows + r)
-                        : _mm512_setzero_si512();
-      }
-      transpose_16(a);
-#pragma GCC unroll 16
-      for (int32_t i = 0; i < 16; ++i) {
-        if (r + i < rows)
-          _mm512_mask_storeu_epi32(sums + (r + i) * stride + m, lane_mask(left), a[i]);
-      }
-    }
-  }
+// A square of sums.
+constexpr int32_t kSquare = 16;
+using Dwords = __m512i;
+LUTRA_INLINE Dwords load_dwords(const int32_t* p) { return _mm512_load_si512(p); }
+LUTRA_INLINE Dwords no_dwords() { return _mm512_setzero_si512(); }
+// The first `count`.
+LUTRA_INLINE void store_dwords(int32_t* p, int32_t count, Dwords v) {
+  _mm512_mask_storeu_epi32(p, lane_mask(count), v);
 }
+LUTRA_INLINE void transpose_square(Dwords (&a)[kSquare]) { transpose_16(a); }
 
 }  // namespace
 }  // namespace lutra

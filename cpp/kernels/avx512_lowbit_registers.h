@@ -53,6 +53,7 @@ LUTRA_INLINE void look_up_plane(int32_t blocks, const uint8_t* weights, size_t n
 #pragma GCC unroll 4
     for (int32_t b = 0; b < kBlocks; ++b) {
       const __m512i byte = _mm512_loadu_si512(weights + b * next);
+      fetch_ahead(weights + b * next, kBlocks * next);  // of the next outputs
       const __m512i i = _mm512_ternarylogic_epi32(byte, half, table, kMaskThenOr);
       const __m512i j =
           _mm512_ternarylogic_epi32(_mm512_srli_epi32(byte, 4), half, table, kMaskThenOr);

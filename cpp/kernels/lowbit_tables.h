@@ -1,6 +1,7 @@
 // Lookups of low-bit weights whose entries are vectors over rows (Vec-LUT, arXiv 2512.06443).
 // Included by avx2.cc and avx512.cc after their own parts, which have Words (a register of 16-bit
-// lanes), load_words, store_words, add_words, widen_bytes, flush_words and transpose_sums.
+// lanes), load_words, store_words, add_words, widen_bytes and flush_words, and Dwords (a register
+// of sums) with load_dwords, no_dwords, store_dwords and transpose_square.
 #pragma once
 
 #include "lowbit.h"
@@ -110,6 +111,27 @@ void add_tables(const LowBitShape& s, const uint8_t* index, const int8_t* x, int
     if (flush) {
       since = 0;
       first = false;
+    }
+  }
+}
+
+// sums[r * stride + m] = total[m * kTableRows + r], for r < rows
+void transpose_sums(const int32_t* total, int32_t outputs, int32_t rows, int32_t* sums,
+                    size_t stride) {
+  for (int32_t m = 0; m < outputs; m += kSquare) {
+    const int32_t left = outputs - m < kSquare ? outputs - m : kSquare;
+    for (int32_t r = 0; r < rows; r += kSquare) {
+      Dwords a[kSquare];
+#pragma GCC unroll 16
+      for (int32_t i = 0; i < kSquare; ++i) {
+        a[i] = i < left ? load_dwords(total + static_cast<size_t>(m + i) * kTableRows + r)
+                        : no_dwords();
+      }
+      transpose_square(a);
+#pragma GCC unroll 16
+      for (int32_t i = 0; i < kSquare; ++i) {
+        if (r + i < rows) store_dwords(sums + (r + i) * stride + m, left, a[i]);
+      }
     }
   }
 }
