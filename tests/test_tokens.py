@@ -34,6 +34,7 @@ def test_characters() -> None:
     tokens = CharacterTokenizer("ab\n é")
     assert tokens.encode("é\nba") == [4, 2, 1, 0]
     assert tokens.decode([4, 2, 1, 0]) == "é\nba"
+    assert tokens.decode([1, 5, 900]) == "b"
     assert read_tokenizer(tokens.to_dict()) == tokens
     with pytest.raises(InputError, match=r"the character 'x' at 2, which the model has no token"):
         tokens.encode("abx")
@@ -54,7 +55,7 @@ def test_pieces_are_joined_by_score() -> None:
     assert tokens.encode("aé") == [known["a"], known["é"]]
     assert tokens.encode("ß") == [known["<0xC3>"], known["<0x9F>"]]
     assert tokens.decode(tokens.encode("ab ß\n<s> éé")) == "ab ß\n<s> éé"
-    assert tokens.decode([0, known["ab"], 1]) == "ab"
+    assert tokens.decode([0, known["ab"], 1, tokens.size]) == "ab"
     assert pieces(prefix=True).encode("a") == [known[" a"]]
     assert read_tokenizer(tokens.to_dict()) == tokens
     with pytest.raises(InputError, match=r"'ß', which the model has no token for, and none for"):

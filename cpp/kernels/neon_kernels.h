@@ -18,6 +18,7 @@
 #include "scalar_lowbit.h"
 // After the lanes that they are written in:
 #include "attention.h"
+#include "attention_row.h"
 #include "functions.h"
 #include "piecewise.h"
 #include "planes.h"
@@ -87,10 +88,14 @@ constexpr Kernels kernels(const char* name, uint32_t needs) {
           .pack_lowbit_dense = pack_lowbit_dense,
           .lowbit_table_bytes = lowbit_table_bytes,
           .pack_lowbit_tables = pack_lowbit_tables,
+          .lowbit_register_bytes = lowbit_register_bytes,
+          .pack_lowbit_registers = pack_lowbit_registers,
           .lowbit_dense = lowbit_dense,
           .lowbit_table_depth = lowbit_table_depth,
           .lowbit_scratch_bytes = lowbit_scratch_bytes,
           .lowbit_tables = lowbit_tables,
+          .lowbit_register_scratch_bytes = lowbit_register_scratch_bytes,
+          .lowbit_registers = lowbit_registers,
           .lowbit_finish = lowbit_finish,
           .gemm = gemm,
           .linear = linear,
@@ -104,6 +109,8 @@ constexpr Kernels kernels(const char* name, uint32_t needs) {
           .softmax = softmax,
           .attention_bytes = attention_bytes,
           .attention = attention,
+          .attention_row_bytes = attention_row_bytes,
+          .attention_row = attention_row,
           .table_grad = table_grad,
           .response_grad = response_grad};
 }

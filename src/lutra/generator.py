@@ -15,7 +15,6 @@ from lutra.errors import InputError
 from lutra.graph import Graph
 from lutra.node import Array
 from lutra.preprocess.tokens import (
-    LOGITS,
     PICKED,
     START,
     TOKENS,
@@ -352,8 +351,8 @@ class Generator:
         return float(np.exp(-np.concatenate(scores).mean()))
 
     def _logits(self, tokens: Array, start: Array, picked: Array, cache: Cache) -> Array:
-        feeds = {TOKENS: tokens, START: start, PICKED: picked}
-        (logits,) = self._session.run([LOGITS], feeds, cache=cache)
+        """Scores; the arrays are int32 and fit the model, so nothing is checked again."""
+        (logits,) = self._session.run_checked([tokens, start, picked], cache)
         return logits
 
 

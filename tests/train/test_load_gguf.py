@@ -20,9 +20,11 @@ from transformers import (  # noqa: E402
     Qwen2ForCausalLM,
 )
 
+from lutra import Generator  # noqa: E402
 from lutra.errors import InputError, UnsupportedModelError  # noqa: E402
 from lutra.node import Array  # noqa: E402
-from lutra.train import load_gguf  # noqa: E402
+from lutra.ops.lowbit import load_rows  # noqa: E402
+from lutra.train import export_decoder, load_gguf  # noqa: E402
 from lutra.train.importing.gguf_file import _ENDS, _PARTS  # noqa: E402
 
 WIDTH, VOCABULARY = 256, 40
@@ -137,10 +139,62 @@ def test_quantised_weights(format_: Any, tmp_path: Path) -> None:
     name = "blk.0.ffn_up.weight"
     packed = gguf.quantize(tensors[name], format_)
     path = write(tmp_path / "m.gguf", {**tensors, name: packed}, formats={name: format_})
-    made = load_gguf(path)
+    made = load_gguf(path, low_bits=False)
     got = made.model.model.layers[0].mlp.up_proj.weight.detach().numpy()
     np.testing.assert_array_equal(got, gguf.dequantize(packed, format_))
     assert made.formats[format_.name] == 1
+    assert made.exact == 0
+
+
+def weights_of(layer: Any) -> Array:
+    """The weights that the codes of a frozen layer stand for."""
+    node, tensors = layer.node, layer.arrays()
+    levels, depth = int(node.attrs["levels"]), int(node.attrs["in_features"])
+    codes = load_rows(tensors["weight"], levels, depth).astype(np.float32)
+    scale, group = tensors["scale"], int(node.attrs["group"])
+    level = codes - 1 if levels == 3 else 2 * codes - (levels - 1)
+    zero = tensors.get("zero", np.zeros(scale.shape, np.int8)).astype(np.float32)
+    return (level - zero.repeat(group, axis=1)) * scale.repeat(group, axis=1)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", ["Q4_0", "TQ1_0", "TQ2_0"])
+def test_codes_are_kept(architecture: str, name: str, tmp_path: Path) -> None:
+    """Of queries and keys too, whose rows are reordered; with the biases of qwen2."""
+    format_ = Format[name]
+    tensors = tensors_of(model_of(architecture), architecture)
+    matrices = [n for n, x in tensors.items() if n.startswith("blk") and x.ndim == 2]
+    matrices += ["output.weight"] if architecture == "llama" else []
+    packed = {n: gguf.quantize(tensors[n], format_) for n in matrices}
+    packed["blk.0.ffn_up.weight"][3] = 0  # a row whose scales are 0
+    path = write(
+        tmp_path / "m.gguf", {**tensors, **packed}, architecture,
+        formats=dict.fromkeys(matrices, format_),
+    )  # fmt: skip
+    made, floats = load_gguf(path), load_gguf(path, low_bits=False)
+    assert made.exact == len(matrices)
+    assert f"{len(matrices)} layers with the codes of the file" in str(made)
+    layers = [m for m in made.model.named_modules() if hasattr(m[1], "arrays")]
+    assert len(layers) == len(matrices)
+    for layer, module in layers:
+        want = floats.model.get_submodule(layer).weight.detach().numpy()
+        np.testing.assert_array_equal(weights_of(module), want)
+        bias = floats.model.get_submodule(layer).bias
+        np.testing.assert_array_equal(
+            module.bias.numpy(), np.zeros(len(want)) if bias is None else bias.detach().numpy()
+        )
+    ids = torch.randint(0, VOCABULARY, (2, 12))
+    with torch.no_grad():
+        near, exact = made.model(ids).logits, floats.model(ids).logits
+    assert (near - exact).abs().max() < 0.1 * exact.abs().max()
+    if name == "Q4_0" and architecture == "llama":
+        graph = export_decoder(made.model, tmp_path / "m.lutra", max_length=20)
+        assert sum(node.op == "lowbit_linear" for node in graph.nodes) == 8
+        ids = made.model.generate(
+            torch.tensor([[1, 2, 3]]), max_new_tokens=10, do_sample=False, pad_token_id=0
+        )
+        tokens = Generator(tmp_path / "m.lutra").generate([1, 2, 3], 10).tokens
+        assert list(tokens) == ids[0, 3:].tolist()
 
 
 @pytest.mark.parametrize("format_", PACKED, ids=lambda f: f.name)

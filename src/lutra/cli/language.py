@@ -59,8 +59,8 @@ def run(args: argparse.Namespace, recipe: Any, torch: Any, train: Any) -> int:
         train: ``lutra.train``.
     """
     source = {"format": Path(args.model).suffix[1:], "name": Path(args.model).name}
-    options, model = _load(args, train)
-    text = "its layers stay float32"
+    options, model = _load(args, train, low_bits=recipe is None)
+    text = "no layer was converted"
     metadata: dict[str, Any] = {"source": source}
     example = None
     if recipe is not None:
@@ -78,10 +78,10 @@ def run(args: argparse.Namespace, recipe: Any, torch: Any, train: Any) -> int:
     return 0
 
 
-def _load(args: argparse.Namespace, train: Any) -> tuple[dict[str, Any], Any]:
+def _load(args: argparse.Namespace, train: Any, *, low_bits: bool) -> tuple[dict[str, Any], Any]:
     """Options of ``export_decoder``, and the model."""
     if args.model.endswith(".gguf"):
-        found = train.load_gguf(args.model)
+        found = train.load_gguf(args.model, low_bits=low_bits)
         print(f"read {plain(args.model)}: {found}")
         options = {"tokenizer": found.tokenizer, "bos": found.bos, "eos": found.eos}
         model, longest = found.model, found.max_length

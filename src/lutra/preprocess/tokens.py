@@ -59,7 +59,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def bytes_of(self, token: int) -> bytes:
-        """What a token stands for: bytes of UTF-8, which may end within a character."""
+        """What a token stands for: bytes of UTF-8, which may end within a character.
+
+        Tokens that a model has beyond those of the tokenizer stand for nothing.
+        """
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -117,7 +120,7 @@ class CharacterTokenizer(Tokenizer):
         return [self._ids[character] for character in text]
 
     def bytes_of(self, token: int) -> bytes:
-        return self.characters[token].encode()
+        return self.characters[token : token + 1].encode()
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "characters", "characters": self.characters}
@@ -235,7 +238,7 @@ class PieceTokenizer(Tokenizer):
         return [part for part in parts if part]
 
     def bytes_of(self, token: int) -> bytes:
-        if token in self.controls:
+        if token in self.controls or token >= self.size:
             return b""
         byte = self._byte(self.pieces[token])
         return (

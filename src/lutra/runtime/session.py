@@ -244,7 +244,7 @@ class Session:
                         f"the model has {names}"
                     )
             picked = [names.index(name) for name in output_names]
-        results = self._execute(self._checked(feeds), cache)
+        results = self.run_checked(self._checked(feeds), cache)
         return [results[index] for index in picked]
 
     def __call__(self, x: Array) -> Array:
@@ -444,8 +444,21 @@ class Session:
         except ValueError as error:
             raise EngineError(f"the engine cannot run this graph: {error}") from error
 
-    def _execute(self, arrays: list[Array], cache: Cache | None) -> list[Array]:
-        """Runs a batch, in pieces where it is large: samples do not depend on each other."""
+    def run_checked(self, arrays: list[Array], cache: Cache | None = None) -> list[Array]:
+        """Runs a batch as ``run`` does, without looking at the inputs, which takes longer than a
+        small model. In pieces where it is large: samples do not depend on each other.
+
+        Args:
+            arrays: Of the inputs in order: C-contiguous, of their dtypes and of shapes and with
+                numbers that the model takes.
+            cache: As of ``run``.
+
+        Returns:
+            All outputs.
+
+        Raises:
+            As ``run`` does.
+        """
         batch = arrays[0].shape[0]
         if cache is not None and cache.sequences != batch:
             raise InputError(

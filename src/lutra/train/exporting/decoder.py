@@ -98,10 +98,9 @@ def export_decoder(
     vocabulary = _vocabulary(model)
     decoding = Decoding(max_length, tokenizer, bos, tuple(eos), vocabulary)
     ids = _example(example, max_length, vocabulary)
-    # that export checks texts of twice the length too
     plain, _ = export_graph(
         _Scores(model),
-        (ids[:, : max_length // 2],),
+        (ids,),
         dynamic_axes=(0, 1),
         metadata=metadata,
         tolerance=tolerance,

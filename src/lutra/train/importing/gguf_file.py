@@ -10,15 +10,17 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
+from torch import nn
 
 from lutra.errors import InputError, LutraError, UnsupportedModelError
 from lutra.formatting import counted
 from lutra.node import Array
 from lutra.preprocess.tokens import JsonTokenizer, PieceTokenizer, Tokenizer
 from lutra.train.importing.llama import halved, llama
+from lutra.train.layers.lowbit import frozen_of_codes
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -56,6 +58,31 @@ _WORDS: Final = {
 }
 
 
+class _Codes(NamedTuple):
+    """A format whose weights are integers times a scale.
+
+    Attributes:
+        levels: Values of a code.
+        middle: The code of zero.
+        block: Weights that share a scale.
+        group: Those that share one in a low-bit layer.
+        place: Where the scale, a float16, begins in the bytes of a block.
+    """
+
+    levels: int
+    middle: int
+    block: int
+    group: int
+    place: int
+
+
+_CODES: Final = {
+    "Q4_0": _Codes(16, 8, 32, 32, 0),
+    "TQ1_0": _Codes(3, 1, 256, 128, -2),
+    "TQ2_0": _Codes(3, 1, 256, 128, -2),
+}
+
+
 @dataclass(frozen=True)
 class GGUFModel:
     """A language model from a GGUF file.
@@ -67,6 +94,7 @@ class GGUFModel:
         eos: The tokens that end a text.
         max_length: The most tokens of a text that the model was trained with.
         formats: How many tensors the file holds in each format, by its name.
+        exact: How many linear layers keep the codes of the file.
     """
 
     model: LlamaForCausalLM
@@ -75,13 +103,17 @@ class GGUFModel:
     eos: tuple[int, ...]
     max_length: int
     formats: Mapping[str, int] = field(repr=False)
+    exact: int = 0
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} in {name}" for name, count in self.formats.items())
-        return f"{counted(sum(self.formats.values()), 'tensor')} ({kinds}), made float32"
+        kept = f"; {counted(self.exact, 'layer')} with the codes of the file" if self.exact else ""
+        return f"{counted(sum(self.formats.values()), 'tensor')} ({kinds}), made float32{kept}"
 
 
-def load_gguf(path: str | os.PathLike[str], *, tokenizer: bool = True) -> GGUFModel:
+def load_gguf(
+    path: str | os.PathLike[str], *, tokenizer: bool = True, low_bits: bool = True
+) -> GGUFModel:
     """Reads a language model of the form of Llama or Qwen2 from a GGUF file.
 
     Every format of weights that the package ``gguf`` can make floats of is read: F32, F16, BF16,
@@ -90,6 +122,9 @@ def load_gguf(path: str | os.PathLike[str], *, tokenizer: bool = True) -> GGUFMo
     Args:
         path: The file.
         tokenizer: Whether to read how text becomes tokens.
+        low_bits: Whether linear layers of Q4_0, TQ1_0 and TQ2_0 keep their codes and scales, as
+            frozen layers of low-bit weights, which round activations to int8 row by row. Without,
+            and in all other formats, layers have float32 weights and can be converted and trained.
 
     Raises:
         InputError: If the file cannot be read or is damaged.
@@ -107,7 +142,7 @@ def load_gguf(path: str | os.PathLike[str], *, tokenizer: bool = True) -> GGUFMo
             f"{' and '.join(_ARCHITECTURES)}"
         )
     config = _config(name, entries, architecture)
-    state, formats = _state(name, reader, architecture, config)
+    state, scales, formats = _state(name, reader, architecture, config)
     config["tie_word_embeddings"] = "lm_head.weight" not in state
     try:
         model = llama(config, state)
@@ -116,6 +151,7 @@ def load_gguf(path: str | os.PathLike[str], *, tokenizer: bool = True) -> GGUFMo
             f"load_gguf: the tensors of {name!r} do not fit its settings: "
             f"{' '.join(str(error).split())[:300]}"
         ) from error
+    exact = _keep_codes(model, scales) if low_bits else 0
     found = _tokenizer(name, entries) if tokenizer else None
     bos = entries.get("tokenizer.ggml.bos_token_id")
     spm = entries.get("tokenizer.ggml.model") == "llama"
@@ -128,6 +164,7 @@ def load_gguf(path: str | os.PathLike[str], *, tokenizer: bool = True) -> GGUFMo
         tuple(dict.fromkeys(end for end in ends if end is not None)),
         config["max_position_embeddings"],
         formats,
+        exact,
     )
 
 
@@ -231,9 +268,11 @@ def _config(name: str, entries: _Entries, architecture: str) -> dict[str, Any]:
 
 def _state(
     name: str, reader: Any, architecture: str, config: dict[str, Any]
-) -> tuple[dict[str, Array], dict[str, int]]:
-    """The parameters by their names in transformers, and how many are in which format."""
+) -> tuple[dict[str, Array], dict[str, tuple[str, Array]], dict[str, int]]:
+    """The parameters by their names in transformers; format and scales of those that have codes of
+    low-bit layers, by module; and how many tensors are in which format."""
     state: dict[str, Array] = {}
+    scales: dict[str, tuple[str, Array]] = {}
     formats: dict[str, int] = {}
     for tensor in reader.tensors:
         target, kind = _target(tensor.name)
@@ -242,17 +281,64 @@ def _state(
                 f"load_gguf: {name!r} holds the tensor {tensor.name!r}, which lutra does not know "
                 f"in a model of the architecture {architecture!r}"
             )
-        array = _floats(name, tensor)
+        array, scale = _floats(name, tensor), _scales(tensor)
         if _ARCHITECTURES[architecture] and target.endswith(("q_proj", "k_proj")):
             heads = "num_attention_heads" if target.endswith("q_proj") else "num_key_value_heads"
             array = halved(array, config[heads])
+            scale = None if scale is None else halved(scale, config[heads])
         state[f"{target}.{kind}"] = array
         format_ = tensor.tensor_type.name
+        if scale is not None:
+            scales[target] = format_, scale
         formats[format_] = formats.get(format_, 0) + 1
     if "model.embed_tokens.weight" not in state:
         raise InputError(f"load_gguf: {name!r} lacks the tensor 'token_embd.weight'")
     config["vocab_size"] = state["model.embed_tokens.weight"].shape[0]
-    return state, formats
+    return state, scales, formats
+
+
+def _scales(tensor: Any) -> Array | None:
+    """float32 (M, K / block) of a matrix of small integers times these; None for any other."""
+    layout = _CODES.get(tensor.tensor_type.name)
+    if layout is None or len(tensor.shape) != 2:
+        return None
+    block, place = layout.block, layout.place
+    rows = int(tensor.shape[1])
+    raw = np.asarray(tensor.data).reshape(rows, int(tensor.shape[0]) // block, -1)
+    parts = np.ascontiguousarray(raw[:, :, place : place + 2 or None])
+    return parts.view(np.float16)[:, :, 0].astype(np.float32)
+
+
+def _keep_codes(model: nn.Module, scales: Mapping[str, tuple[str, Array]]) -> int:
+    """Puts frozen layers of the codes in the place of linear layers; how many."""
+    count = 0
+    for path, (format_, scale) in scales.items():
+        layer, layout = model.get_submodule(path), _CODES[format_]
+        if not isinstance(layer, nn.Linear):
+            continue  # the embedding
+        weight = layer.weight.detach().numpy().reshape(len(scale), scale.shape[1], layout.block)
+        steps = np.divide(
+            weight, scale[:, :, None], out=np.zeros_like(weight), where=scale[:, :, None] != 0
+        )
+        codes = np.rint(steps).astype(np.int64) + layout.middle
+        if codes.min() < 0 or codes.max() >= layout.levels:
+            raise InputError(
+                f"load_gguf: the layer {path!r} holds codes beyond its format {format_}"
+            )
+        scale = scale.repeat(layout.block // layout.group, axis=1)
+        # levels of 16 codes are odd numbers, two for a step
+        ternary = layout.levels == 3
+        zero = None if ternary else np.ones(scale.shape, np.int8)
+        made = frozen_of_codes(
+            codes.reshape(len(codes), -1).astype(np.uint8),
+            layout.levels,
+            scale if ternary else scale / 2,
+            zero,
+            layer.bias,
+        )
+        model.set_submodule(path, made)
+        count += 1
+    return count
 
 
 def _target(name: str) -> tuple[str | None, str]:

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lutra.errors import LutraError
+from lutra.node import Array
 from lutra.ops.limits import MAX_LOWBIT_DEPTH
 from lutra.ops.lowbit import store_rows
 from lutra.ops.lowbit_storage import levels_of
 from lutra.train import distributed
 from lutra.train.geometry import Geometry
 from lutra.train.layers.base import Family, FrozenLayer, RowLayer, register
+from lutra.train.layers.forms import LINEAR
 from lutra.train.layers.goal import Goal
 from lutra.train.layers.grid_refit import replace_weight
 from lutra.train.layers.lowbit_scales import LEAST, fit_scales, mean_scales, round_codes
@@ -289,6 +292,31 @@ class FrozenLowBit(FrozenLayer):
     scale: Tensor
     zero: Tensor | None
     bias: Tensor
+
+
+def frozen_of_codes(
+    codes: Array, levels: int, scale: Array, zero: Array | None, bias: Tensor | None
+) -> FrozenLowBit:
+    """A frozen layer of codes that are there already, as in a file of another library.
+
+    Args:
+        codes: uint8 (M, K), each below `levels`.
+        levels: values of a code: 2, 3, 4, 8 or 16.
+        scale: float32 (M, G) of the levels of the groups, see `lutra.ops.lowbit`.
+        zero: int8 (M, G), the level that stands for zero; None for 0.
+        bias: (M,), or None.
+    """
+    outputs, depth = codes.shape
+    tensors = {
+        "weight": torch.from_numpy(store_rows(codes, levels)),
+        "scale": torch.from_numpy(np.ascontiguousarray(scale, np.float32)),
+        **({} if zero is None else {"zero": torch.from_numpy(np.ascontiguousarray(zero, np.int8))}),
+        "bias": torch.zeros(outputs) if bias is None else bias.detach().float().clone(),
+    }
+    attrs = {"levels": levels, "group": depth // scale.shape[1]}
+    made = FrozenLowBit("LowBitLinear", LowBitLinear.op, Geometry(depth), None, tensors, attrs)
+    made.form = LINEAR
+    return made.eval()
 
 
 register(Family(LowBit, {nn.Linear: LowBitLinear}))
