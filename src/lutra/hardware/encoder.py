@@ -151,7 +151,8 @@ class DistanceEncoder(_Encoder):
         score_shape = signed(design.score_bits) if design.encoder == "l2" else design.score_bits
         finished = Signal()
         valid, x, bank, number, last = self.front(m, finished)
-        best, index = Signal(score_shape), Signal(design.levels)
+        best: Any = Signal(score_shape)
+        which: Any = Const(0, 0)  # the best element so far
         step = elements.bit_length() - 1  # elements are a power of 2, as all divisors of k are
         number_of = Signal(range(max(2, passes)))  # pass and element of the word being loaded
         element_of = Signal(range(max(2, elements)))
@@ -174,11 +175,11 @@ class DistanceEncoder(_Encoder):
             m.d.comb += score.eq(_score(design, x, read.data))
             better = Signal(name=f"better_{e}")
             m.d.comb += better.eq(1 if e == 0 else _better(design, score, best))
-            here = Cat(Const(e, step), number) if passes > 1 else Const(e, design.levels)
             next_valid, next_x = Signal(name=f"valid_{e}"), Signal(x.shape(), name=f"x_{e}")
             next_bank, next_number = Signal(name=f"bank_{e}"), Signal(number.shape())
             next_last = Signal(name=f"last_{e}")
-            next_best, next_index = Signal(score_shape), Signal(design.levels)
+            next_best = Signal(score_shape, name=f"best_{e}")
+            next_which = Signal(e.bit_length(), name=f"which_{e}")
             m.d.sync += [
                 next_valid.eq(valid),
                 next_bank.eq(bank),
@@ -186,12 +187,13 @@ class DistanceEncoder(_Encoder):
                 next_last.eq(last),
                 next_x.eq(x),
                 next_best.eq(Mux(better, score, best)),
-                next_index.eq(Mux(better, here, index)),
+                next_which.eq(Mux(better, e, which)),
             ]
             valid, x, bank, number, last = next_valid, next_x, next_bank, next_number, next_last
-            best, index = next_best, next_index
+            best, which = next_best, next_which
 
-        done = Signal()
+        done, index = Signal(), Signal(design.levels)
+        m.d.comb += index.eq(Cat(which, number) if passes > 1 else which)
         m.d.comb += done.eq(valid & (number == passes - 1))
         if passes == 1:
             m.d.comb += self.code.eq(index)

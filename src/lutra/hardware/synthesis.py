@@ -24,8 +24,8 @@ __all__ = ["GATES_FILE", "GENERIC", "Gates", "known_gates", "synthesize"]
 
 #: What Yosys does with ``accelerator.v``.
 GENERIC: Final = (
-    "hierarchy -top accelerator; proc; flatten; opt; wreduce; stat; memory -nomap; opt -full; "
-    "alumacc; techmap; opt; abc -fast -g simple; opt_clean; stat"
+    "hierarchy -top accelerator; proc; flatten; opt; wreduce; stat; memory -nomap; opt; "
+    "alumacc; techmap; opt -fast; abc -fast -g simple; opt_clean; stat"
 )
 #: The same circuits on an FPGA, with its LUTs, flip-flops, block memories and no multipliers.
 FPGA: Final = {

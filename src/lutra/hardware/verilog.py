@@ -22,7 +22,9 @@ _HEAD: Final = """\
 """
 #: Attributes that say where in Python a line comes from.
 _NOTES: Final = "-remove generator -remove top -remove src -remove amaranth.*"
+#: Memories begin as they are: nothing is read before it is written, and a RAM has no reset.
 _SCRIPT: Final = f"""
+delete t:$meminit t:$meminit_v2
 proc
 opt_clean -purge
 memory_collect
