@@ -30,7 +30,7 @@ from transformers import (  # noqa: E402
 from lutra import Generator, Session, run_reference, runnable_isas  # noqa: E402
 from lutra.errors import InputError, UnsupportedModelError  # noqa: E402
 from lutra.preprocess.tokens import CharacterTokenizer  # noqa: E402
-from lutra.train import PQ, Int8, Keep, convert, export_decoder, finetune  # noqa: E402
+from lutra.train import PQ, Int8, Keep, LowBit, convert, export_decoder, finetune  # noqa: E402
 from lutra.train.exporting.decoder import feeds  # noqa: E402
 
 VOCABULARY, LENGTH = 40, 30
@@ -114,7 +114,7 @@ def test_greedy_text_of_a_file_is_that_of_transformers(name: str, tmp_path: Path
         assert list(each.tokens) == greedy(model, list(each.prompt), 12)
 
 
-@pytest.mark.parametrize("method", [Int8(), PQ(k=16, v=4)], ids=["int8", "pq"])
+@pytest.mark.parametrize("method", [Int8(), PQ(k=16, v=4), LowBit(4)], ids=["int8", "pq", "lowbit"])
 def test_a_converted_model_says_what_the_module_says(method: Any, tmp_path: Path) -> None:
     model = spread(MODELS["llama"]())
     ids = torch.randint(0, VOCABULARY, (16, 20), generator=torch.Generator().manual_seed(1))
@@ -122,8 +122,7 @@ def test_a_converted_model_says_what_the_module_says(method: Any, tmp_path: Path
     assert len(report.replaced) == (8 if isinstance(method, Int8) else 7)  # the embedding too
     path = tmp_path / "m.lutra"
     graph = export_decoder(converted, path, max_length=LENGTH, example=ids[:2, :16])
-    prefix = "int8" if isinstance(method, Int8) else "pq"
-    assert [node.op for node in graph.nodes].count(f"{prefix}_linear") == 7
+    assert [node.op for node in graph.nodes].count(f"{method.name}_linear") == 7
     session = Session(path)
     given = feeds(ids[:, :12].numpy().astype(np.int32))
     (scores,) = session.run(None, given)
