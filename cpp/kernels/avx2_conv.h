@@ -64,11 +64,14 @@ uint8_t taps_together(const int8_t* trio) {
 void pack_trio(const Conv8Shape& s, const int8_t* weights, int32_t block, int32_t trio,
                int8_t* to) {
   const int32_t plane = trio / trios_of(s), first = trio % trios_of(s) * 3;
-  for (int32_t j = 0; j < kTrioBytes; ++j) {
-    const int32_t t = first + j / kTapBytes, m = block + j / 4 % kConvBlock;
-    const int32_t c = 4 * plane + j % 4;
-    const bool there = t < s.taps && m < s.outputs && c < s.channels;
-    to[j] = there ? weights[(static_cast<size_t>(m) * s.channels + c) * s.taps + t] : int8_t{0};
+  for (int32_t t = first; t < first + 3; ++t) {
+    for (int32_t m = block; m < block + kConvBlock; ++m, to += 4) {
+      const int8_t* from = weights + (static_cast<size_t>(m) * s.channels + 4 * plane) * s.taps + t;
+      for (int32_t i = 0; i < 4; ++i, from += s.taps) {
+        const bool there = t < s.taps && m < s.outputs && 4 * plane + i < s.channels;
+        to[i] = there ? *from : int8_t{0};
+      }
+    }
   }
 }
 
