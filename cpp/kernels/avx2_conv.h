@@ -75,21 +75,37 @@ void pack_trio(const Conv8Shape& s, const int8_t* weights, int32_t block, int32_
   }
 }
 
+// A block's trios and their numbers, as they are packed.
+struct PackedTrios {
+  int32_t* number;
+  int8_t* weights;
+
+  void copy(int32_t from, int32_t to) const {
+    if (from == to) return;
+    number[to] = number[from];
+    __builtin_memcpy(weights + to * kTrioBytes, weights + from * kTrioBytes, kTrioBytes);
+  }
+};
+
 void pack_conv8(const Conv8Shape& s, const int8_t* weights, uint8_t* packed) {
   for (int32_t block = 0; block < s.outputs; block += kConvBlock, packed += conv_block_bytes(s)) {
     TrioOrder* const order = reinterpret_cast<TrioOrder*>(packed);
-    int32_t* trio = reinterpret_cast<int32_t*>(order + 1);
-    int8_t* to = reinterpret_cast<int8_t*>(packed + block_head_bytes(s));
-    for (int32_t together = 3; together >= 0; --together) {
-      order->count[together] = 0;
-      for (int32_t i = 0; together > 0 && i < block_trios(s); ++i) {
-        int8_t bytes[kTrioBytes];
-        pack_trio(s, weights, block, i, bytes);
-        if (taps_together(bytes) != together) continue;
-        for (const int8_t byte : bytes) *to++ = byte;
-        *trio++ = i;
-        ++order->count[together];
+    int32_t* const count = order->count;
+    const PackedTrios trios{reinterpret_cast<int32_t*>(order + 1),
+                            reinterpret_cast<int8_t*>(packed + block_head_bytes(s))};
+    for (int32_t i = 0; i < 4; ++i) count[i] = 0;
+    for (int32_t i = 0; i < block_trios(s); ++i) {
+      int8_t bytes[kTrioBytes];
+      pack_trio(s, weights, block, i, bytes);
+      const int32_t together = taps_together(bytes);
+      int32_t at = i;  // the first of every kind behind it moves to the end of that kind
+      for (int32_t kind = 1; kind < together; ++kind) {
+        trios.copy(at - count[kind], at);
+        at -= count[kind];
       }
+      trios.number[at] = i;
+      __builtin_memcpy(trios.weights + at * kTrioBytes, bytes, kTrioBytes);
+      ++count[together];
     }
   }
 }
