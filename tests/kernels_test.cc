@@ -533,7 +533,9 @@ void test_epilogues(const Kernels& k) {
           PqCase c = random_pq(k, Encoder::kTree, 16, 4, pick(1, 6), 7);
           test_pq(k, c, &mode);
           test_dense8(k, c.map, pick(1, 6), pick(1, 6), c.first, c.rows, Fill::kRandom, 0, &mode);
-          test_conv8(k, c.map, pick(1, 6), pick(1, 6), c.first, c.rows, Fill::kRandom, 4, &mode);
+          if (k.conv8) {
+            test_conv8(k, c.map, pick(1, 6), pick(1, 6), c.first, c.rows, Fill::kRandom, 4, &mode);
+          }
           test_respond(k, random_lookup(k, 1, pick(1, 9), pick(1, 6)), &mode);
           if (!mode.offset) {
             test_gemm(k, static_cast<size_t>(pick(1, 6)), pick(1, 6), c.rows, false, &mode);
@@ -560,7 +562,7 @@ void test_kernels(const Kernels& k) {
   test_lookup(k);
   test_wide(k);
   test_dense8(k);
-  test_conv8(k);
+  if (k.conv8) test_conv8(k);
   test_depthwise(k);
   test_respond(k);
   test_long_responses(k);

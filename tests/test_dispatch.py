@@ -171,12 +171,18 @@ def test_code_outside_the_kernels_runs_on_every_cpu() -> None:
             assert found is None, (path, text[max(0, found.start() - 80) : found.end() + 80])
 
 
+#: Kernels that NEON does without: its convolutions in int8 gather their activations.
+OF_QUADS = {"conv8_bytes", "pack_conv8", "conv8_copy_bytes", "copy_conv8", "conv8"}
+
+
 @pytest.mark.skipif(not shutil.which("objdump"), reason="objdump is not installed")
 def test_every_instruction_set_has_every_kernel() -> None:
     """An entry that is missing, or another kernel's, is found in the table as it was compiled."""
     wanted = kernels()
     assert {"quantize", "encode", "lookup_row", "dense8", "gemm", "table_grad"} <= set(wanted)
-    for path in objects().values():
+    assert set(wanted) >= OF_QUADS
+    for isa, path in objects().items():
+        lacking = OF_QUADS if isa.startswith("neon") else set()
         text = subprocess.check_output(["objdump", "-tC", path], text=True)
         names: dict[tuple[str, int], set[str]] = {}  # of the functions in each place
         for at, section, name in re.findall(
@@ -191,8 +197,9 @@ def test_every_instruction_set_has_every_kernel() -> None:
         filled = [line.split(maxsplit=2) for line in table[1].splitlines()]
         offsets = [int(offset, 16) for offset, _, _ in filled]
         first = offsets[-1] - 8 * (len(wanted) - 1)
-        assert offsets[1:] == list(range(first, offsets[-1] + 1, 8)), (path, wanted)
-        for kernel, (_, _, value) in zip(wanted, filled[1:], strict=True):
+        present = {k: first + 8 * i for i, k in enumerate(wanted) if k not in lacking}
+        assert offsets[1:] == list(present.values()), (path, wanted)
+        for kernel, (_, _, value) in zip(present, filled[1:], strict=True):
             section, _, offset = value.partition("+")
             own = names.get((section, int(offset or "0", 16)), {value})
             assert any(re.search(rf"\b{kernel}\b", name) for name in own), (kernel, own, path)

@@ -64,29 +64,48 @@ uint8_t taps_together(const int8_t* trio) {
 void pack_trio(const Conv8Shape& s, const int8_t* weights, int32_t block, int32_t trio,
                int8_t* to) {
   const int32_t plane = trio / trios_of(s), first = trio % trios_of(s) * 3;
-  for (int32_t j = 0; j < kTrioBytes; ++j) {
-    const int32_t t = first + j / kTapBytes, m = block + j / 4 % kConvBlock;
-    const int32_t c = 4 * plane + j % 4;
-    const bool there = t < s.taps && m < s.outputs && c < s.channels;
-    to[j] = there ? weights[(static_cast<size_t>(m) * s.channels + c) * s.taps + t] : int8_t{0};
+  for (int32_t t = first; t < first + 3; ++t) {
+    for (int32_t m = block; m < block + kConvBlock; ++m, to += 4) {
+      const int8_t* from = weights + (static_cast<size_t>(m) * s.channels + 4 * plane) * s.taps + t;
+      for (int32_t i = 0; i < 4; ++i, from += s.taps) {
+        const bool there = t < s.taps && m < s.outputs && 4 * plane + i < s.channels;
+        to[i] = there ? *from : int8_t{0};
+      }
+    }
   }
 }
+
+// A block's trios and their numbers, as they are packed.
+struct PackedTrios {
+  int32_t* number;
+  int8_t* weights;
+
+  void copy(int32_t from, int32_t to) const {
+    if (from == to) return;
+    number[to] = number[from];
+    __builtin_memcpy(weights + to * kTrioBytes, weights + from * kTrioBytes, kTrioBytes);
+  }
+};
 
 void pack_conv8(const Conv8Shape& s, const int8_t* weights, uint8_t* packed) {
   for (int32_t block = 0; block < s.outputs; block += kConvBlock, packed += conv_block_bytes(s)) {
     TrioOrder* const order = reinterpret_cast<TrioOrder*>(packed);
-    int32_t* trio = reinterpret_cast<int32_t*>(order + 1);
-    int8_t* to = reinterpret_cast<int8_t*>(packed + block_head_bytes(s));
-    for (int32_t together = 3; together >= 0; --together) {
-      order->count[together] = 0;
-      for (int32_t i = 0; together > 0 && i < block_trios(s); ++i) {
-        int8_t bytes[kTrioBytes];
-        pack_trio(s, weights, block, i, bytes);
-        if (taps_together(bytes) != together) continue;
-        for (const int8_t byte : bytes) *to++ = byte;
-        *trio++ = i;
-        ++order->count[together];
+    int32_t* const count = order->count;
+    const PackedTrios trios{reinterpret_cast<int32_t*>(order + 1),
+                            reinterpret_cast<int8_t*>(packed + block_head_bytes(s))};
+    for (int32_t i = 0; i < 4; ++i) count[i] = 0;
+    for (int32_t i = 0; i < block_trios(s); ++i) {
+      int8_t bytes[kTrioBytes];
+      pack_trio(s, weights, block, i, bytes);
+      const int32_t together = taps_together(bytes);
+      int32_t at = i;  // the first of every kind behind it moves to the end of that kind
+      for (int32_t kind = 1; kind < together; ++kind) {
+        trios.copy(at - count[kind], at);
+        at -= count[kind];
       }
+      trios.number[at] = i;
+      __builtin_memcpy(trios.weights + at * kTrioBytes, bytes, kTrioBytes);
+      ++count[together];
     }
   }
 }

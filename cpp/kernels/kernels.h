@@ -359,6 +359,7 @@ struct Kernels {
                      int32_t first, int32_t last, int32_t* sums);
 
   // --- convolutions in int8, of the same numbers, that read quads where they are ----------------
+  // All five may be null: then the layer gathers its activations and takes dense8().
   // weights (outputs, channels, taps) -> this instruction set's order
   size_t (*conv8_bytes)(const Conv8Shape&);
   void (*pack_conv8)(const Conv8Shape&, const int8_t* weights, uint8_t* packed);

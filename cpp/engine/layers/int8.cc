@@ -70,7 +70,7 @@ std::unique_ptr<Layer> make_int8(const Kernels& kernels, const StepArgs& args, b
     return make_int8_depthwise(kernels, geometry, weight[0], grid_of(args), weight.data, scale,
                                bias);
   }
-  if (is_quad_conv(geometry, groups)) {
+  if (is_quad_conv(kernels, geometry, groups)) {
     return make_int8_conv(kernels, geometry, weight[0], grid_of(args), weight.data, scale, bias);
   }
   return std::make_unique<Int8Layer>(kernels, geometry, weight[0], groups, grid_of(args),

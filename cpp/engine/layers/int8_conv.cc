@@ -98,7 +98,8 @@ void Int8ConvLayer::run_loaded(const Call& call) const {
 
 }  // namespace
 
-bool is_quad_conv(const ConvGeometry& g, int64_t groups) {
+bool is_quad_conv(const Kernels& kernels, const ConvGeometry& g, int64_t groups) {
+  if (!kernels.conv8) return false;
   const int64_t taps = g.taps(), missing_taps = round_up(taps, 3) - taps;
   const int64_t missing_channels = round_up(g.channels, 4) - g.channels;
   return groups == 1 && taps > 1 && taps <= kMaxConvTaps && 8 * missing_taps <= taps &&

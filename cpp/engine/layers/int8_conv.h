@@ -7,9 +7,9 @@
 
 namespace lutra {
 
-// Whether it pays: there is more than one tap, few of the channels and taps that the kernels take
-// together are missing, and outputs are of all channels.
-bool is_quad_conv(const ConvGeometry& geometry, int64_t groups);
+// Whether the instruction set has them and they pay: there is more than one tap, few of the
+// channels and taps that the kernels take together are missing, and outputs are of all channels.
+bool is_quad_conv(const Kernels& kernels, const ConvGeometry& geometry, int64_t groups);
 
 // weight (outputs, channels, kernel_h, kernel_w), scale and bias (outputs). Throws
 // std::invalid_argument if the sizes do not fit each other.
