@@ -15,7 +15,8 @@ constexpr int32_t kRows = 64;    // rows of a tile, in blocks of 16: a register 
 constexpr int32_t kBlock = 16;   // rows of a block
 constexpr int32_t kOutputs = 4;  // outputs of a block of packed tables or weights
 
-// Lanes that intrinsics want as constants: f<kLane>() for each of them by a fold expression.
+// Lanes that intrinsics want as constants: a fold expression calls a function for each of them.
+// (Not the intrinsic itself, which is a macro in Clang.)
 template <int... kLane>
 struct Lanes {};
 using FourLanes = Lanes<0, 1, 2, 3>;

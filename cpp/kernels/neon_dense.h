@@ -71,13 +71,13 @@ void gather8(int32_t depth, int32_t taps, const Patch& p, uint8_t* gathered) {
 
 // A quad of 4 outputs x 16 rows.
 #ifdef __ARM_FEATURE_DOTPROD
+template <int kLane>
+LUTRA_INLINE void dot_lane(const int8x16_t* x, int8x16_t w, int32x4_t* sum) {
+  for (int32_t r = 0; r < 4; ++r) sum[r] = vdotq_laneq_s32(sum[r], x[r], w, kLane);
+}
 template <int... kLane>
 LUTRA_INLINE void dot_lanes(Lanes<kLane...>, const int8x16_t* x, int8x16_t w, int32x4_t (*sum)[4]) {
-  ((sum[kLane][0] = vdotq_laneq_s32(sum[kLane][0], x[0], w, kLane),
-    sum[kLane][1] = vdotq_laneq_s32(sum[kLane][1], x[1], w, kLane),
-    sum[kLane][2] = vdotq_laneq_s32(sum[kLane][2], x[2], w, kLane),
-    sum[kLane][3] = vdotq_laneq_s32(sum[kLane][3], x[3], w, kLane)),
-   ...);
+  (dot_lane<kLane>(x, w, sum[kLane]), ...);
 }
 LUTRA_INLINE void add_quad(const int8_t* w, const int8_t* x, int32x4_t (*sum)[4]) {
   const int8x16_t rows[4] = {vld1q_s8(x), vld1q_s8(x + 16), vld1q_s8(x + 32), vld1q_s8(x + 48)};
@@ -182,14 +182,14 @@ void dense8_row(int32_t depth, int32_t, const uint8_t* packed, const uint8_t* x,
 
 // --- float32 -------------------------------------------------------------------------------------
 
+template <int kLane>
+LUTRA_INLINE void multiply_lane(const float32x4_t* x, float32x4_t w, float32x4_t* sum) {
+  for (int32_t r = 0; r < 4; ++r) sum[r] = vfmaq_laneq_f32(sum[r], x[r], w, kLane);
+}
 template <int... kLane>
 LUTRA_INLINE void multiply_lanes(Lanes<kLane...>, const float32x4_t* x, float32x4_t w,
                                  float32x4_t (*sum)[4]) {
-  ((sum[kLane][0] = vfmaq_laneq_f32(sum[kLane][0], x[0], w, kLane),
-    sum[kLane][1] = vfmaq_laneq_f32(sum[kLane][1], x[1], w, kLane),
-    sum[kLane][2] = vfmaq_laneq_f32(sum[kLane][2], x[2], w, kLane),
-    sum[kLane][3] = vfmaq_laneq_f32(sum[kLane][3], x[3], w, kLane)),
-   ...);
+  (multiply_lane<kLane>(x, w, sum[kLane]), ...);
 }
 
 // 16 rows x 4 outputs at a time: 16 sums, five loads for 16 multiply-adds.

@@ -77,7 +77,8 @@ void depthwise8_outputs(const DepthwiseShape& s, const uint8_t* packed,
         const uint8_t* const from = plane + at[i] + row * kStep;
 #pragma GCC unroll 4
         for (int32_t c = 0; c < kDepthwiseLoads; ++c) {
-          const uint8x16_t v = vld1q_u8(from + load_offset<kStep, 4>(c));
+          const int32_t offset = load_offset<kStep, 4>(c);
+          const uint8x16_t v = vld1q_u8(from + offset);
           const uint8x16_t in = vld1q_u8(mask + 16 * c);
           const uint8x16_t value = kZero ? vandq_u8(v, in) : vbslq_u8(in, v, zero);
           sum[c] = vdotq_s32(sum[c], vreinterpretq_s8_u8(value), weight);

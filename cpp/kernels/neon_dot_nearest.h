@@ -40,14 +40,14 @@ void pack_nearest(const PqShape& s, const uint8_t* centroids, uint8_t* packed) {
   }
 }
 
+template <int kLane>
+LUTRA_INLINE void add_product(uint32x4_t* s, const uint8x16_t* x, uint8x16_t c) {
+  for (int32_t r = 0; r < 4; ++r) s[r] = vdotq_laneq_u32(s[r], x[r], c, kLane);
+}
 template <int... kLane>
 LUTRA_INLINE void add_products(Lanes<kLane...>, uint32x4_t (*s)[4], const uint8x16_t* x,
                                uint8x16_t c) {
-  ((s[kLane][0] = vdotq_laneq_u32(s[kLane][0], x[0], c, kLane),
-    s[kLane][1] = vdotq_laneq_u32(s[kLane][1], x[1], c, kLane),
-    s[kLane][2] = vdotq_laneq_u32(s[kLane][2], x[2], c, kLane),
-    s[kLane][3] = vdotq_laneq_u32(s[kLane][3], x[3], c, kLane)),
-   ...);
+  (add_product<kLane>(s[kLane], x, c), ...);
 }
 
 // x: (quads, 16 rows, 4)

@@ -50,12 +50,15 @@ LUTRA_INLINE void load_values(const Loader& rows, const uint8_t* const* entries,
   }
 }
 
+template <int kLane>
+LUTRA_INLINE void add_product(int16x8_t* s, int16x8_t x0, int16x8_t x1, int16x8_t c) {
+  s[0] = vmlaq_laneq_s16(s[0], x0, c, kLane);
+  s[1] = vmlaq_laneq_s16(s[1], x1, c, kLane);
+}
 template <int... kLane>
 LUTRA_INLINE void add_products(Lanes<kLane...>, int16x8_t (*s)[2], int16x8_t x0, int16x8_t x1,
                                int16x8_t c) {
-  ((s[kLane][0] = vmlaq_laneq_s16(s[kLane][0], x0, c, kLane),
-    s[kLane][1] = vmlaq_laneq_s16(s[kLane][1], x1, c, kLane)),
-   ...);
+  (add_product<kLane>(s[kLane], x0, x1, c), ...);
 }
 
 [[gnu::noinline]] uint8x16_t search16(const PqShape& s, const int16_t* codebook, const Values* x) {
@@ -81,11 +84,14 @@ LUTRA_INLINE void add_products(Lanes<kLane...>, int16x8_t (*s)[2], int16x8_t x0,
   return vreinterpretq_u8_s8(vmovn_high_s16(vmovn_s16(code[0]), code[1]));
 }
 
+template <int kLane>
+LUTRA_INLINE void add_wide_product(int32x4_t* s, int16x8_t x, int16x8_t c) {
+  s[0] = vmlal_laneq_s16(s[0], vget_low_s16(x), c, kLane);
+  s[1] = vmlal_high_laneq_s16(s[1], x, c, kLane);
+}
 template <int... kLane>
 LUTRA_INLINE void add_wide_products(Lanes<kLane...>, int32x4_t (*s)[2], int16x8_t x, int16x8_t c) {
-  ((s[kLane][0] = vmlal_laneq_s16(s[kLane][0], vget_low_s16(x), c, kLane),
-    s[kLane][1] = vmlal_high_laneq_s16(s[kLane][1], x, c, kLane)),
-   ...);
+  (add_wide_product<kLane>(s[kLane], x, c), ...);
 }
 
 [[gnu::noinline]] uint8x16_t search32(const PqShape& s, const int16_t* first, const Values* x) {
