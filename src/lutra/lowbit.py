@@ -224,6 +224,9 @@ class LowBitMatrix:
         if self.isa == "scalar":
             reason = "the scalar kernels are the specification and have no tables"
             return KernelChoice("dense", self.isa, reason)
+        if self.isa not in ("avx2", "avx512"):
+            reason = f"low-bit weights have scalar kernels on {self.isa}, without tables"
+            return KernelChoice("dense", self.isa, reason)
         depth = self.shape[1]
         kernel, time = choose_lowbit(
             self.isa, depth, levels_of(self.bits), depth if self.group is None else self.group, rows
