@@ -2,7 +2,7 @@
 //
 // The parts are private headers, all in this file's anonymous namespace: avx2_common.h (loads of
 // rows, the epilogue), avx2_encode.h, avx2_lookup.h, avx2_dense.h, avx2_conv.h, avx2_depthwise.h,
-// avx2_lowbit.h, avx2_respond.h (with responses.h), avx2_training.h.
+// avx2_lowbit.h, avx2_lowbit_registers.h, avx2_respond.h (with responses.h), avx2_training.h.
 #include <immintrin.h>
 
 #include "avx2_common.h"
