@@ -203,9 +203,9 @@ def test_batches_of_sequences_run_in_pieces(monkeypatch: pytest.MonkeyPatch) -> 
     plan = session._plan
 
     class Watched:
-        def run(self, arrays: list[Array]) -> list[Array]:
+        def run(self, arrays: list[Array], *cache: Any) -> list[Array]:
             sizes.append(len(arrays[0]))
-            return plan.run(arrays)
+            return plan.run(arrays, *cache)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(plan, name)

@@ -472,7 +472,7 @@ constinit const Kernels kScalar = {.name = "scalar",
                                    .softmax = softmax,
                                    .attention_bytes = attention_bytes,
                                    .attention = attention,
-                                   .attention_row_bytes = attention_bytes,
+                                   .attention_row_bytes = attention_row_bytes,
                                    .attention_row = attention_row,
                                    .table_grad = table_grad,
                                    .response_grad = response_grad};

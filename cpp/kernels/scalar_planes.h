@@ -84,6 +84,8 @@ void softmax(const Softmax& s, const float* x, size_t stride, size_t rows, float
 
 size_t attention_bytes(int32_t, int32_t keys) { return static_cast<size_t>(keys) * sizeof(float); }
 
+size_t attention_row_bytes(int32_t width, int32_t keys) { return attention_bytes(width, keys); }
+
 void attention(const Attention& a, int32_t first, int32_t last, const PlaneOutput& to,
                uint8_t* scratch) {
   float* const p = reinterpret_cast<float*>(scratch);

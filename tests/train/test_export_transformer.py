@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from sweeps import quick_cover
 from torch import Tensor, nn
 from torch_sequences import lowered, same_as_torch
 
+from lutra import Session
 from lutra.errors import InputError, UnsupportedModelError
 from lutra.train import (
     TableAttention,
@@ -437,13 +439,6 @@ REFUSED: list[tuple[Callable[..., Any], Sequence[Tensor], str]] = [
         (torch.ones(N, T, dtype=torch.int64),),
         "follows no rule",
     ),
-    (
-        lambda m, x, y: joined(
-            F.scaled_dot_product_attention(heads(x), heads(x), heads(x), y[:, None])
-        ),
-        (torch.randn(N, T, T),),
-        "computed from activations",
-    ),
     (lambda m, x, mask: x * mask.cumprod(1).unsqueeze(-1), (torch.ones(N, T).long(),), "cumprod"),
     (
         lambda m, x, mask: x + (x.shape[1] - torch.arange(x.shape[1]))[:, None],
@@ -460,13 +455,30 @@ REFUSED: list[tuple[Callable[..., Any], Sequence[Tensor], str]] = [
         (torch.ones(N, T).long(),),
         "finite",
     ),
-    (lambda m, x, mask: mask, (torch.ones(N, T).long(),), "not float32"),
 ]
+
+
+def test_a_bias_of_scores_that_is_an_input() -> None:
+    model = WithMask(
+        lambda m, x, y: joined(
+            F.scaled_dot_product_attention(heads(x), heads(x), heads(x), y[:, None])
+        )
+    )
+    graph = lowered(model, torch.randn(N, T, D), torch.randn(N, T, T), axes=(0,))
+    same_as_torch(graph, model, torch.randn(5, T, D), torch.randn(5, T, T))
+
+
+def test_a_mask_as_an_output_is_float() -> None:
+    model = WithMask(lambda m, x, mask: mask * 2)
+    graph = lowered(model, torch.randn(N, T, D), torch.ones(N, T).long(), axes=(0, 1))
+    feeds = {"x": np.zeros((1, 3, D), np.float32), "mask": np.array([[1, 0, 3]], np.int32)}
+    (made,) = Session(graph).run(None, feeds)
+    assert made.dtype == np.float32
+    assert made.tolist() == [[2.0, 0.0, 6.0]]
 
 
 @pytest.mark.parametrize("case", range(len(REFUSED)))
 def test_refusals(case: int) -> None:
     function, others, message = REFUSED[case]
-    axes = (0,) if message == "computed from activations" else (0, 1)
     with pytest.raises(UnsupportedModelError, match=message):
-        lowered(WithMask(function), torch.randn(N, T, D), *others, axes=axes)
+        lowered(WithMask(function), torch.randn(N, T, D), *others, axes=(0, 1))

@@ -13,6 +13,7 @@ from lutra.graph import Graph
 from lutra.train.exporting import parity as check
 from lutra.train.exporting.capture import argument_names, capture, dynamic_axes_of, example_tensors
 from lutra.train.exporting.lowering import lower
+from lutra.train.exporting.lowering.decompose import decomposed
 
 TOLERANCE = 2e-5
 
@@ -22,7 +23,7 @@ def lowered(model: nn.Module, *example: Tensor, axes: Sequence[int]) -> Graph:
     model = copy.deepcopy(model).eval()
     inputs = example_tensors(example)
     names = argument_names(model, len(inputs))
-    program = capture(model, inputs, dynamic_axes_of(axes, names, inputs))
+    program = decomposed(capture(model, inputs, dynamic_axes_of(axes, names, inputs)))
     result = lower(program, names)
     result.graph.validate()
     wanted = check.outputs_of(model, inputs)
