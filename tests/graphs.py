@@ -381,7 +381,7 @@ def every_op_graph(seed: int = 0, batch: int | None = None) -> Graph:
     low = b.add("mean", low, axes=(1,), keepdims=False)  # (5,)
     top = b.pq_linear(top, 64, 10, width=16)
     top = b.lookup_linear(top, 10, 10, weights=33, act_bits=6, act_scale=0.06, act_zero=32)
-    top = b.add("relu", b.lowbit_linear(b.int8_linear(top, 10, 10), 10, 10))
+    top = b.add("relu", b.int8_linear(top, 10, 10))
     top = b.add("mul", top, b.add("clamp", top, high=3.0))
     top = b.add("softmax", b.linear(top, 10, 10), axis=1)
     return b.graph(low, top, metadata={"classes": [str(i) for i in range(10)], "seed": seed})

@@ -155,7 +155,7 @@ def every_decoder_graph() -> Graph:
     angles = {name: b.rng.normal(size=(64, 4)).astype(F) for name in ("cos", "sin")}
     q = b.add("rotary", b.pq_linear(h, 12, 16), "start", tensors=angles, heads=4)
     k = b.add("rotary", b.pq_linear(h, 12, 8), "start", tensors=angles, heads=2)
-    v = b.int8_linear(h, 12, 8)
+    v = b.lowbit_linear(h, 12, 8)
     y = b.add("cached_attention", q, k, v, "start", heads=4, kv_heads=2, scale=0.5, length=64)
     y = b.add("pick_tokens", b.linear(y, 16, 12), "picked")
     return b.graph(b.add("rms_norm", y, tensors=norm_tensors(b.rng, 12, bias=False), eps=1e-6))

@@ -135,3 +135,9 @@ def test_the_engine_refuses_sizes_that_do_not_fit_by_itself() -> None:
         engine.choose_lowbit("scalar", 96, 5, 96, 1)
     with pytest.raises(ValueError, match="rows must be at least 1"):
         engine.choose_lowbit("scalar", 96, 3, 96, 0)
+
+
+def test_the_reference_takes_no_rows() -> None:
+    x, r = np.ones((0, INPUTS), np.float32), np.zeros((0, 70), np.float32)
+    want = run_reference(layer(), {"x": x, "r": r})
+    assert [want[name].shape for name in ("y", "z")] == [(0, 70)] * 2

@@ -113,5 +113,6 @@ def lowbit_linear(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Arr
         x.reshape(-1, depth),
         integer(node, "group"),
     )
-    made: Array = (y + tensors["bias"]).reshape(*x.shape[:-1], -1)
+    bias = tensors["bias"]
+    made: Array = (y + bias).reshape(*x.shape[:-1], len(bias))
     return made
