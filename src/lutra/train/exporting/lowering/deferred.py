@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from lutra.train.exporting.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, View
 from lutra.train.exporting.lowering.placed import placed
-from lutra.train.exporting.lowering.sources import Sources, size_at
+from lutra.train.exporting.lowering.sources import Sources, largest_size, size_at
 
 _DYNAMIC = (
     "it computes with the size of an axis that is known at run time only; use constants, or take "
@@ -57,37 +57,20 @@ def table(ctx: Lowering, x: Deferred, axis: int) -> Tensor | None:
     if not symbol.is_Symbol or symbol == ctx.batch:
         return None
     low, high = ctx.sources.range_of(symbol)
-    longest = _longest(ctx, x, axis, symbol, low, ctx.longest if high is None else high)
-    whole = _rows(ctx, x, axis, {symbol: longest})
+
+    def rows(length: int) -> Tensor:
+        return _rows(ctx, x, axis, {symbol: length})
+
+    longest = largest_size(rows, low, ctx.longest if high is None else high)
+    whole = rows(longest)
     for length in {low, min(low + 1, longest), (low + longest) // 2}:
-        part = _rows(ctx, x, axis, {symbol: length})
+        part = rows(length)
         if part.shape[0] != length or not torch.equal(part, whole[:length]):
             raise UnsupportedUse(
                 "it computes positions that depend on the length of the input; make those of "
                 "shorter inputs the first ones of longer inputs"
             )
     return whole
-
-
-def _longest(ctx: Lowering, x: Deferred, axis: int, symbol: Any, low: int, high: int) -> int:
-    """The largest size, up to a limit, for which there are numbers: tables may end before it."""
-    if _has_rows(ctx, x, axis, {symbol: high}):
-        return high
-    while low < high - 1:
-        middle = (low + high) // 2
-        if _has_rows(ctx, x, axis, {symbol: middle}):
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def _has_rows(ctx: Lowering, x: Deferred, axis: int, given: dict[Any, int]) -> bool:
-    try:
-        _rows(ctx, x, axis, given)
-    except UnsupportedUse:
-        return False
-    return True
 
 
 def _rows(ctx: Lowering, x: Deferred, axis: int, given: dict[Any, int]) -> Tensor:

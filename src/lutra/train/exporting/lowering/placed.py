@@ -25,7 +25,7 @@ from lutra.train.exporting.lowering.core import (
     is_dynamic,
 )
 from lutra.train.exporting.lowering.emitter import expressions
-from lutra.train.exporting.lowering.sources import size_at
+from lutra.train.exporting.lowering.sources import largest_size, size_at
 from lutra.train.operators.scores import LOWEST
 
 
@@ -156,31 +156,20 @@ def _zeros(ctx: Lowering, length: Any) -> Ref | None:
     return ctx.emit("reshape", x, (None, length, 1), attrs={"shape": (REST, 1)}, suffix="column")
 
 
-def _largest(
-    ctx: Lowering, symbol: Any, length: Any, rows: Callable[[int], Tensor], longest: int = LONGEST
-) -> int:
+def _largest(ctx: Lowering, symbol: Any, length: Any, rows: Callable[[int], Tensor]) -> int:
     """The largest size of an input for which there are rows, and not more than are kept."""
     low, high = ctx.sources.range_of(symbol)
     if high is None:
         high = max(low, 2)
-        while size_at(length, {symbol: high}) < longest and high < 2**24:
+        while size_at(length, {symbol: high}) < LONGEST and high < 2**24:
             high *= 2
 
-    def works(size: int) -> bool:
-        if size_at(length, {symbol: size}) > longest:
-            return False
-        try:
-            rows(size)
-        except UnsupportedUse:
-            return False
-        return True
+    def kept(size: int) -> None:
+        if size_at(length, {symbol: size}) > LONGEST:
+            raise UnsupportedUse("it computes more positions than are kept")
+        rows(size)
 
-    if works(high):
-        return high
-    while low < high - 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if works(middle) else (low, middle)
-    return low
+    return largest_size(kept, low, high)
 
 
 def _rows(
@@ -274,12 +263,7 @@ def by_distance(
         UnsupportedUse: It depends on more than the distance of two positions.
     """
     longest = min([LONGEST, *(ctx.sources.range_of(s)[1] or LONGEST for s in symbols)])
-    if not _has_numbers(at, longest):  # a table of the model's may end before it
-        low, high = 1, longest
-        while low < high - 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if _has_numbers(at, middle) else (low, middle)
-        longest = low
+    longest = largest_size(at, 1, longest)
     weight = _distances(at(longest))
     for length in {2, 3, longest // 2}:
         part, first = at(length), longest - length
@@ -290,14 +274,6 @@ def by_distance(
                 f"{what} on more than the distance of two positions; fix the length of the input"
             )
     return weight
-
-
-def _has_numbers(at: Callable[[int], Tensor], length: int) -> bool:
-    try:
-        at(length)
-    except UnsupportedUse:
-        return False
-    return True
 
 
 def pairs(ctx: Lowering, x: Deferred, heads: int) -> Ref | None:

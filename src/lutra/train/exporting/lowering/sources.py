@@ -8,7 +8,7 @@ the torch program that can be run, until an operator says what it needs to know 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,3 +249,27 @@ def _number(value: Any, sizes: Mapping[Any, int]) -> Any:
 
 def _leaves(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (tuple, list)) else [] if value is None else [value]
+
+
+def largest_size(at: Callable[[int], object], low: int, high: int) -> int:
+    """The largest size up to `high` for which `at` does not refuse: tables may end before it.
+
+    Args:
+        at: Computes something for a size, or raises UnsupportedUse.
+        low: A size that is taken as it is.
+        high: The largest size that is tried.
+    """
+
+    def works(size: int) -> bool:
+        try:
+            at(size)
+        except UnsupportedUse:
+            return False
+        return True
+
+    if works(high):
+        return high
+    while low < high - 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if works(middle) else (low, middle)
+    return low
