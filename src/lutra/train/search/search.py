@@ -158,8 +158,8 @@ class Search:
         if not self.rough:
             return
         target, kept = self.budget.target, _WHOLE_DROP
-        first, longest = True, 0.0
-        while first or self._left() > max(longest, _WHOLE_TIME * self._longest):
+        longest = 0.0  # of the trials here; the first one is always made
+        while self._left() > longest or not longest:
             trials = good(self.storage.trials())
             whole = [trial for trial in trials if not trial.rough]
             found = best(whole, target, self.max_drop)
@@ -177,7 +177,7 @@ class Search:
             rough = candidates[0]
             label, number = rough.label.removesuffix(ROUGH), self.storage.start(rough.choice)
             trial = self._try(label, rough.choice, number)
-            first, longest = False, max(longest, trial.seconds)
+            longest = max(longest, trial.seconds)
             if not trial.failed and rough.drop > 0:
                 kept = min(1.0, max(0.1, trial.drop / rough.drop))
 
