@@ -65,11 +65,14 @@ def add_steady(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--frozen-codebooks", type=float, default=0.0, help="share of the run, at its end"
     )
+    parser.add_argument(
+        "--frozen-weights", type=float, default=0.0, help="share of the run, at its start"
+    )
 
 
 def steady(options: argparse.Namespace) -> dict[str, Any]:
     """What `add_steady` has added, as keywords of `finetune`."""
-    names = ("average", "codebook_lr", "frozen_batch_norm", "frozen_codebooks")
+    names = ("average", "codebook_lr", "frozen_batch_norm", "frozen_codebooks", "frozen_weights")
     return {name: getattr(options, name) for name in names}
 
 

@@ -59,6 +59,7 @@ def test_looking_at_the_average_does_not_disturb_training() -> None:
         {"average": 0.9},
         {"frozen_batch_norm": 0.5},
         {"frozen_codebooks": 0.5},
+        {"frozen_weights": 0.5},
         {"codebook_lr": 1e-4, "average": 0.99, "frozen_batch_norm": 0.3, "frozen_codebooks": 0.3},
     ],
     ids=lambda schedule: "+".join(schedule),
@@ -114,6 +115,26 @@ def test_codebooks_do_not_move_while_frozen(method: PQ, monkeypatch: pytest.Monk
     assert not torch.equal(model.conv.weight, weight)
 
 
+@pytest.mark.parametrize(
+    "method", [PQ(v=9, k=8, centroids="gradient"), TREE], ids=["nearest", "tree"]
+)
+def test_weights_do_not_move_while_frozen(method: PQ) -> None:
+    model = converted(method)
+    own = "centroids" if method.encoder == "nearest" else "table_residual"
+    states: list[dict[str, Tensor]] = []
+    finetune(
+        model, loader(), steps=6, lr=1e-2, frozen_weights=0.5, evaluate_every=1,
+        evaluate=lambda current: states.append(
+            {name: p.detach().clone() for name, p in current.named_parameters()}
+        ) or 0.0,
+    )  # fmt: skip
+    for name, first in states[0].items():
+        if "centroids" not in name and "table" not in name:
+            assert torch.equal(states[2][name], first), name
+    assert not torch.equal(states[0][f"conv.{own}"], states[2][f"conv.{own}"])
+    assert not torch.equal(states[2]["conv.weight"], states[3]["conv.weight"])
+
+
 def test_codebooks_have_a_learning_rate_of_their_own() -> None:
     model = converted(PQ(v=9, k=8, centroids="gradient"))
     centroids, weight = model.conv.centroids.clone(), model.conv.weight.clone()
@@ -129,6 +150,7 @@ def test_codebooks_have_a_learning_rate_of_their_own() -> None:
         ({"average": -0.1}, "average=-0.1 is not a number of 0 or more"),
         ({"frozen_batch_norm": 1.5}, "frozen_batch_norm=1.5 is a share"),
         ({"frozen_codebooks": float("nan")}, "frozen_codebooks=nan"),
+        ({"frozen_weights": 2.0}, "frozen_weights=2.0 is a share"),
         ({"codebook_lr": -1.0}, "codebook_lr=-1.0"),
     ],
 )

@@ -194,10 +194,14 @@ def finetune(
             for batch, position in training_batches(accelerator, loader, order, run, total, seed):
                 threads.fit(batch)
                 prepared.train()
-                if run.step / total < settings.schedule.frozen_batch_norm:
+                done, schedule = run.step / total, settings.schedule
+                if done < schedule.frozen_batch_norm:
                     freeze_batch_norm(model)
-                step.hold_codebooks(run.step / total >= 1.0 - settings.schedule.frozen_codebooks)
-                _anneal(model, run.step / total)
+                step.hold(
+                    codebooks=done >= 1.0 - schedule.frozen_codebooks,
+                    weights=done < schedule.frozen_weights,
+                )
+                _anneal(model, done)
                 value = step(batch, position)
                 rates.step()
                 average.update()

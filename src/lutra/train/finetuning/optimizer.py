@@ -22,6 +22,17 @@ def codebook_parameters(layers: Iterable[QuantizedLayer]) -> list[nn.Parameter]:
     return [parameter for layer in layers for parameter in layer.codebook_parameters()]
 
 
+def weight_parameters(model: nn.Module, layers: Iterable[QuantizedLayer]) -> list[nn.Parameter]:
+    """The parameters that a dense model has too: all but codebooks, tables and what scales them."""
+    own = {
+        parameter
+        for layer in layers
+        for name, parameter in layer.named_parameters()
+        if name not in ("weight", "bias")
+    }
+    return [parameter for parameter in model.parameters() if parameter not in own]
+
+
 def parameter_groups(model: nn.Module, schedule: Schedule) -> list[dict[str, Any]]:
     """Groups for an optimiser: ordinary parameters, temperatures, tables, and codebooks if they
     have a learning rate of their own; those that are empty are left out.

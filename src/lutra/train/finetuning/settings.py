@@ -35,6 +35,9 @@ class Schedule:
         frozen_batch_norm: share of the run, from its start, in which batch norms use their running
             statistics and do not renew them (0..1).
         frozen_codebooks: share of the run, up to its end, in which codebooks do not move (0..1).
+        frozen_weights: share of the run, from its start, in which nothing moves but codebooks,
+            tables and their scales (0..1): the second of LUTBoost's three stages (LUT-DLA,
+            arXiv 2501.10658). With the replaced layers as `feature_layers` it is trained as there.
 
     Raises:
         LutraError: a number is negative or not finite, a share above 1, `clip_norm` zero, or
@@ -51,12 +54,13 @@ class Schedule:
     average: float | None = None
     frozen_batch_norm: float = 0.0
     frozen_codebooks: float = 0.0
+    frozen_weights: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value is not None and not 0.0 <= value < math.inf:
                 raise LutraError(f"finetune: {name}={value} is not a number of 0 or more")
-        for name in ("frozen_batch_norm", "frozen_codebooks"):
+        for name in ("frozen_batch_norm", "frozen_codebooks", "frozen_weights"):
             if getattr(self, name) > 1.0:
                 raise LutraError(
                     f"finetune: {name}={getattr(self, name)} is a share of the run; give 0..1"
@@ -162,6 +166,7 @@ class Keywords(TypedDict, total=False):
     average: float | None
     frozen_batch_norm: float
     frozen_codebooks: float
+    frozen_weights: float
     teacher: nn.Module | None
     distillation_temperature: float
     feature_layers: Sequence[str]
@@ -199,6 +204,7 @@ class Settings:
             # None where unused: checkpoints that lack these settings then fit.
             "frozen_batch_norm": self.schedule.frozen_batch_norm or None,
             "frozen_codebooks": self.schedule.frozen_codebooks or None,
+            "frozen_weights": self.schedule.frozen_weights or None,
             "distillation": None if found is None else found.weight,
             "distillation_temperature": None if found is None else found.temperature,
             "feature_layers": [] if found is None else list(found.feature_layers),

@@ -13,7 +13,11 @@ from lutra.train.batches import BatchReader, TrainingBatch
 from lutra.train.finetuning.batches import Position
 from lutra.train.finetuning.distill import StepLoss
 from lutra.train.finetuning.faults import bad_input, broken_layer, reached_layer
-from lutra.train.finetuning.optimizer import codebook_parameters, quantized_layers
+from lutra.train.finetuning.optimizer import (
+    codebook_parameters,
+    quantized_layers,
+    weight_parameters,
+)
 from lutra.train.layers.finite import FiniteCheck, NotFiniteError
 from lutra.train.layers.pq_reconstruction import reconstruction_loss
 
@@ -51,7 +55,7 @@ class TrainingStep:
         self._reader, self._loss, self._own_loss = reader, loss, own_loss
         self._clip_norm = clip_norm
         self._early = accelerator.device.type == "cpu" and not collective.active()
-        self._holds, self._held = False, list[nn.Parameter]()
+        self._holds, self._held = (False, False), list[nn.Parameter]()
         self.check = FiniteCheck(model, wait=not self._early)
 
     def __enter__(self) -> TrainingStep:
@@ -59,17 +63,19 @@ class TrainingStep:
 
     def __exit__(self, *_: object) -> None:
         self.check.remove()
-        self.hold_codebooks(False)
+        self.hold()
 
-    def hold_codebooks(self, held: bool) -> None:
-        """Whether codebooks stay where they are in the steps that follow."""
-        if held == self._holds:
+    def hold(self, *, codebooks: bool = False, weights: bool = False) -> None:
+        """What stays as it is in the steps that follow: codebooks; what a dense model has too."""
+        if (codebooks, weights) == self._holds:
             return
-        self._holds = held
+        self._holds = codebooks, weights
         layers = quantized_layers(self._model)
-        self._held = codebook_parameters(layers) if held else []
+        self._held = codebook_parameters(layers) if codebooks else []
+        if weights:
+            self._held += weight_parameters(self._model, layers)
         for layer in layers:
-            layer.hold_codebooks(held)
+            layer.hold_codebooks(codebooks)
 
     def __call__(self, batch: Any, position: Position) -> float:
         """The loss, a mean over the processes.
