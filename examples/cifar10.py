@@ -273,16 +273,18 @@ def compress(
     options: argparse.Namespace,
     *,
     feature_layers: list[str],
+    teacher: nn.Module | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> None:
     """Converts a trained network, fine-tunes it, writes the file and measures it.
 
     Args:
-        dense: the network, which is the teacher too.
+        dense: the network.
         recipe: of the conversion.
         data: of `load_data`.
         options: of `add_arguments`.
         feature_layers: inner layers whose outputs are distilled.
+        teacher: the network to learn from; by default `dense`.
         metadata: more entries for the file.
     """
     calibration = [normalize(part) for part in np.array_split(data.x[:1024], 8)]
@@ -309,7 +311,7 @@ def compress(
     steps = 0
     if options.epochs:
         run = finetune(
-            model, loader, teacher=dense, distillation=options.distillation,
+            model, loader, teacher=teacher or dense, distillation=options.distillation,
             feature_layers=feature_layers, feature_weight=options.feature_weight,
             batch_norm_batches=100, checkpoint_dir=folder, evaluate=log(options.method),
             **settings, **steady(options),
