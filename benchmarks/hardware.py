@@ -27,7 +27,7 @@ from lutra.hardware.synthesis import gates_of
 ZOO = Path(__file__).parent.parent / "zoo"
 #: File, layer, and inputs of a row that one code stands for, which the multipliers take in a cycle.
 LAYERS = (
-    ("resnet20_cifar10", "layer1.0.conv1", 9),
+    ("resnet20_cifar10_nearest", "layer1.0.conv1", 9),
     ("resnet20_cifar10_fast", "layer2.1.conv1", 9),
     ("dscnn_speech_commands", "blocks.0.pointwise", 2),
     ("resnet_speech_commands", "blocks.2.conv2", 3),

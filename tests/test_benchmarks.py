@@ -149,7 +149,7 @@ def test_tables_are_those_of_training(levels: int, weights: int, signed: bool) -
 
 def test_tables_are_not_better_than_trained_ones() -> None:
     """Columns with small ranges are faster on AVX2."""
-    file = Path(__file__).parents[1] / "zoo" / "resnet20_cifar10.lutra"
+    file = Path(__file__).parents[1] / "zoo" / "resnet20_cifar10_nearest.lutra"
     trained = load_graph(file)
     drawn = lutra_graph(resnet20(), Pq())
 

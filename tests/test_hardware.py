@@ -246,7 +246,7 @@ def test_costs_of_a_network() -> None:
     import lutra
     from lutra.hardware.cost import network_cost, total_cost
 
-    graph = lutra.load_graph(Path(__file__).parent.parent / "zoo/resnet20_cifar10.lutra")
+    graph = lutra.load_graph(Path(__file__).parent.parent / "zoo/resnet20_cifar10_nearest.lutra")
     design = Design(k=16, v=9, tile=16, rows=1024, codes=2**14, act_bits=6)
     costs = network_cost(graph, lambda name: design)
     assert len(costs) == 18

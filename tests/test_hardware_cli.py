@@ -23,7 +23,7 @@ from lutra.hardware.layer import find_node, node_input
 
 ZOO = Path(__file__).parent.parent / "zoo"
 CASES = {
-    "resnet20_cifar10": "layer1.0.conv1",
+    "resnet20_cifar10_nearest": "layer1.0.conv1",
     "resnet20_cifar10_fast": "layer2.0.conv1",
     "resnet20_cifar10_rows": "layer1.0.conv1",
     "resnet20_cifar10_lookup4": "layer1.0.conv1",
@@ -61,7 +61,7 @@ def test_answers_are_those_of_the_model(file: str) -> None:
 def test_folder(tmp_path: Path, capture: Any) -> None:
     """What is in the folder, simulated without other tools."""
     code, text, _ = capture(
-        "hardware", str(ZOO / "resnet20_cifar10.lutra"), "--layer", "layer1.0.conv1", "-o",
+        "hardware", str(ZOO / "resnet20_cifar10_nearest.lutra"), "--layer", "layer1.0.conv1", "-o",
         str(tmp_path / "out"), "--rows", "4", "--tile", "4", "--elements", "4", "--simulate",
         "--simulator", "amaranth", "--json",
     )  # fmt: skip
@@ -88,7 +88,7 @@ def test_folder(tmp_path: Path, capture: Any) -> None:
     ],
 )
 def test_mistakes(tmp_path: Path, refuse: Any, arguments: list[str], message: str) -> None:
-    file = str(ZOO / "resnet20_cifar10.lutra")
+    file = str(ZOO / "resnet20_cifar10_nearest.lutra")
     refuse("hardware", file, *arguments, "-o", str(tmp_path / "out"), match=message)
     assert not (tmp_path / "out").exists()
 
@@ -119,7 +119,7 @@ def test_verilog_with_two_clocks(tmp_path: Path) -> None:
 
     needs("iverilog")
     needs("verilator")
-    graph = lutra.load_graph(ZOO / "resnet20_cifar10.lutra")
+    graph = lutra.load_graph(ZOO / "resnet20_cifar10_nearest.lutra")
     make_bundle(graph, "layer1.0.conv1", rows=20, two_clocks=True).write(tmp_path)
     lint(tmp_path)
     assert run_verilog(tmp_path, "icarus").passed
@@ -132,7 +132,7 @@ def test_a_wrong_answer_is_found(tmp_path: Path) -> None:
     from lutra.hardware.tools import run_verilog
 
     needs("iverilog")
-    graph = lutra.load_graph(ZOO / "resnet20_cifar10.lutra")
+    graph = lutra.load_graph(ZOO / "resnet20_cifar10_nearest.lutra")
     make_bundle(graph, "layer1.0.conv1", rows=8).write(tmp_path)
     for file in ("sums.mem", "code.mem"):
         text = (tmp_path / file).read_text()
