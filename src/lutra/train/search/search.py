@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
+from statistics import median
 from typing import Any, Final
 
 import numpy as np
@@ -42,6 +43,8 @@ _MANY: Final = 60
 #: A conversion with all samples takes this many times as long, and keeps this share of the drop.
 _WHOLE_TIME: Final = 4.0
 _WHOLE_DROP: Final = 0.85
+#: The most that is left for such conversions, as a share of the budget.
+_WHOLE_SHARE: Final = 0.25
 #: Layers of a network whose ends are left dense at first.
 _DEEP: Final = 5
 #: How far a measured time, loss and size may be off, as shares.
@@ -121,14 +124,11 @@ class Search:
         """Whether another trial fits into the budget."""
         if self.budget.trials is not None and self.tried >= self.budget.trials:
             return False
-        # The chosen recipe is converted once more, with all samples.
-        return self._left() > self._longest * (1.0 + _WHOLE_TIME * self.rough)
-
-    @property
-    def _longest(self) -> float:
-        """Seconds of the longest trial of the kind that is under way."""
         own = [t for t in self.storage.trials() if t.rough == self.rough and t.label != DENSE]
-        return max((trial.seconds for trial in own), default=0.0)
+        seconds = [trial.seconds for trial in own] or [0.0]
+        # The chosen recipe is converted once more, with all samples.
+        whole = min(_WHOLE_TIME * median(seconds), _WHOLE_SHARE * 60.0 * self.budget.minutes)
+        return self._left() > max(seconds) + whole * self.rough
 
     def _left(self) -> float:
         """Seconds of the budget."""
