@@ -66,13 +66,13 @@ sweep: $(ENV)
 lint: $(ENV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find cpp tests -name '*.cc' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $(shell find cpp tests include examples -name '*.cc' -o -name '*.h' -o -name '*.c')
 	$(BIN)/mypy
 
 format: $(ENV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find cpp tests -name '*.cc' -o -name '*.h')
+	$(BIN)/clang-format -i $(shell find cpp tests include examples -name '*.cc' -o -name '*.h' -o -name '*.c')
 
 stubs: $(ENV)
 	$(BIN)/python cpp/make_stub.py

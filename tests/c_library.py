@@ -18,6 +18,8 @@ from graphs import Array
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 BUILD: Final = ROOT / "build" / "c-api"
+#: The library and the example.
+LIBRARY: Final = ("-DLUTRA_C=ON", "-DLUTRA_C_EXAMPLE=ON")
 MAX_RANK: Final = 8
 OK, ARGUMENT, FILE, FORMAT, CPU, INPUT, MEMORY = range(7)
 DTYPES: Final = (np.float32, np.int32)
@@ -28,8 +30,15 @@ def tool(name: str) -> str:
     return str(shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"))
 
 
-def build() -> Path:
-    """Builds the library and the example, and returns their folder; skips where nothing can."""
+#: Scalar kernels only: the others take long to build with sanitizers.
+FUZZ: Final = (
+    "-DLUTRA_FUZZ=ON", "-DLUTRA_SANITIZE=ON", "-DLUTRA_CAN_AVX2=OFF", "-DLUTRA_CAN_AVX512=OFF",
+    "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1",
+)  # fmt: skip
+
+
+def build(folder: Path = BUILD, options: Sequence[str] = LIBRARY, target: str = "all") -> Path:
+    """Builds a target of a build of its own, and returns its folder; skips where nothing can."""
     for name, why in (("cmake", "pip install cmake ninja"), ("ninja", "pip install cmake ninja")):
         if tool(name) == "None":
             pytest.skip(f"needs {name}: {why}")
@@ -37,14 +46,16 @@ def build() -> Path:
         pytest.skip("needs a C compiler: apt-get install gcc g++")
     if not (ROOT / "cpp" / "c").is_dir():
         pytest.skip("needs the source tree of lutra")
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with (BUILD / ".lock").open("w") as lock:  # several processes run tests
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:  # several processes run tests
         fcntl.flock(lock, fcntl.LOCK_EX)
-        options = ["-DLUTRA_PYTHON=OFF", "-DLUTRA_C=ON", "-DLUTRA_C_EXAMPLE=ON"]
         ninja = f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"
-        command(tool("cmake"), "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", ninja, *options)
-        command(tool("cmake"), "--build", str(BUILD))
-    return BUILD
+        command(
+            tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", ninja,
+            "-DLUTRA_PYTHON=OFF", *options,
+        )  # fmt: skip
+        command(tool("cmake"), "--build", str(folder), "--target", target)
+    return folder
 
 
 def command(*words: str) -> str:

@@ -201,9 +201,7 @@ def test_arguments_that_are_wrong(library: Library) -> None:
     with pytest.raises(LutraCError, match="no input 1"):
         model.set_input(1, x)
     with pytest.raises(LutraCError, match="aligned"):
-        library.check(
-            c.lutra_set_input(model.session, 0, ctypes.c_void_p(x.ctypes.data + 1), None)
-        )
+        library.check(c.lutra_set_input(model.session, 0, ctypes.c_void_p(x.ctypes.data + 1), None))
     with pytest.raises(LutraCError, match="data is NULL"):
         library.check(c.lutra_set_input(model.session, 0, None, None))
     with pytest.raises(LutraCError, match="no value 7"):

@@ -42,9 +42,7 @@ Parts open_parts(const uint8_t* data, size_t size) {
   return {{data + kHead, static_cast<size_t>(length)}, data + start, size - start};
 }
 
-size_t item_size(Dtype dtype) {
-  return dtype == Dtype::kInt32 || dtype == Dtype::kFloat32 ? 4 : 1;
-}
+size_t item_size(Dtype dtype) { return dtype == Dtype::kInt32 || dtype == Dtype::kFloat32 ? 4 : 1; }
 
 Dtype read_dtype(ByteReader& in) {
   const uint8_t dtype = in.byte();

@@ -342,9 +342,7 @@ lutra_status lutra_open_memory(const void* data, size_t size, const lutra_option
 
 void lutra_close(lutra_model* model) { delete model; }
 
-size_t lutra_input_count(const lutra_model* model) {
-  return model->shared->compiled.inputs.size();
-}
+size_t lutra_input_count(const lutra_model* model) { return model->shared->compiled.inputs.size(); }
 
 size_t lutra_output_count(const lutra_model* model) {
   return model->shared->compiled.outputs.size();

@@ -3,7 +3,8 @@
  *   run_model MODEL.lutrac INPUT[:SHAPE]... [-o OUTPUT]...
  *
  * There is one INPUT for each input of the model: float32 or int32 values, C-contiguous. A SHAPE,
- * such as 2x3x24x24, is needed where more than the number of samples is open. An OUTPUT gets the raw float32 values of the output of its place. */
+ * such as 2x3x24x24, is needed where more than the number of samples is open. An OUTPUT gets the
+ * raw float32 values of the output of its place. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -21,8 +21,9 @@ namespace {
 using Bytes = std::vector<uint8_t>;
 using Random = std::mt19937_64;
 
-constexpr int64_t kNumbers[] = {0, 1, -1, 2, 3, 4, 7, 8, 16, 63, 64, 127, 128, 255, 256, 4096, 4097,
-                                65535, 65536, 1 << 24, INT32_MAX, INT32_MIN, INT64_MAX, INT64_MIN};
+constexpr int64_t kNumbers[] = {
+    0,   1,   -1,  2,    3,    4,     7,     8,       16,        63,        64,        127,
+    128, 255, 256, 4096, 4097, 65535, 65536, 1 << 24, INT32_MAX, INT32_MIN, INT64_MAX, INT64_MIN};
 constexpr double kReals[] = {0.0, -0.0, 1e-310, 1e-30, -1.0, 1e30, 1e300, INFINITY, NAN};
 
 size_t below(Random& r, size_t n) { return static_cast<size_t>(r() % n); }
@@ -111,7 +112,8 @@ int main(int argc, char** argv) {
     const Bytes& other = corpus[below(random, corpus.size())];
     for (size_t n = 1 + below(random, 4); n > 0; --n) change(file, other, random);
     std::ofstream(last, std::ios::binary)
-        .write(reinterpret_cast<const char*>(file.data()), static_cast<std::streamsize>(file.size()));
+        .write(reinterpret_cast<const char*>(file.data()),
+               static_cast<std::streamsize>(file.size()));
     ++counts[static_cast<int>(try_bytes(file.data(), file.size()))];
   }
   std::printf("%ld refused, %ld opened, %ld ran\n", counts[0], counts[1], counts[2]);

@@ -153,7 +153,9 @@ class _Writer:
         parts = [
             _text(op),
             _text(self._label),
-            _list([struct.pack("<II", value, plane) + _sizes(shape) for value, plane, shape in read]),
+            _list(
+                [struct.pack("<II", value, plane) + _sizes(shape) for value, plane, shape in read]
+            ),
             _sizes(output_shape),
             struct.pack("<I", residual + 1),
             struct.pack("<B", clamp is not None),
@@ -187,7 +189,13 @@ class _Writer:
         ]
         metadata = json.dumps(dict(graph.metadata), sort_keys=True, separators=(",", ":"))
         description = b"".join(
-            (_text(metadata), _list(self._arrays), _list(inputs), _list(self._steps), _list(outputs))
+            (
+                _text(metadata),
+                _list(self._arrays),
+                _list(inputs),
+                _list(self._steps),
+                _list(outputs),
+            )
         )
         head = len(MAGIC) + struct.calcsize("<IIQ")
         body = b"".join(

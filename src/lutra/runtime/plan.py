@@ -95,7 +95,9 @@ def add_steps(plan: PlanBuilder, graph: Graph) -> None:
 class _Places:
     """Where the values of a graph are in a plan: a value of the plan, or planes of one."""
 
-    def __init__(self, plan: PlanBuilder, values: Mapping[str, Value], numbers: dict[str, int]) -> None:
+    def __init__(
+        self, plan: PlanBuilder, values: Mapping[str, Value], numbers: dict[str, int]
+    ) -> None:
         self._plan = plan
         self._values = values
         self._numbers = numbers
