@@ -157,7 +157,8 @@ $(VENV)/.docs: $(ENV)
 # The pages and what they link to keep their places, so that relative links work on the site too.
 docs: $(VENV)/.docs
 	rm -rf build/pages && mkdir -p build/pages
-	cp --parents *.md LICENSE docs/*.md docs/api/*.md zoo/*.md benchmarks/*.md examples/*.py build/pages/
+	cp --parents *.md LICENSE docs/*.md docs/api/*.md zoo/*.md benchmarks/*.md examples/*.py \
+	  examples/c/*.c include/*.h build/pages/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(VENV)/.bench: $(ENV)

@@ -78,6 +78,7 @@ void read_outputs(const lutra_model* model, const lutra_session* session) {
 }  // namespace
 
 Outcome try_bytes(const uint8_t* data, size_t size) {
+  if (size == 0) return Outcome::kRefused;  // there is no place where nothing is
   const std::vector<uint8_t> file = with_head(data, size);
   const uint32_t seed = lutra::crc32(file.data(), file.size());
   lutra_options options{};
