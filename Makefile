@@ -109,6 +109,8 @@ fuzz: $(ENV)
 	$(FUZZ_CMAKE) $$(command -v clang++ > /dev/null && echo -DCMAKE_CXX_COMPILER=clang++)
 	$(BIN)/cmake --build build/fuzz
 	cd tests && $(abspath $(BIN))/python fuzz_corpus.py ../build/fuzz/corpus
+	cd tests && $(abspath $(BIN))/python fuzz_corpus.py ../build/fuzz/wrong 5000
+	build/fuzz/fuzz_mutations build/fuzz/wrong 0
 	build/fuzz/fuzz_mutations build/fuzz/corpus $$(($(SECONDS) / 2))
 	mkdir -p build/fuzz/found
 	! test -e build/fuzz/fuzz_compiled || build/fuzz/fuzz_compiled -max_total_time=$$(($(SECONDS) / 2)) \

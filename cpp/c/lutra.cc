@@ -2,7 +2,6 @@
 #include "lutra.h"
 
 #include <algorithm>
-#include <bit>
 #include <cerrno>
 #include <climits>
 #include <cstddef>
@@ -179,7 +178,7 @@ bool all_finite(const float* x, int64_t size) {
   constexpr uint32_t kExponent = 0x7f800000;
   uint32_t bad = 0;
   for (int64_t i = 0; i < size; ++i) {
-    bad |= static_cast<uint32_t>((std::bit_cast<uint32_t>(x[i]) & kExponent) == kExponent);
+    bad |= static_cast<uint32_t>((__builtin_bit_cast(uint32_t, x[i]) & kExponent) == kExponent);
   }
   return bad == 0;
 }

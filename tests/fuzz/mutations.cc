@@ -1,6 +1,6 @@
-// Random changes of the files of a folder, for some seconds: fuzz_mutations FOLDER SECONDS [SEED].
-// Needs no fuzzer. Prints how many files were tried; the last one is kept as FOLDER/../last.lutrac,
-// so that after a crash it is there.
+// Random changes of the files of a folder, for some seconds: fuzz_mutations FOLDER SECONDS [SEED];
+// with 0 seconds the files as they are. Needs no fuzzer. Prints how many files were tried; the last
+// one is kept as FOLDER/../last.lutrac, so that after a crash it is there.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -97,24 +97,22 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "fuzz_mutations: %s is empty\n", argv[1]);
     return 2;
   }
-  for (const Bytes& file : corpus) {
-    if (try_bytes(file.data(), file.size()) == Outcome::kRefused) {
-      std::fprintf(stderr, "fuzz_mutations: a file of the folder is refused\n");
-      return 1;
-    }
-  }
-  using Clock = std::chrono::steady_clock;
-  const auto start = Clock::now();
   const std::filesystem::path last = folder.parent_path() / "last.lutrac";
   long counts[3] = {};
-  while (std::chrono::duration<double>(Clock::now() - start).count() < seconds) {
-    Bytes file = corpus[below(random, corpus.size())];
-    const Bytes& other = corpus[below(random, corpus.size())];
-    for (size_t n = 1 + below(random, 4); n > 0; --n) change(file, other, random);
+  const auto attempt = [&](const Bytes& file) {
     std::ofstream(last, std::ios::binary)
         .write(reinterpret_cast<const char*>(file.data()),
                static_cast<std::streamsize>(file.size()));
     ++counts[static_cast<int>(try_bytes(file.data(), file.size()))];
+  };
+  for (size_t i = 0; seconds <= 0 && i < corpus.size(); ++i) attempt(corpus[i]);
+  using Clock = std::chrono::steady_clock;
+  const auto start = Clock::now();
+  while (std::chrono::duration<double>(Clock::now() - start).count() < seconds) {
+    Bytes file = corpus[below(random, corpus.size())];
+    const Bytes& other = corpus[below(random, corpus.size())];
+    for (size_t n = 1 + below(random, 4); n > 0; --n) change(file, other, random);
+    attempt(file);
   }
   std::printf("%ld refused, %ld opened, %ld ran\n", counts[0], counts[1], counts[2]);
   return 0;
