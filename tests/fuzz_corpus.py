@@ -104,7 +104,11 @@ class _WrongWriter(_Writer):
         if kind == 5 and array.dtype == np.float32:
             return np.full_like(array, r.choice((np.nan, np.inf, -1e30, 0.0, 1e-40)))
         if array.dtype == np.float32:
-            return array.astype(r.choice((np.int8, np.uint8, np.int32)))
+            return (
+                np.nan_to_num(array)
+                .astype(np.int32)
+                .astype(r.choice((np.int8, np.uint8, np.int32)))
+            )
         info = np.iinfo(array.dtype)
         return np.full_like(array, r.choice((info.min, info.max, info.max // 2, 0)))
 
