@@ -20,6 +20,8 @@ help:
 	@echo "make lint      ruff, clang-format, mypy; 'make format' mends the first two"
 	@echo "make wheel     a wheel for $(PYTHON) and the source archive, in dist; tried in an empty environment"
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
+	@echo "make c-api     the C library and its example, in build/c-api"
+	@echo "make fuzz      changed files for the C library, under the sanitizers (ten minutes; SECONDS=60)"
 	@echo "make kernels-arm  kernel tests for AArch64, under qemu-aarch64"
 	@echo "make test-arm  tests of the engine and the zoo with an arm64 Python, under qemu-aarch64"
 	@echo "make stubs     src/lutra/_engine.pyi from the built extension"
@@ -64,13 +66,13 @@ sweep: $(ENV)
 lint: $(ENV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find cpp tests -name '*.cc' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $(shell find cpp tests include examples -name '*.cc' -o -name '*.h' -o -name '*.c')
 	$(BIN)/mypy
 
 format: $(ENV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find cpp tests -name '*.cc' -o -name '*.h')
+	$(BIN)/clang-format -i $(shell find cpp tests include examples -name '*.cc' -o -name '*.h' -o -name '*.c')
 
 stubs: $(ENV)
 	$(BIN)/python cpp/make_stub.py
@@ -90,6 +92,29 @@ sanitize: $(ENV)
 	  -DCMAKE_BUILD_TYPE=Release -DLUTRA_PYTHON=OFF -DLUTRA_KERNEL_TESTS=ON -DLUTRA_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/kernels_test
+
+.PHONY: c-api fuzz
+c-api: $(ENV)
+	$(BIN)/cmake -S . -B build/c-api -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DLUTRA_PYTHON=OFF -DLUTRA_C=ON -DLUTRA_C_EXAMPLE=ON
+	$(BIN)/cmake --build build/c-api
+
+# libFuzzer with clang, a plain program without. Kernels of instruction sets have tests of their own,
+# and take long to build with sanitizers, so that the scalar ones run here.
+SECONDS ?= 600
+FUZZ_CMAKE = $(BIN)/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+  -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1 -DLUTRA_PYTHON=OFF -DLUTRA_FUZZ=ON \
+  -DLUTRA_SANITIZE=ON -DLUTRA_CAN_AVX2=OFF -DLUTRA_CAN_AVX512=OFF
+fuzz: $(ENV)
+	$(FUZZ_CMAKE) $$(command -v clang++ > /dev/null && echo -DCMAKE_CXX_COMPILER=clang++)
+	$(BIN)/cmake --build build/fuzz
+	cd tests && $(abspath $(BIN))/python fuzz_corpus.py ../build/fuzz/corpus
+	cd tests && $(abspath $(BIN))/python fuzz_corpus.py ../build/fuzz/wrong 5000
+	build/fuzz/fuzz_mutations build/fuzz/wrong 0
+	build/fuzz/fuzz_mutations build/fuzz/corpus $$(($(SECONDS) / 2))
+	mkdir -p build/fuzz/found
+	! test -e build/fuzz/fuzz_compiled || build/fuzz/fuzz_compiled -max_total_time=$$(($(SECONDS) / 2)) \
+	  -max_len=65536 -timeout=60 -malloc_limit_mb=512 -print_final_stats=1 build/fuzz/found build/fuzz/corpus
 
 # Needs Debian's g++-aarch64-linux-gnu and qemu-user. One core has the dot products, one has not.
 ARM := aarch64-linux-gnu
@@ -134,7 +159,8 @@ $(VENV)/.docs: $(ENV)
 # The pages and what they link to keep their places, so that relative links work on the site too.
 docs: $(VENV)/.docs
 	rm -rf build/pages && mkdir -p build/pages
-	cp --parents *.md LICENSE docs/*.md docs/api/*.md zoo/*.md benchmarks/*.md examples/*.py build/pages/
+	cp --parents *.md LICENSE docs/*.md docs/api/*.md zoo/*.md benchmarks/*.md examples/*.py \
+	  examples/c/*.c include/*.h build/pages/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(VENV)/.bench: $(ENV)

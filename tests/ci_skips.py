@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from collections.abc import Generator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +51,13 @@ def allowed(environment: str) -> list[str]:
     ]
     if environment == "runtime":
         patterns += [r"needs onnx: pip install 'lutra\[onnx\]'"] if missing(("onnx",)) else []
+        # The C library is built and tested in the other environment.
+        folder = Path(sys.executable).parent
+        patterns += [
+            rf"needs {name}: pip install cmake ninja"
+            for name in ("cmake", "ninja")
+            if not (folder / name).exists() and shutil.which(name) is None
+        ]
     if not DATA.is_dir():
         patterns.append(r"needs .*: set LUTRA_TEST_DATA to the folder that holds \w+/")
     from lutra import runnable_isas  # imports NumPy, which conftest.py must forestall

@@ -148,12 +148,21 @@ def test_a_bug_is_no_failed_check(
     )
 
 
+def test_compile_writes_what_the_function_gives(capture: Any, model: str) -> None:
+    code, out, _ = capture("compile", model)
+    assert code == 0
+    made = Path(model).with_suffix(".lutrac")
+    assert f"wrote {made}" in out
+    assert made.read_bytes() == lutra.compile_plan(lutra.load_graph(model))
+
+
 COMMANDS_WITH_FILE = [
     ["inspect", "bad.lutra"],
     ["run", "bad.lutra", "-i", "x.npy", "-o", "y.npy"],
     ["verify", "bad.lutra"],
     ["eval", "bad.lutra", "--images", "x.npy", "--labels", "y.npy"],
     ["bench", "bad.lutra", "--json", "b.json"],
+    ["compile", "bad.lutra"],
 ]
 
 

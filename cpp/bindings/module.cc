@@ -39,6 +39,7 @@ std::map<std::string, Limit> limits() {
   for (int64_t b = kMinLookupActBits; b <= kMaxLookupActBits; ++b) act_bits.push_back(b);
   return {{"max_engine_rank", kMaxRank},
           {"max_extent", kMaxExtent},
+          {"max_factor", kMaxFactor},
           {"max_act_bits", kMaxActBits},
           {"int8_max", kInt8Max},
           {"centroid_counts", all_of(kCentroidCounts)},

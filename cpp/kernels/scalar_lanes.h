@@ -2,7 +2,6 @@
 // avx512_lanes.h and neon_lanes.h give the same bits in every lane. Private to scalar.cc.
 #pragma once
 
-#include <bit>
 #include <cmath>
 
 #include "kernels.h"
@@ -35,8 +34,8 @@ Floats minimum(Floats a, Floats b) { return a < b ? a : b; }  // b where one is 
 Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 Floats root(Floats a) { return std::sqrt(a); }
 
-Ints bits(Floats a) { return std::bit_cast<int32_t>(a); }
-Floats floats(Ints a) { return std::bit_cast<float>(a); }
+Ints bits(Floats a) { return __builtin_bit_cast(int32_t, a); }
+Floats floats(Ints a) { return __builtin_bit_cast(float, a); }
 Ints add(Ints a, Ints b) {  // modulo 2^32
   return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
 }

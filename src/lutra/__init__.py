@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lutra.lowbit import LowBitMatrix
     from lutra.node import Node, Value
     from lutra.reference import run_reference
+    from lutra.runtime.compiled import compile_plan, save_compiled
     from lutra.runtime.cpu import cpu_info, runnable_isas
     from lutra.runtime.profile import Profile, StepProfile
     from lutra.runtime.session import Session
@@ -61,10 +62,12 @@ __all__ = [
     "UnsupportedModelError",
     "Value",
     "__version__",
+    "compile_plan",
     "cpu_info",
     "load_graph",
     "run_reference",
     "runnable_isas",
+    "save_compiled",
     "save_graph",
 ]
 
@@ -89,10 +92,12 @@ _PLACES: Final = {
     "UnsupportedCpuError": "errors",
     "UnsupportedModelError": "errors",
     "Value": "node",
+    "compile_plan": "runtime.compiled",
     "cpu_info": "runtime.cpu",
     "load_graph": "format",
     "run_reference": "reference",
     "runnable_isas": "runtime.cpu",
+    "save_compiled": "runtime.compiled",
     "save_graph": "format",
 }
 #: Modules that are attributes of the package without an import of their own.

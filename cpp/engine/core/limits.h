@@ -7,6 +7,8 @@ namespace lutra {
 
 // Largest kernel, stride, dilation or padding of a window.
 inline constexpr int64_t kMaxExtent = 4096;
+// Largest factor by which images grow.
+inline constexpr int64_t kMaxFactor = 64;
 // Bits of an activation grid: sums of two products with int8 fit int16.
 inline constexpr int32_t kMaxActBits = 7;
 // Entries of response tables, and weights of int8 layers, are in -kInt8Max..kInt8Max.

@@ -15,6 +15,8 @@ constexpr size_t kMaxFreeContexts = 8;
 // Bytes of the free contexts for other shapes than the last run had: inputs of many sizes must not
 // pile up memory.
 constexpr size_t kMaxOtherBytes = size_t{1} << 28;
+// No shape has more elements than this, so that numbers of bytes do not overflow.
+constexpr int64_t kMaxElements = int64_t{1} << 40;
 constexpr double kShortRun = 60e-6;  // seconds: not worth waking other threads for
 
 double now() {
@@ -192,9 +194,19 @@ Shapes Plan::input_shapes(const Entry& e, const Context& c) const {
   return shapes;
 }
 
+void Plan::check_memory(size_t bytes) const {
+  if (bytes <= limit_) return;
+  throw MemoryLimitError("a run takes more than the " + std::to_string(limit_) +
+                         " bytes of working memory that it may take");
+}
+
 Shape Plan::infer(const Entry& e, const Shapes& inputs) const {
   try {
-    return e.step->infer(inputs);
+    const Shape shape = e.step->infer(inputs);
+    bool sound = shape.size() <= kMaxElements;
+    for (int i = 0; i < shape.rank; ++i) sound = sound && shape[i] >= 1;
+    require(sound, "its output has the shape " + shape.text() + ", which is empty or too large");
+    return shape;
   } catch (const std::invalid_argument& error) {
     throw std::invalid_argument(e.label + ": " + error.what());
   }
@@ -226,6 +238,7 @@ void Plan::lay_out(Context& c, const Shapes& input_shapes) const {
     const size_t bytes = stored_bytes(c.shapes_[id], values_[id].source >= 0);
     c.offsets_[id] = place(live, bytes);
     top = std::max(top, c.offsets_[id] + bytes);
+    check_memory(top);
     made.push_back(id);
   };
   for (size_t i = 0; i < static_cast<size_t>(inputs_); ++i) allocate(i);
@@ -247,6 +260,7 @@ void Plan::lay_out(Context& c, const Shapes& input_shapes) const {
     }
     std::erase_if(made, done);
   }
+  check_memory(top + workspace);
   c.workspace_ = top;
   c.arena_bytes_ = top + workspace;
   c.input_shapes_ = input_shapes;

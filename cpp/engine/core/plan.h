@@ -1,8 +1,10 @@
 // A plan: the steps of a graph, their weights packed for one instruction set, ready to run.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -11,6 +13,12 @@
 #include "engine/core/output_pool.h"
 
 namespace lutra {
+
+// A run would take more memory than it may: see Plan::limit_memory().
+class MemoryLimitError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
 
 class Plan final : public PlanBuilder {
  public:
@@ -28,6 +36,10 @@ class Plan final : public PlanBuilder {
   // decided which values are stored as floats, on a grid, or both, and who quantises: the step
   // that makes the value wherever it can.
   void finish(std::vector<int> outputs);
+
+  // Bytes of working memory that one run may take; by default any number. acquire() throws
+  // MemoryLimitError before it takes more.
+  void limit_memory(size_t bytes) { limit_ = bytes; }
 
   const Kernels& kernels() const override { return kernels_; }
   int threads() const { return pool_.threads(); }
@@ -106,6 +118,7 @@ class Plan final : public PlanBuilder {
   void fuse();
   void resolve_quantized();
   Shape infer(const Entry& e, const Shapes& inputs) const;
+  void check_memory(size_t bytes) const;
   void lay_out(Context& context, const Shapes& input_shapes) const;
   Shapes input_shapes(const Entry& e, const Context& context) const;
   uint8_t* memory(Context& context, int id) const;
@@ -115,6 +128,7 @@ class Plan final : public PlanBuilder {
   ThreadPool pool_;
   std::shared_ptr<OutputPool> output_pool_ = std::make_shared<OutputPool>();
   int inputs_ = 0;
+  size_t limit_ = SIZE_MAX;
   std::vector<Value> values_;
   std::vector<Grid> grids_;  // of quantised values
   std::vector<Entry> steps_;

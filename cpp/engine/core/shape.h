@@ -9,6 +9,7 @@
 #include <array>
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <string>
 
 namespace lutra {
@@ -29,8 +30,8 @@ struct Shape {
   bool operator==(const Shape&) const = default;
   int64_t batch() const { return rank > 0 ? dims[0] : 1; }
   int64_t inner() const { return product(2); }  // of the axes after the second
-  int64_t size() const { return product(0); }
-  std::string text() const {  // "(2, 3, 32, 32)"
+  int64_t size() const { return product(0); }   // of too many elements: the largest number
+  std::string text() const {                    // "(2, 3, 32, 32)"
     std::string s = "(";
     for (int i = 0; i < rank; ++i) s.append(i ? ", " : "").append(std::to_string(dims[i]));
     return s.append(")");
@@ -39,7 +40,12 @@ struct Shape {
  private:
   int64_t product(int first) const {
     int64_t n = 1;
-    for (int i = first; i < rank; ++i) n *= dims[i];
+    for (int i = first; i < rank; ++i) {
+      if (dims[i] > 0 && n > std::numeric_limits<int64_t>::max() / dims[i]) {
+        return std::numeric_limits<int64_t>::max();
+      }
+      n *= dims[i];
+    }
     return n;
   }
 };

@@ -97,9 +97,9 @@ void CodePlanes::make(const PatchSource& parts, PatchSource& patches, uint8_t* s
   const ConvGeometry& g = parts.geometry();
   const int64_t height = g.out_h(parts.height()), width = g.out_w(parts.width());
   uint8_t* const workspace = shared + code_bytes(parts);
-  const auto load = [&](const auto* codes) {
-    const View view{codes,          parts.images(), codes_.channels, height,    width,
-                    height * width, rows,           width,           int64_t{1}};
+  const auto load = [&]<class T>(const T* codes) {
+    const View<const T> view{codes,          parts.images(), codes_.channels, height,    width,
+                             height * width, rows,           width,           int64_t{1}};
     patches.load(view, padding_.data(), workspace, pool);
   };
   if (unit_ == 1) return load(static_cast<const uint8_t*>(shared));

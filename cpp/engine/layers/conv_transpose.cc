@@ -61,6 +61,7 @@ class ConvTransposeStep : public Step {
     for (const Phase& rows : down_) {
       for (const Phase& columns : across_) {
         start_.push_back(static_cast<int64_t>(weight_.size()));
+        if (rows.entries.empty() || columns.entries.empty()) continue;
         for (int64_t group = 0; group < groups; ++group) pack(rows, columns, group, weight);
       }
     }

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "engine/core/op_registry.h"
+#include "engine/steps/scaled.h"
 
 namespace lutra {
 namespace {
@@ -287,6 +288,7 @@ Upsample upsample_mode(const std::string& name) {
 }
 
 int add_upsample(PlanBuilder& plan, const StepArgs& args) {
+  check_scaled(args);
   Upsampling u{.mode = upsample_mode(args.text("mode")),
                .scale_h = args.number("scale_h"),
                .scale_w = args.number("scale_w"),

@@ -144,18 +144,18 @@ class PoolStep : public FloatStep {
   float average(const float* from, const Shape& x, int64_t oy, int64_t ox) const {
     const int64_t y0 = oy * g_.stride_h - g_.pad_h, x0 = ox * g_.stride_w - g_.pad_w;
     const int64_t height = high(x), width = wide(x);
+    // Only average pooling comes here: its windows have no gaps.
+    const int64_t y_end = std::min(y0 + g_.kernel_h, height);
+    const int64_t x_end = std::min(x0 + g_.kernel_w, width);
+    const int64_t y_start = std::max<int64_t>(y0, 0), x_start = std::max<int64_t>(x0, 0);
     float sum = 0.0f;
-    int64_t inside = 0;
-    for (int64_t ky = 0; ky < g_.kernel_h; ++ky) {
-      const int64_t yy = y0 + ky * g_.dilation_h;
-      if (yy < 0 || yy >= height) continue;
-      for (int64_t kx = 0; kx < g_.kernel_w; ++kx) {
-        const int64_t xx = x0 + kx * g_.dilation_w;
-        if (xx < 0 || xx >= width) continue;
+    for (int64_t yy = y_start; yy < y_end; ++yy) {
+      for (int64_t xx = x_start; xx < x_end; ++xx) {
         sum += at(from, x, yy - border_.top, xx - border_.left);
-        ++inside;
       }
     }
+    const int64_t inside =
+        std::max<int64_t>(y_end - y_start, 0) * std::max<int64_t>(x_end - x_start, 0);
     // With padding counted, the window still ends with the padded image.
     const int64_t padded = (std::min(y0 + g_.kernel_h, height + g_.pad_h) - y0) *
                            (std::min(x0 + g_.kernel_w, width + g_.pad_w) - x0);

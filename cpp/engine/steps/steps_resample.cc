@@ -5,6 +5,7 @@
 
 #include "engine/core/memory.h"
 #include "engine/core/op_registry.h"
+#include "engine/steps/scaled.h"
 
 namespace lutra {
 namespace {
@@ -34,10 +35,7 @@ float outer_weight(float t) {
 class BicubicStep : public FloatStep {
  public:
   BicubicStep(Sizes size, double scale_h, double scale_w, bool align_corners, bool like)
-      : size_(std::move(size)), scale_{scale_h, scale_w}, aligned_(align_corners), like_(like) {
-    require(like || size_.size() == 2 || (scale_h > 0 && scale_w > 0),
-            "a bicubic upsampling needs a size, two scales or a second input");
-  }
+      : size_(std::move(size)), scale_{scale_h, scale_w}, aligned_(align_corners), like_(like) {}
 
   Shape infer(const Shapes& in) const override {
     const Shape& x = in[0];
@@ -250,6 +248,7 @@ class GridSampleStep : public FloatStep {
 };
 
 int add_bicubic(PlanBuilder& plan, const StepArgs& args) {
+  check_scaled(args);
   return add_step<BicubicStep>(plan, args, args.integers("size"), args.number("scale_h"),
                                args.number("scale_w"), args.flag("align_corners"),
                                args.inputs.size() > 1);

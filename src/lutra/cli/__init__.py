@@ -32,6 +32,7 @@ COMMANDS: Final = {
     "verify": ("verify", "check the engine against the reference on this machine"),
     "eval": ("evaluate", "measure a model on data with known answers"),
     "bench": ("bench", "measure the speed of a model"),
+    "compile": ("compile", "write a file for the C library and the browser"),
     "convert": ("convert", "convert a PyTorch model (needs lutra[train])"),
     "optimize": ("optimize", "find the fastest recipe within a budget (needs lutra[train,search])"),
     "report": ("report", "write a page about a file (needs lutra[report])"),

@@ -20,9 +20,9 @@ from lutra.ops.limits import MAX_ENGINE_RANK
 from lutra.runtime.fuse import FusedNode, fuse
 from lutra.runtime.pads import without_pads
 from lutra.runtime.shared_codes import share_codes
-from lutra.runtime.steps import StepArgs, add_step, sizes
+from lutra.runtime.steps import PlanBuilder, StepArgs, add_step, sizes
 
-__all__ = ["build_plan"]
+__all__ = ["add_steps", "build_plan"]
 
 
 def build_plan(graph: Graph, isa: str, threads: int) -> Plan:
@@ -40,6 +40,25 @@ def build_plan(graph: Graph, isa: str, threads: int) -> Plan:
         GraphError: If the graph is not valid.
         EngineError: If the engine cannot run the graph, with the node named.
     """
+    try:
+        plan = Plan(isa, threads)
+    except (ValueError, RuntimeError) as error:
+        raise EngineError(f"cannot start {threads} threads of {isa}: {error}") from error
+    add_steps(plan, graph)
+    return plan
+
+
+def add_steps(plan: PlanBuilder, graph: Graph) -> None:
+    """Adds the steps of a graph to an empty plan. They depend on the graph alone.
+
+    Args:
+        plan: What they are added to.
+        graph: A graph; it is validated.
+
+    Raises:
+        GraphError: If the graph is not valid.
+        EngineError: If the engine cannot run the graph, with the node named.
+    """
     unpadded = without_pads(graph)
     values = unpadded.values
     for value in values.values():
@@ -48,10 +67,6 @@ def build_plan(graph: Graph, isa: str, threads: int) -> Plan:
                 f"value {value.name!r} has {len(value.shape)} axes and the engine takes "
                 f"{MAX_ENGINE_RANK}; reshape it to fewer axes in the model"
             )
-    try:
-        plan = Plan(isa, threads)
-    except (ValueError, RuntimeError) as error:
-        raise EngineError(f"cannot start {threads} threads of {isa}: {error}") from error
     numbers = {value.name: plan.input(value.dtype) for value in graph.inputs}
     places = _Places(plan, values, numbers)
     for step in share_codes(graph, fuse(graph, unpadded)):
@@ -75,13 +90,14 @@ def build_plan(graph: Graph, isa: str, threads: int) -> Plan:
         for member, start in zip(step.members, step.starts, strict=True):
             places.put(member, number, start if len(step.members) > 1 else None, step.axis)
     plan.finish([places.value(name)[0] for name in graph.outputs])
-    return plan
 
 
 class _Places:
     """Where the values of a graph are in a plan: a value of the plan, or planes of one."""
 
-    def __init__(self, plan: Plan, values: Mapping[str, Value], numbers: dict[str, int]) -> None:
+    def __init__(
+        self, plan: PlanBuilder, values: Mapping[str, Value], numbers: dict[str, int]
+    ) -> None:
         self._plan = plan
         self._values = values
         self._numbers = numbers

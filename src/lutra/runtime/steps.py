@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from lutra._engine import Plan, ops
+from lutra._engine import ops
 from lutra.errors import EngineError
-from lutra.node import Array, Node, Shape, Value
+from lutra.node import Array, AttrValue, Node, Shape, Value
 
-__all__ = ["StepArgs", "add_step", "sizes"]
+__all__ = ["PlanBuilder", "StepArgs", "add_step", "sizes"]
+
+
+class PlanBuilder(Protocol):
+    """What steps are added to: a plan of the engine, or what writes one down.
+
+    Values are numbers. Shapes have -1 for a size that is known at run time only.
+    """
+
+    def input(self, dtype: str = "float32") -> int:
+        """Adds an input and returns its number; inputs come before steps."""
+
+    def label(self, name: str) -> None:
+        """What steps added from now on are called."""
+
+    def add(
+        self,
+        op: str,
+        inputs: Sequence[int],
+        attrs: Mapping[str, AttrValue],
+        tensors: Mapping[str, Array],
+        *,
+        input_shapes: Sequence[Sequence[int]],
+        output_shape: Sequence[int],
+        residual: int = -1,
+        clamp: tuple[float, float] | None = None,
+        planes: Sequence[int] = (),
+    ) -> int:
+        """Adds a step, see ``StepArgs``, and returns the number of its output."""
+
+    def finish(self, outputs: Sequence[int]) -> None:
+        """Ends building."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +70,7 @@ class StepArgs:
     planes: tuple[int, ...] = ()
 
 
-def add_step(plan: Plan, args: StepArgs) -> int:
+def add_step(plan: PlanBuilder, args: StepArgs) -> int:
     """Adds the step of a node to a plan.
 
     Args:
