@@ -1,4 +1,4 @@
-"""Products with matrices of low-bit weights: lutra's kernels, ONNX Runtime's, and float32.
+"""Products with matrices of low-bit weights: lutra's kernels, ONNX Runtime's, llama.cpp's, float32.
 
     python -m benchmarks.lowbit [--rows N] [--isa avx2] [--threads N] [--json FILE]
 
@@ -18,7 +18,8 @@ from typing import Any, Final
 import numpy as np
 
 import lutra
-from benchmarks.lowbit_peers import BLOCK, LEFT_OUT, PEERS, open_peer
+from benchmarks import llama_peer
+from benchmarks.lowbit_peers import BLOCK, PEERS, open_peer
 from benchmarks.machine import CLOCKS, interleaved, machine, spread, write_json
 from benchmarks.peers import Array, reason
 from lutra.lowbit import REGISTER_ROWS
@@ -37,8 +38,10 @@ METHOD: Final = (
     "does not count; ms has their spread. lutra has random codes and a scale for each output, or "
     f"for groups of --group; ONNX Runtime has MatMulNBits with a scale for {BLOCK} weights and "
     "int8 activations (accuracy_level 4), and runs on the best instruction set that it finds, "
-    "whatever --isa is: it cannot be kept at another. speedup_peer compares with the fastest peer "
-    "whose weights have at least as many bits. kernels_ms has the kernels of lutra."
+    "whatever --isa is: it cannot be kept at another. llama.cpp has one ggml_mul_mat in the buffer "
+    "that it chooses for the format, and runs on what its libraries were built for (field "
+    "llama_cpp). speedup_peer compares with the fastest peer whose weights have at least as many "
+    "bits. kernels_ms has the kernels of lutra."
 )
 
 
@@ -124,7 +127,9 @@ def _record(
 def _print(record: dict[str, Any]) -> None:
     outputs, depth = record["shape"]
     own = "  ".join(f"{kernel} {ms:8.3f}" for kernel, ms in record["kernels_ms"].items())
-    peers = "  ".join(f"{name[12:]} {ms:.3f}" for name, ms in record["peers_ms"].items())
+    peers = "  ".join(
+        f"{name.removeprefix('onnxruntime ')} {ms:.3f}" for name, ms in record["peers_ms"].items()
+    )
     ratio = "" if record["speedup_peer"] is None else f"{record['speedup_peer']:5.2f} x"
     print(
         f"{outputs:6d} x {depth:5d} {record['rows']:4d} rows {record['bits']:4g} bits: {own} ms, "
@@ -174,7 +179,7 @@ def main() -> None:
             "command": shlex.join(["python", "-m", "benchmarks.lowbit", *sys.argv[1:]]),
             "method": METHOD,
             "machine": machine(),
-            "left_out": LEFT_OUT,
+            "llama_cpp": llama_peer.features(),
             "records": records,
         },
     )

@@ -17,9 +17,9 @@ transformers = pytest.importorskip("transformers")
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from transformers import (  # noqa: E402
-    BitNetConfig,
     BioGptConfig,
     BioGptForCausalLM,
+    BitNetConfig,
     BitNetForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
