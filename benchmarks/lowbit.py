@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -144,7 +145,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help=f"only so many rows (default: {ROWS})")
     parser.add_argument("--isa", choices=lutra.runnable_isas(), default=lutra.runnable_isas()[-1])
     parser.add_argument("--threads", type=int, default=1, help="of everybody (default: 1)")
-    parser.add_argument("--bits", type=float, choices=BITS, help="only so many bits")
+    parser.add_argument("--bits", type=float, choices=BITS, action="append",
+                        help="only so many bits; may be repeated")  # fmt: skip
     parser.add_argument("--group", type=int, choices=(32, 64, 128), help="weights of a scale")
     parser.add_argument("--shape", metavar="MxK", action="append", help="only these shapes, "
                         "such as 2560x2560")  # fmt: skip
@@ -164,7 +166,7 @@ def main() -> None:
             parser.error(f"--shape {text}: give it as MxK, such as 2560x2560")
         shapes.append((int(sizes[0]), int(sizes[1])))
     records: list[dict[str, Any]] = []
-    bits = BITS if options.bits is None else (options.bits,)
+    bits = tuple(options.bits or BITS)
     for shape in shapes or SHAPES:
         if options.group and shape[1] % options.group:
             continue
@@ -173,16 +175,22 @@ def main() -> None:
             for record in made:
                 _print(record)
             records += made
-    write_json(
-        options.json,
-        {
-            "command": shlex.join(["python", "-m", "benchmarks.lowbit", *sys.argv[1:]]),
-            "method": METHOD,
-            "machine": machine(),
-            "llama_cpp": llama_peer.features(),
-            "records": records,
-        },
-    )
+        if options.json is not None:  # what is measured is kept, should the command be ended
+            _write(options.json, records)
+    if options.json is None or not records:
+        _write(options.json, records)
+
+
+def _write(path: Path | None, records: list[dict[str, Any]]) -> None:
+    report = {
+        "command": shlex.join(["python", "-m", "benchmarks.lowbit", *sys.argv[1:]]),
+        "method": METHOD,
+        "machine": machine(),
+        "llama_cpp": llama_peer.features(),
+        "load_average": os.getloadavg()[0],
+        "records": records,
+    }
+    write_json(path, report)
 
 
 if __name__ == "__main__":
