@@ -33,11 +33,15 @@ SHAPES: Final = (
 ROWS: Final = (1, 4, 32, 256)
 KERNELS: Final = ("dense", "tables", "registers")
 WARMUP: Final = 1
+#: Runs of a turn that do not count and that do: of few rows, which take as long as their weights
+#: take to come, the contestant before must not decide where they are.
+_TURN: Final = {False: (1, 3), True: (8, 16)}
 METHOD: Final = (
     "One process; float32 rows in, float32 rows out, quantising included. All contestants of a "
     "case take turns, who begins changes. Times are medians of runs of which the first of a turn "
-    "does not count; ms has their spread. lutra has random codes and a scale for each output, or "
-    f"for groups of --group; ONNX Runtime has MatMulNBits with a scale for {BLOCK} weights and "
+    "(of up to four rows the first eight) does not count; ms has their spread. lutra has random "
+    "codes and a scale for each output, or for groups of --group; ONNX Runtime has "
+    f"MatMulNBits with a scale for {BLOCK} weights and "
     "int8 activations (accuracy_level 4), and runs on the best instruction set that it finds, "
     "whatever --isa is: it cannot be kept at another. llama.cpp has one ggml_mul_mat in the buffer "
     "that it chooses for the format, and runs on what its libraries were built for (field "
@@ -80,9 +84,10 @@ def measure(
             cases[name] = lambda run=run: run(next(pool))
         except Exception as error:  # whatever a runtime raises becomes a line in the record
             failed[name] = reason(error)
+    lead_in, counted = _TURN[rows <= REGISTER_ROWS]
     times = interleaved(
-        cases, options.runs, WARMUP, lead_in=1, counted=3, settle=options.threads > 1,
-        clock=options.clock,
+        cases, options.runs, WARMUP, lead_in=lead_in, counted=counted,
+        settle=options.threads > 1, clock=options.clock,
     )  # fmt: skip
     ms = {name: spread(seconds) for name, seconds in times.items()}
     return [_record(matrices[b], rows, ms, failed, options) for b in bits]
@@ -142,7 +147,8 @@ def _print(record: dict[str, Any]) -> None:
 def main() -> None:
     """Parses the arguments, measures the cases and writes the records."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--rows", type=int, help=f"only so many rows (default: {ROWS})")
+    parser.add_argument("--rows", type=int, action="append",
+                        help=f"only so many rows; may be repeated (default: {ROWS})")  # fmt: skip
     parser.add_argument("--isa", choices=lutra.runnable_isas(), default=lutra.runnable_isas()[-1])
     parser.add_argument("--threads", type=int, default=1, help="of everybody (default: 1)")
     parser.add_argument("--bits", type=float, choices=BITS, action="append",
@@ -157,7 +163,7 @@ def main() -> None:
                              "things too (default: wall)")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the records go")
     options = parser.parse_args()
-    if options.threads < 1 or options.runs < 1 or (options.rows or 1) < 1:
+    if min(options.threads, options.runs, *(options.rows or ROWS)) < 1:
         parser.error("--threads, --runs and --rows must be at least 1")
     shapes = []
     for text in options.shape or ():
@@ -170,7 +176,7 @@ def main() -> None:
     for shape in shapes or SHAPES:
         if options.group and shape[1] % options.group:
             continue
-        for rows in ROWS if options.rows is None else (options.rows,):
+        for rows in options.rows or ROWS:
             made = measure(shape, rows, bits, options)
             for record in made:
                 _print(record)
