@@ -169,6 +169,16 @@ def measure(
     }
 
 
+def _print(record: dict[str, Any]) -> None:
+    for title, prefill in record["prefill"].items():
+        decode = record["decode"][title]
+        print(
+            f"{record['model']:32} {title:18} prefill {prefill:9,.0f} tokens/s, decode "
+            f"{decode:8,.1f}",
+            flush=True,
+        )
+
+
 def main() -> None:
     """Parses the arguments, measures the models and writes the records."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
@@ -193,13 +203,11 @@ def main() -> None:
         if options.data is not None and options.case != "bitnet":
             files = _stories(options.data, Path(folder), options)
             records.append(measure("stories260K", 512, files, options))
+            _print(records[-1])
         if options.case != "stories260K":
             name = f"{options.blocks} blocks of BitNet b1.58 2B4T"
             records.append(measure(name, VOCABULARY, _bitnet(Path(folder), options), options))
-        for record in records:
-            for title, prefill in record["prefill"].items():
-                print(f"{record['model']:32} {title:18} prefill {prefill:9,.0f} tokens/s, decode "
-                      f"{record['decode'][title]:8,.1f}", flush=True)  # fmt: skip
+            _print(records[-1])
     write_json(
         options.json,
         {
