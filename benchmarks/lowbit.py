@@ -1,4 +1,4 @@
-"""Products with matrices of low-bit weights: lutra's kernels, ONNX Runtime's, and float32.
+"""Products with matrices of low-bit weights: lutra's kernels, ONNX Runtime's, llama.cpp's, float32.
 
     python -m benchmarks.lowbit [--rows N] [--isa avx2] [--threads N] [--json FILE]
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import Any, Final
 import numpy as np
 
 import lutra
-from benchmarks.lowbit_peers import BLOCK, LEFT_OUT, PEERS, open_peer
+from benchmarks import llama_peer
+from benchmarks.lowbit_peers import BLOCK, PEERS, open_peer
 from benchmarks.machine import CLOCKS, interleaved, machine, spread, write_json
 from benchmarks.peers import Array, reason
 from lutra.lowbit import REGISTER_ROWS
@@ -31,14 +33,20 @@ SHAPES: Final = (
 ROWS: Final = (1, 4, 32, 256)
 KERNELS: Final = ("dense", "tables", "registers")
 WARMUP: Final = 1
+#: Runs of a turn that do not count and that do: of few rows, which take as long as their weights
+#: take to come, the contestant before must not decide where they are.
+_TURN: Final = {False: (1, 3), True: (8, 16)}
 METHOD: Final = (
     "One process; float32 rows in, float32 rows out, quantising included. All contestants of a "
     "case take turns, who begins changes. Times are medians of runs of which the first of a turn "
-    "does not count; ms has their spread. lutra has random codes and a scale for each output, or "
-    f"for groups of --group; ONNX Runtime has MatMulNBits with a scale for {BLOCK} weights and "
+    "(of up to four rows the first eight) does not count; ms has their spread. lutra has random "
+    "codes and a scale for each output, or for groups of --group; ONNX Runtime has "
+    f"MatMulNBits with a scale for {BLOCK} weights and "
     "int8 activations (accuracy_level 4), and runs on the best instruction set that it finds, "
-    "whatever --isa is: it cannot be kept at another. speedup_peer compares with the fastest peer "
-    "whose weights have at least as many bits. kernels_ms has the kernels of lutra."
+    "whatever --isa is: it cannot be kept at another. llama.cpp has one ggml_mul_mat in the buffer "
+    "that it chooses for the format, and runs on what its libraries were built for (field "
+    "llama_cpp). speedup_peer compares with the fastest peer whose weights have at least as many "
+    "bits. kernels_ms has the kernels of lutra."
 )
 
 
@@ -76,9 +84,10 @@ def measure(
             cases[name] = lambda run=run: run(next(pool))
         except Exception as error:  # whatever a runtime raises becomes a line in the record
             failed[name] = reason(error)
+    lead_in, counted = _TURN[rows <= REGISTER_ROWS]
     times = interleaved(
-        cases, options.runs, WARMUP, lead_in=1, counted=3, settle=options.threads > 1,
-        clock=options.clock,
+        cases, options.runs, WARMUP, lead_in=lead_in, counted=counted,
+        settle=options.threads > 1, clock=options.clock,
     )  # fmt: skip
     ms = {name: spread(seconds) for name, seconds in times.items()}
     return [_record(matrices[b], rows, ms, failed, options) for b in bits]
@@ -124,7 +133,9 @@ def _record(
 def _print(record: dict[str, Any]) -> None:
     outputs, depth = record["shape"]
     own = "  ".join(f"{kernel} {ms:8.3f}" for kernel, ms in record["kernels_ms"].items())
-    peers = "  ".join(f"{name[12:]} {ms:.3f}" for name, ms in record["peers_ms"].items())
+    peers = "  ".join(
+        f"{name.removeprefix('onnxruntime ')} {ms:.3f}" for name, ms in record["peers_ms"].items()
+    )
     ratio = "" if record["speedup_peer"] is None else f"{record['speedup_peer']:5.2f} x"
     print(
         f"{outputs:6d} x {depth:5d} {record['rows']:4d} rows {record['bits']:4g} bits: {own} ms, "
@@ -136,10 +147,12 @@ def _print(record: dict[str, Any]) -> None:
 def main() -> None:
     """Parses the arguments, measures the cases and writes the records."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--rows", type=int, help=f"only so many rows (default: {ROWS})")
+    parser.add_argument("--rows", type=int, action="append",
+                        help=f"only so many rows; may be repeated (default: {ROWS})")  # fmt: skip
     parser.add_argument("--isa", choices=lutra.runnable_isas(), default=lutra.runnable_isas()[-1])
     parser.add_argument("--threads", type=int, default=1, help="of everybody (default: 1)")
-    parser.add_argument("--bits", type=float, choices=BITS, help="only so many bits")
+    parser.add_argument("--bits", type=float, choices=BITS, action="append",
+                        help="only so many bits; may be repeated")  # fmt: skip
     parser.add_argument("--group", type=int, choices=(32, 64, 128), help="weights of a scale")
     parser.add_argument("--shape", metavar="MxK", action="append", help="only these shapes, "
                         "such as 2560x2560")  # fmt: skip
@@ -150,7 +163,7 @@ def main() -> None:
                              "things too (default: wall)")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the records go")
     options = parser.parse_args()
-    if options.threads < 1 or options.runs < 1 or (options.rows or 1) < 1:
+    if min(options.threads, options.runs, *(options.rows or ROWS)) < 1:
         parser.error("--threads, --runs and --rows must be at least 1")
     shapes = []
     for text in options.shape or ():
@@ -159,25 +172,31 @@ def main() -> None:
             parser.error(f"--shape {text}: give it as MxK, such as 2560x2560")
         shapes.append((int(sizes[0]), int(sizes[1])))
     records: list[dict[str, Any]] = []
-    bits = BITS if options.bits is None else (options.bits,)
+    bits = tuple(options.bits or BITS)
     for shape in shapes or SHAPES:
         if options.group and shape[1] % options.group:
             continue
-        for rows in ROWS if options.rows is None else (options.rows,):
+        for rows in options.rows or ROWS:
             made = measure(shape, rows, bits, options)
             for record in made:
                 _print(record)
             records += made
-    write_json(
-        options.json,
-        {
-            "command": shlex.join(["python", "-m", "benchmarks.lowbit", *sys.argv[1:]]),
-            "method": METHOD,
-            "machine": machine(),
-            "left_out": LEFT_OUT,
-            "records": records,
-        },
-    )
+        if options.json is not None:  # what is measured is kept, should the command be ended
+            _write(options.json, records)
+    if options.json is None or not records:
+        _write(options.json, records)
+
+
+def _write(path: Path | None, records: list[dict[str, Any]]) -> None:
+    report = {
+        "command": shlex.join(["python", "-m", "benchmarks.lowbit", *sys.argv[1:]]),
+        "method": METHOD,
+        "machine": machine(),
+        "llama_cpp": llama_peer.features(),
+        "load_average": os.getloadavg()[0],
+        "records": records,
+    }
+    write_json(path, report)
 
 
 if __name__ == "__main__":

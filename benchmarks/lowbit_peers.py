@@ -1,4 +1,4 @@
-"""Runtimes with low-bit matrices beside lutra: one node of ONNX Runtime for each."""
+"""Runtimes with low-bit matrices beside lutra: one node of ONNX Runtime or of llama.cpp each."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ from typing import Any, Final
 
 import numpy as np
 
+from benchmarks import llama_peer
 from benchmarks.peers import Array
 
 #: Weights that share a scale in MatMulNBits: the largest group that all of its kernels have.
 BLOCK: Final = 128
-#: The bits of each peer; its node of 2 bits is asked for lookups too.
+#: The bits of a code of each peer; ONNX Runtime's node of 2 bits is asked for lookups too.
 PEERS: Final = {
     "onnxruntime 2 bits": 2,
     "onnxruntime 2 bits, lookups": 2,
     "onnxruntime 4 bits": 4,
     "onnxruntime float32": 32,
-}
-#: Who is no contestant, and why.
-LEFT_OUT: Final = {
-    "llama-cpp-python": "it is distributed as source code only, whose build takes longer than all "
-    "of these measurements on a small machine",
+    **{f"llama.cpp {name}": bits for name, bits in llama_peer.FORMATS.items()},
 }
 
 Run = Callable[[Array], Array]
@@ -37,6 +34,9 @@ def open_peer(name: str, outputs: int, depth: int, threads: int, seed: int = 0) 
         threads: Of the session.
         seed: Of the weights.
     """
+    runtime, _, format_ = name.partition(" ")
+    if runtime == "llama.cpp":
+        return llama_peer.open_product(format_, outputs, depth, threads)
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 

@@ -43,6 +43,8 @@ def allowed(environment: str) -> list[str]:
     if environment not in ("1", "runtime"):
         raise pytest.UsageError(f"{ENVIRONMENT}={environment!r}: set it to 1 or runtime")
     patterns = [rf"needs {name}: pip install 'lutra\[bench\]'" for name in missing(PEERS)]
+    # its build takes longer than the tests
+    patterns += [rf"needs {name}: pip install llama-cpp-python" for name in missing(("llama_cpp",))]
     # .ci/run installs them where it may; `make dev` cannot.
     patterns += [
         rf"needs {name}: apt-get install verilator iverilog yosys"

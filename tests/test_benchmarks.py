@@ -21,6 +21,7 @@ import lutra
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import command, layers, models, sentences
 from benchmarks.graphs import lutra_graph
+from benchmarks.llama_peer import FORMATS, open_product
 from benchmarks.lookups import FAMILIES, GROUPED, Method, Multiplied, Pq, Range, Response, encoders
 from benchmarks.machine import interleaved, spread
 from benchmarks.measure import Case, Setting, measure
@@ -214,6 +215,11 @@ def need_peers() -> None:
     for package in ("torch", "onnx", "onnxruntime", "openvino"):
         if find_spec(package) is None:
             pytest.skip(f"needs {package}: pip install 'lutra[bench]'")
+
+
+def need_llama() -> None:
+    if find_spec("llama_cpp") is None:
+        pytest.skip("needs llama_cpp: pip install llama-cpp-python")
 
 
 def in_a_process(code: str) -> Any:
@@ -449,20 +455,42 @@ def test_products_of_low_bit_weights(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(file.read_text())
-    assert "llama-cpp-python" in report["left_out"]
+    llama = [f"llama.cpp {name}" for name in FORMATS]
+    assert (report["llama_cpp"] is None) == (find_spec("llama_cpp") is None)
     assert [record["bits"] for record in report["records"]] == [1, 1.58, 2, 3, 4]
     for record in report["records"]:
         assert (record["shape"], record["rows"], record["threads"]) == ([48, 256], 33, 1)
         assert record["isa"] == lutra.runnable_isas()[-1]
         assert record["lutra_ms"] == record["kernels_ms"][record["kernel"]]
         assert set(record["kernels_ms"]) == {"dense", "tables"}
-        able = [ms for peer, ms in record["peers_ms"].items()
-                if record["bits"] <= 2 or " 2 bits" not in peer]  # fmt: skip
+        least = {" 2 bits": 2, "TQ": 1.58, "Q2_K": 2}  # of the others 4
+        able = [
+            ms
+            for peer, ms in record["peers_ms"].items()
+            if record["bits"] <= next((b for n, b in least.items() if n in peer), 4)
+        ]
         assert record["speedup_peer"] == min(able) / record["lutra_ms"]
         assert record["gmacs"] == pytest.approx(48 * 256 * 33 / record["lutra_ms"] / 1e6)
-        assert {*record["peers_ms"], *record["peers_failed"]} >= {"onnxruntime 2 bits"}
+        assert {*record["peers_ms"], *record["peers_failed"]} >= {"onnxruntime 2 bits", *llama}
         assert record["peers_ms"]["onnxruntime float32"] > 0
     assert report["records"][1]["bytes"] == 48 * 52 + 48 * 4
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_products_of_llama_cpp(format_: str) -> None:
+    """They are the products of the weights, as exact as the format is; repacked or not."""
+    need_llama()
+    rng = np.random.default_rng(0)
+    for outputs, depth in ((64, 512), (35, 256)):
+        weights = rng.integers(-1, 2, (outputs, depth)).astype(np.float32) / 2
+        run = open_product(format_, outputs, depth, 1, weights)
+        for rows in (1, 5, 33):
+            x = rng.normal(size=(rows, depth)).astype(np.float32)
+            want = x @ weights.T
+            bound = {"Q2_K": 0.4, "Q4_0": 0.15}.get(format_, 0.02)  # they do not hold -1, 0, 1
+            np.testing.assert_allclose(run(x), want, atol=bound * np.abs(want).max())
+    with pytest.raises(ValueError, match="takes inputs in blocks of"):
+        open_product(format_, 8, 250, 1)
 
 
 def test_the_shape_of_low_bit_weights_is_checked() -> None:

@@ -202,6 +202,27 @@ def test_rotary_from_any_token_on(interleaved: bool) -> None:
         run_reference(graph, [cut, ints(3, 16)])
 
 
+def test_learned_positions_from_any_token_on() -> None:
+    tables = {"weight": normal(20, 8, seed=1)}
+    graph = single(
+        "position_embedding", ("x", (None, None, 8)), ("start", (None,), "int32"), tensors=tables
+    )
+    x = normal(2, 5, 8)
+    got = check(graph, x, ints(3, 15), tolerance=0)
+    np.testing.assert_array_equal(got[0], x[0] + tables["weight"][3:8])
+    np.testing.assert_array_equal(got[1], x[1] + tables["weight"][15:])
+    check(graph, x[:, :1], ints(19, 0), tolerance=0)
+    for start in (ints(3, 16), ints(-1, 0), ints(0, 2**31 - 1)):
+        with pytest.raises(EngineError, match="and gets 5 more, but the table has 20 positions"):
+            Session(graph).run(None, {"x": x, "start": start})
+        with pytest.raises(InputError, match="its table has 20"):
+            run_reference(graph, [x, start])
+    with pytest.raises(GraphError, match="give it one start for each sequence"):
+        single(
+            "position_embedding", ("x", (2, 5, 8)), ("start", (3,), "int32"), tensors=tables
+        ).validate()
+
+
 def test_what_does_not_fit_is_refused() -> None:
     graph = attention(4, 2, 8)
     session = Session(graph)

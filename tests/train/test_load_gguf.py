@@ -21,7 +21,7 @@ from transformers import (  # noqa: E402
 )
 
 from lutra import Generator  # noqa: E402
-from lutra.errors import InputError, UnsupportedModelError  # noqa: E402
+from lutra.errors import InputError, LutraError, UnsupportedModelError  # noqa: E402
 from lutra.node import Array  # noqa: E402
 from lutra.ops.lowbit import load_rows  # noqa: E402
 from lutra.train import export_decoder, load_gguf  # noqa: E402
@@ -197,6 +197,58 @@ def test_codes_are_kept(architecture: str, name: str, tmp_path: Path) -> None:
         assert list(tokens) == ids[0, 3:].tolist()
 
 
+def blocks_of(name: str, rows: int, depth: int) -> Array:
+    """Random bytes of a format with scales and lowest weights of a size that models have."""
+    rng = np.random.default_rng(0)
+    block, size = gguf.GGML_QUANT_SIZES[Format[name]]
+    packed = rng.integers(0, 256, (rows * depth // block, size), dtype=np.uint8)
+    halves = rng.uniform(0.001, 0.01, (len(packed), 2)).astype(np.float16)
+    if name == "Q4_1":
+        halves[:, 1] = -halves[:, 0] * rng.uniform(0.5, 14.5, len(packed))
+    else:
+        halves[:, 1] = halves[:, 0] / 8  # of 63 steps at most
+    packed[:, :4] = halves.view(np.uint8)
+    packed[5, :2] = 0  # weights that are all the same
+    return packed.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q4_K"])
+def test_codes_with_lowest_weights_are_requantised(name: str, tmp_path: Path) -> None:
+    """Codes and scales stay; the lowest weight of a group moves by a quarter of a step at most."""
+    tensors = tensors_of(model_of("llama"), "llama")
+    matrices = [n for n, x in tensors.items() if n.startswith("blk") and x.ndim == 2]
+    packed = {n: blocks_of(name, len(tensors[n]), 256) for n in matrices}
+    far = packed["blk.0.ffn_up.weight"]
+    if name == "Q4_1":
+        far[0, 2:4] = np.full(1, 5.0, np.float16).view(np.uint8)  # weights of one sign
+    path = write(
+        tmp_path / "m.gguf", {**tensors, **packed}, formats=dict.fromkeys(matrices, Format[name])
+    )
+    made, floats = load_gguf(path), load_gguf(path, low_bits=False)
+    count = len(matrices) - (name == "Q4_1")
+    assert (made.exact, made.rounded) == (0, count)
+    assert f"{count} layers with the codes of the file requantised" in str(made)
+    assert "all others made float32" in str(made)
+    layers = [m for m in made.model.named_modules() if hasattr(m[1], "arrays")]
+    assert len(layers) == count
+    for layer, module in layers:
+        want = floats.model.get_submodule(layer).weight.detach().numpy().reshape(-1, 32)
+        got = weights_of(module).reshape(-1, 32)
+        step = (want.max(axis=1) - want.min(axis=1)) / 15  # at most: not every code is there
+        scale = 2 * module.arrays()["scale"].reshape(-1)
+        moved = np.abs(got - want).max(axis=1)
+        assert (moved <= np.where(step > 0, np.abs(scale) / 4, 0) + 1e-6).all()
+        assert moved.max() > 0
+        # codes stay: all weights of a group move together
+        np.testing.assert_allclose(got - want, np.broadcast_to((got - want)[:, :1], got.shape),
+                                   atol=1e-6)  # fmt: skip
+    export_decoder(made.model, tmp_path / "m.lutra", max_length=20)
+    ids = torch.randint(0, VOCABULARY, (2, 12))
+    with torch.no_grad():
+        near, exact = made.model(ids).logits, floats.model(ids).logits
+    assert (near - exact).abs().max() < 0.2 * exact.abs().max()
+
+
 @pytest.mark.parametrize("format_", PACKED, ids=lambda f: f.name)
 def test_weights_in_super_blocks(format_: Any, tmp_path: Path) -> None:
     """The package does not write these formats: any bytes with finite scales are weights."""
@@ -205,7 +257,7 @@ def test_weights_in_super_blocks(format_: Any, tmp_path: Path) -> None:
     packed = np.random.default_rng(0).integers(0, 60, (256, size), dtype=np.uint8)
     name = "blk.0.ffn_down.weight"
     path = write(tmp_path / "m.gguf", {**tensors, name: packed}, formats={name: format_})
-    got = load_gguf(path).model.model.layers[0].mlp.down_proj.weight.detach().numpy()
+    got = load_gguf(path, low_bits=False).model.model.layers[0].mlp.down_proj.weight.detach()
     want = gguf.dequantize(packed, format_)
     assert np.abs(want).max() > 0
     np.testing.assert_array_equal(got, want)
@@ -292,7 +344,37 @@ def test_damaged_and_unknown_files(tmp_path: Path) -> None:
     write(path, {n: x for n, x in tensors.items() if n != "blk.0.ffn_up.weight"})
     with pytest.raises(InputError, match=r"do not fit its settings: .*up_proj"):
         load_gguf(path)
+    for more, match in (
+        (lambda w: w.add_uint32("llama.block_count", 2**30), "block_count asks for 1073741824, "),
+        (lambda w: w.add_uint32("llama.embedding_length", 2**30), "embedding_length asks for "),
+        (lambda w: w.add_uint32("llama.feed_forward_length", 2**30), "feed_forward_length asks "),
+        (lambda w: w.add_uint32("llama.attention.head_count", 2**30), ".* rows, no pairs for 1073"),
+        (
+            lambda w: w.add_uint32("llama.attention.head_count_kv", 2**30),
+            ".* rows, no pairs for 1073",
+        ),
+        (lambda w: w.add_uint32("llama.attention.head_count_kv", 1), "head_count_kv asks for 64"),
+    ):
+        write(path, tensors, more=more)
+        with pytest.raises(InputError, match=rf"do not fit its settings: {match}"):
+            load_gguf(path)
     nan = tensors["output_norm.weight"] * np.nan
     write(path, {**tensors, "output_norm.weight": nan})
     with pytest.raises(InputError, match=r"'output_norm.weight' .* holds NaN"):
         load_gguf(path)
+
+
+def test_damaged_headers(tmp_path: Path) -> None:
+    """Absurd counts, sizes and places in the bytes before the weights: one sentence, at once."""
+    whole = write(tmp_path / "m.gguf", tensors_of(model_of("llama"), "llama")).read_bytes()
+    said = []
+    for place in range(4, 1300, 12):
+        for bytes_ in (b"\xff" * 8, b"\x00" * 8, b"\x00\x00\x00\x00\x00\x01\x00\x00"):
+            path = tmp_path / "n.gguf"
+            path.write_bytes(whole[:place] + bytes_ + whole[place + 8 :])
+            try:
+                load_gguf(path)
+            except LutraError as error:
+                said.append(str(error))
+    assert len(said) > 200
+    assert not any("\n" in text for text in said)

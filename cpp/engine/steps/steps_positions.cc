@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "engine/core/op_registry.h"
+#include "engine/steps/starts.h"
 
 namespace lutra {
 namespace {
@@ -48,12 +49,7 @@ class RotaryStep : public FloatStep {
     const int64_t batch = shapes[0][0], length = shapes[0][1], half = width_ / 2;
     const int64_t plane = batch * length;
     const int32_t* const start = in.size() > 1 ? integers_of(in[1]) : nullptr;
-    for (int64_t n = 0; start && n < batch; ++n) {
-      require(start[n] >= 0 && start[n] + length <= length_,
-              "sequence " + std::to_string(n) + " starts at token " + std::to_string(start[n]) +
-                  " and gets " + std::to_string(length) + " more, but the table has " +
-                  std::to_string(length_) + " positions");
-    }
+    if (start) check_starts(start, batch, length, length_);
     pool.run(static_cast<size_t>(heads_ * half),
              static_cast<double>(shapes[0].size()) / kPerMicrosecond, [&](size_t item, int) {
                const int64_t k = static_cast<int64_t>(item) % half;

@@ -7,6 +7,7 @@
 
 #include "engine/core/memory.h"
 #include "engine/core/op_registry.h"
+#include "engine/steps/starts.h"
 
 namespace lutra {
 namespace {
@@ -29,7 +30,8 @@ struct Positions {
   }
 };
 
-// x (N, T, D) + weight[:T]; weight (length, D)
+// x (N, T, D) and perhaps start (N) of integers: x + weight[:T], or rows start[n].. for sequence n;
+// weight (length, D)
 class PositionStep : public FloatStep {
  public:
   PositionStep(int64_t length, int64_t features, const float* weight)
@@ -37,8 +39,11 @@ class PositionStep : public FloatStep {
     require(length >= 1 && features >= 1, "a position embedding needs at least one row");
     copy_strided(Shape{features, length}, weight, {1, features}, planes_.data(), {length, 1});
   }
+  bool reads_integers(size_t input) const override { return input == 1; }
   Shape infer(const Shapes& in) const override {
     positions_.check(in[0]);
+    require(in.size() == 1 || in[1] == Shape({in[0][0]}),
+            "a position embedding got the shape " + in[0].text() + " and starts that are not (N)");
     return in[0];
   }
   size_t parameter_bytes() const override { return planes_.size() * sizeof(float); }
@@ -53,11 +58,15 @@ class PositionStep : public FloatStep {
   void run(const Shapes& shapes, const Inputs& in, const Shape&, float* out, uint8_t*,
            ThreadPool& pool) const override {
     const int64_t batch = shapes[0][0], length = shapes[0][1];
+    const int32_t* const start = in.size() > 1 ? integers_of(in[1]) : nullptr;
+    if (start) check_starts(start, batch, length, positions_.length);
     pool.run(static_cast<size_t>(positions_.features),
              static_cast<double>(shapes[0].size()) / kCopiedPerMicrosecond, [&](size_t d, int) {
-               const float* const w = planes_.data() + static_cast<int64_t>(d) * positions_.length;
+               const float* const rows =
+                   planes_.data() + static_cast<int64_t>(d) * positions_.length;
                for (int64_t n = 0; n < batch; ++n) {
                  const int64_t at = (static_cast<int64_t>(d) * batch + n) * length;
+                 const float* const w = rows + (start ? start[n] : 0);
                  for (int64_t t = 0; t < length; ++t) out[at + t] = in[0][at + t] + w[t];
                }
              });
@@ -330,7 +339,7 @@ int add_gather(PlanBuilder& plan, const StepArgs& args) {
 
 void sequence_ops(OpRegistry& r) {
   r.add("embedding", {.build = add_embedding});
-  r.add("position_embedding", {.build = add_position_embedding});
+  r.add("position_embedding", {.build = add_position_embedding, .inputs = 1, .most = 2});
   r.add("masked_mean", {.build = add_masked_mean, .inputs = 2});
   r.add("gather", {.build = add_gather});
 }

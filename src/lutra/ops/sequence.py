@@ -1,7 +1,8 @@
 """Operators on sequences of tokens: embeddings, attention, the mean over tokens, picks.
 
     embedding:           y[n, t] = weight[ids[n, t]]        times scale[ids[n, t]] where it is int8
-    position_embedding:  y[n, t] = x[n, t] + weight[t]
+    position_embedding:  y[n, t] = x[n, t] + weight[t], or weight[start[n] + t] with starts (N,) of
+                         integers
     masked_mean:         y[n] = sum_t x[n, t] * mask[n, t] / max(sum_t mask[n, t], 1e-9)
     gather:              y = x at the entries ``index`` of an axis
     attention:           for each head, the columns h d to (h + 1) d of q, k and v:
@@ -24,6 +25,7 @@ from typing import Final
 
 from lutra.formatting import shape_text
 from lutra.node import Array, Node, Value
+from lutra.ops.decoder import need_starts
 from lutra.ops.functions import check_tables, function_cost, has_tables, table_bytes, table_roles
 from lutra.ops.limits import MAX_HEADS
 from lutra.ops.spec import (
@@ -71,8 +73,10 @@ def _cost_embedding(
 
 
 def _infer_position(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
-    (x,) = inputs
+    x, *start = inputs
     need_rank(node, x, 3, 3)
+    for value in start:
+        need_starts(node, x, value)
     length, features = tensors["weight"].shape
     if need_size(node, x, 2) != features:
         raise node_error(
@@ -217,6 +221,9 @@ SPECS: Final = (
         tensors={"weight": TensorRole("float32", 2)},
         infer=_infer_position,
         cost=_cost_position,
+        max_inputs=2,
+        dtypes=("float32", "int32"),
+        places=(1,),
         since=2,
     ),
     OpSpec(

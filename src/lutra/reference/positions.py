@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lutra.errors import InputError
 from lutra.node import Array, Node
 from lutra.ops.spec import flag, integer
+from lutra.reference.sequence import places_of
 
 
 def rotary(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
@@ -26,13 +26,7 @@ def rotary(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) ->
     else:
         first, second = np.split(apart, 2, axis=-1)
         turned = np.concatenate([-second, first], axis=-1)
-    places = np.arange(tokens) + (starts[0][:, None] if starts else 0)
-    length = len(tensors["cos"])
-    if places.size and not 0 <= places.min() <= places.max() < length:
-        raise InputError(
-            f"run_reference: node {node.name!r} is given the positions {int(places.min())}.."
-            f"{int(places.max())}, and its table has {length}; cut the sequence"
-        )
+    places = places_of(node, x, starts, len(tensors["cos"]))
     cos, sin = (tensors[name][places][..., None, :] for name in ("cos", "sin"))
     result: Array = (apart * cos + turned * sin).reshape(x.shape)
     return result

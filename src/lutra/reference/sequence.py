@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from lutra.errors import InputError
 from lutra.inputs import check_ids
 from lutra.node import Array, Node
 from lutra.ops.spec import flag, integer, number
@@ -31,10 +32,29 @@ def embedding(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array])
 
 
 def position_embedding(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
-    """(N, T, D) to (N, T, D)."""
-    (x,) = inputs
-    result: Array = x + tensors["weight"][: x.shape[1]]
+    """(N, T, D), and perhaps starts int32 (N,), to (N, T, D).
+
+    Raises:
+        InputError: If a sequence goes beyond the table.
+    """
+    x, *starts = inputs
+    result: Array = x + tensors["weight"][places_of(node, x, starts, len(tensors["weight"]))]
     return result
+
+
+def places_of(node: Node, x: Array, starts: Sequence[Array], length: int) -> Array:
+    """The position of every token, (T,), or (N, T) where sequences have starts (N,).
+
+    Raises:
+        InputError: If one is beyond the table of ``length`` positions.
+    """
+    places: Array = np.arange(x.shape[1]) + (starts[0][:, None] if starts else 0)
+    if places.size and not 0 <= places.min() <= places.max() < length:
+        raise InputError(
+            f"run_reference: node {node.name!r} is given the positions {int(places.min())}.."
+            f"{int(places.max())}, and its table has {length}; cut the sequence"
+        )
+    return places
 
 
 def masked_mean(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:

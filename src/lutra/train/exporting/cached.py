@@ -47,13 +47,8 @@ def with_cache(graph: Graph, length: int) -> Graph:
     for node in graph.nodes:
         if node.op == "attention":
             node = _cached_attention(node, makers, graph.values, length)
-        elif node.op == "rotary":
-            node = _rotary(node, tensors, length)
-        elif node.op == "position_embedding":
-            raise UnsupportedModelError(
-                f"export_decoder: node {node.name!r} adds learned positions, which no cache is "
-                "made for; use a model with rotary positions, such as Llama or Qwen2"
-            )
+        elif node.op in ("rotary", "position_embedding"):
+            node = _from_start(node, tensors, length)
         nodes.append(node)
     start, picked = Value(START, "int32", (None,)), Value(PICKED, "int32", (None, None))
     made = replace(graph, inputs=(*graph.inputs, start, picked), nodes=tuple(nodes))
@@ -125,8 +120,8 @@ def _unrepeated(name: str, makers: Mapping[str, Node], heads: int) -> tuple[str,
     return (apart.inputs[0], sizes[0]) if sizes[0] * times[2] == heads else (name, heads)
 
 
-def _rotary(node: Node, tensors: dict[str, Array], length: int) -> Node:
-    """The rotation from the start on, with as many positions as the cache."""
+def _from_start(node: Node, tensors: dict[str, Array], length: int) -> Node:
+    """What depends on positions, from the start on, with as many positions as the cache."""
     roles = {}
     for role, name in node.tensors.items():
         rows = tensors[name]

@@ -61,8 +61,8 @@ def export_decoder(
 
     Args:
         model: A decoder: takes ids (N, T) and gives scores (N, T, vocabulary), as they are or as
-            `logits`. The models of transformers with rotary positions, such as
-            `LlamaForCausalLM` and `Qwen2ForCausalLM`, dense or converted.
+            `logits`. The models of transformers with rotary or learned positions, such as
+            `LlamaForCausalLM`, `Qwen2ForCausalLM` and `GPT2LMHeadModel`, dense or converted.
         path: The file to write.
         max_length: The most tokens of a text, prompt included: that many positions, and room for
             keys and values as a text grows.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -59,28 +59,53 @@ _WORDS: Final = {
 
 
 class _Codes(NamedTuple):
-    """A format whose weights are integers times a scale.
+    """A format whose weights are a scale times an integer, plus the lowest weight of the group.
 
     Attributes:
         levels: Values of a code.
-        middle: The code of zero.
-        block: Weights that share a scale.
-        group: Those that share one in a low-bit layer.
-        place: Where the scale, a float16, begins in the bytes of a block.
+        group: Weights that share a scale.
+        parts: The scales and the lowest weights of blocks of bytes (B, S), float32 (B, G) each.
     """
 
     levels: int
-    middle: int
-    block: int
     group: int
-    place: int
+    parts: Callable[[Array], tuple[Array, Array]]
+
+
+def _half(blocks: Array, place: int) -> Array:
+    """float32 (B, 1): the float16 that begins at a place of each block."""
+    raw = np.ascontiguousarray(blocks[:, place : place + 2 or None])
+    return raw.view(np.float16).astype(np.float32)
+
+
+def _symmetric(middle: int, place: int) -> Callable[[Array], tuple[Array, Array]]:
+    """Blocks with one scale, in which a code in the middle stands for zero."""
+
+    def parts(blocks: Array) -> tuple[Array, Array]:
+        scale = _half(blocks, place)
+        return scale, scale * np.float32(-middle)
+
+    return parts
+
+
+def _q4_k(blocks: Array) -> tuple[Array, Array]:
+    from gguf.quants import Q4_K
+
+    factors, lows = Q4_K.get_scale_min(np.ascontiguousarray(blocks[:, 4:16]))
+    scale = _half(blocks, 0) * factors.reshape(len(blocks), -1).astype(np.float32)
+    low = _half(blocks, 2) * lows.reshape(len(blocks), -1).astype(np.float32)
+    return scale, -low
 
 
 _CODES: Final = {
-    "Q4_0": _Codes(16, 8, 32, 32, 0),
-    "TQ1_0": _Codes(3, 1, 256, 128, -2),
-    "TQ2_0": _Codes(3, 1, 256, 128, -2),
+    "Q4_0": _Codes(16, 32, _symmetric(8, 0)),
+    "Q4_1": _Codes(16, 32, lambda blocks: (_half(blocks, 0), _half(blocks, 2))),
+    "Q4_K": _Codes(16, 32, _q4_k),
+    "TQ1_0": _Codes(3, 256, _symmetric(1, -2)),
+    "TQ2_0": _Codes(3, 256, _symmetric(1, -2)),
 }
+#: The most weights that share a scale in a low-bit layer, if not all of a row.
+_GROUP: Final = 128
 
 
 @dataclass(frozen=True)
@@ -94,7 +119,8 @@ class GGUFModel:
         eos: The tokens that end a text.
         max_length: The most tokens of a text that the model was trained with.
         formats: How many tensors the file holds in each format, by its name.
-        exact: How many linear layers keep the codes of the file.
+        exact: How many linear layers keep the codes and scales of the file.
+        rounded: How many keep its codes and scales, with its lowest weights rounded to half a step.
     """
 
     model: LlamaForCausalLM
@@ -104,11 +130,21 @@ class GGUFModel:
     max_length: int
     formats: Mapping[str, int] = field(repr=False)
     exact: int = 0
+    rounded: int = 0
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} in {name}" for name, count in self.formats.items())
-        kept = f"; {counted(self.exact, 'layer')} with the codes of the file" if self.exact else ""
-        return f"{counted(sum(self.formats.values()), 'tensor')} ({kinds}), made float32{kept}"
+        made = [
+            f"{counted(count, 'layer')} with the codes of the file{how}"
+            for count, how in (
+                (self.exact, ""),
+                (self.rounded, " requantised (lowest weights of groups rounded to half a step)"),
+            )
+            if count
+        ]
+        rest = "all others" if made else "all"
+        tensors = counted(sum(self.formats.values()), "tensor")
+        return f"{tensors} ({kinds}): {', '.join([*made, f'{rest} made float32'])}"
 
 
 def load_gguf(
@@ -122,9 +158,11 @@ def load_gguf(
     Args:
         path: The file.
         tokenizer: Whether to read how text becomes tokens.
-        low_bits: Whether linear layers of Q4_0, TQ1_0 and TQ2_0 keep their codes and scales, as
-            frozen layers of low-bit weights, which round activations to int8 row by row. Without,
-            and in all other formats, layers have float32 weights and can be converted and trained.
+        low_bits: Whether linear layers of Q4_0, TQ1_0 and TQ2_0 keep their codes and scales, bit
+            for bit, and those of Q4_1 and Q4_K too, with the lowest weight of a group rounded to
+            half a step (unless all weights of a group have one sign), as frozen layers of low-bit
+            weights, which round activations to int8 row by row. Without, and in all other formats,
+            layers have float32 weights and can be converted and trained.
 
     Raises:
         InputError: If the file cannot be read or is damaged.
@@ -144,6 +182,7 @@ def load_gguf(
     config = _config(name, entries, architecture)
     state, scales, formats = _state(name, reader, architecture, config)
     config["tie_word_embeddings"] = "lm_head.weight" not in state
+    _check_sizes(name, config, state)
     try:
         model = llama(config, state)
     except RuntimeError as error:
@@ -151,7 +190,7 @@ def load_gguf(
             f"load_gguf: the tensors of {name!r} do not fit its settings: "
             f"{' '.join(str(error).split())[:300]}"
         ) from error
-    exact = _keep_codes(model, scales) if low_bits else 0
+    exact, rounded = _keep_codes(model, scales) if low_bits else (0, 0)
     found = _tokenizer(name, entries) if tokenizer else None
     bos = entries.get("tokenizer.ggml.bos_token_id")
     spm = entries.get("tokenizer.ggml.model") == "llama"
@@ -165,6 +204,7 @@ def load_gguf(
         config["max_position_embeddings"],
         formats,
         exact,
+        rounded,
     )
 
 
@@ -268,11 +308,11 @@ def _config(name: str, entries: _Entries, architecture: str) -> dict[str, Any]:
 
 def _state(
     name: str, reader: Any, architecture: str, config: dict[str, Any]
-) -> tuple[dict[str, Array], dict[str, tuple[str, Array]], dict[str, int]]:
-    """The parameters by their names in transformers; format and scales of those that have codes of
-    low-bit layers, by module; and how many tensors are in which format."""
+) -> tuple[dict[str, Array], dict[str, _Scales], dict[str, int]]:
+    """The parameters by their names in transformers; scales of those that have codes of low-bit
+    layers, by module; and how many tensors are in which format."""
     state: dict[str, Array] = {}
-    scales: dict[str, tuple[str, Array]] = {}
+    scales: dict[str, _Scales] = {}
     formats: dict[str, int] = {}
     for tensor in reader.tensors:
         target, kind = _target(tensor.name)
@@ -284,12 +324,21 @@ def _state(
         array, scale = _floats(name, tensor), _scales(tensor)
         if _ARCHITECTURES[architecture] and target.endswith(("q_proj", "k_proj")):
             heads = "num_attention_heads" if target.endswith("q_proj") else "num_key_value_heads"
+            if not len(array) or len(array) % (2 * config[heads]):
+                raise InputError(
+                    f"load_gguf: the tensors of {name!r} do not fit its settings: {tensor.name!r} "
+                    f"has {len(array)} rows, no pairs for {config[heads]} heads; copy the file "
+                    "again"
+                )
             array = halved(array, config[heads])
-            scale = None if scale is None else halved(scale, config[heads])
+            if scale is not None:
+                scale = scale._replace(
+                    scale=halved(scale.scale, config[heads]), low=halved(scale.low, config[heads])
+                )
         state[f"{target}.{kind}"] = array
         format_ = tensor.tensor_type.name
         if scale is not None:
-            scales[target] = format_, scale
+            scales[target] = scale
         formats[format_] = formats.get(format_, 0) + 1
     if "model.embed_tokens.weight" not in state:
         raise InputError(f"load_gguf: {name!r} lacks the tensor 'token_embd.weight'")
@@ -297,48 +346,102 @@ def _state(
     return state, scales, formats
 
 
-def _scales(tensor: Any) -> Array | None:
-    """float32 (M, K / block) of a matrix of small integers times these; None for any other."""
-    layout = _CODES.get(tensor.tensor_type.name)
-    if layout is None or len(tensor.shape) != 2:
+def _check_sizes(name: str, config: Mapping[str, Any], state: Mapping[str, Array]) -> None:
+    """Raises InputError where a setting asks for more than the tensors have: a model is only made
+    of sizes that are there."""
+    width = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    first = "model.layers.0"
+    blocks = {path.split(".")[2] for path in state if path.startswith("model.layers.")}
+    sizes = {
+        "embedding_length": (config["hidden_size"], state["model.embed_tokens.weight"].shape[-1]),
+        "block_count": (config["num_hidden_layers"], len(blocks)),
+    }
+    for what, size, tensor in (
+        ("feed_forward_length", config["intermediate_size"], f"{first}.mlp.up_proj.weight"),
+        ("head_count", config["num_attention_heads"] * width, f"{first}.self_attn.q_proj.weight"),
+        (
+            "head_count_kv",
+            config["num_key_value_heads"] * width,
+            f"{first}.self_attn.k_proj.weight",
+        ),
+    ):
+        if tensor in state:
+            sizes[what] = size, state[tensor].shape[0]
+    for what, (said, there) in sizes.items():
+        if said != there:
+            raise InputError(
+                f"load_gguf: the tensors of {name!r} do not fit its settings: {what} asks for "
+                f"{said}, and they have {there}; copy the file again"
+            )
+
+
+class _Scales(NamedTuple):
+    """Scales and lowest weights, float32 (M, G), of a matrix of codes."""
+
+    format: str
+    scale: Array
+    low: Array
+
+
+def _scales(tensor: Any) -> _Scales | None:
+    """Those of a matrix; None for a tensor that has none."""
+    name = tensor.tensor_type.name
+    if name not in _CODES or len(tensor.shape) != 2:
         return None
-    block, place = layout.block, layout.place
-    rows = int(tensor.shape[1])
-    raw = np.asarray(tensor.data).reshape(rows, int(tensor.shape[0]) // block, -1)
-    parts = np.ascontiguousarray(raw[:, :, place : place + 2 or None])
-    return parts.view(np.float16)[:, :, 0].astype(np.float32)
+    from gguf import GGML_QUANT_SIZES
+
+    depth, rows = (int(size) for size in tensor.shape)
+    _, size = GGML_QUANT_SIZES[tensor.tensor_type]
+    with np.errstate(all="ignore"):  # numbers of damaged files, whose weights are refused
+        scale, low = _CODES[name].parts(np.asarray(tensor.data).reshape(-1, size))
+    groups = depth // _CODES[name].group
+    return _Scales(name, scale.reshape(rows, groups), low.reshape(rows, groups))
 
 
-def _keep_codes(model: nn.Module, scales: Mapping[str, tuple[str, Array]]) -> int:
-    """Puts frozen layers of the codes in the place of linear layers; how many."""
-    count = 0
-    for path, (format_, scale) in scales.items():
-        layer, layout = model.get_submodule(path), _CODES[format_]
+def _keep_codes(model: nn.Module, scales: Mapping[str, _Scales]) -> tuple[int, int]:
+    """Puts frozen layers of the codes in the place of linear layers; how many have exactly the
+    weights of the file, and how many nearly."""
+    exact = rounded = 0
+    for path, known in scales.items():
+        layer, layout = model.get_submodule(path), _CODES[known.format]
         if not isinstance(layer, nn.Linear):
             continue  # the embedding
-        weight = layer.weight.detach().numpy().reshape(len(scale), scale.shape[1], layout.block)
-        steps = np.divide(
-            weight, scale[:, :, None], out=np.zeros_like(weight), where=scale[:, :, None] != 0
-        )
-        codes = np.rint(steps).astype(np.int64) + layout.middle
+        weight = layer.weight.detach().numpy().reshape(*known.scale.shape, layout.group)
+        scale, low = known.scale[:, :, None], known.low[:, :, None]
+        flat = scale == 0  # every weight is the lowest one
+        steps = np.divide(weight - low, scale, out=np.zeros_like(weight), where=~flat)
+        codes = np.rint(steps).astype(np.int64)
         if codes.min() < 0 or codes.max() >= layout.levels:
             raise InputError(
-                f"load_gguf: the layer {path!r} holds codes beyond its format {format_}"
+                f"load_gguf: the layer {path!r} holds codes beyond its format {known.format}"
             )
-        scale = scale.repeat(layout.block // layout.group, axis=1)
-        # levels of 16 codes are odd numbers, two for a step
-        ternary = layout.levels == 3
-        zero = None if ternary else np.ones(scale.shape, np.int8)
+        zero = None
+        scale, low, flat = known.scale, known.low, flat[:, :, 0]
+        if layout.levels != 3:
+            # levels of codes are odd numbers, two for a step; the largest one stands for the
+            # weights of a group that are all the same
+            top = layout.levels - 1
+            codes[flat] = top
+            wanted = np.divide(-2 * low, scale, out=np.full_like(low, top), where=~flat) - top
+            if np.abs(wanted).max() > top:
+                continue  # all weights of a group are on one side of zero: no level stands for it
+            zero = np.rint(wanted).astype(np.int8)
+            same = bool((zero == wanted).all()) and not low[flat].any()
+            scale = np.where(flat, low / np.float32(top), scale / 2)
+            exact, rounded = exact + same, rounded + (not same)
+        else:
+            codes[flat] = 1
+            exact += 1
+        share = -(-layout.group // _GROUP)
         made = frozen_of_codes(
             codes.reshape(len(codes), -1).astype(np.uint8),
             layout.levels,
-            scale if ternary else scale / 2,
-            zero,
+            scale.repeat(share, axis=1),
+            None if zero is None else zero.repeat(share, axis=1),
             layer.bias,
         )
         model.set_submodule(path, made)
-        count += 1
-    return count
+    return exact, rounded
 
 
 def _target(name: str) -> tuple[str | None, str]:

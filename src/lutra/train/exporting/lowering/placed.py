@@ -161,11 +161,11 @@ def _largest(ctx: Lowering, symbol: Any, length: Any, rows: Callable[[int], Tens
     low, high = ctx.sources.range_of(symbol)
     if high is None:
         high = max(low, 2)
-        while size_at(length, {symbol: high}) < LONGEST and high < 2**24:
+        while size_at(length, {symbol: high}) < ctx.longest and high < 2**24:
             high *= 2
 
     def kept(size: int) -> None:
-        if size_at(length, {symbol: size}) > LONGEST:
+        if size_at(length, {symbol: size}) > ctx.longest:
             raise UnsupportedUse("it computes more positions than are kept")
         rows(size)
 
@@ -252,6 +252,8 @@ def by_distance(
     ctx: Lowering, symbols: list[Any], at: Callable[[int], Tensor], what: str
 ) -> Tensor:
     """(H or 1, 2 L - 1) of what is added to scores, for every distance within the longest length L.
+
+    L is `core.LONGEST` at most, whatever the walk says: L x L numbers are looked at.
 
     Args:
         ctx: The walk.
