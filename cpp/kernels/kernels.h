@@ -48,6 +48,16 @@ struct PqShape {
   int32_t parts = 1;  // T: of a row that have the same codebooks; divides `codebooks`
 };
 
+// Codes of a tile in planes of units (see code_unit), where blocks of 16 rows are consecutive. The
+// unit of row r that belongs to codebooks unit * i .. of the tile's order is at
+//   planes + offset[i] + block[r / 16] + r % 16 * unit
+// and kSlack bytes after the last valid row may be read.
+struct CodeTile {
+  const uint8_t* planes;
+  const int64_t* offset;  // (codebooks / unit): i = g T + t for units g of part t
+  const int32_t* block;   // (row_tile / 16); those beyond the valid rows are not read
+};
+
 // Sizes of one lookup layer, whose products are entries of one table.
 struct LookupShape {
   int32_t depth;    // D: entries of a row
@@ -335,6 +345,12 @@ struct Kernels {
   // outputs first..last-1. Epilogue::rows is Patch::rows of encode().
   void (*lookup)(const PqShape&, const uint8_t* tables, const uint8_t* codes, int32_t first,
                  int32_t last, const Epilogue&);
+
+  // The same, of codes that are read where they are. May be null, or refuse a shape: then
+  // gather_codes() and lookup().
+  bool (*reads_units)(const PqShape&);
+  void (*lookup_units)(const PqShape&, const uint8_t* tables, const CodeTile&, int32_t first,
+                       int32_t last, const Epilogue&);
 
   // One row, without tiles: sums[m - first] = sum over b of tables[b][codes[b]][m] for outputs
   // first..last-1. Here the tables are canonical, (codebooks, K, M), and so are the codes,
