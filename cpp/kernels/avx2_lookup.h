@@ -6,13 +6,50 @@
 namespace lutra {
 namespace {
 
+// Where the codes of the codebooks of a chunk are, for a sub-tile. `book` is times kBookStep.
+struct TileReads {  // encode()'s order
+  const uint8_t* codes;
+  LUTRA_INLINE __m256i whole(size_t book) const {
+    return load(codes + book * (kSubRows / kBookStep));
+  }
+  LUTRA_INLINE __m128i half(size_t book) const {
+    return load_half(codes + book * (kRowBlock / kBookStep));
+  }
+  LUTRA_INLINE __m256i unit(size_t unit) const { return load(codes + unit * 2 * kRowBlock); }
+};
+
+struct PlaneReads {  // planes of codes
+  const uint8_t* codes;
+  const int64_t* offset;
+  LUTRA_INLINE const uint8_t* at(size_t book) const {
+    static_assert(sizeof(int64_t) == kBookStep);
+    int64_t to;
+    __builtin_memcpy(&to, reinterpret_cast<const uint8_t*>(offset) + book, sizeof to);
+    return codes + to;
+  }
+  LUTRA_INLINE __m256i whole(size_t book) const { return load(at(book)); }
+  LUTRA_INLINE __m128i half(size_t book) const { return load_half(at(book)); }
+  LUTRA_INLINE __m256i unit(size_t unit) const {
+    return join(half(2 * unit * kBookStep), half((2 * unit + 1) * kBookStep));
+  }
+};
+
+struct SplitReads : PlaneReads {  // whose second 16 rows are elsewhere
+  int64_t second;
+  LUTRA_INLINE __m256i whole(size_t book) const {
+    const uint8_t* const first = at(book);
+    return join(load_half(first), load_half(first + second));
+  }
+};
+
 // Four reads of a quad, those that may share a leaf side by side: two entries (wide), or four.
 template <bool kNarrow>
 struct Quad {
   static constexpr int32_t kEntries = kNarrow ? 4 : 2;
-  LUTRA_INLINE static __m256i codes(const uint8_t* codes, const int32_t* order, int32_t i) {
-    return kNarrow ? load(codes + static_cast<size_t>(order[i]) * 32)
-                   : load(codes + static_cast<size_t>(order[i % 2]) * 64 + i / 2 * 32);
+  template <class Reads>
+  LUTRA_INLINE static __m256i codes(const Reads& codes, const int32_t* order, int32_t i) {
+    if constexpr (kNarrow) return codes.unit(static_cast<size_t>(order[i]));
+    return codes.whole(static_cast<size_t>(2 * order[i % 2] + i / 2) * kBookStep);
   }
   LUTRA_INLINE static __m256i table(const uint8_t* entries, int32_t entry_bytes, int32_t i) {
     return kNarrow ? load(entries + i * entry_bytes)
@@ -45,8 +82,8 @@ LUTRA_INLINE void slice_codes(__m256i code, __m256i* index) {
 
 // A quad for the four outputs of a block: sum[j] += its values, mean[j] = the mean of its leaves.
 // Output by output, while there are registers for all indices.
-template <int kSlices, bool kNarrow, bool kPaired>
-LUTRA_INLINE void quad(const uint8_t* entries, const int32_t* order, const uint8_t* codes,
+template <int kSlices, bool kNarrow, bool kPaired, class Reads>
+LUTRA_INLINE void quad(const uint8_t* entries, const int32_t* order, const Reads& codes,
                        __m256i* sum, __m256i* mean) {
   __m256i index[4][kSlices], v[kBlock][4];
   for (int32_t i = 0; i < 4; ++i) {
@@ -126,8 +163,8 @@ template <int kNodes, int kLevels>
 // are no registers for them. Not inline, so that the loop has all registers. `ahead`, if not null,
 // is where the tables that come next begin: large ones are streamed from the last-level cache or
 // from memory, chunk by chunk of 8 KB, and the hardware's prefetchers end with every page.
-template <int kSlices, bool kNarrow, bool kPaired>
-[[gnu::noinline]] void tree(const uint8_t* entries, const int32_t* order, const uint8_t* codes,
+template <int kSlices, bool kNarrow, bool kPaired, class Reads>
+[[gnu::noinline]] void tree(const uint8_t* entries, const int32_t* order, const Reads& codes,
                             int32_t quads, const uint8_t* ahead, bool first, Total* total) {
   constexpr int kBelow = kPaired ? 1 : 2;  // levels inside a quad
   const __m256i zero = _mm256_setzero_si256();
@@ -164,35 +201,51 @@ template <int kSlices, bool kNarrow, bool kPaired>
   }
 }
 
-// A group for the four outputs of a block; `index` are the codes of its codebooks.
-template <int kSize, bool kNarrow>
-LUTRA_INLINE void group(const uint8_t* entries, const __m256i* index, __m256i* all, __m256i* odd) {
-  LUTRA_UNROLL for (int32_t j = 0; j < kBlock; ++j) {
-    __m256i v[kSize];
-    LUTRA_UNROLL for (int32_t i = 0; i < kSize; ++i) {
-      const uint8_t* const at = entries + (i * kBlock + j) * 32;
-      v[i] = _mm256_shuffle_epi8(kNarrow ? load(at) : broadcast_half(at), index[i]);
-    }
-    __m256i sum = _mm256_add_epi8(v[0], v[1]);
-    if (kSize == 3) sum = _mm256_add_epi8(sum, v[kSize - 1]);
-    if (kSize == 4) sum = _mm256_add_epi8(sum, _mm256_add_epi8(v[kSize - 2], v[kSize - 1]));
-    all[j] = _mm256_add_epi16(all[j], sum);
-    odd[j] = _mm256_add_epi16(odd[j], _mm256_srli_epi16(sum, 8));
-    keep(all[j]);
-    keep(odd[j]);
-  }
-  static_assert(kBlock == 4);
-  __asm__(""  // in registers, all of them
-          : "+x"(all[0]), "+x"(all[1]), "+x"(all[2]), "+x"(all[3]), "+x"(odd[0]), "+x"(odd[1]),
-            "+x"(odd[2]), "+x"(odd[3]));
-}
+// The sums of groups for an output and 32 rows. Not an array of them: GCC would keep it in memory.
+struct GroupSum {
+  __m256i all = _mm256_setzero_si256(), odd = all;
 
-template <int kSize, bool kNarrow>
+  template <int kSize, bool kNarrow>
+  LUTRA_INLINE void add(const uint8_t* entries, const __m256i* index) {
+    const auto part = [&](int32_t i) {
+      const uint8_t* const at = entries + i * kBlock * 32;
+      return _mm256_shuffle_epi8(kNarrow ? load(at) : broadcast_half(at), index[i]);
+    };
+    __m256i sum = _mm256_add_epi8(part(0), part(1));
+    if constexpr (kSize == 3) sum = _mm256_add_epi8(sum, part(2));
+    if constexpr (kSize == 4) sum = _mm256_add_epi8(sum, _mm256_add_epi8(part(2), part(3)));
+    all = _mm256_add_epi16(all, sum);
+    odd = _mm256_add_epi16(odd, _mm256_srli_epi16(sum, 8));
+    keep(all);
+    keep(odd);
+  }
+
+  // At most 128 groups: no sum of rows overflows but that of all, whose odd ones are known.
+  LUTRA_INLINE void resolve(bool first, Total& total) const {
+    const __m256i even = _mm256_sub_epi16(all, _mm256_slli_epi16(odd, 8));
+    const __m256i low = _mm256_unpacklo_epi16(even, odd), high = _mm256_unpackhi_epi16(even, odd);
+    first ? add_rows16<true>(low, high, total) : add_rows16<false>(low, high, total);
+  }
+};
+
+struct BlockSums {
+  GroupSum s0, s1, s2, s3;
+
+  template <int kSize, bool kNarrow>
+  LUTRA_INLINE void add(const uint8_t* entries, const __m256i* index) {
+    static_assert(kBlock == 4);
+    s0.add<kSize, kNarrow>(entries, index);
+    s1.add<kSize, kNarrow>(entries + 32, index);
+    s2.add<kSize, kNarrow>(entries + 64, index);
+    s3.add<kSize, kNarrow>(entries + 96, index);
+  }
+};
+
+// Pairs of groups, for the four outputs of a block.
+template <int kSize, bool kNarrow, class Reads>
 LUTRA_INLINE void group_pairs(int32_t pairs, const uint8_t*& entries, const uint16_t*& order,
-                              const uint8_t* codes, const uint8_t*& ahead, __m256i* all,
-                              __m256i* odd) {
+                              const Reads& codes, const uint8_t*& ahead, BlockSums& sums) {
   constexpr int32_t kBytes = kSize * kBlock * 32;
-  constexpr int32_t kStep = (kNarrow ? kRowBlock : kSubRows) / kBookStep;
   for (; pairs > 0; --pairs, entries += kBytes, order += 2 * kSize) {
     if (ahead) {
       for (int32_t i = 0; i < kBytes; i += 64) {
@@ -200,49 +253,43 @@ LUTRA_INLINE void group_pairs(int32_t pairs, const uint8_t*& entries, const uint
       }
       ahead += kBytes;
     }
-    __m256i index[kSize];
+    const auto both = [&](int32_t i) {
+      return join(codes.half(order[i]), codes.half(order[kSize + i]));
+    };
+    const auto one = [&](int32_t i) { return codes.whole(order[i]); };
+    constexpr int32_t kLast = kSize - 1;
     if constexpr (kNarrow) {
-      LUTRA_UNROLL for (int32_t i = 0; i < kSize; ++i) {
-        index[i] = join(load_half(codes + size_t{order[i]} * kStep),
-                        load_half(codes + size_t{order[kSize + i]} * kStep));
-      }
-      group<kSize, true>(entries, index, all, odd);
+      const __m256i index[4] = {both(0), both(1), both(kSize > 2 ? 2 : 0), both(kLast)};
+      sums.add<kSize, true>(entries, index);
     } else {
-      LUTRA_UNROLL for (int32_t i = 0; i < kSize; ++i) {
-        index[i] = load(codes + size_t{order[i]} * kStep);
-      }
-      group<kSize, false>(entries, index, all, odd);
-      LUTRA_UNROLL for (int32_t i = 0; i < kSize; ++i) {
-        index[i] = load(codes + size_t{order[kSize + i]} * kStep);
-      }
-      group<kSize, false>(entries + 16, index, all, odd);
+      const __m256i first[4] = {one(0), one(1), one(kSize > 2 ? 2 : 0), one(kLast)};
+      sums.add<kSize, false>(entries, first);
+      constexpr int32_t k = kSize;
+      const __m256i second[4] = {one(k), one(k + 1), one(kSize > 2 ? k + 2 : k), one(k + kLast)};
+      sums.add<kSize, false>(entries + 16, second);
     }
   }
 }
 
-// Adds the sums of a chunk of groups to total[j]. At most 128 groups: no 16-bit sum overflows but
-// that of all rows, whose odd ones are known.
-template <bool kNarrow>
-[[gnu::noinline]] void add_groups(const Chunk& chunk, const uint8_t* codes, const uint8_t* ahead,
+template <bool kNarrow, class Reads>
+[[gnu::noinline]] void add_groups(const Chunk& chunk, const Reads& codes, const uint8_t* ahead,
                                   bool first, Total* total) {
-  const __m256i zero = _mm256_setzero_si256();
-  __m256i all[kBlock] = {zero, zero, zero, zero}, odd[kBlock] = {zero, zero, zero, zero};
+  const Reads from = codes;
+  BlockSums sums;
   const uint8_t* entries = reinterpret_cast<const uint8_t*>(&chunk + 1);
   const uint16_t* order = chunk.book;
-  group_pairs<4, kNarrow>(chunk.pairs[0], entries, order, codes, ahead, all, odd);
-  group_pairs<3, kNarrow>(chunk.pairs[1], entries, order, codes, ahead, all, odd);
-  group_pairs<2, kNarrow>(chunk.pairs[2], entries, order, codes, ahead, all, odd);
-  for (int32_t j = 0; j < kBlock; ++j) {
-    const __m256i even = _mm256_sub_epi16(all[j], _mm256_slli_epi16(odd[j], 8));
-    const __m256i low = _mm256_unpacklo_epi16(even, odd[j]);
-    const __m256i high = _mm256_unpackhi_epi16(even, odd[j]);
-    first ? add_rows16<true>(low, high, total[j]) : add_rows16<false>(low, high, total[j]);
-  }
+  group_pairs<4, kNarrow>(chunk.pairs[0], entries, order, from, ahead, sums);
+  group_pairs<3, kNarrow>(chunk.pairs[1], entries, order, from, ahead, sums);
+  group_pairs<2, kNarrow>(chunk.pairs[2], entries, order, from, ahead, sums);
+  sums.s0.resolve(first, total[0]);
+  sums.s1.resolve(first, total[1]);
+  sums.s2.resolve(first, total[2]);
+  sums.s3.resolve(first, total[3]);
 }
 
-// Adds the sums of a chunk to total[j], after the first ones; `codes` begins with the chunk's.
-template <int kSlices, bool kNarrow>
-LUTRA_INLINE void add_chunk(const Chunk& chunk, const uint8_t* codes, const uint8_t* later,
+// Adds the sums of a chunk to total[j], after the first ones.
+template <int kSlices, bool kNarrow, class Reads>
+LUTRA_INLINE void add_chunk(const Chunk& chunk, const Reads& codes, const uint8_t* later,
                             bool first, Total* total) {
   const uint8_t* const entries = reinterpret_cast<const uint8_t*>(&chunk + 1);
   if constexpr (kSlices == 1) {
@@ -251,9 +298,9 @@ LUTRA_INLINE void add_chunk(const Chunk& chunk, const uint8_t* codes, const uint
                                  total);
     }
   }
-  auto* run = tree<kSlices, kNarrow, false>;
+  auto* run = tree<kSlices, kNarrow, false, Reads>;
   if constexpr (kSlices > 1) {
-    if (chunk.sum == Sum::kPaired) run = tree<kSlices, kNarrow, true>;
+    if (chunk.sum == Sum::kPaired) run = tree<kSlices, kNarrow, true, Reads>;
   }
   const int32_t most = chunk.sum == Sum::kPaired ? kLeaves / 2 : kLeaves / 4;
   const int32_t each = Quad<kNarrow>::kEntries;
@@ -267,9 +314,46 @@ LUTRA_INLINE void add_chunk(const Chunk& chunk, const uint8_t* codes, const uint
   }
 }
 
+template <bool kValue>
+struct Constant {
+  constexpr bool operator()() const { return kValue; }
+};
+
+// with(row, narrow, book, body): body(is it narrow?, reads of the codebooks from `book` on) for the
+// sub-tile that begins with the row.
+struct TileSource {
+  const uint8_t* codes;
+  int32_t codebooks;  // padded
+  template <class Body>
+  LUTRA_INLINE void with(int32_t row, bool narrow, int32_t book, const Body& body) const {
+    const uint8_t* const from = codes + static_cast<size_t>(codebooks) * row;
+    if (narrow) {
+      body(Constant<true>(), TileReads{from + book * kRowBlock});
+    } else {
+      body(Constant<false>(), TileReads{from + book * kSubRows});
+    }
+  }
+};
+
+struct PlaneSource {
+  const CodeTile& tile;
+  template <class Body>
+  LUTRA_INLINE void with(int32_t row, bool narrow, int32_t book, const Body& body) const {
+    const int32_t* const block = tile.block + row / kRowBlock;
+    const PlaneReads reads{tile.planes + block[0], tile.offset + book};
+    if (narrow) {
+      body(Constant<true>(), reads);
+    } else if (block[1] - block[0] == kRowBlock) {
+      body(Constant<false>(), reads);
+    } else {
+      body(Constant<false>(), SplitReads{reads, block[1] - block[0]});
+    }
+  }
+};
+
 // Outputs m.. of some blocks, all sub-tiles.
-template <int kSlices>
-void lookup_blocks(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32_t m,
+template <int kSlices, class Source>
+void lookup_blocks(const PqShape& s, const uint8_t* tables, const Source& source, int32_t m,
                    int32_t last, const Finish& finish) {
   const size_t block_size = block_bytes(s.codebooks, kSlices);
   const size_t chunk_size = chunk_bytes(s.codebooks, kSlices);
@@ -287,15 +371,10 @@ void lookup_blocks(const PqShape& s, const uint8_t* tables, const uint8_t* codes
           *reinterpret_cast<const Chunk*>(tables + i * block_size + c * chunk_size);
       for (int32_t row = 0; row < rows; row += kSubRows) {
         const uint8_t* const later = large && row == 0 ? after : nullptr;
-        const uint8_t* const from = codes + static_cast<size_t>(padded_codebooks(s)) * row;
         Total* const to = total[i][row / kSubRows];
-        if (narrow(rows - row)) {
-          add_chunk<kSlices, true>(chunk, from + c * kChunkUnits * 2 * kRowBlock, later, c == 0,
-                                   to);
-        } else {
-          add_chunk<kSlices, false>(chunk, from + c * kChunkUnits * 2 * kSubRows, later, c == 0,
-                                    to);
-        }
+        source.with(row, narrow(rows - row), 2 * c * kChunkUnits, [&](auto is_narrow, auto codes) {
+          add_chunk<kSlices, is_narrow()>(chunk, codes, later, c == 0, to);
+        });
       }
     }
   }
@@ -314,27 +393,35 @@ void lookup_blocks(const PqShape& s, const uint8_t* tables, const uint8_t* codes
   }
 }
 
-template <int kSlices>
-void lookup_slices(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32_t first,
+template <int kSlices, class Source>
+void lookup_slices(const PqShape& s, const uint8_t* tables, const Source& source, int32_t first,
                    int32_t last, const Epilogue& e) {
   const Finish finish(e);
   constexpr int32_t kTogether = kBlocksTogether * kBlock;
   for (int32_t m = first; m < last; m += kTogether) {
-    lookup_blocks<kSlices>(s, tables + m / kBlock * block_bytes(s.codebooks, kSlices), codes, m,
+    lookup_blocks<kSlices>(s, tables + m / kBlock * block_bytes(s.codebooks, kSlices), source, m,
                            last - m < kTogether ? last : m + kTogether, finish);
   }
 }
 
 void lookup(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32_t first,
             int32_t last, const Epilogue& e) {
+  const TileSource source{codes, padded_codebooks(s)};
   switch (table_slices(s)) {
     case 1:
-      return lookup_slices<1>(s, tables, codes, first, last, e);
+      return lookup_slices<1>(s, tables, source, first, last, e);
     case 2:
-      return lookup_slices<2>(s, tables, codes, first, last, e);
+      return lookup_slices<2>(s, tables, source, first, last, e);
     default:
-      return lookup_slices<4>(s, tables, codes, first, last, e);
+      return lookup_slices<4>(s, tables, source, first, last, e);
   }
+}
+
+bool reads_units(const PqShape& s) { return table_slices(s) == 1; }
+
+void lookup_units(const PqShape& s, const uint8_t* tables, const CodeTile& codes, int32_t first,
+                  int32_t last, const Epilogue& e) {
+  lookup_slices<1>(s, tables, PlaneSource{codes}, first, last, e);
 }
 
 // --- one row -------------------------------------------------------------------------------------

@@ -226,7 +226,17 @@ bool order_groups(const UnitRange* units, int32_t count, int32_t limit, Chunk* c
     }
     ++groups[i];
   }
-  // In instructions for an output and 32 rows, as counted.
+  // Groups go in pairs: one without a partner becomes groups of two.
+  for (int32_t i = 0; i + 1 < kGroupSizes; ++i) {
+    if (groups[i] % 2 == 0) continue;
+    const int32_t* const from = group[i][--groups[i]];
+    for (int32_t n = 0; n < kLargestGroup - i; n += 2) {
+      int32_t* const to = group[kGroupSizes - 1][groups[kGroupSizes - 1]++];
+      to[0] = from[n];
+      to[1] = n + 1 < kLargestGroup - i ? from[n + 1] : count;
+    }
+  }
+  // In instructions for an output and 32 rows, as counted; those of a tree wait for each other.
   const int32_t quads = (count + 3) / 4;
   const int32_t single = 11 * quads + 24 * ((quads + 15) / 16);
   int32_t entries = 0, cost = 12;
@@ -236,7 +246,7 @@ bool order_groups(const UnitRange* units, int32_t count, int32_t limit, Chunk* c
     entries += chunk->pairs[i] * size;
     cost += chunk->pairs[i] * 2 * (2 * size + 2);
   }
-  if (entries > limit || cost > single) return false;
+  if (entries > limit || 2 * cost > 3 * single) return false;
   chunk->sum = Sum::kGroups;
   chunk->entries = entries;
   uint16_t* to = chunk->book;

@@ -48,14 +48,15 @@ struct PqShape {
   int32_t parts = 1;  // T: of a row that have the same codebooks; divides `codebooks`
 };
 
-// Codes of a tile in planes of units (see code_unit), where blocks of 16 rows are consecutive. The
-// unit of row r that belongs to codebooks unit * i .. of the tile's order is at
-//   planes + offset[i] + block[r / 16] + r % 16 * unit
-// and kSlack bytes after the last valid row may be read.
+// Codes of a tile that lie in planes of units (see code_unit), where the rows of each block of
+// kRowBlock are consecutive. Unit i is that of codebooks (i / T) unit .. of part i % T; for row r
+// it is at
+//   planes + offset[i] + block[r / kRowBlock] + r % kRowBlock * unit
+// Whole blocks are read.
 struct CodeTile {
   const uint8_t* planes;
-  const int64_t* offset;  // (codebooks / unit): i = g T + t for units g of part t
-  const int32_t* block;   // (row_tile / 16); those beyond the valid rows are not read
+  const int64_t* offset;  // (codebooks / unit), and another one, which repeats any of them
+  const int32_t* block;   // of each block that has valid rows
 };
 
 // Sizes of one lookup layer, whose products are entries of one table.
