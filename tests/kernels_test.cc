@@ -147,10 +147,12 @@ void test_lookup_row(const Kernels& k, const PqShape& s, const Guarded<int8_t>& 
   }
 }
 
-// The sums of a tile of codes in parts, and what becomes of them. `codes` are those of the kernels
-// on trial, `plain` those of the scalar ones, tile after tile.
+// The sums of a tile of codes in parts, and what becomes of them. lookup(table, first, last,
+// epilogue) are the kernels on trial; `plain` are the codes of the scalar ones, tile after tile.
+template <class Lookup>
 void test_sums(const Kernels& k, const PqCase& c, const PqShape& s, const Guarded<int8_t>& tables,
-               const uint8_t* codes, const std::vector<uint8_t>& plain, const Mode& mode) {
+               const char* name, const std::vector<uint8_t>& plain, const Mode& mode,
+               const Lookup& lookup) {
   Canvas<uint8_t> table(k.table_bytes(s)), plain_table(kScalar.table_bytes(s));
   k.pack_tables(s, tables.data(), table.data());
   kScalar.pack_tables(s, tables.data(), plain_table.data());
@@ -158,10 +160,10 @@ void test_sums(const Kernels& k, const PqCase& c, const PqShape& s, const Guarde
   const Exact packed_table(table);
   Finish finish(mode, s.outputs, c.rows);
   finish.run(
-      "lookup",
+      name,
       [&](const Epilogue& e) {
         for (auto [first, last] : parts(s.outputs, k.output_tile)) {
-          k.lookup(s, packed_table.data(), codes, first, last, e);
+          lookup(packed_table.data(), first, last, e);
         }
       },
       [&](int from, const Epilogue& e) {
@@ -169,6 +171,14 @@ void test_sums(const Kernels& k, const PqCase& c, const PqShape& s, const Guarde
         kScalar.lookup(s, plain_table.data(), plain.data() + kScalar.code_bytes(s) * i, 0,
                        s.outputs, e);
       });
+}
+
+void test_sums(const Kernels& k, const PqCase& c, const PqShape& s, const Guarded<int8_t>& tables,
+               const uint8_t* codes, const std::vector<uint8_t>& plain, const Mode& mode) {
+  test_sums(k, c, s, tables, "lookup", plain, mode,
+            [&](const uint8_t* table, int first, int last, const Epilogue& e) {
+              k.lookup(s, table, codes, first, last, e);
+            });
 }
 
 // Planes of units of codes, from a tile's planes of codes.
@@ -205,6 +215,16 @@ struct Units {
   }
 };
 
+// Where blocks of 16 rows of a patch of units begin; none if one of them is not consecutive.
+std::vector<int32_t> unit_blocks(const Patch& p, int unit) {
+  std::vector<int32_t> block;
+  for (int r = 0; r < p.rows; ++r) {
+    if (r % kRowBlock == 0) block.push_back(p.row[r]);
+    if (p.row[r] != block.back() + r % kRowBlock * unit) return {};
+  }
+  return block;
+}
+
 // Codes that were made before, and their planes: gathers those of a tile in parts, unpacks them,
 // and looks them up.
 void test_gather_codes(const Kernels& k, const PqCase& c) {
@@ -240,7 +260,21 @@ void test_gather_codes(const Kernels& k, const PqCase& c) {
     kScalar.gather_codes(s, tile.part(i * kScalar.row_tile), 0, s.codebooks,
                          plain.data() + plain_bytes * static_cast<size_t>(i));
   }
-  test_sums(k, c, s, make_tables(s, c.tables), codes.data(), plain, random_mode());
+  const Guarded<int8_t> tables = make_tables(s, c.tables);
+  test_sums(k, c, s, tables, codes.data(), plain, random_mode());
+  const int unit = k.code_unit(s);
+  const std::vector<int32_t> block = unit_blocks(units.patch, unit);
+  if (block.empty() || !k.reads_units || !k.reads_units(s)) return;
+  Guarded<int64_t> offset(static_cast<size_t>(s.codebooks / unit) + 1);
+  for (int i = 0; i < s.codebooks / unit; ++i) {
+    offset[static_cast<size_t>(i)] = i / s.parts * units.patch.plane + units.tap[i % s.parts];
+  }
+  offset[offset.size() - 1] = offset[0];
+  test_sums(k, c, s, tables, "lookup_units", plain, random_mode(),
+            [&](const uint8_t* table, int first, int last, const Epilogue& e) {
+              const CodeTile where{units.patch.planes, offset.data(), block.data()};
+              k.lookup_units(s, table, where, first, last, e);
+            });
 }
 
 // Encodes a tile in parts, unpacks its codes, looks them up in parts, and one row by itself.

@@ -29,7 +29,7 @@ namespace lutra {
 namespace {
 
 void quantize(const float* x, size_t n, const Grid& grid, uint8_t* q) {
-  const Grid g = grid;
+  const GridVectors g(grid);
   for (size_t i = 0; i < n; i += 16) {
     const int32_t count = n - i < 16 ? static_cast<int32_t>(n - i) : 16;
     float tail[16] = {};
@@ -82,6 +82,8 @@ constinit const Kernels kAvx2 = {.name = "avx2",
                                  .unpack_units = unpack_units,
                                  .gather_codes = gather_codes,
                                  .lookup = lookup,
+                                 .reads_units = reads_units,
+                                 .lookup_units = lookup_units,
                                  .lookup_row = lookup_row,
                                  .dense8_bytes = dense8_bytes,
                                  .pack_dense8 = pack_dense8,

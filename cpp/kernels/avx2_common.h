@@ -165,30 +165,42 @@ LUTRA_INLINE void store_bytes(uint8_t* to, __m128i v, int32_t count) {
   for (int32_t i = 0; i < (count & 7); ++i, rest >>= 8) to[i] = static_cast<uint8_t>(rest);
 }
 
+struct GridVectors {
+  __m256 scale, inverse, high, above;
+  __m256i zero;
+  bool divide;
+
+  GridVectors() = default;
+  LUTRA_INLINE explicit GridVectors(const Grid& g)
+      : scale(_mm256_set1_ps(g.scale)),
+        inverse(_mm256_set1_ps(g.inverse)),
+        high(_mm256_set1_ps(static_cast<float>(g.qmax - g.zero))),
+        above(_mm256_set1_ps(static_cast<float>(g.qmax - g.zero + 1))),
+        zero(_mm256_set1_epi16(static_cast<int16_t>(g.zero))),
+        divide(g.inverse == 0.0f) {}
+};
+
 // x / scale, of which only what is below the upper end need be exact. min returns its second
 // operand for NaN. The clamp keeps the remainder of the correction from being inf - inf there;
 // below, NaN and -inf come to the same.
-LUTRA_INLINE __m256 quotient(__m256 x, const Grid& g) {
-  if (g.inverse == 0.0f) return _mm256_div_ps(x, _mm256_set1_ps(g.scale));
-  const __m256 above = _mm256_set1_ps(static_cast<float>(g.qmax - g.zero + 1));
-  const __m256 inverse = _mm256_set1_ps(g.inverse);
-  const __m256 t = _mm256_min_ps(above, _mm256_mul_ps(x, inverse));
-  return _mm256_fmadd_ps(_mm256_fnmadd_ps(t, _mm256_set1_ps(g.scale), x), inverse, t);
+LUTRA_INLINE __m256 quotient(__m256 x, const GridVectors& g) {
+  if (g.divide) return _mm256_div_ps(x, g.scale);
+  const __m256 t = _mm256_min_ps(g.above, _mm256_mul_ps(x, g.inverse));
+  return _mm256_fmadd_ps(_mm256_fnmadd_ps(t, g.scale, x), g.inverse, t);
 }
 
 // Quotients -> bytes of the grid. There is no lower clamp: what is too low becomes negative
 // (INT32_MIN for NaN), and the packing saturates.
-LUTRA_INLINE __m256i grid_words(__m256 t0, __m256 t1, const Grid& g) {  // 4 of t0, t1 a lane
-  const __m256 high = _mm256_set1_ps(static_cast<float>(g.qmax - g.zero));
-  const __m256i q = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_min_ps(high, t0)),
-                                       _mm256_cvtps_epi32(_mm256_min_ps(high, t1)));
-  return _mm256_adds_epi16(q, _mm256_set1_epi16(static_cast<int16_t>(g.zero)));
+LUTRA_INLINE __m256i grid_words(__m256 t0, __m256 t1, const GridVectors& g) {  // 4 of each a lane
+  const __m256i q = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_min_ps(g.high, t0)),
+                                       _mm256_cvtps_epi32(_mm256_min_ps(g.high, t1)));
+  return _mm256_adds_epi16(q, g.zero);
 }
-LUTRA_INLINE __m128i grid_bytes(__m256 t0, __m256 t1, const Grid& g) {
+LUTRA_INLINE __m128i grid_bytes(__m256 t0, __m256 t1, const GridVectors& g) {
   const __m256i w = _mm256_permute4x64_epi64(grid_words(t0, t1, g), 0xd8);
   return _mm_packus_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
 }
-LUTRA_INLINE __m256i grid_bytes(const __m256* t, const Grid& g) {
+LUTRA_INLINE __m256i grid_bytes(const __m256* t, const GridVectors& g) {
   const __m256i bytes = _mm256_packus_epi16(grid_words(t[0], t[1], g), grid_words(t[2], t[3], g));
   return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
@@ -197,8 +209,10 @@ LUTRA_INLINE __m256i grid_bytes(const __m256* t, const Grid& g) {
 // store can change it, with the clamp dropped where a grid clamps to the same.
 struct Finish {
   Epilogue e;
+  GridVectors grid[kMaxQuantized];
 
   LUTRA_INLINE explicit Finish(const Epilogue& epilogue) : e(epilogue) {
+    for (int32_t i = 0; i < e.quantized; ++i) grid[i] = GridVectors(e.q[i].grid);
     if (!e.clamp || e.out || e.low != 0.0f || e.high != __builtin_inff()) return;
     bool implied = true;
     for (int32_t i = 0; i < e.quantized; ++i) implied = implied && e.q[i].grid.zero == 0;
@@ -239,12 +253,12 @@ struct Finish {
     uint8_t* const to = e.q[n].out + m * e.q[n].stride + row;
     const int32_t left = e.rows - row;
     if constexpr (kRegisters == 4) {
-      const __m256i bytes = grid_bytes(t, e.q[n].grid);
+      const __m256i bytes = grid_bytes(t, grid[n]);
       if (left >= 32) return store(to, bytes);
       store_bytes(to, _mm256_castsi256_si128(bytes), left);
       if (left > 16) store_bytes(to + 16, _mm256_extracti128_si256(bytes, 1), left - 16);
     } else {
-      store_bytes(to, grid_bytes(t[0], t[1], e.q[n].grid), left);
+      store_bytes(to, grid_bytes(t[0], t[1], grid[n]), left);
     }
   }
 
@@ -299,7 +313,7 @@ struct Finish {
     }
     for (int32_t n = 0; n < e.quantized; ++n) {
       __m256 t[kRegisters];
-      LUTRA_UNROLL for (int32_t i = 0; i < kRegisters; ++i) t[i] = quotient(y[i], e.q[n].grid);
+      LUTRA_UNROLL for (int32_t i = 0; i < kRegisters; ++i) t[i] = quotient(y[i], grid[n]);
       quantize<kRegisters>(n, m, row, t);
     }
   }

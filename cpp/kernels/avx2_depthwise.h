@@ -85,7 +85,7 @@ template <int kStep>
 template <int kStep>
 LUTRA_INLINE void finish_bytes(const __m256i* sum, const Finish& finish, int32_t m, int32_t row) {
   const Epilogue& e = finish.e;
-  const Grid& grid = e.q[0].grid;
+  const GridVectors& grid = finish.grid[0];
   const __m256i offset = _mm256_set1_epi32(e.offset ? e.offset[m] : 0);
   __m256 t[4];
   LUTRA_UNROLL for (int32_t c = 0; c < 4; ++c) {

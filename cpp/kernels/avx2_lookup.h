@@ -1,194 +1,55 @@
 // AVX2: sums of table values by code. Private to avx2.cc.
 #pragma once
 
-#include "avx2_encode.h"
+#include "avx2_tables.h"
 
 namespace lutra {
 namespace {
 
-// --- lookup of a tile ----------------------------------------------------------------------------
-//
-// vpshufb reads 32 rows of a codebook, as bytes v (the value less the least of its codebook and
-// output). A byte cannot hold the sum S of many codebooks, and widening every v to 16 bits costs
-// three instructions. Instead, up to 64 bytes are summed twice in bytes: modulo 256 (vpaddb), and
-// approximately, by a tree of rounding means (vpavgb). A mean of two is rounded up by half a unit
-// at most, so the root A of a tree of n levels has T = 2^n A = S + e with 0 <= e <= n 2^(n-1): at
-// most 192 for 6 levels. e is therefore known from its low byte, and S is exact. That makes three
-// instructions for 32 lookups, and two loads.
-//
-// Where the ranges of two codebooks add up to 255 or less, for all four outputs of a block, their
-// bytes are added first and share a leaf of the tree: 2.5 instructions, which is near the limit of
-// the loads and of vpshufb alone. Trained tables have many small ranges, so that nearly all
-// codebooks pair.
-//
-// Codebooks come in units of two, (2u, 2u + 1), so that a narrow sub-tile (16 rows) can read a unit
-// at once, a codebook in each lane; it adds the lanes at the end. They are summed in chunks of 64
-// units, whose codes and tables stay in the first-level cache for all sub-tiles and some blocks of
-// outputs.
-//
-// Packed tables: (blocks of 4 outputs, chunks), each a Chunk and its entries:
-// [slice of 16 centroids][output][codebook of the unit][16 bytes].
-
-constexpr int32_t kChunkUnits = 64;
-constexpr int32_t kMaxEntries = kChunkUnits + kChunkUnits / 4;
-constexpr int32_t kLeaves = 64;          // of a tree
-constexpr size_t kCachedBytes = 262144;  // tables up to here stay in the second-level cache
-constexpr int32_t kBlocksTogether = 4;   // blocks of outputs that use a chunk's codes in turn
-
-// A chunk of a block is either all single, or neighbouring entries share leaves; then a unit that
-// finds no partner gets an empty one.
-struct Chunk {
-  int32_t paired;             // do entries 2i and 2i + 1 share leaves?
-  int32_t entries;            // empty ones fill up to a multiple of 4
-  int32_t base[kBlock];       // the first chunk's: the sums of the minima that were subtracted
-  int32_t unit[kMaxEntries];  // of each entry, from the first of the chunk; any for empty ones
-  int32_t unused[10];         // to 64 bytes
-};
-static_assert(sizeof(Chunk) % 64 == 0);
-
-LUTRA_INLINE int32_t units_of(int32_t codebooks) { return (codebooks + 1) / 2; }
-LUTRA_INLINE int32_t chunks_of(int32_t codebooks) {
-  return (units_of(codebooks) + kChunkUnits - 1) / kChunkUnits;
-}
-LUTRA_INLINE int32_t max_entries(int32_t codebooks) {
-  const int32_t units = units_of(codebooks) < kChunkUnits ? units_of(codebooks) : kChunkUnits;
-  return round_up(units + units / 4, 4);
-}
-LUTRA_INLINE int32_t table_slices(const PqShape& s) { return (s.centroids + 15) / 16; }
-LUTRA_INLINE int32_t entry_bytes(int32_t slices) { return slices * kBlock * 32; }
-LUTRA_INLINE size_t chunk_bytes(int32_t codebooks, int32_t slices) {
-  return sizeof(Chunk) + static_cast<size_t>(max_entries(codebooks)) * entry_bytes(slices);
-}
-LUTRA_INLINE size_t block_bytes(int32_t codebooks, int32_t slices) {
-  return chunks_of(codebooks) * chunk_bytes(codebooks, slices);
-}
-
-size_t table_bytes(const PqShape& s) {
-  return (s.outputs + kBlock - 1) / kBlock * block_bytes(s.codebooks, table_slices(s));
-}
-
-// The least value and the range of a codebook and an output; both 0 for those that do not exist.
-void find_range(const PqShape& s, const int8_t* tables, int32_t b, int32_t m, int32_t* least,
-                int32_t* range) {
-  *least = *range = 0;
-  if (b >= s.codebooks || m >= s.outputs) return;
-  int32_t low = 127, high = -128;
-  for (int32_t k = 0; k < s.centroids; ++k) {
-    const int32_t v = tables[(static_cast<size_t>(b) * s.centroids + k) * s.outputs + m];
-    low = v < low ? v : low;
-    high = v > high ? v : high;
+// Where the codes of the codebooks of a chunk are, for a sub-tile. `book` is times kBookStep.
+struct TileReads {  // encode()'s order
+  const uint8_t* codes;
+  LUTRA_INLINE __m256i whole(size_t book) const {
+    return load(codes + book * (kSubRows / kBookStep));
   }
-  *least = low;
-  *range = high - low;
-}
-
-struct UnitRange {
-  int32_t unit;
-  uint8_t range[2 * kBlock];  // of its two codebooks for the outputs of a block
+  LUTRA_INLINE __m128i half(size_t book) const {
+    return load_half(codes + book * (kRowBlock / kBookStep));
+  }
+  LUTRA_INLINE __m256i unit(size_t unit) const { return load(codes + unit * 2 * kRowBlock); }
 };
 
-LUTRA_INLINE bool fit(const UnitRange& a, const UnitRange& b) {
-  for (int32_t i = 0; i < 2 * kBlock; ++i) {
-    if (a.range[i] + b.range[i] > 255) return false;
+struct PlaneReads {  // planes of codes
+  const uint8_t* codes;
+  const int64_t* offset;
+  LUTRA_INLINE const uint8_t* at(size_t book) const {
+    static_assert(sizeof(int64_t) == kBookStep);
+    int64_t to;
+    __builtin_memcpy(&to, reinterpret_cast<const uint8_t*>(offset) + book, sizeof to);
+    return codes + to;
   }
-  return true;
-}
+  LUTRA_INLINE __m256i whole(size_t book) const { return load(at(book)); }
+  LUTRA_INLINE __m128i half(size_t book) const { return load_half(at(book)); }
+  LUTRA_INLINE __m256i unit(size_t unit) const {
+    return join(half(2 * unit * kBookStep), half((2 * unit + 1) * kBookStep));
+  }
+};
 
-// The units by their largest range, descending (a counting sort).
-void sort_units(const UnitRange* units, int32_t count, UnitRange* sorted) {
-  int32_t start[257] = {};
-  for (int32_t pass = 0; pass < 2; ++pass) {
-    for (int32_t i = 0; i < count; ++i) {
-      int32_t largest = 0;
-      for (const uint8_t r : units[i].range) largest = r > largest ? r : largest;
-      if (pass == 0) {
-        ++start[256 - largest];
-      } else {
-        sorted[start[255 - largest]++] = units[i];
-      }
-    }
-    for (int32_t i = 0; pass == 0 && i < 256; ++i) start[i + 1] += start[i];
+struct SplitReads : PlaneReads {  // whose second 16 rows are elsewhere
+  int64_t second;
+  LUTRA_INLINE __m256i whole(size_t book) const {
+    const uint8_t* const first = at(book);
+    return join(load_half(first), load_half(first + second));
   }
-}
-
-// Chooses a chunk's entries, -1 for an empty one. The largest range that is left is paired with the
-// smallest, if that fits, else with nothing. Measured: a tree costs about as much as two quads (of
-// two entries), a paired quad 5/6 of a single one.
-void order_units(const UnitRange* sorted, int32_t count, int32_t limit, Chunk* chunk) {
-  int32_t n = 0, first = 0, last = count - 1;
-  for (; first <= last && n + 2 <= limit; ++first) {
-    const bool pair = first < last && fit(sorted[first], sorted[last]);
-    chunk->unit[n++] = sorted[first].unit;
-    chunk->unit[n++] = pair ? sorted[last--].unit : -1;
-  }
-  const int32_t quads = (count + 1) / 2;
-  const int32_t single = 6 * quads + 12 * ((quads + 15) / 16);
-  const int32_t paired = 5 * (n / 2) + 12 * ((n / 2 + 31) / 32) + (n / 2 > 16 ? 4 : 0);
-  chunk->paired = first > last && paired < single;
-  if (!chunk->paired) {
-    for (n = 0; n < count; ++n) chunk->unit[n] = n;
-  }
-  chunk->entries = n;
-  while (n % 4 != 0) chunk->unit[n++] = -1;
-}
-
-// One codebook of one output of an entry.
-void pack_entry(const PqShape& s, const int8_t* tables, int32_t b, int32_t m, uint8_t* to) {
-  int32_t least, range;
-  find_range(s, tables, b, m, &least, &range);
-  for (int32_t k = 0; k < 16 * table_slices(s); ++k) {
-    const size_t at = (static_cast<size_t>(b) * s.centroids + k) * s.outputs + m;
-    const bool there = b < s.codebooks && m < s.outputs && k < s.centroids;
-    to[k / 16 * kBlock * 32 + k % 16] = there ? static_cast<uint8_t>(tables[at] - least) : 0;
-  }
-}
-
-void pack_chunk(const PqShape& s, const int8_t* tables, int32_t block, int32_t first, int32_t* base,
-                Chunk* chunk) {
-  const int32_t left = units_of(s.codebooks) - first;
-  const int32_t count = left < kChunkUnits ? left : kChunkUnits;
-  UnitRange units[kChunkUnits], sorted[kChunkUnits];
-  for (int32_t u = 0; u < count; ++u) {
-    units[u].unit = u;
-    for (int32_t i = 0; i < 2 * kBlock; ++i) {
-      int32_t least, range;
-      find_range(s, tables, 2 * (first + u) + i % 2, block + i / 2, &least, &range);
-      base[i / 2] += least;
-      units[u].range[i] = static_cast<uint8_t>(range);
-    }
-  }
-  sort_units(units, count, sorted);
-  order_units(sorted, count, max_entries(s.codebooks), chunk);
-  uint8_t* to = reinterpret_cast<uint8_t*>(chunk + 1);
-  for (int32_t entry = 0; entry < round_up(chunk->entries, 4);
-       ++entry, to += entry_bytes(table_slices(s))) {
-    const bool empty = chunk->unit[entry] < 0;
-    const int32_t b = empty ? s.codebooks : 2 * (first + chunk->unit[entry]);
-    if (empty) chunk->unit[entry] = 0;
-    for (int32_t i = 0; i < 2 * kBlock; ++i) {
-      pack_entry(s, tables, b + i % 2, block + i / 2, to + 16 * i);
-    }
-  }
-}
-
-void pack_tables(const PqShape& s, const int8_t* tables, uint8_t* packed) {
-  for (int32_t block = 0; block < s.outputs; block += kBlock) {
-    int32_t* const base = reinterpret_cast<Chunk*>(packed)->base;
-    for (int32_t j = 0; j < kBlock; ++j) base[j] = 0;
-    for (int32_t first = 0; first < units_of(s.codebooks); first += kChunkUnits) {
-      pack_chunk(s, tables, block, first, base, reinterpret_cast<Chunk*>(packed));
-      packed += chunk_bytes(s.codebooks, table_slices(s));
-    }
-  }
-}
+};
 
 // Four reads of a quad, those that may share a leaf side by side: two entries (wide), or four.
 template <bool kNarrow>
 struct Quad {
   static constexpr int32_t kEntries = kNarrow ? 4 : 2;
-  LUTRA_INLINE static __m256i codes(const uint8_t* codes, const int32_t* order, int32_t i) {
-    return kNarrow ? load(codes + static_cast<size_t>(order[i]) * 32)
-                   : load(codes + static_cast<size_t>(order[i % 2]) * 64 + i / 2 * 32);
+  template <class Reads>
+  LUTRA_INLINE static __m256i codes(const Reads& codes, const int32_t* order, int32_t i) {
+    if constexpr (kNarrow) return codes.unit(static_cast<size_t>(order[i]));
+    return codes.whole(static_cast<size_t>(2 * order[i % 2] + i / 2) * kBookStep);
   }
   LUTRA_INLINE static __m256i table(const uint8_t* entries, int32_t entry_bytes, int32_t i) {
     return kNarrow ? load(entries + i * entry_bytes)
@@ -221,8 +82,8 @@ LUTRA_INLINE void slice_codes(__m256i code, __m256i* index) {
 
 // A quad for the four outputs of a block: sum[j] += its values, mean[j] = the mean of its leaves.
 // Output by output, while there are registers for all indices.
-template <int kSlices, bool kNarrow, bool kPaired>
-LUTRA_INLINE void quad(const uint8_t* entries, const int32_t* order, const uint8_t* codes,
+template <int kSlices, bool kNarrow, bool kPaired, class Reads>
+LUTRA_INLINE void quad(const uint8_t* entries, const int32_t* order, const Reads& codes,
                        __m256i* sum, __m256i* mean) {
   __m256i index[4][kSlices], v[kBlock][4];
   for (int32_t i = 0; i < 4; ++i) {
@@ -264,6 +125,15 @@ LUTRA_INLINE void add_words(__m128i words, __m256i* total) {
   *total = kFirst ? v : _mm256_add_epi32(*total, v);
 }
 
+// Sums in 16 bits, of rows 0..7, 16..23 and of 8..15, 24..31.
+template <bool kFirst>
+LUTRA_INLINE void add_rows16(__m256i low, __m256i high, Total& total) {
+  add_words<kFirst>(_mm256_castsi256_si128(low), &total[0]);
+  add_words<kFirst>(_mm256_castsi256_si128(high), &total[1]);
+  add_words<kFirst>(_mm256_extracti128_si256(low, 1), &total[2]);
+  add_words<kFirst>(_mm256_extracti128_si256(high, 1), &total[3]);
+}
+
 // total[j] += the exact sums, or = if they are the first. The low byte of S is known, and T - S <
 // 256: its high byte is that of T, less 1 if the low byte of T is below that of S.
 template <int kNodes, int kLevels, bool kFirst>
@@ -276,11 +146,7 @@ LUTRA_INLINE void resolve(const Node* node, const __m256i* sum, Total* total) {
     const __m256i high = _mm256_andnot_si256(high_bits, _mm256_srli_epi16(a, 8 - kLevels));
     const __m256i enough = _mm256_cmpeq_epi8(_mm256_max_epu8(low, s), low);  // no borrow
     const __m256i exact = _mm256_sub_epi8(_mm256_add_epi8(high, minus_one), enough);
-    const __m256i even = _mm256_unpacklo_epi8(s, exact), odd = _mm256_unpackhi_epi8(s, exact);
-    add_words<kFirst>(_mm256_castsi256_si128(even), &total[j][0]);
-    add_words<kFirst>(_mm256_castsi256_si128(odd), &total[j][1]);
-    add_words<kFirst>(_mm256_extracti128_si256(even, 1), &total[j][2]);
-    add_words<kFirst>(_mm256_extracti128_si256(odd, 1), &total[j][3]);
+    add_rows16<kFirst>(_mm256_unpacklo_epi8(s, exact), _mm256_unpackhi_epi8(s, exact), total[j]);
   }
 }
 
@@ -297,8 +163,8 @@ template <int kNodes, int kLevels>
 // are no registers for them. Not inline, so that the loop has all registers. `ahead`, if not null,
 // is where the tables that come next begin: large ones are streamed from the last-level cache or
 // from memory, chunk by chunk of 8 KB, and the hardware's prefetchers end with every page.
-template <int kSlices, bool kNarrow, bool kPaired>
-[[gnu::noinline]] void tree(const uint8_t* entries, const int32_t* order, const uint8_t* codes,
+template <int kSlices, bool kNarrow, bool kPaired, class Reads>
+[[gnu::noinline]] void tree(const uint8_t* entries, const int32_t* order, const Reads& codes,
                             int32_t quads, const uint8_t* ahead, bool first, Total* total) {
   constexpr int kBelow = kPaired ? 1 : 2;  // levels inside a quad
   const __m256i zero = _mm256_setzero_si256();
@@ -335,13 +201,108 @@ template <int kSlices, bool kNarrow, bool kPaired>
   }
 }
 
-// Adds the sums of a chunk to total[j], after the first ones; `codes` begins with the chunk's.
-template <int kSlices, bool kNarrow>
-LUTRA_INLINE void add_chunk(const Chunk& chunk, const uint8_t* codes, const uint8_t* later,
+// The sums of groups for an output and 32 rows. Not an array of them: GCC would keep it in memory.
+struct GroupSum {
+  __m256i all = _mm256_setzero_si256(), odd = all;
+
+  template <int kSize, bool kNarrow>
+  LUTRA_INLINE void add(const uint8_t* entries, const __m256i* index) {
+    const auto part = [&](int32_t i) {
+      const uint8_t* const at = entries + i * kBlock * 32;
+      return _mm256_shuffle_epi8(kNarrow ? load(at) : broadcast_half(at), index[i]);
+    };
+    __m256i sum = _mm256_add_epi8(part(0), part(1));
+    if constexpr (kSize == 3) sum = _mm256_add_epi8(sum, part(2));
+    if constexpr (kSize == 4) sum = _mm256_add_epi8(sum, _mm256_add_epi8(part(2), part(3)));
+    all = _mm256_add_epi16(all, sum);
+    odd = _mm256_add_epi16(odd, _mm256_srli_epi16(sum, 8));
+    keep(all);
+    keep(odd);
+  }
+
+  // At most 128 groups: no sum of rows overflows but that of all, whose odd ones are known.
+  LUTRA_INLINE void resolve(bool first, Total& total) const {
+    const __m256i even = _mm256_sub_epi16(all, _mm256_slli_epi16(odd, 8));
+    const __m256i low = _mm256_unpacklo_epi16(even, odd), high = _mm256_unpackhi_epi16(even, odd);
+    first ? add_rows16<true>(low, high, total) : add_rows16<false>(low, high, total);
+  }
+};
+
+struct BlockSums {
+  GroupSum s0, s1, s2, s3;
+
+  template <int kSize, bool kNarrow>
+  LUTRA_INLINE void add(const uint8_t* entries, const __m256i* index) {
+    static_assert(kBlock == 4);
+    s0.add<kSize, kNarrow>(entries, index);
+    s1.add<kSize, kNarrow>(entries + 32, index);
+    s2.add<kSize, kNarrow>(entries + 64, index);
+    s3.add<kSize, kNarrow>(entries + 96, index);
+  }
+};
+
+// Pairs of groups, for the four outputs of a block.
+template <int kSize, bool kNarrow, class Reads>
+LUTRA_INLINE void group_pairs(int32_t pairs, const uint8_t*& entries, const uint16_t*& order,
+                              const Reads& codes, const uint8_t*& ahead, BlockSums& sums) {
+  constexpr int32_t kBytes = kSize * kBlock * 32;
+  for (; pairs > 0; --pairs, entries += kBytes, order += 2 * kSize) {
+    if (ahead) {
+      for (int32_t i = 0; i < kBytes; i += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
+      }
+      ahead += kBytes;
+    }
+    const auto both = [&](int32_t i) {
+      return join(codes.half(order[i]), codes.half(order[kSize + i]));
+    };
+    const auto one = [&](int32_t i) { return codes.whole(order[i]); };
+    constexpr int32_t kLast = kSize - 1;
+    if constexpr (kNarrow) {
+      const __m256i index[4] = {both(0), both(1), both(kSize > 2 ? 2 : 0), both(kLast)};
+      sums.add<kSize, true>(entries, index);
+    } else {
+      const __m256i first[4] = {one(0), one(1), one(kSize > 2 ? 2 : 0), one(kLast)};
+      sums.add<kSize, false>(entries, first);
+      constexpr int32_t k = kSize;
+      const __m256i second[4] = {one(k), one(k + 1), one(kSize > 2 ? k + 2 : k), one(k + kLast)};
+      sums.add<kSize, false>(entries + 16, second);
+    }
+  }
+}
+
+template <bool kNarrow, class Reads>
+[[gnu::noinline]] void add_groups(const Chunk& chunk, const Reads& codes, const uint8_t* ahead,
+                                  bool first, Total* total) {
+  const Reads from = codes;
+  BlockSums sums;
+  const uint8_t* entries = reinterpret_cast<const uint8_t*>(&chunk + 1);
+  const uint16_t* order = chunk.book;
+  group_pairs<4, kNarrow>(chunk.pairs[0], entries, order, from, ahead, sums);
+  group_pairs<3, kNarrow>(chunk.pairs[1], entries, order, from, ahead, sums);
+  group_pairs<2, kNarrow>(chunk.pairs[2], entries, order, from, ahead, sums);
+  sums.s0.resolve(first, total[0]);
+  sums.s1.resolve(first, total[1]);
+  sums.s2.resolve(first, total[2]);
+  sums.s3.resolve(first, total[3]);
+}
+
+// Adds the sums of a chunk to total[j], after the first ones.
+template <int kSlices, bool kNarrow, class Reads>
+LUTRA_INLINE void add_chunk(const Chunk& chunk, const Reads& codes, const uint8_t* later,
                             bool first, Total* total) {
   const uint8_t* const entries = reinterpret_cast<const uint8_t*>(&chunk + 1);
-  auto* const run = chunk.paired ? tree<kSlices, kNarrow, true> : tree<kSlices, kNarrow, false>;
-  const int32_t most = chunk.paired ? kLeaves / 2 : kLeaves / 4;
+  if constexpr (kSlices == 1) {
+    if (chunk.sum == Sum::kGroups) {
+      return add_groups<kNarrow>(chunk, codes, later ? later + sizeof(Chunk) : nullptr, first,
+                                 total);
+    }
+  }
+  auto* run = tree<kSlices, kNarrow, false, Reads>;
+  if constexpr (kSlices > 1) {
+    if (chunk.sum == Sum::kPaired) run = tree<kSlices, kNarrow, true, Reads>;
+  }
+  const int32_t most = chunk.sum == Sum::kPaired ? kLeaves / 2 : kLeaves / 4;
   const int32_t each = Quad<kNarrow>::kEntries;
   const int32_t quads = (chunk.entries + each - 1) / each;
   for (int32_t q = 0; q < quads; q += most) {
@@ -353,9 +314,46 @@ LUTRA_INLINE void add_chunk(const Chunk& chunk, const uint8_t* codes, const uint
   }
 }
 
+template <bool kValue>
+struct Constant {
+  constexpr bool operator()() const { return kValue; }
+};
+
+// with(row, narrow, book, body): body(is it narrow?, reads of the codebooks from `book` on) for the
+// sub-tile that begins with the row.
+struct TileSource {
+  const uint8_t* codes;
+  int32_t codebooks;  // padded
+  template <class Body>
+  LUTRA_INLINE void with(int32_t row, bool narrow, int32_t book, const Body& body) const {
+    const uint8_t* const from = codes + static_cast<size_t>(codebooks) * row;
+    if (narrow) {
+      body(Constant<true>(), TileReads{from + book * kRowBlock});
+    } else {
+      body(Constant<false>(), TileReads{from + book * kSubRows});
+    }
+  }
+};
+
+struct PlaneSource {
+  const CodeTile& tile;
+  template <class Body>
+  LUTRA_INLINE void with(int32_t row, bool narrow, int32_t book, const Body& body) const {
+    const int32_t* const block = tile.block + row / kRowBlock;
+    const PlaneReads reads{tile.planes + block[0], tile.offset + book};
+    if (narrow) {
+      body(Constant<true>(), reads);
+    } else if (block[1] - block[0] == kRowBlock) {
+      body(Constant<false>(), reads);
+    } else {
+      body(Constant<false>(), SplitReads{reads, block[1] - block[0]});
+    }
+  }
+};
+
 // Outputs m.. of some blocks, all sub-tiles.
-template <int kSlices>
-void lookup_blocks(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32_t m,
+template <int kSlices, class Source>
+void lookup_blocks(const PqShape& s, const uint8_t* tables, const Source& source, int32_t m,
                    int32_t last, const Finish& finish) {
   const size_t block_size = block_bytes(s.codebooks, kSlices);
   const size_t chunk_size = chunk_bytes(s.codebooks, kSlices);
@@ -373,15 +371,10 @@ void lookup_blocks(const PqShape& s, const uint8_t* tables, const uint8_t* codes
           *reinterpret_cast<const Chunk*>(tables + i * block_size + c * chunk_size);
       for (int32_t row = 0; row < rows; row += kSubRows) {
         const uint8_t* const later = large && row == 0 ? after : nullptr;
-        const uint8_t* const from = codes + static_cast<size_t>(padded_codebooks(s)) * row;
         Total* const to = total[i][row / kSubRows];
-        if (narrow(rows - row)) {
-          add_chunk<kSlices, true>(chunk, from + c * kChunkUnits * 2 * kRowBlock, later, c == 0,
-                                   to);
-        } else {
-          add_chunk<kSlices, false>(chunk, from + c * kChunkUnits * 2 * kSubRows, later, c == 0,
-                                    to);
-        }
+        source.with(row, narrow(rows - row), 2 * c * kChunkUnits, [&](auto is_narrow, auto codes) {
+          add_chunk<kSlices, is_narrow()>(chunk, codes, later, c == 0, to);
+        });
       }
     }
   }
@@ -400,27 +393,35 @@ void lookup_blocks(const PqShape& s, const uint8_t* tables, const uint8_t* codes
   }
 }
 
-template <int kSlices>
-void lookup_slices(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32_t first,
+template <int kSlices, class Source>
+void lookup_slices(const PqShape& s, const uint8_t* tables, const Source& source, int32_t first,
                    int32_t last, const Epilogue& e) {
   const Finish finish(e);
   constexpr int32_t kTogether = kBlocksTogether * kBlock;
   for (int32_t m = first; m < last; m += kTogether) {
-    lookup_blocks<kSlices>(s, tables + m / kBlock * block_bytes(s.codebooks, kSlices), codes, m,
+    lookup_blocks<kSlices>(s, tables + m / kBlock * block_bytes(s.codebooks, kSlices), source, m,
                            last - m < kTogether ? last : m + kTogether, finish);
   }
 }
 
 void lookup(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32_t first,
             int32_t last, const Epilogue& e) {
+  const TileSource source{codes, padded_codebooks(s)};
   switch (table_slices(s)) {
     case 1:
-      return lookup_slices<1>(s, tables, codes, first, last, e);
+      return lookup_slices<1>(s, tables, source, first, last, e);
     case 2:
-      return lookup_slices<2>(s, tables, codes, first, last, e);
+      return lookup_slices<2>(s, tables, source, first, last, e);
     default:
-      return lookup_slices<4>(s, tables, codes, first, last, e);
+      return lookup_slices<4>(s, tables, source, first, last, e);
   }
+}
+
+bool reads_units(const PqShape& s) { return table_slices(s) == 1; }
+
+void lookup_units(const PqShape& s, const uint8_t* tables, const CodeTile& codes, int32_t first,
+                  int32_t last, const Epilogue& e) {
+  lookup_slices<1>(s, tables, PlaneSource{codes}, first, last, e);
 }
 
 // --- one row -------------------------------------------------------------------------------------

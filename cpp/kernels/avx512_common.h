@@ -127,18 +127,38 @@ void store_bytes(uint8_t* to, size_t stride, __m512i v, int32_t rows, int32_t co
   }
 }
 
-// Outputs m .. m + count - 1, at most kBatch<kBlocks>; the rows of the last block are masked.
-template <int kBlocks>
-void finish_batch(const __m512* sums, const Epilogue& e, int32_t m, int32_t count) {
+// The chain of an epilogue, with what all outputs share in registers. A copy, so that no store can
+// change it. The clamp is left out where the grids clamp to the same.
+struct Chain {
+  Epilogue e;
+  bool clamp;
+  __m512 low, high;
+  GridVectors grid[kMaxQuantized];
+
+  [[gnu::always_inline]] explicit Chain(const Epilogue& epilogue) : e(epilogue) {
+    bool implied = !e.out && e.low == 0.0f && e.high == __builtin_inff();
+    for (int32_t i = 0; i < e.quantized; ++i) implied &= e.q[i].grid.zero == 0;
+    clamp = e.clamp && !implied;
+    low = _mm512_set1_ps(e.low);
+    high = _mm512_set1_ps(e.high);
+    for (int32_t i = 0; i < e.quantized; ++i) grid[i] = load_grid(e.q[i].grid);
+  }
+};
+
+// Outputs m .. m + count - 1, at most kBatch<kBlocks>; the rows of the last block are masked unless
+// all are there.
+template <int kBlocks, bool kWhole>
+[[gnu::always_inline]] inline void finish_batch(__m512* y, const Chain& c, int32_t m,
+                                                int32_t count) {
   constexpr int32_t kVectors = kBatch<kBlocks> * kBlocks;
-  __m512 y[kVectors];  // a copy, which stays in registers
-#pragma GCC unroll 4
-  for (int32_t i = 0; i < kVectors; ++i) y[i] = sums[i];
-  const __mmask16 last = lane_mask(e.rows - 16 * (kBlocks - 1));
+  const Epilogue& e = c.e;
+  const __mmask16 last = kWhole ? __mmask16{0xffff} : lane_mask(e.rows - 16 * (kBlocks - 1));
   const auto output = [&](int32_t i) {  // those missing repeat the last one
     return kBatch<kBlocks> == 1 || i / kBlocks < count ? m + i / kBlocks : m + count - 1;
   };
-  const auto mask = [&](int32_t i) { return i % kBlocks + 1 < kBlocks ? __mmask16{0xffff} : last; };
+  const auto mask = [&](int32_t i) {
+    return kWhole || i % kBlocks + 1 < kBlocks ? __mmask16{0xffff} : last;
+  };
   if (e.scale) {
 #pragma GCC unroll 4
     for (int32_t i = 0; i < kVectors; ++i) {
@@ -156,42 +176,57 @@ void finish_batch(const __m512* sums, const Epilogue& e, int32_t m, int32_t coun
       y[i] = _mm512_add_ps(y[i], _mm512_maskz_loadu_ps(mask(i), from));
     }
   }
-  bool implied = !e.out && e.low == 0.0f && e.high == __builtin_inff();  // by the grids' own clamp
-  for (int32_t i = 0; i < e.quantized; ++i) implied &= e.q[i].grid.zero == 0;
-  if (e.clamp && !implied) {
-    const __m512 low = _mm512_set1_ps(e.low), high = _mm512_set1_ps(e.high);
+  if (c.clamp) {
 #pragma GCC unroll 4
     for (int32_t i = 0; i < kVectors; ++i) {
-      y[i] = _mm512_min_ps(_mm512_max_ps(y[i], low), high);
+      y[i] = _mm512_min_ps(_mm512_max_ps(y[i], c.low), c.high);
     }
   }
   if (e.out) {
 #pragma GCC unroll 4
     for (int32_t i = 0; i < kVectors; ++i) {
       float* const to = e.out + output(i) * e.out_stride + i % kBlocks * 16;
-      if (i / kBlocks < count) _mm512_mask_storeu_ps(to, mask(i), y[i]);
+      if (kBatch<kBlocks> == 1 || i / kBlocks < count) _mm512_mask_storeu_ps(to, mask(i), y[i]);
     }
   }
-  for (int32_t q = 0; q < e.quantized; ++q) {
-    const GridVectors g = load_grid(e.q[q].grid);
+#pragma GCC unroll 2
+  for (int32_t q = 0; q < kMaxQuantized; ++q) {
+    if (q >= e.quantized) break;
     __m512 t[kVectors];
 #pragma GCC unroll 4
-    for (int32_t i = 0; i < kVectors; ++i) t[i] = quotient(y[i], g);
-    store_bytes<kBlocks>(e.q[q].out + m * e.q[q].stride, e.q[q].stride, to_bytes<kVectors>(t, g),
-                         e.rows, count);
+    for (int32_t i = 0; i < kVectors; ++i) t[i] = quotient(y[i], c.grid[q]);
+    store_bytes<kBlocks>(e.q[q].out + m * e.q[q].stride, e.q[q].stride,
+                         to_bytes<kVectors>(t, c.grid[q]), e.rows, count);
   }
+}
+
+template <int kBlocks, bool kWhole, class Sums>
+[[gnu::always_inline]] inline void finish_batches(const Epilogue& e, int32_t m, int32_t count,
+                                                  const Sums& sums) {
+  constexpr int32_t kStep = kBatch<kBlocks>;
+  const Chain chain(e);
+  for (int32_t i = 0; i < count; i += kStep) {
+    const int32_t some = count - i < kStep ? count - i : kStep;
+    __m512 y[kStep * kBlocks];
+#pragma GCC unroll 4
+    for (int32_t v = 0; v < kStep * kBlocks; ++v) y[v] = sums(i, v, some);
+    finish_batch<kBlocks, kWhole>(y, chain, m + i, some);
+  }
+}
+
+// sums(i, v, some): vector v of the batch of `some` outputs that begins with output m + i.
+template <int kBlocks, class Sums>
+[[gnu::always_inline]] inline void finish_chain(const Epilogue& e, int32_t m, int32_t count,
+                                                const Sums& sums) {
+  if (e.rows == 16 * kBlocks) return finish_batches<kBlocks, true>(e, m, count, sums);
+  finish_batches<kBlocks, false>(e, m, count, sums);
 }
 
 // sums: [output][block], of outputs m .. m + count - 1, with room for a whole batch
 template <int kBlocks>
 void finish(const __m512* sums, const Epilogue& e, int32_t m, int32_t count) {
-  constexpr int32_t kStep = kBatch<kBlocks>;
-  for (; count > 0; m += kStep, count -= kStep, sums += kStep * kBlocks) {
-    __m512 y[kStep * kBlocks];
-#pragma GCC unroll 4
-    for (int32_t i = 0; i < kStep * kBlocks; ++i) y[i] = sums[i];
-    finish_batch<kBlocks>(y, e, m, count < kStep ? count : kStep);
-  }
+  finish_chain<kBlocks>(e, m, count,
+                        [&](int32_t i, int32_t v, int32_t) { return sums[i * kBlocks + v]; });
 }
 
 // Whether outputs m .. m + count - 1 may be folded.
@@ -229,16 +264,13 @@ template <int kBlocks>
                        e.rows, count);
 }
 
+// Sums with their offsets through the chain, as floats.
 template <int kBlocks>
-[[gnu::noinline]] void chain_batch(const __m512i* sums, const Epilogue& e, int32_t m,
-                                   int32_t count) {
-  constexpr int32_t kVectors = kBatch<kBlocks> * kBlocks;
-  __m512 y[kVectors];
-#pragma GCC unroll 4
-  for (int32_t i = 0; i < kVectors; ++i) {
-    y[i] = float_sum(sums[i], e, output_of<kBlocks>(m, count, i));
-  }
-  finish_batch<kBlocks>(y, e, m, count);
+[[gnu::noinline]] void chain_sums(const __m512i* sums, const Epilogue& e, int32_t m,
+                                  int32_t count) {
+  finish_chain<kBlocks>(e, m, count, [&](int32_t i, int32_t v, int32_t some) {
+    return float_sum(sums[i * kBlocks + v], e, output_of<kBlocks>(m + i, some, v));
+  });
 }
 
 // Sums in registers; `grid` is that of the first quantised output, if there are folded ones.
@@ -250,14 +282,14 @@ template <int kBlocks>
   __m512i copy[kVectors];
 #pragma GCC unroll 4
   for (int32_t i = 0; i < kVectors; ++i) copy[i] = sums[i];
-  chain_batch<kBlocks>(copy, e, m, count);
+  chain_sums<kBlocks>(copy, e, m, count);
 }
 
 template <int kBlocks>
 void finish(const __m512i* sums, const Epilogue& e, int32_t m, int32_t count) {
   constexpr int32_t kStep = kBatch<kBlocks>, kVectors = kStep * kBlocks;
-  GridVectors grid;
-  if (e.fold_scale) grid = load_grid(e.q[0].grid);
+  if (!e.fold_scale) return chain_sums<kBlocks>(sums, e, m, count);
+  const GridVectors grid = load_grid(e.q[0].grid);
   for (; count > 0; m += kStep, count -= kStep, sums += kVectors) {
     finish_sums<kBlocks>(sums, e, grid, m, count < kStep ? count : kStep);
   }

@@ -1,37 +1,10 @@
 // Sums of table entries. Private to avx512.cc.
 #pragma once
 
-#include "avx512_encode.h"
+#include "avx512_tables.h"
 
 namespace lutra {
 namespace {
-
-int32_t table_slices(const PqShape& s) { return ceil_div(s.centroids, 16); }
-
-// Packed tables: [block of 4 outputs][group of 4 codebooks][slice][output][64 bytes: 4 codebooks x
-// 16].
-size_t table_stream(const PqShape& s) {  // bytes of one block of outputs
-  return static_cast<size_t>(ceil_div(s.codebooks, kBooks)) * table_slices(s) * kOutputs * 64;
-}
-
-size_t table_bytes(const PqShape& s) { return ceil_div(s.outputs, kOutputs) * table_stream(s); }
-
-void pack_tables(const PqShape& s, const int8_t* tables, uint8_t* packed) {
-  const int32_t slices = table_slices(s), groups = ceil_div(s.codebooks, kBooks);
-  for (int32_t block = 0; block < s.outputs; block += kOutputs) {
-    for (int32_t c = 0; c < groups * slices; ++c) {
-      const int32_t group = c / slices, entry = c % slices * 16;
-      for (int32_t m = block; m < block + kOutputs; ++m) {
-        for (int32_t i = 0; i < 64; ++i, ++packed) {
-          const int32_t b = book_of(s, group, i / 16), k = entry + i % 16;
-          const bool there = m < s.outputs && b < s.codebooks && k < s.centroids;
-          const size_t row = static_cast<size_t>(b) * s.centroids + k;
-          *packed = there ? static_cast<uint8_t>(tables[row * s.outputs + m]) : 0;
-        }
-      }
-    }
-  }
-}
 
 // Reads four codebooks of 16 rows.
 template <int kSlices>
@@ -49,79 +22,170 @@ __m512i read(const uint8_t* t, __m512i index) {
   }
 }
 
-// 4 kStreams outputs of all rows: one vpermb reads 64 entries, one vpdpbusd with ones adds the four
-// codebooks of a row. Limited by vpermb; 12 or 16 accumulators hide its latency.
-template <int kSlices, int kBlocks, int kStreams>
-void lookup_outputs(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32_t m,
+// Codes of a tile, group by group, where encode() put them.
+template <int kBlocks>
+struct TileCodes {
+  const uint8_t* codes;
+  const uint8_t* at(int32_t group, int32_t block) const {
+    return codes + (static_cast<size_t>(group) * kBlocks + block) * 64;
+  }
+};
+
+// Codes in planes of units, where they are.
+struct PlaneCodes {
+  const CodeTile& tile;
+  const uint8_t* at(int32_t group, int32_t block) const {
+    return tile.planes + tile.offset[group] + tile.block[block];
+  }
+};
+
+// 4 kTogether outputs of all rows. One vpermb reads 64 entries; those of a pair of groups are
+// added; one vpdpbusd with ones adds the four codebooks of a row. 12 or 16 accumulators hide its
+// latency.
+template <int kSlices, int kBlocks, int kTogether, class Codes>
+void lookup_outputs(const PqShape& s, const uint8_t* tables, const Codes& codes, int32_t m,
                     int32_t count, const Epilogue& e) {
-  const size_t stream = table_stream(s);
+  constexpr int kStep = kSlices * kOutputs * 64;  // bytes of a group
   const __m512i ones = _mm512_set1_epi8(1);
-  __m512i sum[kStreams * kOutputs * kBlocks];
-#pragma GCC unroll 16
-  for (int32_t i = 0; i < kStreams * kOutputs * kBlocks; ++i) sum[i] = _mm512_setzero_si512();
-  for (int32_t c = ceil_div(s.codebooks, kBooks); c > 0; --c) {
-    __m512i index[kBlocks];
-#pragma GCC unroll 16
-    for (int32_t i = 0; i < kBlocks; ++i) index[i] = _mm512_loadu_si512(codes + 64 * i);
-#pragma GCC unroll 16
-    for (int32_t o = 0; o < kStreams * kOutputs; ++o) {
-      const uint8_t* const t = tables + o / kOutputs * stream + o % kOutputs * 64;
-#pragma GCC unroll 16
+  const size_t block = block_bytes(s);
+  const uint8_t* entries = tables + sizeof(TableBlock) + order_bytes(s);
+  __m512i sum[kTogether * kOutputs * kBlocks];
+  const uint16_t* order[kTogether];
+#pragma GCC unroll 4
+  for (int32_t t = 0; t < kTogether; ++t) {
+    const TableBlock& head = *reinterpret_cast<const TableBlock*>(tables + t * block);
+    order[t] = reinterpret_cast<const uint16_t*>(&head + 1);
+#pragma GCC unroll 4
+    for (int32_t o = 0; o < kOutputs; ++o) {
+#pragma GCC unroll 4
       for (int32_t i = 0; i < kBlocks; ++i) {
-        sum[o * kBlocks + i] =
-            _mm512_dpbusd_epi32(sum[o * kBlocks + i], ones, read<kSlices>(t, index[i]));
+        sum[(t * kOutputs + o) * kBlocks + i] = _mm512_set1_epi32(head.base[o]);
       }
     }
-    codes += kBlocks * 64;
-    tables += kSlices * kOutputs * 64;
   }
-  __m512i sums[kStreams * kOutputs * kBlocks];
+  const int32_t groups = group_count(s);
+  const int32_t paired = 2 * reinterpret_cast<const TableBlock*>(tables)->pairs;
+  int32_t c = 0;
+  for (; c < paired; c += 2, entries += 2 * kStep) {
+#pragma GCC unroll 4
+    for (int32_t t = 0; t < kTogether; ++t) {
+      __m512i first[kBlocks], second[kBlocks];
+#pragma GCC unroll 4
+      for (int32_t i = 0; i < kBlocks; ++i) {
+        first[i] = _mm512_loadu_si512(codes.at(order[t][c], i));
+        second[i] = _mm512_loadu_si512(codes.at(order[t][c + 1], i));
+      }
+#pragma GCC unroll 4
+      for (int32_t o = 0; o < kOutputs; ++o) {
+        const uint8_t* const at = entries + t * block + o * 64;
+#pragma GCC unroll 4
+        for (int32_t i = 0; i < kBlocks; ++i) {
+          __m512i& to = sum[(t * kOutputs + o) * kBlocks + i];
+          const __m512i v =
+              _mm512_add_epi8(read<kSlices>(at, first[i]), read<kSlices>(at + kStep, second[i]));
+          to = _mm512_dpbusd_epi32(to, v, ones);
+        }
+      }
+    }
+  }
+  for (; c < groups; ++c, entries += kStep) {
+#pragma GCC unroll 4
+    for (int32_t t = 0; t < kTogether; ++t) {
+      __m512i index[kBlocks];
+#pragma GCC unroll 4
+      for (int32_t i = 0; i < kBlocks; ++i) {
+        index[i] = _mm512_loadu_si512(codes.at(order[t][c], i));
+      }
+#pragma GCC unroll 4
+      for (int32_t o = 0; o < kOutputs; ++o) {
+        const uint8_t* const at = entries + t * block + o * 64;
+#pragma GCC unroll 4
+        for (int32_t i = 0; i < kBlocks; ++i) {
+          __m512i& to = sum[(t * kOutputs + o) * kBlocks + i];
+          to = _mm512_dpbusd_epi32(to, read<kSlices>(at, index[i]), ones);
+        }
+      }
+    }
+  }
+  __m512i sums[kTogether * kOutputs * kBlocks];
 #pragma GCC unroll 16
-  for (int32_t i = 0; i < kStreams * kOutputs * kBlocks; ++i) _mm512_store_si512(sums + i, sum[i]);
+  for (int32_t i = 0; i < kTogether * kOutputs * kBlocks; ++i) {
+    _mm512_store_si512(sums + i, sum[i]);
+  }
   finish<kBlocks>(sums, e, m, count);
 }
 
 // As many outputs at a time as registers allow, then what is left.
-template <int kSlices, int kBlocks, int kStreams>
-void lookup_range(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32_t first,
+template <int kSlices, int kBlocks, int kTogether, class Codes>
+void lookup_range(const PqShape& s, const uint8_t* tables, const Codes& codes, int32_t first,
                   int32_t last, const Epilogue& e) {
-  constexpr int32_t kStep = kStreams * kOutputs;
+  constexpr int32_t kStep = kTogether * kOutputs;
   int32_t m = first;
   for (; m + kStep - kOutputs < last; m += kStep) {
     const int32_t count = last - m < kStep ? last - m : kStep;
-    lookup_outputs<kSlices, kBlocks, kStreams>(s, tables + m / kOutputs * table_stream(s), codes, m,
-                                               count, e);
+    lookup_outputs<kSlices, kBlocks, kTogether>(s, tables + m / kOutputs * block_bytes(s), codes, m,
+                                                count, e);
   }
-  if constexpr (kStreams > 1) {
-    if (m < last) lookup_range<kSlices, kBlocks, kStreams / 2>(s, tables, codes, m, last, e);
+  if constexpr (kTogether > 1) {
+    if (m < last) lookup_range<kSlices, kBlocks, kTogether / 2>(s, tables, codes, m, last, e);
   }
 }
 
-template <int kSlices>
-void lookup_blocks(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32_t first,
-                   int32_t last, const Epilogue& e) {
+// with_codes(kBlocks): the codes of a tile of so many blocks.
+template <int kSlices, class WithCodes>
+void lookup_blocks(const PqShape& s, const uint8_t* tables, int32_t first, int32_t last,
+                   const Epilogue& e, const WithCodes& with_codes) {
   switch (row_blocks(e.rows)) {
     case 1:
-      return lookup_range<kSlices, 1, 4>(s, tables, codes, first, last, e);
+      return lookup_range<kSlices, 1, 4>(s, tables, with_codes.template of<1>(), first, last, e);
     case 2:
-      return lookup_range<kSlices, 2, 2>(s, tables, codes, first, last, e);
+      return lookup_range<kSlices, 2, 2>(s, tables, with_codes.template of<2>(), first, last, e);
     case 3:
-      return lookup_range<kSlices, 3, 1>(s, tables, codes, first, last, e);
+      return lookup_range<kSlices, 3, 1>(s, tables, with_codes.template of<3>(), first, last, e);
     default:
-      return lookup_range<kSlices, 4, 1>(s, tables, codes, first, last, e);
+      return lookup_range<kSlices, 4, 1>(s, tables, with_codes.template of<4>(), first, last, e);
   }
 }
+
+template <class WithCodes>
+void lookup_codes(const PqShape& s, const uint8_t* tables, int32_t first, int32_t last,
+                  const Epilogue& e, const WithCodes& with_codes) {
+  switch (table_slices(s)) {
+    case 1:
+      return lookup_blocks<1>(s, tables, first, last, e, with_codes);
+    case 2:
+      return lookup_blocks<2>(s, tables, first, last, e, with_codes);
+    default:
+      return lookup_blocks<4>(s, tables, first, last, e, with_codes);
+  }
+}
+
+struct OfTile {
+  const uint8_t* codes;
+  template <int kBlocks>
+  TileCodes<kBlocks> of() const {
+    return {codes};
+  }
+};
+
+struct OfPlanes {
+  const CodeTile& tile;
+  template <int kBlocks>
+  PlaneCodes of() const {
+    return {tile};
+  }
+};
 
 void lookup(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32_t first,
             int32_t last, const Epilogue& e) {
-  switch (table_slices(s)) {
-    case 1:
-      return lookup_blocks<1>(s, tables, codes, first, last, e);
-    case 2:
-      return lookup_blocks<2>(s, tables, codes, first, last, e);
-    default:
-      return lookup_blocks<4>(s, tables, codes, first, last, e);
-  }
+  lookup_codes(s, tables, first, last, e, OfTile{codes});
+}
+
+bool reads_units(const PqShape& s) { return code_unit(s) == kBooks; }
+
+void lookup_units(const PqShape& s, const uint8_t* tables, const CodeTile& codes, int32_t first,
+                  int32_t last, const Epilogue& e) {
+  lookup_codes(s, tables, first, last, e, OfPlanes{codes});
 }
 
 // --- one row --------------------------------------------------------------------------------

@@ -48,6 +48,17 @@ struct PqShape {
   int32_t parts = 1;  // T: of a row that have the same codebooks; divides `codebooks`
 };
 
+// Codes of a tile that lie in planes of units (see code_unit), where the rows of each block of
+// kRowBlock are consecutive. Unit i is that of codebooks (i / T) unit .. of part i % T; for row r
+// it is at
+//   planes + offset[i] + block[r / kRowBlock] + r % kRowBlock * unit
+// Whole blocks are read.
+struct CodeTile {
+  const uint8_t* planes;
+  const int64_t* offset;  // (codebooks / unit), and another one, which repeats any of them
+  const int32_t* block;   // of each block that has valid rows
+};
+
 // Sizes of one lookup layer, whose products are entries of one table.
 struct LookupShape {
   int32_t depth;    // D: entries of a row
@@ -335,6 +346,12 @@ struct Kernels {
   // outputs first..last-1. Epilogue::rows is Patch::rows of encode().
   void (*lookup)(const PqShape&, const uint8_t* tables, const uint8_t* codes, int32_t first,
                  int32_t last, const Epilogue&);
+
+  // The same, of codes that are read where they are. May be null, or refuse a shape: then
+  // gather_codes() and lookup().
+  bool (*reads_units)(const PqShape&);
+  void (*lookup_units)(const PqShape&, const uint8_t* tables, const CodeTile&, int32_t first,
+                       int32_t last, const Epilogue&);
 
   // One row, without tiles: sums[m - first] = sum over b of tables[b][codes[b]][m] for outputs
   // first..last-1. Here the tables are canonical, (codebooks, K, M), and so are the codes,

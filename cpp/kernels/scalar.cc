@@ -173,6 +173,24 @@ void lookup(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32
   }
 }
 
+bool reads_units(const PqShape&) { return true; }
+
+void lookup_units(const PqShape& s, const uint8_t* tables, const CodeTile& tile, int32_t first,
+                  int32_t last, const Epilogue& e) {
+  for (int32_t m = first; m < last; ++m) {
+    for (int32_t r = 0; r < e.rows; ++r) {
+      int32_t sum = 0;
+      for (int32_t b = 0; b < s.codebooks; ++b) {
+        const uint8_t code =
+            tile.planes[tile.offset[b] + tile.block[r / kRowBlock] + r % kRowBlock];
+        const size_t row = static_cast<size_t>(b) * s.centroids + code;
+        sum += static_cast<int8_t>(tables[row * s.outputs + m]);
+      }
+      finish(sum, e, m, r);
+    }
+  }
+}
+
 void lookup_row(const PqShape& s, const int8_t* tables, const uint8_t* codes, int32_t first,
                 int32_t last, int32_t* sums) {
   for (int32_t m = first; m < last; ++m) sums[m - first] = 0;
@@ -422,6 +440,8 @@ constinit const Kernels kScalar = {.name = "scalar",
                                    .unpack_units = unpack_units,
                                    .gather_codes = gather_codes,
                                    .lookup = lookup,
+                                   .reads_units = reads_units,
+                                   .lookup_units = lookup_units,
                                    .lookup_row = lookup_row,
                                    .dense8_bytes = dense8_bytes,
                                    .pack_dense8 = pack_dense8,

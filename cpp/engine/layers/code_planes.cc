@@ -69,6 +69,13 @@ PatchSource CodePlanes::patches(const PatchSource& parts) const {
                      unit_);
 }
 
+const int64_t* CodePlanes::offsets(const PatchSource& patches, uint8_t* memory) const {
+  int64_t* const to = reinterpret_cast<int64_t*>(memory);
+  patches.entry_offsets(patch_units(), to);
+  to[patch_units()] = to[0];
+  return to;
+}
+
 size_t CodePlanes::code_bytes(const PatchSource& parts) const {
   return align64(static_cast<size_t>(shape_.codebooks * parts.rows()) + kSlack);
 }
@@ -84,6 +91,14 @@ size_t CodePlanes::worker_bytes() const {
 void CodePlanes::make(const PatchSource& parts, PatchSource& patches, uint8_t* shared,
                       uint8_t* workers, size_t stride, ThreadPool& pool) const {
   const int64_t rows = parts.rows(), tile = kernels_.row_tile, tiles = (rows + tile - 1) / tile;
+  const ConvGeometry& g = parts.geometry();
+  const int64_t height = g.out_h(parts.height()), width = g.out_w(parts.width());
+  const int64_t pixels = height * width;
+  uint8_t* const workspace = shared + code_bytes(parts);
+  // Straight to their places, where tiles do not cross images.
+  const bool in_place = patches.gapless() && (parts.images() == 1 || pixels % tile == 0);
+  const PatchSource::Pixels places = in_place ? patches.open(padding_.data(), workspace)
+                                              : PatchSource::Pixels{shared, rows * unit_, 0};
   pool.run(static_cast<size_t>(tiles), encoding_time(shape_, rows), [&](size_t i, int worker) {
     uint8_t* const memory = workers + static_cast<size_t>(worker) * stride;
     uint8_t* const codes = memory + align64(kMaxRowTile * sizeof(int32_t));
@@ -91,15 +106,15 @@ void CodePlanes::make(const PatchSource& parts, PatchSource& patches, uint8_t* s
     const Patch patch =
         parts.tile(first, count, static_cast<int32_t>(tile), reinterpret_cast<int32_t*>(memory));
     kernels_.encode(shape_, encoder_, patch, 0, shape_.codebooks, codes);
-    unpack(codes, static_cast<int32_t>(count), shared + first * unit_,
-           static_cast<size_t>(rows * unit_));
+    const int64_t image = in_place ? first / pixels : 0;
+    unpack(codes, static_cast<int32_t>(count),
+           places.first + image * places.image + (first - image * pixels) * unit_,
+           static_cast<size_t>(places.plane));
   });
-  const ConvGeometry& g = parts.geometry();
-  const int64_t height = g.out_h(parts.height()), width = g.out_w(parts.width());
-  uint8_t* const workspace = shared + code_bytes(parts);
+  if (in_place) return;
   const auto load = [&]<class T>(const T* codes) {
-    const View<const T> view{codes,          parts.images(), codes_.channels, height,    width,
-                             height * width, rows,           width,           int64_t{1}};
+    const View<const T> view{codes,  parts.images(), codes_.channels, height,    width,
+                             pixels, rows,           width,           int64_t{1}};
     patches.load(view, padding_.data(), workspace, pool);
   };
   if (unit_ == 1) return load(static_cast<const uint8_t*>(shared));

@@ -28,6 +28,13 @@ class CodePlanes {
   CodePlanes(const Kernels& kernels, const PqShape& shape, const uint8_t* encoder, int32_t unit,
              const ConvGeometry& geometry, Group group, const Quantization& quantization);
 
+  // How many units a patch has, and where they are in the planes of `patches`.
+  int64_t patch_units() const { return codes_.channels * codes_.taps(); }
+  const int64_t* offsets(const PatchSource& patches, uint8_t* memory) const;
+  size_t offset_bytes() const {
+    return align64(static_cast<size_t>(patch_units() + 1) * sizeof(int64_t));
+  }
+
   // Patches of codes, for a source of parts.
   PatchSource patches(const PatchSource& parts) const;
   // Memory for all workers and for each, beside that of what is done with the patches.

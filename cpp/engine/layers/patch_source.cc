@@ -35,6 +35,15 @@ void transpose(const View<S>& x, int64_t step, uint8_t* to, uint8_t* scratch, si
   });
 }
 
+// `bytes` bytes of copies of a unit of one byte or four.
+void fill(uint8_t* to, const uint8_t* unit, int64_t size, int64_t bytes) {
+  if (size == 1) {
+    std::memset(to, *unit, static_cast<size_t>(bytes));
+    return;
+  }
+  for (int64_t i = 0; i < bytes; i += size) std::memcpy(to + i, unit, 4);
+}
+
 }  // namespace
 
 PatchSource::PatchSource(const ConvGeometry& g, int64_t n, int64_t h, int64_t w, int64_t unit)
@@ -106,10 +115,26 @@ void PatchSource::copy_planes(const View<const T>& x, T* to, ThreadPool& pool,
     const int64_t first = static_cast<int64_t>(item) * kFillChannels;
     const int64_t last = std::min(x.c, first + kFillChannels);
     for (int64_t c = first; c < last; ++c) {
-      planes.clear(to, c, c + 1, padding_of(c));
-      for (int64_t n = 0; n < x.n; ++n) planes.copy(to, x.data + c * x.sc + n * x.sn, n, c);
+      const T padding = padding_of(c);
+      for (int64_t n = 0; n < x.n; ++n) {
+        planes.pad_and_copy(to, x.data + c * x.sc + n * x.sn, n, c, padding);
+      }
     }
   });
+}
+
+PatchSource::Pixels PatchSource::open(const uint8_t* padding, uint8_t* workspace) {
+  uint8_t* const to = begin(workspace);
+  const int64_t above = planes_.above() * unit_, below = planes_.below() * unit_;
+  const int64_t pixels = h_ * w_ * unit_, image = above + pixels + below;
+  for (int64_t c = 0; c < g_.channels; ++c, padding += unit_) {
+    for (int64_t n = 0; n < n_; ++n) {
+      uint8_t* const at = to + c * plane_ + n * image;
+      fill(at, padding, unit_, above);
+      fill(at + above + pixels, padding, unit_, below);
+    }
+  }
+  return {to + above, plane_, image};
 }
 
 size_t PatchSource::quad_scratch_bytes() const {
@@ -213,6 +238,26 @@ Patch PatchSource::tile(int64_t first, int64_t count, int32_t row_tile, int32_t*
   for (const int32_t last = row[at - 1]; at < row_tile; ++at) row[at] = last;
   return {data_ + runs.source[0] * unit_, plane_, taps_, row, static_cast<int32_t>(count),
           runs.count == 1 && unit_ == 1};
+}
+
+const uint8_t* PatchSource::blocks(int64_t first, int64_t count, int32_t* block) const {
+  const auto runs = planes_.runs(first, count);
+  int64_t b = 0;
+  for (int64_t i = 0; i < runs.count; ++i) {
+    if (i + 1 < runs.count && runs.length[i] % kRowBlock != 0) return nullptr;
+    for (int64_t k = 0; k < runs.length[i]; k += kRowBlock) {
+      block[b++] = static_cast<int32_t>((runs.source[i] - runs.source[0] + k) * unit_);
+    }
+  }
+  return data_ + runs.source[0] * unit_;
+}
+
+void PatchSource::entry_offsets(int64_t count, int64_t* offset) const {
+  const int64_t taps = g_.taps();
+  for (int64_t first = 0, plane = 0; first < count; first += taps, plane += plane_) {
+    const int64_t some = std::min(taps, count - first);
+    for (int64_t t = 0; t < some; ++t) offset[first + t] = plane + taps_[t];
+  }
 }
 
 }  // namespace lutra

@@ -31,6 +31,14 @@ class PatchSource {
   void load_quads(const uint8_t* x, int64_t plane, int64_t channels, uint8_t zero,
                   uint8_t* workspace, uint8_t* scratch, size_t stride, ThreadPool& pool);
   size_t quad_scratch_bytes() const;
+  // Planes for the caller to write: pads them, as above, and says where pixels begin. Only where
+  // the lines of an image follow each other without a gap.
+  bool gapless() const { return planes_.gapless(); }
+  struct Pixels {
+    uint8_t* first;
+    int64_t plane, image;  // bytes from one to the next
+  };
+  Pixels open(const uint8_t* padding, uint8_t* workspace);
   void load(const ImageView& x, const Kernels& kernels, const Grid& grid, uint8_t* workspace,
             uint8_t* scratch, size_t stride, ThreadPool& pool);
 
@@ -45,6 +53,11 @@ class PatchSource {
 
   // Rows first..first+count-1. `row` has row_tile entries and must live as long as the patch.
   Patch tile(int64_t first, int64_t count, int32_t row_tile, int32_t* row) const;
+  // The same rows in blocks of kRowBlock, if those of each are consecutive: gives where they begin,
+  // from the address that is returned. Else null.
+  const uint8_t* blocks(int64_t first, int64_t count, int32_t* block) const;
+  // Of the first `count` entries of a row.
+  void entry_offsets(int64_t count, int64_t* offset) const;
 
  private:
   uint8_t* begin(uint8_t* workspace);

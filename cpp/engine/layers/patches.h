@@ -154,6 +154,12 @@ class PaddedPlanes {
     return g_.taps() == 1 && g_.stride_h == 1 && g_.stride_w == 1 && !g_.padded();
   }
 
+  // Whether the lines of an image follow each other without a gap, and how many elements of
+  // padding are before and behind them.
+  bool gapless() const { return g_.stride_w == 1 && pitch_ == w_; }
+  int64_t above() const { return g_.pad_h * pitch_; }
+  int64_t below() const { return g_.end_h * pitch_; }
+
   // Offset of each kernel position in a plane: taps() numbers.
   void write_tap_offsets(int32_t* to) const {
     for (int64_t ky = 0; ky < g_.kernel_h; ++ky) {
@@ -230,6 +236,29 @@ class PaddedPlanes {
     }
   }
 
+  // Both at once for an image, which writes nothing twice.
+  void pad_and_copy(T* planes, const T* x, int64_t n, int64_t c, T padding) const {
+    T* const image = planes + c * plane_ + n * image_;
+    if (g_.stride_w != 1) {
+      std::fill(image, image + image_, padding);
+      return copy(planes, x, n, c);
+    }
+    std::fill(image, image + above(), padding);
+    std::fill(image + image_ - below(), image + image_, padding);
+    switch (w_ * static_cast<int64_t>(sizeof(T))) {  // lines of constant size take no loop
+      case 8:
+        return pad_lines<8>(image + above(), x, padding);
+      case 16:
+        return pad_lines<16>(image + above(), x, padding);
+      case 32:
+        return pad_lines<32>(image + above(), x, padding);
+      case 64:
+        return pad_lines<64>(image + above(), x, padding);
+      default:
+        return pad_lines<0>(image + above(), x, padding);
+    }
+  }
+
   // The first line of a channel of an image, from its padding on.
   T* lines(T* planes, int64_t n, int64_t c) const {
     return planes + c * plane_ + n * image_ + g_.pad_h * pitch_;
@@ -291,6 +320,28 @@ class PaddedPlanes {
   }
 
  private:
+  // Lines of kBytes bytes, or of any size if that is 0.
+  template <size_t kBytes>
+  void pad_lines(T* line, const T* x, T padding) const {
+    const int64_t width = w_, pitch = pitch_, left = g_.pad_w, right = g_.end_w;
+    const bool short_ends = left <= 1 && right <= 1;  // for which a call is too much
+    for (int64_t y = 0; y < h_; ++y, line += pitch, x += width) {
+      T* const end = line + left + width;
+      if (short_ends) {
+        if (left) *line = padding;
+        if (right) *end = padding;
+      } else {
+        std::fill(line, line + left, padding);
+        std::fill(end, end + right, padding);
+      }
+      if constexpr (kBytes > 0) {
+        std::memcpy(line + left, x, kBytes);
+      } else {
+        copy_lines(line + left, 0, x, 0, 1, width);
+      }
+    }
+  }
+
   int64_t tap_offset(int64_t ky, int64_t kx) const {
     const int64_t dx = kx * g_.dilation_w;
     const int64_t column = g_.stride_w == 1 ? dx : dx % g_.stride_w * phase_ + dx / g_.stride_w;

@@ -54,7 +54,7 @@ class PqLayer : public Layer {
   Memory memory(const PatchSource& source, int threads, bool direct) const override;
   int64_t largest_sum() const override { return int64_t{128} * shape_.codebooks; }
   void run_loaded(const Call& call) const override;
-  void run_patches(const Call& call) const;
+  void run_patches(const Call& call, const int64_t* offsets) const;
   void run_rows(const Call& call, const Sizes& s) const;
 
   static constexpr int64_t kFewRows = 4;  // a tile costs as much as about seven rows
@@ -207,7 +207,7 @@ Layer::Memory PqLayer::memory(const PatchSource& source, int threads, bool direc
     return {s.shared, s.worker};
   }
   const Sizes s(*this, planes_->patches(source), threads, direct);
-  return {planes_->shared_bytes(source) + s.shared,
+  return {planes_->shared_bytes(source) + planes_->offset_bytes() + s.shared,
           std::max({s.worker, planes_->worker_bytes(), source.scratch_bytes()})};
 }
 
@@ -219,15 +219,19 @@ void PqLayer::check_codes(const ImageView&, int64_t rows, const Codes& codes) co
 }
 
 void PqLayer::run_loaded(const Call& call) const {
-  if (!planes_) return run_patches(call);
+  if (!planes_) return run_patches(call, nullptr);
   PatchSource patches = planes_->patches(call.source);
   const Memory m = memory(call.source, call.pool.threads(), call.direct);
   planes_->make(call.source, patches, call.shared, call.workers, m.worker, call.pool);
-  run_patches({patches, call.output, call.direct, call.codes,
-               call.shared + planes_->shared_bytes(call.source), call.workers, call.pool});
+  uint8_t* const shared = call.shared + planes_->shared_bytes(call.source);
+  const bool read = !call.codes && kernels_.reads_units && kernels_.reads_units(shape_);
+  run_patches({patches, call.output, call.direct, call.codes, shared + planes_->offset_bytes(),
+               call.workers, call.pool},
+              read ? planes_->offsets(patches, shared) : nullptr);
 }
 
-void PqLayer::run_patches(const Call& call) const {
+// Codes of planes are read where they are, by their offsets, or else copied for every tile.
+void PqLayer::run_patches(const Call& call, const int64_t* offsets) const {
   const PatchSource& source = call.source;
   const TileOutput& output = call.output;
   uint8_t *const all_codes = call.shared, *const workers = call.workers;
@@ -246,6 +250,16 @@ void PqLayer::run_patches(const Call& call) const {
     at += align64(kMaxRowTile * sizeof(int32_t));
     return Own{row, at, at + (s.split ? 0 : static_cast<size_t>(s.group) * s.codes)};
   };
+  struct Place {
+    int32_t block[kMaxRowTile / kRowBlock];
+    const uint8_t* planes;  // null: the codes are copied
+  };
+  auto find = [&](int64_t index) {
+    Place p;
+    const int64_t row = index * tile;
+    p.planes = offsets ? source.blocks(row, std::min(tile, rows - row), p.block) : nullptr;
+    return p;
+  };
   auto encode = [&](int64_t index, int32_t first, int32_t last, const Own& m, uint8_t* codes) {
     const int64_t row = index * tile, count = std::min(tile, rows - row);
     const Patch patch = source.tile(row, count, static_cast<int32_t>(tile), m.row);
@@ -260,14 +274,18 @@ void PqLayer::run_patches(const Call& call) const {
     kernels_.unpack_codes(shape_, codes, static_cast<int32_t>(count), call.codes + row,
                           static_cast<size_t>(rows));
   };
-  auto lookup = [&](int64_t index, int32_t first, int32_t last, const Own& m,
+  auto add = [&](const Place& p, const uint8_t* codes, int64_t first, int64_t last,
+                 const Epilogue& e) {
+    const int32_t from = static_cast<int32_t>(first), to = static_cast<int32_t>(last);
+    if (!p.planes) return kernels_.lookup(shape_, packed, codes, from, to, e);
+    kernels_.lookup_units(shape_, packed, {p.planes, offsets, p.block}, from, to, e);
+  };
+  auto lookup = [&](int64_t index, int32_t first, int32_t last, const Own& m, const Place& place,
                     const uint8_t* codes) {
     const int64_t row = index * tile, count = std::min(tile, rows - row);
-    output.make(row, count, m.scratch, 0, first, last,
-                [&](int64_t from, int64_t to, const Epilogue& e) {
-                  kernels_.lookup(shape_, packed, codes, static_cast<int32_t>(from),
-                                  static_cast<int32_t>(to), e);
-                });
+    output.make(
+        row, count, m.scratch, 0, first, last,
+        [&](int64_t from, int64_t to, const Epilogue& e) { add(place, codes, from, to, e); });
   };
   // Codes of planes are only copied.
   const double encoding = planes_
@@ -281,12 +299,14 @@ void PqLayer::run_patches(const Call& call) const {
       const Own m = memory(worker);
       const int64_t begin = static_cast<int64_t>(i) * s.group;
       const int64_t end = std::min(s.tiles, begin + s.group);
+      Place places[kGroup];
       for (int64_t t = begin; t < end; ++t) {
         uint8_t* const codes = m.codes + static_cast<size_t>(t - begin) * s.codes;
-        encode(t, 0, shape_.codebooks, m, codes);
+        places[t - begin] = find(t);
+        if (!places[t - begin].planes) encode(t, 0, shape_.codebooks, m, codes);
         if (call.codes) keep(t, codes);
       }
-      if (s.group == 1) return lookup(begin, 0, shape_.outputs, m, m.codes);
+      if (s.group == 1) return lookup(begin, 0, shape_.outputs, m, places[0], m.codes);
       Epilogue e[kGroup];
       for (int64_t t = begin; t < end; ++t) {
         e[t - begin] = output.begin(t * tile, std::min(tile, rows - t * tile), m.scratch);
@@ -296,9 +316,9 @@ void PqLayer::run_patches(const Call& call) const {
         for (int64_t t = begin; t < end; ++t) {
           const uint8_t* const codes = m.codes + static_cast<size_t>(t - begin) * s.codes;
           if (output.plain()) {
-            kernels_.lookup(shape_, packed, codes, first, last, e[t - begin]);
+            add(places[t - begin], codes, first, last, e[t - begin]);
           } else {
-            lookup(t, first, last, m, codes);
+            lookup(t, first, last, m, places[t - begin], codes);
           }
         }
       }
@@ -312,6 +332,7 @@ void PqLayer::run_patches(const Call& call) const {
   pool.run(static_cast<size_t>(s.tiles * codebook_parts), encoding, [&](size_t i, int worker) {
     const int64_t index = static_cast<int64_t>(i) / codebook_parts;
     const int64_t first = static_cast<int64_t>(i) % codebook_parts * codebook_step;
+    if (find(index).planes) return;
     encode(index, static_cast<int32_t>(first),
            static_cast<int32_t>(std::min<int64_t>(shape_.codebooks, first + codebook_step)),
            memory(worker), all_codes + static_cast<size_t>(index) * s.codes);
@@ -328,7 +349,7 @@ void PqLayer::run_patches(const Call& call) const {
     const int64_t first = static_cast<int64_t>(i) % output_parts * output_step;
     lookup(index, static_cast<int32_t>(first),
            static_cast<int32_t>(std::min<int64_t>(shape_.outputs, first + output_step)),
-           memory(worker), all_codes + static_cast<size_t>(index) * s.codes);
+           memory(worker), find(index), all_codes + static_cast<size_t>(index) * s.codes);
   });
 }
 
