@@ -173,29 +173,24 @@ def _where(ctx: Lowering, condition: Any, self: Any, other: Any) -> Ref | View:
     given = [operand(ctx, x) for x in (condition, self, other)]
     numbers = [isinstance(x, (int, float)) or getattr(x, "ndim", 1) == 0 for x in given]
     made = [
-        _finite(ctx, float(x)) if is_number else x
+        _filled(ctx, float(x)) if is_number else x
         for x, is_number in zip(given, numbers, strict=True)
     ]
     return together(ctx, "where", made)
 
 
-def _finite(ctx: Lowering, number: float) -> float:
+def _filled(ctx: Lowering, number: float) -> float:
     """The number to fill in; minus infinity in front of a softmax is the smallest number."""
-    if math.isfinite(number):
-        return number
     if number == -math.inf and all(str(user.target) in _SOFTMAX for user in ctx.node.users):
         return -NO_LIMIT
-    raise UnsupportedUse(
-        f"it fills in {number}; fill in a finite number, such as -1e9, or -inf in front of a "
-        "softmax or a maximum only"
-    )
+    return number
 
 
 @lowers("aten.masked_fill.Scalar", "aten.masked_fill.Tensor", takes=("self", "mask"))
 def _masked_fill(ctx: Lowering, self: Any, mask: Any, value: Any) -> Ref | View:
-    number = _finite(ctx, float(value))
+    number = _filled(ctx, float(value))
     x = operand(ctx, self)
-    if not isinstance(mask, Deferred) or not is_activation(x):
+    if not isinstance(mask, Deferred) or not is_activation(x) or not math.isfinite(number):
         return together(ctx, "where", (operand(ctx, mask), number, x))
     drop = computed(ctx, mask)
     kept = mul(ctx, x, negated(ctx, drop))
