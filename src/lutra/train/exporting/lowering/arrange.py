@@ -21,6 +21,7 @@ from lutra.train.exporting.lowering.arguments import (
     text,
 )
 from lutra.train.exporting.lowering.core import (
+    Deferred,
     Lowering,
     Ref,
     UnsupportedUse,
@@ -28,7 +29,9 @@ from lutra.train.exporting.lowering.core import (
     is_dynamic,
     lowers,
 )
+from lutra.train.exporting.lowering.deferred import computed
 from lutra.train.exporting.lowering.operands import constant, is_activation, operand
+from lutra.train.exporting.lowering.select import of_each_sample
 from lutra.train.exporting.lowering.values import REPEATED, Atom
 
 _OPEN_END = 2**31  # torch writes the open end of a slice as the largest int64
@@ -258,8 +261,12 @@ def _index_select(ctx: Lowering, self: Ref, dim: int, index: Any) -> Ref:
     return pick(ctx, self, axis, index)
 
 
-@lowers("aten.index.Tensor", takes=("self",))
+@lowers("aten.index.Tensor", takes=("self", "indices"))
 def _index(ctx: Lowering, self: Any, indices: list[Any]) -> Ref | View:
+    by_sample = of_each_sample(ctx, self, indices)
+    if by_sample is not None:
+        return by_sample
+    indices = [computed(ctx, x) if isinstance(x, Deferred) else x for x in indices]
     given = [axis for axis, index in enumerate(indices) if index is not None]
     rows = [need_constant(indices[axis], "the index") for axis in given]
     if any(row.dtype == torch.bool for row in rows):
@@ -533,12 +540,14 @@ def _mirrored_ends(ctx: Lowering, x: Ref, axis: int, before: int, after: int, mo
 @lowers("aten.constant_pad_nd.default", takes=("self",))
 def _constant_pad(ctx: Lowering, self: Any, pad: list[int], value: Number) -> Ref | View:
     view = activation(ctx, self)
-    if any(amount < 0 for amount in pad):
-        raise UnsupportedUse(f"it crops with negative pads {list(pad)}; use a slice for that")
     if not any(pad):
         return view
     order = views.batch_first(ctx, view)
     x = ctx.realise(views.permuted(ctx, view, order))
+    x = _cropped(ctx, x, pad, order)
+    pad = [max(amount, 0) for amount in pad]
+    if not any(pad):
+        return views.put_back(ctx, x, order)
     # torch names the last axis first; lutra goes from axis 0 on.
     ends = [(0, 0)] * x.rank
     for position in range(len(pad) // 2):
@@ -552,6 +561,25 @@ def _constant_pad(ctx: Lowering, self: Any, pad: list[int], value: Number) -> Re
     )
     attrs = {"pads": pads, "value": _finite(ctx, float(value))}
     return views.put_back(ctx, ctx.emit("pad", x, shape, attrs=attrs), order)
+
+
+def _cropped(ctx: Lowering, x: Ref, pad: Sequence[int], order: Sequence[int]) -> Ref:
+    """An activation without what negative pads cut off."""
+    for position in range(len(pad) // 2):
+        axis = order.index(x.rank - 1 - position)
+        first, last = (max(-amount, 0) for amount in pad[2 * position : 2 * position + 2])
+        if not (first or last):
+            continue
+        if axis == 0:
+            raise UnsupportedUse("it cuts the batch (axis 0); slice other axes only")
+        size = x.shape[axis]
+        if isinstance(size, int):
+            x = cut(ctx, x, axis, first, size - last)
+            continue
+        attrs = {"axis": axis, "first": first, "last": last, "step": 1}
+        shape = (*x.shape[:axis], size - first - last, *x.shape[axis + 1 :])
+        x = ctx.emit("trim", x, shape, attrs=attrs, suffix="trim")
+    return x
 
 
 def _finite(ctx: Lowering, value: float) -> float:

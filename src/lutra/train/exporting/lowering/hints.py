@@ -25,6 +25,12 @@ _TABLE = [
         "return the scores and do this in NumPy, or use topk along an axis",
     ),
     ("scatter", "put values in their places by torch.cat or torch.where"),
+    (
+        "fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn "
+        "fft_ifftn fft_rfftn fft_irfftn fft_hfft stft istft view_as_complex view_as_real angle",
+        "Fourier transforms work along axes of fixed size; go on with real and imaginary parts or "
+        "sizes, and return torch.view_as_real(x) in place of complex numbers",
+    ),
     ("grid_sampler_3d affine_grid_generator", "make the grid outside the model: (N, H, W, 2)"),
 ]
 
