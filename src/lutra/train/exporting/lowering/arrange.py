@@ -327,9 +327,9 @@ def _fill(ctx: Lowering, self: Any, value: Any) -> Ref | View:
 
 @lowers("aten.copy.default", takes=("self", "src"))
 def _copy(ctx: Lowering, self: Any, src: Any) -> Ref | View:
-    x, part = activation(ctx, self), operand(ctx, src)
+    part = operand(ctx, src)
     if not is_activation(part):
-        ref = ctx.realise(x)
+        ref = ctx.realise(activation(ctx, self))
         return _spread(ctx, part, ref, ref.shape)
     return views.expanded(ctx, part, ctx.result_sizes)
 
@@ -338,8 +338,7 @@ def _copy(ctx: Lowering, self: Any, src: Any) -> Ref | View:
 def _slice_scatter(
     ctx: Lowering, self: Any, src: Any, dim: int, start: int | None, end: int | None, step: int
 ) -> Ref | View:
-    x, axis = activation(ctx, self), dim % len(ctx.node.meta["val"].shape)
-    ref = ctx.realise(x)
+    ref, axis = _target(ctx, self, src), dim % len(ctx.node.meta["val"].shape)
     size = ref.shape[axis]
     if not isinstance(size, int):
         if (start or 0) == 0 and (end is None or end >= _OPEN_END) and step == 1:
@@ -355,7 +354,7 @@ def _slice_scatter(
 
 @lowers("aten.select_scatter.default", takes=("self", "src"))
 def _select_scatter(ctx: Lowering, self: Any, src: Any, dim: int, index: int) -> Ref:
-    ref = ctx.realise(activation(ctx, self))
+    ref = _target(ctx, self, src)
     axis = dim % ref.rank
     first = index % _fixed(ref, axis, "it writes into an entry of")
     part = operand(ctx, src)
@@ -365,6 +364,17 @@ def _select_scatter(ctx: Lowering, self: Any, src: Any, dim: int, index: int) ->
     else:
         part = part.unsqueeze(axis)
     return _written(ctx, ref, axis, first, first + 1, part)
+
+
+def _target(ctx: Lowering, x: Any, part: Any) -> Ref:
+    """What is written into, in the shape of the result: constants too, such as zeros."""
+    given = operand(ctx, x)
+    if is_activation(given):
+        return ctx.realise(given)
+    part = operand(ctx, part)
+    if not is_activation(part):
+        raise UnsupportedUse("it works on what is the same for every input; make that a buffer")
+    return _spread(ctx, given, ctx.realise(part), ctx.result_shape)
 
 
 def _in_place_of(ctx: Lowering, x: Ref, part: Any) -> Ref:
