@@ -66,7 +66,7 @@ def _filled(ctx: Lowering, x: Deferred) -> Ref | None:
         return None
     values = ctx.sources.evaluate(x.node, ctx.sources.sizes(), {}).float()
     number = float(values.reshape(-1)[0]) if values.numel() else 0.0
-    if math.isnan(number) or not bool((values == number).all()):
+    if not bool((values == number).all()):
         return None
     shape = (None, *sizes[1:])
     if sizes[0] != ctx.batch:
@@ -107,9 +107,7 @@ def constant(ctx: Lowering, values: Any, like: Ref, rank: int) -> Ref:
             f"a constant of shape {tuple(tensor.shape)} meets the batch (axis 0); give it a size "
             "of 1 there"
         )
-    if bool(tensor.isnan().any()):
-        raise UnsupportedUse("its constant holds NaN; use numbers such as -1e9")
-    if bool(tensor.isinf().any()):
+    if not bool(tensor.isfinite().all()):
         return _with_infinity(ctx, tensor, like, rank)
     sizes = (1,) * (rank - 1 - tensor.ndim) + tuple(tensor.shape)
     sizes = sizes[-(rank - 1) :] if rank > 1 else ()
@@ -124,15 +122,18 @@ def constant(ctx: Lowering, values: Any, like: Ref, rank: int) -> Ref:
 
 
 def infinity(ctx: Lowering, zero: Ref, number: float) -> Ref:
-    """Infinity of the sign of a number, in the shape of zeros: no file holds it as a number."""
+    """Infinity of the sign of a number, or NaN, in the shape of zeros: no file holds them."""
+    if math.isnan(number):
+        endless = infinity(ctx, zero, math.inf)
+        return ctx.emit("sub", (endless, endless), zero.shape, suffix="nan")
     return ctx.emit("log" if number < 0 else "reciprocal", zero, zero.shape, suffix="infinity")
 
 
 def _with_infinity(ctx: Lowering, values: Tensor, like: Ref, rank: int) -> Ref:
-    """A constant of which some numbers are infinity."""
-    made = constant(ctx, torch.where(values.isinf(), 0.0, values), like, rank)
-    for number in (-math.inf, math.inf):
-        place = values == number
+    """A constant of which some numbers are infinity or NaN."""
+    made = constant(ctx, torch.where(values.isfinite(), values, 0.0), like, rank)
+    for number in (-math.inf, math.inf, math.nan):
+        place = values.isnan() if math.isnan(number) else values == number
         if bool(place.all()):
             return infinity(ctx, made, number)
         if bool(place.any()):
