@@ -7,6 +7,7 @@ for each position, when they depend on a length; and as numbers, when a mask is 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -164,7 +165,10 @@ def _activation(ctx: Lowering, node: fx.Node) -> Ref | View | Tensor:
 def _lowered(ctx: Lowering, node: fx.Node) -> Any:
     target = str(node.target)
     first: Any = node.args[0] if node.args else None
-    dtype = first.meta["val"].dtype if isinstance(first, fx.Node) else torch.int64
+    if node.target is operator.getitem:
+        return ctx.force(first, lambda each: _lowered(ctx, each))[node.args[1]]
+    given = first.meta["val"] if isinstance(first, fx.Node) else None
+    dtype = given.dtype if isinstance(given, Tensor) else torch.int64
     own = _OWN.get(target)
     arguments = [_argument(ctx, argument) for argument in node.args]
     value = node.meta["val"]
