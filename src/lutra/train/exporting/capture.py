@@ -223,7 +223,7 @@ def node_module(node: fx.Node) -> str:
 def _run(model: nn.Module, example: tuple[Tensor, ...]) -> Exception | None:
     """Run a model as it is used, without tracing; return what it raises."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), plain_attention():
             model(*(tensor.clone() for tensor in example))
     except Exception as error:
         return error

@@ -341,7 +341,8 @@ def outputs_of(model: nn.Module, example: Sequence[Tensor]) -> list[Array]:
     with torch.no_grad(), plain_attention():
         # Copies, because a model may work in place on its input.
         leaves = _pytree.tree_leaves(model(*(tensor.clone() for tensor in example)))
-    return [leaf.float().numpy() for leaf in leaves if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return [(x.real if x.is_complex() else x).float().numpy() for x in tensors]  # complex: refused
 
 
 def check_engine(

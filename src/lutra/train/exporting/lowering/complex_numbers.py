@@ -125,7 +125,7 @@ class _Split:
         if name == "view_as_real":
             x = self._given(args[0])
             return _Parts(self._call(_aten.stack.default, [x.real, self._imaginary(x)], -1), None)
-        if name in ("real", "imag", "conj", "_conj", "conj_physical", "abs", "resolve_conj"):
+        if name in ("real", "imag", "conj", "_conj", "conj_physical", "abs", "angle", "resolve_conj"):
             return self._unary(name, self._given(args[0]))
         if name in ("_to_copy", "to"):
             x = self._given(args[0])
@@ -165,6 +165,8 @@ class _Split:
                 other = self._call(_aten.mul.Tensor, x.imaginary, x.imaginary)
                 square = self._call(_aten.add.Tensor, square, other)
             return _Parts(self._call(_aten.sqrt.default, square), None)
+        if name == "angle":
+            return _Parts(self._call(_aten.atan2.default, self._imaginary(x), x.real), None)
         if name == "resolve_conj" or x.imaginary is None:
             return x
         return _Parts(x.real, self._call(_aten.neg.default, x.imaginary))

@@ -176,7 +176,8 @@ def _lowered(ctx: Lowering, node: fx.Node) -> Any:
         return own(ctx, arguments, value.dtype)
     if own is _cast:
         return ctx.apply(node, arguments)
-    if value.dtype == torch.bool and not target.startswith((*_MOVES, *_COMPARES)):
+    bools = isinstance(value, Tensor) and value.dtype == torch.bool
+    if bools and not target.startswith((*_MOVES, *_COMPARES)):
         raise UnsupportedUse(f"{target} of integers cannot be computed with activations")
     return ctx.apply(node, arguments)
 

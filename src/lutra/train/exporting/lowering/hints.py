@@ -24,7 +24,7 @@ _TABLE = [
     ("native_dropout bernoulli rand rand_like randn_like", "remove what is random in eval mode"),
     (
         "fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn "
-        "fft_ifftn fft_rfftn fft_irfftn fft_hfft stft istft view_as_complex view_as_real angle",
+        "fft_ifftn fft_rfftn fft_irfftn fft_hfft stft istft view_as_complex view_as_real",
         "Fourier transforms work along axes of fixed size; go on with real and imaginary parts or "
         "sizes, and return torch.view_as_real(x) in place of complex numbers",
     ),
