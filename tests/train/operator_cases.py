@@ -193,9 +193,7 @@ MASKS = {
     "masked_fill_constant": call(
         lambda m, x: x.masked_fill(m.c, -1e4), TOKENS, c=_numbers(5, 6) > 0
     ),
-    "masked_fill_infinity": call(
-        lambda m, x: x.masked_fill(x < 0, float("-inf")).exp()
-    ),
+    "masked_fill_infinity": call(lambda m, x: x.masked_fill(x < 0, float("-inf")).exp()),
     "logical": call(lambda m, x: (~(x > 1) & (x > -1) | (x < -2)).float()),
     "logical_functions": call(
         lambda m, x: torch.logical_xor(x > 0, torch.logical_not(x > 1)).float()

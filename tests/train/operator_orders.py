@@ -105,9 +105,7 @@ COMPLEX = {
                 x, 16, 4, window=torch.hann_window(16), return_complex=True
             ).abs(),
             "stft_short_window": lambda x: torch.view_as_real(
-                torch.stft(
-                    x, 32, 8, 20, torch.hann_window(20), center=False, return_complex=True
-                )
+                torch.stft(x, 32, 8, 20, torch.hann_window(20), center=False, return_complex=True)
             ),
         },
         _SOUND,

@@ -169,9 +169,7 @@ REDUCTIONS["norm_3"] = call(
 REDUCTIONS["norm_half"] = call(
     lambda m, x: x.abs().norm(p=0.5, dim=1), refused="use 1, 2 or infinity"
 )
-REDUCTIONS["median_of_three"] = call(
-    lambda m, x: x[:, :3].sort(1)[0][:, 1]
-)
+REDUCTIONS["median_of_three"] = call(lambda m, x: x[:, :3].sort(1)[0][:, 1])
 REDUCTIONS["argmax_of_all"] = call(lambda m, x: x.argmax().float(), refused="name an axis")
 REDUCTIONS["mean_of_all"] = call(lambda m, x: x.mean(), refused="keep axis 0")
 JOINS = {

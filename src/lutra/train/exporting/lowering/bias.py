@@ -140,7 +140,9 @@ def _known(sources: Sources, node: fx.Node, mask: fx.Node) -> _Known:
     """
     query, key = (x.meta["val"].shape for x in node.args[:2])  # type: ignore[union-attr]
     sizes, keys = expressions(query), expressions(key)[-2]
-    heads = sizes[1] if len(sizes) == 4 else sizes[0] / sources.batch if len(sizes) == 3 else None
+    heads: Any = None
+    if len(sizes) in (3, 4):
+        heads = sizes[1] if len(sizes) == 4 else sizes[0] / sources.batch
     if not isinstance(heads, int) and not getattr(heads, "is_Integer", False):
         return "mask"
     if sources.is_activation(mask):
@@ -233,9 +235,9 @@ def _terms(sources: Sources, node: fx.Node, mask: Any) -> list[tuple[fx.Node, bo
         mask = mask.args[0]
     deferred = sources.deferred(mask)
     if mask.meta["val"].dtype == torch.bool:
-        if str(mask.target) in _ANDS and not sources.is_activation(mask):
-            if _known(sources, node, mask) == "computed":
-                return [term for part in mask.args for term in _terms(sources, node, part)]
+        both = str(mask.target) in _ANDS and not sources.is_activation(mask)
+        if both and _known(sources, node, mask) == "computed":
+            return [term for part in mask.args for term in _terms(sources, node, part)]
         return [(mask, not sources.is_activation(mask))]
     if deferred is None or not deferred.inputs:
         return [(mask, False)]

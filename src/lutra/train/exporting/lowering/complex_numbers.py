@@ -86,7 +86,7 @@ class _Split:
     def __init__(self, graph: fx.Graph, sources: Sources) -> None:
         self._graph, self._sources = graph, sources
         self._parts: dict[fx.Node, Any] = {}
-        self._node: fx.Node | None = None
+        self._node: Any = None
 
     def written(self, node: fx.Node) -> fx.Node | None:
         """What takes the place of a node with real values that reads complex ones; None for any
@@ -125,7 +125,16 @@ class _Split:
         if name == "view_as_real":
             x = self._given(args[0])
             return _Parts(self._call(_aten.stack.default, [x.real, self._imaginary(x)], -1), None)
-        if name in ("real", "imag", "conj", "_conj", "conj_physical", "abs", "angle", "resolve_conj"):
+        if name in (
+            "real",
+            "imag",
+            "conj",
+            "_conj",
+            "conj_physical",
+            "abs",
+            "angle",
+            "resolve_conj",
+        ):
             return self._unary(name, self._given(args[0]))
         if name in ("_to_copy", "to"):
             x = self._given(args[0])
@@ -246,7 +255,8 @@ class _Split:
         if isinstance(node.meta["val"], (list, tuple)):
             count = len(node.meta["val"])
             return [
-                _Parts(*(self._call(operator.getitem, each, i) for each in parts)) for i in range(count)
+                _Parts(*(self._call(operator.getitem, each, i) for each in parts))
+                for i in range(count)
             ]
         return _Parts(*parts)
 
@@ -274,7 +284,7 @@ class _Split:
         order = turns if gives_real else turns[::-1]
         for place, (axis, size) in enumerate(order):
             last = place == (len(order) - 1 if gives_real else 0)
-            half = kind[0] == "r" and last or gives_real and last
+            half = (kind[0] == "r" and last) or (gives_real and last)
             x = self._along(x, axis % rank, size, half, inverse, norm)
         return x
 
@@ -292,11 +302,9 @@ class _Split:
         )
 
     def _spectrogram(self, node: fx.Node) -> _Parts:
-        """Transforms of the windows of a signal (N, T) or (T,): two convolutions."""
-        x, size, hop, width, window, normalized, onesided, as_complex, *_ = (
-            *node.args,
-            *(None,) * (8 - len(node.args)),
-        )
+        """Transforms of the windows of signals (N, T): two convolutions."""
+        given: list[Any] = [*node.args, *(None,) * (8 - len(node.args))]
+        x, size, hop, width, window, normalized, onesided, as_complex = given[:8]
         if x.meta["val"].ndim != 2 or as_complex is False or self._is_complex_or_moving(window):
             raise _Refused
         hop, width = hop or size // 4, width or size
@@ -392,13 +400,10 @@ class _Split:
         single: Sequence[int] = (0, rows - 1) if size % 2 == 0 else (0,)
         factors = [1.0 if row in single else 2.0 for row in range(rows)]
         parts = [self._call(_aten.full.default, [1, 1], each) for each in factors]
-        return self._call(
-            _aten.mul.Tensor, matrix, self._call(_aten.cat.default, parts, 0)
-        )
+        return self._call(_aten.mul.Tensor, matrix, self._call(_aten.cat.default, parts, 0))
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        assert self._node is not None
-        made = self._graph.call_function(target, args, kwargs)
+        made: fx.Node = self._graph.call_function(target, args, kwargs)
         values: Any = fx.map_arg((args, kwargs), lambda each: each.meta["val"])
         place = {k: self._node.meta[k] for k in ("nn_module_stack",) if k in self._node.meta}
         made.meta = {**place, "val": target(*values[0], **values[1])}
@@ -407,7 +412,9 @@ class _Split:
 
 def _name(node: fx.Node) -> str:
     target = str(node.target)
-    return target.split(".")[1] if target.startswith("aten.") else getattr(node.target, "__name__", "")
+    return (
+        target.split(".")[1] if target.startswith("aten.") else getattr(node.target, "__name__", "")
+    )
 
 
 def _is_tensor(node: Any) -> bool:

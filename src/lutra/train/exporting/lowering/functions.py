@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lutra.ops.elementwise import NO_LIMIT
-from lutra.train.exporting.lowering.arguments import Number, need_constant
 from lutra.train.exporting.lowering import views
+from lutra.train.exporting.lowering.arguments import Number, need_constant
 from lutra.train.exporting.lowering.core import Lowering, Ref, UnsupportedUse, View, lowers
 from lutra.train.exporting.lowering.operands import (
     constant,

@@ -39,13 +39,13 @@ def _as_ref(ctx: Lowering, x: Any, like: Ref) -> Ref:
 
 
 @lowers("aten.index_put.default", takes=("self", "indices", "values"))
-def _index_put(
-    ctx: Lowering, self: Any, indices: list[Any], values: Any, accumulate: bool
-) -> Ref:
+def _index_put(ctx: Lowering, self: Any, indices: list[Any], values: Any, accumulate: bool) -> Ref:
     given = [(axis, x) for axis, x in enumerate(indices) if x is not None]
     node: Any = ctx.node.args[1]
-    is_mask = len(given) == 1 and isinstance(node[given[0][0]], fx.Node) and (
-        node[given[0][0]].meta["val"].dtype == torch.bool
+    is_mask = (
+        len(given) == 1
+        and isinstance(node[given[0][0]], fx.Node)
+        and (node[given[0][0]].meta["val"].dtype == torch.bool)
     )
     if is_mask and given[0][0] == 0:
         return _under_mask(ctx, self, given[0][1], values, accumulate)
@@ -130,9 +130,7 @@ def _index_add(ctx: Lowering, self: Any, dim: int, index: Any, source: Any, alph
     return _indexed(ctx, self, dim, index, source, accumulate=True)
 
 
-def _indexed(
-    ctx: Lowering, x: Any, dim: int, index: Any, source: Any, *, accumulate: bool
-) -> Ref:
+def _indexed(ctx: Lowering, x: Any, dim: int, index: Any, source: Any, *, accumulate: bool) -> Ref:
     ref = ctx.realise(activation(ctx, x))
     if not isinstance(index, Tensor):
         raise UnsupportedUse("its index is computed from activations; use scatter along an axis")
@@ -190,7 +188,8 @@ def _scattered(ctx: Lowering, x: Any, dim: int, index: Any, src: Any, *, add: bo
     for i in others:
         if places.shape[i] not in (1, shape[i]):
             raise UnsupportedUse(
-                "its indices are shorter than what it writes into along another axis; cut that first"
+                "its indices are shorter than what it writes into along another axis; cut that "
+                "before"
             )
     numbers = torch.arange(size).reshape([size if i == axis else 1 for i in range(rank)])
     every = constant(ctx, numbers, ctx.realise(like), rank)

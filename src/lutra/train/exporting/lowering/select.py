@@ -73,8 +73,8 @@ def of_each_sample(ctx: Lowering, x: Any, indices: Sequence[Any]) -> Ref | View 
     Args:
         ctx: The walk.
         x: An activation (N, T, ...).
-        indices: One for each axis that is picked from: the number of the sample, (N,) or (N, 1), and
-            places (N,) or (N, K).
+        indices: One for each axis that is picked from: the number of the sample, (N,) or (N, 1),
+            and places (N,) or (N, K).
     """
     if len(indices) != 2 or not isinstance(indices[0], Deferred) or not is_activation(x):
         return None
