@@ -272,7 +272,8 @@ class _Split:
         sizes = node.kwargs.get("n", node.kwargs.get("s", args[1]))
         axes = node.kwargs.get("dim", args[2])
         norm: Any = node.kwargs.get("norm", args[3])
-        x, rank = self._given(args[0]), args[0].meta["val"].ndim
+        x: _Parts = self._given(args[0])
+        rank: int = args[0].meta["val"].ndim
         if name == kind:
             axes, sizes = [-1 if axes is None else axes], None if sizes is None else [sizes]
         elif axes is None:
