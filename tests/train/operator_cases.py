@@ -193,9 +193,7 @@ MASKS = {
     "masked_fill_constant": call(
         lambda m, x: x.masked_fill(m.c, -1e4), TOKENS, c=_numbers(5, 6) > 0
     ),
-    "masked_fill_infinity": call(
-        lambda m, x: x.masked_fill(x < 0, float("-inf")), refused="fills in -inf"
-    ),
+    "masked_fill_infinity": call(lambda m, x: x.masked_fill(x < 0, float("-inf")).exp()),
     "logical": call(lambda m, x: (~(x > 1) & (x > -1) | (x < -2)).float()),
     "logical_functions": call(
         lambda m, x: torch.logical_xor(x > 0, torch.logical_not(x > 1)).float()
@@ -400,7 +398,7 @@ MORE = {
         d=_numbers(5, 6),
     ),
     "focus": call(lambda m, x: torch.cat([x[..., ::2, ::2], x[..., 1::2, 1::2]], 1)),
-    "float64": call(lambda m, x: x.double().float(), refused="float64"),
+    "float64": call(lambda m, x: x.double().softmax(1).float()),
 }
 LAYERS = {
     "conv1d": module(lambda: nn.Conv1d(4, 6, 3), SIGNAL),
@@ -440,8 +438,7 @@ RESAMPLING = {
     "conv_transpose1d": module(lambda: nn.ConvTranspose1d(4, 3, 2, 2), SIGNAL),
     "bicubic": call(lambda m, x: F.interpolate(x, scale_factor=2, mode="bicubic")),
     "bicubic_antialiased": call(
-        lambda m, x: F.interpolate(x, scale_factor=2, mode="bicubic", antialias=True),
-        refused="without antialiasing",
+        lambda m, x: F.interpolate(x, scale_factor=0.6, mode="bicubic", antialias=True)
     ),
     "nearest_1d": call(lambda m, x: F.interpolate(x, scale_factor=2), SIGNAL),
     "linear_1d": call(lambda m, x: F.interpolate(x, size=14, mode="linear"), SIGNAL),

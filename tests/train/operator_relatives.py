@@ -76,15 +76,22 @@ FUNCTIONS = {
     }.items()
 }
 FUNCTIONS |= {
-    name: call(lambda m, x, f=function: f(x), refused=refused)
-    for name, function, refused in (
-        ("round_decimals", lambda x: torch.round(x, decimals=1), "aten.round.decimals"),
-        ("atan", torch.atan, "aten.atan"),
-        ("asinh", torch.asinh, "aten.asinh"),
-        ("xlogy", lambda x: torch.xlogy(x, x), "finite number"),
-        ("isfinite", lambda x: torch.isfinite(x).float() + x, "infinity or NaN"),
-        ("isinf", lambda x: torch.isinf(x).float() + x, "aten.isinf"),
-        ("copysign", lambda x: torch.copysign(torch.ones_like(x), x), "aten.copysign"),
+    name: call(lambda m, x, f=function: f(x))
+    for name, function in (
+        ("round_decimals", lambda x: torch.round(x, decimals=1)),
+        ("atan", torch.atan),
+        ("atan2", lambda x: torch.atan2(x, x.flip(1))),
+        ("atan2_of_zeros", lambda x: torch.atan2(x * 0, x.relu())),
+        ("asin", lambda x: torch.asin(x.tanh())),
+        ("acos", lambda x: torch.acos(x.tanh())),
+        ("asinh", torch.asinh),
+        ("acosh", lambda x: torch.acosh(x.abs() + 1)),
+        ("atanh", lambda x: torch.atanh(x.tanh() * 0.9)),
+        ("xlogy", lambda x: torch.xlogy(x.abs(), x.abs())),
+        ("isfinite", lambda x: torch.isfinite(x / x.relu()).float() + x),
+        ("isinf", lambda x: torch.isinf((x.abs() + 1) / x.relu()).float() + x),
+        ("nan_to_num_of_infinity", lambda x: torch.nan_to_num(x / x.relu(), 0.0, 2.0, -3.0)),
+        ("copysign", lambda x: torch.copysign(torch.ones_like(x), x)),
     )
 }
 COMPARISONS = {
@@ -162,9 +169,7 @@ REDUCTIONS["norm_3"] = call(
 REDUCTIONS["norm_half"] = call(
     lambda m, x: x.abs().norm(p=0.5, dim=1), refused="use 1, 2 or infinity"
 )
-REDUCTIONS["median_of_three"] = call(
-    lambda m, x: x[:, :3].sort(1)[0][:, 1], refused="use topk along an axis"
-)
+REDUCTIONS["median_of_three"] = call(lambda m, x: x[:, :3].sort(1)[0][:, 1])
 REDUCTIONS["argmax_of_all"] = call(lambda m, x: x.argmax().float(), refused="name an axis")
 REDUCTIONS["mean_of_all"] = call(lambda m, x: x.mean(), refused="keep axis 0")
 JOINS = {
@@ -233,8 +238,8 @@ PADS |= {
     "constant_value": call(lambda m, x: F.pad(x, (1, 1, 0, 2), value=-0.5)),
     "constant_channels": call(lambda m, x: F.pad(x, (0, 0, 0, 0, 1, 2))),
     "one_side": call(lambda m, x: F.pad(x, (0, 1)), SIGNAL),
-    "crop": call(lambda m, x: F.pad(x, (-1, -1)), SIGNAL, refused="use a slice"),
-    "crop_and_pad": call(lambda m, x: F.pad(x, (-1, 2)), SIGNAL, refused="use a slice"),
+    "crop": call(lambda m, x: F.pad(x, (-1, -1)), SIGNAL),
+    "crop_and_pad": call(lambda m, x: F.pad(x, (-1, 2)), SIGNAL),
     "circular_1d_module": module(lambda: nn.CircularPad1d(2), SIGNAL),
     "conv_circular": module(lambda: nn.Conv2d(4, 3, 3, padding=1, padding_mode="circular")),
     "conv_same": module(lambda: nn.Conv1d(4, 3, 4, padding="same"), SIGNAL),
@@ -305,7 +310,6 @@ RESIZES |= {
         ),
         IMAGE,
         (2, 3),
-        refused="make the grid outside",
     ),
     "grid_sample_border": call(
         lambda m, x, g: F.grid_sample(x, g.tanh(), padding_mode="border", align_corners=True),

@@ -33,8 +33,7 @@ class Unsupported(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.conv(x))
-        x = torch.fft.fft(x).real
-        y, _ = x.mean(1).sort(2)
+        y = torch.special.bessel_j0(torch.det(x[:, :, :8]).mean(1)[:, None, None])
         return y * x.mean(1) + x.mean((0, 1))
 
 
@@ -46,8 +45,7 @@ def test_all_unsupported_operators_are_listed(tmp_path: Path) -> None:
     for part in (
         "aten.lgamma.default in act.0: rewrite it",
         "aten.lgamma.default in act.2",
-        "aten.fft_fft.default in the model itself",
-        "aten.sort.default in the model itself: return the scores",
+        "aten.det.default in the model itself",
     ):
         assert any(part in item for item in items), (part, items)
         assert part in str(caught.value)
@@ -68,7 +66,9 @@ def test_all_unsupported_operators_are_listed(tmp_path: Path) -> None:
         (lambda m, x: F.max_pool2d(x, 2, return_indices=True)[1], "first one"),
         (lambda m, x: F.dropout(x), "eval mode"),
         (lambda m, x: x.clamp(float("nan"), 1), "use numbers"),
-        (lambda m, x: x.double().float(), "float64"),
+        (lambda m, x: x.half().float(), "float16"),
+        (lambda m, x: x.masked_select(x > 0), "values decide how many entries"),
+        (lambda m, x: torch.fft.fft(x), "return torch.view_as_real"),
         (lambda m, x: (x, torch.ones(2)), "does not depend on the inputs"),
         (lambda m, x: x.reshape(2, -1), "one batch size only"),
         (lambda m, x: x if x.sum() > 0 else -x, "could not trace"),
@@ -77,16 +77,12 @@ def test_all_unsupported_operators_are_listed(tmp_path: Path) -> None:
             lambda m, x: F.conv_transpose2d(x, x.mean(0, keepdim=True).transpose(0, 1)),
             "batch",
         ),
-        (
-            lambda m, x: F.interpolate(x, scale_factor=2, mode="bicubic", antialias=True),
-            "without antialiasing",
-        ),
         (lambda m, x: F.conv2d(x, x.mean(0, keepdim=True)), "batch"),
-        (lambda m, x: F.pad(x, (0, -1)), "slice"),
         (lambda m, x: x / x.size(0), "computes with the batch size"),
         (lambda m, x: x + x.shape[0], "computes with the batch size"),
         (lambda m, x: F.avg_pool2d(x.flatten(2), 2), "4 axes"),
-        (lambda m, x: x.masked_fill(x > 0, float("-inf")), "fills in -inf; fill in a finite"),
+        (lambda m, x: x.sort(0)[0], "compares the samples of the batch"),
+        (lambda m, x: x.scatter(0, x[:1].argmax(1, keepdim=True) * 0, 1.0), "batch"),
         (lambda m, x: F.pad(x, (1, 1), value=float("inf")), "pads with inf; pad with a finite"),
         (lambda m, x: x.cumsum(0), "over the batch"),
         (lambda m, x: x.flip(0), "turns over the batch"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from operator_cases import CASES as FIRST
 from operator_cases import Case
+from operator_orders import CASES as OF_ORDERS
 from operator_positions import CASES as OF_POSITIONS
 from operator_positions import SIZES as POSITIONS_OF_ANY_SIZE
 from operator_relatives import RELATIVES
@@ -30,6 +31,7 @@ CASES = {
     **FIRST,
     **{f"relatives-{name}": case for name, case in RELATIVES.items()},
     **{f"positions-{name}": case for name, case in OF_POSITIONS.items()},
+    **OF_ORDERS,
 }
 #: One of each kind; the others are slow.
 QUICK = (
@@ -45,6 +47,12 @@ QUICK = (
     "reductions-std",
     "reductions-cosine_similarity",
     "products-einsum_heads",
+    "orders-median",
+    "places-scatter_of_topk",
+    "places-index_put_mask",
+    "places-entry_of_each_sample",
+    "complex-filter",
+    "complex-stft",
     "positions-einsum_of_parts",
     "positions-mask_as_output",
     "positions-attention_pooling",

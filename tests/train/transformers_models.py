@@ -53,10 +53,12 @@ def text(
     field: str = "last_hidden_state",
     masked: bool = True,
     refused: str | None = None,
+    fixed: bool = False,
 ) -> Architecture:
     names = ("input_ids", "attention_mask") if masked else ("input_ids",)
     make = _make(kind, config, settings, names, field)
-    return Architecture(make, tokens if masked else ids_alone, (0, 1), refused)
+    axes = () if fixed else (0, 1)
+    return Architecture(make, tokens if masked else ids_alone, axes, refused)
 
 
 def image(
@@ -212,6 +214,79 @@ TEXTS = {
     "gpt-j": text("GPTJModel", "GPTJConfig", {**_GPT, "rotary_dim": 4}, masked=False),
     "codegen": text(
         "CodeGenModel", "CodeGenConfig", {**_GPT, "n_head": 4, "rotary_dim": 4}, masked=False
+    ),
+    "mixtral": text(
+        "MixtralModel",
+        "MixtralConfig",
+        {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "qwen2-moe": text(
+        "Qwen2MoeModel",
+        "Qwen2MoeConfig",
+        {
+            **_DECODER,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "decoder_sparse_step": 1,
+        },
+    ),
+    "xlnet": text(
+        "XLNetModel",
+        "XLNetConfig",
+        {"vocab_size": 60, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32},
+        fixed=True,
+    ),
+    "fnet": text(
+        "FNetModel",
+        "FNetConfig",
+        {
+            "vocab_size": 60,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "intermediate_size": 32,
+            "max_position_embeddings": 40,
+        },
+        masked=False,
+        fixed=True,
+    ),
+    "mamba": text(
+        "MambaModel",
+        "MambaConfig",
+        {
+            "vocab_size": 60,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "state_size": 4,
+            "use_cache": False,
+        },
+        masked=False,
+        fixed=True,
+    ),
+    "mamba2": text(
+        "Mamba2Model",
+        "Mamba2Config",
+        {
+            "vocab_size": 60,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "state_size": 4,
+            "num_heads": 4,
+            "head_dim": 8,
+            "n_groups": 1,
+            "chunk_size": 4,
+            "use_cache": False,
+        },
+        masked=False,
+        fixed=True,
+    ),
+    "rwkv": text(
+        "RwkvModel",
+        "RwkvConfig",
+        {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "use_cache": False},
+        masked=False,
+        fixed=True,
     ),
     "deberta-v2": text(
         "DebertaV2Model",

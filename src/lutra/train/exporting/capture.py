@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.modules import transformer
 
 from lutra.errors import InputError, LutraError, UnsupportedModelError
+from lutra.train.exporting.experts import every_expert
 from lutra.train.exporting.functional import functional
 from lutra.train.layers.attention import plain_attention
 from lutra.train.layers.dropin import copy_model
@@ -88,7 +89,7 @@ def prepare_copy(model: nn.Module) -> nn.Module:
             f"export: the {type(model).__name__} cannot be copied ({_first_line(error)}); make "
             "every tensor it holds a parameter or a buffer so that copy.deepcopy works."
         ) from error
-    return clone.to("cpu", torch.float32).eval()
+    return clone.to("cpu").float().eval()  # which leaves complex numbers alone
 
 
 def argument_names(model: nn.Module, count: int) -> tuple[str, ...]:
@@ -169,6 +170,7 @@ def capture(
             quiet(),
             _without_listings(),
             plain_attention(),
+            every_expert(),
             _masks_as_given(),
             whole_recurrent_layers(),
             torch.no_grad(),
@@ -221,7 +223,7 @@ def node_module(node: fx.Node) -> str:
 def _run(model: nn.Module, example: tuple[Tensor, ...]) -> Exception | None:
     """Run a model as it is used, without tracing; return what it raises."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), plain_attention():
             model(*(tensor.clone() for tensor in example))
     except Exception as error:
         return error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import inspect
 import os
@@ -170,7 +171,7 @@ def export_graph(
     given = return_tensors(prepare_copy(model))
     weights = weights_of(given)
     with threads_for(given, example):
-        frozen = return_tensors(with_biases(freeze_lookup_layers(prepare_copy(model))))
+        frozen = _frozen_copy(model)
         compact = compact_tables_of(frozen, weights)  # before norms go into the scales
         names = _input_names(frozen, len(example), input_names)
         axes = dynamic_axes_of(dynamic_axes, names, example)
@@ -180,7 +181,12 @@ def export_graph(
             output_names = known.outputs
         program = decomposed(capture(frozen, example, axes))
         wanted = outputs_of(given, example)
-        rounding = rounding_share(program, example, wanted)
+
+        @functools.cache
+        def rounding() -> float:  # traces again: what was traced is folded
+            again = decomposed(capture(_frozen_copy(model), example, axes))
+            return rounding_share(again, example, wanted)
+
         fold_program(frozen, program)
         lowered = lower(program, names, output_names, _metadata(model, metadata), longest)
         graph = lowered.graph
@@ -194,6 +200,11 @@ def export_graph(
         if tables != "stored":
             graph = _compacted(graph, compact, feeds, check, tolerance)
     return graph, feeds
+
+
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model whose lookup layers are frozen and whose outputs are tensors."""
+    return return_tensors(with_biases(freeze_lookup_layers(prepare_copy(model))))
 
 
 def with_golden(graph: Graph, feeds: Mapping[str, Array]) -> Graph:

@@ -21,6 +21,7 @@ from lutra.train.exporting.lowering.arguments import (
     text,
 )
 from lutra.train.exporting.lowering.core import (
+    Deferred,
     Lowering,
     Ref,
     UnsupportedUse,
@@ -28,7 +29,9 @@ from lutra.train.exporting.lowering.core import (
     is_dynamic,
     lowers,
 )
+from lutra.train.exporting.lowering.deferred import computed
 from lutra.train.exporting.lowering.operands import constant, is_activation, operand
+from lutra.train.exporting.lowering.select import of_each_sample
 from lutra.train.exporting.lowering.values import REPEATED, Atom
 
 _OPEN_END = 2**31  # torch writes the open end of a slice as the largest int64
@@ -258,8 +261,12 @@ def _index_select(ctx: Lowering, self: Ref, dim: int, index: Any) -> Ref:
     return pick(ctx, self, axis, index)
 
 
-@lowers("aten.index.Tensor", takes=("self",))
+@lowers("aten.index.Tensor", takes=("self", "indices"))
 def _index(ctx: Lowering, self: Any, indices: list[Any]) -> Ref | View:
+    by_sample = of_each_sample(ctx, self, indices)
+    if by_sample is not None:
+        return by_sample
+    indices = [computed(ctx, x) if isinstance(x, Deferred) else x for x in indices]
     given = [axis for axis, index in enumerate(indices) if index is not None]
     rows = [need_constant(indices[axis], "the index") for axis in given]
     if any(row.dtype == torch.bool for row in rows):
@@ -320,9 +327,9 @@ def _fill(ctx: Lowering, self: Any, value: Any) -> Ref | View:
 
 @lowers("aten.copy.default", takes=("self", "src"))
 def _copy(ctx: Lowering, self: Any, src: Any) -> Ref | View:
-    x, part = activation(ctx, self), operand(ctx, src)
+    part = operand(ctx, src)
     if not is_activation(part):
-        ref = ctx.realise(x)
+        ref = ctx.realise(activation(ctx, self))
         return _spread(ctx, part, ref, ref.shape)
     return views.expanded(ctx, part, ctx.result_sizes)
 
@@ -331,8 +338,7 @@ def _copy(ctx: Lowering, self: Any, src: Any) -> Ref | View:
 def _slice_scatter(
     ctx: Lowering, self: Any, src: Any, dim: int, start: int | None, end: int | None, step: int
 ) -> Ref | View:
-    x, axis = activation(ctx, self), dim % len(ctx.node.meta["val"].shape)
-    ref = ctx.realise(x)
+    ref, axis = _target(ctx, self, src), dim % len(ctx.node.meta["val"].shape)
     size = ref.shape[axis]
     if not isinstance(size, int):
         if (start or 0) == 0 and (end is None or end >= _OPEN_END) and step == 1:
@@ -348,7 +354,7 @@ def _slice_scatter(
 
 @lowers("aten.select_scatter.default", takes=("self", "src"))
 def _select_scatter(ctx: Lowering, self: Any, src: Any, dim: int, index: int) -> Ref:
-    ref = ctx.realise(activation(ctx, self))
+    ref = _target(ctx, self, src)
     axis = dim % ref.rank
     first = index % _fixed(ref, axis, "it writes into an entry of")
     part = operand(ctx, src)
@@ -358,6 +364,17 @@ def _select_scatter(ctx: Lowering, self: Any, src: Any, dim: int, index: int) ->
     else:
         part = part.unsqueeze(axis)
     return _written(ctx, ref, axis, first, first + 1, part)
+
+
+def _target(ctx: Lowering, x: Any, part: Any) -> Ref:
+    """What is written into, in the shape of the result: constants too, such as zeros."""
+    given = operand(ctx, x)
+    if is_activation(given):
+        return ctx.realise(given)
+    part = operand(ctx, part)
+    if not is_activation(part):
+        raise UnsupportedUse("it works on what is the same for every input; make that a buffer")
+    return _spread(ctx, given, ctx.realise(part), ctx.result_shape)
 
 
 def _in_place_of(ctx: Lowering, x: Ref, part: Any) -> Ref:
@@ -533,12 +550,14 @@ def _mirrored_ends(ctx: Lowering, x: Ref, axis: int, before: int, after: int, mo
 @lowers("aten.constant_pad_nd.default", takes=("self",))
 def _constant_pad(ctx: Lowering, self: Any, pad: list[int], value: Number) -> Ref | View:
     view = activation(ctx, self)
-    if any(amount < 0 for amount in pad):
-        raise UnsupportedUse(f"it crops with negative pads {list(pad)}; use a slice for that")
     if not any(pad):
         return view
     order = views.batch_first(ctx, view)
     x = ctx.realise(views.permuted(ctx, view, order))
+    x = _cropped(ctx, x, pad, order)
+    pad = [max(amount, 0) for amount in pad]
+    if not any(pad):
+        return views.put_back(ctx, x, order)
     # torch names the last axis first; lutra goes from axis 0 on.
     ends = [(0, 0)] * x.rank
     for position in range(len(pad) // 2):
@@ -552,6 +571,25 @@ def _constant_pad(ctx: Lowering, self: Any, pad: list[int], value: Number) -> Re
     )
     attrs = {"pads": pads, "value": _finite(ctx, float(value))}
     return views.put_back(ctx, ctx.emit("pad", x, shape, attrs=attrs), order)
+
+
+def _cropped(ctx: Lowering, x: Ref, pad: Sequence[int], order: Sequence[int]) -> Ref:
+    """An activation without what negative pads cut off."""
+    for position in range(len(pad) // 2):
+        axis = order.index(x.rank - 1 - position)
+        first, last = (max(-amount, 0) for amount in pad[2 * position : 2 * position + 2])
+        if not (first or last):
+            continue
+        if axis == 0:
+            raise UnsupportedUse("it cuts the batch (axis 0); slice other axes only")
+        size = x.shape[axis]
+        if isinstance(size, int):
+            x = cut(ctx, x, axis, first, size - last)
+            continue
+        attrs = {"axis": axis, "first": first, "last": last, "step": 1}
+        shape = (*x.shape[:axis], size - first - last, *x.shape[axis + 1 :])
+        x = ctx.emit("trim", x, shape, attrs=attrs, suffix="trim")
+    return x
 
 
 def _finite(ctx: Lowering, value: float) -> float:

@@ -8,7 +8,7 @@ distances.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -34,7 +34,7 @@ from lutra.train.exporting.lowering.core import (
 from lutra.train.exporting.lowering.emitter import expressions
 from lutra.train.exporting.lowering.operands import constant
 from lutra.train.exporting.lowering.placed import by_distance, numbers_at
-from lutra.train.exporting.lowering.sources import Sources
+from lutra.train.exporting.lowering.sources import Sources, size_at
 from lutra.train.operators.scores import LOWEST
 
 _aten = torch.ops.aten
@@ -56,6 +56,7 @@ _SCALES = (
     *_WRITTEN,
 )
 _WHERE = ("aten.where.ScalarOther", "aten.where.self")
+_ANDS = ("aten.logical_and.default", "aten.bitwise_and.Tensor", "aten.__and__.Tensor")
 #: A score that gets this added has no weight left.
 _MASKED = -1e4
 
@@ -70,9 +71,9 @@ def combine_biases(program: ExportedProgram) -> None:
             continue
         mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
         if isinstance(mask, fx.Node):
-            positions = _has_positions(sources, node, mask)
-            if positions or _adds_numbers(sources, mask):
-                _take_apart(program.graph, sources, node, mask, positions)
+            known = _known(sources, node, mask)
+            if known != "mask" or _adds_numbers(sources, mask):
+                _take_apart(program.graph, sources, node, mask, known != "mask")
 
 
 def _rewrite_sum(graph: fx.Graph, sources: Sources, node: fx.Node) -> None:
@@ -121,23 +122,44 @@ def _adds_numbers(sources: Sources, mask: fx.Node) -> bool:
     return mask.meta["val"].is_floating_point() and not _is_mask(sources, mask)
 
 
-def _has_positions(sources: Sources, node: fx.Node, mask: fx.Node) -> bool:
-    """Whether an attention has a mask of positions other than a causal one, such as a window."""
+_Known = Literal["mask", "positions", "computed"]
+
+
+def _known(sources: Sources, node: fx.Node, mask: fx.Node) -> _Known:
+    """What is known of the mask of an attention.
+
+    Args:
+        sources: Of the program.
+        node: The attention, whose first two operands are queries and keys.
+        mask: The mask, or a part of it.
+
+    Returns:
+        "mask" where an attention takes it as it is, or says in words of its own what is wrong with
+        it; "positions" where it is a mask of positions other than a causal one, such as a window;
+        "computed" where integers of the model decide in another way, such as lengths.
+    """
     query, key = (x.meta["val"].shape for x in node.args[:2])  # type: ignore[union-attr]
-    if len(query) != 4 or not isinstance(query[1], int) or sources.is_activation(mask):
-        return False
     sizes, keys = expressions(query), expressions(key)[-2]
+    heads: Any = None
+    if len(sizes) in (3, 4):
+        heads = sizes[1] if len(sizes) == 4 else sizes[0] / sources.batch
+    if not isinstance(heads, int) and not getattr(heads, "is_Integer", False):
+        return "mask"
+    if sources.is_activation(mask):
+        return "mask"
+    heads = int(heads)
     given: Any = sources.deferred(mask)
     try:
         given = sources.evaluate(mask, {}, {}) if given is None else given
-        find_mask(sources, given, sizes, keys, query[1])
+        find_mask(sources, given, sizes, keys, heads)
     except UnsupportedUse:
         try:
-            find_keys(sources, given, sizes, keys, query[1])
+            find_keys(sources, given, sizes, keys, heads)
         except UnsupportedUse:
-            return False  # the attention says in words of its own what is wrong
-        return True
-    return False
+            decides = isinstance(given, Deferred) and bool(given.inputs)
+            return "computed" if decides and _is_mask(sources, mask) else "mask"
+        return "positions"
+    return "mask"
 
 
 def _is_mask(sources: Sources, mask: fx.Node) -> bool:
@@ -174,9 +196,12 @@ def _take_apart(
         turned = call(_aten.transpose.int, key, -2, -1)
         scores = call(_aten.matmul.default, query, turned)
         scores = call(_aten.mul.Tensor, scores, factor) if factor != 1 else scores
-        for term, keeps in _terms(sources, mask):
+        for term, keeps in _terms(sources, node, mask):
             target = torch.ops.lutra.masked_scores.default
-            if term.meta["val"].dtype == torch.bool and not keeps:  # computed from activations
+            computed = keeps and _known(sources, node, term) == "computed"
+            if computed and term.meta["val"].dtype != torch.bool:
+                term = call(_aten.gt.Scalar, term, _MASKED)
+            if term.meta["val"].dtype == torch.bool and (computed or not keeps):
                 scores = call(_aten.where.ScalarOther, term, scores, LOWEST)
                 continue
             scores = call(target if keeps else _added(sources, scores, term), scores, term)
@@ -185,33 +210,43 @@ def _take_apart(
         if closes:
             top = call(_aten.amax.default, scores, [-1], True)
             made = call(_aten.mul.Tensor, made, call(_aten.gt.Scalar, top, LOWEST / 2))
-        if made.meta["val"].ndim == 4:  # whose memory is in the order (N, T, H, d), for views of it
-            made = call(_aten.transpose.int, made, 1, 2)
+        order = _order(sources, node.meta["val"])
+        if order != sorted(order):  # of its memory, for views of it
+            made = call(_aten.permute.default, made, order)
             made = call(_aten.clone.default, made, memory_format=torch.contiguous_format)
-            made = call(_aten.transpose.int, made, 1, 2)
+            made = call(_aten.permute.default, made, [order.index(i) for i in range(len(order))])
     made.meta = dict(node.meta)
     node.replace_all_uses_with(made)
 
 
-def _terms(sources: Sources, mask: Any) -> list[tuple[fx.Node, bool]]:
+def _order(sources: Sources, x: torch.Tensor) -> list[int]:
+    """The axes of a tensor, outermost first as they lie in memory."""
+    strides = [size_at(stride, sources.sizes()) for stride in x.stride()]
+    return sorted(range(x.ndim), key=lambda axis: -strides[axis])
+
+
+def _terms(sources: Sources, node: fx.Node, mask: Any) -> list[tuple[fx.Node, bool]]:
     """What is added to scores, one after the other, and whether it is a mask of what to keep.
 
-    Sums of which only some terms depend on inputs are taken apart, and choices between a bias and a
-    number that leaves no weight.
+    Sums of which only some terms depend on inputs are taken apart, choices between a bias and a
+    number that leaves no weight, and masks that two masks make.
     """
     while str(mask.target) in _CHANGE_NOTHING:
         mask = mask.args[0]
     deferred = sources.deferred(mask)
     if mask.meta["val"].dtype == torch.bool:
+        both = str(mask.target) in _ANDS and not sources.is_activation(mask)
+        if both and _known(sources, node, mask) == "computed":
+            return [term for part in mask.args for term in _terms(sources, node, part)]
         return [(mask, not sources.is_activation(mask))]
     if deferred is None or not deferred.inputs:
         return [(mask, False)]
     target, args = str(mask.target), mask.args
     both = all(isinstance(part, fx.Node) for part in args[:2])
     if target == "aten.add.Tensor" and mask.kwargs.get("alpha", 1) == 1 and both:
-        return [term for part in args[:2] for term in _terms(sources, part)]
+        return [term for part in args[:2] for term in _terms(sources, node, part)]
     if target in _WHERE and isinstance(args[1], fx.Node) and _is_masked(sources, args[2]):
-        return [*_terms(sources, args[1]), (args[0], True)]
+        return [*_terms(sources, node, args[1]), (args[0], True)]
     return [(mask, not _adds_numbers(sources, mask))]
 
 

@@ -80,6 +80,36 @@ def _isnan(ctx: Lowering, self: Any) -> Ref | View:
     return _not_equal(ctx, self, self)
 
 
+@lowers("aten.isinf.default", takes=("self",))
+def _isinf(ctx: Lowering, self: Any) -> Ref | View:
+    x = operand(ctx, self)
+    size = views.on_each(ctx, (x,), lambda ref: ctx.emit("abs", ref, ref.shape))
+    return together(ctx, "equal", (size, math.inf))
+
+
+@lowers("aten.isfinite.default", takes=("self",))
+def _isfinite(ctx: Lowering, self: Any) -> Ref | View:
+    x = operand(ctx, self)
+    zero = together(ctx, "sub", (x, x))  # NaN where it is not finite
+    return together(ctx, "equal", (zero, 0.0))
+
+
+@lowers("aten.copysign.Tensor", takes=_BOTH)
+def _copysign(ctx: Lowering, self: Any, other: Any) -> Ref | View:
+    x, sign = operand(ctx, self), operand(ctx, other)
+    if not is_activation(x):
+        x = together(ctx, "add", (together(ctx, "mul", (sign, 0.0)), x))
+    if not is_activation(sign):
+        sign = torch.as_tensor(sign, dtype=torch.float32)
+        sign = torch.copysign(torch.ones_like(sign), sign)
+    size = views.on_each(ctx, (x,), lambda ref: ctx.emit("abs", ref, ref.shape))
+    below = together(ctx, "greater", (0.0, sign)) if is_activation(sign) else (sign < 0).float()
+    if is_activation(sign):  # of zeros too: 1 / -0 is below 0
+        turned = views.on_each(ctx, (sign,), lambda ref: ctx.emit("reciprocal", ref, ref.shape))
+        below = together(ctx, "maximum", (below, together(ctx, "greater", (0.0, turned))))
+    return together(ctx, "where", (below, affine(ctx, size, -1.0, 0.0), size))
+
+
 @lowers("aten.logical_not.default", "aten.bitwise_not.default", takes=("self",))
 def _not(ctx: Lowering, self: Any) -> Ref | View:
     if ctx.node.meta["val"].dtype != torch.bool:
@@ -173,29 +203,24 @@ def _where(ctx: Lowering, condition: Any, self: Any, other: Any) -> Ref | View:
     given = [operand(ctx, x) for x in (condition, self, other)]
     numbers = [isinstance(x, (int, float)) or getattr(x, "ndim", 1) == 0 for x in given]
     made = [
-        _finite(ctx, float(x)) if is_number else x
+        _filled(ctx, float(x)) if is_number else x
         for x, is_number in zip(given, numbers, strict=True)
     ]
     return together(ctx, "where", made)
 
 
-def _finite(ctx: Lowering, number: float) -> float:
+def _filled(ctx: Lowering, number: float) -> float:
     """The number to fill in; minus infinity in front of a softmax is the smallest number."""
-    if math.isfinite(number):
-        return number
     if number == -math.inf and all(str(user.target) in _SOFTMAX for user in ctx.node.users):
         return -NO_LIMIT
-    raise UnsupportedUse(
-        f"it fills in {number}; fill in a finite number, such as -1e9, or -inf in front of a "
-        "softmax or a maximum only"
-    )
+    return number
 
 
 @lowers("aten.masked_fill.Scalar", "aten.masked_fill.Tensor", takes=("self", "mask"))
 def _masked_fill(ctx: Lowering, self: Any, mask: Any, value: Any) -> Ref | View:
-    number = _finite(ctx, float(value))
+    number = _filled(ctx, float(value))
     x = operand(ctx, self)
-    if not isinstance(mask, Deferred) or not is_activation(x):
+    if not isinstance(mask, Deferred) or not is_activation(x) or not math.isfinite(number):
         return together(ctx, "where", (operand(ctx, mask), number, x))
     drop = computed(ctx, mask)
     kept = mul(ctx, x, negated(ctx, drop))
@@ -207,13 +232,14 @@ def _nan_to_num(
     ctx: Lowering, self: Ref, nan: Number | None, posinf: Number | None, neginf: Number | None
 ) -> Ref:
     largest = torch.finfo(torch.float32).max
-    low = -largest if neginf is None else float(neginf)
-    high = largest if posinf is None else float(posinf)
-    if low != -largest or high != largest:
-        raise UnsupportedUse("it gives infinity another number; leave posinf and neginf out")
     one = together(ctx, "equal", (self, self))
     known = together(ctx, "where", (one, self, float(nan or 0.0)))
-    limited = together(ctx, "maximum", (known, low))
-    made = together(ctx, "minimum", (limited, high))
-    assert isinstance(made, Ref)
-    return made
+    for limit, given in ((-math.inf, neginf), (math.inf, posinf)):
+        if given is None or abs(float(given)) == largest:
+            op, number = ("maximum", -largest) if limit < 0 else ("minimum", largest)
+            known = together(ctx, op, (known, number))
+        else:
+            at = together(ctx, "equal", (known, limit))
+            known = together(ctx, "where", (at, float(given), known))
+    assert isinstance(known, Ref)
+    return known

@@ -8,6 +8,7 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram, default_decompositions
 
 from lutra.train.exporting.capture import quiet
+from lutra.train.exporting.lowering.complex_numbers import split_complex
 from lutra.train.exporting.lowering.core import LOWERINGS
 from lutra.train.exporting.lowering.hints import has_hint
 from lutra.train.exporting.lowering.rewrite import rewrite
@@ -28,6 +29,7 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
         The program; as it was where something would be left, so that errors name the operators of
         the model.
     """
+    split_complex(program)
     rewrite(program)
     made = program
     for _ in range(_ROUNDS):

@@ -7,6 +7,7 @@ for each position, when they depend on a length; and as numbers, when a mask is 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -163,12 +164,20 @@ def _activation(ctx: Lowering, node: fx.Node) -> Ref | View | Tensor:
 
 def _lowered(ctx: Lowering, node: fx.Node) -> Any:
     target = str(node.target)
+    first: Any = node.args[0] if node.args else None
+    if node.target is operator.getitem:
+        return ctx.force(first, lambda each: _lowered(ctx, each))[node.args[1]]
+    given = first.meta["val"] if isinstance(first, fx.Node) else None
+    dtype = given.dtype if isinstance(given, Tensor) else torch.int64
     own = _OWN.get(target)
     arguments = [_argument(ctx, argument) for argument in node.args]
     value = node.meta["val"]
-    if own is not None:
+    if own is not None and not dtype.is_floating_point:
         return own(ctx, arguments, value.dtype)
-    if value.dtype == torch.bool and not target.startswith((*_MOVES, *_COMPARES)):
+    if own is _cast:
+        return ctx.apply(node, arguments)
+    bools = isinstance(value, Tensor) and value.dtype == torch.bool
+    if bools and not target.startswith((*_MOVES, *_COMPARES)):
         raise UnsupportedUse(f"{target} of integers cannot be computed with activations")
     return ctx.apply(node, arguments)
 
@@ -210,22 +219,25 @@ def _not(ctx: Lowering, arguments: list[Any], dtype: torch.dtype) -> Ref:
     return _line(ctx, ctx.realise(arguments[0]), -1.0, 1.0)
 
 
-def _differs(ctx: Lowering, arguments: list[Any], dtype: torch.dtype) -> Ref:
+def _differs(ctx: Lowering, arguments: list[Any], dtype: torch.dtype) -> Any:
     x, other = arguments[:2]
-    if not isinstance(other, (int, float)):
-        raise UnsupportedUse("it compares integers with what is not a constant number")
+    if not isinstance(other, (int, float)) or other != int(other):
+        return ctx.apply(ctx.node, arguments)
     x = ctx.realise(x)
     return _nonzero(ctx, x if other == 0 else _line(ctx, x, 1.0, -float(other)))
 
 
-def _equals(ctx: Lowering, arguments: list[Any], dtype: torch.dtype) -> Ref:
+def _equals(ctx: Lowering, arguments: list[Any], dtype: torch.dtype) -> Any:
+    other = arguments[1]
+    if not isinstance(other, (int, float)) or other != int(other):
+        return ctx.apply(ctx.node, arguments)
     return _line(ctx, _differs(ctx, arguments, dtype), -1.0, 1.0)
 
 
-def _greater(ctx: Lowering, arguments: list[Any], dtype: torch.dtype) -> Ref:
+def _greater(ctx: Lowering, arguments: list[Any], dtype: torch.dtype) -> Any:
     x, other = arguments[:2]
     if not isinstance(other, int):
-        raise UnsupportedUse("it compares integers with what is not a constant whole number")
+        return ctx.apply(ctx.node, arguments)
     return _clamp(ctx, _line(ctx, ctx.realise(x), 1.0, -float(other)), 0.0, 1.0)
 
 

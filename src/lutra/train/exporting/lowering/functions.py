@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from lutra.ops.elementwise import NO_LIMIT
+from lutra.train.exporting.lowering import views
 from lutra.train.exporting.lowering.arguments import Number, need_constant
-from lutra.train.exporting.lowering.core import Lowering, Ref, UnsupportedUse, lowers
-from lutra.train.exporting.lowering.operands import constant
+from lutra.train.exporting.lowering.core import Lowering, Ref, UnsupportedUse, View, lowers
+from lutra.train.exporting.lowering.operands import (
+    constant,
+    is_activation,
+    operand,
+    together,
+)
 
 
 def line(ctx: Lowering, x: Ref, scale: float, bias: float) -> Ref:
@@ -286,3 +293,108 @@ def _halves(ctx: Lowering, x: Ref, op: str) -> Ref:
     up = ctx.emit("exp", x, x.shape)
     down = ctx.emit("exp", line(ctx, x, -1.0, 0.0), x.shape)
     return line(ctx, ctx.emit(op, (up, down), x.shape), 0.5, 0.0)
+
+
+# ---- inverse functions of angles ----------------------------------------------------------------
+
+#: atan(x) / x for 0 <= x <= 1 in powers of x^2, from the highest on: least squares at Chebyshev
+#: points, within 1e-8.
+_ATAN: Final = (
+    -0.00151763479608,
+    0.00961237575485,
+    -0.0285939623206,
+    0.0551585329277,
+    -0.0822367415057,
+    0.108826350499,
+    -0.142485186644,
+    0.199966401149,
+    -0.333331956878,
+    0.999999984339,
+)
+
+
+def _atan_of_size(ctx: Lowering, size: Ref) -> Ref:
+    """Emit atan of what is not below 0: pi / 2 - atan(1 / x) above 1."""
+    one = constant(ctx, 1.0, size, size.rank)
+    large = ctx.emit("greater", (size, one), size.shape)
+    below = ctx.emit("where", (large, ctx.emit("reciprocal", size, size.shape), size), size.shape)
+    square = ctx.emit("mul", (below, below), size.shape)
+    total = line(ctx, square, _ATAN[0], _ATAN[1])
+    for factor in _ATAN[2:]:
+        total = line(ctx, ctx.emit("mul", (total, square), size.shape), 1.0, factor)
+    angle = ctx.emit("mul", (total, below), size.shape)
+    return ctx.emit("where", (large, line(ctx, angle, -1.0, math.pi / 2), angle), size.shape)
+
+
+def _signed(ctx: Lowering, x: Ref, size: Ref) -> Ref:
+    """Emit a size with the sign of x."""
+    return ctx.emit("mul", (size, ctx.emit("sign", x, x.shape)), x.shape)
+
+
+@lowers("aten.atan.default", works="each")
+def _atan(ctx: Lowering, self: Ref) -> Ref:
+    return _signed(ctx, self, _atan_of_size(ctx, ctx.emit("abs", self, self.shape)))
+
+
+@lowers("aten.atan2.default", takes=("self", "other"))
+def _atan2(ctx: Lowering, self: Any, other: Any) -> Ref | View:
+    # y / x in the right half, and turned by pi with the sign of y in the left one
+    y, x = operand(ctx, self), operand(ctx, other)
+    angle = views.on_each(ctx, (together(ctx, "div", (y, x)),), lambda ref: _atan(ctx, ref))
+    left, below = (together(ctx, "greater", (0.0, each)) for each in (x, y))
+    half = together(ctx, "where", (below, -math.pi, math.pi))
+    made = together(ctx, "where", (left, together(ctx, "add", (angle, half)), angle))
+    none = together(ctx, "equal", (together(ctx, "maximum", (_size(ctx, x), _size(ctx, y))), 0.0))
+    return together(ctx, "where", (none, 0.0, made))
+
+
+def _size(ctx: Lowering, x: Any) -> Any:
+    if not is_activation(x):
+        return torch.as_tensor(x).abs()
+    return views.on_each(ctx, (x,), lambda ref: ctx.emit("abs", ref, ref.shape))
+
+
+def _asin_of(ctx: Lowering, x: Ref) -> Ref:
+    """Emit asin(x) = atan(x / sqrt((1 - x) (1 + x)))."""
+    both = (line(ctx, x, -1.0, 1.0), line(ctx, x, 1.0, 1.0))
+    other = ctx.emit("sqrt", ctx.emit("mul", both, x.shape), x.shape)
+    return _atan(ctx, ctx.emit("div", (x, other), x.shape))
+
+
+@lowers("aten.asin.default", works="each")
+def _asin(ctx: Lowering, self: Ref) -> Ref:
+    return _asin_of(ctx, self)
+
+
+@lowers("aten.acos.default", works="each")
+def _acos(ctx: Lowering, self: Ref) -> Ref:
+    return line(ctx, _asin_of(ctx, self), -1.0, math.pi / 2)
+
+
+@lowers("aten.asinh.default", works="each")
+def _asinh(ctx: Lowering, self: Ref) -> Ref:
+    size = ctx.emit("abs", self, self.shape)
+    square = line(ctx, ctx.emit("mul", (size, size), size.shape), 1.0, 1.0)
+    root = ctx.emit("sqrt", square, size.shape)
+    whole = ctx.emit("add", (size, root), size.shape)
+    return _signed(ctx, self, ctx.emit("log", whole, size.shape))
+
+
+@lowers("aten.acosh.default", works="each")
+def _acosh(ctx: Lowering, self: Ref) -> Ref:
+    square = line(ctx, ctx.emit("mul", (self, self), self.shape), 1.0, -1.0)
+    whole = ctx.emit("add", (self, ctx.emit("sqrt", square, self.shape)), self.shape)
+    return ctx.emit("log", whole, self.shape)
+
+
+@lowers("aten.atanh.default", works="each")
+def _atanh(ctx: Lowering, self: Ref) -> Ref:
+    up, down = line(ctx, self, 1.0, 1.0), line(ctx, self, -1.0, 1.0)
+    made = ctx.emit("log", ctx.emit("div", (up, down), self.shape), self.shape)
+    return line(ctx, made, 0.5, 0.0)
+
+
+@lowers("aten.round.decimals", works="each")
+def _round_decimals(ctx: Lowering, self: Ref, decimals: int) -> Ref:
+    made = ctx.emit("round", line(ctx, self, 10.0**decimals, 0.0), self.shape)
+    return line(ctx, made, 10.0**-decimals, 0.0)

@@ -14,18 +14,21 @@ _TABLE = [
         "only the 1-D and 2-D forms exist",
     ),
     ("conv_transpose3d", "only the 1-D and 2-D forms exist"),
+    ("upsample_trilinear3d", "lutra has nearest, bilinear and bicubic upsampling of images"),
     (
-        "_upsample_bilinear2d_aa _upsample_bicubic2d_aa upsample_trilinear3d",
-        "lutra has nearest, bilinear and bicubic upsampling of images, without antialiasing",
+        "masked_select nonzero unique unique2 _unique2 histc bincount",
+        "values decide how many entries its result has; multiply by a mask or use torch.where",
     ),
+    ("max_unpool2d max_unpool1d", "use nn.Upsample or a transposed convolution"),
     ("_native_batch_norm_legit _native_batch_norm_legit_functional", _BATCH_STATISTICS),
     ("native_dropout bernoulli rand rand_like randn_like", "remove what is random in eval mode"),
     (
-        "sort argsort",
-        "return the scores and do this in NumPy, or use topk along an axis",
+        "fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn "
+        "fft_ifftn fft_rfftn fft_irfftn fft_hfft stft istft view_as_complex view_as_real",
+        "Fourier transforms work along axes of fixed size; go on with real and imaginary parts or "
+        "sizes, and return torch.view_as_real(x) in place of complex numbers",
     ),
-    ("scatter", "put values in their places by torch.cat or torch.where"),
-    ("grid_sampler_3d affine_grid_generator", "make the grid outside the model: (N, H, W, 2)"),
+    ("grid_sampler_3d", "only the 2-D form exists"),
 ]
 
 _HINTS = {name: hint for names, hint in _TABLE for name in names.split()}

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from lutra.train.exporting.lowering import views
 from lutra.train.exporting.lowering.arguments import need_rank, pair
 from lutra.train.exporting.lowering.core import Lowering, Ref, UnsupportedUse, is_dynamic, lowers
+from lutra.train.exporting.lowering.operands import constant
 from lutra.train.exporting.lowering.points import as_image
 
 
@@ -157,6 +159,56 @@ def _bicubic(ctx: Lowering, input: Ref, align_corners: bool, scale_factors: Any)
     return _scaled(ctx, input, scale_factors, "upsample_bicubic", {"align_corners": align_corners})
 
 
+@lowers("aten.affine_grid_generator.default", takes_sizes=True)
+def _affine_grid(ctx: Lowering, theta: Any, size: list[int], align_corners: bool) -> Ref:
+    if not isinstance(theta, Ref) or len(size) != 4:
+        raise UnsupportedUse("it makes a grid of volumes, or for each sample of a constant")
+    h, w = size[-2:]
+    same = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
+    points = F.affine_grid(same, [1, 1, h, w], align_corners).reshape(1, h * w, 2)
+    points = torch.cat([points, torch.ones(1, h * w, 1)], 2)
+    turned = ctx.emit("transpose", theta, (None, 3, 2), attrs={"axes": (0, 2, 1)}, suffix="turned")
+    places = constant(ctx, points, theta, 3)
+    attrs = {"transpose_a": False, "transpose_b": False}
+    grid = ctx.emit("matmul", (places, turned), (None, h * w, 2), attrs=attrs)
+    return views.emit_reshape(ctx, grid, ctx.result_shape, "grid")
+
+
+@lowers("aten._upsample_bilinear2d_aa.vec", "aten._upsample_bicubic2d_aa.vec")
+def _antialiased(
+    ctx: Lowering, input: Ref, align_corners: bool, scale_factors: list[float] | None
+) -> Ref:
+    # a product with a matrix along each of two axes of fixed size
+    need_rank(input, 4)
+    mode = "bicubic" if "bicubic" in str(ctx.node.target) else "bilinear"
+    x = input
+    for axis in (3, 2):
+        old, new = input.shape[axis], ctx.result_shape[axis]
+        if not isinstance(old, int) or not isinstance(new, int):
+            raise UnsupportedUse(
+                "its sizes are known at run time only; take them out of dynamic_axes, or use "
+                "antialias=False"
+            )
+        how: dict[str, Any] = {"size": (new, old)}
+        if scale_factors is not None:
+            how = {"scale_factor": (scale_factors[axis - 2], 1.0)}
+        made = F.interpolate(
+            torch.eye(old)[None, None],
+            mode=mode,
+            align_corners=align_corners,
+            antialias=True,
+            **how,
+        )
+        weight = made[0, 0].contiguous()  # of each row before on each row behind
+        shape = (*x.shape[:3], new)
+        tensors = {"weight": weight, "bias": torch.zeros(new)}
+        x = ctx.emit("linear", x, shape, tensors=tensors, suffix="resized")
+        order = (0, 1, 3, 2)
+        turned = tuple(shape[i] for i in order)
+        x = ctx.emit("transpose", x, turned, attrs={"axes": order}, suffix="turned")
+    return x
+
+
 @lowers("aten.grid_sampler.default", "aten.grid_sampler_2d.default")
 def _grid_sampler(
     ctx: Lowering,
@@ -166,8 +218,11 @@ def _grid_sampler(
     padding_mode: int,
     align_corners: bool,
 ) -> Ref:
-    if not isinstance(input, Ref) or not isinstance(grid, Ref):
-        raise UnsupportedUse("its image or its grid is a constant; both must be activations")
+    if not isinstance(input, Ref):
+        raise UnsupportedUse("its image is a constant; it must be an activation")
+    if not isinstance(grid, Ref):  # the same for every sample
+        same = bool((grid == grid[:1]).all())
+        grid = constant(ctx, grid[:1] if same else grid, input, 4)
     need_rank(input, 4)
     if interpolation_mode > 1:
         raise UnsupportedUse("it samples bicubically; use mode='bilinear'")

@@ -66,7 +66,7 @@ def _filled(ctx: Lowering, x: Deferred) -> Ref | None:
         return None
     values = ctx.sources.evaluate(x.node, ctx.sources.sizes(), {}).float()
     number = float(values.reshape(-1)[0]) if values.numel() else 0.0
-    if not math.isfinite(number) or not bool((values == number).all()):
+    if not bool((values == number).all()):
         return None
     shape = (None, *sizes[1:])
     if sizes[0] != ctx.batch:
@@ -74,8 +74,10 @@ def _filled(ctx: Lowering, x: Deferred) -> Ref | None:
     like = ctx.find(lambda ref: ref.shape == shape and not ctx.is_integers(ref))
     if like is None:
         return None
-    attrs = {"low": number, "high": number}  # of NaN too
-    return ctx.emit("clamp", like, shape, attrs=attrs, suffix="filled")
+    finite = number if math.isfinite(number) else 0.0
+    attrs = {"low": finite, "high": finite}  # of NaN too
+    made = ctx.emit("clamp", like, shape, attrs=attrs, suffix="filled")
+    return made if finite == number else infinity(ctx, made, number)
 
 
 def is_activation(x: Any) -> bool:
@@ -97,7 +99,7 @@ def constant(ctx: Lowering, values: Any, like: Ref, rank: int) -> Ref:
         rank: Axes of the result; those that the values lack are of size 1.
 
     Raises:
-        UnsupportedUse: The values differ from sample to sample, or are not finite.
+        UnsupportedUse: The values differ from sample to sample, or are no numbers.
     """
     tensor = torch.as_tensor(values).detach().float()
     if tensor.ndim > rank or (tensor.ndim == rank and tensor.shape[0] != 1):
@@ -105,8 +107,8 @@ def constant(ctx: Lowering, values: Any, like: Ref, rank: int) -> Ref:
             f"a constant of shape {tuple(tensor.shape)} meets the batch (axis 0); give it a size "
             "of 1 there"
         )
-    if not bool(torch.isfinite(tensor).all()):
-        raise UnsupportedUse("its constant holds infinity or NaN; use finite numbers such as -1e9")
+    if not bool(tensor.isfinite().all()):
+        return _with_infinity(ctx, tensor, like, rank)
     sizes = (1,) * (rank - 1 - tensor.ndim) + tuple(tensor.shape)
     sizes = sizes[-(rank - 1) :] if rank > 1 else ()
     return ctx.emit(
@@ -117,6 +119,28 @@ def constant(ctx: Lowering, values: Any, like: Ref, rank: int) -> Ref:
         tensors={"value": tensor.reshape(-1).contiguous()},
         suffix="constant",
     )
+
+
+def infinity(ctx: Lowering, zero: Ref, number: float) -> Ref:
+    """Infinity of the sign of a number, or NaN, in the shape of zeros: no file holds them."""
+    if math.isnan(number):
+        endless = infinity(ctx, zero, math.inf)
+        return ctx.emit("sub", (endless, endless), zero.shape, suffix="nan")
+    return ctx.emit("log" if number < 0 else "reciprocal", zero, zero.shape, suffix="infinity")
+
+
+def _with_infinity(ctx: Lowering, values: Tensor, like: Ref, rank: int) -> Ref:
+    """A constant of which some numbers are infinity or NaN."""
+    made = constant(ctx, torch.where(values.isfinite(), values, 0.0), like, rank)
+    for number in (-math.inf, math.inf, math.nan):
+        place = values.isnan() if math.isnan(number) else values == number
+        if bool(place.all()):
+            return infinity(ctx, made, number)
+        if bool(place.any()):
+            endless = infinity(ctx, constant(ctx, 0.0, like, rank), number)
+            where = (constant(ctx, place, like, rank), endless, made)
+            made = ctx.emit("where", where, made.shape)
+    return made
 
 
 def together(ctx: Lowering, op: str, operands: Sequence[Any]) -> Ref | View:

@@ -77,6 +77,8 @@ def _row_each(ctx: Lowering, x: Deferred, sizes: Sizes, axis: int) -> Ref | View
 
     largest = _largest(ctx, symbol, length, rows)
     whole = rows(largest)
+    if not bool(torch.isfinite(whole).all()):
+        return None
     low, _ = ctx.sources.range_of(symbol)
     for size in {low, min(low + 1, largest), (low + largest) // 2}:
         part = rows(size)

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lutra.train.exporting.lowering import views
 from lutra.train.exporting.lowering.arguments import activation, text
 from lutra.train.exporting.lowering.core import (
+    Deferred,
     Lowering,
     Ref,
     UnsupportedUse,
     View,
     lowers,
 )
-from lutra.train.exporting.lowering.operands import constant, operand
+from lutra.train.exporting.lowering.operands import constant, is_activation, operand
 
 
-@lowers("aten.topk.default")
-def _topk(ctx: Lowering, self: Ref, k: int, dim: int, largest: bool) -> tuple[Ref, Ref]:
-    axis = dim % self.rank
-    if axis == 0:
-        raise UnsupportedUse("it compares the samples of the batch (axis 0); name another axis")
-    attrs = {"k": k, "axis": axis, "largest": largest}
-    values, places = (
-        ctx.emit("topk", self, attrs={**attrs, "indices": indices}, suffix=suffix)
-        for indices, suffix in ((False, "topk"), (True, "places"))
+@lowers("aten.topk.default", takes=("self",))
+def _topk(ctx: Lowering, self: Any, k: int, dim: int, largest: bool) -> tuple[Any, Any]:
+    x = activation(ctx, self)
+    last = dim % x.rank == x.rank - 1
+    if not views.is_sample(ctx, x) and not last:
+        raise UnsupportedUse("it works along another axis than the last, with the batch elsewhere")
+
+    def chosen(ref: Ref, indices: bool) -> Ref:
+        axis = ref.rank - 1 if last else dim % ref.rank
+        if axis == 0:
+            raise UnsupportedUse("it compares the samples of the batch (axis 0); name another axis")
+        attrs = {"k": k, "axis": axis, "largest": largest, "indices": indices}
+        shape = (*ref.shape[:axis], k, *ref.shape[axis + 1 :])
+        return ctx.emit("topk", ref, shape, attrs=attrs, suffix="places" if indices else "topk")
+
+    return (
+        views.on_last(ctx, x, lambda ref: chosen(ref, False)),
+        views.on_last(ctx, x, lambda ref: chosen(ref, True)),
     )
-    return values, places
 
 
 @lowers("aten.gather.default", takes=("self", "index"))
@@ -54,6 +65,52 @@ def _gather(ctx: Lowering, self: Any, dim: int, index: Any) -> Ref:
             )
     shape = (*self.shape[:axis], by.shape[axis], *self.shape[axis + 1 :])
     return ctx.emit("take_along", (self, by), shape, attrs={"axis": axis})
+
+
+def of_each_sample(ctx: Lowering, x: Any, indices: Sequence[Any]) -> Ref | View | None:
+    """An entry of each sample, as in `x[torch.arange(N), places]`; None for any other index.
+
+    Args:
+        ctx: The walk.
+        x: An activation (N, T, ...).
+        indices: One for each axis that is picked from: the number of the sample, (N,) or (N, 1),
+            and places (N,) or (N, K).
+    """
+    if len(indices) != 2 or not isinstance(indices[0], Deferred) or not is_activation(x):
+        return None
+    if indices[0].inputs or not _numbers_samples(ctx, indices[0]):
+        return None
+    if not views.is_sample(ctx, x):
+        raise UnsupportedUse("it picks from each sample, with the batch not in axis 0")
+    ref, given = ctx.realise(x), operand(ctx, indices[1])
+    if not is_activation(given):
+        return None
+    places = ctx.realise(given)
+    size, count = ref.shape[1], 1 if places.rank == 1 else places.shape[1]
+    if places.rank > 2:
+        raise UnsupportedUse("it picks from each sample by indices of more than two axes")
+    if isinstance(size, int):  # they may count from the end
+        line = {"scale": 1.0, "bias": float(size)}
+        end = ctx.emit("affine_scalar", places, places.shape, attrs=line)
+        zero = constant(ctx, 0.0, places, places.rank)
+        below = ctx.emit("greater", (zero, places), places.shape)
+        places = ctx.emit("where", (below, end, places), places.shape)
+    shape = (None, count, *(1 for _ in ref.shape[2:]))
+    by = views.emit_reshape(ctx, places, shape, "places")
+    made = ctx.emit("take_along", (ref, by), (None, count, *ref.shape[2:]), attrs={"axis": 1})
+    return views.reshaped(ctx, made, ctx.result_sizes)
+
+
+def _numbers_samples(ctx: Lowering, x: Deferred) -> bool:
+    """Whether what is deferred counts the samples of the batch."""
+    value = x.node.meta["val"]
+    if value.ndim not in (1, 2) or any(size != 1 for size in value.shape[1:]):
+        return False
+    for batch in (1, 2, 5):
+        numbers = ctx.sources.evaluate(x.node, ctx.sources.sizes(first=batch), {})
+        if not torch.equal(numbers.reshape(-1), torch.arange(batch)):
+            return False
+    return True
 
 
 def _of_constant(ctx: Lowering, values: Tensor, axis: int, index: Any) -> Ref:

@@ -31,7 +31,10 @@ def _int8_embedding(ctx: Lowering, ids: Any, weight: Tensor, scale: Tensor) -> R
 def _rows(ctx: Lowering, indices: Any, tensors: dict[str, Tensor]) -> Ref | View:
     ids: Any = _integers(ctx, indices)
     order: list[int] | None = None  # of axes, where the batch is not in front
-    if ids is None and isinstance(indices, Deferred) and indices.inputs:
+    computed = isinstance(indices, (Ref, View)) or (
+        isinstance(indices, Deferred) and bool(indices.inputs)
+    )
+    if ids is None and computed:
         ids = activation(ctx, indices)
         if not views.is_sample(ctx, ids):
             order = views.batch_first(ctx, ids)
@@ -39,8 +42,8 @@ def _rows(ctx: Lowering, indices: Any, tensors: dict[str, Tensor]) -> Ref | View
         ids = ctx.realise(ids)
     if not isinstance(ids, Ref):
         raise UnsupportedUse(
-            "its indices are computed from activations; compute them from an input of int64, or "
-            "let them depend on sizes only, such as positions that count from 0"
+            "its indices depend on sizes only, and not as positions that count from 0; compute "
+            "them from an input of int64"
         )
     made = ctx.emit("embedding", ids, (*ids.shape, tensors["weight"].shape[1]), tensors=tensors)
     return made if order is None else views.put_back(ctx, made, [*order, len(order)])

@@ -94,6 +94,11 @@ class Sources:
         source = self._sources.get(node)
         return source is not None and source.activation
 
+    @property
+    def batch(self) -> Any:
+        """torch's expression for the size of the batch; 1 where it is fixed."""
+        return next(iter(self._symbols()), 1)
+
     def sizes(self, *, shift: int = 0, first: int | None = None) -> dict[Any, int]:
         """Return a size for every axis that has none before the model runs.
 

@@ -35,6 +35,8 @@ from lutra.train.exporting.lowering.values import (
 from lutra.train.exporting.outputs import names_of
 
 _INTEGERS = (torch.int64, torch.int32, torch.bool)
+#: Steps that a model takes in float64 are taken in float32; the check says whether that is enough.
+_FLOATS = (torch.float32, torch.float64)
 
 #: See `Walk.run`.
 Simplify: TypeAlias = Callable[
@@ -207,7 +209,7 @@ class Walk(Lowering):
         before = len(self._nodes)
         try:
             first = _first(node.meta["val"])
-            if first.dtype not in (torch.float32, *_INTEGERS):
+            if first.dtype not in (*_FLOATS, *_INTEGERS):
                 raise UnsupportedUse(
                     f"its result is {first.dtype}, but activations are float32; remove the cast"
                 )
@@ -342,7 +344,7 @@ class Walk(Lowering):
             self._add_unsupported("output", "", f"output '{name}': {reason}")
             return None
         dtype = argument.meta["val"].dtype if isinstance(argument, fx.Node) else None
-        if isinstance(result, Ref) and dtype in (torch.float32, *_INTEGERS):
+        if isinstance(result, Ref) and dtype in (*_FLOATS, *_INTEGERS):
             return result
         if not isinstance(result, Unlowered):
             what = (
