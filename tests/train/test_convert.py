@@ -353,7 +353,9 @@ def test_wrong_recipes_are_refused(net: Net, images: Tensor) -> None:
     refused("pattern 'haed' matches no", net, {"haed": Keep(), "*": PQ()}, data)
     refused("replaces no layer", net, {"*": Keep()}, data)
     refused("replaces no layer", net, {}, data)
-    known = r"PQ\(...\), Lookup\(...\), Int8\(\), Function\(...\) or Keep\(\)"
+    for wrong, named in ((PQ(), "PQ"), ([PQ()], r"\[PQ"), (None, "None"), ({3: PQ()}, "of 3")):
+        refused(f"the recipe is .*{named}.*; give a dict of patterns", net, wrong, data)
+    known = r"PQ\(...\), Lookup\(...\), Int8\(\), LowBit\(...\), Function\(...\) or Keep\(\)"
     refused(rf"'fc' has 'pq'; give it {known}", net, {"fc": "pq"}, data)
     refused("'fc' has <class", net, {"fc": PQ}, data)
     refused("its layers are: none", nn.ReLU(), {"*": PQ()}, data)

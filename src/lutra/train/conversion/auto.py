@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 from torch import nn
@@ -82,16 +83,22 @@ def resolve(model: nn.Module, recipe: Recipe | Literal["auto"]) -> Recipe:
     """A recipe; that of `auto_recipe` for "auto".
 
     Raises:
-        LutraError: another text.
+        LutraError: another text, or what is no mapping of texts.
     """
-    if not isinstance(recipe, str):
-        return recipe
-    if recipe != "auto":
-        raise LutraError(
-            f"the recipe is the text {recipe!r}; give a dict of patterns and methods, 'auto', or "
-            "recipe_from_json of what a file holds"
-        )
-    return auto_recipe(model)
+    given: object = recipe
+    if given == "auto":
+        return auto_recipe(model)
+    if isinstance(given, Mapping):
+        others = [pattern for pattern in given if not isinstance(pattern, str)]
+        if not others:
+            return given
+        found = f"a mapping of {others[0]!r}"
+    else:
+        found = f"the text {given!r}" if isinstance(given, str) else repr(given)
+    raise LutraError(
+        f"the recipe is {found}; give a dict of patterns and methods, such as "
+        '{"*": Int8()}, "auto", or recipe_from_json of what a file holds'
+    )
 
 
 def _layer_of(module: nn.Module) -> nn.Module | None:

@@ -559,7 +559,7 @@ def _check_recipe(recipe: Recipe, names: Mapping[nn.Module, list[str]], model: n
         if not isinstance(method, Method):
             raise LutraError(
                 f"recipe: pattern {pattern!r} has {method!r}; give it PQ(...), "
-                "Lookup(...), Int8(), Function(...) or Keep()"
+                "Lookup(...), Int8(), LowBit(...), Function(...) or Keep()"
             )
         if isinstance(method, Function | Keep) and fits(pattern, *modules):
             continue
