@@ -22,6 +22,7 @@ from lutra.reference.compare import difference
 from lutra.runtime.session import Session
 from lutra.train.exporting.cached import with_cache
 from lutra.train.exporting.export import export_graph, with_golden
+from lutra.train.exporting.parity import ROUNDING_FACTOR, Rounding
 
 _SAMPLES: Final = 2  # of the check where no ids are given
 _EXAMPLE: Final = 12  # their tokens
@@ -98,7 +99,7 @@ def export_decoder(
     vocabulary = _vocabulary(model)
     decoding = Decoding(max_length, tokenizer, bos, tuple(eos), vocabulary)
     ids = _example(example, max_length, vocabulary)
-    plain, _ = export_graph(
+    plain, _, rounding = export_graph(
         _Scores(model),
         (ids,),
         dynamic_axes=(0, 1),
@@ -109,7 +110,7 @@ def export_decoder(
     graph = _renamed(with_cache(plain, max_length))
     graph.validate()
     tokens = ids.numpy().astype(np.int32)
-    _check(plain, graph, tokens, tolerance)
+    _check(plain, graph, tokens, tolerance, rounding)
     graph = replace(graph, metadata={**graph.metadata, KEY: decoding.to_dict()})
     graph = with_golden(graph, feeds(tokens))
     save_graph(graph, path)
@@ -173,13 +174,17 @@ def _renamed(graph: Graph) -> Graph:
     )
 
 
-def _check(plain: Graph, graph: Graph, tokens: Array, tolerance: float) -> None:
-    """Raises LutraError unless the graph with a cache gives what the plain one does, in any cut."""
+def _check(plain: Graph, graph: Graph, tokens: Array, tolerance: float, rounding: Rounding) -> None:
+    """Raises LutraError unless the graph with a cache gives what the plain one does, in any cut.
+
+    Attention adds up in another order with a cache, and layers of few bits make that larger: what
+    rounding explains is allowed, as in `check_graph`.
+    """
     (want,) = Session(plain).run(None, {plain.inputs[0].name: tokens})
     session = Session(graph)
     (whole,) = session.run(None, feeds(tokens))
     moved = difference(whole, want)
-    if moved > tolerance:
+    if moved > tolerance and moved > tolerance + ROUNDING_FACTOR * rounding():
         raise LutraError(
             f"export_decoder: with a cache the scores differ by {moved:.3g} of the largest "
             f"(tolerance {tolerance:.3g}): the model looks at tokens in a way that lutra does not "

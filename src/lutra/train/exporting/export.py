@@ -41,6 +41,7 @@ from lutra.train.exporting.lowering.modules import check_modules
 from lutra.train.exporting.outputs import return_tensors
 from lutra.train.exporting.parity import (
     Check,
+    Rounding,
     check_engine,
     check_graph,
     check_other_size,
@@ -130,7 +131,7 @@ def export(
     """
     if tables not in get_args(Tables):
         raise InputError(f"export: tables={tables!r} is not one of {list(get_args(Tables))}")
-    graph, feeds = export_graph(
+    graph, feeds, _ = export_graph(
         model,
         example_input,
         metadata=metadata,
@@ -157,7 +158,7 @@ def export_graph(
     tolerance: float = 1e-3,
     tables: Tables = "stored",
     longest: int | None = None,
-) -> tuple[Graph, dict[str, Array]]:
+) -> tuple[Graph, dict[str, Array], Rounding]:
     """What `export` writes, checked, without golden data.
 
     Args:
@@ -165,7 +166,7 @@ def export_graph(
         longest: Positions of tables where the model sets no limit; None for 2048.
 
     Returns:
-        The graph, and the inputs that it was checked with.
+        The graph, the inputs that it was checked with, and how far rounding moves its outputs.
     """
     example = tuple(tensor[:_SAMPLES] for tensor in example_tensors(example_input))
     given = return_tensors(prepare_copy(model))
@@ -199,7 +200,7 @@ def export_graph(
         feeds = feeds_of(graph, example)
         if tables != "stored":
             graph = _compacted(graph, compact, feeds, check, tolerance)
-    return graph, feeds
+    return graph, feeds, rounding
 
 
 def _frozen_copy(model: nn.Module) -> nn.Module:

@@ -28,7 +28,7 @@ _HELPERS: Final = ("pad", "reshape", "flatten", "transpose", "slice", "concat", 
 _NOISE: Final = 2.0**-21
 _ROUNDING_RUNS: Final = 2
 #: Outputs may differ by so many times what noise in the last bits moves them.
-_ROUNDING_FACTOR: Final = 4.0
+ROUNDING_FACTOR: Final = 4.0
 #: The reference runs as many samples as make so many products and lookups, and at least one.
 _REFERENCE_WORK: Final = 2**28
 #: Runs a graph on inputs by name and returns its outputs by name.
@@ -173,7 +173,7 @@ def _judge(
         f"where last bits move (activations go to other steps or codes, or norms enlarge them), "
         f"outputs move by {share:.3g} in torch too"
     )
-    if worst > tolerance + _ROUNDING_FACTOR * share:
+    if worst > tolerance + ROUNDING_FACTOR * share:
         raise LutraError(
             f"{what}, although each node alone agrees; {moved}, which is less than this: please "
             "report it with the model."
@@ -224,7 +224,7 @@ def check_other_size(
     traced = _traced(program, example)
     for name, want, other in zip(lowered.graph.outputs, expected, traced, strict=True):
         moved = np.inf if got[name].shape != want.shape else difference(other, want)
-        if moved > tolerance and moved > tolerance + _ROUNDING_FACTOR * rounding():
+        if moved > tolerance and moved > tolerance + ROUNDING_FACTOR * rounding():
             raise UnsupportedModelError(
                 f"export: {type(model).__name__} works for one size only: on inputs of shapes "
                 f"{shapes} its output '{name}' of shape {want.shape} is not what was traced, which "

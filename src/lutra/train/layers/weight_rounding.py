@@ -46,22 +46,22 @@ def round_weights(
         order, factor: from `rounding_factor`.
         zero: the code that stands for zero, of each weight (M, D); None: 0.
     """
-    rest = weight.double()[:, order]
-    step = step[:, None] if step.dim() == 1 else step
-    unit = step.double().expand_as(rest)[:, order]
-    middle = torch.zeros_like(rest[:1]) if zero is None else zero.double()[:, order]
+    # A weight of all outputs is a row: columns of a wide matrix share few sets of the caches.
+    rest = weight.double().t()[order]
+    unit = step.double().t()[order] if step.dim() == 2 else step.double()[None].expand_as(rest)
+    middle = torch.zeros_like(rest[:, :1]) if zero is None else zero.double().t()[order]
     found = torch.empty_like(rest)
-    for start in range(0, rest.shape[1], _BLOCK):
-        end = min(start + _BLOCK, rest.shape[1])
-        errors = torch.empty_like(rest[:, start:end])
+    for start in range(0, len(rest), _BLOCK):
+        end = min(start + _BLOCK, len(rest))
+        errors = torch.empty_like(rest[start:end])
         for i in range(start, end):
-            own, offset = unit[:, i : i + 1], middle[:, i : i + 1]
-            code = (rest[:, i : i + 1] / own + offset).round().clamp_(low, high)
-            error = (rest[:, i : i + 1] - (code - offset) * own) / factor[i, i]
-            found[:, i : i + 1] = code
-            rest[:, i + 1 : end] -= error * factor[i, i + 1 : end]
-            errors[:, i - start : i - start + 1] = error
-        rest[:, end:] -= errors @ factor[start:end, end:]
+            own, offset = unit[i], middle[i]
+            code = (rest[i] / own + offset).round().clamp_(low, high)
+            error = (rest[i] - (code - offset) * own) / factor[i, i]
+            found[i] = code
+            rest[i + 1 : end] -= factor[i, i + 1 : end, None] * error
+            errors[i - start] = error
+        rest[end:] -= factor[start:end, end:].t() @ errors
     result = torch.empty_like(found)
-    result[:, order] = found
-    return result.float()
+    result[order] = found
+    return result.t().float().contiguous()
