@@ -203,7 +203,7 @@ def main() -> None:
     settings = ("dense_steps", "dense_lr", "steps", "lr", "batch", "bits", "group", "seed")
     export_decoder(
         model, options.output, max_length=CONTEXT,
-        tokenizer=CharacterTokenizer(text.characters), example=text.valid[None, :CONTEXT],
+        tokenizer=CharacterTokenizer(text.characters), example=text.valid[None, :64],
         metadata={"training": {name: getattr(options, name) for name in settings}},
     )  # fmt: skip
     generator = lutra.Generator(options.output)

@@ -108,6 +108,16 @@ def speech_commands(front: AudioPreprocess) -> tuple[Any, Any, Any]:
         return x, meta["label"], np.arange(len(x))
 
 
+@pytest.mark.slow
+@needs("text/tinyshakespeare.txt")
+def test_perplexity_is_as_stated() -> None:
+    file = ROOT / "zoo" / "shakespeare_ternary.lutra"
+    symbols = np.frombuffer((DATA / "text/tinyshakespeare.txt").read_bytes(), np.uint8)
+    ids = np.unique(symbols, return_inverse=True)[1]
+    found = lutra.Generator(file).perplexity(ids[int(0.95 * len(ids)) :], context=256)
+    assert round(found, 3) == stated(file.name, "engine perplexity")
+
+
 @needs("speech/kws01_mfcc_int8.npz")
 @files("speech_commands")
 def test_speech_commands_accuracy_is_as_stated(

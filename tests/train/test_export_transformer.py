@@ -431,15 +431,10 @@ def test_gradient_of_masked_mean() -> None:
 
 REFUSED: list[tuple[Callable[..., Any], Sequence[Tensor], str]] = [
     (
-        lambda m, x, mask: joined(
-            F.scaled_dot_product_attention(
-                heads(x), heads(x), heads(x), mask[:, None, None, :] == 0
-            )
-        ),
-        (torch.ones(N, T, dtype=torch.int64),),
-        "follows no rule",
+        lambda m, x, mask: x * mask.cumprod(1).unsqueeze(-1),
+        (torch.ones(N, T).long(),),
+        "orders axis 1, whose size is known at run time only",
     ),
-    (lambda m, x, mask: x * mask.cumprod(1).unsqueeze(-1), (torch.ones(N, T).long(),), "cumprod"),
     (
         lambda m, x, mask: x + (x.shape[1] - torch.arange(x.shape[1]))[:, None],
         (torch.ones(N, T).long(),),
@@ -450,12 +445,27 @@ REFUSED: list[tuple[Callable[..., Any], Sequence[Tensor], str]] = [
         (torch.ones(N, T).long(),),
         "batch",
     ),
-    (
-        lambda m, x, mask: x.masked_fill(mask.unsqueeze(-1) == 0, float("-inf")),
-        (torch.ones(N, T).long(),),
-        "finite",
-    ),
 ]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x, mask: joined(
+            F.scaled_dot_product_attention(
+                heads(x), heads(x), heads(x), mask[:, None, None, :] == 0
+            )
+        ),
+        lambda m, x, mask: x.masked_fill(mask.unsqueeze(-1) == 0, float("-inf")),
+    ],
+    ids=["of attention", "filled"],
+)
+def test_masks_that_are_compared(function: Callable[..., Any]) -> None:
+    model = WithMask(function)
+    graph = lowered(model, torch.randn(N, T, D), torch.ones(N, T).long(), axes=(0, 1))
+    mask = torch.zeros(5, T + 3).long()
+    mask[:, 4:] = 1
+    same_as_torch(graph, model, torch.randn(5, T + 3, D), mask)
 
 
 def test_a_bias_of_scores_that_is_an_input() -> None:
