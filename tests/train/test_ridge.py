@@ -19,3 +19,20 @@ def test_sums_that_rounding_leaves_indefinite() -> None:
     ridge.choose(moments, torch.ones(4))
     assert ridge.weight > 0.01
     assert bool(ridge.solve(moments).isfinite().all())
+
+
+def test_few_rows_give_what_the_sums_give() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(40, 200)
+    targets = rows @ torch.randn(200, 3) + torch.randn(40, 3)
+    parts = [rows[part] for part in held_out(40)]
+    moments = [rows[part].t() @ targets[part] for part in held_out(40)]
+    start = torch.randn(200, 3)
+    sums = [part.t() @ part for part in parts]
+    known, short = Ridge(sums), Ridge(sums, parts)
+    for ridge in (known, short):
+        ridge.choose(moments, torch.ones(3))
+    assert short.weight == known.weight
+    torch.testing.assert_close(
+        short.solve(moments, start), known.solve(moments, start), rtol=1e-3, atol=1e-4
+    )

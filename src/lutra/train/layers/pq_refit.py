@@ -38,7 +38,8 @@ def fit_weight(x: Tensor, y: Tensor, goal: Goal) -> Fit:
     mean = distributed.mean_row(x)
     centered = x - mean
     parts = held_out(len(x))
-    ridge = Ridge([centered[part].t() @ centered[part] for part in parts])
+    features = [centered[part] for part in parts]
+    ridge = Ridge([part.t() @ part for part in features], features)
     total = torch.zeros((x.shape[1], y.shape[1]), device=x.device)
     shift = torch.zeros(y.shape[1], device=x.device)
     for turn in range(_ROUNDS if goal.is_cut else 1):

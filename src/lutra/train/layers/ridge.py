@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -15,6 +16,10 @@ _HELD = 4  # one row in so many is held out
 _LEAST = 1e-6  # weight that is always there
 _WORSE = 2  # so many smaller weights that are worse end the search
 _JUDGED = 64  # outputs that the weight is chosen by, of a layer that has more
+_FEW: Final = 0.25  # rows for each feature up to which the rows are solved for
+
+#: From moments (P, M) to coefficients (P, M).
+Solver = Callable[[Tensor], Tensor]
 
 
 def held_out(rows: int) -> list[slice]:
@@ -28,17 +33,23 @@ class Ridge:
 
     Args:
         gram: products F'F (P, P) of the features of each part of `held_out`.
+        features: F (n, P) of each part. Where there are few rows, and one process, a system of so
+            many equations is solved in place of one of P.
 
     Attributes:
         gram: their sum over all processes, float64.
         weight: that `choose` took.
     """
 
-    def __init__(self, gram: Sequence[Tensor]) -> None:
+    def __init__(self, gram: Sequence[Tensor], features: Sequence[Tensor] | None = None) -> None:
         self._parts = [collective.all_reduce(part).double() for part in gram]
         self.gram = self._parts[0] + self._parts[1]
         self._unit = float(self.gram.trace()) / len(self.gram)
-        self._factor: Tensor | None = None
+        self._solver: Solver | None = None
+        self._rows: list[Tensor] | None = None
+        few = features is not None and sum(map(len, features)) <= _FEW * len(self.gram)
+        if features is not None and few and not collective.active():
+            self._rows = [part.double() for part in features]
         self.weight = 0.0
 
     def choose(
@@ -63,11 +74,11 @@ class Ridge:
         best, worse = 0.0, 0  # the error of no change at all
         self.weight = weights[0] * 100.0
         for weight in weights:
-            factor = self._cholesky(self._parts[0], weight * share)
-            if factor is None:
+            solver = self._fit(weight * share, whole=False)
+            if solver is None:
                 break
-            change = torch.cholesky_solve(fitted, factor)
-            errors = (change * (self._parts[1] @ change - 2.0 * held)).sum(0)
+            change = solver(fitted)
+            errors = (change * (self._held(change) - 2.0 * held)).sum(0)
             error = float(errors @ outputs)
             if error < best:
                 best, self.weight, worse = error, weight, 0
@@ -78,16 +89,33 @@ class Ridge:
     def take(self, weight: float) -> None:
         """Takes a weight, or the least power of ten above it that rounding allows."""
         self.weight = weight
-        while (factor := self._cholesky(self.gram, self.weight)) is None:
+        while (solver := self._fit(self.weight, whole=True)) is None:
             self.weight *= 10.0
-        self._factor = factor
+        self._solver = solver
 
-    def _cholesky(self, gram: Tensor, weight: float) -> Tensor | None:
-        """The factor of a damped matrix; None where it is not positive definite in numbers."""
-        damped = gram.clone()
-        damped.diagonal().add_((weight + _LEAST) * self._unit + 1e-30)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        return None if int(failed) else factor
+    def _held(self, change: Tensor) -> Tensor:
+        """F'F of the rows that are held out, times coefficients."""
+        if self._rows is None:
+            return self._parts[1] @ change
+        return self._rows[1].t() @ (self._rows[1] @ change)
+
+    def _fit(self, weight: float, *, whole: bool) -> Solver | None:
+        """What solves for the fitted rows, or for all; None where the damped matrix is not positive
+        definite in numbers."""
+        damping = (weight + _LEAST) * self._unit + 1e-30
+        if self._rows is None:
+            factor = _cholesky(self.gram if whole else self._parts[0], damping)
+            return None if factor is None else lambda moments: torch.cholesky_solve(moments, factor)
+        # (F'F + d)^-1 = (1 - F' (FF' + d)^-1 F) / d
+        rows = torch.cat(self._rows) if whole else self._rows[0]
+        inner = _cholesky(rows @ rows.t(), damping)
+        if inner is None:
+            return None
+
+        def solve(moments: Tensor) -> Tensor:
+            return (moments - rows.t() @ torch.cholesky_solve(rows @ moments, inner)) / damping
+
+        return solve
 
     def solve(self, moments: Sequence[Tensor], start: Tensor | None = None) -> Tensor:
         """The change (P, M) of coefficients that fits the moments of the rest.
@@ -96,8 +124,16 @@ class Ridge:
             moments: F'(y - F start) (P, M) of each part.
             start: coefficients so far, which are drawn to zero as well (P, M).
         """
-        assert self._factor is not None
+        assert self._solver is not None
         total = collective.all_reduce(moments[0] + moments[1]).double()
         if start is not None:
             total -= (self.weight + _LEAST) * self._unit * start.double()
-        return torch.cholesky_solve(total, self._factor).float()
+        return self._solver(total).float()
+
+
+def _cholesky(matrix: Tensor, damping: float) -> Tensor | None:
+    """The factor of a matrix with something added to its diagonal, if there is one."""
+    damped = matrix.clone()
+    damped.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    return None if int(failed) else factor
