@@ -138,7 +138,7 @@ def test_what_auto_refuses() -> None:
     ):
         with pytest.raises(LutraError, match=message):
             auto_recipe(model)  # type: ignore[arg-type]
-    with pytest.raises(LutraError, match=r"the text 'best'; give a dict .* 'auto'"):
+    with pytest.raises(LutraError, match=r"the text 'best'; give a dict .* .auto., or"):
         convert(nn.Linear(8, 8), "best", [torch.randn(4, 8)])  # type: ignore[arg-type]
 
 
