@@ -2,6 +2,7 @@
 #pragma once
 
 #include "avx2_encode.h"
+#include "table_range.h"
 
 namespace lutra {
 namespace {
@@ -81,21 +82,6 @@ LUTRA_INLINE size_t block_bytes(int32_t codebooks, int32_t slices) {
 
 size_t table_bytes(const PqShape& s) {
   return (s.outputs + kBlock - 1) / kBlock * block_bytes(s.codebooks, table_slices(s));
-}
-
-// The least value and the range of a codebook and an output; both 0 for those that do not exist.
-void find_range(const PqShape& s, const int8_t* tables, int32_t b, int32_t m, int32_t* least,
-                int32_t* range) {
-  *least = *range = 0;
-  if (b >= s.codebooks || m >= s.outputs) return;
-  int32_t low = 127, high = -128;
-  for (int32_t k = 0; k < s.centroids; ++k) {
-    const int32_t v = tables[(static_cast<size_t>(b) * s.centroids + k) * s.outputs + m];
-    low = v < low ? v : low;
-    high = v > high ? v : high;
-  }
-  *least = low;
-  *range = high - low;
 }
 
 struct UnitRange {

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "avx512_encode.h"
+#include "table_range.h"
 
 namespace lutra {
 namespace {
@@ -34,21 +35,6 @@ size_t block_bytes(const PqShape& s) {
 }
 
 size_t table_bytes(const PqShape& s) { return ceil_div(s.outputs, kOutputs) * block_bytes(s); }
-
-// The least value and the range of a codebook and an output; both 0 for those that do not exist.
-void find_range(const PqShape& s, const int8_t* tables, int32_t b, int32_t m, int32_t* least,
-                int32_t* range) {
-  *least = *range = 0;
-  if (b >= s.codebooks || m >= s.outputs) return;
-  int32_t low = 127, high = -128;
-  for (int32_t k = 0; k < s.centroids; ++k) {
-    const int32_t v = tables[(static_cast<size_t>(b) * s.centroids + k) * s.outputs + m];
-    low = v < low ? v : low;
-    high = v > high ? v : high;
-  }
-  *least = low;
-  *range = high - low;
-}
 
 // Byte 4 o + j: codebook j and output o.
 using GroupRange = __m128i;
