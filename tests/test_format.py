@@ -23,6 +23,7 @@ from lutra import format as lutra_format
 from lutra.errors import FormatError, GraphError
 from lutra.format import graph_from_bytes, graph_to_bytes, load_graph, save_graph
 from lutra.graph import Graph
+from lutra.runtime.compiled import save_compiled
 from lutra.runtime.session import Session
 
 SMALL = graph_to_bytes(with_golden(tiny_graph(), batch=1))
@@ -440,9 +441,10 @@ def test_unreadable_places(tmp_path: Path, name: str):
 
 
 @pytest.mark.skipif(not Path("/dev/null").exists(), reason="needs /dev/null")
-def test_devices_are_never_replaced():
+@pytest.mark.parametrize("write", [save_graph, save_compiled])
+def test_devices_are_never_replaced(write: Any):
     with pytest.raises(FormatError, match="not a regular file"):
-        save_graph(tiny_graph(), "/dev/null")
+        write(tiny_graph(), "/dev/null")
     assert not Path("/dev/null").is_file()
 
 

@@ -42,6 +42,7 @@ __all__ = [
     "graph_to_bytes",
     "load_graph",
     "save_graph",
+    "write_file",
 ]
 
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -67,7 +68,15 @@ def save_graph(graph: Graph, path: PathLike) -> None:
         GraphError: If the graph is not valid.
         FormatError: If the file cannot be written.
     """
-    data = graph_to_bytes(graph)
+    write_file(path, graph_to_bytes(graph))
+
+
+def write_file(path: PathLike, data: bytes) -> None:
+    """Writes a file, all of it or nothing.
+
+    Raises:
+        FormatError: If the file cannot be written.
+    """
     # A link keeps pointing to its file, and no device or pipe is ever replaced by a file.
     try:
         target = Path(os.path.realpath(path))

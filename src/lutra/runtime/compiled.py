@@ -39,13 +39,12 @@ import os
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from lutra.atomic import write_whole
-from lutra.errors import EngineError, FormatError
+from lutra.errors import EngineError
+from lutra.format import write_file
 from lutra.graph import Graph
 from lutra.node import Array, AttrValue
 from lutra.runtime.cpu import runnable_isas
@@ -103,14 +102,7 @@ def save_compiled(graph: Graph, path: str | os.PathLike[str]) -> None:
         EngineError: If the engine cannot run the graph.
         FormatError: If the file cannot be written.
     """
-    data = compile_plan(graph)
-    try:
-        write_whole(Path(os.path.realpath(path)), data)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise FormatError(
-            f"cannot write {os.fspath(path)!r}: {reason}; choose a place that can be written to"
-        ) from error
+    write_file(path, compile_plan(graph))
 
 
 class _Writer:
