@@ -101,6 +101,27 @@ def test_float32_has_the_same_bits_everywhere(geometry: int, multiplier: int) ->
             assert same_bits(got, found["scalar"]), (isa, size, settings)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (4, 4), (2, 7), (6, 6), (1, 16), (5, 13)])
+@pytest.mark.parametrize("geometry", [0, 2, 7, 10, 15])
+def test_many_small_planes_are_read_where_they_are(geometry: int, size: tuple[int, int]) -> None:
+    """The blocks of channels in the middle need no copies, and four planes share a register."""
+    kernel, stride, padding, dilation = GEOMETRIES[geometry]
+    settings = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    for zero in (0, 31):
+        b = Builder(("x", (None, 205, *size)), seed=zero)
+        y = b.int8_conv2d("x", 205, 205, groups=205, act_zero=zero, **settings)
+        y = b.int8_conv2d(b.add("relu", y), 205, 205, groups=205, act_scale=0.7, **settings)
+        y = b.add("relu6", b.add("add", y, "x"))
+        b.conv2d(y, 205, 205, groups=205, **settings)
+        graph = b.graph()
+        x = np.random.default_rng(3).uniform(-3, 6, (3, 205, *size)).astype(np.float32)
+        want = run_reference(graph, {"x": x})[graph.outputs[0]]
+        found = outputs_of(graph, x)
+        for isa, got in found.items():
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4, err_msg=f"{isa} {size}")
+            assert same_bits(got, found["scalar"]), (isa, size, settings)
+
+
 def test_the_profile_names_the_method() -> None:
     b = Builder(("x", (None, 8, 9, 9)))
     y = b.int8_conv2d("x", 8, 8, groups=8, padding=(1, 1))

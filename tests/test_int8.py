@@ -214,6 +214,20 @@ def test_tails_of_tiles(size: tuple[int, int]) -> None:
         compare(b.graph(), batches=(1, 2))
 
 
+@pytest.mark.parametrize("rows", [*range(1, 17), 19, 33, 36, 49, 50, 60, 65, 75])
+@pytest.mark.parametrize("kernel", [(1, 1), (1, 3)])
+def test_the_few_rows_at_the_end_of_a_tile(rows: int, kernel: tuple[int, int]) -> None:
+    """Layers deep enough for products with the outputs in the lanes."""
+    padding = (0, kernel[1] // 2)
+    outputs, last = (61, 16) if rows % 2 else (16, 9)
+    b = Builder(("x", (None, 90, 1, rows)), seed=rows)
+    y = b.int8_conv2d("x", 90, outputs, kernel, padding=padding, act_zero=rows)
+    z = b.int8_conv2d(b.add("relu", y), outputs, outputs, (1, 1), act_scale=0.7)  # folded, in bytes
+    z = b.add("add", z, y)
+    b.int8_conv2d(z, outputs, last, (1, 1), act_scale=0.9, act_zero=64)
+    compare(b.graph(), batches=(1, 2))
+
+
 @pytest.mark.parametrize("width", [7, 8, 14, 16, 24, 32])
 @sweep("largest", [10, 43, 44, 64, 127])
 def test_weights_that_let_taps_be_added_in_16_bits(width: int, largest: int) -> None:

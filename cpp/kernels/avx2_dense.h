@@ -149,16 +149,93 @@ LUTRA_INLINE void add_run(const uint8_t* w, const uint8_t* x, int32_t quads, boo
   }
 }
 
+// The rows that are left of the last 16, where they are few: 9 of a 3x3 map, 4 of 6x6, 1 of 7x7.
+// Then registers hold 8 outputs of a row, and the sums are turned around for the epilogue.
+constexpr int32_t kMostFew = 10;
+
+// x[i]: lanes are columns -> x[column]: lanes are rows
+LUTRA_INLINE void turn(__m256i* x) {
+  __m256i a[8], b[8];
+  LUTRA_UNROLL for (int32_t i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_epi32(x[i], x[i + 1]);
+    a[i + 1] = _mm256_unpackhi_epi32(x[i], x[i + 1]);
+  }
+  LUTRA_UNROLL for (int32_t i = 0; i < 8; i += 4) {
+    b[i] = _mm256_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  LUTRA_UNROLL for (int32_t i = 0; i < 4; ++i) {
+    x[i] = _mm256_permute2x128_si256(b[i], b[4 + i], 0x20);
+    x[4 + i] = _mm256_permute2x128_si256(b[i], b[4 + i], 0x31);
+  }
+}
+
+// A run of quads for 8 outputs of kCount rows.
+template <int kCount>
+LUTRA_INLINE void add_few(const uint8_t* w, const uint8_t* x, int32_t quads, bool small,
+                          __m256i* sum) {
+  for (; small && quads >= 2; quads -= 2, x += 128, w += 64) {
+    const __m256i w0 = load(w), w1 = load(w + 32);
+    LUTRA_UNROLL for (int32_t r = 0; r < kCount; ++r) {
+      const __m256i a = _mm256_maddubs_epi16(broadcast_word(x + 4 * r), w0);
+      const __m256i b = _mm256_maddubs_epi16(broadcast_word(x + 64 + 4 * r), w1);
+      sum[r] = add_pairs(sum[r], _mm256_add_epi16(a, b));
+    }
+  }
+  for (; quads > 0; --quads, x += 64, w += 32) {
+    const __m256i v = load(w);
+    LUTRA_UNROLL for (int32_t r = 0; r < kCount; ++r) {
+      sum[r] = dot4(sum[r], broadcast_word(x + 4 * r), v);
+    }
+  }
+}
+
+// `first` is a multiple of 8; x: the 16 rows that begin with `row`.
+template <int kCount>
+void dense8_few(int32_t depth, int32_t outputs, const uint8_t* packed, const uint8_t* x,
+                int32_t first, int32_t last, int32_t row, const Finish& finish) {
+  const int32_t quads = quads_of(depth), runs = runs_of(depth);
+  for (int32_t m = first; m < last; m += kDenseBlock) {
+    const uint8_t* const w = packed + static_cast<size_t>(m / kDenseBlock) * quads * 32;
+    const uint8_t* const small =
+        packed + weight_bytes(depth, outputs) + static_cast<size_t>(m / kBlock) * runs;
+    __m256i sum[kCount];
+    LUTRA_UNROLL for (int32_t r = 0; r < kCount; ++r) sum[r] = _mm256_setzero_si256();
+    for (int32_t i = 0; i < runs; ++i) {
+      const int32_t left = quads - i * kRunQuads;
+      add_few<kCount>(w + i * kRunQuads * 32, x + i * kRunQuads * 64,
+                      left < kRunQuads ? left : kRunQuads, small[i] & small[runs + i], sum);
+    }
+    __m256i rows[2][8];
+    LUTRA_UNROLL for (int32_t r = 0; r < 16; ++r) {
+      rows[r / 8][r % 8] = r < kCount ? sum[r] : _mm256_setzero_si256();
+    }
+    turn(rows[0]);
+    if (kCount > 8) turn(rows[1]);
+    for (int32_t j = 0; j < kDenseBlock && m + j < last; ++j) {
+      const __m256i both[2] = {rows[0][j], rows[1][j]};
+      finish.sums<2>(m + j, row, 0, both);
+    }
+  }
+}
+
 void dense8(int32_t depth, int32_t outputs, const uint8_t* packed, const uint8_t* gathered,
             int32_t first, int32_t last, const Epilogue& e) {
   const Finish finish(e);
   const int32_t quads = quads_of(depth);
-  for (int32_t m = first; m < last; m += kBlock) {
+  constexpr int32_t kTurn = 96;  // multiply-adds of a register that a turn is worth
+  const int32_t rest = e.rows % 16;
+  const bool few =
+      rest > 0 && rest <= kMostFew && first % kDenseBlock == 0 && (16 - rest) * quads >= kTurn;
+  const int32_t rows = few ? e.rows - rest : e.rows;
+  for (int32_t m = first; m < last && rows > 0; m += kBlock) {
     const uint8_t* const w =
         packed + static_cast<size_t>(m / kDenseBlock) * quads * 32 + m % kDenseBlock * 4;
     const uint8_t* const small =
         packed + weight_bytes(depth, outputs) + static_cast<size_t>(m / kBlock) * runs_of(depth);
-    for (int32_t row = 0; row < e.rows; row += 16) {
+    for (int32_t row = 0; row < rows; row += 16) {
       const uint8_t* const x = gathered + static_cast<size_t>(row / 16) * quads * 64;
       __m256i sum[kBlock][2];
       for (auto& pair : sum) pair[0] = pair[1] = _mm256_setzero_si256();
@@ -169,6 +246,14 @@ void dense8(int32_t depth, int32_t outputs, const uint8_t* packed, const uint8_t
       for (int32_t j = 0; j < kBlock && m + j < last; ++j) finish.sums<2>(m + j, row, 0, sum[j]);
     }
   }
+  if (!few) return;
+  using Kernel = void (*)(int32_t, int32_t, const uint8_t*, const uint8_t*, int32_t, int32_t,
+                          int32_t, const Finish&);
+  constexpr Kernel kernels[kMostFew] = {dense8_few<1>, dense8_few<2>, dense8_few<3>, dense8_few<4>,
+                                        dense8_few<5>, dense8_few<6>, dense8_few<7>, dense8_few<8>,
+                                        dense8_few<9>, dense8_few<10>};
+  const uint8_t* const x = gathered + static_cast<size_t>(rows / 16) * quads * 64;
+  kernels[rest - 1](depth, outputs, packed, x, first, last, rows, finish);
 }
 
 // Four blocks of 8 outputs side by side, outputs in the lanes: four streams of weights.

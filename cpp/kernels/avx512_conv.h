@@ -1,7 +1,7 @@
 // Convolutions in int8 that read their activations where they are. Private to avx512.cc.
 #pragma once
 
-#include "avx512_common.h"
+#include "avx512_few_rows.h"
 
 namespace lutra {
 namespace {
@@ -154,16 +154,26 @@ void conv8(const Conv8Shape& s, const uint8_t* packed, const Patch& p, uint8_t* 
   for (int32_t i = 0; i < blocks; ++i) {
     source.block[i] = direct ? p.planes + p.row[16 * i] : copies + tap_bytes(s) + 64 * i;
   }
-  switch (blocks) {
+  const FewRows few(e.rows, source.planes * s.taps, first);
+  const Epilogue before = few.before(e);
+  switch (few.blocks) {
+    case 0:
+      break;
     case 1:
-      return conv8_range<1, 16>(source, packed, first, last, e);
+      conv8_range<1, 16>(source, packed, first, last, before);
+      break;
     case 2:
-      return conv8_range<2, 8>(source, packed, first, last, e);
+      conv8_range<2, 8>(source, packed, first, last, before);
+      break;
     case 3:
-      return conv8_range<3, 4>(source, packed, first, last, e);
+      conv8_range<3, 4>(source, packed, first, last, before);
+      break;
     default:
-      return conv8_range<4, 4>(source, packed, first, last, e);
+      conv8_range<4, 4>(source, packed, first, last, before);
   }
+  if (few.rows == 0) return;
+  const Quads quads{source.block[few.blocks], source.plane, source.tap, source.planes, s.taps};
+  few_rows(quads, packed, first, last, few.rows, few.after(e));
 }
 
 }  // namespace

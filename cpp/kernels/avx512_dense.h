@@ -1,6 +1,7 @@
 // Dense layers: int8 and float32. Private to avx512.cc.
 #pragma once
 
+#include "avx512_few_rows.h"
 #include "avx512_gather.h"
 
 namespace lutra {
@@ -46,15 +47,17 @@ void gather8(int32_t depth, int32_t taps, const Patch& p, uint8_t* gathered) {
   }
 }
 
-// kCount outputs of all rows. Limited by vpdpbusd: 16 of them for 4 + 4 loads.
+// kCount outputs of kBlocks blocks of rows; `step`: bytes between the quads of a row. Limited by
+// vpdpbusd: 16 of them for 4 + 4 loads.
 template <int kBlocks, int kCount>
 [[gnu::always_inline]] inline void dense8_outputs(int32_t groups, const uint8_t* weights,
-                                                  const uint8_t* x, int32_t m, int32_t count,
-                                                  const Epilogue& e, const GridVectors& grid) {
+                                                  const uint8_t* x, int32_t step, int32_t m,
+                                                  int32_t count, const Epilogue& e,
+                                                  const GridVectors& grid) {
   __m512i sum[kCount * kBlocks];
 #pragma GCC unroll 16
   for (int32_t i = 0; i < kCount * kBlocks; ++i) sum[i] = _mm512_setzero_si512();
-  for (; groups > 0; --groups, weights += 64, x += kBlocks * 64) {
+  for (; groups > 0; --groups, weights += 64, x += step) {
     __m512i q[kBlocks];
 #pragma GCC unroll 16
     for (int32_t i = 0; i < kBlocks; ++i) q[i] = _mm512_loadu_si512(x + 64 * i);
@@ -76,8 +79,8 @@ template <int kBlocks, int kCount>
 
 // kCount must divide the block of 16 packed outputs.
 template <int kBlocks, int kCount>
-void dense8_range(int32_t depth, const uint8_t* packed, const uint8_t* x, int32_t first,
-                  int32_t last, const Epilogue& e) {
+void dense8_range(int32_t depth, const uint8_t* packed, const uint8_t* x, int32_t step,
+                  int32_t first, int32_t last, const Epilogue& e) {
   const int32_t groups = ceil_div(depth, 4);
   GridVectors grid;
   if (e.fold_scale) grid = load_grid(e.q[0].grid);
@@ -86,10 +89,11 @@ void dense8_range(int32_t depth, const uint8_t* packed, const uint8_t* x, int32_
         packed + (static_cast<size_t>(m / kDenseBlock) * groups * 16 + m % kDenseBlock) * 4;
     const int32_t left = last - m;
     if (m % kCount == 0 && left > kCount - kOutputs) {
-      dense8_outputs<kBlocks, kCount>(groups, w, x, m, left < kCount ? left : kCount, e, grid);
+      dense8_outputs<kBlocks, kCount>(groups, w, x, step, m, left < kCount ? left : kCount, e,
+                                      grid);
       m += kCount;
     } else {
-      dense8_outputs<kBlocks, kOutputs>(groups, w, x, m, left < kOutputs ? left : kOutputs, e,
+      dense8_outputs<kBlocks, kOutputs>(groups, w, x, step, m, left < kOutputs ? left : kOutputs, e,
                                         grid);
       m += kOutputs;
     }
@@ -98,16 +102,28 @@ void dense8_range(int32_t depth, const uint8_t* packed, const uint8_t* x, int32_
 
 void dense8(int32_t depth, int32_t, const uint8_t* packed, const uint8_t* gathered, int32_t first,
             int32_t last, const Epilogue& e) {
-  switch (row_blocks(e.rows)) {
+  const int32_t groups = ceil_div(depth, 4), step = row_blocks(e.rows) * 64;
+  const FewRows few(e.rows, groups, first);
+  const Epilogue blocks = few.before(e);
+  switch (few.blocks) {
+    case 0:
+      break;
     case 1:
-      return dense8_range<1, 16>(depth, packed, gathered, first, last, e);
+      dense8_range<1, 16>(depth, packed, gathered, step, first, last, blocks);
+      break;
     case 2:
-      return dense8_range<2, 8>(depth, packed, gathered, first, last, e);
+      dense8_range<2, 8>(depth, packed, gathered, step, first, last, blocks);
+      break;
     case 3:
-      return dense8_range<3, 4>(depth, packed, gathered, first, last, e);
+      dense8_range<3, 4>(depth, packed, gathered, step, first, last, blocks);
+      break;
     default:
-      return dense8_range<4, 4>(depth, packed, gathered, first, last, e);
+      dense8_range<4, 4>(depth, packed, gathered, step, first, last, blocks);
   }
+  if (few.rows == 0) return;
+  constexpr int32_t kTap = 0;
+  const Quads quads{gathered + 64 * few.blocks, step, &kTap, groups, 1};
+  few_rows(quads, packed, first, last, few.rows, few.after(e));
 }
 
 // 16 kVectors outputs of one row; four sums each hide the latency.

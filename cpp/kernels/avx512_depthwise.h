@@ -32,6 +32,10 @@ void pack_depthwise8_masks(const DepthwiseShape& s, const uint64_t* valid, uint8
   }
 }
 
+__m128i load16(const uint8_t* from) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+}
+
 // Sums in the order of the loads -> four blocks of 16 rows.
 template <int kStep>
 void order_rows(const __m512i* sum, __m512i* rows) {
@@ -137,20 +141,73 @@ struct ByteEpilogue {
   }
 };
 
+// Four planes at a time, for tiles of at most 16 rows at a step of 1: every plane has a lane of 128
+// bits, whose four loads deliver 16 sums as in a whole tile. Returns the first output that is left.
+template <bool kZero, int kQuads>
+int32_t depthwise8_fours(const DepthwiseShape& s, const uint8_t* packed,
+                         const DepthwiseTile<uint8_t>& x, int32_t first, int32_t last,
+                         const Epilogue& e) {
+  const TapQuads q = tap_quads(s);
+  const int32_t quads = kQuads > 0 ? kQuads : q.count;
+  const uint64_t* const masks = reinterpret_cast<const uint64_t*>(x.masks);
+  const __m512i zero = _mm512_set1_epi8(static_cast<char>(x.zero));
+  for (; first + 4 <= last; first += 4) {
+    __m512i sum[4];
+#pragma GCC unroll 4
+    for (int32_t c = 0; c < 4; ++c) sum[c] = _mm512_setzero_si512();
+    const uint8_t* const plane = x.planes + first * x.plane;
+    const int32_t* const w =
+        reinterpret_cast<const int32_t*>(packed) + static_cast<size_t>(first) * quads;
+    __m512i weights;  // of four quads, lane by lane
+#pragma GCC unroll 10
+    for (int32_t i = 0; i < quads; ++i) {
+      if (i % 4 == 0) {
+        const __mmask8 there = static_cast<__mmask8>(lane_mask(quads - i) & 15);
+        weights = _mm512_castsi128_si512(_mm_maskz_loadu_epi32(there, w + i));
+        weights = _mm512_inserti32x4(weights, _mm_maskz_loadu_epi32(there, w + quads + i), 1);
+        weights = _mm512_inserti32x4(weights, _mm_maskz_loadu_epi32(there, w + 2 * quads + i), 2);
+        weights = _mm512_inserti32x4(weights, _mm_maskz_loadu_epi32(there, w + 3 * quads + i), 3);
+      }
+      const __m512i weight = _mm512_shuffle_epi32(weights, _MM_PERM_AAAA);
+      // The next quad to the place of the first.
+      weights = _mm512_shuffle_epi32(weights, _MM_PERM_ADCB);
+      const uint8_t* const from = plane + x.offset[first_tap(s, q, i)];
+#pragma GCC unroll 4
+      for (int32_t c = 0; c < 4; ++c) {
+        __m512i v = _mm512_maskz_broadcast_i32x4(0x000f, load16(from + c));
+        v = _mm512_mask_broadcast_i32x4(v, 0x00f0, load16(from + x.plane + c));
+        v = _mm512_mask_broadcast_i32x4(v, 0x0f00, load16(from + 2 * x.plane + c));
+        v = _mm512_mask_broadcast_i32x4(v, 0xf000, load16(from + 3 * x.plane + c));
+        const __mmask64 mask = (masks[4 * i + c] & 0xffff) * 0x0001000100010001;
+        v = kZero ? _mm512_maskz_mov_epi8(mask, v) : _mm512_mask_mov_epi8(zero, mask, v);
+        sum[c] = _mm512_dpbusd_epi32(sum[c], v, weight);
+      }
+    }
+    __m512i rows[4];  // of an output each
+    order_rows<1>(sum, rows);
+    finish<1>(rows, e, first, 4);
+  }
+  return first;
+}
+
 template <int kStep, bool kZero, int kQuads>
 void depthwise8_outputs(const DepthwiseShape& s, const uint8_t* packed,
                         const DepthwiseTile<uint8_t>& x, int32_t first, int32_t last,
                         const Epilogue& e) {
+  if (kStep == 1 && e.rows <= 16 && s.multiplier == 1) {
+    first = depthwise8_fours<kZero, kQuads>(s, packed, x, first, last, e);
+  }
   const TapQuads q = tap_quads(s);
   const int32_t quads = kQuads > 0 ? kQuads : q.count;
-  int64_t at[kQuads > 0 ? kQuads : kMaxDepthwiseTaps];
-  for (int32_t i = 0; i < quads; ++i) at[i] = x.offset[first_tap(s, q, i)];
+  const uint8_t* at[kQuads > 0 ? kQuads : kMaxDepthwiseTaps];
+  for (int32_t i = 0; i < quads; ++i) {
+    at[i] = x.planes + first / s.multiplier * x.plane + x.offset[first_tap(s, q, i)];
+  }
   const bool simple = e.scale && !e.residual && !e.out && e.quantized == 1;
   const ByteEpilogue epilogue(e);
   const uint64_t* const masks = reinterpret_cast<const uint64_t*>(x.masks);
   const int32_t* w = reinterpret_cast<const int32_t*>(packed) + static_cast<size_t>(first) * quads;
   const __m512i zero = _mm512_set1_epi8(static_cast<char>(x.zero));
-  const uint8_t* plane = x.planes + first / s.multiplier * x.plane;
   int32_t left = s.multiplier - first % s.multiplier;  // outputs of this plane
   for (int32_t m = first; m < last; ++m, w += quads) {
     __m512i sum[4];
@@ -161,7 +218,7 @@ void depthwise8_outputs(const DepthwiseShape& s, const uint8_t* packed,
       const __m512i weight = _mm512_set1_epi32(w[i]);
 #pragma GCC unroll 4
       for (int32_t c = 0; c < 4; ++c) {
-        const uint8_t* const from = plane + at[i] + load_offset<kStep, 16>(c);
+        const uint8_t* const from = at[i] + load_offset<kStep, 16>(c);
         const __mmask64 mask = masks[4 * i + c];
         const __m512i v =
             kZero ? _mm512_maskz_loadu_epi8(mask, from) : _mm512_mask_loadu_epi8(zero, mask, from);
@@ -178,7 +235,8 @@ void depthwise8_outputs(const DepthwiseShape& s, const uint8_t* packed,
     }
     if (--left == 0) {
       left = s.multiplier;
-      plane += x.plane;
+#pragma GCC unroll 10
+      for (int32_t i = 0; i < quads; ++i) at[i] += x.plane;
     }
   }
 }

@@ -58,6 +58,8 @@ DepthwisePlanes::DepthwisePlanes(const Kernels& kernels, const ConvGeometry& g,
   before_ = ceil_div(-least, kAlign) * kAlign;
   part_ = before_ + ceil_div(std::max(lines * pitch_, most + reach) + 64, kAlign) * kAlign;
   plane = part_ * g.stride_h * columns_;
+  least_ = -least;
+  most_ = most + reach + 64;
   for (size_t t = 0; t < place.size(); ++t) {
     offset.push_back(static_cast<int32_t>(part[t] * part_ + before_ + place[t]));
   }

@@ -38,6 +38,14 @@ struct DepthwisePlanes {
   // A plane that is stored line after line -> the planes that tiles read.
   template <class T>
   void copy(const T* x, T* plane) const;
+  // Whether tiles may read `count` planes as they are stored, `step` elements apart from `x` on in
+  // an array of begin..end-1: masks hide what lies around an image, but it must be there. Then the
+  // planes of a tile begin at x - before() + its `at`.
+  template <class T>
+  bool in_place(const T* x, int64_t step, int64_t count, const T* begin, const T* end) const {
+    return whole_ && x - begin >= least_ && end - (x + (count - 1) * step) >= most_;
+  }
+  int64_t before() const { return before_; }
   const uint8_t* masks(size_t set) const { return masks_.data() + set * mask_bytes_; }
 
   struct Tile {
@@ -58,6 +66,7 @@ struct DepthwisePlanes {
   ConvGeometry g_;
   int64_t columns_;  // planes that the columns are spread over
   int64_t pitch_, part_, before_;
+  int64_t least_, most_;        // elements before and from the first pixel on that tiles read
   std::vector<int64_t> lines_;  // of each plane that the lines are spread over
   bool whole_;                  // the plane as it is
   size_t mask_bytes_;
@@ -84,11 +93,13 @@ class DepthwiseCache {
 };
 
 // Channels that are worked on together: what a tile costs beside its sums is shared among them.
-// Their planes stay in the second cache, and every thread has two blocks where it can.
+// Their planes stay in the second cache, small ones in the nearest, and every thread has two blocks
+// where it can.
 inline int64_t depthwise_block(int64_t channels, int64_t plane_bytes, int threads) {
-  constexpr int64_t kCache = 256 << 10, kMost = 16;
+  constexpr int64_t kCache = 256 << 10, kNear = 16 << 10, kMost = 16;
   const int64_t share = (channels + 2 * threads - 1) / (2 * threads);
-  return std::max<int64_t>(1, std::min({kMost, kCache / plane_bytes, share}));
+  const int64_t most = std::max(kMost, kNear / plane_bytes);
+  return std::max<int64_t>(1, std::min({most, kCache / plane_bytes, share}));
 }
 
 }  // namespace lutra

@@ -58,6 +58,7 @@ void Int8DepthwiseLayer::run_loaded(const Call& call) const {
   const int64_t channels = geometry_.channels;
   const int64_t block = depthwise_block(channels, planes->plane, call.pool.threads());
   const int64_t blocks = (channels + block - 1) / block, image = source.height() * source.width();
+  const uint8_t* const end = source.data() + channels * source.plane();
   const int64_t multiplier = planes_.shape.multiplier;
   const size_t weights = parameter_bytes() / static_cast<size_t>(outputs_);  // bytes of an output
   const double work = static_cast<double>(source.images() * planes->outputs * outputs_ * depth());
@@ -69,18 +70,20 @@ void Int8DepthwiseLayer::run_loaded(const Call& call) const {
         const int64_t n = static_cast<int64_t>(i) / blocks;
         const int64_t c = static_cast<int64_t>(i) % blocks * block;
         const int64_t count = std::min(block, channels - c);
-        for (int64_t k = 0; k < count; ++k) {
-          planes->copy(source.data() + (c + k) * source.plane() + n * image,
-                       copies + k * planes->plane);
+        const uint8_t* const x = source.data() + c * source.plane() + n * image;
+        const bool in_place = planes->in_place(x, source.plane(), count, source.data(), end);
+        for (int64_t k = 0; k < count && !in_place; ++k) {
+          planes->copy(x + k * source.plane(), copies + k * planes->plane);
         }
         const uint8_t* const weight =
             weight_.data() + static_cast<size_t>(c * multiplier) * weights;
         for (const DepthwisePlanes::Tile& t : planes->tiles) {
-          const DepthwiseTile<uint8_t> tile{.planes = copies + t.at,
-                                            .plane = planes->plane,
-                                            .offset = planes->offset.data(),
-                                            .masks = planes->masks(t.masks),
-                                            .zero = static_cast<uint8_t>(quantization_.zero)};
+          const DepthwiseTile<uint8_t> tile{
+              .planes = (in_place ? x - planes->before() : copies) + t.at,
+              .plane = in_place ? source.plane() : planes->plane,
+              .offset = planes->offset.data(),
+              .masks = planes->masks(t.masks),
+              .zero = static_cast<uint8_t>(quantization_.zero)};
           call.output.make(n * planes->outputs + t.first, t.count, scratch, c * multiplier, 0,
                            count * multiplier, [&](int64_t from, int64_t to, const Epilogue& e) {
                              kernels_.depthwise8(planes_.shape, weight, tile,
