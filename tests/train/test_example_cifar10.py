@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import cifar10
+import cifar10_resnet9
 import cifar10_resnet20
 import cifar10_vgg
 import numpy as np
@@ -58,6 +59,22 @@ def test_resnet20_with_lookups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "affine" not in ops  # batch norms are folded
     assert graph.metadata["recipe"]["layer*.conv*"]["levels"] == 4
     assert graph.metadata["classes"][3] == "cat"
+
+
+@pytest.mark.slow
+def test_resnet9_begins_with_a_dense_network_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, dense = tmp_path / "r.lutra", tmp_path / "dense.safetensors"
+    words = ["--width", "4", "--dense-epochs", "1", "--dense-cycles", "1", "--dense", str(dense)]
+    words += ["--group", "pixel", "--v", "4"]
+    first = run(cifar10_resnet9, monkeypatch, file, *words)
+    assert "dense: validation" in capsys.readouterr().out
+    ops = [node.op for node in lutra.load_graph(file).nodes]
+    assert (ops.count("pq_conv2d"), ops.count("int8_conv2d"), ops.count("int8_linear")) == (7, 1, 1)
+    second = run(cifar10_resnet9, monkeypatch, file, *words)
+    assert "dense: validation" not in capsys.readouterr().out
+    assert second["steps"] == first["steps"] == 3
 
 
 @pytest.mark.slow
