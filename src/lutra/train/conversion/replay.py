@@ -13,16 +13,18 @@ from functools import partial
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from lutra.train.conversion.prefix import Prefix, is_pure
 from lutra.train.layers.base import QuantizedLayer
 
 _PLAIN: Final = (Tensor, type(None), bool, int, float, str)
 
 
 class Replay:
-    """Keeps outputs of modules, and gives them back in the modules' place.
+    """Keeps outputs of modules, and gives them back in the modules' place; of traced graphs of
+    functions, as imported files are, the values at the first layer that is not fitted (`prefix`).
 
     A module is left alone where its output may not be all that it does: where it has hooks, writes
     into its input, changes attributes or buffers, or returns other things than tensors.
@@ -33,6 +35,7 @@ class Replay:
 
     def __init__(self, memory_bytes: int) -> None:
         self._left = memory_bytes
+        self._prefix = Prefix(memory_bytes)
         self._kept: dict[str, dict[int, list[Any]]] = {}  # path -> batch -> calls
         self._never: set[str] = set()
         self._calls: dict[str, int] = {}
@@ -51,6 +54,16 @@ class Replay:
             model: the model as it is converted so far.
             pending: paths of the layers that will change still.
         """
+        if is_pure(model) and "forward" not in vars(model):
+            assert isinstance(model, fx.GraphModule)
+            model.__dict__["forward"] = self._prefix.instead_of(
+                model, pending, lambda: self._batch
+            )
+            try:
+                yield
+            finally:
+                del model.__dict__["forward"]
+            return
         undo: list[Callable[[], Any]] = []
 
         def reached(*_: Any) -> None:
