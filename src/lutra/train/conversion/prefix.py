@@ -129,9 +129,7 @@ class Prefix:
             self._left += stop.bytes
 
 
-def _first_place(
-    model: nn.Module, nodes: list[fx.Node], pending: Collection[str]
-) -> int | None:
+def _first_place(model: nn.Module, nodes: list[fx.Node], pending: Collection[str]) -> int | None:
     """The first operator that calls, or reads a parameter of, a layer that may change."""
     for place, node in enumerate(nodes):
         if node.op in ("call_module", "get_attr"):

@@ -56,9 +56,7 @@ class Replay:
         """
         if is_pure(model) and "forward" not in vars(model):
             assert isinstance(model, fx.GraphModule)
-            model.__dict__["forward"] = self._prefix.instead_of(
-                model, pending, lambda: self._batch
-            )
+            model.__dict__["forward"] = self._prefix.instead_of(model, pending, lambda: self._batch)
             try:
                 yield
             finally:

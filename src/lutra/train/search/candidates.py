@@ -38,6 +38,9 @@ INT8: Final = "int8"
 _MARGIN: Final = 1.1
 #: Linear layers of so many inputs may take long sub-vectors.
 _WIDE: Final = 256
+#: Seconds that a layer is timed for, and the share of the minutes that all of them may take.
+_SECONDS: Final = 1.0
+_SHARE: Final = 0.1
 #: Milliseconds by key.
 Times = dict[str, float]
 
@@ -149,6 +152,7 @@ def find_layers(
     kinds = {entry.name: entry.kind for entry in report.layers}
     inputs = _inputs(rough, names, few)
     times = {} if known is None else known
+    seconds = min(_SECONDS, _SHARE * 60.0 * budget.minutes / max(1, len(names)))
     found = []
     for name in names:
         layer = rough.get_submodule(name)
@@ -163,7 +167,7 @@ def find_layers(
             entry = times.setdefault(key, {})
             if not graphs.keys() <= entry.keys():
                 gate = SpeedGate(threads=budget.threads, isa=budget.isa)
-                entry.update(time_graphs(graphs, gate))
+                entry.update(time_graphs(graphs, gate, seconds))
             timed: Mapping[str, float | None] = {k: calls * entry[k] for k in graphs}
         else:
             timed = dict.fromkeys(graphs)

@@ -1,7 +1,8 @@
-"""How much work goes into a trial, so that a search fits into its minutes on a model of any speed.
+"""How much work goes into a trial, so that a search fits into its minutes on any model.
 
-One conversion to int8 with few samples is timed before anything else. What more samples take follows
-from it, and decides how many calibrate the dense model's rivals, and how many the trials.
+One conversion to int8 with few samples is timed before anything else. What more samples take
+follows from it, and decides how many calibrate the recipes that may be chosen, and how many the
+trials.
 """
 
 from __future__ import annotations
