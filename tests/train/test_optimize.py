@@ -412,6 +412,11 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a" / "two.png").write_bytes(b"no image")
     with pytest.raises(LutraError, match="as an image"):
         read_pictures(str(tmp_path), (4, 5), [0.0], [1.0])
+    for name in ("2", "10"):
+        (tmp_path / "numbers" / name).mkdir(parents=True)
+        pillow.new("L", (6, 6), int(name)).save(tmp_path / "numbers" / name / "one.png")
+    found, classes = read_pictures(str(tmp_path / "numbers"), None, [0.0], [1.0])
+    assert (255 * found.mean(axis=(1, 2, 3))).round().tolist() == [2, 10]  # in this order
     (tmp_path / "empty").mkdir()
     with pytest.raises(LutraError, match="holds no images"):
         read_pictures(str(tmp_path / "empty"), None, [0.0], [1.0])

@@ -18,7 +18,7 @@ from lutra.train import Budget, Trial
 from lutra.train.search.effort import EFFORTS, Efforts, plan, whole
 from lutra.train.search.predict import Belief, SumModel
 from lutra.train.search.proposals import cheapest, propose, spread
-from lutra.train.search.quality import MAX_PSNR, choose_measure, relative_errors, surrogate
+from lutra.train.search.quality import MAX_PSNR, Top1, choose_measure, relative_errors, surrogate
 from lutra.train.search.samples import split
 from lutra.train.search.storage import Journal, cut_half_line, open_storage
 from lutra.train.search.trial import best, front
@@ -131,6 +131,12 @@ def test_agreement_and_accuracy() -> None:
     assert (labelled.name, labelled.dense) == ("accuracy", 75.0)
     assert labelled.drop(labelled.quality(other)) == pytest.approx(-25.0)  # it is better
     assert "25 points" in measure.text
+    assert isinstance(labelled, Top1)
+    assert labelled.doubt == ""
+    wrong = choose_measure(dense, np.array([1, 0, 0, 2]))
+    assert isinstance(wrong, Top1)
+    assert "only 0.00 % right" in wrong.doubt
+    assert "label is that of 50.00 %" in wrong.doubt
     with pytest.raises(LutraError, match=r"labels are 0\.\.3, but the model has 3 scores"):
         choose_measure(dense, np.array([0, 1, 0, 3]))
     with pytest.raises(LutraError, match=r"a label has shape \(2,\).*evaluate"):

@@ -170,6 +170,8 @@ class _Finish:
         self.names = names
         self.trials = search.storage.trials()
         self.notes = ["The search was stopped before its time."] if search.stopped else []
+        if isinstance(search.measure, Top1) and search.measure.doubt:
+            self.notes.append(search.measure.doubt)
 
     def study(self) -> Study:
         """The result."""
