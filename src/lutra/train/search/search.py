@@ -42,7 +42,7 @@ _WHOLE_DROP: Final = 0.85
 #: The most that is left for such conversions, as a share of the budget.
 _WHOLE_SHARE: Final = 0.25
 #: The share of the minutes in which the samples that judge must run once.
-_JUDGED_SHARE: Final = 0.01
+_JUDGED_SHARE: Final = 0.03
 _LEAST_JUDGED: Final = 16
 #: The last measurement takes a few seconds, and runs the samples that judge.
 _LAST: Final = 4.0
