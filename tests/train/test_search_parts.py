@@ -248,8 +248,8 @@ def test_effort_fits_the_minutes() -> None:
         later = plan(2 * timed, 768, 600.0)
         assert later.fine.samples <= found.fine.samples
         assert later.coarse.samples <= found.coarse.samples
-    assert plan(0.5, 768, 600.0).rough
-    assert not plan(0.5, 12, 600.0).rough  # they are the same samples
+    assert plan(1.0, 768, 600.0).rough
+    assert not plan(1.0, 12, 600.0).rough  # they are the same samples
     assert plan(0.5, 768, 0.0) == Efforts(least, least)
 
 

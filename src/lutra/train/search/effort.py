@@ -25,13 +25,19 @@ class Effort:
 
 
 #: From the least on; the last one has all samples that a search calibrates with.
-EFFORTS: Final = (Effort(12, 128), Effort(64, 512), Effort(256, 1024), Effort(1024, 4096))
+EFFORTS: Final = (
+    Effort(12, 128),
+    Effort(32, 256),
+    Effort(64, 512),
+    Effort(256, 1024),
+    Effort(1024, 4096),
+)
 #: The share of the minutes that int8 everywhere may take, which is converted as the choice is.
-_FINE: Final = 0.08
+_FINE: Final = 0.12
 #: So many conversions of trials must fit into the minutes.
 _TRIALS: Final = 60
 #: What more samples do not make longer, as a share of the conversion that was timed.
-_FIXED: Final = 0.2
+_FIXED: Final = 0.7
 
 
 @dataclass(frozen=True)
