@@ -226,7 +226,7 @@ class _Finish:
         if fine.samples < count:
             said.append(
                 f"Conversion takes long for {budget.minutes:g} minutes, so {fine.samples} of the "
-                f"{count} samples calibrated; with more minutes recipes lose less."
+                f"{count} samples calibrated; with more minutes recipes may lose less."
             )
         whole = int(search.judges)
         if search.data.judged.count < whole:
