@@ -22,6 +22,7 @@ from lutra.train import PQ, Budget, Int8, Lookup, convert, optimize, recipe_from
 from lutra.train.search import candidates, samples, search
 from lutra.train.search.bench import Bench
 from lutra.train.search.candidates import FLOAT32, INT8
+from lutra.train.search.effort import EFFORTS, Effort, Efforts, plan
 from lutra.train.search.search import Search
 
 pytest_plugins = ["cli_support"]
@@ -50,7 +51,7 @@ def net() -> Net:
     return Net().eval()
 
 
-def timed(graphs: Mapping[str, Graph], _: Any) -> dict[str, float]:
+def timed(graphs: Mapping[str, Graph], *_: Any) -> dict[str, float]:
     """Times by what is stored, so that tests do not hang on those of this machine."""
     fast = {"lookup 16x15": 0.5, "pq row": 0.2, "pq patch, tree": 0.1, INT8: 1.0, FLOAT32: 2.0}
     return {key: fast.get(key, 3.0) for key in graphs}
@@ -73,8 +74,8 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rough_trials(target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where conversion takes long a part of the samples calibrates trials, and all the choice."""
     pytest.importorskip("optuna")
-    monkeypatch.setattr(search, "_MANY", 1e6)
-    monkeypatch.setattr(search, "_ROUGH_SAMPLES", 16)
+    efforts = Efforts(EFFORTS[-1], Effort(13, 1024))
+    monkeypatch.setattr(search, "plan", lambda *_: efforts)
     monkeypatch.setattr(samples, "_BATCH", 4)
     rows: list[tuple[int, int]] = []
 
@@ -91,9 +92,11 @@ def test_rough_trials(target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(rough) == 3
     assert all(trial.label.endswith(", rough") for trial in rough)
     assert {trial.label for trial in whole} >= {"dense", "int8 everywhere"}
-    assert rows[0] == (search._ROWS, 36)  # int8
-    assert rows[1:4] == [(search._ROUGH_ROWS, 12)] * 3
-    assert set(rows[4:]) == {(search._ROWS, 36)}
+    assert rows[0] == (EFFORTS[0].rows, 12)  # which is timed
+    assert rows[1] == (4096, 36)  # int8
+    assert rows[2:5] == [(1024, 13)] * 3
+    assert set(rows[5:]) <= {(4096, 36)}
+    assert "calibrated; with more minutes" not in study.message
     assert not study.choice.rough
     cheapest = min(rough, key=lambda t: t.cost(target))
     refined = cheapest.cost(target) < study.trials[1].cost(target)  # than int8
@@ -107,8 +110,42 @@ def test_rough_trials(target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     count = len(rows)
     again = optimize(net(), data, budget=Budget(**{**vars(budget), "trials": 0}), storage=kept)
     assert again.choice.choice == study.choice.choice
-    assert len(rows) - count <= 2  # the choice, and int8 beside it
+    assert len(rows) - count <= 2  # the choice, and int8 beside it, and nothing is timed again
     assert [t.label for t in again.trials] == [t.label for t in study.trials]
+
+
+@pytest.mark.usefixtures("steady")
+def test_models_that_are_slow_for_their_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few samples calibrate and judge, and the message says so; the model that was timed is that of
+    int8 everywhere."""
+    made: list[int] = []
+
+    def counted(model: Any, recipe: Any, batches: Any, **settings: Any) -> Any:
+        made.append(sum(len(batch[0][0]) for batch in batches))
+        return convert(model, recipe, batches, **settings)
+
+    def slow(_: float, samples: int, seconds: float) -> Efforts:
+        assert 0.0 < seconds < 300.0
+        return plan(1e6, samples, seconds)
+
+    monkeypatch.setattr(search, "convert", counted)
+    monkeypatch.setattr(search, "plan", slow)
+    monkeypatch.setattr(search, "_JUDGED_SHARE", 0.0)
+    out = tmp_path / "m.lutra"
+    budget = Budget(max_drop=100.0, minutes=5, trials=1)
+    study = optimize(net(), images(96), budget=budget, output=out)
+    assert made[:2] == [EFFORTS[0].samples] * 2  # int8, a trial; then the choice, if it is another
+    assert [trial.rough for trial in study.trials] == [False] * 3
+    assert "so 12 of the 72 samples calibrated" in study.message
+    assert "16 of 24 samples judged" in study.message
+    with torch.no_grad():
+        wanted = study.model(images()).numpy()
+    graph = lutra.load_graph(out)
+    assert graph.golden is not None
+    np.testing.assert_allclose(lutra.Session(graph)(images().numpy()), wanted, atol=1e-4)
+    assert graph.metadata["study"]["message"] == study.message
 
 
 @pytest.mark.slow
@@ -375,6 +412,11 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a" / "two.png").write_bytes(b"no image")
     with pytest.raises(LutraError, match="as an image"):
         read_pictures(str(tmp_path), (4, 5), [0.0], [1.0])
+    for name in ("2", "10"):
+        (tmp_path / "numbers" / name).mkdir(parents=True)
+        pillow.new("L", (6, 6), int(name)).save(tmp_path / "numbers" / name / "one.png")
+    found, classes = read_pictures(str(tmp_path / "numbers"), None, [0.0], [1.0])
+    assert (255 * found.mean(axis=(1, 2, 3))).round().tolist() == [2, 10]  # in this order
     (tmp_path / "empty").mkdir()
     with pytest.raises(LutraError, match="holds no images"):
         read_pictures(str(tmp_path / "empty"), None, [0.0], [1.0])

@@ -15,9 +15,10 @@ from torch import nn
 
 from lutra.errors import LutraError
 from lutra.train import Budget, Trial
+from lutra.train.search.effort import EFFORTS, Efforts, plan, whole
 from lutra.train.search.predict import Belief, SumModel
 from lutra.train.search.proposals import cheapest, propose, spread
-from lutra.train.search.quality import MAX_PSNR, choose_measure, relative_errors, surrogate
+from lutra.train.search.quality import MAX_PSNR, Top1, choose_measure, relative_errors, surrogate
 from lutra.train.search.samples import split
 from lutra.train.search.storage import Journal, cut_half_line, open_storage
 from lutra.train.search.trial import best, front
@@ -130,6 +131,13 @@ def test_agreement_and_accuracy() -> None:
     assert (labelled.name, labelled.dense) == ("accuracy", 75.0)
     assert labelled.drop(labelled.quality(other)) == pytest.approx(-25.0)  # it is better
     assert "25 points" in measure.text
+    right = choose_measure(dense, np.array([0, 1, 2, 1]))
+    assert isinstance(right, Top1)
+    assert right.doubt == ""
+    wrong = choose_measure(dense, np.array([1, 0, 0, 2]))
+    assert isinstance(wrong, Top1)
+    assert "only 0.00 % right" in wrong.doubt
+    assert "label is that of 50.00 %" in wrong.doubt
     with pytest.raises(LutraError, match=r"labels are 0\.\.3, but the model has 3 scores"):
         choose_measure(dense, np.array([0, 1, 0, 3]))
     with pytest.raises(LutraError, match=r"a label has shape \(2,\).*evaluate"):
@@ -208,6 +216,42 @@ def test_split() -> None:
     assert (large.calibration.count, large.judged.count) == (1024, 4096)
     assert "3880 are not used" in large.text
     assert whole.judged.sample(3)[0].shape == (1, 3)
+
+
+def test_thinned_parts() -> None:
+    data = [torch.arange(n).float()[:, None] + 100 * i for i, n in enumerate((60, 30, 4))]
+    batches = [(part, part[:, 0].long()) for part in data]
+    part = split(nn.Linear(1, 1), batches, None, 0).calibration
+    for most in (1, 5, 20, part.count - 1):
+        few = part.thinned(most)
+        assert few.count == sum(len(batch[0]) for batch in few.batches)
+        assert abs(few.count - most) <= len(part.batches)
+        assert len(set(few.index)) == few.count
+        values = np.concatenate([batch[0][:, 0].numpy() for batch in few.batches])
+        assert few.labels is not None
+        assert values.tolist() == few.labels.tolist()
+    assert part.thinned(part.count) is part
+    assert part.thinned(9).index.tolist() == part.thinned(9).index.tolist()
+
+
+# Effort
+
+
+def test_effort_fits_the_minutes() -> None:
+    least, most = EFFORTS[0], EFFORTS[-1]
+    assert plan(0.01, 768, 600.0) == Efforts(most, most) == whole()
+    assert plan(100.0, 768, 300.0) == Efforts(least, least)
+    assert not plan(100.0, 768, 300.0).rough
+    for timed in (0.05, 0.2, 0.5, 1.0, 3.0):
+        found = plan(timed, 768, 600.0)
+        assert found.coarse.samples <= found.fine.samples
+        assert Efforts.from_dict(found.to_dict()) == found
+        later = plan(2 * timed, 768, 600.0)
+        assert later.fine.samples <= found.fine.samples
+        assert later.coarse.samples <= found.coarse.samples
+    assert plan(1.0, 768, 600.0).rough
+    assert not plan(1.0, 12, 600.0).rough  # they are the same samples
+    assert plan(0.5, 768, 0.0) == Efforts(least, least)
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,41 @@ from functools import partial
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from lutra.train.conversion.prefix import Prefix, is_pure
 from lutra.train.layers.base import QuantizedLayer
 
 _PLAIN: Final = (Tensor, type(None), bool, int, float, str)
 
 
+class _Kept:
+    """What a call returned, as it is until something writes into it, or as a copy.
+
+    Args:
+        value: tensors in any structure.
+        copied: whether to keep a copy, and to give copies of it.
+    """
+
+    def __init__(self, value: Any, copied: bool) -> None:
+        tensors = _tensors(value)
+        self._copied = copied or any(tensor.is_inference() for tensor in tensors)
+        self.value = _copy(value) if self._copied else value
+        self._versions = [] if self._copied else [tensor._version for tensor in tensors]
+
+    def unchanged(self) -> bool:
+        """Whether the value is as it was."""
+        return self._copied or self._versions == [t._version for t in _tensors(self.value)]
+
+    def give(self) -> Any:
+        """The value for a reader."""
+        return _copy(self.value) if self._copied else self.value
+
+
 class Replay:
-    """Keeps outputs of modules, and gives them back in the modules' place.
+    """Keeps outputs of modules, and gives them back in the modules' place; of traced graphs of
+    functions, as imported files are, the values at the first layer that is not fitted (`prefix`).
 
     A module is left alone where its output may not be all that it does: where it has hooks, writes
     into its input, changes attributes or buffers, or returns other things than tensors.
@@ -33,8 +58,10 @@ class Replay:
 
     def __init__(self, memory_bytes: int) -> None:
         self._left = memory_bytes
-        self._kept: dict[str, dict[int, list[Any]]] = {}  # path -> batch -> calls
+        self._prefix = Prefix(memory_bytes)
+        self._kept: dict[str, dict[int, list[_Kept]]] = {}  # path -> batch -> calls
         self._never: set[str] = set()
+        self._copied: set[str] = set()  # paths whose outputs others write into
         self._calls: dict[str, int] = {}
         self._batch = 0
         self._reached = False  # a layer that is not fitted, in the pass of this batch
@@ -51,6 +78,14 @@ class Replay:
             model: the model as it is converted so far.
             pending: paths of the layers that will change still.
         """
+        if is_pure(model) and "forward" not in vars(model):
+            assert isinstance(model, fx.GraphModule)
+            model.__dict__["forward"] = self._prefix.instead_of(model, pending, lambda: self._batch)
+            try:
+                yield
+            finally:
+                del model.__dict__["forward"]
+            return
         undo: list[Callable[[], Any]] = []
 
         def reached(*_: Any) -> None:
@@ -82,7 +117,11 @@ class Replay:
             self._calls[path] = number + 1
             known = self._kept.get(path, {}).get(self._batch, [])
             if number < len(known):
-                return pytree.tree_map_only(Tensor, Tensor.clone, known[number])
+                if known[number].unchanged():
+                    return known[number].give()
+                self._forget(path)  # what reads it writes into it: from now on it gets a copy
+                self._copied.add(path)
+                known = []
             if self._reached or number > len(known) or path in self._never:
                 return forward(*args, **kwargs)
             before = _state(module, args, kwargs)
@@ -94,14 +133,15 @@ class Replay:
             size = _bytes(made)
             if size <= self._left:
                 self._left -= size
-                kept = pytree.tree_map_only(Tensor, Tensor.clone, made)
+                kept = _Kept(made, path in self._copied)
                 self._kept.setdefault(path, {}).setdefault(self._batch, []).append(kept)
             return made
 
         return call
 
     def _forget(self, path: str) -> None:
-        self._left += sum(_bytes(calls) for calls in self._kept.pop(path, {}).values())
+        calls = [call for own in self._kept.pop(path, {}).values() for call in own]
+        self._left += sum(_bytes(call.value) for call in calls)
 
     def _drop_parts(self) -> None:
         """Forgets the outputs inside modules whose own outputs are there for the same batches."""
@@ -158,6 +198,14 @@ def _is_plain(value: Any) -> bool:
         type(leaf) in _PLAIN and not (isinstance(leaf, Tensor) and leaf.requires_grad)
         for leaf in pytree.tree_leaves(value)
     )
+
+
+def _copy(value: Any) -> Any:
+    return pytree.tree_map_only(Tensor, Tensor.clone, value)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _bytes(value: Any) -> int:

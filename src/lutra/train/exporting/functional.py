@@ -40,12 +40,30 @@ _FRESH: Final = frozenset(
         "aten.mean.dim",
         "aten.cat.default",
         "aten.gelu.default",
+        "aten.softmax.int",
+        "aten.embedding.default",
+        "aten.amax.default",
+        "aten.sum.dim_IntList",
+        "aten.exp.default",
+        "aten.sqrt.default",
+        "aten.reciprocal.default",
         "lutra.frozen.default",
     )
 )
 #: What a program may hold besides them to be functional: the result may be a view of an argument.
 _VIEWS: Final = frozenset(
-    ("aten.flatten.using_ints", "aten.view.default", "aten.dropout.default", "aten.sym_size.int")
+    (
+        "aten.flatten.using_ints",
+        "aten.view.default",
+        "aten.reshape.default",
+        "aten.expand.default",
+        "aten.pad.default",
+        "aten.permute.default",
+        "aten.squeeze.dim",
+        "aten.unsqueeze.default",
+        "aten.dropout.default",
+        "aten.sym_size.int",
+    )
 )
 
 

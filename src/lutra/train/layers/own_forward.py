@@ -29,7 +29,7 @@ _KINDS: dict[type[nn.Module], Callable[..., Tensor]] = {
 }
 _TOLERANCE = 1e-5
 #: Sizes of the images and lines that a module is tried on.
-_SIZES = (32, 64, 224)
+_SIZES = (16, 32, 64, 224)
 
 
 def _kind(module: nn.Module) -> type[nn.Module] | None:

@@ -66,19 +66,14 @@ class Bench:
         self._axes = dict(zip(argument_names(model, len(batch)), data.dynamic_axes, strict=True))
         self._pool = data.judged.samples(_POOL)
 
-    def export(
-        self, model: nn.Module, path: Path, metadata: Mapping[str, Any] | None = None
-    ) -> Session:
+    def export(self, model: nn.Module, path: Path) -> Session:
         """Writes a model, and loads it.
 
         Raises:
             LutraError: it cannot be exported.
         """
         try:
-            export(
-                model, path, self.example, dynamic_axes=self._axes, golden=metadata is not None,
-                metadata=metadata,
-            )  # fmt: skip
+            export(model, path, self.example, dynamic_axes=self._axes, golden=False)
         except (LutraError, OSError, MemoryError):
             raise
         except Exception as error:  # what the model raises while it is traced

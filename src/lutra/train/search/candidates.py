@@ -38,6 +38,12 @@ INT8: Final = "int8"
 _MARGIN: Final = 1.1
 #: Linear layers of so many inputs may take long sub-vectors.
 _WIDE: Final = 256
+#: Samples and rows that show which layers there are, and the shapes of their inputs.
+_LOOKED_AT: Final = 2
+_ROWS: Final = 64
+#: Seconds that a layer is timed for, and the share of the minutes that all of them may take.
+_SECONDS: Final = 1.0
+_SHARE: Final = 0.1
 #: Milliseconds by key.
 Times = dict[str, float]
 
@@ -140,15 +146,16 @@ def find_layers(
         LutraError: nothing can be replaced.
     """
     batch = data.calibration.batches[0]
-    few = tuple(tensor[:8] for tensor in batch)
+    few = tuple(tensor[:_LOOKED_AT] for tensor in batch)
     rough, report = convert(
-        model, {"*": Int8(otherwise=Keep())}, [(few,)], rows=256, calibration="parallel",
+        model, {"*": Int8(otherwise=Keep())}, [(few,)], rows=_ROWS, calibration="parallel",
         progress=False, seed=budget.seed,
     )  # fmt: skip
     names = [entry.name for entry in report.layers if entry.replaced]
     kinds = {entry.name: entry.kind for entry in report.layers}
     inputs = _inputs(rough, names, few)
     times = {} if known is None else known
+    seconds = min(_SECONDS, _SHARE * 60.0 * budget.minutes / max(1, len(names)))
     found = []
     for name in names:
         layer = rough.get_submodule(name)
@@ -163,7 +170,7 @@ def find_layers(
             entry = times.setdefault(key, {})
             if not graphs.keys() <= entry.keys():
                 gate = SpeedGate(threads=budget.threads, isa=budget.isa)
-                entry.update(time_graphs(graphs, gate))
+                entry.update(time_graphs(graphs, gate, seconds))
             timed: Mapping[str, float | None] = {k: calls * entry[k] for k in graphs}
         else:
             timed = dict.fromkeys(graphs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +15,14 @@ import numpy as np
 from torch import nn
 
 from lutra.errors import LutraError
+from lutra.format import save_graph
 from lutra.graph import Graph
 from lutra.node import Array
 from lutra.runtime.cpu import choose_isa, cpu_info
 from lutra.runtime.session import Session
 from lutra.train.conversion.resume import digest
+from lutra.train.exporting.export import with_golden
+from lutra.train.exporting.parity import feeds_of
 from lutra.train.progress import Progress
 from lutra.train.recipe import recipe_to_json
 from lutra.train.search.bench import Bench, outputs_of
@@ -40,6 +44,11 @@ _RECOVERED: Final = 4.0
 #: A choice is slower than int8 where the medians differ by more than this share.
 _SAME_TIME: Final = 0.01
 _WORST: Final = 8
+#: What is left for other runtimes: so many seconds, and at most this share of the minutes.
+_PEERS_SECONDS: Final = 40.0
+_PEERS_SHARE: Final = 0.15
+#: A search that took longer than its minutes by more than this share says so.
+_OVERRUN: Final = 0.15
 _DEFAULT: Final = Budget()
 
 #: Measures another runtime: of the samples that judge a function from outputs to quality and drop.
@@ -136,7 +145,8 @@ def optimize(
         def tell(what: str) -> None:
             bar.update(len(kept.trials()) - done, what)
 
-        search = Search(model, parts, layers, bench, budget, kept, evaluate, tell)
+        behind = 0.0 if peers is None else min(_PEERS_SHARE * 60.0 * budget.minutes, _PEERS_SECONDS)
+        search = Search(model, parts, layers, bench, budget, kept, evaluate, tell, begin, behind)
         search.run()
         tell("the choice")
         return _Finish(search, settings, output, metadata, peers, begin, names).study()
@@ -160,6 +170,8 @@ class _Finish:
         self.names = names
         self.trials = search.storage.trials()
         self.notes = ["The search was stopped before its time."] if search.stopped else []
+        if isinstance(search.measure, Top1) and search.measure.doubt:
+            self.notes.append(search.measure.doubt)
 
     def study(self) -> Study:
         """The result."""
@@ -173,7 +185,7 @@ class _Finish:
                 chosen, model = tuned
         if model is None:
             model, _ = search.convert(chosen.choice)
-        session = self._export(model, "choice")
+        session = self._export(model, chosen)
         final = self._measured(session, chosen)
         chosen, model, session, final = self._not_slower(chosen, model, session, final)
         # All times by the same measure: the dense model as it was measured last.
@@ -201,9 +213,33 @@ class _Finish:
             study.peers = self.peers(search.data, self._judged)
             study.message = " ".join([study.message, *_faster_peers(study)])
         study.seconds = time.perf_counter() - self.begin
+        study.message = " ".join([study.message, *self._effort(study.seconds)])
         if self.output is not None:
-            study.graph = self._write(model, study)
+            study.graph = self._write(session.graph, study)
         return study
+
+    def _effort(self, seconds: float) -> list[str]:
+        """What was left out because the minutes are few, and how much longer it took."""
+        search, budget = self.search, self.search.budget
+        said = []
+        fine, count = search.efforts.fine, search.data.calibration.count
+        if fine.samples < count:
+            said.append(
+                f"Conversion takes long for {budget.minutes:g} minutes, so {fine.samples} of the "
+                f"{count} samples calibrated; with more minutes recipes may lose less."
+            )
+        whole = int(search.judges)
+        if search.data.judged.count < whole:
+            said.append(
+                f"{search.data.judged.count} of {whole} samples judged, for the same reason."
+            )
+        allowed = 60.0 * (budget.minutes + budget.finetune_minutes)
+        if budget.minutes and seconds > (1.0 + _OVERRUN) * allowed:
+            said.append(
+                f"All of it took {seconds / 60:.1f} minutes: what has to be measured in any case "
+                "did not fit."
+            )
+        return said
 
     def _best(self) -> Trial | None:
         """The cheapest recipe within the budget, of those that all samples calibrated."""
@@ -215,8 +251,17 @@ class _Finish:
         quality = self.search.measure.quality(outputs)
         return quality, self.search.measure.drop(quality)
 
-    def _export(self, model: nn.Module, name: str) -> Session:
-        return self.search.bench.export(model, self.search.bench.file(name))
+    def _export(self, model: nn.Module, chosen: Trial) -> Session:
+        """The choice as a file, which may be that of its trial."""
+        bench = self.search.bench
+        path = bench.file("choice")
+        known = None if chosen.finetuned else self.search.file_of(chosen.choice)
+        if model is self.search.model:
+            known = bench.file("dense")
+        if known is None:
+            return bench.export(model, path)
+        shutil.copyfile(known, path)
+        return bench.session(path)
 
     def _finetuned(self) -> tuple[Trial, nn.Module] | None:
         """A cheaper recipe than the budget allows without training, fine-tuned into it; the choice
@@ -262,8 +307,10 @@ class _Finish:
             del sessions["choice"]
             files["choice"] = "dense"
         if int8 is not None and int8.choice != chosen.choice:
-            path = bench.file("int8")
-            if not path.exists():
+            known = search.file_of(int8.choice)
+            path = bench.file("int8") if known is None else known
+            files["int8"] = path.stem
+            if known is None and not path.exists():
                 bench.export(search.convert(int8.choice)[0], path)
             sessions["int8"] = bench.session(path)
         times = bench.times(sessions, _SECONDS)
@@ -307,7 +354,7 @@ class _Finish:
                     f"Measured together, {trial.label} {how} '{chosen.label}', and is the choice."
                 )
                 model, _ = search.convert(trial.choice)
-                session = self._export(model, "choice")
+                session = self._export(model, trial)
                 chosen = trial
                 final = self._measured(session, chosen)
         values = final["choice"]
@@ -393,16 +440,20 @@ class _Finish:
         ]
         return entries, [part.sample(place) for place in places]
 
-    def _write(self, model: nn.Module, study: Study) -> Graph:
-        """Writes the choice with the study in its metadata."""
+    def _write(self, graph: Graph, study: Study) -> Graph:
+        """Writes the choice with golden data, and with the study in its metadata."""
         assert self.output is not None
+        graph = with_golden(graph, feeds_of(graph, self.search.bench.example))
         entries = {
+            **graph.metadata,
             "recipe": {"method": "optimize", "patterns": recipe_to_json(study.recipe)},
             "seed": study.budget.seed,
             "study": study.to_dict(),
             **self.metadata,
         }
-        return self.search.bench.export(model, Path(self.output), entries).graph
+        graph = replace(graph, metadata=entries)
+        save_graph(graph, self.output)
+        return graph
 
 
 def _faster_peers(study: Study) -> list[str]:

@@ -311,6 +311,7 @@ def _openvino(threads: int) -> Callable[[Any], _Opened]:
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",  # and not bfloat16, where the CPU has it
+        "ENABLE_CPU_PINNING": False,  # the core may be busy: the system knows a better one
     }
 
     def load(source: Any) -> _Opened:

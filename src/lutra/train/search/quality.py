@@ -67,7 +67,13 @@ class _Points:
 
 
 class Top1(_Points):
-    """Share of samples whose largest score is that of their label, or of the dense model."""
+    """Share of samples whose largest score is that of their label, or of the dense model.
+
+    Args:
+        dense: outputs of the dense model.
+        labels: of the samples; None without. Where the dense model is no better at them than the
+            most frequent one, `doubt` says so in a sentence; else it is empty.
+    """
 
     def __init__(self, dense: Outputs, labels: Array | None) -> None:
         count = sum(len(batch[0]) for batch in dense)
@@ -78,6 +84,16 @@ class Top1(_Points):
             f"sample is {100 / count:.2g} points"
         )
         super().__init__(dense, labels)
+        self.doubt = ""
+        if labels is not None:
+            _, counts = np.unique(labels, return_counts=True)
+            most = 100.0 * float(counts.max()) / count
+            if self.dense <= most and len(counts) > 1:
+                self.doubt = (
+                    f"The dense model has only {self.dense:.2f} % right, and the most frequent "
+                    f"label is that of {most:.2f} %: check that the labels count the classes as "
+                    "the model does."
+                )
 
     def quality(self, outputs: Outputs) -> float:
         wanted = self._labels

@@ -52,6 +52,25 @@ class Part:
             place -= len(batch[0])
         raise IndexError(place)
 
+    def thinned(self, most: int) -> Part:
+        """At most about so many of the samples, evenly from all batches, and one of each at least;
+        the part itself where it has no more."""
+        if self.count <= most:
+            return self
+        batches, places, start, due = [], [], 0, 0.0
+        for batch in self.batches:
+            size = len(batch[0])
+            due += size * most / self.count  # what batches before had too much or too little
+            count = max(1, min(size, round(due)))
+            due -= count
+            own = np.arange(count) * size // count
+            batches.append(tuple(tensor[torch.from_numpy(own)] for tensor in batch))
+            places.append(start + own)
+            start += size
+        chosen = np.concatenate(places)
+        labels = None if self.labels is None else self.labels[chosen]
+        return Part(tuple(batches), labels, self.index[chosen])
+
     def samples(self, most: int) -> list[tuple[Array, ...]]:
         """The first samples, each as a batch of one, from all shapes that there are."""
         found = [

@@ -3,10 +3,12 @@ that a mixed-integer program proposes and that measured ones correct."""
 
 from __future__ import annotations
 
+import math
+import shutil
 import time
 from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
-from statistics import median
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -19,6 +21,7 @@ from lutra.train.report import ConversionReport
 from lutra.train.search.bench import Bench, EngineModel, outputs_of
 from lutra.train.search.budget import Budget
 from lutra.train.search.candidates import FLOAT32, INT8, SearchLayer, recipe_of
+from lutra.train.search.effort import EFFORTS, Effort, Efforts, plan, whole
 from lutra.train.search.predict import Belief, SumModel, Term
 from lutra.train.search.proposals import cheapest, propose, spread
 from lutra.train.search.quality import (
@@ -29,29 +32,33 @@ from lutra.train.search.quality import (
     own_value,
     surrogate,
 )
-from lutra.train.search.samples import Split
+from lutra.train.search.samples import Part, Split
 from lutra.train.search.storage import Storage
 from lutra.train.search.trial import DENSE, INT8_EVERYWHERE, ROUGH, Trial, best, front, good
 
 _SECONDS: Final = 1.0  # of timing a trial
-#: Rows that layers are fitted to, and samples that give them: of the choice, and of rough trials.
-_ROWS: Final = 4096
-_ROUGH_ROWS: Final = 1024
-_ROUGH_SAMPLES: Final = 256
-#: Trials are rough where so many int8 conversions with all samples do not fit into the budget.
-_MANY: Final = 60
-#: A conversion with all samples takes this many times as long, and keeps this share of the drop.
-_WHOLE_TIME: Final = 4.0
+#: A conversion that is not rough keeps this share of the drop.
 _WHOLE_DROP: Final = 0.85
 #: The most that is left for such conversions, as a share of the budget.
 _WHOLE_SHARE: Final = 0.25
+#: The share of the minutes in which the samples that judge must run once.
+_JUDGED_SHARE: Final = 0.03
+_LEAST_JUDGED: Final = 16
+#: The last measurement takes a few seconds, and runs the samples that judge.
+_LAST: Final = 4.0
 #: Layers of a network whose ends are left dense at first.
 _DEEP: Final = 5
 #: How far a measured time, loss and size may be off, as shares.
 _TIME_NOISE: Final = 0.03
 _LOSS_NOISE: Final = 0.1
 _SIZE_NOISE: Final = 0.002
+#: Notes of the storage: samples that judge, and what a conversion looks at.
+_JUDGED: Final = "samples that judge"
+_EFFORTS: Final = "efforts"
+_BEST: Final = "best"
 _OUT: Final = 1.0  # loss of outputs that have nothing to do with those of the dense model
+
+_Made = tuple[nn.Module, ConversionReport | None]
 
 
 class Search:
@@ -66,6 +73,8 @@ class Search:
         storage: where trials are kept.
         evaluate: the quality of a model; None chooses a measure.
         tell: called with what is going on.
+        begin: when the minutes of the budget began, by `time.perf_counter`.
+        behind: seconds of them that are for what comes behind the search.
     """
 
     def __init__(
@@ -78,12 +87,19 @@ class Search:
         storage: Storage,
         evaluate: Callable[[Any], float] | None,
         tell: Callable[[str], None],
+        begin: float,
+        behind: float = 0.0,
     ) -> None:
         self.model, self.data, self.layers, self.bench = model, data, layers, bench
         self.budget, self.storage, self._evaluate, self._tell = budget, storage, evaluate, tell
-        self._begin = time.perf_counter()
+        self._begin, self._behind = begin, behind
         self.dense = bench.export(model, bench.file("dense"))
-        self.outputs: Outputs = outputs_of(self.dense, data.judged)
+        self.judges = data.judged.count
+        judged = self._judged(data.judged)
+        self.data = data = replace(data, judged=judged)
+        start = time.perf_counter()
+        self.outputs: Outputs = outputs_of(self.dense, judged)
+        self._behind += _LAST + 2.0 * (time.perf_counter() - start)
         _check_outputs(self.outputs)
         self.measure: Measure = (
             choose_measure(self.outputs, data.judged.labels)
@@ -92,7 +108,8 @@ class Search:
         )
         self.tried = 0
         self.stopped = False
-        self.rough = False  # whether the trials of the search are; known behind the base
+        self.efforts = whole()  # until the first conversion was timed
+        self._made: dict[str, tuple[dict[str, str], _Made]] = {}
 
     # ---- trials ---------------------------------------------------------------------------------
 
@@ -124,15 +141,59 @@ class Search:
         """Whether another trial fits into the budget."""
         if self.budget.trials is not None and self.tried >= self.budget.trials:
             return False
-        own = [t for t in self.storage.trials() if t.rough == self.rough and t.label != DENSE]
-        seconds = [trial.seconds for trial in own] or [0.0]
-        # The chosen recipe is converted once more, with all samples.
-        whole = min(_WHOLE_TIME * median(seconds), _WHOLE_SHARE * 60.0 * self.budget.minutes)
-        return self._left() > max(seconds) + whole * self.rough
+        trials = self.storage.trials()
+        own = [t for t in trials if t.rough == self.rough and t.label != DENSE]
+        int8 = next(t.seconds for t in trials if t.label == INT8_EVERYWHERE)
+        longest = max((trial.seconds for trial in own), default=int8 * _share(self.efforts))
+        # The chosen recipe is converted once more.
+        again = min(int8, _WHOLE_SHARE * 60.0 * self.budget.minutes) if self.rough else 0.0
+        return self._left() > longest + again
 
     def _left(self) -> float:
-        """Seconds of the budget."""
-        return 60.0 * self.budget.minutes - (time.perf_counter() - self._begin)
+        """Seconds of the budget, without those for what comes behind the search."""
+        total = 60.0 * self.budget.minutes
+        return total - self._behind - (time.perf_counter() - self._begin)
+
+    @property
+    def rough(self) -> bool:
+        """Whether fewer samples calibrate trials than the choice."""
+        return self.efforts.rough
+
+    def _judged(self, part: Part) -> Part:
+        """The samples that judge: as many of them as the dense model runs in reasonable time."""
+        most = self.storage.notes(_JUDGED)
+        if most is None:
+            some = part.thinned(_LEAST_JUDGED)
+            start = time.perf_counter()
+            outputs_of(self.dense, some)
+            each = (time.perf_counter() - start) / some.count
+            most = part.count
+            if self.budget.minutes:
+                fits = int(_JUDGED_SHARE * 60.0 * self.budget.minutes / max(each, 1e-9))
+                most = min(most, max(_LEAST_JUDGED, fits))
+            self.storage.note(_JUDGED, most)
+        return part.thinned(most)
+
+    def _plan(self) -> None:
+        """Times a conversion with few samples, and decides how many there are to be."""
+        known = self.storage.notes(_EFFORTS)
+        if known is not None:
+            self.efforts = Efforts.from_dict(known)
+            return
+        count = self.data.calibration.count
+        if self.budget.minutes and count > EFFORTS[0].samples:
+            self._tell("timing a conversion")
+            choice = {layer.name: INT8 for layer in self.layers}
+            start = time.perf_counter()
+            try:
+                made = self._converted(choice, EFFORTS[0])
+            except LutraError:  # the trial says so
+                return
+            taken = time.perf_counter() - start
+            self.efforts = plan(taken, count, max(0.0, self._left()))
+            if self.efforts.fine == EFFORTS[0]:
+                self._made[INT8_EVERYWHERE] = choice, made
+        self.storage.note(_EFFORTS, self.efforts.to_dict())
 
     def _known(self, choice: Mapping[str, str]) -> bool:
         """Whether a recipe was measured, or is in flight elsewhere."""
@@ -148,18 +209,17 @@ class Search:
             trial = found[0] if found else self._try(label, choice, self.storage.start(choice))
             if label == DENSE:
                 self.dense_ms = trial.ms
+                self._plan()
         self.tried = 0
-        more = self.data.calibration.count > _ROUGH_SAMPLES
-        self.rough = more and _MANY * trial.seconds > 60.0 * self.budget.minutes
 
     def _refine(self) -> None:
-        """Where trials were rough, measures recipes with all samples: from the cheapest that may be
-        within the budget on, until one is."""
+        """Where trials were rough, measures recipes as they may be chosen: from the cheapest that
+        may be within the budget on, until one is."""
         if not self.rough:
             return
         target, kept = self.budget.target, _WHOLE_DROP
-        longest = 0.0  # of the trials here; the first one is always made
-        while self._left() > longest or not longest:
+        longest = next(t.seconds for t in self.storage.trials() if t.label == INT8_EVERYWHERE)
+        while self._left() > longest:
             trials = good(self.storage.trials())
             whole = [trial for trial in trials if not trial.rough]
             found = best(whole, target, self.max_drop)
@@ -223,9 +283,10 @@ class Search:
         label += ROUGH if rough else ""
         self._tell(f"trial {len(self.storage.trials()) + 1}: {label}")
         start = time.perf_counter()
+        made: _Made | None = None
         try:
-            model, report = self.convert(choice, rough)
-            trial = self.judge(label, choice, model, report)
+            made = self.convert(choice, rough)
+            trial = self.judge(label, choice, *made)
         except LutraError as error:
             if label == DENSE:
                 raise
@@ -233,23 +294,46 @@ class Search:
         seconds = time.perf_counter() - start
         trial = replace(trial, seconds=seconds, rough=rough)
         self.storage.finish(number, trial)
+        if made is not None and made[1] is not None and not rough and not trial.failed:
+            self._remember(trial, made)
         self.tried += 1
         return trial
 
     def convert(
         self, choice: Mapping[str, str], rough: bool = False
     ) -> tuple[nn.Module, ConversionReport | None]:
-        """The model with a recipe, by all samples or a part: the same bits in every call."""
-        recipe = recipe_of(self.layers, choice)
-        if not recipe:
+        """The model with a recipe, with the effort of the choice or of trials: the same bits in
+        every call."""
+        if not recipe_of(self.layers, choice):
             return self.model, None
-        batches = [(batch,) for batch in self.data.calibration.batches]
-        if rough:
-            batches = batches[:: -(-self.data.calibration.count // _ROUGH_SAMPLES)]
+        if not rough:
+            for known, made in self._made.values():
+                if known == dict(choice):
+                    return made
+        return self._converted(choice, self.efforts.coarse if rough else self.efforts.fine)
+
+    def _converted(self, choice: Mapping[str, str], effort: Effort) -> _Made:
+        part = self.data.calibration.thinned(effort.samples)
         return convert(
-            self.model, recipe, batches, rows=_ROUGH_ROWS if rough else _ROWS,
-            seed=self.budget.seed, progress=False,
+            self.model, recipe_of(self.layers, choice), [(batch,) for batch in part.batches],
+            rows=effort.rows, seed=self.budget.seed, progress=False,
         )  # fmt: skip
+
+    def _remember(self, trial: Trial, made: _Made) -> None:
+        """Keeps a model and its file where it is int8 everywhere, or the best so far."""
+        whole = [t for t in self.storage.trials() if not t.rough]
+        for name, wanted in (
+            (INT8_EVERYWHERE, trial.label == INT8_EVERYWHERE),
+            (_BEST, best(whole, self.budget.target, self.max_drop) == trial),
+        ):
+            if wanted:
+                self._made[name] = dict(trial.choice), made
+                shutil.copyfile(self.bench.file("trial"), self.bench.file(name))
+
+    def file_of(self, choice: Mapping[str, str]) -> Path | None:
+        """The file of a recipe as it may be chosen; None where it is not kept."""
+        paths = [self.bench.file(name) for name, (own, _) in self._made.items() if own == choice]
+        return next((path for path in paths if path.exists()), None)
 
     def judge(
         self,
@@ -412,6 +496,11 @@ class Search:
     def front(self) -> list[Trial]:
         """The trials that no other beats."""
         return front(self.storage.trials(), self.budget.target)
+
+
+def _share(efforts: Efforts) -> float:
+    """What a rough conversion takes of another, about."""
+    return math.sqrt(efforts.coarse.samples / efforts.fine.samples)
 
 
 def _by_exactness(keys: list[str]) -> list[str]:
