@@ -96,6 +96,8 @@ uint32_t cpu_features() {
   }
 #elif defined(__aarch64__)
   features |= kFeatureNeon;  // which other systems require
+#elif defined(__wasm_simd128__)
+  features |= kFeatureWasm;  // a module that has it is not loaded where it cannot run
 #endif
   return features;
 }
@@ -117,6 +119,7 @@ std::vector<std::string> cpu_feature_names() {
   const uint32_t features = cpu_features();
   if (features & kFeatureNeon) names.push_back("neon");
   if (features & kFeatureDot) names.push_back("dotprod");
+  if (features & kFeatureWasm) names.push_back("simd128");
 #endif
   return names;
 }
@@ -161,6 +164,9 @@ std::vector<const Kernels*> compiled_kernels() {
 #endif
 #ifdef LUTRA_HAVE_NEON_DOT
   all.push_back(&kNeonDot);
+#endif
+#ifdef LUTRA_HAVE_WASM
+  all.push_back(&kWasm);
 #endif
   return all;
 }
