@@ -12,12 +12,16 @@
 #include "wasm_lanes.h"
 #include "wasm_lookup.h"
 #include "wasm_respond.h"
-// After the lanes that they are written in:
+// After the lanes that they are written in. Their time goes into calls of fused_call(), so that
+// they may be small.
+#define LUTRA_SMALL
+#pragma clang attribute push(__attribute__((minsize)), apply_to = function)
 #include "attention.h"
 #include "attention_row.h"
 #include "functions.h"
 #include "piecewise.h"
 #include "planes.h"
+#pragma clang attribute pop
 
 namespace lutra {
 namespace {
