@@ -152,7 +152,10 @@ std::string cpu_model() {
 }
 
 std::vector<const Kernels*> compiled_kernels() {
-  std::vector<const Kernels*> all{&kScalar};
+  std::vector<const Kernels*> all;
+#ifndef LUTRA_NO_SCALAR
+  all.push_back(&kScalar);
+#endif
 #ifdef LUTRA_HAVE_AVX2
   all.push_back(&kAvx2);
 #endif

@@ -2,9 +2,8 @@
 //
 // The parts are private headers, all in this file's anonymous namespace: wasm_common.h (loads of
 // rows, the epilogue), wasm_fma.h, wasm_encode.h, wasm_tables.h, wasm_lookup.h, wasm_dense.h,
-// wasm_depthwise.h, wasm_respond.h. Low-bit weights and training have the scalar kernels.
-#include "scalar_lowbit.h"
-#include "scalar_training.h"
+// wasm_depthwise.h, wasm_respond.h, wasm_attention.h. Low-bit weights and training have the scalar
+// kernels.
 #include "wasm_common.h"
 #include "wasm_dense.h"
 #include "wasm_depthwise.h"
@@ -16,11 +15,11 @@
 // they may be small.
 #define LUTRA_SMALL
 #pragma clang attribute push(__attribute__((minsize)), apply_to = function)
-#include "attention.h"
-#include "attention_row.h"
 #include "functions.h"
-#include "piecewise.h"
 #include "planes.h"
+#include "scalar_lowbit.h"
+#include "scalar_training.h"
+#include "wasm_attention.h"
 #pragma clang attribute pop
 
 namespace lutra {
@@ -41,10 +40,23 @@ void quantize(const float* x, size_t n, const Grid& grid, uint8_t* q) {
   }
 }
 
+// Of 31 breakpoints at most, all are compared.
 void piecewise(const Piecewise& p, const float* x, size_t n, float* y) {
-  if (p.entries == 8) return piecewise_by_levels<8>(p, x, n, y);
-  if (p.entries == 16) return piecewise_by_levels<16>(p, x, n, y);
-  piecewise_by_levels<32>(p, x, n, y);
+  const int32_t last = p.entries - 1;
+  const v128_t lowest = wasm_f32x4_splat(p.slope[0] == 0.0f ? -kLargest : -__builtin_inff());
+  const v128_t highest = wasm_f32x4_splat(p.slope[last] == 0.0f ? kLargest : __builtin_inff());
+  for (size_t i = 0; i < n; i += kLanes) {
+    const int32_t count = n - i < kLanes ? static_cast<int32_t>(n - i) : kLanes;
+    const v128_t v = load_floats(x + i, count).v;
+    v128_t entry = zeros();
+    for (int32_t b = 0; b < last; ++b) {
+      entry = wasm_i32x4_sub(entry, wasm_f32x4_ge(v, wasm_f32x4_splat(p.breakpoint[b])));
+    }
+    const v128_t inside = minimum({highest}, maximum({lowest}, {v})).v;
+    const v128_t slope = entries_of(p.slope, p.entries, entry);
+    const v128_t made = fused(slope, inside, entries_of(p.intercept, p.entries, entry));
+    store_floats(y + i, {made}, count);
+  }
 }
 
 }  // namespace

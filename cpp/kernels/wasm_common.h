@@ -46,7 +46,6 @@ struct WholeRows {
   LUTRA_INLINE v128_t load(const uint8_t* plane) const { return wasm_v128_load(plane + offset); }
 };
 
-template <bool kTwo>
 struct WindowRows {
   const Rows& rows;
   v128_t first, second;
@@ -54,7 +53,7 @@ struct WindowRows {
       : rows(r), first(wasm_v128_load(r.index[0])), second(wasm_v128_load(r.index[1])) {}
   LUTRA_INLINE v128_t load(const uint8_t* plane) const {
     v128_t v = wasm_v128_or(window(plane, 0, first), window(plane, 1, second));
-    for (int32_t i = 2; !kTwo && i < rows.windows; ++i) {
+    for (int32_t i = 2; i < rows.windows; ++i) {
       v = wasm_v128_or(v, window(plane, i, wasm_v128_load(rows.index[i])));
     }
     return v;
@@ -70,10 +69,8 @@ template <typename Body>
 LUTRA_INLINE void with_rows(const Rows& rows, const Body& body) {
   if (rows.whole) {
     body(WholeRows(rows));
-  } else if (rows.windows == 2) {
-    body(WindowRows<true>(rows));
   } else {
-    body(WindowRows<false>(rows));
+    body(WindowRows(rows));
   }
 }
 

@@ -22,7 +22,8 @@ size_t dense8_bytes(int32_t depth, int32_t outputs) {
   return static_cast<size_t>((outputs + kOutputs - 1) / kOutputs) * pairs_of(depth) * 16;
 }
 
-void pack_dense8(int32_t depth, int32_t outputs, const int8_t* weights, uint8_t* packed) {
+LUTRA_COLD void pack_dense8(int32_t depth, int32_t outputs, const int8_t* weights,
+                            uint8_t* packed) {
   int16_t* to = reinterpret_cast<int16_t*>(packed);
   for (int32_t block = 0; block < outputs; block += kOutputs) {
     for (int32_t d = 0; d < depth; d += 2) {

@@ -31,8 +31,8 @@ size_t depthwise8_bytes(const DepthwiseShape& s, int32_t outputs) {
   return static_cast<size_t>(outputs) * s.taps;
 }
 
-void pack_depthwise8(const DepthwiseShape& s, int32_t outputs, const int8_t* weights,
-                     uint8_t* packed) {
+LUTRA_COLD void pack_depthwise8(const DepthwiseShape& s, int32_t outputs, const int8_t* weights,
+                                uint8_t* packed) {
   const size_t count = depthwise8_bytes(s, outputs);
   for (size_t i = 0; i < count; ++i) packed[i] = static_cast<uint8_t>(weights[i]);
 }
@@ -41,7 +41,8 @@ size_t depthwise8_mask_bytes(const DepthwiseShape& s) {
   return static_cast<size_t>(s.taps) * kRows;
 }
 
-void pack_depthwise8_masks(const DepthwiseShape& s, const uint64_t* valid, uint8_t* packed) {
+LUTRA_COLD void pack_depthwise8_masks(const DepthwiseShape& s, const uint64_t* valid,
+                                      uint8_t* packed) {
   for (int32_t t = 0; t < s.taps; ++t) {
     for (int32_t r = 0; r < kRows; ++r) *packed++ = valid[t] >> r & 1 ? 255 : 0;
   }

@@ -41,7 +41,7 @@ LUTRA_INLINE uint32_t two_words(int32_t low, int32_t high) {
   return (static_cast<uint32_t>(high) << 16) | (static_cast<uint32_t>(low) & 0xffff);
 }
 
-void pack_nearest(const PqShape& s, const uint8_t* centroids, uint8_t* packed) {
+LUTRA_COLD void pack_nearest(const PqShape& s, const uint8_t* centroids, uint8_t* packed) {
   Centred codebook;
   for (int32_t b = 0; b < s.codebooks; ++b) {
     const int32_t left = s.depth - b * s.dim, valid = left < s.dim ? left : s.dim;
@@ -195,8 +195,8 @@ void encode_nearest(const PqShape& s, const uint8_t* packed, const Patch& p, con
 // Packed: (codebooks, levels) pairs of the split's plane and tap, then (codebooks, 16 or K)
 // thresholds in heap order, less 1: x >= t is x > t - 1, for which there is a signed comparison.
 
-void pack_tree(const PqShape& s, const int32_t* splits, const uint8_t* thresholds,
-               uint8_t* packed) {
+LUTRA_COLD void pack_tree(const PqShape& s, const int32_t* splits, const uint8_t* thresholds,
+                          uint8_t* packed) {
   const int32_t count = s.codebooks * tree_levels(s);
   int32_t* const to = reinterpret_cast<int32_t*>(packed);
   for (int32_t i = 0; i < count; ++i) {

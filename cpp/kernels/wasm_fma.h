@@ -15,6 +15,7 @@
 #include "kernels.h"
 
 #define LUTRA_INLINE [[gnu::always_inline]] inline
+#define LUTRA_COLD [[clang::minsize]]  // runs once for each layer
 
 namespace lutra {
 namespace {

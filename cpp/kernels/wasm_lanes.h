@@ -73,9 +73,6 @@ LUTRA_INLINE Floats choose(Mask m, Floats a, Floats b) {
   return {wasm_v128_bitselect(a.v, b.v, m.m)};
 }
 LUTRA_INLINE Floats zero_where(Mask m, Floats a) { return {wasm_v128_andnot(a.v, m.m)}; }
-LUTRA_INLINE Ints with_bit(Ints a, Mask m, int32_t bit) {
-  return either(a, both(Ints{m.m}, splat(bit)));
-}
 
 LUTRA_INLINE Ints integers(Floats n) { return {wasm_i32x4_trunc_sat_f32x4(n.v)}; }  // of integers
 LUTRA_INLINE Floats power(Ints n) { return floats(shift_left<23>(add(n, splat(127)))); }
@@ -88,31 +85,26 @@ LUTRA_INLINE Floats scale(Floats a, Floats n) { return mul(a, power(integers(n))
 LUTRA_INLINE Floats floor_of(Floats a) { return {wasm_f32x4_floor(a.v)}; }
 LUTRA_INLINE Ints floor_ints(Floats t) { return integers(floor_of(t)); }
 
-// A register for every 4 entries: what one swizzle reads.
+// Entries stay where they are; entry i's bytes are 4 i .. 4 i + 3, of which a swizzle gives zeros
+// from 16 on. A loop in a function of its own: the module is smaller.
 template <int kEntries>
 struct Table {
-  v128_t part[kEntries / 4];
-  LUTRA_INLINE explicit Table(const float* v) {
-    for (int32_t i = 0; i < kEntries / 4; ++i) part[i] = load(v + 4 * i);
-  }
+  const float* entries;
+  LUTRA_INLINE explicit Table(const float* v) : entries(v) {}
 };
-// Entry i's bytes are 4 i .. 4 i + 3, of which a swizzle gives zeros from 16 on.
+[[gnu::noinline]] v128_t entries_of(const float* entries, int32_t count, v128_t i) {
+  const v128_t spread =
+      wasm_i32x4_mul(wasm_v128_and(i, wasm_i32x4_splat(count - 1)), wasm_i32x4_splat(0x04040404));
+  v128_t index = wasm_i32x4_add(spread, wasm_i32x4_splat(0x03020100)), found = zeros();
+  for (int32_t e = 0; e < count; e += 4) {
+    found = wasm_v128_or(found, wasm_i8x16_swizzle(load(entries + e), index));
+    index = wasm_i8x16_sub(index, wasm_i8x16_splat(16));
+  }
+  return found;
+}
 template <int kEntries>
 LUTRA_INLINE Floats at(const Table<kEntries>& t, Ints i) {
-  const v128_t spread = wasm_i32x4_mul(wasm_v128_and(i.v, wasm_i32x4_splat(kEntries - 1)),
-                                       wasm_i32x4_splat(0x04040404));
-  v128_t index = wasm_i32x4_add(spread, wasm_i32x4_splat(0x03020100));
-  v128_t found = wasm_i8x16_swizzle(t.part[0], index);
-  for (int32_t p = 1; p < kEntries / 4; ++p) {
-    index = wasm_i8x16_sub(index, wasm_i8x16_splat(16));
-    found = wasm_v128_or(found, wasm_i8x16_swizzle(t.part[p], index));
-  }
-  return {found};
-}
-// `last`: the highest bit of the index, which is not in i.
-template <int kEntries>
-LUTRA_INLINE Floats at_last(const Table<kEntries>& t, Ints i, Mask last) {
-  return at(t, with_bit(i, last, kEntries / 2));
+  return {entries_of(t.entries, kEntries, i.v)};
 }
 
 }  // namespace

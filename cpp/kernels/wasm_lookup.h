@@ -120,16 +120,15 @@ template <int kSlices, class Source>
   }
 }
 
-template <class Source>
-LUTRA_INLINE void lookup_outputs(const PqShape& s, const uint8_t* tables, const Source& reads,
-                                 int32_t first, int32_t last, const Epilogue& e) {
+template <int kSlices, class Source>
+void lookup_outputs(const PqShape& s, const uint8_t* tables, const Source& reads, int32_t first,
+                    int32_t last, const Epilogue& e) {
   const Finish finish(e);
-  auto* const run = table_slices(s) == 1   ? lookup_block<1, Source>
-                    : table_slices(s) == 2 ? lookup_block<2, Source>
-                                           : lookup_block<4, Source>;
   for (int32_t m = first; m < last; m += kOutputs) {
     const uint8_t* const from = tables + m / kOutputs * output_block_bytes(s);
-    for (int32_t row = 0; row < e.rows; row += kBlock) run(s, from, reads, m, last, row, finish);
+    for (int32_t row = 0; row < e.rows; row += kBlock) {
+      lookup_block<kSlices>(s, from, reads, m, last, row, finish);
+    }
   }
 }
 
@@ -138,10 +137,17 @@ void lookup(const PqShape& s, const uint8_t* tables, const uint8_t* codes, int32
   const auto reads = [&](int32_t row, int32_t book) {
     return TileReads{codes + row / kBlock * block_bytes(s) + book * kBlock};
   };
-  lookup_outputs(s, tables, reads, first, last, e);
+  switch (table_slices(s)) {
+    case 1:
+      return lookup_outputs<1>(s, tables, reads, first, last, e);
+    case 2:
+      return lookup_outputs<2>(s, tables, reads, first, last, e);
+    default:
+      return lookup_outputs<4>(s, tables, reads, first, last, e);
+  }
 }
 
-bool reads_units(const PqShape&) { return true; }
+bool reads_units(const PqShape& s) { return table_slices(s) == 1; }
 
 void lookup_units(const PqShape& s, const uint8_t* tables, const CodeTile& tile, int32_t first,
                   int32_t last, const Epilogue& e) {
@@ -149,7 +155,7 @@ void lookup_units(const PqShape& s, const uint8_t* tables, const CodeTile& tile,
   const auto reads = [&](int32_t row, int32_t book) {
     return PlaneReads{tile.planes + tile.block[row / kBlock], tile.offset + book};
   };
-  lookup_outputs(s, tables, reads, first, last, e);
+  lookup_outputs<1>(s, tables, reads, first, last, e);
 }
 
 // --- one row -------------------------------------------------------------------------------------

@@ -68,8 +68,8 @@ size_t response_bytes(const LookupShape& s) {
   return joint > apart ? joint : apart;
 }
 
-void pack_lines(const LookupShape& s, const ResponseHeader& h, const int8_t* table,
-                const uint8_t* weight, uint8_t* packed) {
+LUTRA_COLD void pack_lines(const LookupShape& s, const ResponseHeader& h, const int8_t* table,
+                           const uint8_t* weight, uint8_t* packed) {
   const int32_t row = line_bytes(s);
   int32_t* const lows = reinterpret_cast<int32_t*>(packed + h.line_low);
   for (int32_t i = 0; i < s.levels; ++i) {
@@ -92,8 +92,8 @@ void pack_lines(const LookupShape& s, const ResponseHeader& h, const int8_t* tab
   }
 }
 
-void pack_responses(const LookupShape& s, const int8_t* table, const uint8_t* weight,
-                    uint8_t* packed) {
+LUTRA_COLD void pack_responses(const LookupShape& s, const int8_t* table, const uint8_t* weight,
+                               uint8_t* packed) {
   const Responses r(s, table);
   const bool joint = r.joint();
   ResponseHeader h(s, joint);
@@ -231,8 +231,10 @@ RespondOutputs find_respond(int32_t group) {
 
 template <int kBlocks>
 RespondOutputs find_respond(const LookupShape& s, const ResponseHeader& h) {
-  if (row_bytes(s) == 32) return find_respond<32, 1, kBlocks>(h.group);
-  if (row_bytes(s) == 64) return find_respond<64, 1, kBlocks>(h.group);
+  if constexpr (kBlocks == 1) {  // of wider rows two blocks would leave too few registers
+    if (row_bytes(s) == 32) return find_respond<32, 1, kBlocks>(h.group);
+    if (row_bytes(s) == 64) return find_respond<64, 1, kBlocks>(h.group);
+  }
   return h.parts == 2 ? find_respond<16, 2, kBlocks>(h.group)
                       : find_respond<16, 1, kBlocks>(h.group);
 }
@@ -263,10 +265,10 @@ void respond(const LookupShape& s, const uint8_t* packed, const uint8_t* gathere
   const size_t block = index_block_bytes(s);
   const int32_t blocks = blocks_of(e.rows);
   int32_t i = 0;
-  for (; i + 2 <= blocks; i += 2) {
+  for (; row_bytes(s) == 16 && i + 2 <= blocks; i += 2) {
     respond_blocks<2>(s, packed, gathered + i * block, first, last, i * kBlock, finish);
   }
-  if (i < blocks) {
+  for (; i < blocks; ++i) {
     respond_blocks<1>(s, packed, gathered + i * block, first, last, i * kBlock, finish);
   }
 }

@@ -49,7 +49,7 @@ struct BookRange {
 
 // Takes the ranges from what a group leaves of a byte. False, and nothing taken, if they do not
 // fit.
-bool take_range(const BookRange& book, uint8_t* left) {
+LUTRA_COLD bool take_range(const BookRange& book, uint8_t* left) {
   for (int32_t j = 0; j < kOutputs; ++j) {
     if (book.range[j] > left[j]) return false;
   }
@@ -59,7 +59,7 @@ bool take_range(const BookRange& book, uint8_t* left) {
 
 // Chooses the groups of codebooks that are sorted by their largest range, ascending: a large one
 // gets the smallest that are left.
-void choose_groups(const BookRange* sorted, int32_t count, Chunk* chunk) {
+LUTRA_COLD void choose_groups(const BookRange* sorted, int32_t count, Chunk* chunk) {
   int32_t group[kChunkBooks][kLargestGroup], size[kChunkBooks], groups = 0;
   int32_t small = 0, large = count - 1;
   for (; small <= large; --large, ++groups) {
@@ -83,8 +83,8 @@ void choose_groups(const BookRange* sorted, int32_t count, Chunk* chunk) {
 }
 
 // Codebooks first..first+count-1 for the outputs of a block.
-void pack_chunk(const PqShape& s, const int8_t* tables, int32_t block, int32_t first, int32_t count,
-                Chunk* chunk) {
+LUTRA_COLD void pack_chunk(const PqShape& s, const int8_t* tables, int32_t block, int32_t first,
+                           int32_t count, Chunk* chunk) {
   BookRange books[kChunkBooks];
   int32_t least[kChunkBooks][kOutputs], sorted = 0;
   for (int32_t j = 0; j < kOutputs; ++j) chunk->base[j] = 0;
@@ -116,7 +116,7 @@ void pack_chunk(const PqShape& s, const int8_t* tables, int32_t block, int32_t f
   }
 }
 
-void pack_tables(const PqShape& s, const int8_t* tables, uint8_t* packed) {
+LUTRA_COLD void pack_tables(const PqShape& s, const int8_t* tables, uint8_t* packed) {
   for (int32_t block = 0; block < s.outputs; block += kOutputs) {
     for (int32_t first = 0; first < s.codebooks; first += kChunkBooks) {
       const int32_t left = s.codebooks - first, count = left < kChunkBooks ? left : kChunkBooks;
