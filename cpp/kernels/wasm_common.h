@@ -135,20 +135,56 @@ LUTRA_INLINE v128_t at_most_high(v128_t x, v128_t high) { return wasm_f32x4_pmin
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23
 constexpr int32_t kRounderBits = 0x4b400000;
 
+// What a grid does to quotients.
+struct GridVectors {
+  v128_t low, high, base;
+  LUTRA_INLINE explicit GridVectors(const Grid& g)
+      : low(wasm_f32x4_splat(static_cast<float>(-g.zero))),
+        high(wasm_f32x4_splat(static_cast<float>(g.qmax - g.zero))),
+        base(wasm_i32x4_splat(kRounderBits - g.zero)) {}
+  LUTRA_INLINE v128_t inside(v128_t t) const { return at_most_high(at_least_low(t, low), high); }
+};
+LUTRA_INLINE v128_t bytes_of(const v128_t* q) {  // of words that fit
+  return wasm_u8x16_narrow_i16x8(wasm_i16x8_narrow_i32x4(q[0], q[1]),
+                                 wasm_i16x8_narrow_i32x4(q[2], q[3]));
+}
+
 // 16 quotients -> bytes of the grid.
-LUTRA_INLINE v128_t grid_bytes(const v128_t* t, const Grid& g) {
-  const v128_t low = wasm_f32x4_splat(static_cast<float>(-g.zero));
-  const v128_t high = wasm_f32x4_splat(static_cast<float>(g.qmax - g.zero));
-  const v128_t rounder = wasm_f32x4_splat(kRounder);
-  const v128_t base = wasm_i32x4_splat(kRounderBits - g.zero);
+LUTRA_INLINE v128_t grid_bytes(const v128_t* t, const Grid& grid) {
+  const GridVectors g(grid);
   v128_t q[4];
 #pragma GCC unroll 4
   for (int32_t i = 0; i < 4; ++i) {
-    const v128_t inside = at_most_high(at_least_low(t[i], low), high);
-    q[i] = wasm_i32x4_sub(wasm_f32x4_add(inside, rounder), base);
+    q[i] = wasm_i32x4_sub(wasm_f32x4_add(g.inside(t[i]), wasm_f32x4_splat(kRounder)), g.base);
   }
-  return wasm_u8x16_narrow_i16x8(wasm_i16x8_narrow_i32x4(q[0], q[1]),
-                                 wasm_i16x8_narrow_i32x4(q[2], q[3]));
+  return bytes_of(q);
+}
+
+// fma(y, scale, bias) of 16 values -> bytes of the grid, where |bias| <= kFoldBias.
+//
+// A multiply and an add in float32 are two roundings. Of a value that is no more than 128 the
+// product is below 1152, so that they differ from the multiply-add by less than 2^-13: enough to
+// find the integer, unless the value is as near to the middle between two. There it is computed
+// exactly.
+constexpr float kFoldBias = 1024.0f;
+
+LUTRA_INLINE v128_t fold_bytes(const v128_t* y, float scale, float bias, const Grid& grid) {
+  const GridVectors g(grid);
+  const v128_t a = wasm_f32x4_splat(scale), b = wasm_f32x4_splat(bias);
+  const v128_t rounder = wasm_f32x4_splat(kRounder), sure = wasm_f32x4_splat(0.5f - 0x1p-12f);
+  v128_t q[4], doubt = zeros();
+#pragma GCC unroll 4
+  for (int32_t i = 0; i < 4; ++i) {
+    const v128_t t = g.inside(wasm_f32x4_add(wasm_f32x4_mul(y[i], a), b));
+    const v128_t rounded = wasm_f32x4_add(t, rounder);
+    const v128_t rest = wasm_f32x4_abs(wasm_f32x4_sub(t, wasm_f32x4_sub(rounded, rounder)));
+    doubt = wasm_v128_or(doubt, wasm_f32x4_gt(rest, sure));
+    q[i] = wasm_i32x4_sub(rounded, g.base);
+  }
+  if (!wasm_v128_any_true(doubt)) return bytes_of(q);
+  v128_t t[4];
+  for (int32_t i = 0; i < 4; ++i) t[i] = fused_slowly(y[i], a, b);
+  return grid_bytes(t, grid);
 }
 
 // The epilogue of one output, 16 rows in registers. A copy of the contract's, so that no store can
@@ -181,9 +217,15 @@ struct Finish {
       y[i] = wasm_f32x4_convert_i32x4(wasm_i32x4_add(s[i], offset));
     }
     if (folds(m)) {
+      const float scale = e.fold_scale[m], bias = e.fold_bias[m];
+      if (bias >= -kFoldBias && bias <= kFoldBias) {
+        return put(0, m, row, fold_bytes(y, scale, bias, e.q[0].grid));
+      }
       v128_t t[4];
-      multiply_add(y, e.fold_scale[m], e.fold_bias[m], t);
-      return quantize(0, m, row, t);
+      for (int32_t i = 0; i < 4; ++i) {
+        t[i] = fused_slowly(y[i], wasm_f32x4_splat(scale), wasm_f32x4_splat(bias));
+      }
+      return put(0, m, row, grid_bytes(t, e.q[0].grid));
     }
     finish(m, row, y);
   }
@@ -218,12 +260,12 @@ struct Finish {
       v128_t t[4];
 #pragma GCC unroll 4
       for (int32_t i = 0; i < 4; ++i) t[i] = wasm_f32x4_div(y[i], scale);
-      quantize(n, m, row, t);
+      put(n, m, row, grid_bytes(t, e.q[n].grid));
     }
   }
 
-  LUTRA_INLINE void quantize(int32_t n, int32_t m, int32_t row, const v128_t* t) const {
-    store_bytes(e.q[n].out + m * e.q[n].stride + row, grid_bytes(t, e.q[n].grid), e.rows - row);
+  LUTRA_INLINE void put(int32_t n, int32_t m, int32_t row, v128_t bytes) const {
+    store_bytes(e.q[n].out + m * e.q[n].stride + row, bytes, e.rows - row);
   }
 
   LUTRA_INLINE static void add_residual(const float* from, int32_t left, v128_t* y) {

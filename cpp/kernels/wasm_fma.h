@@ -10,8 +10,6 @@
 
 #include <wasm_simd128.h>
 
-#include <cmath>
-
 #include "kernels.h"
 
 #define LUTRA_INLINE [[gnu::always_inline]] inline
@@ -55,13 +53,24 @@ LUTRA_INLINE v128_t doubtful_halves(v128_t s) {
 // every float, so that a double holds all bits of a sum below 2^-113.
 constexpr int32_t kTinyBits = (127 - 60) << 23;
 
-[[gnu::noinline, gnu::cold]] v128_t fused_slowly(v128_t a, v128_t b, v128_t c) {
-  alignas(16) float x[4], y[4], z[4];
-  wasm_v128_store(x, a);
-  wasm_v128_store(y, b);
-  wasm_v128_store(z, c);
-  for (int32_t i = 0; i < 4; ++i) z[i] = std::fmaf(x[i], y[i], z[i]);
-  return wasm_v128_load(z);
+// The exact sum, as a double whose rounding to a float is right: what is inexact gets an odd last
+// bit (Boldo, Melquiond 2008), as in wasm_fmaf.cc.
+LUTRA_INLINE v128_t odd_sum(v128_t product, v128_t c) {
+  const v128_t sum = wasm_f64x2_add(product, c), part = wasm_f64x2_sub(sum, product);
+  const v128_t error =
+      wasm_f64x2_add(wasm_f64x2_sub(product, wasm_f64x2_sub(sum, part)), wasm_f64x2_sub(c, part));
+  const v128_t zero = wasm_f64x2_splat(0.0), one = wasm_i64x2_splat(1);
+  // Both are false for the NaN that an infinite sum has for an error.
+  const v128_t inexact = wasm_v128_or(wasm_f64x2_gt(error, zero), wasm_f64x2_lt(error, zero));
+  const v128_t even = wasm_i64x2_ne(wasm_v128_and(sum, one), one);
+  // 1 away from zero where the error has the sign of the sum, else -1
+  const v128_t step = wasm_v128_or(wasm_i64x2_shr(wasm_v128_xor(error, sum), 63), one);
+  return wasm_i64x2_add(sum, wasm_v128_and(step, wasm_v128_and(inexact, even)));
+}
+
+[[gnu::noinline]] v128_t fused_slowly(v128_t a, v128_t b, v128_t c) {
+  return demote(odd_sum(wasm_f64x2_mul(promote_low(a), promote_low(b)), promote_low(c)),
+                odd_sum(wasm_f64x2_mul(promote_high(a), promote_high(b)), promote_high(c)));
 }
 
 LUTRA_INLINE v128_t fused(v128_t a, v128_t b, v128_t c) {
@@ -73,24 +82,6 @@ LUTRA_INLINE v128_t fused(v128_t a, v128_t b, v128_t c) {
     return fused_slowly(a, b, c);
   }
   return rounded;
-}
-
-// t = fma(y, scale, bias) of 16 values.
-LUTRA_INLINE void multiply_add(const v128_t* y, float scale, float bias, v128_t* t) {
-  const v128_t a = wasm_f64x2_splat(static_cast<double>(scale));
-  const v128_t b = wasm_f64x2_splat(static_cast<double>(bias));
-  v128_t doubt = wasm_i32x4_const(0, 0, 0, 0);
-#pragma GCC unroll 4
-  for (int32_t i = 0; i < 4; ++i) {
-    const v128_t low = wasm_f64x2_add(wasm_f64x2_mul(promote_low(y[i]), a), b);
-    const v128_t high = wasm_f64x2_add(wasm_f64x2_mul(promote_high(y[i]), a), b);
-    t[i] = demote(low, high);
-    doubt = wasm_v128_or(doubt, doubtful(low, high, t[i]));
-  }
-  if (!wasm_v128_any_true(doubt)) return;
-  for (int32_t i = 0; i < 4; ++i) {
-    t[i] = fused_slowly(y[i], wasm_f32x4_splat(scale), wasm_f32x4_splat(bias));
-  }
 }
 
 }  // namespace
