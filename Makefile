@@ -24,6 +24,8 @@ help:
 	@echo "make fuzz      changed files for the C library, under the sanitizers (ten minutes; SECONDS=60)"
 	@echo "make kernels-arm  kernel tests for AArch64, under qemu-aarch64"
 	@echo "make test-arm  tests of the engine and the zoo with an arm64 Python, under qemu-aarch64"
+	@echo "make wasm      the WebAssembly module js/lutra.wasm, with emscripten"
+	@echo "make kernels-wasm  kernel tests for WebAssembly, in Node"
 	@echo "make stubs     src/lutra/_engine.pyi from the built extension"
 	@echo "make docs      the documentation as a site, in build/site"
 	@echo "make bench     benchmarks; results go to benchmarks/results"
@@ -128,6 +130,22 @@ kernels-arm: $(ENV)
 	$(BIN)/cmake --build build/aarch64 --target kernels_test
 	for core in $(ARM_CORES); do echo "== $$core"; \
 	  qemu-aarch64 -cpu $$core -L /usr/$(ARM) build/aarch64/kernels_test || exit 1; done
+
+# Need Debian's emscripten and Node 20.
+EMSCRIPTEN ?= $(dir $(realpath $(shell command -v emcc)))
+WASM_CMAKE = $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+  -DCMAKE_TOOLCHAIN_FILE=$(EMSCRIPTEN)cmake/Modules/Platform/Emscripten.cmake \
+  -DCMAKE_BUILD_TYPE=Release -DLUTRA_PYTHON=OFF
+.PHONY: wasm kernels-wasm
+wasm: $(ENV)
+	$(WASM_CMAKE) -B build/wasm -DLUTRA_WASM=ON
+	$(BIN)/cmake --build build/wasm --target lutra_wasm
+	cmp -s build/wasm/lutra.wasm js/lutra.wasm || cp build/wasm/lutra.wasm js/lutra.wasm
+
+kernels-wasm: $(ENV)
+	$(WASM_CMAKE) -B build/wasm-kernels -DLUTRA_KERNEL_TESTS=ON -DLUTRA_WERROR=ON
+	$(BIN)/cmake --build build/wasm-kernels --target kernels_test
+	node --no-warnings tests/run_wasi.mjs build/wasm-kernels/kernels_test.wasm
 
 build/arm/python: tests/arm_python.sh | $(ENV)
 	tests/arm_python.sh build/arm $(BIN)/python

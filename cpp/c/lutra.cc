@@ -30,10 +30,11 @@ thread_local char last_error[1024];
 
 // Names in a message may come from a file: nothing that a terminal could obey is kept of them.
 lutra_status fail(lutra_status status, const char* what) noexcept {
-  std::snprintf(last_error, sizeof last_error, "%s", what);
-  for (char* c = last_error; *c; ++c) {
-    if (static_cast<unsigned char>(*c) < ' ' || *c == 127) *c = '?';
+  char* to = last_error;
+  for (; *what && to < last_error + sizeof last_error - 1; ++what) {
+    *to++ = static_cast<unsigned char>(*what) < ' ' || *what == 127 ? '?' : *what;
   }
+  *to = 0;
   return status;
 }
 

@@ -96,6 +96,8 @@ uint32_t cpu_features() {
   }
 #elif defined(__aarch64__)
   features |= kFeatureNeon;  // which other systems require
+#elif defined(__wasm_simd128__)
+  features |= kFeatureWasm;  // a module that has it is not loaded where it cannot run
 #endif
   return features;
 }
@@ -117,6 +119,7 @@ std::vector<std::string> cpu_feature_names() {
   const uint32_t features = cpu_features();
   if (features & kFeatureNeon) names.push_back("neon");
   if (features & kFeatureDot) names.push_back("dotprod");
+  if (features & kFeatureWasm) names.push_back("simd128");
 #endif
   return names;
 }
@@ -149,7 +152,10 @@ std::string cpu_model() {
 }
 
 std::vector<const Kernels*> compiled_kernels() {
-  std::vector<const Kernels*> all{&kScalar};
+  std::vector<const Kernels*> all;
+#ifndef LUTRA_NO_SCALAR
+  all.push_back(&kScalar);
+#endif
 #ifdef LUTRA_HAVE_AVX2
   all.push_back(&kAvx2);
 #endif
@@ -161,6 +167,9 @@ std::vector<const Kernels*> compiled_kernels() {
 #endif
 #ifdef LUTRA_HAVE_NEON_DOT
   all.push_back(&kNeonDot);
+#endif
+#ifdef LUTRA_HAVE_WASM
+  all.push_back(&kWasm);
 #endif
   return all;
 }

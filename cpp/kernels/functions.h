@@ -17,6 +17,8 @@
 namespace lutra {
 namespace {
 
+// LUTRA_SMALL makes one copy of a loop and not one for each case: where the size of code counts.
+
 // Registers that each() and other loops do side by side.
 constexpr int kSideBySide = kVectorRegisters == 32 ? 4 : 2;
 
@@ -264,6 +266,12 @@ struct Mish {  // with n = e^x (e^x + 2): x n / (n + 2)
 template <class F>
 void each(const float* x, size_t n, float* y, const F& f) {
   size_t i = 0;
+#ifdef LUTRA_SMALL
+  for (; i < n; i += kLanes) {
+    const int32_t left = n - i < kLanes ? static_cast<int32_t>(n - i) : kLanes;
+    store_floats(y + i, f(load_floats(x + i, left)), left);
+  }
+#else
   if constexpr (kLanes > 1) {
     for (; i + kSideBySide * kLanes <= n; i += kSideBySide * kLanes) {
       Many<Floats, kSideBySide> v;
@@ -277,6 +285,7 @@ void each(const float* x, size_t n, float* y, const F& f) {
   for (; i + kLanes <= n; i += kLanes) store_floats(y + i, f(load_floats(x + i)));
   const int32_t left = static_cast<int32_t>(n - i);
   if (left > 0) store_floats(y + i, f(load_floats(x + i, left)), left);
+#endif
 }
 
 void function(Function f, const float* x, size_t n, float* y) {

@@ -17,6 +17,7 @@ enum Feature : uint32_t {
   kFeatureAvx512 = 1u << 1,  // AVX-512 F, BW, DQ, VL, VBMI, VBMI2, VNNI
   kFeatureNeon = 1u << 2,    // Advanced SIMD of AArch64
   kFeatureDot = 1u << 3,     // Armv8.2 with dot products of bytes (sdot, udot)
+  kFeatureWasm = 1u << 4,    // WebAssembly with SIMD of 128 bits
 };
 
 inline constexpr int32_t kMaxRowTile = 64;
@@ -521,6 +522,9 @@ extern const Kernels kNeon;
 #endif
 #ifdef LUTRA_HAVE_NEON_DOT
 extern const Kernels kNeonDot;
+#endif
+#ifdef LUTRA_HAVE_WASM
+extern const Kernels kWasm;
 #endif
 
 }  // namespace lutra

@@ -147,13 +147,34 @@ struct ExpOfScore {
   }
 };
 
+#ifdef LUTRA_SMALL
+[[gnu::noinline]] Floats exp_of_score(const Segments& table, Floats x) {
+  if (table.entries == 0) return exp_of_score(x);
+  if (table.entries == 8) return TableExp<8, true>(table)(x);
+  if (table.entries == 16) return TableExp<16, true>(table)(x);
+  return TableExp<32, true>(table)(x);
+}
+struct AnyExp {
+  const Segments& table;
+  Floats operator()(const Floats& x) const { return exp_of_score(table, x); }
+  template <class T, int kCount>
+  LUTRA_INLINE auto operator()(const Many<T, kCount>& x) const {
+    return for_each_part([this](const T& one) { return exp_of_score(table, one); }, x);
+  }
+};
+#endif
+
 // body(f), f being the exponential of a score.
 template <class Body>
 LUTRA_INLINE void with_exp(const Segments& table, const Body& body) {
+#ifdef LUTRA_SMALL
+  body(AnyExp{table});
+#else
   if (table.entries == 0) return body(ExpOfScore());
   if (table.entries == 8) return body(TableExp<8, true>(table));
   if (table.entries == 16) return body(TableExp<16, true>(table));
   body(TableExp<32, true>(table));
+#endif
 }
 
 // 1 / x of `count` values in place.

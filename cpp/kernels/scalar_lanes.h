@@ -1,5 +1,6 @@
 // The operations that functions.h is written in, on one lane: what they mean. avx2_lanes.h,
-// avx512_lanes.h and neon_lanes.h give the same bits in every lane. Private to scalar.cc.
+// avx512_lanes.h, neon_lanes.h and wasm_lanes.h give the same bits in every lane. Private to
+// scalar.cc.
 #pragma once
 
 #include <cmath>
@@ -30,8 +31,18 @@ Floats mul(Floats a, Floats b) { return a * b; }
 Floats div(Floats a, Floats b) { return a / b; }
 Floats fmadd(Floats a, Floats b, Floats c) { return std::fmaf(a, b, c); }
 Floats fnmadd(Floats a, Floats b, Floats c) { return std::fmaf(-a, b, c); }
-Floats minimum(Floats a, Floats b) { return a < b ? a : b; }  // b where one is NaN
+// b where one is NaN, or both are zeros
+#ifdef __wasm__  // where Clang 14 makes f32.max of `0 > x ? 0 : x`, which is 0 for -0
+Floats chosen(bool first, Floats a, Floats b) {
+  __asm__("" : "+r"(first));
+  return first ? a : b;
+}
+Floats minimum(Floats a, Floats b) { return chosen(a < b, a, b); }
+Floats maximum(Floats a, Floats b) { return chosen(a > b, a, b); }
+#else
+Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
 Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+#endif
 Floats root(Floats a) { return std::sqrt(a); }
 
 Ints bits(Floats a) { return __builtin_bit_cast(int32_t, a); }

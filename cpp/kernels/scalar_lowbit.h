@@ -1,4 +1,5 @@
-// Low-bit weights: what the kernels compute. Private to scalar.cc, neon.cc and neon_dot.cc.
+// Low-bit weights: what the kernels compute. Private to scalar.cc, neon.cc, neon_dot.cc and
+// wasm.cc.
 #pragma once
 
 #include <cmath>

@@ -17,11 +17,28 @@ struct PairAxis {
   int64_t size, a, b;
 };
 
+// y[i] = f(a[i sa], b[i sb])
+using Line = void (*)(const float* a, int64_t sa, const float* b, int64_t sb, int64_t count,
+                      float* y);
+
 template <class F>
+void over_line(const float* a, int64_t sa, const float* b, int64_t sb, int64_t count, float* y) {
+  constexpr F f;
+  if (sa == 1 && sb == 1) {
+    for (int64_t i = 0; i < count; ++i) y[i] = f(a[i], b[i]);
+  } else if (sa == 1 && sb == 0) {
+    for (int64_t i = 0; i < count; ++i) y[i] = f(a[i], *b);
+  } else if (sa == 0 && sb == 1) {
+    for (int64_t i = 0; i < count; ++i) y[i] = f(*a, b[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) y[i] = f(a[i * sa], b[i * sb]);
+  }
+}
+
 class PairStep : public BlockStep {
  public:
-  PairStep(const Kernels& kernels, const char* name, bool broadcast, F f)
-      : BlockStep(kernels), name_(name), broadcast_(broadcast), f_(f) {}
+  PairStep(const Kernels& kernels, const char* name, bool broadcast, Line line)
+      : BlockStep(kernels), name_(name), broadcast_(broadcast), line_(line) {}
 
   Shape infer(const Shapes& in) const override {
     bool fits = in[0].rank == in[1].rank;
@@ -52,7 +69,7 @@ class PairStep : public BlockStep {
           b += rest % axes[k].size * axes[k].b;
         }
         const int64_t some = std::min(line.size - column, count - done);
-        over_line(a, line.a, b, line.b, some, to + done);
+        line_(a, line.a, b, line.b, some, to + done);
         done += some;
       }
     });
@@ -77,22 +94,9 @@ class PairStep : public BlockStep {
     return axes;
   }
 
-  void over_line(const float* a, int64_t sa, const float* b, int64_t sb, int64_t count,
-                 float* y) const {
-    if (sa == 1 && sb == 1) {
-      for (int64_t i = 0; i < count; ++i) y[i] = f_(a[i], b[i]);
-    } else if (sa == 1 && sb == 0) {
-      for (int64_t i = 0; i < count; ++i) y[i] = f_(a[i], *b);
-    } else if (sa == 0 && sb == 1) {
-      for (int64_t i = 0; i < count; ++i) y[i] = f_(*a, b[i]);
-    } else {
-      for (int64_t i = 0; i < count; ++i) y[i] = f_(a[i * sa], b[i * sb]);
-    }
-  }
-
   const char* name_;
   bool broadcast_;
-  F f_;
+  Line line_;
 };
 
 // a where the condition is not 0, else b; sizes of 1 are repeated.
@@ -251,14 +255,17 @@ class ExpandStep : public FloatStep {
 
 // Of every pair of elements; F is the arithmetic. Equal shapes are equal in every run, also where
 // their sizes are not known yet.
-template <class F>
-Operator pair_operator(const char* name, F f) {
+Operator pair_operator(const char* name, Line line) {
   return {.build =
               [=](PlanBuilder& plan, const StepArgs& args) {
                 const bool equal = args.input_shapes[0] == args.input_shapes[1];
-                return add_step<PairStep<F>>(plan, args, plan.kernels(), name, !equal, f);
+                return add_step<PairStep>(plan, args, plan.kernels(), name, !equal, line);
               },
           .inputs = 2};
+}
+template <class F>
+Operator pair_operator(const char* name, F) {
+  return pair_operator(name, static_cast<Line>(over_line<F>));
 }
 
 int add_where(PlanBuilder& plan, const StepArgs& args) {

@@ -1,0 +1,1 @@
+"""lutra in WebAssembly beside ONNX Runtime Web."""

@@ -1,0 +1,309 @@
+// WebAssembly: codes of a tile, by nearest centroid or by tree. Private to wasm.cc.
+//
+// Codes: block after block of 16 rows, each (codebooks, 16).
+#pragma once
+
+#include "centred.h"
+#include "wasm_common.h"
+
+namespace lutra {
+namespace {
+
+LUTRA_INLINE size_t block_bytes(const PqShape& s) {
+  return static_cast<size_t>(s.codebooks) * kBlock;
+}
+size_t code_bytes(const PqShape& s) { return block_bytes(s) * (kRows / kBlock); }
+
+// --- nearest centroid ----------------------------------------------------------------------------
+//
+// Eight rows a register, in 16 bits, where centred.h says that the scores fit; else four rows, in
+// 32 bits.
+//
+// A packed codebook, in words of 32 bits: 1 if narrow scores fit, then
+//   16 bits: [4 centroids][initial score twice | c'_v twice for each entry v][4]
+//   32 bits: [centroid][key | (c'_2i, c'_2i+1) for each pair i]
+
+constexpr int32_t kKeyBits = 6;  // a 32-bit key is score * 64 + 63 - k: max finds the lowest best k
+
+LUTRA_INLINE int32_t value_pairs(const PqShape& s) { return (s.dim + 1) / 2; }
+LUTRA_INLINE size_t codebook_words(const PqShape& s) {
+  return 1 + static_cast<size_t>(s.centroids) * (1 + static_cast<size_t>(s.dim));
+}
+LUTRA_INLINE int32_t tree_levels(const PqShape& s) { return 31 - __builtin_clz(s.centroids); }
+LUTRA_INLINE size_t threshold_bytes(const PqShape& s) { return round_up(s.centroids, 16); }
+
+size_t encoder_bytes(const PqShape& s) {
+  if (s.encoder == Encoder::kNearest) return s.codebooks * codebook_words(s) * sizeof(int32_t);
+  return s.codebooks * (tree_levels(s) * 2 * sizeof(int32_t) + threshold_bytes(s));
+}
+
+LUTRA_INLINE uint32_t two_words(int32_t low, int32_t high) {
+  return (static_cast<uint32_t>(high) << 16) | (static_cast<uint32_t>(low) & 0xffff);
+}
+
+LUTRA_COLD void pack_nearest(const PqShape& s, const uint8_t* centroids, uint8_t* packed) {
+  Centred codebook;
+  for (int32_t b = 0; b < s.codebooks; ++b) {
+    const int32_t left = s.depth - b * s.dim, valid = left < s.dim ? left : s.dim;
+    centre(s, centroids + static_cast<size_t>(b) * s.centroids * s.dim, valid, &codebook);
+    uint32_t* to = reinterpret_cast<uint32_t*>(packed) + b * codebook_words(s);
+    *to++ = codebook.fits ? 1 : 0;
+    for (int32_t k = 0; codebook.fits && k < s.centroids; k += 4) {
+      for (int32_t j = k; j < k + 4; ++j) {
+        *to++ = two_words(codebook.initial[j], codebook.initial[j]);
+      }
+      for (int32_t v = 0; v < s.dim; ++v) {
+        for (int32_t j = k; j < k + 4; ++j) *to++ = two_words(codebook.c[j][v], codebook.c[j][v]);
+      }
+    }
+    for (int32_t k = 0; !codebook.fits && k < s.centroids; ++k) {
+      const int32_t key = codebook.initial[k] * (1 << kKeyBits) + (1 << kKeyBits) - 1 - k;
+      *to++ = static_cast<uint32_t>(key);
+      for (int32_t v = 0; v < s.dim; v += 2) {
+        *to++ = two_words(codebook.c[k][v], v + 1 < s.dim ? codebook.c[k][v + 1] : 0);
+      }
+    }
+  }
+}
+
+// Entries of 16 rows, in 16 bits.
+using Values = v128_t[2];
+
+template <typename Loader>
+LUTRA_INLINE void load_values(const Loader& rows, const uint8_t* const* entries, int32_t dim,
+                              Values* x) {
+  for (int32_t v = 0; v < dim; ++v) {
+    const v128_t bytes = rows.load(entries[v]);
+    x[v][0] = wasm_u16x8_extend_low_u8x16(bytes);
+    x[v][1] = wasm_u16x8_extend_high_u8x16(bytes);
+  }
+}
+
+// The best scores of 16 rows so far, and their codes in bytes.
+struct Best {
+  v128_t score[2] = {wasm_i16x8_splat(INT16_MIN), wasm_i16x8_splat(INT16_MIN)};
+  v128_t code = zeros(), first = zeros();
+
+  // Four centroids; on ties the earlier one stays.
+  LUTRA_INLINE void add(const v128_t (*s)[2]) {
+    v128_t m01[2], m23[2], m[2], better[2];
+#pragma GCC unroll 2
+    for (int32_t h = 0; h < 2; ++h) {
+      m01[h] = wasm_i16x8_gt(s[1][h], s[0][h]);
+      m23[h] = wasm_i16x8_gt(s[3][h], s[2][h]);
+      const v128_t s01 = wasm_i16x8_max(s[0][h], s[1][h]);
+      const v128_t s23 = wasm_i16x8_max(s[2][h], s[3][h]);
+      m[h] = wasm_i16x8_gt(s23, s01);
+      const v128_t most = wasm_i16x8_max(s01, s23);
+      better[h] = wasm_i16x8_gt(most, score[h]);
+      score[h] = wasm_i16x8_max(score[h], most);
+    }
+    const auto bytes = [](const v128_t* mask) { return wasm_i8x16_narrow_i16x8(mask[0], mask[1]); };
+    const v128_t c01 = wasm_i8x16_sub(first, bytes(m01));
+    const v128_t c23 = wasm_i8x16_sub(wasm_i8x16_add(first, wasm_i8x16_const_splat(2)), bytes(m23));
+    const v128_t c = wasm_v128_bitselect(c23, c01, bytes(m));
+    code = wasm_v128_bitselect(c, code, bytes(better));
+    first = wasm_i8x16_add(first, wasm_i8x16_const_splat(4));
+  }
+};
+
+// Four centroids at a time: eight sums in registers; a load of x serves four multiply-adds.
+[[gnu::noinline]] v128_t search16(const uint32_t* codebook, int32_t dim, int32_t centroids,
+                                  const Values* x) {
+  Best best;
+  for (int32_t k = 0; k < centroids; k += 4) {
+    v128_t s[4][2];
+#pragma GCC unroll 4
+    for (int32_t j = 0; j < 4; ++j) s[j][0] = s[j][1] = wasm_v128_load32_splat(codebook + j);
+    codebook += 4;
+    for (int32_t v = 0; v < dim; ++v, codebook += 4) {
+#pragma GCC unroll 4
+      for (int32_t j = 0; j < 4; ++j) {
+        const v128_t c = wasm_v128_load32_splat(codebook + j);
+        s[j][0] = wasm_i16x8_add(s[j][0], wasm_i16x8_mul(x[v][0], c));
+        s[j][1] = wasm_i16x8_add(s[j][1], wasm_i16x8_mul(x[v][1], c));
+      }
+    }
+    best.add(s);
+  }
+  return best.code;
+}
+
+// 16 words that fit a byte -> bytes.
+LUTRA_INLINE v128_t narrow_words(const v128_t* v) {
+  return wasm_u8x16_narrow_i16x8(wasm_i16x8_narrow_i32x4(v[0], v[1]),
+                                 wasm_i16x8_narrow_i32x4(v[2], v[3]));
+}
+
+[[gnu::noinline]] v128_t search32(const uint32_t* codebook, int32_t dim, int32_t centroids,
+                                  const Values* x) {
+  v128_t pair[32][4];  // two entries of 4 rows
+  const v128_t zero = zeros();
+  for (int32_t v = 0; v < dim; v += 2) {
+    for (int32_t h = 0; h < 2; ++h) {
+      const v128_t a = x[v][h], b = v + 1 < dim ? x[v + 1][h] : zero;
+      pair[v / 2][2 * h] = wasm_i16x8_shuffle(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+      pair[v / 2][2 * h + 1] = wasm_i16x8_shuffle(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+  }
+  v128_t best[4];
+  for (v128_t& b : best) b = wasm_i32x4_splat(INT32_MIN);
+  for (int32_t k = 0; k < centroids; ++k) {
+    const v128_t key = wasm_v128_load32_splat(codebook++);
+    v128_t s[4] = {zero, zero, zero, zero};
+    for (int32_t i = 0; i < (dim + 1) / 2; ++i) {
+      const v128_t c = wasm_v128_load32_splat(codebook++);
+#pragma GCC unroll 4
+      for (int32_t q = 0; q < 4; ++q) {
+        s[q] = wasm_i32x4_add(s[q], wasm_i32x4_dot_i16x8(pair[i][q], c));
+      }
+    }
+#pragma GCC unroll 4
+    for (int32_t q = 0; q < 4; ++q) {
+      best[q] = wasm_i32x4_max(best[q], wasm_i32x4_add(wasm_i32x4_shl(s[q], kKeyBits), key));
+    }
+  }
+  const v128_t low_bits = wasm_i32x4_splat((1 << kKeyBits) - 1);
+  for (v128_t& b : best) b = wasm_v128_andnot(low_bits, b);  // 63 - (63 - k)
+  return narrow_words(best);
+}
+
+void encode_nearest(const PqShape& s, const uint8_t* packed, const Patch& p, const Rows* rows,
+                    int32_t first, int32_t last, uint8_t* codes) {
+  Entries walk(p, s.taps, first * s.dim);
+  const uint8_t* entries[64];
+  for (int32_t b = first; b < last; ++b) {
+    for (int32_t v = 0; v < s.dim; ++v) {
+      entries[v] = b * s.dim + v < s.depth ? walk.next() : entries[0];  // or times zero
+    }
+    const uint32_t* const codebook =
+        reinterpret_cast<const uint32_t*>(packed) + b * codebook_words(s);
+    auto* const search = *codebook != 0 ? search16 : search32;
+    for (int32_t i = 0; i < blocks_of(p.rows); ++i) {
+      Values x[64];
+      with_rows(rows[i], [&](const auto& loader) { load_values(loader, entries, s.dim, x); });
+      store(codes + i * block_bytes(s) + b * kBlock, search(codebook + 1, s.dim, s.centroids, x));
+    }
+  }
+}
+
+// --- tree ----------------------------------------------------------------------------------------
+//
+// The path is a node's number in the heap that begins with 1: path = 2 path + bit. It is the index
+// of the node's threshold: one register holds those of levels 0..3, one level 4, two level 5.
+//
+// Packed: (codebooks, levels) pairs of the split's plane and tap, then (codebooks, 16 or K)
+// thresholds in heap order, less 1: x >= t is x > t - 1, for which there is a signed comparison.
+
+LUTRA_COLD void pack_tree(const PqShape& s, const int32_t* splits, const uint8_t* thresholds,
+                          uint8_t* packed) {
+  const int32_t count = s.codebooks * tree_levels(s);
+  int32_t* const to = reinterpret_cast<int32_t*>(packed);
+  for (int32_t i = 0; i < count; ++i) {
+    to[2 * i] = splits[i] / s.taps;
+    to[2 * i + 1] = splits[i] % s.taps;
+  }
+  int8_t* rest = reinterpret_cast<int8_t*>(to + 2 * count);
+  for (int32_t b = 0; b < s.codebooks; ++b, thresholds += s.centroids - 1) {
+    for (int32_t i = 0; i < static_cast<int32_t>(threshold_bytes(s)); ++i) {
+      const int32_t t = i > 0 && i < s.centroids ? thresholds[i - 1] : 0;
+      *rest++ = static_cast<int8_t>((t < 128 ? t : 128) - 1);
+    }
+  }
+}
+
+// The path behind the last level, which is the code plus K.
+template <int kLevels, typename Loader>
+LUTRA_INLINE v128_t descend(const Loader& rows, const uint8_t* const* at,
+                            const uint8_t* thresholds) {
+  v128_t path = wasm_i8x16_splat(1);
+#pragma GCC unroll 6
+  for (int32_t l = 0; l < kLevels; ++l) {
+    v128_t t;
+    if (l < 4) {
+      t = wasm_i8x16_swizzle(load(thresholds), path);
+    } else if (l == 4) {
+      t = wasm_i8x16_swizzle(load(thresholds + 16), wasm_i8x16_sub(path, wasm_i8x16_splat(16)));
+    } else {  // zeros where the index is not of a half
+      t = wasm_v128_or(
+          wasm_i8x16_swizzle(load(thresholds + 32), wasm_i8x16_sub(path, wasm_i8x16_splat(32))),
+          wasm_i8x16_swizzle(load(thresholds + 48), wasm_i8x16_sub(path, wasm_i8x16_splat(48))));
+    }
+    path = wasm_i8x16_sub(wasm_i8x16_add(path, path), wasm_i8x16_gt(rows.load(at[l]), t));
+  }
+  return path;
+}
+
+constexpr int32_t kTreeBooks = 32;  // whose splits' addresses are found at a time
+
+template <int kLevels>
+void encode_tree(const PqShape& s, const uint8_t* packed, const Patch& p, const Rows* rows,
+                 int32_t first, int32_t last, uint8_t* codes) {
+  constexpr int32_t kCodes = 1 << kLevels, kBytes = kCodes < 16 ? 16 : kCodes;
+  const int32_t* const splits = reinterpret_cast<const int32_t*>(packed);
+  const uint8_t* const thresholds =
+      packed + static_cast<size_t>(s.codebooks) * kLevels * 2 * sizeof(int32_t);
+  const v128_t leaves = wasm_i8x16_splat(static_cast<int8_t>(kCodes));
+  const uint8_t* at[kTreeBooks * kLevels];
+  for (int32_t b = first; b < last; b += kTreeBooks) {
+    const int32_t count = last - b < kTreeBooks ? last - b : kTreeBooks;
+    for (int32_t i = 0; i < count * kLevels; ++i) {
+      const int32_t* const split = splits + 2 * (b * kLevels + i);
+      at[i] = p.planes + split[0] * p.plane + p.tap[split[1]];
+    }
+    for (int32_t i = 0; i < blocks_of(p.rows); ++i) {
+      uint8_t* const to = codes + i * block_bytes(s) + b * kBlock;
+      const uint8_t* const from = thresholds + b * threshold_bytes(s);
+      with_rows(rows[i], [&](const auto& loader) {
+        for (int32_t j = 0; j < count; ++j) {
+          const v128_t path = descend<kLevels>(loader, at + j * kLevels, from + j * kBytes);
+          store(to + j * kBlock, wasm_i8x16_sub(path, leaves));
+        }
+      });
+    }
+  }
+}
+
+void encode(const PqShape& s, const uint8_t* packed, const Patch& p, int32_t first, int32_t last,
+            uint8_t* codes) {
+  Rows rows[kRows / kBlock];
+  for (int32_t i = 0; i < blocks_of(p.rows); ++i) find_rows(p, i * kBlock, &rows[i]);
+  auto* const run = s.encoder == Encoder::kNearest ? encode_nearest
+                    : s.centroids == 8             ? encode_tree<3>
+                    : s.centroids == 16            ? encode_tree<4>
+                    : s.centroids == 32            ? encode_tree<5>
+                                                   : encode_tree<6>;
+  run(s, packed, p, rows, first, last, codes);
+}
+
+void unpack_codes(const PqShape& s, const uint8_t* codes, int32_t rows, uint8_t* out,
+                  size_t stride) {
+  for (int32_t row = 0; row < rows; row += kBlock, codes += block_bytes(s)) {
+    const int32_t count = rows - row < kBlock ? rows - row : kBlock;
+    for (int32_t b = 0; b < s.codebooks; ++b) {
+      store_bytes(out + b * stride + row, load(codes + b * kBlock), count);
+    }
+  }
+}
+
+int32_t code_unit(const PqShape&) { return 1; }
+
+void unpack_units(const PqShape& s, const uint8_t* codes, int32_t rows, uint8_t* out,
+                  size_t stride) {
+  unpack_codes(s, codes, rows, out, stride);
+}
+
+void gather_codes(const PqShape& s, const Patch& p, int32_t first, int32_t last, uint8_t* codes) {
+  for (int32_t i = 0; i < blocks_of(p.rows); ++i) {
+    Rows rows;
+    find_rows(p, i * kBlock, &rows);
+    uint8_t* const to = codes + i * block_bytes(s);
+    with_rows(rows, [&](const auto& loader) {
+      Entries entries(p, s.parts, first);
+      for (int32_t b = first; b < last; ++b) store(to + b * kBlock, loader.load(entries.next()));
+    });
+  }
+}
+
+}  // namespace
+}  // namespace lutra
