@@ -1,4 +1,4 @@
-// Low-bit weights: what the kernels compute. Private to scalar.cc, neon.cc and neon_dot.cc.
+// Low-bit weights: what the kernels compute. Private to scalar.cc.
 #pragma once
 
 #include <cmath>
