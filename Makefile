@@ -19,6 +19,8 @@ help:
 	@echo "make dev       only the environment ($(VENV)) with everything in it"
 	@echo "make lint      ruff, clang-format, mypy; 'make format' mends the first two"
 	@echo "make wheel     a wheel for $(PYTHON) and the source archive, in dist; tried in an empty environment"
+	@echo "make wheels    wheels for all platforms, in dist; ARGS='--target win_amd64' for one"
+	@echo "make release   all of a release but publishing it: VERSION=0.2.0"
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make c-api     the C library and its example, in build/c-api"
 	@echo "make fuzz      changed files for the C library, under the sanitizers (ten minutes; SECONDS=60)"
@@ -88,6 +90,23 @@ wheel: $(BIN)/python
 	$(BIN)/python -m pip install --quiet build
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/python tests/wheel_smoke.py dist/*.whl zoo/dscnn_speech_commands.lutra
+
+$(VENV)/.wheels: $(ENV)
+	@echo "== installing Zig and what checks wheels"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[wheels]"
+	@touch $@
+
+# Wheels for all platforms, by Zig's clang; what cannot be built here is named, and is an error.
+.PHONY: wheels release
+wheels: $(VENV)/.wheels
+	rm -rf dist
+	$(BIN)/python wheels/build_wheels.py --output dist $(ARGS)
+	$(BIN)/python wheels/check_wheels.py dist/*.whl
+	$(BIN)/python wheels/instructions.py build/wheels/*/cmake
+	$(BIN)/python wheels/run_wheels.py dist/*.whl
+
+release: $(VENV)/.wheels
+	$(BIN)/python wheels/release.py $(VERSION)
 
 sanitize: $(ENV)
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import sysconfig
 from collections.abc import Generator
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,6 +44,10 @@ def allowed(environment: str) -> list[str]:
     if environment not in ("1", "runtime"):
         raise pytest.UsageError(f"{ENVIRONMENT}={environment!r}: set it to 1 or runtime")
     patterns = [rf"needs {name}: pip install 'lutra\[bench\]'" for name in missing(PEERS)]
+    # Zig is large; `make wheels` installs it.
+    patterns += [r"needs clang: pip install ziglang"] if missing(("ziglang",)) else []
+    if not sysconfig.get_config_var("Py_GIL_DISABLED"):
+        patterns.append("this interpreter has a GIL")
     # its build takes longer than the tests
     patterns += [rf"needs {name}: pip install llama-cpp-python" for name in missing(("llama_cpp",))]
     # .ci/run installs them where it may; `make dev` cannot.

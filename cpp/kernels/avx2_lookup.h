@@ -468,7 +468,9 @@ void lookup_row(const PqShape& s, const int8_t* tables, const uint8_t* codes, in
     int32_t m = 0;
     for (; m + 32 <= count; m += 32) {
       if (m % 64 == 0) {
-        for (const int8_t* row : later) _mm_prefetch(row + m, _MM_HINT_T0);
+        for (const int8_t* row : later) {
+          _mm_prefetch(reinterpret_cast<const char*>(row + m), _MM_HINT_T0);
+        }
       }
       add_rows(rows, m, sums + m);
     }

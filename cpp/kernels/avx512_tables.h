@@ -108,8 +108,10 @@ void find_group_ranges(const PqShape& s, const int8_t* tables, int32_t block, Ta
 
 void pack_tables(const PqShape& s, const int8_t* tables, uint8_t* packed) {
   const int32_t groups = group_count(s);
-  GroupRange* const ranges = static_cast<GroupRange*>(_mm_malloc(sizeof(GroupRange) * groups, 64));
-  uint16_t* const sorted = static_cast<uint16_t*>(_mm_malloc(sizeof(uint16_t) * groups, 64));
+  // One piece, so that nothing is lost where there is no memory; aligned for a register by new.
+  uint8_t* const memory = new uint8_t[(sizeof(GroupRange) + sizeof(uint16_t)) * groups];
+  GroupRange* const ranges = reinterpret_cast<GroupRange*>(memory);
+  uint16_t* const sorted = reinterpret_cast<uint16_t*>(ranges + groups);
   for (int32_t first = 0; first < s.outputs; first += kStreams * kOutputs) {
     const int32_t end =
         first + kStreams * kOutputs < s.outputs ? first + kStreams * kOutputs : s.outputs;
@@ -131,8 +133,7 @@ void pack_tables(const PqShape& s, const int8_t* tables, uint8_t* packed) {
       }
     }
   }
-  _mm_free(sorted);
-  _mm_free(ranges);
+  delete[] memory;
 }
 
 }  // namespace

@@ -4,7 +4,12 @@
 #include <stdexcept>
 
 #if defined(__x86_64__) || defined(_M_X64)
+#ifdef _MSC_VER
+#include <immintrin.h>
+#include <intrin.h>
+#else
 #include <cpuid.h>
+#endif
 #define LUTRA_X86 1
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
@@ -12,6 +17,8 @@
 
 #include <cstdio>
 #define LUTRA_ARM64_LINUX 1
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace lutra {
@@ -22,6 +29,18 @@ struct Cpuid {
   uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
 };
 
+#ifdef _MSC_VER
+Cpuid cpuid(uint32_t leaf, uint32_t sub = 0) {
+  int most[4], r[4];
+  __cpuid(most, static_cast<int>(leaf & 0x80000000u));
+  if (static_cast<uint32_t>(most[0]) < leaf) return {};
+  __cpuidex(r, static_cast<int>(leaf), static_cast<int>(sub));
+  return {static_cast<uint32_t>(r[0]), static_cast<uint32_t>(r[1]), static_cast<uint32_t>(r[2]),
+          static_cast<uint32_t>(r[3])};
+}
+
+uint64_t xcr0() { return _xgetbv(0); }
+#else
 Cpuid cpuid(uint32_t leaf, uint32_t sub = 0) {
   Cpuid r;
   if (__get_cpuid_max(leaf & 0x80000000u, nullptr) >= leaf) {
@@ -30,12 +49,16 @@ Cpuid cpuid(uint32_t leaf, uint32_t sub = 0) {
   return r;
 }
 
-// Registers whose state the operating system saves (XCR0).
-uint64_t saved_registers() {
-  if (!(cpuid(1).ecx & (1u << 27))) return 0;  // OSXSAVE
+uint64_t xcr0() {
   uint32_t low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return (uint64_t{high} << 32) | low;
+}
+#endif
+
+// Registers whose state the operating system saves (XCR0).
+uint64_t saved_registers() {
+  return (cpuid(1).ecx & (1u << 27)) ? xcr0() : 0;  // OSXSAVE
 }
 
 struct Flags {
@@ -96,6 +119,13 @@ uint32_t cpu_features() {
   }
 #elif defined(__aarch64__)
   features |= kFeatureNeon;  // which other systems require
+#ifdef __APPLE__
+  int dot = 0;  // every Apple core with dot products has the rest of Armv8.2 too
+  size_t size = sizeof dot;
+  if (sysctlbyname("hw.optional.arm.FEAT_DotProd", &dot, &size, nullptr, 0) == 0 && dot != 0) {
+    features |= kFeatureDot;
+  }
+#endif
 #elif defined(__wasm_simd128__)
   features |= kFeatureWasm;  // a module that has it is not loaded where it cannot run
 #endif
@@ -146,6 +176,10 @@ std::string cpu_model() {
   char text[64];
   std::snprintf(text, sizeof text, "AArch64, implementer 0x%02x, part 0x%03x", implementer, part);
   return text;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  char text[64] = {};
+  size_t size = sizeof text - 1;
+  return sysctlbyname("machdep.cpu.brand_string", text, &size, nullptr, 0) == 0 ? text : "unknown";
 #else
   return "unknown";
 #endif

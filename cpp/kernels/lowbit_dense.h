@@ -1,5 +1,5 @@
-// The dense kernel of low-bit weights by the bits of a field. Included by avx2.cc and avx512.cc
-// after their own parts, which have dense_widths.
+// The dense kernel of low-bit weights by the bits of a field. Included by the files of the
+// instruction sets after their own parts, which have dense_widths.
 #pragma once
 
 #include "lowbit.h"

@@ -1,7 +1,7 @@
 // Lookups of low-bit weights whose entries are vectors over rows (Vec-LUT, arXiv 2512.06443).
-// Included by avx2.cc and avx512.cc after their own parts, which have Words (a register of 16-bit
-// lanes), load_words, store_words, add_words, widen_bytes and flush_words, and Dwords (a register
-// of sums) with load_dwords, no_dwords, store_dwords and transpose_square.
+// Included by the files of the instruction sets after their own parts, which have Words (a register
+// of 16-bit lanes), load_words, store_words, add_words, widen_bytes and flush_words, and Dwords (a
+// register of sums) with load_dwords, no_dwords, store_dwords and transpose_square.
 #pragma once
 
 #include "lowbit.h"
@@ -26,7 +26,7 @@ LUTRA_INLINE void build_table(const int8_t* x, int16_t* table) {
   Words value[kDigits][kTableParts], start[kTableParts];
 #pragma GCC unroll 8
   for (int32_t j = 0; j < kDigits; ++j) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int32_t p = 0; p < kTableParts; ++p) {
       value[j][p] = widen_bytes(x + j * kTableRows + p * kWordLanes);
       Words least = value[j][p];
@@ -35,14 +35,14 @@ LUTRA_INLINE void build_table(const int8_t* x, int16_t* table) {
       start[p] = j == 0 ? sub_words(least, add_words(least, least)) : sub_words(start[p], least);
     }
   }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int32_t p = 0; p < kTableParts; ++p) store_words(table + p * kWordLanes, start[p]);
   int32_t size = 1;
 #pragma GCC unroll 8
   for (int32_t j = 0; j < kDigits; ++j) {
     const int32_t end = size * kLevels;
     for (int32_t e = size; e < end; ++e) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int32_t p = 0; p < kTableParts; ++p) {
         const Words before = load_words(table + (e - size) * kTableRows + p * kWordLanes);
         store_words(table + e * kTableRows + p * kWordLanes, add_words(before, value[j][p]));
@@ -64,7 +64,7 @@ void add_entries(const uint8_t* index, int32_t outputs, const int16_t* tables, i
     for (int32_t t = 0; t < kTables; ++t) {
       const int16_t* const entry =
           tables + t * (kEntries * kTableRows) + static_cast<size_t>(index[t]) * kTableRows;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int32_t p = 0; p < kTableParts; ++p) {
         const Words v = load_words(entry + p * kWordLanes);
         if (t > 0) {
@@ -74,7 +74,7 @@ void add_entries(const uint8_t* index, int32_t outputs, const int16_t* tables, i
         }
       }
     }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int32_t p = 0; p < kTableParts; ++p) {
       if constexpr (kFlush) {
         flush_words(s[p], total + p * kWordLanes, first);

@@ -13,13 +13,16 @@
 #include "neon_encode.h"
 #include "neon_lanes.h"
 #include "neon_lookup.h"
+#include "neon_lowbit.h"
+#include "neon_lowbit_registers.h"
 #include "neon_respond.h"
 #include "neon_training.h"
-#include "scalar_lowbit.h"
 // After the lanes that they are written in:
 #include "attention.h"
 #include "attention_row.h"
 #include "functions.h"
+#include "lowbit_dense.h"
+#include "lowbit_tables.h"
 #include "piecewise.h"
 #include "planes.h"
 

@@ -1,5 +1,4 @@
-// Low-bit weights: what the kernels compute. Private to scalar.cc, neon.cc, neon_dot.cc and
-// wasm.cc.
+// Low-bit weights: what the kernels compute. Private to scalar.cc and wasm.cc.
 #pragma once
 
 #include <cmath>
