@@ -450,7 +450,6 @@ RESAMPLING = {
     "gather_topk": call(lambda m, x: x.gather(1, x.topk(2, 1)[1])),
     "gather_argmax": call(lambda m, x: x.gather(1, x.argmax(1, keepdim=True))),
     "topk": call(lambda m, x: x.topk(2, 1)[0]),
-    "conv3d": module(lambda: nn.Conv3d(1, 2, 2), (1, 4, 5, 6), refused="1-D and 2-D"),
     "rnn": module(lambda: Recurrent(nn.RNN), TOKENS, refused="use nn.GRU"),
 }
 FAMILIES = {

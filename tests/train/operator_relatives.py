@@ -255,18 +255,16 @@ POOLS = {
     "avg_1d_exclude": call(lambda m, x: F.avg_pool1d(x, 3, 2, 1, count_include_pad=False), SIGNAL),
     "avg_2d_ceil": call(lambda m, x: F.avg_pool2d(x, 3, 2, ceil_mode=True)),
     "avg_2d_exclude": call(lambda m, x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)),
-    "avg_2d_divisor": call(
-        lambda m, x: F.avg_pool2d(x, 2, divisor_override=3), refused="scale the result"
+    "avg_2d_divisor": call(lambda m, x: F.avg_pool2d(x, 2, padding=1, divisor_override=3)),
+    "avg_2d_divisor_ceil": call(
+        lambda m, x: F.avg_pool2d(x, 3, 2, ceil_mode=True, divisor_override=3),
+        refused="leave one of the two out",
     ),
     "adaptive_avg_1d": call(lambda m, x: F.adaptive_avg_pool1d(x, 4), SIGNAL),
     "adaptive_max_1d": call(lambda m, x: F.adaptive_max_pool1d(x, 4), SIGNAL),
     "adaptive_avg_2d": call(lambda m, x: F.adaptive_avg_pool2d(x, (3, None))),
     "adaptive_max_2d": call(lambda m, x: F.adaptive_max_pool2d(x, 1)),
     "lp_1d": call(lambda m, x: F.lp_pool1d(x, 2, 3), SIGNAL, positive=True),
-    "max_unpool": call(
-        lambda m, x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
-        refused="indices",
-    ),
     "global_pools": call(lambda m, x: torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1)),
 }
 RESIZES = {

@@ -10,6 +10,7 @@ from torch import nn
 
 import lutra
 from lutra.train import Int8, Lookup, convert, export
+from lutra.train.layers import grid_refit
 from lutra.train.layers.goal import Goal
 from lutra.train.layers.grid_refit import fit_range, fit_rounded, search
 from lutra.train.layers.int8 import Int8Linear
@@ -46,6 +47,32 @@ def test_outliers_are_cut_off_where_that_helps() -> None:
     assert layer.grid().zero == 0
 
 
+def test_a_layer_of_some_outputs_gives_these_outputs() -> None:
+    x = rows(5)
+    for kind, method in ((Int8Linear, Int8()), (LookupLinear, Lookup())):
+        layer = kind.from_float(nn.Linear(12, 9), method)
+        layer.set_activation_range(-2.0, 3.0)
+        some = layer.of_outputs(slice(None, None, 4))
+        torch.testing.assert_close(some.of_rows(x), layer.of_rows(x)[:, ::4])
+        some.set_activation_range(-1.0, 1.0)
+        assert layer.weight.shape == (9, 12)
+
+
+def test_the_range_of_a_wide_layer_is_judged_by_some_outputs() -> None:
+    """Nearly the range that all outputs would take, with nearly their error."""
+    x = rows(6, 64)
+    dense = nn.Linear(12, 1600)
+    goal = Goal(dense(x).detach())
+    found = []
+    for judged in (1600, 512):
+        layer = LookupLinear.from_float(dense, Lookup())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(grid_refit, "_JUDGED", judged)
+            fit_range(layer, x, goal)
+        found.append(goal.error(layer.of_rows(x)))
+    assert found[1] <= 1.05 * found[0]
+
+
 def test_each_end_is_searched_by_itself() -> None:
     best = {(-2.0, 3.0): 0.0}
     found = search([4.0, 2.0], [6.0, 3.0], lambda low, high: best.get((low, high), 1.0 - low / 9))
@@ -65,7 +92,7 @@ def test_weights_suit_the_rounded_input(kind: type) -> None:
     layer = kind.from_float(dense, Int8(act_bits=3) if kind is Int8Linear else Lookup(8, 33))
     fit_range(layer, x, goal)
     before = goal.error(layer.of_rows(x))
-    settle = layer._round_weights if kind is LookupLinear else lambda gram: None
+    settle = layer._round_weights if kind is LookupLinear else lambda products: None
     fit_rounded(layer, x, goal, settle)
     after = goal.error(layer.of_rows(x))
     assert after < before

@@ -18,6 +18,8 @@ from operator_positions import CASES as OF_POSITIONS
 from operator_positions import SIZES as POSITIONS_OF_ANY_SIZE
 from operator_relatives import RELATIVES
 from operator_relatives import SIZES as RELATIVES_OF_ANY_SIZE
+from operator_volumes import CASES as OF_VOLUMES
+from operator_volumes import SIZES as VOLUMES_OF_ANY_SIZE
 from torch import Tensor
 
 from lutra import Session, runnable_isas
@@ -32,6 +34,7 @@ CASES = {
     **{f"relatives-{name}": case for name, case in RELATIVES.items()},
     **{f"positions-{name}": case for name, case in OF_POSITIONS.items()},
     **OF_ORDERS,
+    **OF_VOLUMES,
 }
 #: One of each kind; the others are slow.
 QUICK = (
@@ -56,6 +59,11 @@ QUICK = (
     "positions-einsum_of_parts",
     "positions-mask_as_output",
     "positions-attention_pooling",
+    "volumes-video",
+    "volumes-transposed_groups",
+    "volume_pools-max_padded",
+    "unpools-odd",
+    "matrices-inverse_3",
 )
 
 
@@ -121,6 +129,7 @@ ANY_SIZE = {
     **{name: (CASES[name], axes) for name, axes in SIZES.items()},
     **{f"relatives-{name}": each for name, each in RELATIVES_OF_ANY_SIZE.items()},
     **{f"positions-{name}": each for name, each in POSITIONS_OF_ANY_SIZE.items()},
+    **VOLUMES_OF_ANY_SIZE,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lutra.train.layers.ridge import Ridge, held_out
+from lutra.train.layers.ridge import Ridge, RowRidge, held_out
 
 
 def test_sums_that_rounding_leaves_indefinite() -> None:
@@ -27,12 +27,12 @@ def test_few_rows_give_what_the_sums_give() -> None:
     targets = rows @ torch.randn(200, 3) + torch.randn(40, 3)
     parts = [rows[part] for part in held_out(40)]
     moments = [rows[part].t() @ targets[part] for part in held_out(40)]
-    start = torch.randn(200, 3)
-    sums = [part.t() @ part for part in parts]
-    known, short = Ridge(sums), Ridge(sums, parts)
-    for ridge in (known, short):
-        ridge.choose(moments, torch.ones(3))
-    assert short.weight == known.weight
+    sums, short = Ridge([part.t() @ part for part in parts]), RowRidge(rows.double())
+    sums.choose(moments, torch.ones(3))
+    short.choose(targets, torch.ones(3))
+    assert short.weight == sums.weight
+    start = torch.randn(40, 3, dtype=torch.float64)
+    known = sums.solve(moments, rows.t() @ start.float())
     torch.testing.assert_close(
-        short.solve(moments, start), known.solve(moments, start), rtol=1e-3, atol=1e-4
+        rows.t() @ short.solve(targets, start).float(), known, rtol=1e-3, atol=1e-4
     )

@@ -20,16 +20,20 @@ from lutra.train.exporting.capture import (
 from lutra.train.layers.base import FrozenLayer
 from lutra.train.layers.folded_norm import NORMS, gain_and_shift
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
-_DENSE = (nn.Conv1d, nn.Conv2d, nn.Linear, *_TRANSPOSED)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_DENSE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *_TRANSPOSED)
+_NORMS = (*NORMS, nn.BatchNorm3d)
 _NORM_OPS = ("aten._native_batch_norm_legit_no_training.default", "aten.batch_norm.default")
 _LAYER_OPS = (
     "aten.conv1d.default",
     "aten.conv1d.padding",
     "aten.conv2d.default",
     "aten.conv2d.padding",
+    "aten.conv3d.default",
+    "aten.conv3d.padding",
     "aten.conv_transpose1d.default",
     "aten.conv_transpose2d.input",
+    "aten.conv_transpose3d.input",
     "aten.convolution.default",
     "aten.linear.default",
     FROZEN_OP,
@@ -47,7 +51,7 @@ class Fold:
 def fold_batch_norm(model: nn.Module, example_input: ExampleInput) -> nn.Module:
     """Return a copy of a model with its batch norms folded into the layers that feed them.
 
-    A norm is folded when it is an `nn.BatchNorm1d` or `nn.BatchNorm2d` with running statistics
+    A norm is folded when it is an `nn.BatchNorm1d`, `2d` or `3d` with running statistics
     whose only input is one convolution or transposed convolution, `nn.Linear` or frozen layer
     whose operator has a gain and a bias for each output, when nobody else reads the output of that
     layer, and when neither of them, nor their weights, is used a second time. Who feeds whom is
@@ -133,7 +137,7 @@ def find_folds(model: nn.Module, program: ExportedProgram) -> list[Fold]:
         if (
             len(layer.users) == 1
             and calls[id(module)] == calls[id(norm)] == 1
-            and type(norm) in NORMS  # a subclass may do more than normalise
+            and type(norm) in _NORMS  # a subclass may do more than normalise
             and isinstance(norm, nn.modules.batchnorm._BatchNorm)
             and norm.running_mean is not None
             and module is not None

@@ -7,6 +7,7 @@ registry and the methods of `QuantizedLayer`, and name no family.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -21,7 +22,7 @@ from lutra.ops import op_spec
 from lutra.train import distributed
 from lutra.train.geometry import Geometry, Grid
 from lutra.train.layers.dropin import adopt_attributes
-from lutra.train.layers.forms import CONV2D, Form, form_of, why_kept
+from lutra.train.layers.forms import CONV2D, LINEAR, Form, form_of, why_kept
 from lutra.train.layers.goal import Goal
 from lutra.train.operators.frozen import FrozenNode, frozen
 from lutra.train.recipe import Method
@@ -218,6 +219,7 @@ class QuantizedLayer(nn.Module):
     op: ClassVar[str]  # operator of the graph
     takes_groups: ClassVar[bool] = False  # whether a grouped convolution will do
     has_grid: ClassVar[bool] = True  # or activations are rounded in another way
+    output_tensors: ClassVar[tuple[str, ...]] = ("weight", "bias")  # with a value for each output
     form: Form = CONV2D  # of the module that it replaces
     geometry: Geometry
     method: Any  # the method of the family
@@ -315,6 +317,18 @@ class QuantizedLayer(nn.Module):
             shift = shift + self.bias.float()
         trained = self.weight.requires_grad if self.bias is None else self.bias.requires_grad
         self.bias = nn.Parameter(shift.to(self.weight.dtype), requires_grad=trained)
+
+    def of_outputs(self, outputs: slice) -> Self:
+        """A layer of some of the outputs, of a layer of one group. What is no tensor with a value
+        for each output is shared with this layer."""
+        some = copy.copy(self)
+        some.form = LINEAR if self.form.transposed else self.form
+        some._parameters = dict(self._parameters)
+        for name in self.output_tensors:
+            tensor = self.kernel_weight if name == "weight" else getattr(self, name)
+            if tensor is not None:
+                some._parameters[name] = nn.Parameter(tensor[outputs], tensor.requires_grad)
+        return some
 
     @torch.no_grad()
     def of_rows(self, rows: Tensor) -> Tensor:

@@ -83,6 +83,12 @@ class Goal:
             offset = offset[rows]
         return Goal(self.want[rows], self.gain, offset, self.low, self.high)
 
+    def of_outputs(self, outputs: slice) -> Goal:
+        """That of some of the outputs."""
+        gain = None if self.gain is None else self.gain[outputs]
+        offset = None if self.offset is None else self.offset[..., outputs]
+        return Goal(self.want[:, outputs], gain, offset, self.low, self.high)
+
     def to(self, device: torch.device) -> Goal:
         """The same on another device."""
         gain = None if self.gain is None else self.gain.to(device)

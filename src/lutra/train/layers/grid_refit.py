@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lutra.train import distributed
 from lutra.train.layers.goal import Goal
 from lutra.train.layers.pq_refit import fit_weight
+from lutra.train.layers.products import Products
 from lutra.train.operators import portable
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _SHARES = (0.85, 0.7, 0.55, 0.4, 0.3)
 _QUANTILES = (0.9999, 0.999, 0.99)
 _SEARCHED = 512  # rows that every candidate is tried on
+_JUDGED = 512  # outputs that every candidate is judged by, or up to twice as many
 _MOST = 1 << 20  # values that quantiles are taken of
 
 
@@ -113,11 +115,15 @@ def fit_range(layer: QuantizedLayer, rows: Tensor, goal: Goal) -> None:
         goal: what its outputs should be.
     """
     part = slice(None, None, max(1, len(rows) // _SEARCHED))
-    some, wanted = rows[part], goal.at(part)
+    some, wanted, judge = rows[part], goal.at(part), layer
+    every = layer.outputs // _JUDGED
+    if every > 1 and layer.geometry.groups == 1:
+        outputs = slice(None, None, every)
+        wanted, judge = wanted.of_outputs(outputs), layer.of_outputs(outputs)
 
     def error(low: float, high: float) -> float:
-        layer.set_activation_range(low, high)
-        y = layer.of_rows(some)
+        judge.set_activation_range(low, high)
+        y = judge.of_rows(some)
         return wanted.error(y + distributed.mean_row(wanted.targets(y) - y))
 
     layer.set_activation_range(*search(ends(-rows), ends(rows), error))
@@ -128,7 +134,7 @@ def fit_rounded(
     layer: QuantizedLayer,
     rows: Tensor,
     goal: Goal,
-    settle: Callable[[Tensor], None] = lambda gram: None,
+    settle: Callable[[Products], None] = lambda products: None,
 ) -> None:
     """Fits the weights of a layer on its rounded input, if that makes its outputs better.
 
@@ -136,8 +142,8 @@ def fit_rounded(
         layer: a layer of products of weights and rounded inputs, of one group.
         rows: samples (n, D) of its input.
         goal: what its outputs should be.
-        settle: sets what depends on the weights, given the products X'X (D, D) of the inputs; it
-            may change the weights within what the layer rounds to.
+        settle: sets what depends on the weights, given the products of the inputs; it may
+            change the weights within what the layer rounds to.
     """
     grid, y = layer.grid(), layer.of_rows(rows)
     x = (portable.quantize(rows, grid) - grid.zero) * grid.scale
@@ -145,11 +151,11 @@ def fit_rounded(
     before = [(tensor, tensor.clone()) for tensor in others]
     weight, bias, start = layer.weight, layer.bias, goal.error(y)
     fit = fit_weight(x, y, goal)
-    assert fit.gram is not None
+    assert fit.products is not None
     fitted = layer.kernel_weight.float().reshape(layer.outputs, -1) + fit.change
     replace_weight(layer, fitted)
     layer.shift_bias(fit.shift)
-    settle(fit.gram)
+    settle(fit.products)
     if goal.error(layer.of_rows(rows)) >= start:
         layer.weight, layer.bias = weight, bias
         for tensor, value in before:

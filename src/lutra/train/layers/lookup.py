@@ -32,7 +32,8 @@ from lutra.train.layers.base import (
 from lutra.train.layers.goal import Goal
 from lutra.train.layers.grid_refit import fit_range, fit_rounded, replace_weight
 from lutra.train.layers.lookup_table import Response, default_entries, quantize_table
-from lutra.train.layers.weight_rounding import round_weights, rounding_factor
+from lutra.train.layers.products import Products
+from lutra.train.layers.weight_rounding import Feedback, round_weights
 from lutra.train.layers.zero_point import ZeroPointLayer
 from lutra.train.operators import lookup as lookup_ops
 from lutra.train.recipe import Lookup
@@ -41,9 +42,10 @@ TABLE_SHARE = 8  # one image in so many gives the gradient of the cells of a tab
 _LEAST_SCALE = 1e-8
 _MOST_RESCALED = 100.0  # factor of the gradient of a cell that is hardly ever read
 _CANDIDATES = 64  # clipping points tried for the weights
+_SAMPLED = 1024  # weights of an output that they are tried on, or up to twice as many
 _INSIDE = 0.49  # steps between a weight and the level that it rounds to
 _MOST_GAIN = 1.5
-_BLOCK = 1 << 18  # weights whose scales are searched at a time
+_BLOCK = 1 << 18  # weights that are looked at together
 
 
 def cell_factor(counts: Tensor) -> Tensor:
@@ -60,9 +62,14 @@ def cell_factor(counts: Tensor) -> Tensor:
 def weight_index(weight: Tensor, scale: Tensor, count: int) -> Tensor:
     """Indices (M, D) uint8 of weights (M, D), with scale (M) of the largest."""
     half = count // 2
+    index = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    rows = max(1, _BLOCK // max(1, weight.shape[1]))
     with torch.no_grad():
-        unit = (weight / scale[:, None]).clamp_(-1.0, 1.0)
-        return unit.add_(1.0).mul_(half).round_().to(torch.uint8)
+        for start in range(0, len(weight), rows):
+            part = slice(start, start + rows)
+            unit = (weight[part] / scale[part, None]).clamp_(-1.0, 1.0)
+            index[part] = unit.add_(1.0).mul_(half).round_()
+    return index
 
 
 class WeightLevels(torch.autograd.Function):
@@ -204,6 +211,7 @@ class LookupLayer(ZeroPointLayer):
     """
 
     method: Lookup
+    output_tensors = ("weight", "bias", "log_weight_scale")
     spare = 1  # the table is in units of the largest activation
 
     def __init__(
@@ -327,13 +335,13 @@ class LookupLayer(ZeroPointLayer):
             self._fit_scale(rows, goal)
         self._center(rows, goal)
 
-    def _round_weights(self, gram: Tensor) -> None:
+    def _round_weights(self, products: Products) -> None:
         """Moves weights to where their rounding changes the outputs least. Each stays as near to
         what it was as its index allows, so that training may still take it elsewhere."""
         rows, half = self._rows(), self.method.weights // 2
         scale = _weight_scale(rows, self.method.weights)
         step = scale / half
-        codes = round_weights(rows, step, -half, half, *rounding_factor(gram))
+        codes = round_weights(rows, step, -half, half, Feedback.of(products))
         found = codes * step[:, None]
         reach = _INSIDE * step[:, None]
         moved = torch.maximum(torch.minimum(rows, found + reach), found - reach)
@@ -446,12 +454,13 @@ def _weight_scale(rows: Tensor, count: int) -> Tensor:
     bounds = torch.outer(shares, (level - 0.5) / half).flatten()
     scales = []
     for block in torch.split(rows, max(1, _BLOCK // rows.shape[1])):
-        size = _sorted(block.abs())
-        peak = size[:, -1:].clamp_min(_LEAST_SCALE)
+        size = block.abs()
+        peak = size.amax(1, keepdim=True).clamp_min(_LEAST_SCALE)
+        size = _sorted(size[:, :: max(1, size.shape[1] // _SAMPLED)])
         sums = F.pad(size.double().cumsum(1), (1, 0))
         below = torch.searchsorted(size, (bounds * peak.double()).to(size.dtype))
         shape = (len(block), _CANDIDATES, half)
-        number = (rows.shape[1] - below).view(shape).double()
+        number = (size.shape[1] - below).view(shape).double()
         above = (sums[:, -1:] - sums.gather(1, below)).view(shape)
         step = shares * peak.double() / half
         less = 2.0 * step * above.sum(2) - step.square() * (number @ (2.0 * level - 1.0))

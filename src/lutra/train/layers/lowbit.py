@@ -28,7 +28,8 @@ from lutra.train.layers.goal import Goal
 from lutra.train.layers.grid_refit import replace_weight
 from lutra.train.layers.lowbit_scales import LEAST, fit_scales, mean_scales, round_codes
 from lutra.train.layers.pq_refit import fit_weight
-from lutra.train.layers.weight_rounding import round_weights, rounding_factor
+from lutra.train.layers.products import Products
+from lutra.train.layers.weight_rounding import Feedback, round_weights
 from lutra.train.operators.lowbit import lowbit_products, quantize_rows
 from lutra.train.recipe import LowBit
 
@@ -221,27 +222,26 @@ class LowBitLinear(RowLayer):
         x = q * step
         y = x @ self.kernel_weight.float().t()
         fit = fit_weight(x, y if bias is None else y + bias.float(), goal)
-        assert fit.gram is not None
+        assert fit.products is not None
         replace_weight(self, self.kernel_weight.float() + fit.change)
         self.shift_bias(fit.shift)
-        self._round_weights(fit.gram)
+        self._round_weights(fit.products)
         self._center(rows, goal)
         if goal.error(self.of_rows(rows)) >= start:
             self.weight, self.bias = weight, bias
             for tensor, value in before:
                 tensor.copy_(value)
 
-    def _round_weights(self, gram: Tensor) -> None:
+    def _round_weights(self, products: Products) -> None:
         """Moves weights to where their rounding changes the outputs least. Each stays as near to
         what it was as its code allows, so that training may still take it elsewhere."""
         weight = self._grouped()
-        scale, zero = self._fitted(weight, gram.diagonal().float())
+        scale, zero = self._fitted(weight, products.diagonal().float())
         self._set_scales(scale, zero)
         scale, zero = self._scale_and_zero(weight)
         step, middle = ((t[:, :, None].expand_as(weight)).flatten(1) for t in (scale, zero))
         rows = weight.flatten(1)
-        order, factor = rounding_factor(gram)
-        codes = round_weights(rows, step, 0, self.levels - 1, order, factor, middle)
+        codes = round_weights(rows, step, 0, self.levels - 1, Feedback.of(products), middle)
         found, reach = (codes - middle) * step, _INSIDE * step
         moved = torch.maximum(torch.minimum(rows, found + reach), found - reach)
         # beyond the codes there is no other to round to

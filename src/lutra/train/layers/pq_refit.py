@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lutra.train import distributed
 from lutra.train.layers.goal import Goal
-from lutra.train.layers.ridge import Ridge, held_out
+from lutra.train.layers.products import Products, are_few
+from lutra.train.layers.ridge import Ridge, RowRidge, held_out
 from lutra.train.operators import pq as ops
 
 _ROUNDS = 6  # of a goal that is cut off
@@ -25,33 +26,74 @@ _BLOCK = 2048  # rows
 
 
 class Fit(NamedTuple):
-    """The change of coefficients, and of the bias; of weights also the products X'X (D, D) of the
-    inputs without their mean, in float64."""
+    """The change of coefficients, and of the bias; of weights also the products of the inputs,
+    without their mean."""
 
     change: Tensor
     shift: Tensor
-    gram: Tensor | None = None
+    products: Products | None = None
 
 
 def fit_weight(x: Tensor, y: Tensor, goal: Goal) -> Fit:
     """Change of the weights (M, D), given the quantised input x (n, D) and outputs y (n, M)."""
     mean = distributed.mean_row(x)
     centered = x - mean
-    parts = held_out(len(x))
-    features = [centered[part] for part in parts]
-    ridge = Ridge([part.t() @ part for part in features], features)
-    total = torch.zeros((x.shape[1], y.shape[1]), device=x.device)
+    solver = _OfRows(centered) if are_few(*x.shape) else _OfSums(centered)
+    total: Tensor | None = None
     shift = torch.zeros(y.shape[1], device=x.device)
     for turn in range(_ROUNDS if goal.is_cut else 1):
         rest = goal.targets(y) - y
         middle = distributed.mean_row(rest)
         shift, y, rest = shift + middle, y + middle, rest - middle
-        moments = [centered[part].t() @ rest[part] for part in parts]
         if turn == 0:
-            ridge.choose(moments, goal.weights(y.shape[1]))
-        change = ridge.solve(moments, total)
-        total, y = total + change, y + centered @ change
-    return Fit(total.t(), shift - mean @ total, ridge.gram)
+            solver.choose(rest, goal.weights(y.shape[1]))
+        change = solver.change(rest)
+        y = y + centered @ change
+        total = change if total is None else total + change
+    assert total is not None
+    return Fit(total.t(), shift - mean @ total, solver.products)
+
+
+class _OfSums:
+    """Weights (D, M) of inputs (n, D) by the products of the inputs."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._parts = [x[part] for part in held_out(len(x))]
+        self._ridge = Ridge([part.t() @ part for part in self._parts])
+        self._total: Tensor | None = None
+        self.products = Products(matrix=self._ridge.gram)
+
+    def _moments(self, rest: Tensor) -> list[Tensor]:
+        split = [rest[part] for part in held_out(len(rest))]
+        return [x.t() @ part for x, part in zip(self._parts, split, strict=True)]
+
+    def choose(self, rest: Tensor, outputs: Tensor) -> None:
+        """Takes the weight of the ridge; see `Ridge.choose`."""
+        self._ridge.choose(self._moments(rest), outputs)
+
+    def change(self, rest: Tensor) -> Tensor:
+        """What is added to the weights for what is left of the outputs (n, M)."""
+        change = self._ridge.solve(self._moments(rest), self._total)
+        self._total = change if self._total is None else self._total + change
+        return change
+
+
+class _OfRows:
+    """The same from few rows."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.products = Products(rows=x.double())
+        self._x = x
+        self._ridge = RowRidge(x.double())
+        self._total: Tensor | None = None
+
+    def choose(self, rest: Tensor, outputs: Tensor) -> None:
+        self._ridge.choose(rest, outputs)
+
+    def change(self, rest: Tensor) -> Tensor:
+        change = self._ridge.solve(rest, self._total)
+        self._total = change if self._total is None else self._total + change
+        return (change.float().t() @ self._x).t()  # (M, D) in memory, as weights are
 
 
 def fit_tables(codes: Tensor, tables: Tensor, y: Tensor, goal: Goal) -> Fit:

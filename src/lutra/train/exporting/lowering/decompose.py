@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 from torch._ops import OpOverload
 from torch.export import ExportedProgram, default_decompositions
 
 from lutra.train.exporting.capture import quiet
+from lutra.train.exporting.lowering import small_matrices, volumes
 from lutra.train.exporting.lowering.complex_numbers import split_complex
 from lutra.train.exporting.lowering.core import LOWERINGS
 from lutra.train.exporting.lowering.hints import has_hint
@@ -20,7 +23,8 @@ _ROUNDS = 3  # what torch writes may have to be written again
 def decomposed(program: ExportedProgram) -> ExportedProgram:
     """Write activations' operators that have no lowering in others, where all of those have one.
 
-    Operators with a hint of their own stay: there is a better way than what torch would write.
+    Operators with a hint of their own stay, unless this package writes them: there is a better way
+    than what torch would write.
 
     Args:
         program: From `capture.capture`.
@@ -36,8 +40,10 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
         missing = _missing(made)
         if not missing:
             return made
-        known = default_decompositions()
-        if not all(target in known and not has_hint(str(target)) for target in missing):
+        from_torch: dict[Any, Any] = dict(default_decompositions())
+        known = {op: each for op, each in from_torch.items() if not has_hint(str(op))}
+        known |= volumes.WRITTEN | small_matrices.WRITTEN
+        if not all(target in known for target in missing):
             return program
         with quiet(), torch.no_grad():
             made = made.run_decompositions({target: known[target] for target in missing})

@@ -10,16 +10,35 @@ _BATCH_STATISTICS = (
 _TABLE = [
     ("rnn_tanh rnn_relu", "use nn.GRU or nn.LSTM"),
     (
-        "conv3d max_pool3d",
-        "only the 1-D and 2-D forms exist",
+        "conv3d conv_transpose3d max_pool3d adaptive_avg_pool3d adaptive_max_pool3d",
+        "volumes work whose height and width are fixed; take their axes out of dynamic_axes",
     ),
-    ("conv_transpose3d", "only the 1-D and 2-D forms exist"),
-    ("upsample_trilinear3d", "lutra has nearest, bilinear and bicubic upsampling of images"),
+    ("avg_pool3d", "divisor_override does not go with ceil_mode; leave one of the two out"),
+    (
+        "inverse linalg_inv linalg_inv_ex det linalg_det logdet linalg_slogdet linalg_solve",
+        "matrices of up to 4 rows work; for larger ones compute it outside the exported model, or "
+        "once, as a buffer, where the matrix is constant",
+    ),
+    (
+        "linalg_cholesky linalg_eigh linalg_eigvalsh linalg_svd linalg_qr matrix_exp pinverse "
+        "linalg_pinv cholesky_solve cholesky_inverse triangular_solve linalg_solve_triangular",
+        "factors of matrices do not exist; compute it outside the exported model, or once, as a "
+        "buffer, where the matrix is constant",
+    ),
+    (
+        "lgamma digamma polygamma special_i0 special_i1 special_i0e special_zeta special_ndtri "
+        "mode",
+        "compute it outside the exported model, or once, as a buffer, where its input is constant",
+    ),
     (
         "masked_select nonzero unique unique2 _unique2 histc bincount",
         "values decide how many entries its result has; multiply by a mask or use torch.where",
     ),
-    ("max_unpool2d max_unpool1d", "use nn.Upsample or a transposed convolution"),
+    (
+        "max_unpool2d max_unpool3d max_pool1d_with_indices max_pool3d_with_indices",
+        "indices of nn.MaxPool2d with stride = kernel_size and without padding work, in images of "
+        "fixed size; else use nn.Upsample or a transposed convolution",
+    ),
     ("_native_batch_norm_legit _native_batch_norm_legit_functional", _BATCH_STATISTICS),
     ("native_dropout bernoulli rand rand_like randn_like", "remove what is random in eval mode"),
     (

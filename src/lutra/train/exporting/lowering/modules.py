@@ -15,10 +15,6 @@ from lutra.train.exporting.lowering.hints import hint_for
 #: The operators of a module; one of them must have a lowering. The first stands in errors.
 NEEDS: Final[Mapping[type[nn.Module], tuple[str, ...]]] = {
     nn.RNN: ("aten.rnn_tanh.input", "aten.rnn_relu.input"),
-    nn.Conv3d: ("aten.conv3d.default",),
-    nn.ConvTranspose3d: ("aten.conv_transpose3d.input",),
-    nn.MaxPool3d: ("aten.max_pool3d.default",),
-    nn.AvgPool3d: ("aten.avg_pool3d.default",),
 }
 #: What a layer with projections is told.
 PROJECTS: Final = "it projects its hidden values; leave proj_size out"

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-
-from lutra.train.exporting.lowering import views
 from lutra.train.exporting.lowering.arguments import need_rank, pair, single
 from lutra.train.exporting.lowering.core import (
     Lowering,
     Ref,
     UnsupportedUse,
-    is_dynamic,
     lowers,
 )
+from lutra.train.exporting.lowering.functions import line
 from lutra.train.exporting.lowering.points import as_image
 
 
@@ -68,19 +64,22 @@ def _avg_pool2d(
     divisor_override: int | None,
 ) -> Ref:
     need_rank(self, 4)
-    if divisor_override is not None:
-        raise UnsupportedUse("it sets divisor_override; leave that out and scale the result")
-    return ctx.emit(
-        "avg_pool2d",
-        self,
-        attrs={
-            "kernel": pair(kernel_size),
-            "stride": pair(stride or kernel_size),
-            "padding": pair(padding),
-            "ceil_mode": ceil_mode,
-            "count_include_pad": count_include_pad,
-        },
-    )
+    if divisor_override is not None and ceil_mode:
+        raise UnsupportedUse(
+            "divisor_override does not go with ceil_mode; leave one of the two out"
+        )
+    height, width = pair(kernel_size)
+    attrs = {
+        "kernel": (height, width),
+        "stride": pair(stride or kernel_size),
+        "padding": pair(padding),
+        "ceil_mode": ceil_mode,
+        "count_include_pad": count_include_pad or divisor_override is not None,
+    }
+    if divisor_override is None:
+        return ctx.emit("avg_pool2d", self, attrs=attrs)
+    made = ctx.emit("avg_pool2d", self, attrs=attrs, suffix="mean")
+    return line(ctx, made, height * width / divisor_override, 0.0)
 
 
 @lowers("aten.adaptive_avg_pool2d.default", "aten._adaptive_avg_pool2d.default")
@@ -93,57 +92,6 @@ def _adaptive_avg_pool2d(ctx: Lowering, self: Ref, output_size: Any) -> Ref:
 def _adaptive_max_pool2d(ctx: Lowering, self: Ref, output_size: Any) -> tuple[Ref, None]:
     need_rank(self, 4)
     return ctx.emit("adaptive_max_pool2d", self, attrs={"output_size": pair(output_size)}), None
-
-
-@lowers("aten.avg_pool3d.default")
-def _avg_pool3d(
-    ctx: Lowering,
-    self: Ref,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    ceil_mode: bool,
-    count_include_pad: bool,
-    divisor_override: int | None,
-) -> Ref:
-    steps = list(stride or kernel_size)
-    flat = [*kernel_size[1:], *steps[1:]] == [1, 1, 1, 1] and not any(padding[1:])
-    if self.rank != 5 or not flat or divisor_override is not None:
-        raise UnsupportedUse(
-            "it averages over volumes; only means over the first of the three axes exist, as in "
-            "nn.LocalResponseNorm"
-        )
-    if self.shape[1] == 1 and all(is_dynamic(size) for size in self.shape[3:]):
-        # sums of neighbours among channels, as a product with a band of a matrix
-        depth = self.shape[2]
-        band = F.avg_pool1d(
-            torch.eye(depth)[:, None],
-            kernel_size[0],
-            steps[0],
-            padding[0],
-            ceil_mode,
-            count_include_pad,
-        )[:, 0].t()
-        image = views.emit_reshape(ctx, self, (None, depth, *self.shape[3:]), "image")
-        made = ctx.emit(
-            "conv2d",
-            image,
-            (None, len(band), *self.shape[3:]),
-            attrs={"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1},
-            tensors={"weight": band[:, :, None, None].contiguous(), "bias": torch.zeros(len(band))},
-        )
-        return views.emit_reshape(ctx, made, ctx.result_shape, "volumes")
-    rows = views.emit_reshape(ctx, self, (*self.shape[:3], self.shape[3] * self.shape[4]), "rows")
-    depth = ctx.result_shape[2]
-    attrs = {
-        "kernel": (kernel_size[0], 1),
-        "stride": (steps[0], 1),
-        "padding": (padding[0], 0),
-        "ceil_mode": ceil_mode,
-        "count_include_pad": count_include_pad,
-    }
-    made = ctx.emit("avg_pool2d", rows, (*rows.shape[:2], depth, rows.shape[3]), attrs=attrs)
-    return views.emit_reshape(ctx, made, ctx.result_shape, "volumes")
 
 
 @lowers("aten.adaptive_max_pool1d.default")

@@ -9,22 +9,32 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from lutra.train.exporting.lowering.sources import Sources
+from lutra.train.exporting.lowering.unpool import unpooled
 
 _aten = torch.ops.aten
 
 
 def rewrite(program: ExportedProgram) -> None:
-    """Write `baddbmm` of activations as a product, a scale and a sum, in place.
+    """Write operators of activations as others, in place.
 
-    So scores of an attention that starts from a bias look like any others.
+    * `baddbmm` as a product, a scale and a sum: so scores of an attention that starts from a bias
+      look like any others.
+    * `max_unpool2d` with the indices of a pooling as a comparison of each window's entries with the
+      largest one: no index is needed.
     """
     sources = Sources(program)
     for node in list(program.graph.nodes):
-        if str(node.target) == "aten.baddbmm.default" and sources.is_activation(node):
+        if not sources.is_activation(node):
+            continue
+        if str(node.target) == "aten.baddbmm.default":
             _rewrite_baddbmm(program.graph, node)
+        elif str(node.target) == "aten.max_unpool2d.default":
+            _rewrite_unpool(program.graph, node)
 
 
-def _rewrite_baddbmm(graph: fx.Graph, node: fx.Node) -> None:
+def _caller(graph: fx.Graph, node: fx.Node) -> Any:
+    """What adds an operator to the graph, in the place of a node."""
+
     def call(target: Any, *args: Any) -> fx.Node:
         made = graph.call_function(target, args)
         values: Any = fx.map_arg(args, lambda each: each.meta["val"])
@@ -32,6 +42,16 @@ def _rewrite_baddbmm(graph: fx.Graph, node: fx.Node) -> None:
         made.meta = {**place, "val": target(*values)}
         return made
 
+    return call
+
+
+def _replace(node: fx.Node, made: fx.Node) -> None:
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+
+
+def _rewrite_baddbmm(graph: fx.Graph, node: fx.Node) -> None:
+    call = _caller(graph, node)
     added, first, second = node.args[:3]
     alpha, beta = (node.kwargs.get(name, 1) for name in ("alpha", "beta"))
     with graph.inserting_before(node):
@@ -40,5 +60,17 @@ def _rewrite_baddbmm(graph: fx.Graph, node: fx.Node) -> None:
         if beta != 0:
             added = added if beta == 1 else call(_aten.mul.Tensor, added, beta)
             made = call(_aten.add.Tensor, made, added)
-    made.meta = dict(node.meta)
-    node.replace_all_uses_with(made)
+    _replace(node, made)
+
+
+def _rewrite_unpool(graph: fx.Graph, node: fx.Node) -> None:
+    """Leaves it as it is where there is no other way to write it."""
+    indices = node.args[1]
+    with graph.inserting_before(node):
+        made = unpooled(node, _caller(graph, node))
+    if made is None:
+        return
+    _replace(node, made)
+    graph.erase_node(node)
+    if isinstance(indices, fx.Node) and not indices.users:
+        graph.erase_node(indices)
