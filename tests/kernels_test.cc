@@ -74,14 +74,21 @@ struct PqCase {
   Tables tables = Tables::kRandom;
 };
 
+const char* encoder_name(const PqShape& s) {
+  if (s.encoder == Encoder::kTree) return "tree";
+  return s.distance == Distance::kL2   ? "nearest"
+         : s.distance == Distance::kL1 ? "nearest by l1"
+                                       : "nearest by chebyshev";
+}
+
 void begin_pq(const PqCase& c, const char* what) {
   const PqShape& s = c.shape;
   begin(
       "%s, %s %d, depth %d, taps %d, codebooks %d, K %d, V %d, outputs %d, bits %d, rows %d of %d "
       "from %d, fill %d, tables %d, " MAP_FORMAT,
-      what, s.encoder == Encoder::kNearest ? "nearest" : "tree", c.encoder, s.depth, s.taps,
-      s.codebooks, s.centroids, s.dim, s.outputs, s.bits, c.rows, c.map.rows(), c.first,
-      static_cast<int>(c.fill), static_cast<int>(c.tables), MAP_VALUES(c.map));
+      what, encoder_name(s), c.encoder, s.depth, s.taps, s.codebooks, s.centroids, s.dim, s.outputs,
+      s.bits, c.rows, c.map.rows(), c.first, static_cast<int>(c.fill), static_cast<int>(c.tables),
+      MAP_VALUES(c.map));
 }
 
 int levels(const PqShape& s) {
@@ -339,18 +346,26 @@ PqCase random_pq(const Kernels& k, Encoder encoder, int centroids, int dim, int 
   return c;
 }
 
+// A case of the nearest centroid by every distance.
+void test_nearest(const Kernels& k, PqCase c) {
+  for (Distance distance : {Distance::kL2, Distance::kL1, Distance::kChebyshev}) {
+    c.shape.distance = distance;
+    test_pq(k, c);
+  }
+}
+
 void test_encode(const Kernels& k) {
   for (int dim : {1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 15, 16, 17,
                   18, 19, 20, 23, 24, 25, 27, 31, 32, 33, 36, 47, 48, 49, 63, 64}) {
     for (int centroids : {8, 16, 32, 64}) {
       begin("draw");
       const int most = std::min(2 * k.codebook_tile + 1, std::max(2, 160 / dim));
-      test_pq(k, random_pq(k, Encoder::kNearest, centroids, dim, pick(1, most), pick(1, 7)));
+      test_nearest(k, random_pq(k, Encoder::kNearest, centroids, dim, pick(1, most), pick(1, 7)));
       begin("draw");
       PqCase c = random_pq(k, Encoder::kNearest, centroids, dim, pick(1, 2), 7);
       c.fill = any_of({Fill::kRandom, Fill::kZero, Fill::kMost});
       c.encoder = pick(1, 3);
-      test_pq(k, c);
+      test_nearest(k, c);
       begin("draw");
       c = random_pq(k, Encoder::kNearest, centroids, dim, 2, 7);
       c.map = {.width = 14, .height = 14, .images = 1};
@@ -358,7 +373,7 @@ void test_encode(const Kernels& k) {
       c.shape.depth = 2 * dim;
       c.shape.taps = 1;
       c.shape.codebooks = 2;
-      test_pq(k, c);
+      test_nearest(k, c);
     }
   }
   for (int centroids : {8, 16, 32, 64}) {
@@ -370,7 +385,7 @@ void test_encode(const Kernels& k) {
             PqCase c = random_pq(k, encoder, centroids, any_of({4, 9}), 3, bits);
             c.fill = static_cast<Fill>(fill);
             c.encoder = values;
-            test_pq(k, c);
+            test_nearest(k, c);
           }
         }
       }
@@ -402,7 +417,8 @@ void test_maps(const Kernels& k) {
                           .dim = dim,
                           .outputs = 3,
                           .bits = 7,
-                          .encoder = encoder};
+                          .encoder = encoder,
+                          .distance = any_of({Distance::kL2, Distance::kL1, Distance::kChebyshev})};
           // the last tile, one across the end of an image, and one of a few rows
           const int image = std::min(total - most, m.out_h() * m.out_w() * (m.images / 2));
           test_pq(k, {.shape = s, .map = m, .first = total - most, .rows = most});

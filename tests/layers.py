@@ -34,6 +34,7 @@ class Layer:
     act_zero: int = 0
     act_bits: int = 7
     group: str = "patch"
+    distance: str = "l2"
     node: Node = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,6 +49,7 @@ class Layer:
             "act_bits": self.act_bits,
             "encoder": "tree" if "splits" in self.tensors else "nearest",
             "group": self.group,
+            "distance": self.distance,
         }
         roles = {role: role for role in self.tensors}
         object.__setattr__(self, "node", Node("pq_conv2d", "layer", ("x",), "y", attrs, roles))

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lutra.hardware import Design, HardwareError, TableLayer, count_cycles, random_layer
-from lutra.hardware.layer import nearest
 from lutra.hardware.words import layer_words
+from lutra.reference.pq import encode
 
 amaranth = pytest.importorskip("amaranth")
 from lutra.hardware.simulate import simulate  # noqa: E402
@@ -114,10 +114,10 @@ def test_distances() -> None:
         [[[0, 3], [4, 3], [1, 4], [4, 3], [9, 9], [9, 9], [9, 9], [2, 4]]], np.uint8
     )
     # L1: 3 3 3 3 . . . 2; Chebyshev: 2 2 2 2 . . . 2; squares: 5 5 5 5 . . . 4
-    assert nearest(x, centroids, "l1").item() == 7
-    assert nearest(x, centroids, "chebyshev").item() == 0
+    assert encode(x[:, 0], centroids, "l1").item() == 7
+    assert encode(x[:, 0], centroids, "chebyshev").item() == 0
     # half of a square is rounded down, in the engine too: 5 and 4 are equally near
-    assert nearest(x, centroids, "l2").item() == 0
+    assert encode(x[:, 0], centroids, "l2").item() == 0
 
 
 def test_model_skips_what_repeats_exactly() -> None:

@@ -23,6 +23,7 @@ size_t code_bytes(const PqShape& s) { return static_cast<size_t>(padded_codebook
 // A packed codebook, in dwords: 1 if narrow scores fit, then
 //   16 bits: [4 centroids][initial score twice | (c'_2i, c'_2i+1) twice for each pair i][4]
 //   32 bits: [centroid][key | (c'_4i .. c'_4i+3) for each quad i]
+// For the other distances: 1, then as for 16 bits, with c as it is and initial scores of 0.
 
 constexpr int32_t kKeyBits = 6;  // a 32-bit key is score * 64 + 63 - k: max finds the lowest best k
 
@@ -38,7 +39,24 @@ size_t encoder_bytes(const PqShape& s) {
   return s.codebooks * (tree_levels(s) * 2 * sizeof(int32_t) + threshold_bytes(s));
 }
 
+void pack_apart(const PqShape& s, const uint8_t* centroids, uint8_t* packed) {
+  const int32_t pairs = value_pairs(s);
+  for (int32_t b = 0; b < s.codebooks; ++b) {
+    uint32_t* const to = reinterpret_cast<uint32_t*>(packed) + b * codebook_words(s);
+    to[0] = 1;
+    for (int32_t k = 0; k < s.centroids; ++k, centroids += s.dim) {
+      uint32_t* const at = to + 1 + (k / 4) * 4 * (1 + pairs) + k % 4;
+      at[0] = 0;
+      for (int32_t i = 0; i < pairs; ++i) {
+        const uint32_t second = 2 * i + 1 < s.dim ? centroids[2 * i + 1] : 0;
+        at[4 * (1 + i)] = (centroids[2 * i] | second << 8) * 0x10001u;
+      }
+    }
+  }
+}
+
 void pack_nearest(const PqShape& s, const uint8_t* centroids, uint8_t* packed) {
+  if (s.distance != Distance::kL2) return pack_apart(s, centroids, packed);
   const int32_t pairs = value_pairs(s), quads = (s.dim + 3) / 4;
   Centred codebook;
   for (int32_t b = 0; b < s.codebooks; ++b) {
@@ -217,15 +235,70 @@ template <int kHalves>
   return lane_bytes<kHalves>(words);
 }
 
+// Sums of absolute differences, or the largest of them. Bytes of at most 127 differ by what fits a
+// signed byte; the score is the distance below zero, in 16 bits (at most 64 * 127).
+template <int kHalves, Distance kDistance>
+[[gnu::noinline]] __m256i search_apart(const uint32_t* codebook, int32_t pairs, int32_t centroids,
+                                       const __m256i (*x)[kHalves]) {
+  const __m256i ones = _mm256_set1_epi8(1), low = _mm256_set1_epi16(0xff);
+  Best<kHalves> best;
+  for (int32_t k = 0; k < centroids; k += 4) {
+    __m256i s[4][kHalves];
+    for (auto& score : s) {
+      for (__m256i& h : score) h = _mm256_setzero_si256();
+    }
+    codebook += 4;
+    for (int32_t i = 0; i < pairs; ++i, codebook += 4) {
+      for (int32_t j = 0; j < 4; ++j) {
+        const __m256i c = broadcast_word(codebook + j);
+        for (int32_t h = 0; h < kHalves; ++h) {
+          const __m256i apart = _mm256_abs_epi8(_mm256_sub_epi8(x[i][h], c));
+          if constexpr (kDistance == Distance::kL1) {
+            s[j][h] = _mm256_sub_epi16(s[j][h], _mm256_maddubs_epi16(apart, ones));
+          } else {
+            s[j][h] = _mm256_max_epu8(s[j][h], apart);
+          }
+        }
+      }
+    }
+    if constexpr (kDistance == Distance::kChebyshev) {
+      for (auto& score : s) {
+        for (__m256i& h : score) {
+          const __m256i most = _mm256_max_epu8(h, _mm256_srli_epi16(h, 8));
+          h = _mm256_sub_epi16(_mm256_setzero_si256(), _mm256_and_si256(most, low));
+        }
+      }
+    }
+    best.add(s);
+  }
+  return best.code;
+}
+
+// Entries that a sub-vector does not have count as 0; load_pairs() gives them any value.
+template <int kHalves>
+LUTRA_INLINE void clear_pairs(int32_t valid, int32_t pairs, __m256i (*x)[kHalves]) {
+  for (int32_t i = valid / 2; i < pairs; ++i) {
+    const __m256i there = _mm256_set1_epi16(2 * i < valid ? 0xff : 0);
+    for (__m256i& h : x[i]) h = _mm256_and_si256(h, there);
+  }
+}
+
+// `valid` entries of the sub-vector exist.
 template <int kHalves>
 void nearest(const PqShape& s, const uint32_t* codebook, const Rows& rows,
-             const uint8_t* const* entries, uint8_t* codes) {
+             const uint8_t* const* entries, int32_t valid, uint8_t* codes) {
   const int32_t pairs = value_pairs(s), k = s.centroids;
   __m256i x[32][kHalves];
   with_rows(rows, [&](const auto& loader) {
     if (s.dim == 9) return load_pairs<kHalves>(loader, entries, 9, x);  // unrolled
     load_pairs<kHalves>(loader, entries, s.dim, x);
   });
+  if (s.distance != Distance::kL2) {
+    clear_pairs<kHalves>(valid, pairs, x);
+    auto* const search = s.distance == Distance::kL1 ? search_apart<kHalves, Distance::kL1>
+                                                     : search_apart<kHalves, Distance::kChebyshev>;
+    return store_codes<kHalves>(codes, search(codebook + 1, pairs, k, x));
+  }
   if (!codebook[0]) {
     store_codes<kHalves>(codes, search32<kHalves>(codebook + 1, pairs, s.dim, k, x));
     return;
@@ -244,14 +317,15 @@ void encode_nearest(const PqShape& s, const uint8_t* packed, const Patch& p, con
     for (int32_t v = 0; v < s.dim; ++v) {
       entries[v] = b * s.dim + v < s.depth ? walk.next() : entries[0];  // or times zero
     }
+    const int32_t left = s.depth - b * s.dim, valid = left < s.dim ? left : s.dim;
     const uint32_t* const codebook =
         reinterpret_cast<const uint32_t*>(packed) + b * codebook_words(s);
     for (int32_t row = 0; row < p.rows; row += kSubRows) {
       uint8_t* const to = sub_tile(s, codes, row);
       if (narrow(p.rows - row)) {
-        nearest<1>(s, codebook, rows[row / kSubRows], entries, to + b * kRowBlock);
+        nearest<1>(s, codebook, rows[row / kSubRows], entries, valid, to + b * kRowBlock);
       } else {
-        nearest<2>(s, codebook, rows[row / kSubRows], entries, to + b * kSubRows);
+        nearest<2>(s, codebook, rows[row / kSubRows], entries, valid, to + b * kSubRows);
       }
     }
   }

@@ -34,9 +34,12 @@ Cut cut_of(const PqShape& s) {
 }
 
 // Packed codebook: for each centroid, in the order of the search, `groups` dwords of centred values
-// and the initial accumulator.
+// and the initial accumulator. For the other distances these come after `groups` dwords that mask
+// the entries which exist, and values are as they are.
 size_t nearest_words(const PqShape& s) {
-  return static_cast<size_t>(s.centroids) * (ceil_div(s.dim, 4) + 1);
+  const int32_t groups = ceil_div(s.dim, 4);
+  const size_t words = static_cast<size_t>(s.centroids) * (groups + 1);
+  return s.distance == Distance::kL2 ? words : words + groups;
 }
 
 void pack_centroid(const PqShape& s, const Cut& cut, int32_t codebook, const uint8_t* c,
@@ -57,7 +60,33 @@ void pack_centroid(const PqShape& s, const Cut& cut, int32_t codebook, const uin
   words[cut.groups] = -(norm >> 1) * (1 << cut.inner);
 }
 
+void pack_apart(const PqShape& s, const uint8_t* centroids, uint8_t* packed) {
+  const Cut cut = cut_of(s);
+  uint32_t* words = reinterpret_cast<uint32_t*>(packed);
+  for (int32_t b = 0; b < s.codebooks; ++b) {
+    for (int32_t g = 0; g < cut.groups; ++g) {
+      uint32_t mask = 0;
+      for (int32_t t = 0; t < cut.size; ++t) {
+        const int32_t v = g * cut.size + t;
+        if (v < s.dim && b * s.dim + v < s.depth) mask |= 0xffu << 8 * t;
+      }
+      *words++ = mask;
+    }
+    for (int32_t k = 0; k < s.centroids; ++k, centroids += s.dim) {
+      for (int32_t g = 0; g < cut.groups; ++g) {
+        uint32_t word = 0;
+        for (int32_t t = 0; t < cut.size && g * cut.size + t < s.dim; ++t) {
+          word |= static_cast<uint32_t>(centroids[g * cut.size + t]) << 8 * t;
+        }
+        *words++ = word;
+      }
+      *words++ = static_cast<uint32_t>(s.centroids - 1 - k);
+    }
+  }
+}
+
 void pack_nearest(const PqShape& s, const uint8_t* centroids, uint8_t* packed) {
+  if (s.distance != Distance::kL2) return pack_apart(s, centroids, packed);
   const Cut cut = cut_of(s);
   int32_t* words = reinterpret_cast<int32_t*>(packed);
   const int32_t rounds = 1 << cut.outer_bits, turns = 1 << cut.inner;
@@ -147,6 +176,49 @@ void search_long(const __m512i* x, const int32_t* words, const Cut& cut, __m512i
     for (int32_t b = 0; b < kBlocks; ++b) {
       const __m512i tagged = _mm512_or_si512(_mm512_sll_epi32(best[b], shift), tag);
       key[b] = _mm512_max_epi32(key[b], tagged);
+    }
+  }
+}
+
+// Sums of absolute differences, or the largest of them: bytes of at most 127 differ by what fits a
+// signed byte. Keys are K - 1 - k - K distance. Per quad and block three instructions instead of
+// the one of a product, and for the largest seven more per centroid, which take it out of the four
+// bytes of a dword.
+template <Distance kDistance, int kBlocks>
+void search_apart(const __m512i* x, const int32_t* words, int32_t groups, int32_t centroids,
+                  __m512i* key) {
+  const __m512i minus = _mm512_set1_epi8(static_cast<char>(-centroids));
+  const __m128i levels = _mm_cvtsi32_si128(log2_of(centroids));
+#pragma GCC unroll 4
+  for (int32_t b = 0; b < kBlocks; ++b) key[b] = _mm512_set1_epi32(INT32_MIN);
+  for (int32_t k = 0; k < centroids; ++k, words += groups + 1) {
+    const __m512i tag = _mm512_set1_epi32(words[groups]);
+    __m512i score[kBlocks];
+#pragma GCC unroll 4
+    for (int32_t b = 0; b < kBlocks; ++b) {
+      score[b] = kDistance == Distance::kL1 ? tag : _mm512_setzero_si512();
+    }
+    for (int32_t g = 0; g < groups; ++g) {
+      const __m512i c = _mm512_set1_epi32(words[g]);
+#pragma GCC unroll 4
+      for (int32_t b = 0; b < kBlocks; ++b) {
+        const __m512i apart = _mm512_abs_epi8(_mm512_sub_epi8(c, x[g * kBlocks + b]));
+        if constexpr (kDistance == Distance::kL1) {
+          score[b] = _mm512_dpbusd_epi32(score[b], apart, minus);
+        } else {
+          score[b] = _mm512_max_epu8(score[b], apart);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int32_t b = 0; b < kBlocks; ++b) {
+      if constexpr (kDistance == Distance::kChebyshev) {
+        __m512i most = _mm512_max_epu8(score[b], _mm512_srli_epi32(score[b], 16));
+        most = _mm512_max_epu8(most, _mm512_srli_epi32(most, 8));
+        most = _mm512_and_si512(most, _mm512_set1_epi32(0xff));
+        score[b] = _mm512_sub_epi32(tag, _mm512_sll_epi32(most, levels));
+      }
+      key[b] = _mm512_max_epi32(key[b], score[b]);
     }
   }
 }
@@ -247,8 +319,58 @@ void nearest_blocks(const PqShape& s, const uint8_t* packed, const Patch& p, int
   }
 }
 
+template <Distance kDistance, int kBlocks>
+void apart_codebooks(const PqShape& s, const uint8_t* packed, const Patch& p, int32_t first,
+                     int32_t last, uint8_t* codes) {
+  const Cut cut = cut_of(s);
+  Rows rows;
+  find_rows(p, rows);
+  ByteRows bytes;
+  find_byte_rows(p, bytes);
+  QuadFinder finder(p, s.depth, s.taps, s.dim, cut.size, 63 - rows.reach);
+  const size_t codebook_words = nearest_words(s);
+  const int32_t* words = reinterpret_cast<const int32_t*>(packed) + first * codebook_words;
+  for (int32_t b = first; b < last; ++b, words += codebook_words) {
+    const uint8_t* planes;
+    const Quad* quads;
+    finder.next(b, planes, quads);
+    __m512i x[16 * kBlocks], key[kBlocks];
+    gather_quads(planes, quads, cut.groups, rows, bytes, reinterpret_cast<uint8_t*>(x));
+    for (int32_t g = 0; g < cut.groups; ++g) {
+      const __m512i there = _mm512_set1_epi32(words[g]);
+#pragma GCC unroll 4
+      for (int32_t i = 0; i < kBlocks; ++i) {
+        x[g * kBlocks + i] = _mm512_and_si512(x[g * kBlocks + i], there);
+      }
+    }
+    search_apart<kDistance, kBlocks>(x, words + cut.groups, cut.groups, s.centroids, key);
+    store_codes<kBlocks>(key, s.centroids, b, codes_at(codes, b, kBlocks));
+  }
+}
+
+template <Distance kDistance>
+void apart_blocks(const PqShape& s, const uint8_t* packed, const Patch& p, int32_t first,
+                  int32_t last, uint8_t* codes) {
+  switch (row_blocks(p.rows)) {
+    case 1:
+      return apart_codebooks<kDistance, 1>(s, packed, p, first, last, codes);
+    case 2:
+      return apart_codebooks<kDistance, 2>(s, packed, p, first, last, codes);
+    case 3:
+      return apart_codebooks<kDistance, 3>(s, packed, p, first, last, codes);
+    default:
+      return apart_codebooks<kDistance, 4>(s, packed, p, first, last, codes);
+  }
+}
+
 void encode_nearest(const PqShape& s, const uint8_t* packed, const Patch& p, int32_t first,
                     int32_t last, uint8_t* codes) {
+  if (s.distance == Distance::kL1) {
+    return apart_blocks<Distance::kL1>(s, packed, p, first, last, codes);
+  }
+  if (s.distance == Distance::kChebyshev) {
+    return apart_blocks<Distance::kChebyshev>(s, packed, p, first, last, codes);
+  }
   switch (ceil_div(s.dim, 4)) {
     case 1:
       return nearest_blocks<1>(s, packed, p, first, last, codes);

@@ -35,6 +35,8 @@ inline constexpr int32_t kTableRows = 32;      // rows of a tile of lowbit_table
 inline constexpr int32_t kRegisterRows = 4;    // rows of a tile of lowbit_registers(), at most
 
 enum class Encoder : int32_t { kNearest, kTree };
+// How far a sub-vector is from a centroid, for kNearest.
+enum class Distance : int32_t { kL2, kL1, kChebyshev };
 
 // Sizes of one product-quantised layer.
 struct PqShape {
@@ -47,6 +49,7 @@ struct PqShape {
   int32_t bits;       // of the activations, 1..7
   Encoder encoder;
   int32_t parts = 1;  // T: of a row that have the same codebooks; divides `codebooks`
+  Distance distance = Distance::kL2;
 };
 
 // Codes of a tile that lie in planes of units (see code_unit), where the rows of each block of
@@ -318,8 +321,10 @@ struct Kernels {
   void (*pack_tables)(const PqShape&, const int8_t* tables, uint8_t* packed);
 
   // Codes of codebooks first..last-1 of one tile, by the encoder of the shape:
-  //   nearest: argmax_k(x . c_k - ((c_k . c_k) >> 1)) in int32, the lowest k on ties; x is the
-  //     sub-vector, whose entries beyond D count as 0
+  //   nearest: the lowest k on ties; x is the sub-vector, whose entries beyond D count as 0
+  //     kL2: argmax_k(x . c_k - ((c_k . c_k) >> 1)) in int32
+  //     kL1: argmin_k(sum_v |x_v - c_kv|)
+  //     kChebyshev: argmin_k(max_v |x_v - c_kv|)
   //   tree: node = 0; for each level l: node = 2 node + 1 + (x[split[l]] >= threshold[node]);
   //     the code is node - (K - 1)
   // `codes` has code_bytes(shape) bytes, is 64-byte aligned and belongs to the whole tile. Nothing

@@ -5,6 +5,7 @@
 // K. Of more centroids they are [codebook][row].
 #pragma once
 
+#include "neon_distances.h"
 #ifdef __ARM_FEATURE_DOTPROD
 #include "neon_dot_nearest.h"
 #else
@@ -41,6 +42,10 @@ LUTRA_INLINE void store_codes(const PqShape& s, uint8_t* block, int32_t first, i
   }
 }
 
+void pack_centroids(const PqShape& s, const uint8_t* centroids, uint8_t* packed) {
+  (s.distance == Distance::kL2 ? pack_nearest : pack_apart)(s, centroids, packed);
+}
+
 void encode_nearest(const PqShape& s, const uint8_t* packed, const Patch& p, const Rows& rows,
                     int32_t first, int32_t last, uint8_t* block) {
   Entries walk(p, s.taps, first * s.dim);
@@ -49,7 +54,8 @@ void encode_nearest(const PqShape& s, const uint8_t* packed, const Patch& p, con
     for (int32_t v = 0; v < s.dim; ++v) {
       entries[v] = b * s.dim + v < s.depth ? walk.next() : entries[0];  // or times zero
     }
-    return nearest(s, packed, b, rows, entries);
+    return s.distance == Distance::kL2 ? nearest(s, packed, b, rows, entries)
+                                       : nearest_apart(s, packed, b, rows, entries);
   });
 }
 
@@ -65,7 +71,9 @@ LUTRA_INLINE int32_t tree_levels(const PqShape& s) { return 31 - __builtin_clz(s
 LUTRA_INLINE size_t threshold_bytes(const PqShape& s) { return round_up(s.centroids, 16); }
 
 size_t encoder_bytes(const PqShape& s) {
-  if (s.encoder == Encoder::kNearest) return nearest_bytes(s);
+  if (s.encoder == Encoder::kNearest) {
+    return s.distance == Distance::kL2 ? nearest_bytes(s) : apart_bytes(s);
+  }
   return s.codebooks * (tree_levels(s) * 2 * sizeof(int32_t) + threshold_bytes(s));
 }
 

@@ -56,7 +56,7 @@ constexpr Kernels kernels(const char* name, uint32_t needs) {
           .output_tile = kOutputs,
           .quantize = quantize,
           .encoder_bytes = encoder_bytes,
-          .pack_nearest = pack_nearest,
+          .pack_nearest = pack_centroids,
           .pack_tree = pack_tree,
           .table_bytes = table_bytes,
           .pack_tables = pack_tables,

@@ -94,17 +94,31 @@ void pack_tables(const PqShape& s, const int8_t* tables, uint8_t* packed) {
 
 size_t code_bytes(const PqShape& s) { return static_cast<size_t>(s.codebooks) * kRows; }
 
+// The larger, the nearer.
+template <Distance kDistance>
+int32_t score_of(const PqShape& s, const uint8_t* centroid, const Patch& p, int32_t b, int32_t r) {
+  int32_t score = 0, norm = 0;
+  for (int32_t v = 0; v < s.dim; ++v) {
+    const int32_t d = b * s.dim + v, c = centroid[v];
+    const int32_t x = d < s.depth ? entry(p, s.taps, d, r) : 0;
+    if constexpr (kDistance == Distance::kL2) {
+      score += c * x;
+      norm += c * c;
+    } else {
+      const int32_t apart = x < c ? x - c : c - x;  // below zero
+      if constexpr (kDistance == Distance::kL1) score += apart;
+      if constexpr (kDistance == Distance::kChebyshev) score = apart < score ? apart : score;
+    }
+  }
+  return score - (norm >> 1);
+}
+
+template <Distance kDistance>
 int32_t nearest(const PqShape& s, const uint8_t* centroids, const Patch& p, int32_t b, int32_t r) {
   const uint8_t* const codebook = centroids + static_cast<size_t>(b) * s.centroids * s.dim;
   int32_t best = INT32_MIN, code = 0;
   for (int32_t k = 0; k < s.centroids; ++k) {
-    int32_t dot = 0, norm = 0;
-    for (int32_t v = 0; v < s.dim; ++v) {
-      const int32_t d = b * s.dim + v, c = codebook[k * s.dim + v];
-      norm += c * c;
-      if (d < s.depth) dot += c * entry(p, s.taps, d, r);
-    }
-    const int32_t score = dot - (norm >> 1);
+    const int32_t score = score_of<kDistance>(s, codebook + k * s.dim, p, b, r);
     if (score > best) {
       best = score;
       code = k;
@@ -129,11 +143,13 @@ int32_t descend(const PqShape& s, const uint8_t* packed, const Patch& p, int32_t
 
 void encode(const PqShape& s, const uint8_t* packed, const Patch& p, int32_t first, int32_t last,
             uint8_t* codes) {
+  auto* const find = s.encoder == Encoder::kTree   ? descend
+                     : s.distance == Distance::kL2 ? nearest<Distance::kL2>
+                     : s.distance == Distance::kL1 ? nearest<Distance::kL1>
+                                                   : nearest<Distance::kChebyshev>;
   for (int32_t b = first; b < last; ++b) {
     for (int32_t r = 0; r < p.rows; ++r) {
-      const int32_t code = s.encoder == Encoder::kNearest ? nearest(s, packed, p, b, r)
-                                                          : descend(s, packed, p, b, r);
-      codes[b * kRows + r] = static_cast<uint8_t>(code);
+      codes[b * kRows + r] = static_cast<uint8_t>(find(s, packed, p, b, r));
     }
   }
 }

@@ -167,6 +167,8 @@ size_t PqLayer::parameter_bytes() const {
 
 std::string PqLayer::method(int64_t rows) const {
   std::string name = shape_.encoder == Encoder::kTree ? "tree" : "nearest";
+  if (shape_.distance == Distance::kL1) name += " by l1";
+  if (shape_.distance == Distance::kChebyshev) name += " by chebyshev";
   if (group_ == Group::kRow) name += ", code once a kernel row";
   if (group_ == Group::kPixel) name += ", code once a pixel";
   return name + (by_row(rows) ? ", table rows" : ", shuffled tables");
@@ -388,11 +390,17 @@ std::unique_ptr<Layer> make_pq(const Kernels& kernels, const StepArgs& args, boo
   require(name == "patch" || name == "row" || name == "pixel",
           "group must be patch, row or pixel, not " + name);
   const Group group = name == "row" ? Group::kRow : name == "pixel" ? Group::kPixel : Group::kPatch;
+  const std::string by = args.attrs.count("distance") ? args.text("distance") : "l2";
+  require(by == "l2" || by == "l1" || by == "chebyshev",
+          "distance must be l2, l1 or chebyshev, not " + by);
+  require(by == "l2" || nearest, "a tree measures no distance; give it l2, not " + by);
   require(args.has("splits") != nearest && args.has("thresholds") != nearest,
           "a layer has centroids, or splits and thresholds; give one of the two");
   PqShape s{.codebooks = static_cast<int32_t>(tables[0]),
             .centroids = static_cast<int32_t>(tables[1]),
             .outputs = static_cast<int32_t>(tables[2])};
+  if (by == "l1") s.distance = Distance::kL1;
+  if (by == "chebyshev") s.distance = Distance::kChebyshev;
   EncoderData e;
   int64_t codebooks = 0;
   if (nearest) {

@@ -27,7 +27,7 @@ from lutra.format import load_graph, save_graph
 from lutra.formatting import counted
 from lutra.functions import swap_functions
 from lutra.ops.limits import CENTROID_COUNTS, FUNCTION_ENTRIES
-from lutra.ops.pq import ENCODERS
+from lutra.ops.pq import DISTANCES, ENCODERS
 
 _BATCH: Final = 64
 _EXAMPLES: Final = 8
@@ -77,6 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--encoder",
         choices=ENCODERS,
         help="pq: what makes codes; tree: faster, less accurate (default: nearest)",
+    )
+    parser.add_argument(
+        "--distance",
+        choices=DISTANCES,
+        help="pq: which centroid is the nearest; l1 and chebyshev are for circuits without "
+        "multipliers (default: l2)",
     )
     parser.add_argument(
         "--bits",
@@ -324,7 +330,7 @@ def _check_flags(args: argparse.Namespace) -> None:
     """Raises UserError about settings of another method than the one that is used."""
     if "*" in args.keep:
         raise UserError("--keep '*' leaves no layer to convert; name the layers to leave")
-    settings = {"v": "pq", "k": "pq", "encoder": "pq", "bits": "lookup"}
+    settings = {"v": "pq", "k": "pq", "encoder": "pq", "distance": "pq", "bits": "lookup"}
     given = {name: owner for name, owner in settings.items() if getattr(args, name) is not None}
     if args.recipe is not None:
         given = {**given, **({} if args.method is None else {"method": ""})}
@@ -352,7 +358,7 @@ def _recipe(
     elif args.method == "lookup":
         rest = {"*": train.Lookup(*_LOOKUP_BITS[args.bits or 4])}
     else:
-        settings = {"v": args.v, "k": args.k, "encoder": args.encoder}
+        settings = {name: getattr(args, name) for name in ("v", "k", "encoder", "distance")}
         rest = {"*": train.PQ(**{name: v for name, v in settings.items() if v is not None})}
     recipe.update({pattern: method for pattern, method in rest.items() if pattern not in recipe})
     if args.functions is not None:

@@ -23,7 +23,7 @@ from lutra.errors import LutraError
 from lutra.format import file_version, load_graph
 from lutra.formatting import counted, shape_text, table
 from lutra.graph import Graph, Sizes
-from lutra.node import Array, Node
+from lutra.node import Array, AttrValue, Node
 from lutra.ops.spec import Cost
 
 _MAX_SHOWN: Final = 200
@@ -112,6 +112,7 @@ def describe(
                 "op": node.op,
                 "output_shape": list(values[node.output].shape),
                 "encoder": node.attrs.get("encoder"),
+                "distance": _distance(node),
                 "v": None if centroids is None else centroids.shape[2],
                 "k": codes,
                 "table": table,
@@ -167,6 +168,11 @@ def _work(cost: Cost, sizes: Sizes | None) -> dict[str, Any]:
         },
     }
     return work if sizes is not None else dict.fromkeys(work)
+
+
+def _distance(node: Node) -> AttrValue | None:
+    """By which distance a layer searches its centroids; None where it searches none."""
+    return node.attrs.get("distance") if node.attrs.get("encoder") == "nearest" else None
 
 
 def _form(node: Node, arrays: Mapping[str, Array]) -> str:
@@ -279,6 +285,8 @@ def _layers(report: dict[str, Any]) -> str:
         codebooks = [layer["v"], layer["k"]]
         if layer["encoder"] == "tree":
             codebooks[0] = "tree"  # has no sub-vectors
+        if layer["distance"] not in (None, "l2"):
+            codebooks[0] = f"{layer['v']} {layer['distance']}"
         if layer["table"]:
             codebooks[1] = "x".join(map(str, layer["table"]))
         codebooks = ["-" if entry is None else str(entry) for entry in codebooks]

@@ -10,12 +10,10 @@ from typing import Any, Final
 from lutra.errors import LutraError
 from lutra.ops.limits import CENTROID_COUNTS, MAX_ACT_BITS, MAX_SUBVECTOR
 
-__all__ = ["DISTANCES", "Design", "HardwareError"]
+__all__ = ["ENCODERS", "Design", "HardwareError"]
 
 #: How an accelerator finds codes: the nearest centroid by a distance, or a decision tree.
 ENCODERS: Final = ("l2", "l1", "chebyshev", "tree")
-#: The distances among them.
-DISTANCES: Final = ENCODERS[:3]
 _MAX_TILE: Final = 256
 _MAX_ROWS: Final = 2**16
 _MAX_CODES: Final = 2**22

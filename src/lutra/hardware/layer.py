@@ -1,12 +1,6 @@
 """Layers as an accelerator sees them: sub-vectors, codebooks, tables; and what must come out.
 
-Here is the specification, in NumPy. Codes of L2 and of trees are those of ``lutra.reference.pq``,
-which the engine computes too. The other distances are, in exact integers::
-
-    l1:         code = argmin_k sum_i |x_i - c_ki|
-    chebyshev:  code = argmin_k max_i |x_i - c_ki|
-
-with the lowest ``k`` on ties.
+Codes and sums are those of ``lutra.reference.pq``, which the engine computes too.
 """
 
 from __future__ import annotations
@@ -19,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from lutra.graph import Graph
-from lutra.hardware.design import DISTANCES, Design, HardwareError
+from lutra.hardware.design import Design, HardwareError
 from lutra.node import Array, Node
 from lutra.ops.pq import cut_rows, part_count
 from lutra.ops.spec import integer, number, pair, text
@@ -27,34 +21,7 @@ from lutra.reference import run_node
 from lutra.reference.pq import encode, encode_tree, lookup, quantise
 from lutra.reference.windows import patches, windows
 
-__all__ = ["TableLayer", "graph_layer", "layer_rows", "nearest", "node_layer", "random_layer"]
-
-_BLOCK = 2**22  # differences that exist at a time
-
-
-def nearest(subvectors: Array, centroids: Array, distance: str) -> Array:
-    """Codes of sub-vectors by any distance.
-
-    Args:
-        subvectors: uint8 (R, B, V)
-        centroids: uint8 (B, K, V)
-        distance: "l2", "l1" or "chebyshev".
-
-    Returns:
-        Codes, int64 (R, B), the lowest on ties.
-    """
-    count, codebooks, width = subvectors.shape
-    if distance == "l2":
-        return encode(subvectors.reshape(count, codebooks * width), centroids)
-    codes = np.empty((count, codebooks), np.int64)
-    step = max(1, _BLOCK // (centroids.shape[1] * width))
-    for b in range(codebooks):
-        for first in range(0, count, step):
-            part = subvectors[first : first + step, b, None].astype(np.int32)
-            apart = np.abs(part - centroids[b].astype(np.int32))  # (R, K, V)
-            far = apart.sum(axis=2) if distance == "l1" else apart.max(axis=2)
-            codes[first : first + step, b] = far.argmin(axis=1)
-    return codes
+__all__ = ["TableLayer", "graph_layer", "layer_rows", "node_layer", "random_layer"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,11 +72,11 @@ class TableLayer:
     @cached_property
     def codes(self) -> Array:
         """int64 (R, B)"""
+        count, tables, width = self.subvectors.shape
+        rows = self.subvectors.reshape(count, -1)
         if self.encoder != "tree":
-            return nearest(self.subvectors, self.codebooks, self.encoder)
-        count, tables, levels = self.subvectors.shape
-        splits = np.arange(tables * levels).reshape(tables, levels)
-        return encode_tree(self.subvectors.reshape(count, -1), splits, self.codebooks)
+            return encode(rows, self.codebooks, self.encoder)
+        return encode_tree(rows, np.arange(tables * width).reshape(tables, width), self.codebooks)
 
     @cached_property
     def sums(self) -> Array:
@@ -266,7 +233,7 @@ def node_layer(node: Node, tensors: Mapping[str, Array], rows: Array) -> TableLa
         padded[:, :, :length] = parts
         gathered = padded.reshape(count, parted, books_count, width)
         books = centroids
-        encoder = DISTANCES[0]
+        encoder = text(node, "distance")
     subvectors = gathered.swapaxes(1, 2).reshape(count, len(tables), -1)
     return TableLayer(
         node.name, encoder, subvectors, np.repeat(books, part_count(node), axis=0), tables,

@@ -4,7 +4,7 @@ A row of ``D`` activations has one code in ``0..K-1`` for each of ``B`` codebook
 row of ``M`` table entries, and the rows of all codebooks are added. The ``encoder`` makes codes:
 
 * ``nearest``: the row is cut into ``B`` sub-vectors of ``V`` values (the last one filled up with
-  zeros), and the code is the index of the nearest of ``K`` centroids;
+  zeros), and the code is the index of the nearest of ``K`` centroids by the ``distance``;
 * ``tree``: a balanced binary decision tree of ``L = log2(K)`` levels, which looks at one entry of
   the row per level (``splits``) and has a threshold per node, in heap order: node 0 is the root,
   the children of ``i`` are ``2 * i + 1`` (entry below the threshold) and ``2 * i + 2``.
@@ -13,7 +13,10 @@ With ``qmax = 2**act_bits - 1``, all of it exact::
 
     x_q    = clamp(round_half_even(x / float32(act_scale)) + act_zero, 0, qmax)      NaN gives 0
 
-    nearest:  code_b = argmax_k (x_q . c_k - ((c_k . c_k) >> 1))    int32, the lowest k on ties
+    nearest:  the lowest k on ties, in int32
+      l2:         code_b = argmax_k (x_q . c_k - ((c_k . c_k) >> 1))
+      l1:         code_b = argmin_k sum_v |x_q[v] - c_k[v]|
+      chebyshev:  code_b = argmin_k max_v |x_q[v] - c_k[v]|
     tree:     node = 0
               L times, l = 0..L-1:  node = 2 * node + 1 + (x_q[splits[b, l]] >= thresholds[b, node])
               code_b = node - (K - 1)
@@ -76,9 +79,13 @@ _ENCODER_TENSORS: Final = {"nearest": ("centroids",), "tree": ("splits", "thresh
 #: What the sub-vectors of a convolution are cut from.
 GROUPS: Final = ("patch", "row", "pixel")
 
+#: How far a sub-vector is from a centroid.
+DISTANCES: Final = ("l2", "l1", "chebyshev")
+
 _GRID: Final = {
     **GRID,
     "encoder": Attr(str, default="nearest", choices=ENCODERS),
+    "distance": Attr(str, default="l2", choices=DISTANCES, since=3),
 }
 _GROUP: Final = {"group": Attr(str, default="patch", choices=GROUPS, since=3)}
 _TENSORS: Final = {
@@ -133,6 +140,12 @@ def _check(node: Node, tensors: Mapping[str, Array]) -> None:
                     f"has the tensor {role!r} with encoder {encoder!r}",
                     f"remove it, or set the encoder to {name!r}",
                 )
+    if encoder != "nearest" and text(node, "distance") != "l2":
+        raise node_error(
+            node,
+            f"has distance={node.attrs['distance']!r} with encoder {encoder!r}",
+            "it measures none; set it to 'l2'",
+        )
     tables = tensors["tables"]
     for role in ("scale", "bias"):
         if tensors[role].shape != (tables.shape[2],):
@@ -239,8 +252,10 @@ def _infer_linear(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Arr
 def _cost(node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[str, Array]) -> Cost:
     tables, _, outputs = tensors["tables"].shape
     made = math.prod(inner(output))  # rows times outputs
-    # of one code: products with every centroid, or one comparison per level
+    # of one code: products with every centroid, or a difference and its sum or maximum, or one
+    # comparison per level
     tree = "splits" in tensors
+    products = not tree and node.attrs.get("distance", "l2") == "l2"
     codebooks, *steps = tensors["splits" if tree else "centroids"].shape
     coded = made // outputs  # parts that get codes
     if codebooks != tables:
@@ -249,11 +264,11 @@ def _cost(node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[s
         assert width is not None
         columns = window_sizes(node, inputs[0], pair(node, "kernel"))[1]
         coded = height * (width if node.attrs["group"] == "pixel" else columns or width)
-    encode_ops = coded * codebooks * math.prod(steps)
+    encode_ops = coded * codebooks * math.prod(steps) * (1 if tree or products else 2)
     return Cost(
         lookups=made * tables,
         encode_ops=encode_ops,
-        comparisons=encode_ops if tree else 0,
+        comparisons=0 if products else encode_ops,
         quantised=math.prod(inner(inputs[0])),
         scaled=made,
         dense_macs=made * row_length(node),
@@ -264,7 +279,8 @@ def _cost(node: Node, inputs: Sequence[Value], output: Value, tensors: Mapping[s
 def _examples(
     rng: np.random.Generator, inputs: int, *, kernel: tuple[int, int] | None = None
 ) -> list[Example]:
-    """Layers with the nearest centroid and with trees, a convolution in each group."""
+    """Layers with the nearest centroid by each distance and with trees, a convolution in each
+    group."""
     attrs = {
         **example_rows(inputs, kernel), "act_scale": 0.05, "act_zero": 64, "act_bits": 7
     }  # fmt: skip
@@ -289,7 +305,10 @@ def _examples(
         ends = {"tables": tables, **example_ends(rng, outputs)}
         given = attrs if kernel is None else {**attrs, "group": group}
         found += [
-            ({**given, "encoder": "nearest"}, {"centroids": centroids, **ends}),
+            *(
+                ({**given, "encoder": "nearest", "distance": d}, {"centroids": centroids, **ends})
+                for d in DISTANCES
+            ),
             ({**given, "encoder": "tree"}, {**trees, **ends}),
         ]
     return found

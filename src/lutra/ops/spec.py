@@ -40,8 +40,9 @@ class Cost:
             multiply-add each.
         functions: Values of functions that are computed: exp, erf, tanh, roots and quotients. What
             they take in multiplications and additions is in ``float_muls`` and ``float_adds``.
-        encode_ops: Multiply-adds, or comparisons of trees, spent on finding codes.
-        comparisons: Those of them that are comparisons.
+        encode_ops: Spent on finding codes: multiply-adds, or comparisons of trees, or for distances
+            without products two for each value: a difference, and a sum or a maximum.
+        comparisons: Those of them that are no multiply-adds, all of bytes.
         macs: Multiply-adds of dense arithmetic that really run.
         int8_macs: Those of them that are of integers.
         quantised: Floats rounded to a grid, a multiplication and an addition each.

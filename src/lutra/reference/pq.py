@@ -15,6 +15,7 @@ from lutra.reference.windows import patches, windows
 __all__ = ["encode", "encode_tree", "lookup", "pq_conv2d", "pq_linear", "quantise", "row_codes"]
 
 _MAX_ROWS = 2**14  # bounds the memory of one step
+_MAX_DIFFERENCES = 2**22  # that exist at a time
 
 
 def quantise(x: Array, act_scale: float, act_zero: int, act_bits: int) -> Array:
@@ -36,16 +37,19 @@ def quantise(x: Array, act_scale: float, act_zero: int, act_bits: int) -> Array:
     return result
 
 
-def encode(rows: Array, centroids: Array) -> Array:
+def encode(rows: Array, centroids: Array, distance: str = "l2") -> Array:
     """Finds the nearest centroid of every sub-vector.
 
     Args:
         rows: uint8 (R, D)
         centroids: uint8 (B, K, V)
+        distance: "l2", "l1" (sum of absolute differences) or "chebyshev" (the largest of them).
 
     Returns:
         Codes, int64 (R, B), the lowest on ties.
     """
+    if distance != "l2":
+        return _encode_apart(rows, centroids, distance)
     codebooks, _, width = centroids.shape
     padded = np.zeros((rows.shape[0], codebooks * width), np.float32)
     padded[:, : rows.shape[1]] = rows
@@ -56,6 +60,23 @@ def encode(rows: Array, centroids: Array) -> Array:
     half_norms = np.square(centroids.astype(np.int32)).sum(axis=2) >> 1  # (B, K)
     scores = products.astype(np.int32) - half_norms[:, None, :]
     codes: Array = scores.argmax(axis=2).T
+    return codes
+
+
+def _encode_apart(rows: Array, centroids: Array, distance: str) -> Array:
+    """``encode`` by absolute differences."""
+    codebooks, count, width = centroids.shape
+    padded = np.zeros((rows.shape[0], codebooks * width), np.int16)
+    padded[:, : rows.shape[1]] = rows
+    subvectors = padded.reshape(-1, codebooks, 1, width)
+    codes = np.empty((rows.shape[0], codebooks), np.int64)
+    step = max(1, _MAX_DIFFERENCES // (count * width))
+    for b in range(codebooks):
+        for first in range(0, rows.shape[0], step):
+            part = slice(first, first + step)
+            apart = np.abs(subvectors[part, b] - centroids[b].astype(np.int16))  # (R, K, V)
+            far = apart.sum(axis=2, dtype=np.int32) if distance == "l1" else apart.max(axis=2)
+            codes[part, b] = far.argmin(axis=1)
     return codes
 
 
@@ -102,7 +123,7 @@ def row_codes(node: Node, rows: Array, tensors: Mapping[str, Array]) -> Array:
     if "splits" in tensors:
         codes = encode_tree(each, tensors["splits"], tensors["thresholds"])
     else:
-        codes = encode(each, tensors["centroids"])
+        codes = encode(each, tensors["centroids"], str(node.attrs.get("distance", "l2")))
     return codes.reshape(*parts.shape[:2], -1).swapaxes(1, 2).reshape(len(rows), -1)
 
 

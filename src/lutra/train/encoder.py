@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lutra.errors import LutraError
 from lutra.train.parts import Group
+
+#: How far a sub-vector is from a centroid, see `lutra.ops.pq`.
+Distance = Literal["l2", "l1", "chebyshev"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,12 @@ class Nearest:
 
     centroids: Tensor
     group: Group = "patch"
+    distance: Distance = "l2"
+
+    @property
+    def attrs(self) -> dict[str, str]:
+        """The attributes of an operator with this encoder."""
+        return {"encoder": "nearest", "group": self.group, "distance": self.distance}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -41,6 +51,11 @@ class Tree:
     splits: Tensor
     thresholds: Tensor
     group: Group = "patch"
+
+    @property
+    def attrs(self) -> dict[str, str]:
+        """The attributes of an operator with this encoder."""
+        return {"encoder": "tree", "group": self.group, "distance": "l2"}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -73,6 +88,7 @@ def encoder_of(
     splits: Tensor | None,
     thresholds: Tensor | None,
     group: Group = "patch",
+    distance: Distance = "l2",
 ) -> Encoder:
     """The encoder of a name and the tensors that come with it.
 
@@ -81,7 +97,7 @@ def encoder_of(
     """
     if encoder == "nearest":
         if centroids is not None and splits is None and thresholds is None:
-            return Nearest(centroids, group)
+            return Nearest(centroids, group, distance)
         raise LutraError("encoder 'nearest' takes centroids and neither splits nor thresholds")
     if encoder == "tree":
         if centroids is None and splits is not None and thresholds is not None:

@@ -21,6 +21,7 @@ from lutra.ops.limits import (
     MIN_WEIGHTS,
 )
 from lutra.ops.lowbit_storage import BITS, TERNARY
+from lutra.train.encoder import Distance
 from lutra.train.parts import Group
 
 Gradient = Literal["projected", "straight-through", "dense", "soft"]
@@ -128,6 +129,10 @@ class PQ(Method, name="pq"):
         encoder: how codes are found. "nearest" searches the nearest centroid; "tree" asks a
             decision tree, as in MADDNESS (arXiv 2106.10860): log2(k) comparisons instead of k * v
             products, for some accuracy (see docs/training.md). Not with the soft gradient.
+        distance: which centroid is the nearest: "l2"; "l1", by the sum of absolute differences; or
+            "chebyshev", by the largest of them. These two need no multiplier in a circuit
+            (LUT-DLA, arXiv 2501.10658), cost accuracy, and take longer on a CPU (see
+            docs/hardware.md). Not with trees, nor with the soft gradient.
         otherwise: what a layer becomes that cannot be looked up: a grouped convolution, one with
             another padding than zeros on both sides alike, one that is too deep, an embedding.
             None makes these an error.
@@ -154,6 +159,7 @@ class PQ(Method, name="pq"):
     reconstruction: float = 0.0
     free_tables: bool | None = None
     otherwise: Method | None = None
+    distance: Distance = "l2"
 
     @property
     def has_free_tables(self) -> bool:
@@ -197,6 +203,20 @@ class PQ(Method, name="pq"):
             self.encoder == "nearest" or self.gradient != "soft",
             "gradient='soft' is of distances, which encoder='tree' does not compute; "
             "choose 'projected' or 'straight-through'",
+        )
+        require(
+            self.distance in get_args(Distance),
+            f"distance={self.distance!r} is not one of {list(get_args(Distance))}",
+        )
+        require(
+            self.distance == "l2" or self.encoder == "nearest",
+            f"distance={self.distance!r} is of centroids, and encoder={self.encoder!r} searches "
+            "none; leave one of the two out",
+        )
+        require(
+            self.distance == "l2" or self.gradient != "soft",
+            f"distance={self.distance!r} has no soft gradient; choose 'projected' or "
+            "'straight-through'",
         )
         require(
             self.group in get_args(Group),

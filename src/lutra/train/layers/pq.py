@@ -33,6 +33,7 @@ from lutra.train.layers.base import (
     register,
 )
 from lutra.train.layers.goal import Goal
+from lutra.train.layers.pq_distances import cluster
 from lutra.train.layers.pq_gradient import StraightThroughLookup, TableSum, straight_through
 from lutra.train.layers.pq_kmeans import kmeans
 from lutra.train.layers.pq_projection import REFRESH, SAMPLE_ROWS, regression
@@ -175,7 +176,7 @@ class _PQLayer(QuantizedLayer):
         if self.method.encoder == "tree":
             rounded = self.thresholds.round().clamp(0, self.grid().qmax + 1)
             return Tree(self.splits, rounded.to(torch.uint8), self.parts.group)
-        return Nearest(self.grid_centroids(), self.parts.group)
+        return Nearest(self.grid_centroids(), self.parts.group, self.method.distance)
 
     def tables(self, encoder: Encoder) -> Tensor:
         """Float tables (B, K, M), with gradients to weights and centroids.
@@ -350,9 +351,9 @@ class _PQLayer(QuantizedLayer):
             tables, scale = quantize_tables(self.tables(encoder))
             codes = {role: tensor.clone() for role, tensor in encoder.tensors.items()}
             tensors = {**codes, "tables": tables, "scale": scale}
-            attrs = {"encoder": self.method.encoder, "group": self.parts.group}
             known = op_spec(self.op).attrs
-            return self._freeze(FrozenPQ, tensors, {n: a for n, a in attrs.items() if n in known})
+            attrs = {n: a for n, a in encoder.attrs.items() if n in known}
+            return self._freeze(FrozenPQ, tensors, attrs)
 
     # ---- what conversion asks -------------------------------------------------------------------
 
@@ -370,8 +371,17 @@ class _PQLayer(QuantizedLayer):
         if self.method.encoder == "tree":
             self._grow(rows, sub)
         else:
-            centroids, _ = kmeans(sub, self.method.k, steps=steps, seed=seed)
-            self.centroids.copy_(centroids)
+            self.centroids.copy_(self._cluster(sub, steps=steps, seed=seed))
+
+    def _cluster(self, sub: Tensor, *, steps: int, seed: int) -> Tensor:
+        """Centroids (G, K, V) of clipped sub-vectors (G, n, V), by the distance of the method."""
+        k, distance, grid = self.method.k, self.method.distance, self.grid()
+        if distance == "l2":
+            return kmeans(sub, k, steps=steps, seed=seed)[0]
+        # Distances are measured on the grid, where missing entries have the value of a zero.
+        on_grid = portable.quantize(sub, grid)
+        found = cluster(on_grid, k, distance, grid.qmax + 1, steps=steps, seed=seed)
+        return (found - grid.zero) * grid.scale
 
     def _grow(self, rows: Tensor, sub: Tensor) -> None:
         """Sets trees, centroids and what the tables have beyond them.
@@ -443,7 +453,9 @@ class _PQLayer(QuantizedLayer):
             self.cluster_counts.copy_(counts)
         encoder, table_bytes = self.method.encoder, tables * self.method.k * self.outputs
         group = self.parts.group
-        label = ["pq", *[encoder] * (encoder != "nearest"), *[group] * (group != "patch")]
+        distance = self.method.distance
+        label = ["pq", *[encoder] * (encoder != "nearest"), *[distance] * (distance != "l2")]
+        label += [group] * (group != "patch")
         return {
             "label": ", ".join(label),
             "encoder": encoder,

@@ -16,6 +16,8 @@ from lutra.train.geometry import Geometry, Grid
 from lutra.train.parts import Parts
 
 _EXACT = 1 << 24  # up to here float32 holds every integer
+#: Powers of the norms of the distances without products.
+POWERS = {"l1": 1.0, "chebyshev": float("inf")}
 BLOCK = 1 << 20  # elements of the largest temporary on the CPU: it should stay in the cache
 
 
@@ -56,6 +58,7 @@ def encode(x: Tensor, geometry: Geometry, grid: Grid, encoder: Encoder) -> Tenso
     codebooks, k, dim = centroids.shape
     c = centroids.float()
     half = torch.floor(c.square().sum(2) / 2)[:, :, None]
+    power = POWERS.get(encoder.distance)  # None: l2
     images = max(1, block_size(x) // max(1, geometry.depth * x.shape[2] * x.shape[3]))
     codes = []
     with torch.autocast(x.device.type, enabled=False):  # bfloat16 scores would not be exact
@@ -63,7 +66,10 @@ def encode(x: Tensor, geometry: Geometry, grid: Grid, encoder: Encoder) -> Tenso
             sub = unfold(quantize(part, grid), geometry, dim, float(grid.zero))
             for block in torch.split(sub, max(1, block_size(x) // (codebooks * k)), dim=2):
                 # exact: every score is an integer below 2**24; of equal ones the lowest index
-                scores = torch.bmm(c, block) - half
+                if power is None:
+                    scores = torch.bmm(c, block) - half
+                else:
+                    scores = -torch.cdist(c, block.transpose(1, 2).contiguous(), p=power)
                 codes.append(scores.argmax(1).to(torch.uint8))
     return torch.cat(codes, 1)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lutra.ops import OPS
-from lutra.train.encoder import Encoder, encoder_of
+from lutra.train.encoder import Distance, Encoder, encoder_of
 from lutra.train.geometry import Geometry, Grid
 from lutra.train.operators import native, portable
 from lutra.train.operators.frozen import FrozenNode, frozen_kernel, frozen_native
@@ -34,7 +34,8 @@ def frozen_pq(x: Tensor, node: FrozenNode, tensors: Mapping[str, Tensor]) -> Ten
         tensors.get(role) for role in ("centroids", "splits", "thresholds")
     )
     group = cast(Group, node.attrs.get("group", "patch"))
-    encoder = encoder_of(str(node.attrs["encoder"]), centroids, splits, thresholds, group)
+    distance = cast(Distance, node.attrs.get("distance", "l2"))
+    encoder = encoder_of(str(node.attrs["encoder"]), centroids, splits, thresholds, group, distance)
     geometry, grid = Geometry.of_attrs(node.attrs, x.shape[1]), Grid.of_attrs(node.attrs)
     tables, scale, bias = (tensors[role] for role in ("tables", "scale", "bias"))
     if not _is_native(x):
@@ -59,7 +60,7 @@ def forward(
     codes = torch.empty((tables.shape[0], x.shape[0] * height * width), dtype=torch.uint8)
     layer = native.make_layer(
         "pq_conv2d",
-        {**geometry.attrs(OPS["pq_conv2d"].attrs), **grid.attrs, "group": encoder.group},
+        {**geometry.attrs(OPS["pq_conv2d"].attrs), **grid.attrs, **encoder.attrs},
         {**encoder.tensors, "tables": tables, "scale": scale, "bias": bias},
     )
     return native.run(layer, geometry, x, tables.shape[2], codes), codes
