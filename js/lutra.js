@@ -19,6 +19,10 @@ const DEFAULT_MEMORY = 2 ** 30;
 const isNode = typeof process !== "undefined" && process.versions?.node !== undefined;
 const modules = new Map(); // compiled once for each place
 
+function cannot(what, place, error) {
+  throw new LutraError("file", `cannot ${what} '${place}': ${error.message}`);
+}
+
 async function bytesOf(source) {
   if (source instanceof ArrayBuffer) return new Uint8Array(source);
   if (ArrayBuffer.isView(source)) {
@@ -27,9 +31,10 @@ async function bytesOf(source) {
   const place = String(source);
   if (isNode && !/^(https?|data|blob):/.test(place)) {
     const { readFile } = await import("node:fs/promises");
-    return new Uint8Array(await readFile(place.startsWith("file:") ? new URL(place) : place));
+    const file = place.startsWith("file:") ? new URL(place) : place;
+    return new Uint8Array(await readFile(file).catch((error) => cannot("read", place, error)));
   }
-  const answer = await fetch(place);
+  const answer = await fetch(place).catch((error) => cannot("fetch", place, error));
   if (!answer.ok) {
     throw new LutraError("file", `cannot fetch '${place}': ${answer.status} ${answer.statusText}`);
   }
@@ -185,6 +190,14 @@ function inputOf(value, given) {
   return { data, shape: value.shape.map((size) => size ?? rest) };
 }
 
+function metadataOf(text) {
+  try {
+    return JSON.parse(text || "{}");
+  } catch (error) {
+    throw new LutraError("format", `the model's metadata are no JSON: ${error.message}`);
+  }
+}
+
 /** A model that is ready to run. */
 export class Session {
   #engine;
@@ -198,7 +211,7 @@ export class Session {
     this.#model = model;
     this.inputs = Object.freeze(engine.values(model, "input"));
     this.outputs = Object.freeze(engine.values(model, "output"));
-    this.metadata = JSON.parse(engine.text(engine.c.lutra_metadata(model)) || "{}");
+    this.metadata = metadataOf(engine.text(engine.c.lutra_metadata(model)));
     this.isa = engine.text(engine.c.lutra_isa(model));
     this.#session = engine.pointer((at) => engine.c.lutra_session_new(model, at));
   }
