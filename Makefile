@@ -28,6 +28,7 @@ help:
 	@echo "make test-arm  tests of the engine and the zoo with an arm64 Python, under qemu-aarch64"
 	@echo "make wasm      the WebAssembly module js/lutra.wasm, with emscripten"
 	@echo "make kernels-wasm  kernel tests for WebAssembly, in Node"
+	@echo "make web       the page of examples/web in build/web; 'make web-test' tries it in Chromium"
 	@echo "make stubs     src/lutra/_engine.pyi from the built extension"
 	@echo "make docs      the documentation as a site, in build/site"
 	@echo "make bench     benchmarks; results go to benchmarks/results"
@@ -165,6 +166,26 @@ kernels-wasm: $(ENV)
 	$(WASM_CMAKE) -B build/wasm-kernels -DLUTRA_KERNEL_TESTS=ON -DLUTRA_WERROR=ON
 	$(BIN)/cmake --build build/wasm-kernels --target kernels_test
 	node --no-warnings tests/run_wasi.mjs build/wasm-kernels/kernels_test.wasm
+
+.PHONY: web web-test bench-web
+build/digits.lutra: | $(ENV)
+	$(BIN)/python examples/digits.py --output $@
+
+web: wasm build/digits.lutra
+	$(BIN)/python examples/web/build.py build/digits.lutra build/web
+
+# Needs Chromium too: CHROMIUM=/usr/bin/chromium
+examples/web/node_modules: examples/web/package.json
+	cd examples/web && npm install --ignore-scripts --no-audit --no-fund --no-package-lock && touch node_modules
+web-test: web examples/web/node_modules
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_web_page.py $(ARGS)
+
+benchmarks/web/node_modules: benchmarks/web/package.json
+	cd benchmarks/web && npm install --ignore-scripts --no-audit --no-fund --no-package-lock && touch node_modules
+bench-web: wasm $(VENV)/.bench benchmarks/web/node_modules
+	$(BIN)/python -m benchmarks.web.make_models build/web-bench
+	node benchmarks/web/node.mjs build/web-bench --json benchmarks/results/web_node.json
+	node benchmarks/web/browser.mjs build/web-bench --json benchmarks/results/web_chromium.json
 
 build/arm/python: tests/arm_python.sh | $(ENV)
 	tests/arm_python.sh build/arm $(BIN)/python

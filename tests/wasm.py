@@ -66,7 +66,9 @@ class Node:
 
     def ask(self, **request: Any) -> Any:
         """The answer to a request, see wasm_run.mjs."""
-        assert self._process.stdin and self._process.stdout and self._process.stderr
+        assert self._process.stdin
+        assert self._process.stdout
+        assert self._process.stderr
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()

@@ -54,6 +54,10 @@ export class AudioPreprocess {
     this.window = Float64Array.from({ length: this.frame },
       (_, i) => 0.5 - 0.5 * Math.cos((2 * Math.PI * i) / this.frame));
     this.triangles = this.#triangles();
+    this.cosines = Float64Array.from({ length: this.bands * this.coefficients }, (_, at) => {
+      const i = at % this.coefficients, band = Math.floor(at / this.coefficients);
+      return Math.sqrt(2 / this.bands) * Math.cos(Math.PI * i * ((band + 0.5) / this.bands));
+    });
   }
 
   #triangles() {
@@ -99,8 +103,7 @@ export class AudioPreprocess {
 
   #feature(logs, i) {
     if (!this.coefficients) return logs[i];
-    const sum = logs.reduce((s, x, band) => s + x * Math.cos((Math.PI * i * (band + 0.5)) / this.bands), 0);
-    return Math.sqrt(2 / this.bands) * sum;
+    return logs.reduce((sum, x, band) => sum + x * this.cosines[band * this.coefficients + i], 0);
   }
 
   #value(feature) {

@@ -2,7 +2,7 @@
 
     python examples/web/build.py DIGITS.lutra FOLDER
 
-`make wasm` makes lutra.wasm, `make demo` the digits (build/digits.lutra); `make web` does all of it.
+`make wasm` makes lutra.wasm, `make demo` the digits (build/digits.lutra); `make web` does it all.
 """
 
 from __future__ import annotations
