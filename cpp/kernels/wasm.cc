@@ -1,9 +1,9 @@
 // WebAssembly with SIMD of 128 bits: rows in the lanes, tiles of 64 rows as blocks of 16.
 //
 // The parts are private headers, all in this file's anonymous namespace: wasm_common.h (loads of
-// rows, the epilogue), wasm_fma.h, wasm_encode.h, wasm_tables.h, wasm_lookup.h, wasm_dense.h,
-// wasm_depthwise.h, wasm_respond.h, wasm_attention.h. Low-bit weights and training have the scalar
-// kernels.
+// rows, the epilogue), wasm_fma.h, wasm_encode.h, wasm_distances.h, wasm_tables.h, wasm_lookup.h,
+// wasm_dense.h, wasm_depthwise.h, wasm_respond.h, wasm_attention.h. Low-bit weights and training
+// have the scalar kernels.
 #include "wasm_common.h"
 #include "wasm_dense.h"
 #include "wasm_depthwise.h"
