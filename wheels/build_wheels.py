@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from python_headers import Interpreter, copy_headers, import_library, interpreter
-from wheel_targets import INTERFACES, TARGETS, Interface, Target
+from wheel_targets import INTERFACES, TARGETS, Interface, Target, built
 from zig_cxx import zig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,6 +193,8 @@ def main(arguments: list[str]) -> int:
     missing = []
     for target in targets:
         for interface in interfaces:
+            if not built(target, interface):
+                continue
             source = interpreter(interface.version)
             if source is None:
                 version = ".".join(map(str, interface.version))
