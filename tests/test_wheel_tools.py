@@ -59,6 +59,7 @@ def test_options_for_zig() -> None:
         "aarch64-linux-musl", ["-O3", "-march=armv8.2-a+dotprod", "-mavx2", "-Wl,-s"]
     )
     assert linux[:4] == ["-O3", "-mcpu=generic+v8_2a+dotprod", "-mavx2", "-Wl,-s"]
+    assert translated("aarch64-linux-musl", ["-march=armv8-a"])[0] == "-mcpu=generic+v8a"
     macos = translated("aarch64-macos.11.0", ["-bundle", "-Wl,@x/darwin-ld-cpython.sym", "-Wl,-x"])
     assert macos[:3] == ["-shared", "-undefined", "dynamic_lookup"]
     assert "-Wl,-x" not in macos
