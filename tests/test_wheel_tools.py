@@ -15,7 +15,7 @@ import pytest
 import release
 import run_wheels
 from check_wheels import Engine
-from wheel_targets import INTERFACES, TARGETS, Interface, Target
+from wheel_targets import INTERFACES, TARGETS, Interface, Target, built
 from zig_cxx import translated
 
 STABLE, CP311 = INTERFACES[0], INTERFACES[1]
@@ -50,6 +50,8 @@ def test_targets_and_interfaces() -> None:
     assert CP311.suffix(LINUX) == ".cpython-311-x86_64-linux-gnu.so"
     assert CP311.suffix(WINDOWS) == ".cp311-win_amd64.pyd"
     assert (STABLE.library, CP311.library) == ("python3.dll", "python311.dll")
+    lacking = [(t.tag, i.tag) for t in TARGETS for i in INTERFACES if not built(t, i)]
+    assert lacking == [("win_amd64", "cp313-cp313t")]
 
 
 def test_options_for_zig() -> None:
@@ -57,6 +59,7 @@ def test_options_for_zig() -> None:
         "aarch64-linux-musl", ["-O3", "-march=armv8.2-a+dotprod", "-mavx2", "-Wl,-s"]
     )
     assert linux[:4] == ["-O3", "-mcpu=generic+v8_2a+dotprod", "-mavx2", "-Wl,-s"]
+    assert translated("aarch64-linux-musl", ["-march=armv8-a"])[0] == "-mcpu=generic+v8a"
     macos = translated("aarch64-macos.11.0", ["-bundle", "-Wl,@x/darwin-ld-cpython.sym", "-Wl,-x"])
     assert macos[:3] == ["-shared", "-undefined", "dynamic_lookup"]
     assert "-Wl,-x" not in macos

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from python_headers import Interpreter, copy_headers, import_library, interpreter
-from wheel_targets import INTERFACES, TARGETS, Interface, Target
+from wheel_targets import INTERFACES, TARGETS, Interface, Target, built
 from zig_cxx import zig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,9 +123,12 @@ def configure(target: Target, interface: Interface, source: Interpreter) -> Path
 def compiled(target: Target, interface: Interface, source: Interpreter, folder: Path) -> None:
     """Builds the engine and installs it in a folder."""
     build = configure(target, interface, source)
+    headers = WORK / "python" / interface.number
     environment = dict(os.environ)
     for name in ("ZIG_LOCAL_CACHE_DIR", "ZIG_GLOBAL_CACHE_DIR"):
         environment.setdefault(name, str(WORK / "zig"))
+    sizes = ("-c", HERE / "python_sizes.cc", "-o", build / "python_sizes.o")
+    run(compilers(target)["c++"], "-std=c++20", f"-I{headers}", *sizes, env=environment)
     jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
     command = (BIN / "cmake", "--build", build, "--target", "_engine", "-j", jobs)
     run(*command, env=environment)
@@ -193,6 +196,8 @@ def main(arguments: list[str]) -> int:
     missing = []
     for target in targets:
         for interface in interfaces:
+            if not built(target, interface):
+                continue
             source = interpreter(interface.version)
             if source is None:
                 version = ".".join(map(str, interface.version))

@@ -4,6 +4,9 @@
 // for interpreters without the GIL, whose structures are others.
 #pragma once
 
+// Python.h includes it but for the stable ABI, and nanobind counts on it.
+#include <stdio.h>
+
 #define SIZEOF_INT 4
 #define SIZEOF_LONG_LONG 8
 #define SIZEOF_VOID_P 8
@@ -31,7 +34,6 @@
 #define HAVE_DECL_ISNAN 1
 
 #ifdef _WIN32
-#include <stdio.h>  // as the one of Windows does, and nanobind counts on it
 #define MS_WIN64 1
 #define MS_WIN32 1
 #define MS_WINDOWS 1

@@ -106,3 +106,9 @@ INTERFACES = (
     Interface("cp310-cp310", (3, 10)),
     Interface("cp313-cp313t", (3, 13), free_threaded=True),
 )
+
+
+def built(target: Target, interface: Interface) -> bool:
+    """Whether there is a wheel of both. The import library of an interpreter without the GIL has
+    names that others lack, and is made from those of an interpreter of this machine."""
+    return not (target.windows and interface.free_threaded)

@@ -27,8 +27,9 @@ def translated(target: str, arguments: list[str]) -> list[str]:
     """The options of clang in Zig's words."""
     result = []
     for word in arguments:
-        if match := re.fullmatch(r"-march=armv8\.(\d)-a((?:\+\w+)*)", word):
-            result.append(f"-mcpu=generic+v8_{match[1]}a{match[2]}")
+        if match := re.fullmatch(r"-march=armv8(\.\d)?-a((?:\+\w+)*)", word):
+            version = (match[1] or "").replace(".", "_")
+            result.append(f"-mcpu=generic+v8{version}a{match[2]}")
         elif word == "-bundle":
             result.append("-shared")  # Python opens both kinds
         elif word.startswith("-Wl,@") and word.endswith(".sym"):

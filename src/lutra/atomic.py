@@ -16,7 +16,8 @@ def write_whole(target: Path, data: bytes) -> None:
     """
     temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.tmp")
     # Not tempfile: its files are private, and a result is as public as the umask says.
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    binary: int = getattr(os, "O_BINARY", 0)  # without it Windows changes ends of lines
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | binary, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
