@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -256,10 +257,59 @@ def test_memory_bits_are_those_that_yosys_counts(encoder: str) -> None:
     assert gates.memory_bits == sum(memory_bits(design).values())
     assert gates.cells > 100
     assert gates.flip_flops > 50
+    with pytest.raises(HardwareError, match="yosys did not end within 0 s"):
+        synthesize(Accelerator(design), limit=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["ice40", "ecp5"])
+def test_cells_of_an_fpga_are_counted_and_kept(family: str, tmp_path: Path) -> None:
+    import shutil
+
+    from lutra.hardware.accelerator import Accelerator
+    from lutra.hardware.synthesis import fpga_of, gates_of, known_fpga, known_gates
+
+    if shutil.which("yosys") is None:
+        pytest.skip("needs yosys: apt-get install verilator iverilog yosys")
+    file = tmp_path / "gates.json"
+    design = Design(k=8, v=2, tile=4, elements=4, rows=64, codes=256, act_bits=4)
+    circuit = Accelerator(design)
+    gates = gates_of(circuit, file)
+    cells = fpga_of(circuit, family, file)
+    assert cells.luts > 100
+    assert cells.flip_flops > 50
+    assert cells.block_memories > 0
+    assert list(known_fpga(family, file).values()) == [cells]
+    assert list(known_gates(file).values()) == [gates]
+    assert fpga_of(circuit, family, file) == cells
+
+
+def test_statistics_of_yosys() -> None:
+    from lutra.hardware.synthesis import FpgaCells, parse_fpga, synthesize_fpga
+
+    text = """
+   Number of cells:                 99
+     LUT4                            1
+=== accelerator ===
+   Number of cells:                310
+     CCU2C                          20
+     DP16KD                          3
+     LUT4                          200
+     PFUMX                          17
+     TRELLIS_DPR16X4                 8
+     TRELLIS_FF                     62
+"""
+    assert parse_fpga(text) == FpgaCells(200, 20, 62, 3, 8)
+    ice = text.replace("CCU2C", "SB_CARRY").replace("DP16KD", "SB_RAM40_4K")
+    ice = ice.replace(" LUT4", " SB_LUT4").replace("TRELLIS_FF", "SB_DFFESR")
+    assert parse_fpga(ice) == FpgaCells(200, 20, 62, 3, 8)
+    with pytest.raises(HardwareError, match="printed no statistics"):
+        parse_fpga("nothing")
+    with pytest.raises(HardwareError, match="no FPGA family 'max10'; choose from ice40, ecp5"):
+        synthesize_fpga(None, "max10")
 
 
 def test_costs_of_a_network() -> None:
-    from pathlib import Path
 
     import lutra
     from lutra.hardware.cost import network_cost, total_cost
