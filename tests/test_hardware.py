@@ -310,7 +310,6 @@ def test_statistics_of_yosys() -> None:
 
 
 def test_costs_of_a_network() -> None:
-
     import lutra
     from lutra.hardware.cost import network_cost, total_cost
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cli_support import capture, refuse
+from graphs import Builder
 
 import lutra
 from lutra.reference import run_node
@@ -95,6 +96,27 @@ def test_folder(tmp_path: Path, capture: Any) -> None:
     }  # fmt: skip
     codes = [int(line, 16) for line in (tmp_path / "out/code.mem").read_text().split()]
     assert codes == np.load(tmp_path / "out/codes.npy").T.ravel().tolist()
+
+
+@pytest.mark.parametrize("distance", ["l1", "chebyshev"])
+def test_the_distance_is_that_of_the_file(distance: str, tmp_path: Path, capture: Any) -> None:
+    b = Builder(("x", (None, 2, 4, 3)), seed=7)
+    name = b.pq_conv2d("x", 2, 3, (2, 2), width=3, distance=distance)
+    graph = b.graph(name)
+    lutra.save_graph(graph, tmp_path / "apart.lutra")
+    code, text, _ = capture(
+        "hardware", str(tmp_path / "apart.lutra"), "--layer", graph.nodes[0].name, "-o",
+        str(tmp_path / "out"), "--rows", "5", "--elements", "4", "--simulate",
+        "--simulator", "amaranth", "--json",
+    )  # fmt: skip
+    assert code == 0
+    report = json.loads(text)
+    assert report["encoder"] == report["design"]["encoder"] == distance
+    assert report["simulation"]["codes"] == 5 * 3
+    assert report["simulation"]["wrong"] == 0
+    rows, codes = (np.load(tmp_path / f"out/{name}.npy") for name in ("rows", "codes"))
+    node, tensors = graph.nodes[0], graph.node_tensors(graph.nodes[0])
+    assert np.array_equal(codes, row_codes(node, rows, tensors))
 
 
 @pytest.mark.parametrize(

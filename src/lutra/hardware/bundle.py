@@ -218,7 +218,7 @@ def _lowbit(
         (design.rows * design.columns * design.sum_bits, expected), None, cycles,
     )  # fmt: skip
     arrays = {
-        "rows": rows, "codes": codes,
+        "rows": rows, "weight_codes": codes,
         "sums": lowbit_sums(lowbit_levels(codes, levels), rows, group),
         "scale": tensors["scale"], "bias": tensors["bias"],
         **({"zero": tensors["zero"]} if "zero" in tensors else {}),
@@ -294,7 +294,8 @@ More rows than the scratchpad holds run in passes, each with a command and all w
   index of four weights, the sign in its highest bit;
 * `sums`: for each group, each tile of rows and each tile of outputs a word, row by row.
 
-`sums.npy` is (rows, groups, outputs), `codes.npy` the codes of the weights (outputs, inputs).""",
+`sums.npy` is (rows, groups, outputs), `weight_codes.npy` the codes of the
+weights (outputs, inputs).""",
     }[family]
     output = (
         "`float32(sum - zero * sum of x) * scale`, added over the groups, times the step of the\n"
