@@ -5,6 +5,7 @@
 
 #include "centred.h"
 #include "wasm_common.h"
+#include "wasm_distances.h"
 
 namespace lutra {
 namespace {
@@ -33,6 +34,7 @@ LUTRA_INLINE int32_t tree_levels(const PqShape& s) { return 31 - __builtin_clz(s
 LUTRA_INLINE size_t threshold_bytes(const PqShape& s) { return round_up(s.centroids, 16); }
 
 size_t encoder_bytes(const PqShape& s) {
+  if (s.encoder == Encoder::kNearest && s.distance != Distance::kL2) return apart_bytes(s);
   if (s.encoder == Encoder::kNearest) return s.codebooks * codebook_words(s) * sizeof(int32_t);
   return s.codebooks * (tree_levels(s) * 2 * sizeof(int32_t) + threshold_bytes(s));
 }
@@ -42,6 +44,10 @@ LUTRA_INLINE uint32_t two_words(int32_t low, int32_t high) {
 }
 
 LUTRA_COLD void pack_nearest(const PqShape& s, const uint8_t* centroids, uint8_t* packed) {
+  if (s.distance != Distance::kL2) {
+    for (size_t i = 0; i < apart_bytes(s); ++i) packed[i] = centroids[i];
+    return;
+  }
   Centred codebook;
   for (int32_t b = 0; b < s.codebooks; ++b) {
     const int32_t left = s.depth - b * s.dim, valid = left < s.dim ? left : s.dim;
@@ -175,6 +181,13 @@ void encode_nearest(const PqShape& s, const uint8_t* packed, const Patch& p, con
   for (int32_t b = first; b < last; ++b) {
     for (int32_t v = 0; v < s.dim; ++v) {
       entries[v] = b * s.dim + v < s.depth ? walk.next() : entries[0];  // or times zero
+    }
+    if (s.distance != Distance::kL2) {
+      for (int32_t i = 0; i < blocks_of(p.rows); ++i) {
+        store(codes + i * block_bytes(s) + b * kBlock,
+              nearest_apart(s, packed, b, rows[i], entries));
+      }
+      continue;
     }
     const uint32_t* const codebook =
         reinterpret_cast<const uint32_t*>(packed) + b * codebook_words(s);
