@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,6 +73,11 @@ def of_layer(file: str, name: str, v: int, limit: float) -> list[Row]:
         design = layer.design(tile=TILE, rows=rows, elements=elements)
         title = "tree" if layer.encoder == "tree" else f"L2, {elements} elements"
         found.append(row(f"{file} {name}", title, design, layer, limit))
+    if v > 4 and layer.encoder == "l2":  # where products take most of the encoder
+        for encoder, title in (("l1", "L1"), ("chebyshev", "Chebyshev")):
+            design = replace(layer.design(tile=TILE, rows=rows, elements=k), encoder=encoder)
+            title = f"{title}, {k} elements"
+            found.append(row(f"{file} {name}", title, design, layer, limit))
     multiply = Design(
         multiply=True, v=v, tile=TILE, rows=rows, fifo=2, act_bits=layer.act_bits,
         sum_bits=dense_bits(v * b, layer.act_bits), codes=found_codes(rows, b, m),
@@ -129,20 +134,19 @@ def main() -> None:
         if options.layer in f"{file} {name}"
         for found in of_layer(file, name, v, options.limit)
     ]
-    units: list[tuple[str, Any]] = [
-        ("LookupUnit, 16 x 15 table, tile 16", LookupUnit(LookupDesign())),
-        *(
-            (f"LmmaUnit 2 x 64 x 4, {bits} bits", LmmaUnit(LmmaDesign(bits=bits)))
-            for bits in (1, 2)
-        ),
-    ]
+    units: dict[str, Callable[[], Any]] = {
+        "LookupUnit, 16 x 15 table, tile 16": lambda: LookupUnit(LookupDesign()),
+        "LmmaUnit 2 x 64 x 4, 1 bit": lambda: LmmaUnit(LmmaDesign(bits=1)),
+        "LmmaUnit 2 x 64 x 4, ternary": lambda: LmmaUnit(LmmaDesign(ternary=True)),
+        "LmmaUnit 2 x 64 x 4, 2 bits": lambda: LmmaUnit(LmmaDesign()),
+    }
     heads = ["layer", "circuit", "cells", "flip-flops", "memory bits"]
     for family in FPGA:
         heads += [f"{family} LUTs", f"{family} blocks"]
     print(table([(*heads, "cycles"), *(each.cells() for each in rows)], left=2), flush=True)
     others = {
-        name: within(lambda circuit=circuit: gates_of(circuit, limit=options.limit))  # type: ignore[misc]
-        for name, circuit in units
+        name: within(lambda make=make: gates_of(make(), limit=options.limit))  # type: ignore[misc]
+        for name, make in units.items()
         if options.layer in name
     }
     for name, gates in others.items():

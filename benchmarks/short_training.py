@@ -4,7 +4,7 @@
 
 Every run converts the same dense network (V = 9, K = 16, 1,024 images, sequential calibration),
 trains it for the same steps at a batch of 128 (cosine from 1e-3, dense network as teacher) and
-counts the right answers, on the first 2,000 test images after conversion and on all 10,000, of the
+counts the right answers, on the first 2,000 test images after conversion and on all of them, of the
 exported file in the engine, after training. Runs of one seed see the same batches. (The dense
 network has seen all training images, so validation images would tell nothing.)
 
