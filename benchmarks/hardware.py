@@ -93,7 +93,8 @@ def found_codes(rows: int, b: int, m: int) -> int:
 
 def dense_bits(depth: int, act_bits: int) -> int:
     """Bits that hold a sum of products of int8 weights."""
-    return 1 + (depth * 128 * (2**act_bits - 1)).bit_length()
+    bits: int = 1 + (depth * 128 * (2**act_bits - 1)).bit_length()
+    return bits
 
 
 def row(name: str, title: str, design: Design, layer: TableLayer, limit: float) -> Row:

@@ -149,7 +149,9 @@ def test_damaged_bytes_do_not_trap(node: Node, tmp_path: Path) -> None:
     for _ in range(300):
         data = bytearray(rng.choice(seeds))
         for _ in range(rng.choice((1, 1, 2, 8))):
-            data[rng.randrange(16, len(data))] = rng.choice((0, 1, 127, 128, 255, rng.randrange(256)))
+            data[rng.randrange(16, len(data))] = rng.choice(
+                (0, 1, 127, 128, 255, rng.randrange(256))
+            )
         data[12:16] = struct.pack("<I", zlib.crc32(data[16:]))
         file.write_bytes(data)
         try:
