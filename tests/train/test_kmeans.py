@@ -63,7 +63,7 @@ def test_the_error_falls_with_every_step() -> None:
 
 def test_books_do_not_disturb_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = torch.randn(4, 300, 5, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(module, "_spread_start", lambda x, k, *_: x[:, :k].clone())
+    monkeypatch.setattr(module, "_spread_start", lambda x, k, _: x[:, :k].clone())
     centroids, counts = kmeans(samples, 8)
     for codebook in range(4):
         alone, alone_counts = kmeans(samples[codebook : codebook + 1], 8)
@@ -83,7 +83,7 @@ def test_memory_is_bounded_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_dead_centroids_are_revived(monkeypatch: pytest.MonkeyPatch) -> None:
     samples, _ = clusters(codebooks=3, k=8, each=20, dim=2)
     # all of them start at the same place, far from every sample
-    monkeypatch.setattr(module, "_spread_start", lambda x, k, *_: x.new_full((3, k, 2), -1e3))
+    monkeypatch.setattr(module, "_spread_start", lambda x, k, _: x.new_full((3, k, 2), -1e3))
     _, counts = kmeans(samples, 8)
     assert (counts > 0).all()
 

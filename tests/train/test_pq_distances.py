@@ -1,4 +1,4 @@
-"""Distances without products in training: clustering, layers, recipes, files."""
+"""Distances without products in training: codes, layers, recipes, files."""
 
 from __future__ import annotations
 
@@ -19,56 +19,10 @@ from lutra.reference.pq import encode
 from lutra.train import PQ, convert, export, finetune, recipe_from_json, recipe_to_json
 from lutra.train.encoder import Nearest
 from lutra.train.geometry import Geometry, Grid
-from lutra.train.layers.pq_kmeans import assign, kmeans
 from lutra.train.operators import portable
 from lutra.train.operators import pq as ops
 
 DISTANCES = ["l1", "chebyshev"]
-
-
-def samples(codebooks: int, n: int, dim: int, top: int) -> Tensor:
-    generator = torch.Generator().manual_seed(top)
-    return torch.randint(top + 1, (codebooks, n, dim), generator=generator).float()
-
-
-# Clustering
-
-
-@pytest.mark.parametrize("distance", DISTANCES)
-def test_separated_clusters_are_found(distance: Any) -> None:
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.stack([torch.randperm(8, generator=generator) for _ in range(3)]) * 16.0 + 8
-    x = centres[:, :, None, None] + torch.randint(-2, 3, (3, 8, 40, 2), generator=generator)
-    found, counts = kmeans(x.flatten(1, 2), 8, seed=1, distance=distance)
-    assert (counts == 40).all()
-    codes, _ = assign(centres[:, :, None].expand(-1, -1, 2), found, distance)
-    assert codes.sort(1).values.tolist() == [list(range(8))] * 3
-
-
-@pytest.mark.parametrize("distance", DISTANCES)
-def test_centroids_are_means_of_what_is_nearest(distance: Any) -> None:
-    x = samples(2, 501, 4, 63)
-    before, after = (kmeans(x, 8, steps=steps, distance=distance)[0] for steps in (4, 5))
-    codes, squared = assign(x, before, distance)
-    apart = (x[:, :, None] - before[:, None]).abs()
-    far = apart.sum(3) if distance == "l1" else apart.amax(3)
-    torch.testing.assert_close(squared, far.amin(2).square())
-    torch.testing.assert_close(far.gather(2, codes[:, :, None])[:, :, 0], far.amin(2))
-    for b in range(2):
-        for k in range(8):
-            torch.testing.assert_close(after[b, k], x[b, codes[b] == k].mean(0))
-
-
-@pytest.mark.parametrize("distance", DISTANCES)
-def test_the_seed_decides_and_few_samples_will_do(distance: Any) -> None:
-    x = samples(3, 400, 4, 127)
-    first, again, other = (
-        kmeans(x, 16, steps=3, seed=seed, distance=distance)[0] for seed in (1, 1, 2)
-    )
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    few = kmeans(x[:, :5], 16, distance=distance)[0]
-    assert (assign(x[:, :5], few, distance)[1] == 0).all()
 
 
 # Codes

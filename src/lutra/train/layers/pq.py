@@ -370,8 +370,9 @@ class _PQLayer(QuantizedLayer):
         if self.method.encoder == "tree":
             self._grow(rows, sub)
         else:
-            method = self.method
-            centroids, _ = kmeans(sub, method.k, steps=steps, seed=seed, distance=method.distance)
+            # Clusters are those of squares whatever the distance is: the table of a centroid stands
+            # for all its samples, and the error that counts is that of the outputs.
+            centroids, _ = kmeans(sub, self.method.k, steps=steps, seed=seed)
             self.centroids.copy_(centroids)
 
     def _grow(self, rows: Tensor, sub: Tensor) -> None:

@@ -1,9 +1,4 @@
-"""k-means over all codebooks of a layer at once, by any distance.
-
-Samples go to the centroid that is the nearest by the distance, and centroids are the means of their
-samples whatever it is: the table of a centroid stands for all of them, and the mean has the least
-squared error of the outputs. Medians, which have the least sum of L1 distances, gave ResNet-20 5
-points less (docs/experiments.md).
+"""k-means over all codebooks of a layer at once.
 
 Deterministic under a seed on one kind of device; with torch.distributed the statistics of every
 step are added up over the processes, each of which holds its own samples.
@@ -16,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lutra.train import distributed as collective
-from lutra.train.encoder import Distance
 from lutra.train.operators import portable
 
 
-def assign(x: Tensor, centroids: Tensor, distance: Distance = "l2") -> tuple[Tensor, Tensor]:
+def assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest centroid of every sample and its squared distance.
 
     Args:
@@ -33,16 +27,10 @@ def assign(x: Tensor, centroids: Tensor, distance: Distance = "l2") -> tuple[Ten
     norms = centroids.square().sum(2)[:, None, :]
     codes, distances = [], []
     for part in torch.split(x, max(1, portable.block_size(x) // (codebooks * k)), dim=1):
-        if distance == "l2":
-            score = torch.baddbmm(norms, part, centroids.transpose(1, 2), beta=1.0, alpha=-2.0)
-            best, code = score.min(2)
-            best = (best + part.square().sum(2)).clamp_min_(0.0)
-        else:
-            apart = torch.cdist(part.contiguous(), centroids, p=portable.POWERS[distance])
-            best, code = apart.min(2)
-            best = best.square()
+        score = torch.baddbmm(norms, part, centroids.transpose(1, 2), beta=1.0, alpha=-2.0)
+        best, code = score.min(2)
         codes.append(code)
-        distances.append(best)
+        distances.append((best + part.square().sum(2)).clamp_min_(0.0))
     return torch.cat(codes, 1), torch.cat(distances, 1)
 
 
@@ -59,36 +47,23 @@ def _cluster_sums(x: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return sums, counts
 
 
-def _squared(x: Tensor, centre: Tensor, distance: Distance) -> Tensor:
-    """Squared distances (B, n) of samples (B, n, V) from one centre (B, V)."""
-    apart = x - centre[:, None]
-    if distance == "l2":
-        return apart.square().sum(2)
-    apart = apart.abs_()
-    return (apart.sum(2) if distance == "l1" else apart.amax(2)).square()
-
-
-def _spread_start(
-    x: Tensor, k: int, generator: torch.Generator, distance: Distance = "l2"
-) -> Tensor:
+def _spread_start(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """k-means++: every next centroid is a sample drawn in proportion to its squared distance."""
     codebooks, n, _ = x.shape
     pick = torch.randint(n, (codebooks,), generator=generator).to(x.device)
     rows = torch.arange(codebooks, device=x.device)
     chosen = [x[rows, pick]]
-    nearest = _squared(x, chosen[0], distance)
+    distance = (x - chosen[0][:, None]).square().sum(2)
     for _ in range(k - 1):
-        total = nearest.cumsum(1)
+        total = distance.cumsum(1)
         target = torch.rand((codebooks, 1), generator=generator).to(x.device) * total[:, -1:]
         pick = torch.searchsorted(total, target).clamp_max(n - 1).squeeze(1)
         chosen.append(x[rows, pick])
-        nearest = torch.minimum(nearest, _squared(x, chosen[-1], distance))
+        distance = torch.minimum(distance, (x - chosen[-1][:, None]).square().sum(2))
     return torch.stack(chosen, 1)
 
 
-def kmeans(
-    x: Tensor, k: int, *, steps: int = 25, seed: int = 0, distance: Distance = "l2"
-) -> tuple[Tensor, Tensor]:
+def kmeans(x: Tensor, k: int, *, steps: int = 25, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Centroids of every codebook by Lloyd's algorithm.
 
     A centroid that loses all its samples takes the sample that is worst served. Centroids on
@@ -99,17 +74,16 @@ def kmeans(
         k: centroids per codebook.
         steps: Lloyd steps.
         seed: of the start.
-        distance: by which samples choose their centroid.
 
     Returns:
         centroids (B, K, V) and the number of samples of each (B, K).
     """
     codebooks = x.shape[0]
     generator = torch.Generator().manual_seed(seed)
-    centroids = collective.broadcast(_spread_start(x, k, generator, distance).contiguous())
+    centroids = collective.broadcast(_spread_start(x, k, generator).contiguous())
     counts = torch.zeros((codebooks, k), device=x.device)
     for step in range(steps + 1):
-        codes, distances = assign(x, centroids, distance)
+        codes, distances = assign(x, centroids)
         sums, counts = _cluster_sums(x, codes, k)
         collective.all_reduce(counts)
         if step == steps:
