@@ -99,7 +99,7 @@ class LmmaUnit(wiring.Component):
                 entry = Signal(signed(_ENTRY_BITS), name=f"entry_{r}_{n}")
                 m.d.comb += entry.eq(entries[index[: GROUP - 1]])
                 added = Mux(index[GROUP - 1], -entry, entry)
-                if not design.ternary:
+                if design.bits > 1 and not design.ternary:
                     added = added << plane
                 with m.If(take):
                     m.d.sync += total[r][n].eq(Mux(first, 0, total[r][n]) + added)
