@@ -2,27 +2,32 @@
 
     python -m benchmarks.hardware [--json FILE]
 
-Gates that are not known yet are counted by Yosys and kept in ``src/lutra/hardware/gates.json``.
+Gates and cells of FPGAs that are not known yet are counted by Yosys and kept in
+``src/lutra/hardware/gates.json``. What takes it longer than ``--limit`` seconds is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from amaranth.hdl import UnusedElaboratable
 
 from lutra import load_graph
 from lutra.formatting import table
-from lutra.hardware import Design, TableLayer, count_cycles, graph_layer
+from lutra.hardware import Design, HardwareError, TableLayer, count_cycles, graph_layer
 from lutra.hardware.accelerator import Accelerator
 from lutra.hardware.cycles import pass_commands
 from lutra.hardware.lmma import LmmaDesign
 from lutra.hardware.lmma_circuit import LmmaUnit
 from lutra.hardware.lookup_circuit import LookupUnit
 from lutra.hardware.lookup_unit import LookupDesign
-from lutra.hardware.synthesis import gates_of
+from lutra.hardware.synthesis import FPGA, FpgaCells, Gates, fpga_of, gates_of
 
 ZOO = Path(__file__).parent.parent / "zoo"
 #: File, layer, and inputs of a row that one code stands for, which the multipliers take in a cycle.
@@ -33,6 +38,7 @@ LAYERS = (
     ("resnet_speech_commands", "blocks.2.conv2", 3),
 )
 TILE = 16
+T = TypeVar("T")
 
 
 @dataclass
@@ -41,13 +47,21 @@ class Row:
 
     layer: str
     circuit: str
-    cells: int
-    flip_flops: int
-    memory_bits: int
     cycles: int
+    gates: Gates | None
+    fpga: dict[str, FpgaCells | None]
+
+    def cells(self) -> tuple[str, ...]:
+        """A row of the table."""
+        numbers = [None] * 3 if self.gates is None else list(vars(self.gates).values())
+        for cells in self.fpga.values():
+            found = (None, None) if cells is None else (cells.luts, cells.block_memories)
+            numbers += found
+        texts = ("-" if n is None else f"{n:,}" for n in (*numbers, self.cycles))
+        return (self.layer, self.circuit, *texts)
 
 
-def of_layer(file: str, name: str, v: int) -> list[Row]:
+def of_layer(file: str, name: str, v: int, limit: float) -> list[Row]:
     """A layer with an element for each centroid, with a quarter of them, and with multipliers."""
     graph = load_graph(ZOO / f"{file}.lutra")
     assert graph.golden is not None
@@ -61,12 +75,17 @@ def of_layer(file: str, name: str, v: int) -> list[Row]:
     for elements in (k,) if layer.encoder == "tree" else (k, k // 4):
         design = layer.design(tile=TILE, rows=rows, elements=elements)
         title = "tree" if layer.encoder == "tree" else f"L2, {elements} elements"
-        found.append(row(f"{file} {name}", title, design, layer))
+        found.append(row(f"{file} {name}", title, design, layer, limit))
+    if v > 4 and layer.encoder == "l2":  # where products take most of the encoder
+        for encoder, title in (("l1", "L1"), ("chebyshev", "Chebyshev")):
+            design = replace(layer.design(tile=TILE, rows=rows, elements=k), encoder=encoder)
+            title = f"{title}, {k} elements"
+            found.append(row(f"{file} {name}", title, design, layer, limit))
     multiply = Design(
         multiply=True, v=v, tile=TILE, rows=rows, fifo=2, act_bits=layer.act_bits,
         sum_bits=dense_bits(v * b, layer.act_bits), codes=found_codes(rows, b, m),
     )  # fmt: skip
-    found.append(row(f"{file} {name}", f"{v * TILE} multipliers", multiply, layer))
+    found.append(row(f"{file} {name}", f"{v * TILE} multipliers", multiply, layer, limit))
     return found
 
 
@@ -77,41 +96,70 @@ def found_codes(rows: int, b: int, m: int) -> int:
 
 def dense_bits(depth: int, act_bits: int) -> int:
     """Bits that hold a sum of products of int8 weights."""
-    return 1 + (depth * 128 * (2**act_bits - 1)).bit_length()
+    bits: int = 1 + (depth * 128 * (2**act_bits - 1)).bit_length()
+    return bits
 
 
-def row(name: str, title: str, design: Design, layer: TableLayer) -> Row:
+def row(name: str, title: str, design: Design, layer: TableLayer, limit: float) -> Row:
     """Counts one circuit."""
     b, _, m = layer.shape
-    gates = gates_of(Accelerator(design))
     cycles = count_cycles(design, pass_commands(design, layer.rows, b, m)).cycles
-    return Row(name, title, gates.cells, gates.flip_flops, gates.memory_bits, cycles)
+    circuit = Accelerator(design)
+    gates = within(lambda: gates_of(circuit, limit=limit))
+    fpga = {
+        family: within(lambda family=family: fpga_of(circuit, family, limit=limit))  # type: ignore[misc]
+        for family in FPGA
+    }
+    return Row(name, title, cycles, gates, fpga)
+
+
+def within(count: Callable[[], T]) -> T | None:
+    """What a count gives, or None where Yosys takes too long."""
+    try:
+        return count()
+    except HardwareError as error:
+        if "did not end within" not in str(error):
+            raise
+        print(error, flush=True)
+        return None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layer", default="", help="only layers with this text in their name")
+    parser.add_argument(
+        "--limit", type=float, default=600, help="seconds that Yosys may take (default: 600)"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = [found for layer in LAYERS for found in of_layer(*layer)]
-    units: list[tuple[str, Any]] = [
-        ("LookupUnit, 16 x 15 table, tile 16", LookupUnit(LookupDesign())),
-        *(
-            (f"LmmaUnit 2 x 64 x 4, {bits} bits", LmmaUnit(LmmaDesign(bits=bits)))
-            for bits in (1, 2)
-        ),
+    # A design whose counts are known is described for its name only.
+    warnings.simplefilter("ignore", UnusedElaboratable)
+    rows = [
+        found
+        for file, name, v in LAYERS
+        if options.layer in f"{file} {name}"
+        for found in of_layer(file, name, v, options.limit)
     ]
-    heads = ("layer", "circuit", "cells", "flip-flops", "memory bits", "cycles")
-    cells = [
-        tuple(f"{value:,}" if isinstance(value, int) else value for value in vars(each).values())
-        for each in rows
-    ]
-    print(table([heads, *cells], left=2), flush=True)
-    others = {name: gates_of(circuit) for name, circuit in units}
+    units: dict[str, Callable[[], Any]] = {
+        "LookupUnit, 16 x 15 table, tile 16": lambda: LookupUnit(LookupDesign()),
+        "LmmaUnit 2 x 64 x 4, 1 bit": lambda: LmmaUnit(LmmaDesign(bits=1)),
+        "LmmaUnit 2 x 64 x 4, ternary": lambda: LmmaUnit(LmmaDesign(ternary=True)),
+        "LmmaUnit 2 x 64 x 4, 2 bits": lambda: LmmaUnit(LmmaDesign()),
+    }
+    heads = ["layer", "circuit", "cells", "flip-flops", "memory bits"]
+    for family in FPGA:
+        heads += [f"{family} LUTs", f"{family} blocks"]
+    print(table([(*heads, "cycles"), *(each.cells() for each in rows)], left=2), flush=True)
+    others = {
+        name: within(lambda make=make: gates_of(make(), limit=options.limit))  # type: ignore[misc]
+        for name, make in units.items()
+        if options.layer in name
+    }
     for name, gates in others.items():
         print(f"{name}: {gates}")
     if options.json:
-        found = {"layers": [vars(each) for each in rows],
-                 "units": {name: vars(gates) for name, gates in others.items()}}  # fmt: skip
+        counted = {name: gates and asdict(gates) for name, gates in others.items()}
+        found = {"layers": [asdict(each) for each in rows], "units": counted}
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -1,10 +1,10 @@
 """Distances and stages of a training that is short: ResNet-20 on CIFAR-10.
 
-    python -m benchmarks.short_training --data FOLDER [--run TEXT] [--seeds N] [--json FILE]
+    python -m benchmarks.short_training --data FOLDER [--run TEXT] [--seeds N ...] [--json FILE]
 
 Every run converts the same dense network (V = 9, K = 16, 1,024 images, sequential calibration),
 trains it for the same steps at a batch of 128 (cosine from 1e-3, dense network as teacher) and
-counts the right answers, on the first 2,000 test images after conversion and on all 10,000, of the
+counts the right answers, on the first 2,000 test images after conversion and on all of them, of the
 exported file in the engine, after training. Runs of one seed see the same batches. (The dense
 network has seen all training images, so validation images would tell nothing.)
 
@@ -62,7 +62,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of image/ and weights/")
     parser.add_argument("--run", default="", help="only runs with this text in their name")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. N - 1 (default: 3)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default: 0 1")
     parser.add_argument("--steps", type=int, default=150, help="default: 150")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
     parser.add_argument("--json", type=Path)
@@ -73,7 +73,7 @@ def main() -> None:
     dense = dense.eval().to(memory_format=torch.channels_last)
     images = cifar10.load_images(options.data / "image")
     records: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         made: dict[PQ, _Converted] = {}  # runs of one method begin with the same network
         for name, run in RUNS.items():
             if options.run in name:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -193,33 +195,50 @@ def test_lookup_unit(seed: int) -> None:
     assert again.sums == expected
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_lmma_unit(bits: int) -> None:
-    """Weights of 1 to 4 bits give the sums of the engine's matrices, at the extremes too."""
+@pytest.mark.parametrize("group", [None, 5])
+@pytest.mark.parametrize("bits", [1, 1.58, 2, 3, 4])
+def test_lmma_unit(bits: float, group: int | None) -> None:
+    """Weights of 1 to 4 bits give the sums of the reference, at the extremes too."""
     from lutra.hardware.lmma import LmmaDesign, lmma_cycles, lmma_sums, lmma_words
     from lutra.hardware.lmma_circuit import LmmaUnit
     from lutra.hardware.simulate import simulate_streams
-    from lutra.lowbit import LowBitMatrix
+    from lutra.ops.lowbit_storage import levels_of
+    from lutra.reference.lowbit import lowbit_levels, lowbit_sums
 
-    rng = np.random.default_rng(bits)
+    seed, levels = int(bits * 100), levels_of(bits)
+    rng = np.random.default_rng(seed)
     x = rng.integers(-128, 128, (3, 10)).astype(np.int8)
     x[0], x[1, :4] = -128, 127
-    codes = rng.integers(0, 2**bits, (5, 10), dtype=np.uint8)
-    codes[0], codes[1] = 0, 2**bits - 1
-    sums = lmma_sums(x, codes, bits)
-    assert np.array_equal(sums, LowBitMatrix.pack(codes, bits).sums(x))
-    design = LmmaDesign(bits=bits, rows=2, columns=3, sum_bits=18)
-    words = lmma_words(x, codes, design)
+    codes = rng.integers(0, levels, (5, 10), dtype=np.uint8)
+    codes[0], codes[1] = 0, levels - 1
+    design = LmmaDesign(bits=math.ceil(bits), ternary=levels == 3, rows=2, columns=3, sum_bits=18)
+    sums = lmma_sums(x, codes, design, group)
+    assert np.array_equal(sums, lowbit_sums(lowbit_levels(codes, levels), x, group or 10))
+    words = lmma_words(x, codes, design, group)
     expected = words.pop("sums")
     mask = 2**design.sum_bits - 1
-    assert [expected[0] >> 18 * i & mask for i in range(3)] == [int(n) & mask for n in sums[0, :3]]
+    made = [expected[0] >> 18 * i & mask for i in range(3)]
+    assert made == [int(n) & mask for n in sums[0, 0, :3]]
     run = simulate_streams(LmmaUnit(design), words, len(expected))
     assert run.sums == expected
-    assert run.cycles == lmma_cycles(design, 3, 10, 5)
+    assert run.cycles == lmma_cycles(design, 3, 10, 5, group)
     again = simulate_streams(
-        LmmaUnit(design), words, len(expected), reset_at=15, pattern=lambda name: coin(bits, 0.5)
+        LmmaUnit(design), words, len(expected), reset_at=15, pattern=lambda name: coin(seed, 0.5)
     )
     assert again.sums == expected
+
+
+def test_products_that_do_not_fit_a_unit() -> None:
+    from lutra.hardware.lmma import LmmaDesign, lmma_words
+
+    with pytest.raises(HardwareError, match="bits=3 with ternary=True"):
+        LmmaDesign(bits=3, ternary=True)
+    x, codes = np.full((1, 64), 127, np.int8), np.full((3, 64), 15, np.uint8)
+    with pytest.raises(HardwareError, match="sums do not fit 16 bits"):
+        lmma_words(x, codes, LmmaDesign(bits=4, sum_bits=16))
+    many = np.zeros((2**16, 4), np.int8)
+    with pytest.raises(HardwareError, match="the product has 65,536 tiles"):
+        lmma_words(many, codes[:, :4], LmmaDesign(bits=4, rows=1, columns=4))
 
 
 @pytest.mark.slow
@@ -238,11 +257,59 @@ def test_memory_bits_are_those_that_yosys_counts(encoder: str) -> None:
     assert gates.memory_bits == sum(memory_bits(design).values())
     assert gates.cells > 100
     assert gates.flip_flops > 50
+    with pytest.raises(HardwareError, match="yosys did not end within 0 s"):
+        synthesize(Accelerator(design), limit=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["ice40", "ecp5"])
+def test_cells_of_an_fpga_are_counted_and_kept(family: str, tmp_path: Path) -> None:
+    import shutil
+
+    from lutra.hardware.accelerator import Accelerator
+    from lutra.hardware.synthesis import fpga_of, gates_of, known_fpga, known_gates
+
+    if shutil.which("yosys") is None:
+        pytest.skip("needs yosys: apt-get install verilator iverilog yosys")
+    file = tmp_path / "gates.json"
+    design = Design(k=8, v=2, tile=4, elements=4, rows=64, codes=256, act_bits=4)
+    circuit = Accelerator(design)
+    gates = gates_of(circuit, file)
+    cells = fpga_of(circuit, family, file)
+    assert cells.luts > 100
+    assert cells.flip_flops > 50
+    assert cells.block_memories > 0
+    assert list(known_fpga(family, file).values()) == [cells]
+    assert list(known_gates(file).values()) == [gates]
+    assert fpga_of(circuit, family, file) == cells
+
+
+def test_statistics_of_yosys() -> None:
+    from lutra.hardware.synthesis import FpgaCells, parse_fpga, synthesize_fpga
+
+    text = """
+   Number of cells:                 99
+     LUT4                            1
+=== accelerator ===
+   Number of cells:                310
+     CCU2C                          20
+     DP16KD                          3
+     LUT4                          200
+     PFUMX                          17
+     TRELLIS_DPR16X4                 8
+     TRELLIS_FF                     62
+"""
+    assert parse_fpga(text) == FpgaCells(200, 20, 62, 3, 8)
+    ice = text.replace("CCU2C", "SB_CARRY").replace("DP16KD", "SB_RAM40_4K")
+    ice = ice.replace(" LUT4", " SB_LUT4").replace("TRELLIS_FF", "SB_DFFESR")
+    assert parse_fpga(ice) == FpgaCells(200, 20, 62, 3, 8)
+    with pytest.raises(HardwareError, match="printed no statistics"):
+        parse_fpga("nothing")
+    with pytest.raises(HardwareError, match="no FPGA family 'max10'; choose from ice40, ecp5"):
+        synthesize_fpga(None, "max10")
 
 
 def test_costs_of_a_network() -> None:
-    from pathlib import Path
-
     import lutra
     from lutra.hardware.cost import network_cost, total_cost
 

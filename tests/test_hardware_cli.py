@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from cli_support import capture, refuse
+from graphs import Builder
 
 import lutra
 from lutra.reference import run_node
+from lutra.reference.lowbit import quantise_rows
 from lutra.reference.pq import row_codes
 
 __all__ = ["capture", "refuse"]
@@ -28,6 +30,7 @@ CASES = {
     "resnet20_cifar10_rows": "layer1.0.conv1",
     "resnet20_cifar10_lookup4": "layer1.0.conv1",
     "dscnn_speech_commands": "blocks.0.pointwise",
+    "shakespeare_ternary": "model.layers.0.self_attn.k_proj",
 }
 
 
@@ -43,6 +46,17 @@ def golden_input(graph: lutra.Graph, name: str) -> tuple[Any, Any, Any]:
     return node, node_input(graph, node, inputs), graph.node_tensors(node)
 
 
+def lowbit_output(node: lutra.Node, x: Any, bundle: Any) -> Any:
+    """What comes of the sums of a layer of low-bit weights without zeros, for its rows x."""
+    arrays = bundle.arrays
+    rows, step = quantise_rows(x)
+    assert np.array_equal(rows, arrays["rows"])
+    y = arrays["sums"][:, 0].astype(np.float32) * arrays["scale"][:, 0]
+    for g in range(1, arrays["scale"].shape[1]):
+        y = y + arrays["sums"][:, g].astype(np.float32) * arrays["scale"][:, g]
+    return y * step[:, None] + arrays["bias"]
+
+
 @pytest.mark.parametrize("file", CASES)
 def test_answers_are_those_of_the_model(file: str) -> None:
     """Codes are those of the reference, and sums give the output of the node, to the bit."""
@@ -53,6 +67,11 @@ def test_answers_are_those_of_the_model(file: str) -> None:
     if "codes" in bundle.arrays:
         assert np.array_equal(bundle.arrays["codes"], row_codes(node, rows, tensors))
     out = run_node(node, [x[:1]], tensors)[0]
+    if node.op == "lowbit_linear":
+        assert np.array_equal(
+            lowbit_output(node, x[:1].reshape(-1, x.shape[-1])[:40], bundle), out[:40]
+        )
+        return
     made = sums.astype(np.float32) * tensors["scale"] + tensors["bias"]
     expected = out.reshape(len(out), -1).T[:40] if out.ndim == 3 else out[None]
     assert np.array_equal(made, expected)
@@ -77,6 +96,27 @@ def test_folder(tmp_path: Path, capture: Any) -> None:
     }  # fmt: skip
     codes = [int(line, 16) for line in (tmp_path / "out/code.mem").read_text().split()]
     assert codes == np.load(tmp_path / "out/codes.npy").T.ravel().tolist()
+
+
+@pytest.mark.parametrize("distance", ["l1", "chebyshev"])
+def test_the_distance_is_that_of_the_file(distance: str, tmp_path: Path, capture: Any) -> None:
+    b = Builder(("x", (None, 2, 4, 3)), seed=7)
+    name = b.pq_conv2d("x", 2, 3, (2, 2), width=3, distance=distance)
+    graph = b.graph(name)
+    lutra.save_graph(graph, tmp_path / "apart.lutra")
+    code, text, _ = capture(
+        "hardware", str(tmp_path / "apart.lutra"), "--layer", graph.nodes[0].name, "-o",
+        str(tmp_path / "out"), "--rows", "5", "--elements", "4", "--simulate",
+        "--simulator", "amaranth", "--json",
+    )  # fmt: skip
+    assert code == 0
+    report = json.loads(text)
+    assert report["encoder"] == report["design"]["encoder"] == distance
+    assert report["simulation"]["codes"] == 5 * 3
+    assert report["simulation"]["wrong"] == 0
+    rows, codes = (np.load(tmp_path / f"out/{name}.npy") for name in ("rows", "codes"))
+    node, tensors = graph.nodes[0], graph.node_tensors(graph.nodes[0])
+    assert np.array_equal(codes, row_codes(node, rows, tensors))
 
 
 @pytest.mark.parametrize(
@@ -111,6 +151,24 @@ def test_verilog(tmp_path: Path, file: str, simulator: str) -> None:
     assert outcome.cycles == outcome.model == bundle.facts["cycles"]
     assert outcome.codes == bundle.arrays.get("codes", np.zeros(0)).size
     assert run_verilog(tmp_path, simulator, bubbles=True).passed
+
+
+@pytest.mark.slow
+def test_the_widest_layer_of_the_keyword_network(tmp_path: Path) -> None:
+    """All rows of a sample through 192 tables of 64 outputs, four tiles, in Verilator."""
+    from lutra.hardware.layer import graph_shapes
+    from lutra.hardware.tools import run_verilog
+
+    needs("verilator")
+    graph = lutra.load_graph(ZOO / "resnet_speech_commands.lutra")
+    name, rows, tables, outputs = max(graph_shapes(graph), key=lambda shape: shape[2] * shape[3])
+    assert (name, rows, tables, outputs) == ("blocks.2.conv2", 35, 192, 64)
+    bundle = make_bundle(graph, name, rows=rows, elements=4)
+    bundle.write(tmp_path)
+    outcome = run_verilog(tmp_path, "verilator")
+    assert outcome.passed
+    assert (outcome.codes, outcome.sums, outcome.wrong) == (rows * tables, 4 * rows, 0)
+    assert outcome.cycles == outcome.model == bundle.facts["cycles"]
 
 
 @pytest.mark.slow

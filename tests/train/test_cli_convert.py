@@ -73,6 +73,12 @@ def test_convert(capture: Any, refuse: Any, folder: Path, monkeypatch: pytest.Mo
     assert "pq, tree" in out
     assert "layer '2' keeps its tables: encoder 'tree': its tables are more than products" in out
     assert "built from int8" not in out
+    apart = ["-o", "g.lutra", "--distance", "l1"]
+    code, out, err = capture("convert", "net.py:build", *words, *apart)
+    assert (code, err) == (0, "")
+    assert "pq, l1" in out
+    nodes = lutra.load_graph("g.lutra").nodes
+    assert [n.attrs["distance"] for n in nodes if n.op.startswith("pq_")] == ["l1"]
     os.unlink("g.lutra")
     os.unlink("m.lutra")
 

@@ -1,4 +1,4 @@
-"""Distances without products in training: clustering, layers, recipes, files."""
+"""Distances without products in training: codes, layers, recipes, files."""
 
 from __future__ import annotations
 
@@ -19,67 +19,10 @@ from lutra.reference.pq import encode
 from lutra.train import PQ, convert, export, finetune, recipe_from_json, recipe_to_json
 from lutra.train.encoder import Nearest
 from lutra.train.geometry import Geometry, Grid
-from lutra.train.layers.pq_distances import assign, cluster
 from lutra.train.operators import portable
 from lutra.train.operators import pq as ops
 
 DISTANCES = ["l1", "chebyshev"]
-
-
-def samples(codebooks: int, n: int, dim: int, top: int) -> Tensor:
-    generator = torch.Generator().manual_seed(top)
-    return torch.randint(top + 1, (codebooks, n, dim), generator=generator).float()
-
-
-# Clustering
-
-
-@pytest.mark.parametrize("distance", DISTANCES)
-def test_separated_clusters_are_found(distance: Any) -> None:
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.stack([torch.randperm(8, generator=generator) for _ in range(3)]) * 16.0 + 8
-    x = centres[:, :, None, None] + torch.randint(-2, 3, (3, 8, 40, 2), generator=generator)
-    found = cluster(x.flatten(1, 2), 8, distance, 128, seed=1)
-    codes, far = assign(centres[:, :, None].expand(-1, -1, 2), found, distance)
-    assert (far <= 2).all()
-    assert codes.sort(1).values.tolist() == [list(range(8))] * 3
-
-
-def test_centroids_of_l1_are_medians_and_their_error_falls() -> None:
-    x = samples(2, 501, 4, 63)
-    errors = []
-    for steps in (0, 1, 3, 30):
-        centroids = cluster(x, 8, "l1", 64, steps=steps)
-        errors.append(assign(x, centroids, "l1")[1].sum().item())
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < errors[0]
-    before, after = (cluster(x, 8, "l1", 64, steps=steps) for steps in (4, 5))
-    codes = assign(x, before, "l1")[0]
-    for b in range(2):
-        for k in range(8):
-            own = x[b, codes[b] == k]
-            assert torch.equal(after[b, k], own.median(0).values)  # the lower of two
-
-
-def test_centroids_of_chebyshev_are_means() -> None:
-    x = samples(2, 501, 4, 63)
-    before, after = (cluster(x, 8, "chebyshev", 64, steps=steps) for steps in (4, 5))
-    codes, far = assign(x, before, "chebyshev")
-    apart = (x[:, :, None] - before[:, None]).abs().amax(3)
-    assert torch.equal(far, apart.amin(2))
-    for b in range(2):
-        for k in range(8):
-            torch.testing.assert_close(after[b, k], x[b, codes[b] == k].mean(0))
-
-
-@pytest.mark.parametrize("distance", DISTANCES)
-def test_the_seed_decides_and_few_samples_will_do(distance: Any) -> None:
-    x = samples(3, 400, 4, 127)
-    first, again, other = (cluster(x, 16, distance, 128, steps=3, seed=s) for s in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    few = cluster(x[:, :5], 16, distance, 128)
-    assert (assign(x[:, :5], few, distance)[1] == 0).all()
 
 
 # Codes

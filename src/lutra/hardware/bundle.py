@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +17,9 @@ from lutra.graph import Graph
 from lutra.hardware.cycles import count_cycles
 from lutra.hardware.design import Design, HardwareError
 from lutra.hardware.layer import find_node, layer_rows, node_input, node_layer
+from lutra.hardware.lmma import COUNT_BITS as LMMA_COUNT_BITS
+from lutra.hardware.lmma import GROUP as LMMA_GROUP
+from lutra.hardware.lmma import LmmaDesign, lmma_cycles, lmma_levels, lmma_words
 from lutra.hardware.lookup_unit import LookupDesign, lookup_cycles, lookup_words
 from lutra.hardware.synthesis import GENERIC
 from lutra.hardware.testbench import Bench, testbench
@@ -24,9 +27,11 @@ from lutra.hardware.verilog import need_amaranth, to_verilog
 from lutra.hardware.words import Words, layer_words
 from lutra.node import Array, Node
 from lutra.ops.lookup import unpack_weights
+from lutra.ops.lowbit import load_rows
 from lutra.ops.rows import row_length
 from lutra.ops.spec import integer
 from lutra.reference.lookup import responses
+from lutra.reference.lowbit import lowbit_levels, lowbit_sums
 from lutra.runtime.profile import random_inputs
 
 __all__ = ["Bundle", "accelerator_bench", "make_bundle"]
@@ -109,11 +114,12 @@ def make_bundle(
 
     Args:
         graph: The model.
-        name: The node: ``pq_conv2d``, ``pq_linear``, ``lookup_conv2d`` or ``lookup_linear``.
+        name: The node: ``pq_conv2d``, ``pq_linear``, ``lookup_conv2d``, ``lookup_linear`` or
+            ``lowbit_linear``.
         rows: Rows to feed.
         seed: Of the random inputs of a model that holds no golden data.
-        **parameters: Of the ``Design`` or ``LookupDesign``, where they differ from what the layer
-            asks for.
+        **parameters: Of the ``Design``, ``LookupDesign`` or ``LmmaDesign`` (whose columns are the
+            ``tile``), where they differ from what the layer asks for.
 
     Raises:
         HardwareError: If there is no such layer, or a parameter does not fit it.
@@ -125,7 +131,7 @@ def make_bundle(
     else:
         inputs = random_inputs(graph, 1, np.random.default_rng(seed))
     made = layer_rows(node, node_input(graph, node, inputs), rows)
-    build = _lookup if node.op.startswith("lookup_") else _table
+    build = {"lookup": _lookup, "lowbit": _lowbit}.get(node.op.split("_")[0], _table)
     return build(node, graph.node_tensors(node), made, parameters)
 
 
@@ -174,6 +180,56 @@ def _table(
     return Bundle(partial(Accelerator, design), bench, arrays, facts)
 
 
+def _of_unit(node: Node, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a unit that is no accelerator of tables: tile and bits of a sum."""
+    unknown = sorted(parameters.keys() - {"tile", "sum_bits"})
+    if unknown:
+        raise HardwareError(
+            f"a unit for the layer {node.name!r} ({node.op}) has no parameter {unknown[0]!r}; "
+            "leave it out"
+        )
+    return dict(parameters)
+
+
+def _lowbit(
+    node: Node, tensors: Mapping[str, Array], rows: Array, parameters: Mapping[str, Any]
+) -> Bundle:
+    """A layer of low-bit weights."""
+    from lutra.hardware.lmma_circuit import LmmaUnit
+
+    given = _of_unit(node, parameters)
+    levels, depth, group = (integer(node, name) for name in ("levels", "in_features", "group"))
+    codes = load_rows(tensors["weight"], levels, depth)
+    design = LmmaDesign(
+        bits=2 if levels == 3 else levels.bit_length() - 1, ternary=levels == 3,
+        columns=given.get("tile", min(64, len(codes))), sum_bits=32,
+    )  # fmt: skip
+    most = 128 * int(np.abs(lmma_levels(codes, design)).reshape(-1, group).sum(axis=1).max())
+    design = replace(design, sum_bits=given.get("sum_bits", max(12, 1 + most.bit_length())))
+    words = lmma_words(rows, codes, design, group)
+    expected = words.pop("sums")
+    cycles = lmma_cycles(design, len(rows), depth, len(codes), group)
+    widths = {
+        "command": 2 * LMMA_COUNT_BITS, "x": 8 * LMMA_GROUP * design.rows,
+        "weights": LMMA_GROUP * design.columns,
+    }  # fmt: skip
+    bench = Bench(
+        {name: (widths[name], stream) for name, stream in words.items()},
+        (design.rows * design.columns * design.sum_bits, expected), None, cycles,
+    )  # fmt: skip
+    arrays = {
+        "rows": rows, "weight_codes": codes,
+        "sums": lowbit_sums(lowbit_levels(codes, levels), rows, group),
+        "scale": tensors["scale"], "bias": tensors["bias"],
+        **({"zero": tensors["zero"]} if "zero" in tensors else {}),
+    }  # fmt: skip
+    facts = {
+        "layer": node.name, "op": node.op, "levels": levels, "group": group, "rows": len(rows),
+        "inputs": depth, "outputs": len(codes), "cycles": cycles, "design": asdict(design),
+    }  # fmt: skip
+    return Bundle(partial(LmmaUnit, design), bench, arrays, facts)
+
+
 def _lookup(
     node: Node, tensors: Mapping[str, Array], rows: Array, parameters: Mapping[str, Any]
 ) -> Bundle:
@@ -182,13 +238,7 @@ def _lookup(
 
     table, depth = tensors["table"], row_length(node)
     weight = unpack_weights(tensors["weight"], integer(node, "weight_bits"), depth)
-    given = {key: value for key, value in parameters.items() if key in ("tile", "sum_bits")}
-    unknown = sorted(parameters.keys() - given.keys())
-    if unknown:
-        raise HardwareError(
-            f"a unit for the layer {node.name!r} ({node.op}) has no parameter {unknown[0]!r}; "
-            "leave it out"
-        )
+    given = _of_unit(node, parameters)
     design = LookupDesign(
         act_bits=integer(node, "act_bits"), weights=table.shape[1],
         **{"tile": min(16, len(weight)), **given},
@@ -222,30 +272,45 @@ def _readme(facts: Mapping[str, Any], bench: Bench) -> str:
         f"| `{name}` | {bits} | {len(words):,} | `{name}.mem` |"
         for name, (bits, words) in bench.inputs.items()
     )
-    pq = "codebooks" in facts
-    order = (
-        """\
+    family = facts["op"].split("_")[0]
+    order = {
+        "pq": """\
 * `codebook`: for each codebook its centroids (values from the lowest bits on, then half the square
   of an L2 centroid), or the thresholds of its tree in heap order;
 * `x`: for each codebook the sub-vectors of all rows;
 * `tables`: for each tile of outputs, for each codebook, for each code the entries of the tile;
 * `sums`: for each tile the sums of all rows.
 
-More rows than the scratchpad holds run in passes, each with a command and all words of its own."""
-        if pq
-        else """\
+More rows than the scratchpad holds run in passes, each with a command and all words of its own.""",
+        "lookup": """\
 * `table`: the rows of the response table, the first column in the lowest bits;
 * `x`: for each tile of outputs, for each row, the activation indices;
 * `weights`: a word for each activation: the weight index of each output of the tile;
-* `sums`: for each tile the sums of all rows."""
+* `sums`: for each tile the sums of all rows.""",
+        "lowbit": """\
+* `x`: for each group of inputs that share a scale, for each tile of rows, once for each tile of
+  outputs: four int8 of each row of the tile in a word;
+* `weights`: for each of these words, for each bit plane, a word: of each output of the tile the
+  index of four weights, the sign in its highest bit;
+* `sums`: for each group, each tile of rows and each tile of outputs a word, row by row.
+
+`sums.npy` is (rows, groups, outputs), `weight_codes.npy` the codes of the
+weights (outputs, inputs).""",
+    }[family]
+    output = (
+        "`float32(sum - zero * sum of x) * scale`, added over the groups, times the step of the\n"
+        "row, plus `bias`; all of it as `lutra.ops.lowbit` says"
+        if family == "lowbit"
+        else "`float32(sum) * scale + bias`, two roundings"
     )
+    compared = "every code and " if family == "pq" else ""
     cycles = "not fixed, because of two clocks" if bench.cycles is None else f"{bench.cycles:,}"
     bits, words = bench.sums
     return f"""\
 # {facts["layer"]}: {facts["op"]}, {facts["inputs"]} inputs, {facts["outputs"]} outputs
 
 Made by `lutra hardware`. `accelerator.v` is the circuit. `testbench.v` feeds it {facts["rows"]}
-rows and compares {"every code and " if pq else ""}every sum with the answers of lutra's reference,
+rows and compares {compared}every sum with the answers of lutra's reference,
 which the engine gives too. Cycles from the first command to the last sum: {cycles}.
 
     make verilator      # apt-get install verilator
@@ -266,5 +331,5 @@ the slowest clock. Order of words:
 {order}
 
 `layer.json` has the parameters. The `.npy` files hold the same numbers as arrays. The layer's
-output is `float32(sum) * scale + bias`, two roundings.
+output is {output}.
 """

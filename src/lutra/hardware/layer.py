@@ -18,6 +18,7 @@ from lutra.node import Array, Node
 from lutra.ops.pq import cut_rows, part_count
 from lutra.ops.spec import integer, number, pair, text
 from lutra.reference import run_node
+from lutra.reference.lowbit import quantise_rows
 from lutra.reference.pq import encode, encode_tree, lookup, quantise
 from lutra.reference.windows import patches, windows
 
@@ -178,16 +179,18 @@ def random_layer(
 
 
 def layer_rows(node: Node, x: Array, limit: int | None = None) -> Array:
-    """The quantised rows of a layer that looks up.
+    """The quantised rows of a layer.
 
     Args:
-        node: A node whose operator has an activation grid.
+        node: A node whose operator has an activation grid, or ``lowbit_linear``.
         x: Its input, float32.
         limit: Rows to make; all of them where it is None.
 
     Returns:
-        uint8 (R, D)
+        uint8 (R, D), of low-bit layers int8.
     """
+    if node.op == "lowbit_linear":
+        return quantise_rows(x.reshape(-1, x.shape[-1])[:limit])[0]
     scale, zero = number(node, "act_scale"), integer(node, "act_zero")
     x_q = quantise(x, scale, zero, integer(node, "act_bits"))
     if node.op.endswith("linear"):
@@ -282,9 +285,9 @@ def find_node(graph: Graph, name: str) -> Node:
     """The node of that name.
 
     Raises:
-        HardwareError: If there is none that looks up.
+        HardwareError: If there is none of a family that has a circuit.
     """
-    usable = [node for node in graph.nodes if node.op.startswith(("pq_", "lookup_"))]
+    usable = [node for node in graph.nodes if node.op.startswith(("pq_", "lookup_", "lowbit_"))]
     for node in usable:
         if node.name == name:
             return node

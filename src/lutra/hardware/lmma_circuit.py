@@ -78,8 +78,13 @@ class LmmaUnit(wiring.Component):
         with m.Elif(self.sums.ready):
             m.d.sync += done.eq(0)
 
-        total = Signal(self.sums.payload.shape())
-        m.d.comb += [self.sums.payload.eq(total), self.sums.valid.eq(done)]
+        halve = int(design.ternary)  # sums of ternary weights are even until they leave
+        inner = signed(design.sum_bits + halve)
+        total = Signal(data.ArrayLayout(data.ArrayLayout(inner, design.columns), design.rows))
+        m.d.comb += self.sums.valid.eq(done)
+        for r in range(design.rows):
+            for n in range(design.columns):
+                m.d.comb += self.sums.payload[r][n].eq(total[r][n] >> halve)
         first = Signal()
         m.d.comb += first.eq((group == 0) & (plane == 0))
         for r in range(design.rows):
@@ -94,6 +99,8 @@ class LmmaUnit(wiring.Component):
                 entry = Signal(signed(_ENTRY_BITS), name=f"entry_{r}_{n}")
                 m.d.comb += entry.eq(entries[index[: GROUP - 1]])
                 added = Mux(index[GROUP - 1], -entry, entry)
+                if design.bits > 1 and not design.ternary:
+                    added = added << plane
                 with m.If(take):
-                    m.d.sync += total[r][n].eq(Mux(first, 0, total[r][n]) + (added << plane))
+                    m.d.sync += total[r][n].eq(Mux(first, 0, total[r][n]) + added)
         return m

@@ -67,16 +67,26 @@ def _program(program: str) -> str:
     return found
 
 
-def run_tool(command: Sequence[str], folder: Path) -> str:
+def run_tool(command: Sequence[str], folder: Path, *, limit: float | None = None) -> str:
     """Runs a program in a folder, and gives what it printed.
 
+    Args:
+        command: The program and its arguments.
+        folder: Where it runs.
+        limit: Seconds that it may take; None: any.
+
     Raises:
-        HardwareError: If it is not installed or fails.
+        HardwareError: If it is not installed, fails, or takes longer than the limit.
     """
-    done = subprocess.run(
-        [_program(command[0]), *command[1:]],
-        cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"},
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [_program(command[0]), *command[1:]], cwd=folder, capture_output=True, text=True,
+            check=False, env={**os.environ, "LC_ALL": "C"}, timeout=limit,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise HardwareError(
+            f"{command[0]} did not end within {limit:.0f} s; give it more, or a smaller design"
+        ) from error
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())[:400]
         raise HardwareError(f"{' '.join(command[:3])} ... failed in {str(folder)!r}: {said}")

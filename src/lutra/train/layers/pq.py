@@ -33,7 +33,6 @@ from lutra.train.layers.base import (
     register,
 )
 from lutra.train.layers.goal import Goal
-from lutra.train.layers.pq_distances import cluster
 from lutra.train.layers.pq_gradient import StraightThroughLookup, TableSum, straight_through
 from lutra.train.layers.pq_kmeans import kmeans
 from lutra.train.layers.pq_projection import REFRESH, SAMPLE_ROWS, regression
@@ -371,17 +370,10 @@ class _PQLayer(QuantizedLayer):
         if self.method.encoder == "tree":
             self._grow(rows, sub)
         else:
-            self.centroids.copy_(self._cluster(sub, steps=steps, seed=seed))
-
-    def _cluster(self, sub: Tensor, *, steps: int, seed: int) -> Tensor:
-        """Centroids (G, K, V) of clipped sub-vectors (G, n, V), by the distance of the method."""
-        k, distance, grid = self.method.k, self.method.distance, self.grid()
-        if distance == "l2":
-            return kmeans(sub, k, steps=steps, seed=seed)[0]
-        # Distances are measured on the grid, where missing entries have the value of a zero.
-        on_grid = portable.quantize(sub, grid)
-        found = cluster(on_grid, k, distance, grid.qmax + 1, steps=steps, seed=seed)
-        return (found - grid.zero) * grid.scale
+            # Clusters are those of squares whatever the distance is: the table of a centroid stands
+            # for all its samples, and the error that counts is that of the outputs.
+            centroids, _ = kmeans(sub, self.method.k, steps=steps, seed=seed)
+            self.centroids.copy_(centroids)
 
     def _grow(self, rows: Tensor, sub: Tensor) -> None:
         """Sets trees, centroids and what the tables have beyond them.

@@ -34,7 +34,7 @@ def assign(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(codes, 1), torch.cat(distances, 1)
 
 
-def cluster_sums(x: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _cluster_sums(x: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Sums (B, K, V) and counts (B, K) of samples x (B, n, V) by code, as one-hot products."""
     codebooks, n, dim = x.shape
     sums, counts = x.new_zeros((codebooks, k, dim)), x.new_zeros((codebooks, k))
@@ -84,7 +84,7 @@ def kmeans(x: Tensor, k: int, *, steps: int = 25, seed: int = 0) -> tuple[Tensor
     counts = torch.zeros((codebooks, k), device=x.device)
     for step in range(steps + 1):
         codes, distances = assign(x, centroids)
-        sums, counts = cluster_sums(x, codes, k)
+        sums, counts = _cluster_sums(x, codes, k)
         collective.all_reduce(counts)
         if step == steps:
             break
@@ -92,14 +92,14 @@ def kmeans(x: Tensor, k: int, *, steps: int = 25, seed: int = 0) -> tuple[Tensor
         moved = torch.where(
             counts[:, :, None] > 0, sums / counts.clamp_min(1.0)[:, :, None], centroids
         )
-        moved = revive(moved, counts, x, distances)
+        moved = _revive(moved, counts, x, distances)
         if torch.equal(moved, centroids):
             break
         centroids = moved
     return centroids, counts
 
 
-def revive(centroids: Tensor, counts: Tensor, x: Tensor, distances: Tensor) -> Tensor:
+def _revive(centroids: Tensor, counts: Tensor, x: Tensor, distances: Tensor) -> Tensor:
     """Gives the dead centroids of a codebook its worst-served samples, one each."""
     dead = (counts == 0).sum(1)
     most = int(dead.max())
