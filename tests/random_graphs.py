@@ -299,7 +299,11 @@ class _Grower(StepGrower):
         ]
         for name in names:
             self._maybe_open(name)
-        self.add("attention", *names, heads=2, scale=0.5, causal=self.chance(0.3))
+        op, causal = "attention", self.chance(0.3)
+        if self.chance(0.4):  # keys with positive sums only, or those of a slice of the keys
+            op = "masked_attention"
+            names.append(self.add("mean", self.add("relu", names[1]), axes=(2,)))
+        self.add(op, *names, heads=2, scale=0.5, causal=causal)
 
     def move(self, x: str, *, hidden: bool) -> str:
         """A step that only moves values, or takes one of several: the plan may do it on bytes."""

@@ -110,7 +110,14 @@ def every_pointwise_op_graph() -> Graph:
     more = b.add("mul", more, b.add("greater_equal", row, half))
     whole = [b.add(op, "x") for op in ("floor", "ceil", "round", "sign")]
     z = b.add("equal", b.add("add", *whole[:2]), b.add("mul", *whole[2:]))
+    kept = b.add("greater", b.add("mean", "x", axes=(2,)), row_of_zero(b))
+    y = b.add("masked_attention", y, "x", z, kept, heads=2, scale=0.4, causal=True)
     return b.graph(b.add("where", more, y, z))
+
+
+def row_of_zero(b: Builder) -> str:
+    """A constant (N, 1)."""
+    return b.add("constant", "x", tensors={"value": np.zeros(1, F)}, shape=(1,))
 
 
 def every_selection_graph() -> Graph:

@@ -240,6 +240,13 @@ def test_integers_and_several_inputs_and_outputs(capture: Any, refuse: Any, fold
     report = json.loads(capture(*words, *chosen, "--limit", "3", "--json")[1])
     assert (report["correct"], report["images"]) == (3, 3)
 
+    np.savez("in.npz", ids=ids, mask=mask)
+    again = ["eval", "m.lutra", "--inputs", "in.npz", "--labels", "y.npy", *chosen, "--json"]
+    assert json.loads(capture(*again)[1])["correct"] == 10
+    refuse(*again, "--inputs", files[0], match="'ids' twice")
+    np.savez("in.npz", ids=ids, mask=mask[:4])
+    refuse(*again, match=r"'in.npz: mask' has shape \(4, 5\) and 'y.npy' 11 entries")
+
     refuse(*words, match=f"the model has the outputs {', '.join(graph.outputs)}; say which")
     refuse(*words, "--output", graph.outputs[0] + "_", match=f"did you mean '{graph.outputs[0]}'")
     refuse(*words, "--output", graph.outputs[1], match=r"an output \(N, classes\); the output")

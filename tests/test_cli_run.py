@@ -59,6 +59,30 @@ def test_run_several_inputs_and_outputs(capture: Any, folder: Path) -> None:
     assert not os.path.exists("total.out")
 
 
+def test_run_takes_archives(capture: Any, refuse: Any, folder: Path) -> None:
+    graph = two_graph()
+    save_graph(graph, "m.lutra")
+    feeds = random_inputs(graph, 3)
+    want = run_reference(graph, feeds)["file"]
+    np.savez("in.npz", **feeds)
+    run, out = ["run", "m.lutra"], ["-o", "file=f.npy"]
+    assert capture(*run, "-i", "in.npz", *out) == (0, "", "")
+    np.testing.assert_array_equal(np.load("f.npy"), want)
+    np.savez("a.npz", a=feeds["a"])
+    (folder / "f.npy").unlink()
+    given = ["-i", f"b={save('b.npy', feeds['b'])}"]
+    assert capture(*run, *given, "-i", "a.npz", *out) == (0, "", "")
+    np.testing.assert_array_equal(np.load("f.npy"), want)
+    refuse(*run, "-i", "a.npz", *out, match="lacks b; give NAME=FILE")
+    refuse(*run, "-i", "in.npz", *given, *out, match="'b' twice")
+    refuse(*run, "-i", "in.npz", "-i", "a.npz", *out, match="'a' twice")
+    np.savez("more.npz", **feeds, c=feeds["a"])
+    refuse(*run, "-i", "more.npz", *out, match="an array 'c', which is no input of the model; name")
+    np.savez("ids.npz", a=feeds["a"].astype(np.int64), b=feeds["b"])
+    refuse(*run, "-i", "ids.npz", *out, match="'ids.npz: a' holds int64 values")
+    refuse(*run, "-i", "none.npz", *out, match="cannot read 'none.npz'")
+
+
 def test_run_refuses_names(refuse: Any, folder: Path) -> None:
     save_graph(two_graph(), "m.lutra")
     run = ["run", "m.lutra"]

@@ -422,6 +422,12 @@ def test_attention(case: tuple[int, ...], causal: bool, masked: str) -> None:
     inputs = [q, k, v] if mask is None else [q, k, v, mask]
     settings = {"heads": heads, "scale": scale, "causal": causal}
     y = check_isas(lambda plan, ids: add(plan, "attention", *ids, **settings), *inputs)
+    if mask is not None:
+        inputs[3] = 0.25 * mask.astype(np.float32)  # any number but 0 keeps a key
+        computed = check_isas(
+            lambda plan, ids: add(plan, "masked_attention", *ids, **settings), *inputs
+        )
+        assert same_bits(computed, y)
     wanted = attention(q, k, v, heads, scale, mask, causal)
     np.testing.assert_allclose(y, wanted, atol=3e-6)
     assert (y[wanted == 0] == 0).all()

@@ -35,7 +35,10 @@ from lutra.reference import run_node
 #: and -0 is either.
 ROUNDED = {
     **dict.fromkeys(("max", "max_pool2d", "adaptive_max_pool2d"), 0.0),
-    **dict.fromkeys(("conv2d", "linear", "layer_norm", "rms_norm", "softmax", "attention"), 4e-6),
+    **dict.fromkeys(
+        ("conv2d", "linear", "layer_norm", "rms_norm", "softmax", "attention", "masked_attention"),
+        4e-6,
+    ),
     **dict.fromkeys(("mean", "masked_mean", "avg_pool2d", "adaptive_avg_pool2d"), 1e-6),
     **dict.fromkeys(("gelu", "silu", "sigmoid", "tanh", "elu", "mish", "softplus"), 1e-6),
     **dict.fromkeys(("conv_transpose2d", "group_norm", "lstm", "gru"), 4e-6),

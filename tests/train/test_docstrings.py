@@ -27,7 +27,7 @@ NAMES = ["Session", "Stream", "load_graph", "convert", "finetune", "export", "op
 #: Files that the commands of a page make.
 MADE = {
     "build/site", "build/arm", "build/aarch64", "build/digits.lutra",
-    "build/c", "build/c-api/examples/c/run_model",
+    "build/c", "build/c-api/liblutra.so", "build/c-api/examples/c/run_model",
 }  # fmt: skip
 
 

@@ -9,13 +9,14 @@ namespace lutra {
 namespace {
 
 // softmax(scale q k^T) v of every head; inputs q (N, T, D), k (N, S, D), v (N, S, D) and perhaps
-// a mask (N, S) of integers.
+// a mask (N, S) of integers, or of floats.
 struct AttentionSettings {
   int64_t heads;
   float scale;
   bool causal;
   int64_t offset[3] = {};  // the first feature of q, k and v that is read
   int64_t width;           // how many are; -1: all of q
+  bool float_mask;
   LineTable exp, reciprocal;
 };
 
@@ -54,7 +55,7 @@ class AttentionStep : public Step {
     return {q[0], q[1], width};
   }
 
-  bool reads_integers(size_t input) const override { return input == 3; }
+  bool reads_integers(size_t input) const override { return input == 3 && !s_.float_mask; }
   int max_quantized() const override { return kMaxQuantized; }
   std::string method(const Shapes&) const override {
     return s_.exp.empty() ? "float32" : "table of " + std::to_string(s_.exp.slope.size());
@@ -121,8 +122,10 @@ class AttentionStep : public Step {
                 .reciprocal = s_.reciprocal.segments()};
     if (r.inputs.size() > 3) {  // stored (S, N)
       int32_t* const mask = reinterpret_cast<int32_t*>(scratch + scratch_bytes(r.shapes));
-      const int32_t* const from = integers_of(r.inputs[3]) + sample;
-      for (int64_t j = 0; j < keys; ++j) mask[j] = from[j * samples];
+      const float* const from = r.inputs[3] + sample;
+      for (int64_t j = 0; j < keys; ++j) {
+        mask[j] = s_.float_mask ? from[j * samples] != 0 : integers_of(from)[j * samples];
+      }
       a.mask = mask;
     }
     const int64_t at = (head * width) * samples * queries + sample * queries;
@@ -139,23 +142,31 @@ class AttentionStep : public Step {
   AttentionSettings s_;
 };
 
-int add_attention(PlanBuilder& plan, const StepArgs& args) {
+int add_any(PlanBuilder& plan, const StepArgs& args, bool float_mask) {
   auto [exp, reciprocal] = exp_tables(args);
   require(!args.input_shapes[0].empty(), "attention: the shape of q has no axes");
   AttentionSettings settings{.heads = args.integer("heads"),
                              .scale = args.float32("scale"),
                              .causal = args.flag("causal"),
                              .width = args.input_shapes[0].back(),
+                             .float_mask = float_mask,
                              .exp = std::move(exp),
                              .reciprocal = std::move(reciprocal)};
   for (size_t i = 0; i < 3 && i < args.planes.size(); ++i) settings.offset[i] = args.planes[i];
   return add_step<AttentionStep>(plan, args, plan.kernels(), std::move(settings));
 }
 
+int add_attention(PlanBuilder& plan, const StepArgs& args) { return add_any(plan, args, false); }
+
+int add_masked_attention(PlanBuilder& plan, const StepArgs& args) {
+  return add_any(plan, args, true);
+}
+
 }  // namespace
 
 void attention_ops(OpRegistry& r) {
   r.add("attention", {.build = add_attention, .inputs = 3, .most = 4, .reads_planes = true});
+  r.add("masked_attention", {.build = add_masked_attention, .inputs = 4, .reads_planes = true});
 }
 
 }  // namespace lutra

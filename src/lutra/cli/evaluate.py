@@ -25,7 +25,7 @@ from lutra.cli.common import (
     read_arrays,
 )
 from lutra.cli.metrics import Metric, Psnr, Top1, classes_of, need_images, output_of
-from lutra.cli.run import assign
+from lutra.cli.run import assign, from_archives
 from lutra.errors import InputError
 from lutra.graph import Graph
 from lutra.inputs import cast_input
@@ -44,6 +44,7 @@ classifiers of text, X with a label, a tab and a text on each line:
   lutra eval FILE --text X.tsv
 several inputs, of integers too; of several outputs one:
   lutra eval FILE --inputs ids=A.npy --inputs mask=B.npy --labels Y.npy --output logits
+  lutra eval FILE --inputs X.npz --labels Y.npy, X with an array for each input
 images from images, of several sizes (an array for each, the same names in both archives):
   lutra eval FILE --metric psnr --images X.npz --targets Y.npz --border 2
 """
@@ -312,10 +313,13 @@ def _several(args: argparse.Namespace, graph: Graph, count: int) -> dict[str, Ar
             "the model takes text; give --text, or its inputs as numbers, as NAME=FILE for each of "
             f"{', '.join(names)}"
         )
-    files = assign(args.inputs, names, "input")
+    words, given = from_archives(args.inputs, names)
+    rest = [name for name in names if name not in given]
+    files = assign(words, rest, "input") if words or rest else {}
     arrays = {}
-    for name, path in files.items():
-        array = read_array(path)
+    for name in names:
+        path, array = given.get(name) or (files[name], None)
+        array = read_array(path) if array is None else array
         if array.ndim < 1 or len(array) != count:
             raise InputError(
                 f"{path!r} has shape {array.shape} and {args.targets!r} {count} entries; give one "

@@ -20,6 +20,7 @@ from lutra.cli.common import (
     open_model,
     preprocess_of,
     read_array,
+    read_arrays,
     write_file,
 )
 from lutra.errors import InputError
@@ -37,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         action="append",
         metavar="[NAME=]FILE",
-        help="a .npy file; with NAME= for each input where the model has several",
+        help="a .npy file, with NAME= for each input where the model has several, or a .npz file "
+        "with an array for each",
     )
     parser.add_argument(
         "-o",
@@ -70,11 +72,17 @@ def run(args: argparse.Namespace) -> int:
     graph, session = open_model(args.file, args.threads, args.isa)
     if args.wav is not None:
         return sound.run(args, graph, session)
-    sources = assign(args.input, [value.name for value in graph.inputs], "input")
+    words, given = from_archives(args.input, [value.name for value in graph.inputs])
+    rest = [value.name for value in graph.inputs if value.name not in given]
+    sources = assign(words, rest, "input") if words or rest else {}
     targets, archive = _targets(args.output, graph)
     for path in [archive] if archive else targets.values():
         check_writable(path)
-    feeds = {value.name: read_input(sources[value.name], value, graph) for value in graph.inputs}
+    feeds = {}
+    for value in graph.inputs:
+        label, array = given.get(value.name) or (sources[value.name], None)
+        array = read_array(label) if array is None else array
+        feeds[value.name] = prepared(label, array, value, graph)
     names = list(graph.outputs) if archive else list(targets)
     outputs = dict(zip(names, session.run(names, feeds), strict=True))
     if archive:
@@ -84,13 +92,49 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_input(path: str, value: Value, graph: Graph) -> Array:
-    """One input of a model from a .npy file.
+def from_archives(
+    words: Sequence[str], names: Sequence[str]
+) -> tuple[list[str], dict[str, tuple[str, Array]]]:
+    """The arrays of .npz files that hold inputs by name.
 
     Args:
-        path: The file: floats or integers as ``Session.run`` takes them, or what the metadata of
-            the model say how to prepare: uint8 images (N, H, W, C), int16 waveforms (N, samples),
-            8-bit features. Integers for a float32 input need such metadata.
+        words: ``FILE`` or ``NAME=FILE`` each.
+        names: Of the inputs.
+
+    Returns:
+        The other words, and for the inputs that were found what errors call them, and the array.
+
+    Raises:
+        InputError: An archive cannot be read, or holds what is no input.
+        UserError: An input is given twice.
+    """
+    rest: list[str] = []
+    found: dict[str, tuple[str, Array]] = {}
+    for word in words:
+        if not word.endswith(".npz") or any(word.startswith(f"{name}=") for name in names):
+            rest.append(word)
+            continue
+        arrays = read_arrays(word)
+        for name, array in arrays.items():
+            if name not in names:
+                raise InputError(
+                    f"{word!r} holds an array {name!r}, which is no input of the model; name the "
+                    f"arrays as its inputs are: {', '.join(names)}"
+                )
+            if name in found or any(each.startswith(f"{name}=") for each in words):
+                raise UserError(f"--input gives {name!r} twice; give each input once")
+            found[name] = f"{word}: {name}", array
+    return rest, found
+
+
+def prepared(path: str, array: Array, value: Value, graph: Graph) -> Array:
+    """One input of a model.
+
+    Args:
+        path: What errors call it.
+        array: Floats or integers as ``Session.run`` takes them, or what the metadata of the model
+            say how to prepare: uint8 images (N, H, W, C), int16 waveforms (N, samples), 8-bit
+            features. Integers for a float32 input need such metadata.
         value: The input.
         graph: The model.
 
@@ -100,7 +144,6 @@ def read_input(path: str, value: Value, graph: Graph) -> Array:
     Raises:
         InputError: If the array does not fit.
     """
-    array = read_array(path)
     if value.dtype == "int32":
         return np.ascontiguousarray(cast_input(repr(path), value, array))
     if array.dtype in (np.uint8, np.int8, np.int16):

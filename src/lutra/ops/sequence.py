@@ -9,6 +9,7 @@
                          s[n, t, j] = scale * sum_c q[n, t, c] * k[n, j, c]
                          p[n, t, j] = exp(s[n, t, j] - max_j s[n, t, j]) over the keys that t sees
                          y[n, t]    = sum_j p[n, t, j] * v[n, j] / sum_j p[n, t, j]
+    masked_attention:    the same, with a mask of floats that the graph computes
 
 Ids are an input of integers, or floats that are computed from one and rounded to whole numbers.
 A token sees the keys whose mask is not 0, and with ``causal`` only those of index ``j <= t``. The
@@ -203,6 +204,24 @@ def _infer_gather(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Arr
     return x.with_shape(node.output, shape)
 
 
+_ATTENTION: Final = OpSpec(
+    "attention",
+    attrs={
+        "heads": Attr(int, low=1, high=MAX_HEADS),
+        "scale": Attr(float),
+        "causal": Attr(bool, default=False),
+    },
+    tensors=table_roles("exp", "reciprocal"),
+    check=_check_attention,
+    infer=_infer_attention,
+    cost=_cost_attention,
+    min_inputs=3,
+    max_inputs=4,
+    reads_planes=3,
+    dtypes=("float32", "float32", "float32", "int32"),
+    since=2,
+)
+
 SPECS: Final = (
     OpSpec(
         "embedding",
@@ -235,22 +254,13 @@ SPECS: Final = (
         dtypes=("float32", "int32"),
         since=2,
     ),
-    OpSpec(
-        "attention",
-        attrs={
-            "heads": Attr(int, low=1, high=MAX_HEADS),
-            "scale": Attr(float),
-            "causal": Attr(bool, default=False),
-        },
-        tensors=table_roles("exp", "reciprocal"),
-        check=_check_attention,
-        infer=_infer_attention,
-        cost=_cost_attention,
-        min_inputs=3,
-        max_inputs=4,
-        reads_planes=True,
-        dtypes=("float32", "float32", "float32", "int32"),
-        since=2,
+    _ATTENTION,
+    dataclasses.replace(
+        _ATTENTION,
+        name="masked_attention",
+        min_inputs=4,
+        dtypes=("float32",) * 4,
+        since=3,
     ),
     OpSpec(
         "gather",

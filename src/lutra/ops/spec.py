@@ -227,7 +227,8 @@ class OpSpec:
         takes_pad: How the step of the engine takes over a ``pad`` of rows and columns in front of
             it: as its own "padding", which has its own value, as a "border" of any value, or not
             (None).
-        reads_planes: Whether the step can read planes of a larger value where they are.
+        reads_planes: How many inputs, from the first on, the step can read as planes of a larger
+            value where they are.
         is_table_layer: Whether products of activations and weights are read from tables.
         encoder_roles: The tensors that make codes; layers that read the same value and have equal
             ones share their codes.
@@ -259,7 +260,7 @@ class OpSpec:
     output_axis: int | None = None
     fuses: bool = False
     takes_pad: Literal["padding", "border"] | None = None
-    reads_planes: bool = False
+    reads_planes: int = 0
     is_table_layer: bool = False
     encoder_roles: tuple[str, ...] = ()
     output_roles: tuple[str, ...] = ()

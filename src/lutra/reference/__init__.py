@@ -71,6 +71,7 @@ KERNELS: Final[dict[str, Kernel]] = {
     "position_embedding": sequence.position_embedding,
     "masked_mean": sequence.masked_mean,
     "attention": sequence.attention,
+    "masked_attention": sequence.attention,
     "cached_attention": decoder.cached_attention,
     "gather": sequence.gather,
     "lstm": recurrent.lstm,

@@ -71,7 +71,7 @@ def gather(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) ->
 
 
 def attention(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
-    """(N, T, H d), twice (N, S, H d) and perhaps a mask int32 (N, S) to (N, T, H d)."""
+    """(N, T, H d), twice (N, S, H d) and perhaps a mask (N, S) to (N, T, H d)."""
     q, k, v, *mask = inputs
     heads = integer(node, "heads")
     (samples, tokens, width), keys = q.shape, k.shape[1]

@@ -72,8 +72,11 @@ def add_steps(plan: PlanBuilder, graph: Graph) -> None:
     for step in share_codes(graph, fuse(graph, unpadded)):
         fused = step.members[0]
         node = fused.node
-        read = places.planes if OPS[node.op].reads_planes else places.value
-        found = [read(name) for name in node.inputs]
+        reads_planes = OPS[node.op].reads_planes
+        found = [
+            places.planes(name) if i < reads_planes else places.value(name)
+            for i, name in enumerate(node.inputs)
+        ]
         residual = -1 if fused.residual is None else places.value(fused.residual)[0]
         args = StepArgs(
             node,

@@ -32,6 +32,7 @@ _ARENA_LIMIT: Final = 2**29
 #: cache: their layers are so wide that larger ones wait for memory. Images share tiles of rows
 #: instead, the more of them the better.
 _SEQUENCE_ARENA: Final = 2**22
+_ATTENTIONS: Final = frozenset({"attention", "masked_attention", "cached_attention"})
 #: So many sizes of samples are remembered.
 _KNOWN_SIZES: Final = 64
 _Shapes: TypeAlias = Sequence[tuple[int, ...]]
@@ -415,7 +416,7 @@ class Session:
         # Two samples tell what one takes: of a single one, inputs and outputs are not copied.
         need = self._arena_bytes(batches)
         most = _ARENA_LIMIT if self._limit is None else min(_ARENA_LIMIT, self._limit)
-        if any(node.op in ("attention", "cached_attention") for node in self._graph.nodes):
+        if any(node.op in _ATTENTIONS for node in self._graph.nodes):
             most = min(most, _SEQUENCE_ARENA * self._threads)
         piece = max(1, 2 * most // max(1, need)) if self._can_split else shapes[0][0]
         if self._can_split:

@@ -514,6 +514,7 @@ _MAKERS: Final[dict[str, Maker]] = {
     "gru": _recurrent,
     "matmul": _matmul,
     "attention": _attention,
+    "masked_attention": _attention,
     "masked_mean": _masked_mean,
     "position_embedding": _position_embedding,
     "relative_bias": _relative_bias,

@@ -29,6 +29,26 @@ def _masked_scores(x: Tensor, keep: Tensor) -> Tensor:
     return x + torch.where(kept, 0.0, LOWEST)
 
 
+@torch.library.custom_op("lutra::masked_attention", mutates_args=())
+def _masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, keep: Tensor, causal: bool, scale: float
+) -> Tensor:
+    """Attention (N, heads, T, D) to the keys that `keep` (N, S) has; 0 where there is none."""
+    seen = keep[:, None, None, :].expand(-1, 1, query.shape[2], -1)
+    if causal:
+        seen = seen.tril()
+    scores = torch.matmul(query, key.mT) * scale
+    weights = torch.where(seen, scores, LOWEST).softmax(-1)
+    return torch.matmul(torch.where(seen, weights, 0.0), value)
+
+
+@_masked_attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, keep: Tensor, causal: bool, scale: float
+) -> Tensor:
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
 @_masked_scores.register_fake
 def _(x: Tensor, keep: Tensor) -> Tensor:
     return x.new_empty(x.shape)

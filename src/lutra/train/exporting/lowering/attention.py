@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -34,6 +34,8 @@ _MASKED = -1e4
 #: Shift of the sizes, batch and numbers below which the integer inputs lie, of each trial.
 _TRIALS = ((0, 2, 2), (1, 3, 2), (4, 1, 2), (2, 4, 2))
 _TRIAL_OF_IDS = (1, 3, 7)
+#: Of numbers that may be lengths: some below the number of keys and some above.
+_TRIALS_OF_LENGTHS = ((3, 4, 7), (1, 5, 12), (5, 3, 20), (2, 6, 5))
 
 _MASK_ADVICE = (
     "give it a mask of keys, which is an input of int64 or bool of shape (N, S) that is not 0 "
@@ -121,6 +123,13 @@ def _table_attention(
     return _attend(ctx, query, key, value, attn_mask, is_causal, scale, tables)
 
 
+@lowers("lutra.masked_attention.default", takes=("query", "key", "value"))
+def _masked_attention(
+    ctx: Lowering, query: Any, key: Any, value: Any, keep: Ref, causal: bool, scale: float
+) -> Ref | View:
+    return _attend(ctx, query, key, value, None, causal, scale, None, keep)
+
+
 def _attend(
     ctx: Lowering,
     query: Any,
@@ -130,8 +139,10 @@ def _attend(
     is_causal: bool,
     scale: float | None,
     tables: Mapping[str, Tensor] | None,
+    keep: Ref | None = None,
 ) -> Ref | View:
-    """Emit one node for attention; its tables, if any, take the place of exp and 1/x."""
+    """Emit one node for attention; its tables, if any, take the place of exp and 1/x. `keep` is a
+    mask of keys that is computed (N, S)."""
     given = [operand(ctx, x) for x in (query, key, value)]
     first = next((x for x in given if is_activation(x)), None) or first_activation(ctx)
     if first is None:
@@ -163,8 +174,10 @@ def _attend(
         keys = ctx.integer_input(mask)
         assert keys is not None
         inputs.append(keys)
+    if keep is not None:
+        inputs.append(keep)
     made = ctx.emit(
-        "attention",
+        "attention" if keep is None else "masked_attention",
         inputs,
         inputs[0].shape,
         attrs={
@@ -269,6 +282,28 @@ def find_keys(sources: Sources, mask: Any, query: Sizes, keys: Any, heads: int) 
     raise UnsupportedUse(f"its mask follows no rule that lutra knows; {_MASK_ADVICE}")
 
 
+def keys_of_mask(
+    sources: Sources, mask: fx.Node, query: Sizes, keys: Any
+) -> Literal["keys", "causal"] | None:
+    """Whether a mask is the same for all heads and queries, perhaps beside one of later positions.
+
+    Args:
+        sources: Of the program.
+        mask: Of four axes; see `find_mask`.
+        query: Sizes of the queries (N, heads, T, D).
+        keys: The number S of keys.
+    """
+    deferred, heads = sources.deferred(mask), query[1]
+    if deferred is None or not isinstance(heads, int):
+        return None
+    every = (*_TRIALS, *_TRIALS_OF_LENGTHS)
+    trials = [_Trial(sources, deferred, query, keys, heads, *trial) for trial in every]
+    for causal in (False, True):
+        if all(trial.drops_keys(causal) for trial in trials):
+            return "causal" if causal else "keys"
+    return None
+
+
 def allowed_at(sources: Sources, mask: Any, sizes: Mapping[Any, int]) -> Tensor:
     """What a mask keeps at some sizes where every input is 1, in its own shape."""
     if isinstance(mask, Tensor):
@@ -322,6 +357,16 @@ class _Trial:
         if not want.any(-1).all():  # a query without a key says nothing of what its mask is
             return False
         return self._keeps(want, source)
+
+    def drops_keys(self, causal: bool) -> bool:
+        """Whether every query keeps what the last one does, if it may see that."""
+        _, _, positions, keys = self._shape
+        want = self._allowed[:, :1, -1:].expand(self._shape)
+        if causal:
+            if positions != keys:
+                return False
+            want = want & torch.ones(positions, keys, dtype=torch.bool).tril()
+        return bool((self._allowed == want).all())
 
     def _keeps(self, want: Tensor, source: fx.Node | None) -> bool:
         """Whether it keeps what `want` keeps, without the keys that an input drops."""

@@ -21,6 +21,7 @@ from lutra.train.exporting.lowering.attention import (
     find_keys,
     find_mask,
     is_mask,
+    keys_of_mask,
 )
 from lutra.train.exporting.lowering.core import (
     LONGEST,
@@ -34,6 +35,7 @@ from lutra.train.exporting.lowering.core import (
 from lutra.train.exporting.lowering.emitter import expressions
 from lutra.train.exporting.lowering.operands import constant
 from lutra.train.exporting.lowering.placed import by_distance, numbers_at
+from lutra.train.exporting.lowering.rewrite import caller
 from lutra.train.exporting.lowering.sources import Sources, size_at
 from lutra.train.operators.scores import LOWEST
 
@@ -72,6 +74,8 @@ def combine_biases(program: ExportedProgram) -> None:
         mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
         if isinstance(mask, fx.Node):
             known = _known(sources, node, mask)
+            if known == "computed" and _mask_keys(program.graph, sources, node, mask):
+                continue
             if known != "mask" or _adds_numbers(sources, mask):
                 _take_apart(program.graph, sources, node, mask, known != "mask")
 
@@ -172,6 +176,58 @@ def _is_mask(sources: Sources, mask: fx.Node) -> bool:
         return True  # the attention says in words of its own what is wrong
 
 
+def _mask_keys(graph: fx.Graph, sources: Sources, node: fx.Node, mask: fx.Node) -> bool:
+    """Write an attention whose computed mask drops keys, the same for all heads and queries, and
+    perhaps later positions, as one operator; False where the mask does more."""
+    query, key, value = node.args[:3]
+    causal = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)
+    dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    shape, shared = mask.meta["val"].shape, node.kwargs.get("enable_gqa", False)
+    shapes = [each.meta["val"].shape for each in (query, key, value)]  # type: ignore[union-attr]
+    plain = all(len(each) == 4 for each in (*shapes, shape)) and not dropout and not shared
+    if not plain or causal or shapes[0][-1] != shapes[2][-1] or shapes[0][1] != shapes[1][1]:
+        return False
+    sizes = expressions(shapes[0]), expressions(shapes[1])[-2]
+    found = keys_of_mask(sources, mask, *sizes)
+    parts = [term for term, _ in _terms(sources, node, mask) if _has_inputs(sources, term)]
+    if found is None or len(parts) != 1:
+        return False
+    (part,) = parts
+    shape = part.meta["val"].shape
+    one_row = len(shape) == 4 and isinstance(shape[2], int) and shape[2] == 1
+    if not one_row or keys_of_mask(sources, part, *sizes) != "keys":
+        return False
+    scale: Any = node.kwargs.get("scale")
+    factor = 1 / math.sqrt(shapes[0][-1]) if scale is None else float(scale)
+    call = caller(graph, node)
+    with graph.inserting_before(node):
+        kept = call(_aten.select.int, call(_aten.select.int, part, 1, 0), 1, 0)
+        if kept.meta["val"].dtype != torch.bool:
+            kept = call(_aten.gt.Scalar, kept, _MASKED)
+        target = torch.ops.lutra.masked_attention.default
+        made = call(target, query, key, value, kept, found == "causal", factor)
+        made = _in_order(call, sources, node, made)
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    return True
+
+
+def _has_inputs(sources: Sources, node: fx.Node) -> bool:
+    deferred = sources.deferred(node)
+    return deferred is not None and bool(deferred.inputs)
+
+
+def _in_order(call: Any, sources: Sources, node: fx.Node, made: fx.Node) -> fx.Node:
+    """What takes the place of a node, with its order of axes in memory, for views of it."""
+    order = _order(sources, node.meta["val"])
+    if order == sorted(order):
+        return made
+    made = call(_aten.permute.default, made, order)
+    made = call(_aten.clone.default, made, memory_format=torch.contiguous_format)
+    back: fx.Node = call(_aten.permute.default, made, [order.index(i) for i in range(len(order))])
+    return back
+
+
 def _take_apart(
     graph: fx.Graph, sources: Sources, node: fx.Node, mask: fx.Node, closes: bool
 ) -> None:
@@ -185,13 +241,7 @@ def _take_apart(
     width = query.meta["val"].shape[-1]  # type: ignore[union-attr]
     factor = 1 / math.sqrt(width) if scale is None else float(scale)
 
-    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        made = graph.call_function(target, args, kwargs)
-        values: Any = fx.map_arg(args, lambda each: each.meta["val"])
-        place = {k: node.meta[k] for k in ("nn_module_stack",) if k in node.meta}
-        made.meta = {**place, "val": target(*values, **kwargs)}
-        return made
-
+    call = caller(graph, node)
     with graph.inserting_before(node):
         turned = call(_aten.transpose.int, key, -2, -1)
         scores = call(_aten.matmul.default, query, turned)
@@ -210,11 +260,7 @@ def _take_apart(
         if closes:
             top = call(_aten.amax.default, scores, [-1], True)
             made = call(_aten.mul.Tensor, made, call(_aten.gt.Scalar, top, LOWEST / 2))
-        order = _order(sources, node.meta["val"])
-        if order != sorted(order):  # of its memory, for views of it
-            made = call(_aten.permute.default, made, order)
-            made = call(_aten.clone.default, made, memory_format=torch.contiguous_format)
-            made = call(_aten.permute.default, made, [order.index(i) for i in range(len(order))])
+        made = _in_order(call, sources, node, made)
     made.meta = dict(node.meta)
     node.replace_all_uses_with(made)
 

@@ -32,14 +32,14 @@ def rewrite(program: ExportedProgram) -> None:
             _rewrite_unpool(program.graph, node)
 
 
-def _caller(graph: fx.Graph, node: fx.Node) -> Any:
+def caller(graph: fx.Graph, node: fx.Node) -> Any:
     """What adds an operator to the graph, in the place of a node."""
 
-    def call(target: Any, *args: Any) -> fx.Node:
-        made = graph.call_function(target, args)
+    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        made = graph.call_function(target, args, kwargs)
         values: Any = fx.map_arg(args, lambda each: each.meta["val"])
         place = {k: node.meta[k] for k in ("nn_module_stack",) if k in node.meta}
-        made.meta = {**place, "val": target(*values)}
+        made.meta = {**place, "val": target(*values, **kwargs)}
         return made
 
     return call
@@ -51,7 +51,7 @@ def _replace(node: fx.Node, made: fx.Node) -> None:
 
 
 def _rewrite_baddbmm(graph: fx.Graph, node: fx.Node) -> None:
-    call = _caller(graph, node)
+    call = caller(graph, node)
     added, first, second = node.args[:3]
     alpha, beta = (node.kwargs.get(name, 1) for name in ("alpha", "beta"))
     with graph.inserting_before(node):
@@ -67,7 +67,7 @@ def _rewrite_unpool(graph: fx.Graph, node: fx.Node) -> None:
     """Leaves it as it is where there is no other way to write it."""
     indices = node.args[1]
     with graph.inserting_before(node):
-        made = unpooled(node, _caller(graph, node))
+        made = unpooled(node, caller(graph, node))
     if made is None:
         return
     _replace(node, made)
