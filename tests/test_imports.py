@@ -27,7 +27,8 @@ ORDER: Final[tuple[tuple[str, ...], ...]] = (
     ("lutra.train.layers",),
     ("lutra.train.functions",),
     ("lutra.train.operators",),
-    ("lutra.train.recipe", "lutra.train.report", "lutra.train.encoder"),
+    ("lutra.train.recipe", "lutra.train.report"),
+    ("lutra.train.encoder",),
     ("lutra.train.parts",),
     ("lutra.train.geometry",),
     (
