@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lutra.errors import LutraError
-from lutra.train.parts import Group
-
-#: How far a sub-vector is from a centroid, see `lutra.ops.pq`.
-Distance = Literal["l2", "l1", "chebyshev"]
+from lutra.train.parts import Distance, Group
 
 
 @dataclass(frozen=True)

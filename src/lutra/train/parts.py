@@ -15,6 +15,8 @@ from torch import Tensor
 from lutra.train.geometry import Geometry
 
 Group = Literal["patch", "row", "pixel"]
+#: How far a sub-vector is from a centroid, see `lutra.ops.pq`.
+Distance = Literal["l2", "l1", "chebyshev"]
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from lutra.ops.limits import (
     MIN_WEIGHTS,
 )
 from lutra.ops.lowbit_storage import BITS, TERNARY
-from lutra.train.encoder import Distance
-from lutra.train.parts import Group
+from lutra.train.parts import Distance, Group
 
 Gradient = Literal["projected", "straight-through", "dense", "soft"]
 CentroidUpdate = Literal["average", "gradient"]

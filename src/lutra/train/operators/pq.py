@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from lutra.ops import OPS
-from lutra.train.encoder import Distance, Encoder, encoder_of
+from lutra.train.encoder import Encoder, encoder_of
 from lutra.train.geometry import Geometry, Grid
 from lutra.train.operators import native, portable
 from lutra.train.operators.frozen import FrozenNode, frozen_kernel, frozen_native
-from lutra.train.parts import Group
+from lutra.train.parts import Distance, Group
 
 
 def _is_native(x: Tensor) -> bool:
