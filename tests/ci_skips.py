@@ -46,6 +46,8 @@ def allowed(environment: str) -> list[str]:
     patterns = [rf"needs {name}: pip install 'lutra\[bench\]'" for name in missing(PEERS)]
     # Zig is large; `make wheels` installs it.
     patterns += [r"needs clang: pip install ziglang"] if missing(("ziglang",)) else []
+    if missing(("ziglang", "elftools", "macholib", "pefile")):
+        patterns.append(r"needs ziglang: pip install 'lutra\[wheels\]'")
     if not sysconfig.get_config_var("Py_GIL_DISABLED"):
         patterns.append("this interpreter has a GIL")
     # its build takes longer than the tests
