@@ -61,19 +61,15 @@ void DepthwiseStep::run(const StepRun& r) const {
         const int64_t n = static_cast<int64_t>(i) / blocks;
         const int64_t c = static_cast<int64_t>(i) % blocks * block;
         const int64_t count = std::min(block, x.c - c);
-        const float* const from = x.data + n * x.sn + c * x.sc;
-        const bool in_place = planes->in_place(from, x.sc, count, x.data, end);
-        for (int64_t k = 0; k < count && !in_place; ++k) {
-          planes->copy(from + k * x.sc, copies + k * planes->plane);
-        }
+        const auto from =
+            planes->source(x.data + n * x.sn + c * x.sc, x.sc, count, x.data, end, copies);
         const float* const weight = weight_.data() + c * multiplier * taps;
         for (const DepthwisePlanes::Tile& t : planes->tiles) {
-          const DepthwiseTile<float> tile{
-              .planes = (in_place ? from - planes->before() : copies) + t.at,
-              .plane = in_place ? x.sc : planes->plane,
-              .offset = planes->offset.data(),
-              .masks = planes->masks(t.masks),
-              .zero = 0.0f};
+          const DepthwiseTile<float> tile{.planes = from.first + t.at,
+                                          .plane = from.plane,
+                                          .offset = planes->offset.data(),
+                                          .masks = planes->masks(t.masks),
+                                          .zero = 0.0f};
           target.make(n * planes->outputs + t.first, t.count, scratch, c * multiplier, 0,
                       count * multiplier, [&](int64_t from, int64_t to, const Epilogue& e) {
                         kernels_.depthwise(planes_.shape, weight, tile, static_cast<int32_t>(from),

@@ -35,17 +35,23 @@ struct DepthwisePlanes {
   DepthwisePlanes(const Kernels& kernels, const ConvGeometry& g, const DepthwiseShape& shape,
                   int64_t height, int64_t width, bool bytes);
 
-  // A plane that is stored line after line -> the planes that tiles read.
+  // What tiles read of `count` planes that are stored line after line, `step` elements apart from x
+  // on, in an array of begin..end-1. They are read where they are if the tiles stay in the array:
+  // masks hide what lies around an image. Else they are copied.
   template <class T>
-  void copy(const T* x, T* plane) const;
-  // Whether tiles may read `count` planes as they are stored, `step` elements apart from `x` on in
-  // an array of begin..end-1: masks hide what lies around an image, but it must be there. Then the
-  // planes of a tile begin at x - before() + its `at`.
+  struct Source {
+    const T* first;  // plus the `at` of a tile
+    int64_t plane;   // elements from one to the next
+  };
   template <class T>
-  bool in_place(const T* x, int64_t step, int64_t count, const T* begin, const T* end) const {
-    return whole_ && x - begin >= least_ && end - (x + (count - 1) * step) >= most_;
+  Source<T> source(const T* x, int64_t step, int64_t count, const T* begin, const T* end,
+                   T* copies) const {
+    if (whole_ && x - begin >= least_ && end - (x + (count - 1) * step) >= most_) {
+      return {x - before_, step};
+    }
+    for (int64_t k = 0; k < count; ++k) copy(x + k * step, copies + k * plane);
+    return {copies, plane};
   }
-  int64_t before() const { return before_; }
   const uint8_t* masks(size_t set) const { return masks_.data() + set * mask_bytes_; }
 
   struct Tile {
@@ -62,6 +68,8 @@ struct DepthwisePlanes {
 
  private:
   void find_tiles(const Kernels& kernels, const DepthwiseShape& shape, bool bytes);
+  template <class T>
+  void copy(const T* x, T* plane) const;
 
   ConvGeometry g_;
   int64_t columns_;  // planes that the columns are spread over

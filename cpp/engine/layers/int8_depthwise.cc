@@ -71,19 +71,15 @@ void Int8DepthwiseLayer::run_loaded(const Call& call) const {
         const int64_t c = static_cast<int64_t>(i) % blocks * block;
         const int64_t count = std::min(block, channels - c);
         const uint8_t* const x = source.data() + c * source.plane() + n * image;
-        const bool in_place = planes->in_place(x, source.plane(), count, source.data(), end);
-        for (int64_t k = 0; k < count && !in_place; ++k) {
-          planes->copy(x + k * source.plane(), copies + k * planes->plane);
-        }
+        const auto from = planes->source(x, source.plane(), count, source.data(), end, copies);
         const uint8_t* const weight =
             weight_.data() + static_cast<size_t>(c * multiplier) * weights;
         for (const DepthwisePlanes::Tile& t : planes->tiles) {
-          const DepthwiseTile<uint8_t> tile{
-              .planes = (in_place ? x - planes->before() : copies) + t.at,
-              .plane = in_place ? source.plane() : planes->plane,
-              .offset = planes->offset.data(),
-              .masks = planes->masks(t.masks),
-              .zero = static_cast<uint8_t>(quantization_.zero)};
+          const DepthwiseTile<uint8_t> tile{.planes = from.first + t.at,
+                                            .plane = from.plane,
+                                            .offset = planes->offset.data(),
+                                            .masks = planes->masks(t.masks),
+                                            .zero = static_cast<uint8_t>(quantization_.zero)};
           call.output.make(n * planes->outputs + t.first, t.count, scratch, c * multiplier, 0,
                            count * multiplier, [&](int64_t from, int64_t to, const Epilogue& e) {
                              kernels_.depthwise8(planes_.shape, weight, tile,
