@@ -76,6 +76,7 @@ def test_run_takes_archives(capture: Any, refuse: Any, folder: Path) -> None:
     refuse(*run, "-i", "a.npz", *out, match="lacks b; give NAME=FILE")
     refuse(*run, "-i", "in.npz", *given, *out, match="'b' twice")
     refuse(*run, "-i", "in.npz", "-i", "a.npz", *out, match="'a' twice")
+    refuse(*run, "-i", "in.npz", "-i", "x.npy", *out, match="'x.npy' is one more than")
     np.savez("more.npz", **feeds, c=feeds["a"])
     refuse(*run, "-i", "more.npz", *out, match="an array 'c', which is no input of the model; name")
     np.savez("ids.npz", a=feeds["a"].astype(np.int64), b=feeds["b"])

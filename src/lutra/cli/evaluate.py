@@ -25,7 +25,7 @@ from lutra.cli.common import (
     read_arrays,
 )
 from lutra.cli.metrics import Metric, Psnr, Top1, classes_of, need_images, output_of
-from lutra.cli.run import assign, from_archives
+from lutra.cli.run import assign, sources_of
 from lutra.errors import InputError
 from lutra.graph import Graph
 from lutra.inputs import cast_input
@@ -313,13 +313,10 @@ def _several(args: argparse.Namespace, graph: Graph, count: int) -> dict[str, Ar
             "the model takes text; give --text, or its inputs as numbers, as NAME=FILE for each of "
             f"{', '.join(names)}"
         )
-    words, given = from_archives(args.inputs, names)
-    rest = [name for name in names if name not in given]
-    files = assign(words, rest, "input") if words or rest else {}
+    sources = sources_of(args.inputs, names)
     arrays = {}
     for name in names:
-        path, array = given.get(name) or (files[name], None)
-        array = read_array(path) if array is None else array
+        path, array = sources[name].name, sources[name].read()
         if array.ndim < 1 or len(array) != count:
             raise InputError(
                 f"{path!r} has shape {array.shape} and {args.targets!r} {count} entries; give one "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -72,17 +73,11 @@ def run(args: argparse.Namespace) -> int:
     graph, session = open_model(args.file, args.threads, args.isa)
     if args.wav is not None:
         return sound.run(args, graph, session)
-    words, given = from_archives(args.input, [value.name for value in graph.inputs])
-    rest = [value.name for value in graph.inputs if value.name not in given]
-    sources = assign(words, rest, "input") if words or rest else {}
+    sources = sources_of(args.input, [value.name for value in graph.inputs])
     targets, archive = _targets(args.output, graph)
     for path in [archive] if archive else targets.values():
         check_writable(path)
-    feeds = {}
-    for value in graph.inputs:
-        label, array = given.get(value.name) or (sources[value.name], None)
-        array = read_array(label) if array is None else array
-        feeds[value.name] = prepared(label, array, value, graph)
+    feeds = {value.name: prepared(sources[value.name], value, graph) for value in graph.inputs}
     names = list(graph.outputs) if archive else list(targets)
     outputs = dict(zip(names, session.run(names, feeds), strict=True))
     if archive:
@@ -92,30 +87,46 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def from_archives(
-    words: Sequence[str], names: Sequence[str]
-) -> tuple[list[str], dict[str, tuple[str, Array]]]:
-    """The arrays of .npz files that hold inputs by name.
+@dataclass(frozen=True)
+class Source:
+    """Where an input comes from.
+
+    Attributes:
+        name: What errors call it: the path of a .npy file, or an archive and the name in it.
+        held: The array of an archive; None for a file that was not read yet.
+    """
+
+    name: str
+    held: Array | None = None
+
+    def read(self) -> Array:
+        """The array.
+
+        Raises:
+            InputError: If the file cannot be read.
+        """
+        return read_array(self.name) if self.held is None else self.held
+
+
+def sources_of(words: Sequence[str], names: Sequence[str]) -> dict[str, Source]:
+    """Where each input comes from: .npz files hold inputs by name, other files one each.
 
     Args:
         words: ``FILE`` or ``NAME=FILE`` each.
         names: Of the inputs.
 
-    Returns:
-        The other words, and for the inputs that were found what errors call them, and the array.
-
     Raises:
         InputError: An archive cannot be read, or holds what is no input.
-        UserError: An input is given twice.
+        UserError: An input is given twice, or not at all, or a file is one too many; see
+            ``assign``.
     """
     rest: list[str] = []
-    found: dict[str, tuple[str, Array]] = {}
+    found: dict[str, Source] = {}
     for word in words:
         if not word.endswith(".npz") or any(word.startswith(f"{name}=") for name in names):
             rest.append(word)
             continue
-        arrays = read_arrays(word)
-        for name, array in arrays.items():
+        for name, array in read_arrays(word).items():
             if name not in names:
                 raise InputError(
                     f"{word!r} holds an array {name!r}, which is no input of the model; name the "
@@ -123,17 +134,23 @@ def from_archives(
                 )
             if name in found or any(each.startswith(f"{name}=") for each in words):
                 raise UserError(f"--input gives {name!r} twice; give each input once")
-            found[name] = f"{word}: {name}", array
-    return rest, found
+            found[name] = Source(f"{word}: {name}", array)
+    left = [name for name in names if name not in found]
+    if rest and not left:
+        raise UserError(
+            f"--input {rest[0]!r} is one more than the model takes: the archives hold each of "
+            f"{', '.join(names)}; leave it out"
+        )
+    files = assign(rest, left, "input") if rest or left else {}
+    return {**found, **{name: Source(path) for name, path in files.items()}}
 
 
-def prepared(path: str, array: Array, value: Value, graph: Graph) -> Array:
+def prepared(source: Source, value: Value, graph: Graph) -> Array:
     """One input of a model.
 
     Args:
-        path: What errors call it.
-        array: Floats or integers as ``Session.run`` takes them, or what the metadata of the model
-            say how to prepare: uint8 images (N, H, W, C), int16 waveforms (N, samples), 8-bit
+        source: Of floats or integers as ``Session.run`` takes them, or of what the metadata of the
+            model say how to prepare: uint8 images (N, H, W, C), int16 waveforms (N, samples), 8-bit
             features. Integers for a float32 input need such metadata.
         value: The input.
         graph: The model.
@@ -144,6 +161,7 @@ def prepared(path: str, array: Array, value: Value, graph: Graph) -> Array:
     Raises:
         InputError: If the array does not fit.
     """
+    path, array = source.name, source.read()
     if value.dtype == "int32":
         return np.ascontiguousarray(cast_input(repr(path), value, array))
     if array.dtype in (np.uint8, np.int8, np.int16):
