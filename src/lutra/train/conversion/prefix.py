@@ -8,7 +8,7 @@ fitted yet, so that all passes together compute about as much as one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -105,7 +105,7 @@ class Prefix:
         stop = self._stops.get(batch)
         if stop is None:
             return None
-        if [tensor._version for tensor in _tensors(stop.values)] == stop.versions:
+        if [tensor._version for tensor in tensors_of(stop.values)] == stop.versions:
             return stop
         self._drop(batch)
         self._written.add(batch)
@@ -113,11 +113,11 @@ class Prefix:
 
     def _keep(self, batch: int, place: int, values: dict[str, Any]) -> None:
         """Remembers where the next pass on a batch begins, if there is room."""
-        tensors = list(_tensors(values))
+        tensors = tensors_of(values)
         if batch in self._written or any(tensor.is_inference() for tensor in tensors):
             return
         self._drop(batch)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        size = bytes_of(values)
         if size <= self._left:
             self._left -= size
             versions = [tensor._version for tensor in tensors]
@@ -149,5 +149,11 @@ def _arguments(model: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, A
     return [*args, *named]
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors of any structure."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def bytes_of(value: Any) -> int:
+    """What the tensors of any structure take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(value))

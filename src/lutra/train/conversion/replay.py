@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from lutra.train.conversion.prefix import Prefix, is_pure
+from lutra.train.conversion.prefix import Prefix, bytes_of, is_pure, tensors_of
 from lutra.train.layers.base import QuantizedLayer
 
 _PLAIN: Final = (Tensor, type(None), bool, int, float, str)
@@ -31,14 +30,14 @@ class _Kept:
     """
 
     def __init__(self, value: Any, copied: bool) -> None:
-        tensors = _tensors(value)
+        tensors = tensors_of(value)
         self._copied = copied or any(tensor.is_inference() for tensor in tensors)
         self.value = _copy(value) if self._copied else value
         self._versions = [] if self._copied else [tensor._version for tensor in tensors]
 
     def unchanged(self) -> bool:
         """Whether the value is as it was."""
-        return self._copied or self._versions == [t._version for t in _tensors(self.value)]
+        return self._copied or self._versions == [t._version for t in tensors_of(self.value)]
 
     def give(self) -> Any:
         """The value for a reader."""
@@ -130,7 +129,7 @@ class Replay:
                 self._forget(path)
                 self._never.add(path)
                 return made
-            size = _bytes(made)
+            size = bytes_of(made)
             if size <= self._left:
                 self._left -= size
                 kept = _Kept(made, path in self._copied)
@@ -141,7 +140,7 @@ class Replay:
 
     def _forget(self, path: str) -> None:
         calls = [call for own in self._kept.pop(path, {}).values() for call in own]
-        self._left += sum(_bytes(call.value) for call in calls)
+        self._left += sum(bytes_of(call.value) for call in calls)
 
     def _drop_parts(self) -> None:
         """Forgets the outputs inside modules whose own outputs are there for the same batches."""
@@ -202,12 +201,3 @@ def _is_plain(value: Any) -> bool:
 
 def _copy(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, Tensor.clone, value)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _bytes(value: Any) -> int:
-    leaves = pytree.tree_leaves(value)
-    return sum(t.numel() * t.element_size() for t in leaves if isinstance(t, torch.Tensor))

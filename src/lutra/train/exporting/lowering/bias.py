@@ -35,7 +35,7 @@ from lutra.train.exporting.lowering.core import (
 from lutra.train.exporting.lowering.emitter import expressions
 from lutra.train.exporting.lowering.operands import constant
 from lutra.train.exporting.lowering.placed import by_distance, numbers_at
-from lutra.train.exporting.lowering.rewrite import caller
+from lutra.train.exporting.lowering.rewrite import caller, replace
 from lutra.train.exporting.lowering.sources import Sources, size_at
 from lutra.train.operators.scores import LOWEST
 
@@ -96,8 +96,7 @@ def _rewrite_sum(graph: fx.Graph, sources: Sources, node: fx.Node) -> None:
                 return
             with graph.inserting_before(node):
                 made = graph.call_function(target, (scores, term))
-            made.meta = dict(node.meta)
-            node.replace_all_uses_with(made)
+            replace(node, made)
             return
 
 
@@ -180,8 +179,7 @@ def _mask_keys(graph: fx.Graph, sources: Sources, node: fx.Node, mask: fx.Node) 
     """Write an attention whose computed mask drops keys, the same for all heads and queries, and
     perhaps later positions, as one operator; False where the mask does more."""
     query, key, value = node.args[:3]
-    causal = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)
-    dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    causal, dropout = _flags(node)
     shape, shared = mask.meta["val"].shape, node.kwargs.get("enable_gqa", False)
     shapes = [each.meta["val"].shape for each in (query, key, value)]  # type: ignore[union-attr]
     plain = all(len(each) == 4 for each in (*shapes, shape)) and not dropout and not shared
@@ -197,8 +195,7 @@ def _mask_keys(graph: fx.Graph, sources: Sources, node: fx.Node, mask: fx.Node) 
     one_row = len(shape) == 4 and isinstance(shape[2], int) and shape[2] == 1
     if not one_row or keys_of_mask(sources, part, *sizes) != "keys":
         return False
-    scale: Any = node.kwargs.get("scale")
-    factor = 1 / math.sqrt(shapes[0][-1]) if scale is None else float(scale)
+    factor = _factor(node)
     call = caller(graph, node)
     with graph.inserting_before(node):
         kept = call(_aten.select.int, call(_aten.select.int, part, 1, 0), 1, 0)
@@ -207,9 +204,22 @@ def _mask_keys(graph: fx.Graph, sources: Sources, node: fx.Node, mask: fx.Node) 
         target = torch.ops.lutra.masked_attention.default
         made = call(target, query, key, value, kept, found == "causal", factor)
         made = _in_order(call, sources, node, made)
-    made.meta = dict(node.meta)
-    node.replace_all_uses_with(made)
+    replace(node, made)
     return True
+
+
+def _flags(node: fx.Node) -> tuple[Any, Any]:
+    """`is_causal` and `dropout_p` of an attention."""
+    causal = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)
+    dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    return causal, dropout
+
+
+def _factor(node: fx.Node) -> float:
+    """What an attention multiplies its scores by."""
+    scale: Any = node.kwargs.get("scale")
+    query: Any = node.args[0]
+    return 1 / math.sqrt(query.meta["val"].shape[-1]) if scale is None else float(scale)
 
 
 def _has_inputs(sources: Sources, node: fx.Node) -> bool:
@@ -233,14 +243,10 @@ def _take_apart(
 ) -> None:
     """Write an attention in its parts; `closes`: a query may have no key, which gives 0."""
     query, key, value = node.args[:3]
-    causal = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)
-    dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    causal, dropout = _flags(node)
     if causal or dropout or not all(isinstance(x, fx.Node) for x in (query, key, value)):
         return
-    scale: Any = node.kwargs.get("scale")
-    width = query.meta["val"].shape[-1]  # type: ignore[union-attr]
-    factor = 1 / math.sqrt(width) if scale is None else float(scale)
-
+    factor = _factor(node)
     call = caller(graph, node)
     with graph.inserting_before(node):
         turned = call(_aten.transpose.int, key, -2, -1)
@@ -261,8 +267,7 @@ def _take_apart(
             top = call(_aten.amax.default, scores, [-1], True)
             made = call(_aten.mul.Tensor, made, call(_aten.gt.Scalar, top, LOWEST / 2))
         made = _in_order(call, sources, node, made)
-    made.meta = dict(node.meta)
-    node.replace_all_uses_with(made)
+    replace(node, made)
 
 
 def _order(sources: Sources, x: torch.Tensor) -> list[int]:

@@ -45,7 +45,8 @@ def caller(graph: fx.Graph, node: fx.Node) -> Any:
     return call
 
 
-def _replace(node: fx.Node, made: fx.Node) -> None:
+def replace(node: fx.Node, made: fx.Node) -> None:
+    """Puts one operator in the place of another, with its value and where it comes from."""
     made.meta = dict(node.meta)
     node.replace_all_uses_with(made)
 
@@ -60,7 +61,7 @@ def _rewrite_baddbmm(graph: fx.Graph, node: fx.Node) -> None:
         if beta != 0:
             added = added if beta == 1 else call(_aten.mul.Tensor, added, beta)
             made = call(_aten.add.Tensor, made, added)
-    _replace(node, made)
+    replace(node, made)
 
 
 def _rewrite_unpool(graph: fx.Graph, node: fx.Node) -> None:
@@ -70,7 +71,7 @@ def _rewrite_unpool(graph: fx.Graph, node: fx.Node) -> None:
         made = unpooled(node, caller(graph, node))
     if made is None:
         return
-    _replace(node, made)
+    replace(node, made)
     graph.erase_node(node)
     if isinstance(indices, fx.Node) and not indices.users:
         graph.erase_node(indices)

@@ -21,6 +21,7 @@ from lutra.train.exporting.lowering.core import (
     lowers,
 )
 from lutra.train.exporting.lowering.deferred import computed, table
+from lutra.train.exporting.lowering.rewrite import replace
 from lutra.train.exporting.lowering.sources import Sources
 from lutra.train.operators import rotary as operators  # noqa: F401  (its operator)
 
@@ -44,8 +45,7 @@ def combine_rotary(program: ExportedProgram) -> None:
                 continue
             with program.graph.inserting_before(node):
                 made = program.graph.call_function(torch.ops.lutra.rotary.default, found)
-            made.meta = dict(node.meta)
-            node.replace_all_uses_with(made)
+            replace(node, made)
             break
 
 
