@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from graphs import tiny_graph
 
 import lutra
 from lutra import cli
+from lutra.errors import LutraError
 from lutra.format import save_graph
 
 pytest_plugins = ["cli_support"]
@@ -132,6 +134,18 @@ def test_debug_shows_the_traceback(capture: Any, folder: Path) -> None:
         assert code == 2
         assert "Traceback" in err
         assert err.splitlines()[-1].startswith("lutra: error: ")
+
+
+def test_a_warning_is_one_line(capture: Any, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn(*_: Any, **__: Any) -> None:
+        warnings.warn("a\n\x1b[2Jb", stacklevel=1)
+        raise LutraError("enough")
+
+    monkeypatch.setattr(lutra.Session, "run", warn)
+    code, _, err = capture("bench", model)
+    assert (code, err) == (2, "lutra: warning: a \\x1b[2Jb\nlutra: error: enough\n")
+    with pytest.warns(UserWarning, match="a\n"):
+        capture("bench", model, "--debug")
 
 
 def test_a_bug_is_no_failed_check(

@@ -15,6 +15,7 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Final, NoReturn, Protocol
 
@@ -81,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in arguments
     try:
-        code = _run(arguments)
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.showwarning = _warn
+            code = _run(arguments)
         sys.stdout.flush()  # a closed pipe is found out here and not in the exit of Python
         return code
     except KeyboardInterrupt:
@@ -106,6 +110,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = f"{type(error).__name__}: {_sentence(error)}"
         print(f"lutra: internal error: {what}; please report it with --debug", file=sys.stderr)
         return _BUG
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """Prints a warning as one line, without the place in the code that `--debug` shows."""
+    text = message if isinstance(message, Warning) else UserWarning(message)
+    print(f"lutra: warning: {_sentence(text)}", file=sys.stderr)
 
 
 def _run(arguments: list[str]) -> int:

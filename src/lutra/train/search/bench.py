@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -73,7 +74,10 @@ class Bench:
             LutraError: it cannot be exported.
         """
         try:
-            export(model, path, self.example, dynamic_axes=self._axes, golden=False)
+            with warnings.catch_warnings():
+                # How far the file is from the module: every trial is judged by its file.
+                warnings.simplefilter("ignore", UserWarning)
+                export(model, path, self.example, dynamic_axes=self._axes, golden=False)
         except (LutraError, OSError, MemoryError):
             raise
         except Exception as error:  # what the model raises while it is traced
