@@ -39,6 +39,7 @@ from lutra.train.exporting.lowering import (  # noqa: F401  (they register)
     shape,
     tables,
 )
+from lutra.train.exporting.lowering.activations import combine_activations
 from lutra.train.exporting.lowering.core import Lowered, Lowering, Ref, UnsupportedUse, lowers
 from lutra.train.exporting.lowering.decompose import decomposed
 from lutra.train.exporting.lowering.patterns import combine
@@ -58,8 +59,8 @@ def lower(
     """Turn a captured program into a graph.
 
     Args:
-        program: From `capture.capture`: functional, axis 0 of every input dynamic. Attention and
-            masked means become one operator each in it.
+        program: From `capture.capture`: functional, axis 0 of every input dynamic. Attention,
+            masked means and activations become one operator each in it.
         input_names: One per input.
         output_names: One per output; by default the keys of a returned dict, else `output` or
             `output_0`, `output_1`, ...
@@ -73,6 +74,7 @@ def lower(
         UnsupportedModelError: Operators that lutra cannot run, all of them in one message.
     """
     combine(program)
+    combine_activations(program)
     bias.combine_biases(program)
     rotary.combine_rotary(program)
     return Walk(program, longest).run(input_names, output_names, metadata or {}, without_detours)

@@ -147,7 +147,7 @@ class _Scores:
         if target in ("aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar"):
             if not self._sources.is_activation(first):
                 first, other = (other, first) if ".mul" in target else (None, None)
-            number = _number(self._sources, other)
+            number = self._sources.number(other)
             if number is None:
                 return None
             self.scale = self.scale * number if ".mul" in target else self.scale / number
@@ -160,7 +160,7 @@ class _Scores:
         if target == "aten.masked_fill.Scalar" and _masks(others[1]):
             return first if self._take(other, drops=True) else None
         if target in ("aten.where.self", "aten.where.ScalarOther"):
-            number = _number(self._sources, others[1])
+            number = self._sources.number(others[1])
             kept = number is not None and _masks(number) and self._take(first)
             return other if kept and isinstance(other, fx.Node) else None
         return None
@@ -171,7 +171,7 @@ class _Scores:
             first, second = node.args[:2]
             if not isinstance(first, fx.Node) or not self._sources.is_activation(first):
                 first, second = second, first
-            number = _number(self._sources, second)
+            number = self._sources.number(second)
             if number is None:
                 break
             self.scale *= number
@@ -234,7 +234,7 @@ def _weighted(
                 return x, sources.deferred(mask), _tokens
     if target == "aten.masked_fill.Scalar" and args[2] == 0:
         return args[0], sources.deferred(args[1]), _padding
-    if target in ("aten.where.self", "aten.where.ScalarOther") and _number(sources, args[2]) == 0:
+    if target in ("aten.where.self", "aten.where.ScalarOther") and sources.number(args[2]) == 0:
         return args[1], sources.deferred(args[0]), _tokens
     return None, None, _tokens
 
@@ -272,18 +272,6 @@ def _through(node: Any) -> fx.Node | None:
         else:
             return node
     return None
-
-
-def _number(sources: Sources, x: Any) -> float | None:
-    """The number that a constant is; None for anything else."""
-    if isinstance(x, (int, float)):
-        return float(x)
-    if not isinstance(x, fx.Node) or sources.is_activation(x) or sources.deferred(x) is not None:
-        return None
-    value = x.meta.get("val")
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        return None
-    return float(sources.evaluate(x, {}, {}))
 
 
 def _value(node: Any) -> Tensor:

@@ -135,6 +135,17 @@ class Sources:
                 given[node] = numbers.to(value.dtype)
         return given
 
+    def number(self, x: Any) -> float | None:
+        """The number that a constant is; None for anything else."""
+        if isinstance(x, (int, float)):
+            return float(x)
+        if not isinstance(x, fx.Node) or self.is_activation(x) or self.deferred(x) is not None:
+            return None
+        value = x.meta.get("val")
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            return None
+        return float(self.evaluate(x, {}, {}))
+
     def evaluate(
         self, node: fx.Node, sizes: Mapping[Any, int], given: Mapping[fx.Node, Tensor]
     ) -> Tensor:
