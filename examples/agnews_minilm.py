@@ -98,11 +98,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("minilm.lutra"))
     parser.add_argument("--checkpoints", type=Path, help="folder; enables stop and resume")
     parser.add_argument("--v", type=int, default=16, help="values per sub-vector; default: 16")
+    parser.add_argument(
+        "--int8", nargs="+", default=(), metavar="PATTERN",
+        help="layers of the blocks that become int8 instead, such as 'attention.*'",
+    )  # fmt: skip
     parser.add_argument("--gradient", default="projected")
     parser.add_argument("--reconstruction", type=float, default=0.0)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--steps", type=int, help="stop after so many; default: all epochs")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--calibration", type=int, default=32, help="batches; default: 32")
     parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--feature-weight", type=float, default=1.0)
     parser.add_argument("--longest", type=int, default=128, help="tokens; default: 128")
@@ -125,8 +130,11 @@ def main() -> None:
     for module in dense.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    recipe = pq_recipe(options.v, gradient=options.gradient, reconstruction=options.reconstruction)
-    picked = [train[i] for i in range(0, len(train), max(1, len(train) // 32))]
+    recipe = pq_recipe(
+        options.v, options.int8, gradient=options.gradient, reconstruction=options.reconstruction
+    )
+    apart = max(1, len(train) // options.calibration)
+    picked = [train[i] for i in range(0, len(train), apart)][: options.calibration]
     lookups, report = convert(dense, recipe, picked, seed=options.seed)
     print(report, flush=True)
 

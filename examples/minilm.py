@@ -74,12 +74,18 @@ class Classifier(nn.Module):
         return self.classifier(self.dropout(pooled(hidden, attention_mask)))
 
 
-def pq_recipe(v: int, **settings: Any) -> Recipe:
+def pq_recipe(v: int, int8: Sequence[str] = (), **settings: Any) -> Recipe:
     """All six linear layers of every block by product quantisation; q, k, v share codes.
 
     The word embeddings become int8 in the end, see `export_text`.
+
+    Args:
+        v: values of a sub-vector.
+        int8: patterns of layers of a block that become int8 instead, such as "attention.*".
+        settings: more settings of `PQ`.
     """
     return {
+        **{f"bert.encoder.layer.*.{pattern}": Int8() for pattern in int8},
         "bert.encoder.layer.*": PQ(v=v, k=16, **settings),
         "*": Keep("one row a sentence"),
     }

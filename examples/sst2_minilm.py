@@ -58,6 +58,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("sst2.lutra"))
     parser.add_argument("--checkpoints", type=Path, required=True, help="folder; stop and resume")
     parser.add_argument("--v", type=int, default=16, help="values per sub-vector; default: 16")
+    parser.add_argument(
+        "--int8", nargs="+", default=(), metavar="PATTERN",
+        help="layers of the blocks that become int8 instead, such as 'attention.*'",
+    )  # fmt: skip
     parser.add_argument("--gradient", default="projected")
     parser.add_argument("--reconstruction", type=float, default=0.0, help="eLUT-NN: 1e-3")
     parser.add_argument("--epochs", type=int, default=3, help="of the lookup form; default: 3")
@@ -145,7 +149,9 @@ def main() -> None:
     for module in dense.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    recipe = pq_recipe(options.v, gradient=options.gradient, reconstruction=options.reconstruction)
+    recipe = pq_recipe(
+        options.v, options.int8, gradient=options.gradient, reconstruction=options.reconstruction
+    )
     lookups, converted = convert(dense, recipe, picked, seed=options.seed)
     print(converted, flush=True)
     print("after conversion", accuracy(lookups, dev), flush=True)
