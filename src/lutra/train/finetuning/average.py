@@ -1,4 +1,4 @@
-"""The exponential average of the parameters of a run."""
+"""The exponential average of the parameters of a run, and of the statistics of batch norms."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lutra.train.finetuning.batch_norm import running_statistics
+
 
 class Average:
     """Follows the parameters of a model that are trained: average += (1 - decay) * (new - average).
 
-    Early in a run the decay is smaller, (1 + steps) / (10 + steps), so that the average does not
-    remember the start for long.
+    The running means and variances of batch norms are averaged in the same way: those of the
+    parameters that move do not fit the average. Early in a run the decay is smaller,
+    (1 + steps) / (10 + steps), so that the average does not remember the start for long.
 
     Args:
         model: its parameters must stay the same tensors.
@@ -23,8 +26,11 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float | None) -> None:
         self._decay, self._steps = decay, 0
-        found = [] if decay is None else [p for p in model.parameters() if p.requires_grad]
-        self._parameters: list[Tensor] = list(found)
+        found: list[Tensor] = []
+        if decay is not None:
+            found += [p for p in model.parameters() if p.requires_grad]
+            found += running_statistics(model)
+        self._parameters = found
         self._average = [p.detach().clone() for p in found]
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lutra.train import distributed as collective
 from lutra.train.batches import BatchReader
@@ -15,6 +15,12 @@ from lutra.train.finetuning.accelerate import unwrapped
 
 def _batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The running means and variances of all batch norms that keep them."""
+    kept = [(layer.running_mean, layer.running_var) for layer in _batch_norms(model)]
+    return [value for pair in kept for value in pair if value is not None]
 
 
 def freeze_batch_norm(model: nn.Module) -> None:

@@ -30,8 +30,8 @@ class Schedule:
             `lr=3e-5` for their weights.
         average: decay of an exponential average of the parameters (0.999 is usual). Evaluations see
             the average, and the model has it at the end. None keeps the parameters of the last
-            step. The statistics of batch norms are of the moving parameters: give `finetune` some
-            `batch_norm_batches` as well.
+            step. Running statistics of batch norms are averaged with them; `batch_norm_batches` of
+            `finetune` measure them for the average itself.
         frozen_batch_norm: share of the run, from its start, in which batch norms use their running
             statistics and do not renew them (0..1).
         frozen_codebooks: share of the run, up to its end, in which codebooks do not move (0..1).
