@@ -10,6 +10,7 @@
 #include "avx512_lookup.h"
 #include "avx512_lowbit.h"
 #include "avx512_lowbit_registers.h"
+#include "avx512_lowbit_trits.h"
 #include "avx512_respond.h"
 #include "avx512_training.h"
 // After the lanes that they are written in:
@@ -88,14 +89,14 @@ constinit const Kernels kAvx512 = {.name = "avx512",
                                    .pack_lowbit_dense = pack_lowbit_dense,
                                    .lowbit_table_bytes = lowbit_table_bytes,
                                    .pack_lowbit_tables = pack_lowbit_tables,
-                                   .lowbit_register_bytes = lowbit_register_bytes,
-                                   .pack_lowbit_registers = pack_lowbit_registers,
+                                   .lowbit_register_bytes = lowbit_few_bytes,
+                                   .pack_lowbit_registers = pack_lowbit_few,
                                    .lowbit_dense = lowbit_dense,
                                    .lowbit_table_depth = lowbit_table_depth,
                                    .lowbit_scratch_bytes = lowbit_scratch_bytes,
                                    .lowbit_tables = lowbit_tables,
-                                   .lowbit_register_scratch_bytes = lowbit_register_scratch_bytes,
-                                   .lowbit_registers = lowbit_registers,
+                                   .lowbit_register_scratch_bytes = lowbit_few_scratch_bytes,
+                                   .lowbit_registers = lowbit_few,
                                    .lowbit_finish = lowbit_finish,
                                    .gemm = gemm,
                                    .linear = linear,
