@@ -402,7 +402,7 @@ def _divide_frequencies(name: str, model: LlamaForCausalLM, factors: Array) -> N
         )
     for buffer in ("inv_freq", "original_inv_freq"):
         if hasattr(rotary, buffer):
-            setattr(rotary, buffer, getattr(rotary, buffer) / torch.from_numpy(factors))
+            setattr(rotary, buffer, getattr(rotary, buffer) / torch.tensor(factors))
 
 
 def _check_sizes(name: str, config: Mapping[str, Any], state: Mapping[str, Array]) -> None:
