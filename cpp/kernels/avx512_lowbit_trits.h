@@ -230,25 +230,30 @@ void lowbit_trits(const LowBitShape& s, const uint8_t* packed, int32_t group, co
 
 // --- what few rows take: lookups of five weights where they are ternary, else of four bits ------
 
-size_t lowbit_few_bytes(const LowBitShape& s) {
+namespace lowbit_few {
+
+size_t lowbit_register_bytes(const LowBitShape& s) {
   return s.levels == 3 ? static_cast<size_t>(s.depth / s.group) * trit_group_bytes(s)
-                       : lowbit_register_bytes(s);
+                       : lutra::lowbit_register_bytes(s);
 }
 
-void pack_lowbit_few(const LowBitShape& s, const uint8_t* codes, uint8_t* packed) {
-  return s.levels == 3 ? pack_trits(s, codes, packed) : pack_lowbit_registers(s, codes, packed);
+void pack_lowbit_registers(const LowBitShape& s, const uint8_t* codes, uint8_t* packed) {
+  return s.levels == 3 ? pack_trits(s, codes, packed)
+                       : lutra::pack_lowbit_registers(s, codes, packed);
 }
 
-size_t lowbit_few_scratch_bytes(const LowBitShape& s, int32_t rows) {
-  return s.levels == 3 ? kTritTile * kTritTable : lowbit_register_scratch_bytes(s, rows);
+size_t lowbit_register_scratch_bytes(const LowBitShape& s, int32_t rows) {
+  return s.levels == 3 ? kTritTile * kTritTable : lutra::lowbit_register_scratch_bytes(s, rows);
 }
 
-void lowbit_few(const LowBitShape& s, const uint8_t* packed, int32_t group, const int8_t* x,
-                int32_t rows, int32_t first, int32_t last, int32_t* sums, size_t stride,
-                uint8_t* scratch) {
-  const auto kernel = s.levels == 3 ? lowbit_trits : lowbit_registers;
+void lowbit_registers(const LowBitShape& s, const uint8_t* packed, int32_t group, const int8_t* x,
+                      int32_t rows, int32_t first, int32_t last, int32_t* sums, size_t stride,
+                      uint8_t* scratch) {
+  const auto kernel = s.levels == 3 ? lowbit_trits : lutra::lowbit_registers;
   kernel(s, packed, group, x, rows, first, last, sums, stride, scratch);
 }
+
+}  // namespace lowbit_few
 
 }  // namespace
 }  // namespace lutra

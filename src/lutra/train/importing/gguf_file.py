@@ -287,7 +287,7 @@ def _config(name: str, entries: _Entries, architecture: str) -> dict[str, Any]:
             raise UnsupportedModelError(
                 f"load_gguf: {name!r} has {key(end)} = {got!r}, {what}, which lutra does not read"
             )
-    config = {
+    config: dict[str, Any] = {
         "hidden_size": width,
         "intermediate_size": entries.count(key("feed_forward_length")),
         "num_hidden_layers": entries.count(key("block_count")),
