@@ -155,6 +155,9 @@ void test_lowbit(const Kernels& k) {
       }
     }
     test_lowbit(k, {.depth = 9, .outputs = 2100, .levels = levels, .group = 9}, 12, 0);
+    for (const int fill : {0, 1, 2}) {
+      test_lowbit(k, {.depth = 523, .outputs = 321, .levels = levels, .group = 523}, 3, fill);
+    }
   }
   for (int mode = 0; mode < 8; ++mode) {
     for (const int32_t outputs : {1, 7, 8, 9, 15, 16, 17, 33, 64}) {

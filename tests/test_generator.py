@@ -228,6 +228,15 @@ def test_scores_and_perplexity() -> None:
         ("a", {"top_p": 0.0}, "top_p=0.0 must be above 0"),
         ("a", {"seed": -1}, "seed=-1 must be"),
         ("a", {"stop": ["x", ""]}, "must be texts, none of them empty"),
+        ("a", {"stop": 5}, "stop=5 must be texts, none of them empty"),
+        ("a", {"temperature": "hot"}, "temperature='hot' must be a number of at least 0"),
+        ("a", {"temperature": None}, "temperature=None must be"),
+        ("a", {"top_k": 1.5}, "top_k=1.5 must be"),
+        ("a", {"top_p": "x"}, "top_p='x' must be above 0"),
+        (None, {}, "give a text, or ids"),
+        (3, {}, "give a text, or ids"),
+        ({"a": 1}, {}, "give a text, or ids"),
+        (b"ab", {}, "give a text, or ids"),
     ],
 )
 def test_what_makes_no_sense_is_refused(prompt: Any, options: dict[str, Any], match: str) -> None:

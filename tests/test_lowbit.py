@@ -114,6 +114,22 @@ def test_sums_at_the_bounds_of_16_bits(bits: float, isa: str, kernel: str) -> No
                 assert (sums == depth * level * value).all(), (depth, code, value)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("outputs", "depth", "group"), [(641, 523, None), (321, 384, 128)])
+def test_many_outputs_in_parts(outputs: int, depth: int, group: int | None, isa: str) -> None:
+    """More outputs than kernels take at once, and parts of them that threads take."""
+    rng = np.random.default_rng(0)
+    for bits in BITS:
+        codes = random_codes(rng, outputs, depth, bits)
+        x = rng.normal(size=(2, depth)).astype(np.float32)
+        for threads in (1, 3):
+            matrix = LowBitMatrix.pack(codes, bits, group, isa=isa, threads=threads)
+            q, _ = quantise_rows(x)
+            want = lowbit_sums(levels_of_matrix(matrix), q, depth if group is None else group)
+            got = matrix.sums(q, kernel="registers").reshape(want.shape)
+            np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_the_deepest_sums_fit_int32(bits: float) -> None:
     code = 1 if bits == TERNARY else levels_of(bits) - 1
@@ -398,3 +414,15 @@ def test_tables_are_taken_for_full_tiles() -> None:
     assert matrix.explain(TABLE_ROWS + 1).kernel == "dense"
     assert matrix.explain(10 * TABLE_ROWS + 1).kernel == "tables"
     assert "0.60 times what products cost" in matrix.explain(TABLE_ROWS).reason
+
+
+@pytest.mark.skipif("avx512" not in ISAS, reason="needs AVX-512")
+def test_few_outputs_do_not_pay_for_tables() -> None:
+    """Where lookups of five weights are taken for one row, few outputs take products."""
+    many, few = (
+        LowBitMatrix.pack(np.zeros((m, 32), np.int8), TERNARY, isa="avx512") for m in (8192, 64)
+    )
+    assert few.explain(1).kernel == "dense"
+    if many.explain(1).kernel == "registers":
+        assert "has to serve more than 64 outputs" in few.explain(1).reason
+    assert many.explain(2).kernel == "dense"

@@ -82,7 +82,7 @@ def test_profiles_name_the_kernel_that_the_rows_get() -> None:
                 "r": np.ones((rows, 64), np.float32),
             }
             steps = Session(graph, isa=isa).profile(inputs, runs=1, warmup=0).steps
-            kernel, _ = engine.choose_lowbit(isa, INPUTS, 3, INPUTS, rows)
+            kernel, *_ = engine.choose_lowbit(isa, 64, INPUTS, 3, INPUTS, rows)
             assert [s.method for s in steps if "layer" in s.name] == [f"low-bit {kernel}"]
 
 
@@ -130,11 +130,11 @@ def test_what_does_not_fit_is_refused_in_one_sentence(
 
 def test_the_engine_refuses_sizes_that_do_not_fit_by_itself() -> None:
     with pytest.raises(ValueError, match="does not divide the depth"):
-        engine.choose_lowbit("scalar", 96, 3, 36, 1)
+        engine.choose_lowbit("scalar", 8, 96, 3, 36, 1)
     with pytest.raises(ValueError, match="levels must be 2, 3, 4, 8 or 16, not 5"):
-        engine.choose_lowbit("scalar", 96, 5, 96, 1)
+        engine.choose_lowbit("scalar", 8, 96, 5, 96, 1)
     with pytest.raises(ValueError, match="rows must be at least 1"):
-        engine.choose_lowbit("scalar", 96, 3, 96, 0)
+        engine.choose_lowbit("scalar", 8, 96, 3, 96, 0)
 
 
 def test_the_reference_takes_no_rows() -> None:

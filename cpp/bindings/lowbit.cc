@@ -78,14 +78,17 @@ void sums(const LowBitMatrix& matrix, ThreadPool& pool, const Array<int8_t, 2>& 
   matrix.sums(x.data(), n, out.data(), scratch(matrix.workspace_bytes(n, pool.threads())), pool);
 }
 
-// The kernel for so many rows, and what lookups cost relative to products; see LowBitChoice.
-std::tuple<std::string, double> choose(const std::string& isa, int32_t depth, int32_t levels,
-                                       int32_t group, int64_t rows) {
-  const LowBitShape shape{.depth = depth, .outputs = 1, .levels = levels, .group = group};
+// The kernel for so many rows, what lookups cost relative to products, and by which kernel; see
+// LowBitChoice.
+std::tuple<std::string, double, std::string> choose(const std::string& isa, int32_t outputs,
+                                                    int32_t depth, int32_t levels, int32_t group,
+                                                    int64_t rows) {
+  const LowBitShape shape{.depth = depth, .outputs = outputs, .levels = levels, .group = group};
   check_lowbit(shape);
   require(rows >= 1, "choose_lowbit: rows must be at least 1");
   const LowBitChoice choice = choose_lowbit(find_kernels(isa), shape, rows);
-  return {lowbit_kernel_name(choice.kernel), choice.lookup_time};
+  return {lowbit_kernel_name(choice.kernel), choice.lookup_time,
+          lowbit_kernel_name(choice.lookups)};
 }
 
 }  // namespace
@@ -97,7 +100,7 @@ void bind_lowbit(nb::module_& m) {
       .def_prop_ro("nbytes", &LowBitMatrix::bytes)
       .def("matmul", &matmul, "pool"_a, "x"_a, "out"_a)
       .def("sums", &sums, "pool"_a, "x"_a, "out"_a);
-  m.def("choose_lowbit", &choose, "isa"_a, "depth"_a, "levels"_a, "group"_a, "rows"_a);
+  m.def("choose_lowbit", &choose, "isa"_a, "outputs"_a, "depth"_a, "levels"_a, "group"_a, "rows"_a);
 }
 
 }  // namespace lutra

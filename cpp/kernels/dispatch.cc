@@ -62,7 +62,7 @@ uint64_t saved_registers() {
 }
 
 struct Flags {
-  bool avx2, fma, avx512f, avx512dq, avx512bw, avx512vl, vbmi, vbmi2, vnni;
+  bool avx2, fma, avx512f, avx512dq, avx512bw, avx512vl, vbmi, vbmi2, vnni, gfni;
 };
 
 Flags flags() {
@@ -78,7 +78,8 @@ Flags flags() {
           .avx512vl = zmm && bit(seven.ebx, 31),
           .vbmi = zmm && bit(seven.ecx, 1),
           .vbmi2 = zmm && bit(seven.ecx, 6),
-          .vnni = zmm && bit(seven.ecx, 11)};
+          .vnni = zmm && bit(seven.ecx, 11),
+          .gfni = zmm && bit(seven.ecx, 8)};
 }
 #endif
 
@@ -108,7 +109,7 @@ uint32_t cpu_features() {
   const Flags f = flags();
   if (f.avx2 && f.fma) features |= kFeatureAvx2;
   if (f.avx2 && f.fma && f.avx512f && f.avx512dq && f.avx512bw && f.avx512vl && f.vbmi && f.vbmi2 &&
-      f.vnni) {
+      f.vnni && f.gfni) {
     features |= kFeatureAvx512;
   }
 #elif defined(LUTRA_ARM64_LINUX)
@@ -145,6 +146,7 @@ std::vector<std::string> cpu_feature_names() {
   if (f.vbmi) names.push_back("avx512vbmi");
   if (f.vbmi2) names.push_back("avx512vbmi2");
   if (f.vnni) names.push_back("avx512vnni");
+  if (f.gfni) names.push_back("gfni");
 #else
   const uint32_t features = cpu_features();
   if (features & kFeatureNeon) names.push_back("neon");
@@ -182,6 +184,19 @@ std::string cpu_model() {
   return sysctlbyname("machdep.cpu.brand_string", text, &size, nullptr, 0) == 0 ? text : "unknown";
 #else
   return "unknown";
+#endif
+}
+
+bool cpu_is_zen4() {
+#ifdef LUTRA_X86
+  const Cpuid zero = cpuid(0);
+  const bool amd = zero.ebx == 0x68747541 && zero.edx == 0x69746e65 && zero.ecx == 0x444d4163;
+  const uint32_t one = cpuid(1).eax;
+  const uint32_t family = (one >> 8 & 0xf) + (one >> 20 & 0xff), model = one >> 12 & 0xf0;
+  return amd && family == 0x19 &&
+         (model == 0x10 || model == 0x60 || model == 0x70 || model == 0xa0);
+#else
+  return false;
 #endif
 }
 

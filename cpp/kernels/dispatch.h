@@ -11,6 +11,7 @@ namespace lutra {
 uint32_t cpu_features();                       // Feature bits that CPU and system support
 std::vector<std::string> cpu_feature_names();  // for people
 std::string cpu_model();
+bool cpu_is_zen4();  // AMD family 19h with AVX-512: registers of 512 bits take two steps
 std::vector<const Kernels*> compiled_kernels();  // slowest first, whether or not they can run here
 std::vector<const Kernels*> runnable_kernels();  // slowest first; the last one is the best
 

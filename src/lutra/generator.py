@@ -99,7 +99,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
+        if not (_is_number(self.temperature) and 0.0 <= self.temperature < float("inf")):
             raise InputError(
                 f"Generator: temperature={self.temperature!r} must be a number of at least 0"
             )
@@ -107,7 +107,7 @@ class Sampling:
             raise InputError(
                 f"Generator: top_k={self.top_k!r} must be a whole number of at least 0"
             )
-        if not 0.0 < self.top_p <= 1.0:
+        if not (_is_number(self.top_p) and 0.0 < self.top_p <= 1.0):
             raise InputError(f"Generator: top_p={self.top_p!r} must be above 0 and at most 1")
 
     def choose(self, scores: Array, rng: np.random.Generator) -> int:
@@ -214,7 +214,10 @@ class Generator:
             except InputError as error:
                 raise InputError(f"Generator: {error}") from None
         else:
-            array = np.asarray(prompt)
+            try:
+                array = np.asarray(prompt)
+            except ValueError:  # lists of several lengths
+                array = np.asarray(None)
             if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
                 raise InputError(
                     f"Generator: the prompt is an array of shape {array.shape} and dtype "
@@ -245,7 +248,7 @@ class Generator:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
     ) -> Completion | list[Completion]:
         """Continues a prompt, or several at once.
 
@@ -266,7 +269,7 @@ class Generator:
         Raises:
             InputError: If a prompt or a number makes no sense.
         """
-        several = not isinstance(prompt, str) and len(prompt) > 0 and _is_prompt(prompt[0])
+        several = _is_several(prompt)
         prompts: Any = prompt if several else [prompt]
         run = _Run(
             self, [self.tokens(p) for p in prompts], max_tokens,
@@ -286,7 +289,7 @@ class Generator:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
     ) -> TokenStream:
         """The tokens of a completion as they come; arguments and errors as of ``generate``.
 
@@ -397,9 +400,10 @@ class _Run:
         max_tokens: int | None,
         sampling: Sampling,
         seed: int,
-        stop: str | Sequence[str],
+        stop: str | Sequence[str] | None,
     ) -> None:
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        listed = stop if isinstance(stop, (list, tuple)) else () if stop is None else (stop,)
+        stops: tuple[Any, ...] = tuple(listed)
         if not all(isinstance(text, str) and text for text in stops):
             raise InputError(f"Generator: stop={stop!r} must be texts, none of them empty")
         if stops and generator.tokenizer is None:
@@ -509,6 +513,16 @@ class TokenStream(Iterator[Token]):
 
 def _is_prompt(value: object) -> bool:
     return isinstance(value, (str, list, tuple, np.ndarray))
+
+
+def _is_several(value: Any) -> bool:
+    """Whether what was given as a prompt is a list of prompts."""
+    listed = isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)
+    return listed and len(value) > 0 and _is_prompt(value[0])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def _log_softmax(logits: Array) -> Array:

@@ -224,12 +224,13 @@ class LowBitMatrix:
         if self.isa == "scalar":
             reason = "the scalar kernels are the specification and have no tables"
             return KernelChoice("dense", self.isa, reason)
-        if self.isa not in ("avx2", "avx512"):
+        if self.isa not in ("avx2", "avx512", "neon", "neon_dot"):
             reason = f"low-bit weights have scalar kernels on {self.isa}, without tables"
             return KernelChoice("dense", self.isa, reason)
-        depth = self.shape[1]
-        kernel, time = choose_lowbit(
-            self.isa, depth, levels_of(self.bits), depth if self.group is None else self.group, rows
+        outputs, depth = self.shape
+        group = depth if self.group is None else self.group
+        kernel, time, lookups = choose_lowbit(
+            self.isa, outputs, depth, levels_of(self.bits), group, rows
         )
         if time == 0.0:
             reason = f"lookups were measured to be slower for {counted(rows, 'row')} of {what}"
@@ -239,10 +240,12 @@ class LowBitMatrix:
             how = "lookups in registers" if kernel == "registers" else "lookups"
             reason = f"{how} for {counted(rows, 'row')} of {what} were measured to cost {costs}"
         else:
-            reason = (
-                f"lookups for {counted(rows, 'row')} of {what} would cost {costs}; a tile of "
-                f"{TABLE_ROWS} rows costs the same when it is not full"
+            few = (
+                f"a table for five weights has to serve more than {counted(outputs, 'output')}"
+                if lookups == "registers"
+                else f"a tile of {TABLE_ROWS} rows costs the same when it is not full"
             )
+            reason = f"lookups for {counted(rows, 'row')} of {what} would cost {costs}; {few}"
         return KernelChoice(cast(Kernel, kernel), self.isa, reason)
 
     def matmul(self, x: Any, *, kernel: Kernel | None = None) -> Any:

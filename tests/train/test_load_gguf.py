@@ -14,10 +14,14 @@ transformers = pytest.importorskip("transformers")
 
 from gguf import GGMLQuantizationType as Format  # noqa: E402
 from transformers import (  # noqa: E402
+    BitNetConfig,
+    BitNetForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from lutra import Generator  # noqa: E402
@@ -25,7 +29,7 @@ from lutra.errors import InputError, LutraError, UnsupportedModelError  # noqa: 
 from lutra.node import Array  # noqa: E402
 from lutra.ops.lowbit import load_rows  # noqa: E402
 from lutra.train import export_decoder, load_gguf  # noqa: E402
-from lutra.train.importing.gguf_file import _ENDS, _PARTS  # noqa: E402
+from lutra.train.importing.gguf_file import _ENDS, _OWN_PARTS, _PARTS  # noqa: E402
 
 WIDTH, VOCABULARY = 256, 40
 SETTINGS: dict[str, Any] = {
@@ -59,7 +63,20 @@ def model_of(architecture: str) -> Any:
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter)
         return model.eval()
+    if architecture == "qwen3":  # heads of another width than width / heads
+        return norms(Qwen3ForCausalLM(Qwen3Config(**SETTINGS, head_dim=32)))
+    if architecture == "bitnet":
+        settings = {**SETTINGS, "hidden_act": "silu", "tie_word_embeddings": True}
+        return norms(BitNetForCausalLM(BitNetConfig(**settings)))
     return LlamaForCausalLM(LlamaConfig(**SETTINGS)).eval()
+
+
+def norms(model: Any) -> Any:
+    """With norms that are not all one."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 2.0)
+    return model.eval()
 
 
 def pairs(weight: Array, heads: int) -> Array:
@@ -69,7 +86,8 @@ def pairs(weight: Array, heads: int) -> Array:
 
 def tensors_of(model: Any, architecture: str) -> dict[str, Array]:
     """The tensors of a model by the names of GGUF."""
-    names = {new: old for old, new in (*_PARTS.items(), *_ENDS.items())}
+    own = _OWN_PARTS.get(architecture, {})
+    names = {new: old for old, new in (*_PARTS.items(), *own.items(), *_ENDS.items())}
     made = {}
     for name, parameter in model.state_dict().items():
         module, kind = name.rsplit(".", 1)
@@ -116,10 +134,16 @@ def write(
     return path
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def head_width(architecture: str) -> Any:
+    """The entry for heads of another width."""
+    return (lambda w: w.add_key_length(32)) if architecture == "qwen3" else None
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "bitnet"])
 def test_a_model_comes_back_as_it_was(architecture: str, tmp_path: Path) -> None:
     model = model_of(architecture)
-    path = write(tmp_path / "m.gguf", tensors_of(model, architecture), architecture)
+    tensors = tensors_of(model, architecture)
+    path = write(tmp_path / "m.gguf", tensors, architecture, more=head_width(architecture))
     made = load_gguf(path)
     want, got = model.state_dict(), made.model.state_dict()
     assert want.keys() == got.keys()
@@ -129,7 +153,7 @@ def test_a_model_comes_back_as_it_was(architecture: str, tmp_path: Path) -> None
     with torch.no_grad():
         assert torch.equal(model(ids).logits, made.model(ids).logits)
     assert (made.tokenizer, made.bos, made.eos, made.max_length) == (None, None, (), 64)
-    assert made.formats == {"F32": 12 if architecture == "llama" else 14}
+    assert made.formats == {"F32": len(tensors)}
     assert "made float32" in str(made)
 
 
@@ -195,6 +219,88 @@ def test_codes_are_kept(architecture: str, name: str, tmp_path: Path) -> None:
         )
         tokens = Generator(tmp_path / "m.lutra").generate([1, 2, 3], 10).tokens
         assert list(tokens) == ids[0, 3:].tolist()
+
+
+@pytest.mark.parametrize("name", ["F32", "TQ1_0", "TQ2_0"])
+def test_bitnet_with_scales_of_matrices(name: str, tmp_path: Path) -> None:
+    """A number for all weights of a matrix is part of its scales."""
+    model = model_of("bitnet")
+    tensors, format_ = tensors_of(model, "bitnet"), Format[name]
+    matrices = [n for n, x in tensors.items() if n.startswith("blk") and x.ndim == 2]
+    scales = {n.replace("weight", "scale"): np.full(1, 0.7 + i, np.float32)
+              for i, n in enumerate(matrices)}  # fmt: skip
+    packed = {n: gguf.quantize(tensors[n], format_) for n in matrices}
+
+    def more(writer: Any) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(1.0)
+
+    path = write(tmp_path / "m.gguf", {**tensors, **packed, **scales}, "bitnet",
+                 formats=dict.fromkeys(matrices, format_), more=more)  # fmt: skip
+    made = load_gguf(path)
+    assert made.exact == (0 if name == "F32" else 7)
+    for matrix in matrices:
+        module = made.model.get_submodule(f"model.layers.0.{_PARTS[matrix.split('.')[2]]}")
+        want = gguf.dequantize(packed[matrix], format_) * scales[matrix.replace("weight", "scale")]
+        got = module.weight.detach().numpy() if name == "F32" else weights_of(module)
+        np.testing.assert_array_equal(got, want)
+    export_decoder(made.model, tmp_path / "m.lutra", max_length=20)
+    ids = made.model.generate(
+        torch.tensor([[1, 2, 3]]), max_new_tokens=10, do_sample=False, pad_token_id=0,
+        eos_token_id=None,
+    )  # fmt: skip
+    tokens = Generator(tmp_path / "m.lutra").generate([1, 2, 3], 10).tokens
+    assert list(tokens) == ids[0, 3:].tolist()
+
+
+def test_bitnet_with_scales_that_are_not_one_number(tmp_path: Path) -> None:
+    tensors = tensors_of(model_of("bitnet"), "bitnet")
+    for scale in ("blk.0.attn_q.scale", "blk.1.attn_q.scale"):
+        count = 2 if scale.startswith("blk.0") else 1
+        path = write(tmp_path / "m.gguf", {**tensors, scale: np.ones(count, np.float32)}, "bitnet")
+        with pytest.raises(InputError, match=rf"has {count} scales for the weights of "):
+            load_gguf(path)
+
+
+def test_frequencies_of_llama_3(tmp_path: Path) -> None:
+    """Files of Llama 3.1 hold what the speed of each pair of features is divided by."""
+    scaled = {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**SETTINGS, "rope_parameters": scaled})).eval()
+    plain = LlamaForCausalLM(LlamaConfig(**SETTINGS))
+    factors = (plain.model.rotary_emb.inv_freq / model.model.rotary_emb.inv_freq).numpy()
+    assert 1 == factors[0] < factors[-1]
+    tensors = {**tensors_of(model, "llama"), "rope_freqs.weight": factors}
+    made = load_gguf(write(tmp_path / "m.gguf", tensors))
+    ids = torch.randint(0, VOCABULARY, (2, 60))
+    with torch.no_grad():
+        want = model(ids).logits
+        torch.testing.assert_close(made.model(ids).logits, want)
+        made.model.model.rotary_emb.inv_freq = plain.model.rotary_emb.inv_freq
+        assert (made.model(ids).logits - want).abs().max() > 1e-3
+    made = load_gguf(tmp_path / "m.gguf")
+    export_decoder(made.model, tmp_path / "m.lutra", max_length=64)
+    ids = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=40, do_sample=False,
+                         pad_token_id=0, eos_token_id=None)  # fmt: skip
+    tokens = Generator(tmp_path / "m.lutra").generate([1, 2, 3], 40).tokens
+    assert list(tokens) == ids[0, 3:].tolist()
+
+
+def test_biases_of_llama(tmp_path: Path) -> None:
+    """Where some linear layers have one, as in InternLM: those without have zeros."""
+    tensors = tensors_of(model_of("llama"), "llama")
+    bias = np.random.default_rng(0).normal(size=256).astype(np.float32)
+    more = {"blk.0.attn_q.bias": bias, "blk.0.attn_v.bias": bias[:128], "blk.0.ffn_up.bias": bias}
+    made = load_gguf(write(tmp_path / "m.gguf", {**tensors, **more})).model
+    layer = made.model.layers[0]
+    turned = pairs(layer.self_attn.q_proj.bias.detach().numpy()[:, None], 4)[:, 0]
+    np.testing.assert_array_equal(turned, bias)
+    np.testing.assert_array_equal(layer.self_attn.v_proj.bias.detach().numpy(), bias[:128])
+    np.testing.assert_array_equal(layer.mlp.up_proj.bias.detach().numpy(), bias)
+    for other in (layer.self_attn.k_proj, layer.self_attn.o_proj, layer.mlp.down_proj):
+        assert not other.bias.any()
+    assert load_gguf(write(tmp_path / "n.gguf", tensors)).model.config.attention_bias is False
 
 
 def blocks_of(name: str, rows: int, depth: int) -> Array:
@@ -302,7 +408,7 @@ def test_a_tokenizer_of_bytes(tmp_path: Path) -> None:
         return add
 
     tensors = tensors_of(model_of("llama"), "llama")
-    for words, numbers in (("qwen2", [5, 6]), ("llama-bpe", [12])):
+    for words, numbers in (("qwen2", [5, 6]), ("smollm", [5, 6]), ("llama-bpe", [12])):
         made = load_gguf(write(tmp_path / "m.gguf", tensors, more=more(words)))
         assert made.tokenizer is not None
         assert made.tokenizer.encode("ab a\n12ß") == [10, 11, 4, *numbers, 7, 8]
@@ -338,9 +444,14 @@ def test_damaged_and_unknown_files(tmp_path: Path) -> None:
         write(path, tensors, more=more)
         with pytest.raises(UnsupportedModelError, match=match):
             load_gguf(path)
-    write(path, {**tensors, "rope_freqs.weight": np.ones(32, np.float32)})
-    with pytest.raises(UnsupportedModelError, match=r"the tensor 'rope_freqs.weight', which lutra"):
-        load_gguf(path)
+    for factors in (np.ones(31), np.zeros(32), -np.ones(32)):
+        write(path, {**tensors, "rope_freqs.weight": factors.astype(np.float32)})
+        with pytest.raises(InputError, match=r"'rope_freqs.weight' of .* 32 numbers above 0"):
+            load_gguf(path)
+    for unknown in ("blk.0.attn_q_norm.weight", "blk.0.attn_sub_norm.weight", "blk.0.attn_q.scale"):
+        write(path, {**tensors, unknown: np.ones(1, np.float32)})
+        with pytest.raises(UnsupportedModelError, match=rf"the tensor '{unknown}', which lutra"):
+            load_gguf(path)
     write(path, {n: x for n, x in tensors.items() if n != "blk.0.ffn_up.weight"})
     with pytest.raises(InputError, match=r"do not fit its settings: .*up_proj"):
         load_gguf(path)

@@ -175,7 +175,9 @@ int32_t LowBitMatrix::call_outputs(int64_t tiles, int threads) const {
   if (kernel_ == LowBitKernel::kDense && tiles > 1) {
     outputs = std::min<int64_t>(outputs, kDenseCall);
   }
-  return static_cast<int32_t>(ceil_div(outputs, kLowBitOutputs) * kLowBitOutputs);
+  // Lookups of ternary weights are of 64 outputs at a time.
+  const int64_t whole = kernel_ == LowBitKernel::kRegisters ? 64 : kLowBitOutputs;
+  return static_cast<int32_t>(ceil_div(outputs, whole) * whole);
 }
 
 LowBitMatrix::Scratch LowBitMatrix::scratch_of(int64_t n, int threads, uint8_t* memory) const {

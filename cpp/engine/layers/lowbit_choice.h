@@ -10,6 +10,7 @@ struct LowBitChoice {
   // The time of lookups for these rows, divided by that of the dense kernel; 0 where lookups were
   // measured to be slower.
   double lookup_time;
+  LowBitKernel lookups;  // which these are
 };
 
 // For a product of `rows` rows with weights of this shape.

@@ -6,19 +6,20 @@ tensors are those of its ``constants`` module.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
+import torch
 from torch import nn
 
 from lutra.errors import InputError, LutraError, UnsupportedModelError
 from lutra.formatting import counted
 from lutra.node import Array
-from lutra.preprocess.tokens import JsonTokenizer, PieceTokenizer, Tokenizer
+from lutra.preprocess.tokens import Tokenizer
+from lutra.train.importing.gguf_tokenizer import gguf_tokenizer
 from lutra.train.importing.llama import halved, llama
 from lutra.train.layers.lowbit import frozen_of_codes
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 #: Architectures, and whether neighbouring features of queries and keys are turned together there.
-_ARCHITECTURES: Final = {"llama": True, "qwen2": False}
+_ARCHITECTURES: Final = {"llama": True, "qwen2": False, "qwen3": False, "bitnet": False}
 _PARTS: Final = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -38,23 +39,17 @@ _PARTS: Final = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+#: Parts of a block that an architecture has besides.
+_OWN_PARTS: Final[Mapping[str, Mapping[str, str]]] = {
+    "qwen3": {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
+    "bitnet": {"attn_sub_norm": "self_attn.attn_sub_norm", "ffn_sub_norm": "mlp.ffn_sub_norm"},
+}
+#: What the speed of each pair of features is divided by (Llama 3.1 and later).
+_FREQUENCIES: Final = "rope_freqs.weight"
 _ENDS: Final = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
-}
-#: Kinds of tokens: unknown, control and unused ones stand for no text.
-_CONTROLS: Final = (2, 3, 5)
-_CONTROL: Final = 3
-#: How text is cut into words before they are cut into tokens, by the name that files give it. From
-#: src/llama-vocab.cpp of llama.cpp.
-_CONTRACTIONS: Final = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS: Final = {
-    "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "llama-bpe": _CONTRACTIONS
-    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "qwen2": _CONTRACTIONS
-    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 
 
@@ -150,7 +145,9 @@ class GGUFModel:
 def load_gguf(
     path: str | os.PathLike[str], *, tokenizer: bool = True, low_bits: bool = True
 ) -> GGUFModel:
-    """Reads a language model of the form of Llama or Qwen2 from a GGUF file.
+    """Reads a language model of the form of Llama from a GGUF file.
+
+    Architectures are ``llama`` (Mistral and SmolLM too), ``qwen2``, ``qwen3`` and ``bitnet``.
 
     Every format of weights that the package ``gguf`` can make floats of is read: F32, F16, BF16,
     Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, TQ1_0, TQ2_0 and others.
@@ -177,21 +174,26 @@ def load_gguf(
     if architecture not in _ARCHITECTURES:
         raise UnsupportedModelError(
             f"load_gguf: {name!r} holds a model of the architecture {architecture!r}; lutra reads "
-            f"{' and '.join(_ARCHITECTURES)}"
+            f"{', '.join(_ARCHITECTURES)}"
         )
     config = _config(name, entries, architecture)
     state, scales, formats = _state(name, reader, architecture, config)
     config["tie_word_embeddings"] = "lm_head.weight" not in state
+    frequencies = state.pop(_FREQUENCIES, None)
     _check_sizes(name, config, state)
+    if architecture == "llama":
+        _fill_biases(config, state)
     try:
-        model = llama(config, state)
+        model = llama(config, state, architecture)
     except RuntimeError as error:
         raise InputError(
             f"load_gguf: the tensors of {name!r} do not fit its settings: "
             f"{' '.join(str(error).split())[:300]}"
         ) from error
+    if frequencies is not None:
+        _divide_frequencies(name, model, frequencies)
     exact, rounded = _keep_codes(model, scales) if low_bits else (0, 0)
-    found = _tokenizer(name, entries) if tokenizer else None
+    found = gguf_tokenizer(name, entries.get) if tokenizer else None
     bos = entries.get("tokenizer.ggml.bos_token_id")
     spm = entries.get("tokenizer.ggml.model") == "llama"
     begins = entries.get("tokenizer.ggml.add_bos_token", spm)
@@ -276,13 +278,16 @@ def _config(name: str, entries: _Entries, architecture: str) -> dict[str, Any]:
         "attention.sliding_window": (0, "attention that forgets"),
         "rope.scaling.type": ("none", "scaled positions"),
     }
+    scaling = (entries.get(key(f"rope.scaling.{end}")) for end in ("type", "factor"))
+    if tuple(scaling) == ("linear", 1.0):
+        del wanted["rope.scaling.type"]  # positions as they are
     for end, (value, what) in wanted.items():
         got = entries.get(key(end), value)
         if got != value:
             raise UnsupportedModelError(
                 f"load_gguf: {name!r} has {key(end)} = {got!r}, {what}, which lutra does not read"
             )
-    config = {
+    config: dict[str, Any] = {
         "hidden_size": width,
         "intermediate_size": entries.count(key("feed_forward_length")),
         "num_hidden_layers": entries.count(key("block_count")),
@@ -292,7 +297,6 @@ def _config(name: str, entries: _Entries, architecture: str) -> dict[str, Any]:
         "max_position_embeddings": entries.count(key("context_length")),
         "rms_norm_eps": float(entries.get(key("attention.layer_norm_rms_epsilon"), 1e-5)),
         "rope_theta": float(entries.get(key("rope.freq_base"), 10000.0)),
-        "qkv_bias": architecture == "qwen2",
         "bos_token_id": None,
         "eos_token_id": None,
     }
@@ -303,6 +307,8 @@ def _config(name: str, entries: _Entries, architecture: str) -> dict[str, Any]:
                 "lutra does not read for qwen2"
             )
         del config["head_dim"]
+    if architecture == "bitnet":
+        config["hidden_act"] = "silu"  # as llama.cpp computes it
     return config
 
 
@@ -314,14 +320,17 @@ def _state(
     state: dict[str, Array] = {}
     scales: dict[str, _Scales] = {}
     formats: dict[str, int] = {}
+    factors: dict[str, Array] = {}
     for tensor in reader.tensors:
-        target, kind = _target(tensor.name)
+        target, kind = _target(tensor.name, architecture)
         if target is None:
             raise UnsupportedModelError(
                 f"load_gguf: {name!r} holds the tensor {tensor.name!r}, which lutra does not know "
                 f"in a model of the architecture {architecture!r}"
             )
         array, scale = _floats(name, tensor), _scales(tensor)
+        if kind == "scale":
+            factors[target] = array
         if _ARCHITECTURES[architecture] and target.endswith(("q_proj", "k_proj")):
             heads = "num_attention_heads" if target.endswith("q_proj") else "num_key_value_heads"
             if not len(array) or len(array) % (2 * config[heads]):
@@ -335,15 +344,65 @@ def _state(
                 scale = scale._replace(
                     scale=halved(scale.scale, config[heads]), low=halved(scale.low, config[heads])
                 )
-        state[f"{target}.{kind}"] = array
+        if kind != "scale":
+            state[target if target == _FREQUENCIES else f"{target}.{kind}"] = array
         format_ = tensor.tensor_type.name
         if scale is not None:
             scales[target] = scale
         formats[format_] = formats.get(format_, 0) + 1
+    _apply_factors(name, factors, state, scales)
     if "model.embed_tokens.weight" not in state:
         raise InputError(f"load_gguf: {name!r} lacks the tensor 'token_embd.weight'")
     config["vocab_size"] = state["model.embed_tokens.weight"].shape[0]
     return state, scales, formats
+
+
+def _apply_factors(
+    name: str, factors: Mapping[str, Array], state: dict[str, Array], scales: dict[str, _Scales]
+) -> None:
+    """Multiplies matrices by the number that BitNet has for all weights of each."""
+    for target, factor in factors.items():
+        weight = state.get(f"{target}.weight")
+        if weight is None or factor.size != 1:
+            raise InputError(
+                f"load_gguf: {name!r} has {factor.size} scales for the weights of {target!r}, "
+                "which are one matrix or none; copy the file again"
+            )
+        one = np.float32(factor.reshape(-1)[0])
+        state[f"{target}.weight"] = weight * one
+        if target in scales:
+            known = scales[target]
+            scales[target] = known._replace(scale=known.scale * one, low=known.low * one)
+
+
+def _fill_biases(config: dict[str, Any], state: dict[str, Array]) -> None:
+    """Models of transformers have biases in all linear layers of attention, or in none."""
+    for setting, parts in (
+        ("attention_bias", [part for part in _PARTS.values() if part.startswith("self_attn.")]),
+        ("mlp_bias", [part for part in _PARTS.values() if part.startswith("mlp.")]),
+    ):
+        ends = tuple(f".{part}.bias" for part in parts)
+        config[setting] = any(path.endswith(ends) for path in state)
+        if not config[setting]:
+            continue
+        for path in [path for path in state if path.endswith(".weight")]:
+            bias = path.removesuffix("weight") + "bias"
+            if bias.endswith(ends):
+                state.setdefault(bias, np.zeros(len(state[path]), np.float32))
+
+
+def _divide_frequencies(name: str, model: LlamaForCausalLM, factors: Array) -> None:
+    """Slows the positions of pairs of features down."""
+    rotary = model.model.rotary_emb
+    wanted = rotary.inv_freq.numel()
+    if factors.shape != (wanted,) or not (factors > 0).all():
+        raise InputError(
+            f"load_gguf: {_FREQUENCIES!r} of {name!r} has the shape {factors.shape}; it must hold "
+            f"{wanted} numbers above 0; copy the file again"
+        )
+    for buffer in ("inv_freq", "original_inv_freq"):
+        if hasattr(rotary, buffer):
+            setattr(rotary, buffer, getattr(rotary, buffer) / torch.tensor(factors))
 
 
 def _check_sizes(name: str, config: Mapping[str, Any], state: Mapping[str, Array]) -> None:
@@ -444,16 +503,19 @@ def _keep_codes(model: nn.Module, scales: Mapping[str, _Scales]) -> tuple[int, i
     return exact, rounded
 
 
-def _target(name: str) -> tuple[str | None, str]:
-    """The module of a tensor, and weight or bias."""
+def _target(name: str, architecture: str) -> tuple[str | None, str]:
+    """The module of a tensor, and what it is there: weight, bias, or the scale of a matrix."""
+    if name == _FREQUENCIES and architecture == "llama":
+        return _FREQUENCIES, "weight"
     rest, _, kind = name.rpartition(".")
-    if kind not in ("weight", "bias"):
+    if kind not in ("weight", "bias", *(["scale"] if architecture == "bitnet" else [])):
         return None, kind
     if rest in _ENDS:
         return _ENDS[rest], kind
     words = rest.split(".")
-    if len(words) == 3 and words[0] == "blk" and words[1].isdecimal() and words[2] in _PARTS:
-        return f"model.layers.{words[1]}.{_PARTS[words[2]]}", kind
+    parts = {**_PARTS, **_OWN_PARTS.get(architecture, {})}
+    if len(words) == 3 and words[0] == "blk" and words[1].isdecimal() and words[2] in parts:
+        return f"model.layers.{words[1]}.{parts[words[2]]}", kind
     return None, kind
 
 
@@ -481,79 +543,3 @@ def _floats(name: str, tensor: Any) -> Array:
             "infinite values; copy the file again"
         )
     return made.reshape(shape)
-
-
-def _tokenizer(name: str, entries: _Entries) -> Tokenizer | None:
-    kind = entries.get("tokenizer.ggml.model")
-    if kind is None or kind == "no_vocab":
-        return None
-    pieces = [str(piece) for piece in entries.get("tokenizer.ggml.tokens", [])]
-    types = entries.get("tokenizer.ggml.token_type", [1] * len(pieces))
-    if kind == "llama":
-        return PieceTokenizer(
-            tuple(piece.replace("▁", " ") for piece in pieces),
-            tuple(float(score) for score in entries.get("tokenizer.ggml.scores", [])),
-            bool(entries.get("tokenizer.ggml.add_space_prefix", True)),
-            frozenset(index for index, kind in enumerate(types) if kind in _CONTROLS),
-        )
-    words = entries.get("tokenizer.ggml.pre", "gpt-2")
-    if kind != "gpt2" or words not in _WORDS:
-        raise UnsupportedModelError(
-            f"load_gguf: {name!r} has a tokenizer of the kind {kind!r} that cuts words as "
-            f"{words!r}; lutra knows 'llama', and 'gpt2' with {', '.join(_WORDS)}: read the file "
-            "without a tokenizer"
-        )
-    merges = [str(merge) for merge in entries.get("tokenizer.ggml.merges", [])]
-    controls = {index for index, kind in enumerate(types) if kind == _CONTROL}
-    return JsonTokenizer(_json(pieces, merges, controls, words))
-
-
-def _json(pieces: list[str], merges: list[str], controls: set[int], words: str) -> str:
-    """A tokenizer.json of pieces of bytes that are written as letters, as GPT-2 does."""
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": _WORDS[words]},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": False,
-        "use_regex": False,
-    }
-    added = [
-        {
-            "id": index,
-            "content": pieces[index],
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for index in sorted(controls)
-    ]
-    content = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
-        "post_processor": None,
-        "decoder": level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": words == "llama-bpe",
-            "vocab": {piece: index for index, piece in enumerate(pieces)},
-            "merges": merges,
-        },
-    }
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _HEADER: Final = 7  # integers
 _MOST: Final = 2**24  # of any of them
+#: What transformers calls models of the form of Llama.
+_FAMILIES: Final = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "bitnet": "BitNet"}
 #: Tokens of llama2.c that begin and end a text.
 BOS, EOS = 1, 2
 
@@ -142,42 +144,35 @@ def load_llama2c_tokenizer(path: str | os.PathLike[str]) -> PieceTokenizer:
         ) from error
 
 
-def llama(config: Mapping[str, Any], state: Mapping[str, Array]) -> LlamaForCausalLM:
+def llama(
+    config: Mapping[str, Any], state: Mapping[str, Array], kind: str = "llama"
+) -> LlamaForCausalLM:
     """A model of transformers, in eval mode.
 
     Args:
-        config: Arguments of ``LlamaConfig``; with ``attention_bias`` False and ``qkv_bias`` True
-            the model is a ``Qwen2ForCausalLM``.
+        config: Arguments of ``LlamaConfig``, or of that of another kind.
         state: float32 arrays by the names of its parameters.
+        kind: ``"llama"``, ``"qwen2"``, ``"qwen3"`` or ``"bitnet"``.
 
     Raises:
         LutraError: If transformers is not installed.
     """
     try:
-        from transformers import (
-            LlamaConfig,
-            LlamaForCausalLM,
-            Qwen2Config,
-            Qwen2ForCausalLM,
-        )
+        import transformers
     except ModuleNotFoundError as error:
         raise LutraError(
             "language models need the package transformers; install it with: pip install "
             '"lutra[gguf]"'
         ) from error
-    given = {name: value for name, value in config.items() if name != "qkv_bias"}
-    qwen = bool(config.get("qkv_bias"))
+    family = _FAMILIES[kind]
+    given = getattr(transformers, f"{family}Config")(**config)
     with torch.device("meta"):
-        model = (
-            Qwen2ForCausalLM(Qwen2Config(**given))
-            if qwen
-            else LlamaForCausalLM(LlamaConfig(**given))
-        )
+        model: LlamaForCausalLM = getattr(transformers, f"{family}ForCausalLM")(given)
     model = model.to_empty(device="cpu")
     # made without weights, so the angles of positions were not computed
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     weights = {name: torch.from_numpy(np.array(array, np.float32)) for name, array in state.items()}
-    if given.get("tie_word_embeddings"):
+    if config.get("tie_word_embeddings"):
         weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     model.load_state_dict(weights, strict=True)
     model.tie_weights()
