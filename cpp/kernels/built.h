@@ -1,5 +1,5 @@
-// What the kernels of this build can do at all: the WebAssembly module has one set of them, and what
-// only others need is not linked.
+// What the kernels of this build can do at all: the WebAssembly module has one set of them, and
+// what only others need is not linked.
 #pragma once
 
 namespace lutra {

@@ -102,12 +102,12 @@ const char* lowbit_kernel_name(LowBitKernel kernel) {
 
 void check_lowbit(const LowBitShape& s) {
   need(is_one_of(s.levels, kLowBitLevels), "levels must be 2, 3, 4, 8 or 16, not %", s.levels);
-  need(s.depth >= 1 && s.depth <= kMaxLowBitDepth, "the depth must be 1..%, not %",
-          kMaxLowBitDepth, s.depth);
+  need(s.depth >= 1 && s.depth <= kMaxLowBitDepth, "the depth must be 1..%, not %", kMaxLowBitDepth,
+       s.depth);
   need(s.outputs >= 1 && s.outputs <= kMaxLowBitOutputs, "outputs must be 1..%, not %",
-          kMaxLowBitOutputs, s.outputs);
-  need(s.group >= 1 && s.depth % s.group == 0, "a group of % does not divide the depth %",
-          s.group, s.depth);
+       kMaxLowBitOutputs, s.outputs);
+  need(s.group >= 1 && s.depth % s.group == 0, "a group of % does not divide the depth %", s.group,
+       s.depth);
 }
 
 struct LowBitMatrix::Scratch {
