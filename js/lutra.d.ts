@@ -27,7 +27,10 @@ export interface Tensor<Data = Float32Array> {
 export type Feeds = Record<string, Values | Tensor<Values>>;
 
 export interface LoadOptions {
-  /** Where lutra.wasm is, its bytes, or the compiled module. Default: beside lutra.js. */
+  /**
+   * Where the module is, its bytes, or the compiled module. Default: beside lutra.js lutra_dot.wasm
+   * where there is relaxed SIMD, and else lutra.wasm.
+   */
   wasm?: string | URL | ArrayBuffer | Uint8Array | WebAssembly.Module;
   /** Bytes of working memory and outputs that a run may take. Default: 2^30. */
   maxMemory?: number;
@@ -42,7 +45,7 @@ export class Session {
   readonly outputs: readonly Value[];
   /** What the file says about the model: classes, preprocess, ... */
   readonly metadata: Record<string, unknown>;
-  /** The instruction set in use: "wasm". */
+  /** The instruction set in use: "wasm" or "wasm_dot". */
   readonly isa: string;
   /** Runs a model of one input and one output. */
   run(x: Values): Promise<Float32Array>;

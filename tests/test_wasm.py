@@ -34,10 +34,12 @@ pytestmark = pytest.mark.slow
 ZOO = sorted((ROOT / "zoo").glob("*.lutra"))
 
 
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+@pytest.fixture(scope="module", params=list(wasm.MODULES))
+def node(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Node]:
     wasm.build("wasm")
-    program = Node(tmp_path_factory.mktemp("wasm"))
+    program = Node(tmp_path_factory.mktemp("wasm"), request.param)
     yield program
     program.close()
 
@@ -85,7 +87,7 @@ def test_what_a_session_says(node: Node, tmp_path: Path) -> None:
     graph = every_op_graph()
     (tmp_path / "model.lutrac").write_bytes(compile_plan(graph))
     said = node.ask(model=str(tmp_path / "model.lutrac"))
-    assert said["isa"] == "wasm"
+    assert said["isa"] == node.isa
     for kind in ("inputs", "outputs"):
         names = graph.outputs if kind == "outputs" else [value.name for value in graph.inputs]
         assert [value["name"] for value in said[kind]] == list(names)
@@ -169,7 +171,24 @@ def test_damaged_bytes_do_not_trap(node: Node, tmp_path: Path) -> None:
 
 def test_size() -> None:
     wasm.build("wasm")
-    assert (ROOT / "js" / "lutra.wasm").stat().st_size < wasm.LARGEST
+    for name in wasm.MODULES.values():
+        assert (ROOT / "js" / name).stat().st_size < wasm.LARGEST
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["plain", "relaxed"])
+def test_which_module_is_loaded(tmp_path: Path, told: bool) -> None:
+    """The fastest that the engine can run; Node 20 has relaxed SIMD only when it is told so."""
+    wasm.build("wasm")
+    flags, model = wasm.flags(), tmp_path / "model.lutrac"
+    model.write_bytes(compile_plan(tiny_graph()))
+    program = tmp_path / "isa.mjs"
+    program.write_text(
+        f"import * as lutra from {json.dumps((ROOT / 'js' / 'lutra.js').as_uri())};\n"
+        f"console.log((await lutra.load({json.dumps(str(model))})).isa);\n"
+    )
+    words = ["node", *(flags if told else []), str(program)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ("wasm_dot" if told or not flags else "wasm")
 
 
 def test_package(tmp_path: Path) -> None:
@@ -178,7 +197,7 @@ def test_package(tmp_path: Path) -> None:
     done = subprocess.run(words, cwd=ROOT / "js", capture_output=True, text=True, check=True)
     (packed,) = json.loads(done.stdout)
     names = {entry["path"] for entry in packed["files"]}
-    assert names == {"README.md", "lutra.d.ts", "lutra.js", "lutra.wasm", "package.json"}
+    assert names == {"README.md", "lutra.d.ts", "lutra.js", *wasm.MODULES.values(), "package.json"}
     assert packed["version"] == lutra.__version__
 
 

@@ -28,7 +28,7 @@ function anyNumbers(session) {
 }
 
 async function answer({ model, feeds, output, times = 1 }) {
-  const session = await lutra.load(model, { maxMemory: 2 ** 26 });
+  const session = await lutra.load(model, { wasm: argv[3], maxMemory: 2 ** 26 });
   try {
     if (feeds === "any") {
       await session.run(anyNumbers(session));

@@ -44,7 +44,7 @@ class ByteReader {
   // The number of entries of a list, each of at least `least` bytes.
   uint32_t count(size_t least) {
     const uint32_t n = u32();
-    require(n <= left_ / least, "a list of " + std::to_string(n) + " entries is longer than it is");
+    require(n <= left_ / least, "a list of % entries is longer than it is", n);
     return n;
   }
   std::string text() {
@@ -56,8 +56,7 @@ class ByteReader {
   // product of two of them does not overflow.
   int64_t integer() {
     const int64_t value = static_cast<int64_t>(u64());
-    require(value >= INT32_MIN && value <= INT32_MAX,
-            "the number " + std::to_string(value) + " is out of range");
+    require(value >= INT32_MIN && value <= INT32_MAX, "the number % is out of range", value);
     return value;
   }
   Sizes sizes() {

@@ -30,10 +30,10 @@ Parts open_parts(const uint8_t* data, size_t size) {
           "it is no compiled model; make one with: lutra compile model.lutra -o model.lutrac");
   ByteReader head(data + sizeof kMagic, kHead - sizeof kMagic);
   const uint32_t version = head.u32(), checksum = head.u32();
-  require(version == kVersion, "it has version " + std::to_string(version) +
-                                   " of the format, and this library reads version " +
-                                   std::to_string(kVersion) +
-                                   "; compile the .lutra file with the lutra of this library");
+  require(version == kVersion,
+          "it has version % of the format, and this library reads version %; compile the .lutra "
+          "file with the lutra of this library",
+          version, kVersion);
   require(crc32(data + 16, size - 16) == checksum, "its checksum does not match its content");
   const uint64_t length = head.u64();
   require(length <= size - kHead, "its description is longer than it is");
@@ -46,8 +46,7 @@ size_t item_size(Dtype dtype) { return dtype == Dtype::kInt32 || dtype == Dtype:
 
 Dtype read_dtype(ByteReader& in) {
   const uint8_t dtype = in.byte();
-  require(dtype < static_cast<uint8_t>(Dtype::kOther),
-          "there is no dtype " + std::to_string(dtype));
+  require(dtype < static_cast<uint8_t>(Dtype::kOther), "there is no dtype %", dtype);
   return static_cast<Dtype>(dtype);
 }
 
@@ -58,8 +57,8 @@ std::vector<TensorView> read_arrays(Parts& parts) {
     array.dtype = read_dtype(in);
     array.shape = in.sizes();
     const uint64_t place = in.u64();
-    require(!array.shape.empty() && array.shape.size() <= kMaxRank,
-            "an array has " + std::to_string(array.shape.size()) + " axes");
+    require(!array.shape.empty() && array.shape.size() <= kMaxRank, "an array has % axes",
+            array.shape.size());
     require(place <= parts.size && place % kAlign == 0, "an array lies outside the data");
     size_t room = (parts.size - static_cast<size_t>(place)) / item_size(array.dtype);
     for (const int64_t size : array.shape) {
@@ -74,11 +73,10 @@ std::vector<TensorView> read_arrays(Parts& parts) {
 // Of a value: -1 is a size that is known at run time only.
 Sizes read_shape(ByteReader& in) {
   Sizes shape = in.sizes();
-  require(!shape.empty() && shape.size() <= kMaxRank,
-          "a value has " + std::to_string(shape.size()) + " axes");
+  require(!shape.empty() && shape.size() <= kMaxRank, "a value has % axes", shape.size());
   int64_t room = kMaxElements;
   for (const int64_t size : shape) {
-    require(size >= 1 || size == -1, "a value has an axis of " + std::to_string(size));
+    require(size >= 1 || size == -1, "a value has an axis of %", size);
     room /= std::max<int64_t>(size, 1);
   }
   require(room > 0, "a value is too large for memory");
@@ -108,8 +106,7 @@ class Values {
  public:
   void add(int value) { plan_.push_back(value); }
   int operator[](uint32_t number) const {
-    require(number < plan_.size(),
-            "value " + std::to_string(number) + " is read before it is made");
+    require(number < plan_.size(), "value % is read before it is made", number);
     return plan_[number];
   }
 
@@ -124,7 +121,7 @@ void read_step(ByteReader& in, const std::vector<TensorView>& arrays, Plan& plan
   for (uint32_t n = in.count(12); n > 0; --n) {
     args.inputs.push_back(values[in.u32()]);
     const uint32_t plane = in.u32();
-    require(plane <= INT32_MAX, "there is no plane " + std::to_string(plane));
+    require(plane <= INT32_MAX, "there is no plane %", plane);
     args.planes.push_back(static_cast<int>(plane));
     args.input_shapes.push_back(read_shape(in));
   }
@@ -142,7 +139,7 @@ void read_step(ByteReader& in, const std::vector<TensorView>& arrays, Plan& plan
   for (uint32_t n = in.count(8); n > 0; --n) {
     std::string role = in.text();
     const uint32_t array = in.u32();
-    require(array < arrays.size(), "there is no array " + std::to_string(array));
+    require(array < arrays.size(), "there is no array %", array);
     args.tensors[std::move(role)] = arrays[array];
   }
   try {

@@ -23,7 +23,13 @@
 namespace lutra {
 namespace {
 
+#ifdef LUTRA_ONE_THREAD
+constexpr int kMaxThreads = 1;
+int cores() { return 1; }
+#else
 constexpr int kMaxThreads = 1024;
+int cores() { return static_cast<int>(std::thread::hardware_concurrency()); }
+#endif
 
 // Of fixed size: keeping a message never fails.
 thread_local char last_error[1024];
@@ -45,12 +51,18 @@ class Failure : public std::runtime_error {
   lutra_status status;
 };
 
-void need(bool ok, lutra_status status, const std::string& what) {
-  if (!ok) throw Failure(status, what);
+[[noreturn]] void refuse(lutra_status status, const char* pattern,
+                         std::initializer_list<Word> words) {
+  throw Failure(status, sentence(pattern, words));
+}
+
+template <class... A>
+void need(bool ok, lutra_status status, const char* pattern, const A&... words) {
+  if (!ok) refuse(status, pattern, {words...});
 }
 
 void need_pointer(const void* pointer, const char* name) {
-  need(pointer != nullptr, LUTRA_ERROR_ARGUMENT, std::string(name) + " is NULL");
+  need(pointer != nullptr, LUTRA_ERROR_ARGUMENT, "% is NULL", name);
 }
 
 // Calls f; what it throws becomes a status and a message.
@@ -100,12 +112,9 @@ const Kernels& kernels_of(const lutra_options& options) {
 }
 
 int threads_of(const lutra_options& options) {
-  if (options.threads == 0) {
-    return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMaxThreads);
-  }
+  if (options.threads == 0) return std::clamp(cores(), 1, kMaxThreads);
   need(options.threads >= 1 && options.threads <= kMaxThreads, LUTRA_ERROR_ARGUMENT,
-       std::to_string(options.threads) + " threads were asked for; it must be 1.." +
-           std::to_string(kMaxThreads) + ", or 0");
+       "% threads were asked for; it must be 1..%, or 0", options.threads, kMaxThreads);
   return options.threads;
 }
 
@@ -130,9 +139,11 @@ std::shared_ptr<Model> load(const uint8_t* data, size_t size, const lutra_option
     return model;
   } catch (const std::invalid_argument& error) {
     throw Failure(LUTRA_ERROR_FORMAT, std::string("the model cannot be read: ") + error.what());
+#ifndef LUTRA_ONE_THREAD
   } catch (const std::system_error& error) {
     throw Failure(LUTRA_ERROR_CPU,
                   "cannot start " + std::to_string(threads) + " threads: " + error.what());
+#endif
   }
 }
 
@@ -146,7 +157,7 @@ Content read_file(const char* path) {
     void operator()(std::FILE* file) const { std::fclose(file); }
   };
   const auto check = [path](bool ok, const char* why) {
-    need(ok, LUTRA_ERROR_FILE, std::string("cannot read '") + path + "': " + why);
+    need(ok, LUTRA_ERROR_FILE, "cannot read '%': %", path, why);
   };
   errno = 0;
   const std::unique_ptr<std::FILE, Close> file(std::fopen(path, "rb"));
@@ -163,9 +174,8 @@ Content read_file(const char* path) {
 
 void describe(const std::vector<ModelValue>& values, size_t index, lutra_value* to) {
   need_pointer(to, "value");
-  need(index < values.size(), LUTRA_ERROR_ARGUMENT,
-       "there is no value " + std::to_string(index) + "; the model has " +
-           std::to_string(values.size()));
+  need(index < values.size(), LUTRA_ERROR_ARGUMENT, "there is no value %; the model has %", index,
+       values.size());
   const ModelValue& value = values[index];
   *to = {.name = value.name.c_str(),
          .dtype = value.integers ? LUTRA_INT32 : LUTRA_FLOAT32,
@@ -191,9 +201,8 @@ void check_declared(const ModelValue& value, const Shape& made) {
     const int64_t declared = value.shape[static_cast<size_t>(i)];
     same = declared < 0 || declared == made[i];
   }
-  need(same, LUTRA_ERROR_FORMAT,
-       "output '" + value.name + "' has the shape " + made.text() + ", and the file declares " +
-           shape_text(value.shape));
+  need(same, LUTRA_ERROR_FORMAT, "output '%' has the shape %, and the file declares %", value.name,
+       made, shape_text(value.shape));
 }
 
 struct Input {
@@ -233,9 +242,8 @@ struct lutra_session {
 
 void lutra_session::set_input(size_t index, const void* data, const int64_t* shape) {
   using lutra::need, lutra::need_pointer;
-  need(index < inputs.size(), LUTRA_ERROR_ARGUMENT,
-       "there is no input " + std::to_string(index) + "; the model has " +
-           std::to_string(inputs.size()));
+  need(index < inputs.size(), LUTRA_ERROR_ARGUMENT, "there is no input %; the model has %", index,
+       inputs.size());
   need_pointer(data, "data");
   need(reinterpret_cast<uintptr_t>(data) % alignof(float) == 0, LUTRA_ERROR_ARGUMENT,
        "data is not aligned to 4 bytes");
@@ -249,8 +257,8 @@ void lutra_session::set_input(size_t index, const void* data, const int64_t* sha
   lutra::Shape made;
   for (size_t i = 0; i < given.size(); ++i) {
     need(given[i] >= 1 && (value.shape[i] < 0 || value.shape[i] == given[i]), LUTRA_ERROR_ARGUMENT,
-         "input '" + value.name + "' has the shape " + lutra::shape_text(given) +
-             ", and the model takes " + lutra::shape_text(value.shape));
+         "input '%' has the shape %, and the model takes %", value.name, lutra::shape_text(given),
+         lutra::shape_text(value.shape));
     made[made.rank++] = given[i];
   }
   inputs[index] = {static_cast<const float*>(data), made};
@@ -263,16 +271,16 @@ void lutra_session::check_inputs() const {
     const lutra::Input& input = inputs[i];
     const lutra::ModelValue& value = model().inputs[i];
     need(input.data != nullptr, LUTRA_ERROR_ARGUMENT,
-         "input '" + value.name + "' has not been set; call lutra_set_input");
+         "input '%' has not been set; call lutra_set_input", value.name);
     if (value.shape[0] < 0) {
       need(batch == 0 || batch == input.shape[0], LUTRA_ERROR_ARGUMENT,
-           "input '" + value.name + "' has a batch of " + std::to_string(input.shape[0]) +
-               " and an input before it one of " + std::to_string(batch));
+           "input '%' has a batch of % and an input before it one of %", value.name, input.shape[0],
+           batch);
       batch = input.shape[0];
     }
     if (value.integers || shared->allow_nonfinite) continue;
     need(lutra::all_finite(input.data, input.shape.size()), LUTRA_ERROR_INPUT,
-         "input '" + value.name + "' holds NaN or infinite values");
+         "input '%' holds NaN or infinite values", value.name);
   }
 }
 
@@ -296,8 +304,7 @@ void lutra_session::run() {
       lutra::check_declared(model().outputs[i], output.shape);
       const size_t size = static_cast<size_t>(output.shape.size());
       need(size <= room / sizeof(float), LUTRA_ERROR_MEMORY,
-           "the outputs take more memory than the " + std::to_string(shared->max_memory) +
-               " bytes that a run may take");
+           "the outputs take more memory than the % bytes that a run may take", shared->max_memory);
       room -= size * sizeof(float);
       if (output.capacity < size) {
         output.memory = {};  // before there is more
@@ -405,8 +412,7 @@ lutra_status lutra_get_output(const lutra_session* session, size_t index, const 
     lutra::need_pointer(session, "session");
     lutra::need_pointer(data, "data");
     lutra::need(index < session->outputs.size(), LUTRA_ERROR_ARGUMENT,
-                "there is no output " + std::to_string(index) + "; the model has " +
-                    std::to_string(session->outputs.size()));
+                "there is no output %; the model has %", index, session->outputs.size());
     lutra::need(session->done, LUTRA_ERROR_ARGUMENT, "there are no outputs; call lutra_run");
     const lutra::Output& output = session->outputs[index];
     *data = output.data();

@@ -128,6 +128,9 @@ uint32_t cpu_features() {
   }
 #endif
 #elif defined(__wasm_simd128__)
+#ifdef LUTRA_HAVE_WASM_DOT
+  features |= kFeatureWasmDot;
+#endif
   features |= kFeatureWasm;  // a module that has it is not loaded where it cannot run
 #endif
   return features;
@@ -152,6 +155,7 @@ std::vector<std::string> cpu_feature_names() {
   if (features & kFeatureNeon) names.push_back("neon");
   if (features & kFeatureDot) names.push_back("dotprod");
   if (features & kFeatureWasm) names.push_back("simd128");
+  if (features & kFeatureWasmDot) names.push_back("relaxed_simd");
 #endif
   return names;
 }
@@ -219,6 +223,9 @@ std::vector<const Kernels*> compiled_kernels() {
 #endif
 #ifdef LUTRA_HAVE_WASM
   all.push_back(&kWasm);
+#endif
+#ifdef LUTRA_HAVE_WASM_DOT
+  all.push_back(&kWasmDot);
 #endif
   return all;
 }

@@ -13,11 +13,12 @@ namespace lutra {
 
 // CPU features, with the operating system's support for the registers included.
 enum Feature : uint32_t {
-  kFeatureAvx2 = 1u << 0,    // AVX2, FMA
-  kFeatureAvx512 = 1u << 1,  // AVX-512 F, BW, DQ, VL, VBMI, VBMI2, VNNI
-  kFeatureNeon = 1u << 2,    // Advanced SIMD of AArch64
-  kFeatureDot = 1u << 3,     // Armv8.2 with dot products of bytes (sdot, udot)
-  kFeatureWasm = 1u << 4,    // WebAssembly with SIMD of 128 bits
+  kFeatureAvx2 = 1u << 0,     // AVX2, FMA
+  kFeatureAvx512 = 1u << 1,   // AVX-512 F, BW, DQ, VL, VBMI, VBMI2, VNNI
+  kFeatureNeon = 1u << 2,     // Advanced SIMD of AArch64
+  kFeatureDot = 1u << 3,      // Armv8.2 with dot products of bytes (sdot, udot)
+  kFeatureWasm = 1u << 4,     // WebAssembly with SIMD of 128 bits
+  kFeatureWasmDot = 1u << 5,  // and relaxed SIMD
 };
 
 inline constexpr int32_t kMaxRowTile = 64;
@@ -527,6 +528,9 @@ extern const Kernels kNeon;
 #endif
 #ifdef LUTRA_HAVE_NEON_DOT
 extern const Kernels kNeonDot;
+#endif
+#ifdef LUTRA_HAVE_WASM_DOT
+extern const Kernels kWasmDot;
 #endif
 #ifdef LUTRA_HAVE_WASM
 extern const Kernels kWasm;

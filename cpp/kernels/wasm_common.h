@@ -1,5 +1,5 @@
 // What the WebAssembly kernels share: tiles and their blocks, loads of a plane's values, the
-// epilogue. Private to wasm.cc: everything is in its anonymous namespace.
+// epilogue. Private to wasm_kernels.h.
 #pragma once
 
 #include <wasm_simd128.h>

@@ -1,4 +1,4 @@
-// WebAssembly: depthwise layers, int8 and float32. Private to wasm.cc.
+// WebAssembly: depthwise layers, int8 and float32. Private to wasm_kernels.h.
 #pragma once
 
 #include "wasm_dense.h"

@@ -1,11 +1,14 @@
-// WebAssembly: codes of a tile, by nearest centroid or by tree. Private to wasm.cc.
+// WebAssembly: codes of a tile, by nearest centroid or by tree. Private to wasm_kernels.h.
 //
 // Codes: block after block of 16 rows, each (codebooks, 16).
 #pragma once
 
-#include "centred.h"
-#include "wasm_common.h"
 #include "wasm_distances.h"
+#ifdef __wasm_relaxed_simd__
+#include "wasm_dot_search16.h"
+#else
+#include "wasm_search16.h"
+#endif
 
 namespace lutra {
 namespace {
@@ -21,7 +24,8 @@ size_t code_bytes(const PqShape& s) { return block_bytes(s) * (kRows / kBlock); 
 // 32 bits.
 //
 // A packed codebook, in words of 32 bits: 1 if narrow scores fit, then
-//   16 bits: [4 centroids][initial score twice | c'_v twice for each entry v][4]
+//   16 bits: [4 centroids][initial score twice][4], and behind those of each four what
+//            pack_narrow() makes of their entries
 //   32 bits: [centroid][key | (c'_2i, c'_2i+1) for each pair i]
 
 constexpr int32_t kKeyBits = 6;  // a 32-bit key is score * 64 + 63 - k: max finds the lowest best k
@@ -41,10 +45,6 @@ size_t encoder_bytes(const PqShape& s) {
   return s.codebooks * (tree_levels(s) * 2 * sizeof(int32_t) + threshold_bytes(s));
 }
 
-LUTRA_INLINE uint32_t two_words(int32_t low, int32_t high) {
-  return (static_cast<uint32_t>(high) << 16) | (static_cast<uint32_t>(low) & 0xffff);
-}
-
 LUTRA_COLD void pack_nearest(const PqShape& s, const uint8_t* centroids, uint8_t* packed) {
   if (s.distance != Distance::kL2) return pack_apart(s, centroids, packed);
   Centred codebook;
@@ -57,9 +57,7 @@ LUTRA_COLD void pack_nearest(const PqShape& s, const uint8_t* centroids, uint8_t
       for (int32_t j = k; j < k + 4; ++j) {
         *to++ = two_words(codebook.initial[j], codebook.initial[j]);
       }
-      for (int32_t v = 0; v < s.dim; ++v) {
-        for (int32_t j = k; j < k + 4; ++j) *to++ = two_words(codebook.c[j][v], codebook.c[j][v]);
-      }
+      to = pack_narrow(codebook, k, s.dim, to);
     }
     for (int32_t k = 0; !codebook.fits && k < s.centroids; ++k) {
       const int32_t key = codebook.initial[k] * (1 << kKeyBits) + (1 << kKeyBits) - 1 - k;
@@ -69,69 +67,6 @@ LUTRA_COLD void pack_nearest(const PqShape& s, const uint8_t* centroids, uint8_t
       }
     }
   }
-}
-
-// Entries of 16 rows, in 16 bits.
-using Values = v128_t[2];
-
-template <typename Loader>
-LUTRA_INLINE void load_values(const Loader& rows, const uint8_t* const* entries, int32_t dim,
-                              Values* x) {
-  for (int32_t v = 0; v < dim; ++v) {
-    const v128_t bytes = rows.load(entries[v]);
-    x[v][0] = wasm_u16x8_extend_low_u8x16(bytes);
-    x[v][1] = wasm_u16x8_extend_high_u8x16(bytes);
-  }
-}
-
-// The best scores of 16 rows so far, and their codes in bytes.
-struct Best {
-  v128_t score[2] = {wasm_i16x8_splat(INT16_MIN), wasm_i16x8_splat(INT16_MIN)};
-  v128_t code = zeros(), first = zeros();
-
-  // Four centroids; on ties the earlier one stays.
-  LUTRA_INLINE void add(const v128_t (*s)[2]) {
-    v128_t m01[2], m23[2], m[2], better[2];
-#pragma GCC unroll 2
-    for (int32_t h = 0; h < 2; ++h) {
-      m01[h] = wasm_i16x8_gt(s[1][h], s[0][h]);
-      m23[h] = wasm_i16x8_gt(s[3][h], s[2][h]);
-      const v128_t s01 = wasm_i16x8_max(s[0][h], s[1][h]);
-      const v128_t s23 = wasm_i16x8_max(s[2][h], s[3][h]);
-      m[h] = wasm_i16x8_gt(s23, s01);
-      const v128_t most = wasm_i16x8_max(s01, s23);
-      better[h] = wasm_i16x8_gt(most, score[h]);
-      score[h] = wasm_i16x8_max(score[h], most);
-    }
-    const auto bytes = [](const v128_t* mask) { return wasm_i8x16_narrow_i16x8(mask[0], mask[1]); };
-    const v128_t c01 = wasm_i8x16_sub(first, bytes(m01));
-    const v128_t c23 = wasm_i8x16_sub(wasm_i8x16_add(first, wasm_i8x16_const_splat(2)), bytes(m23));
-    const v128_t c = wasm_v128_bitselect(c23, c01, bytes(m));
-    code = wasm_v128_bitselect(c, code, bytes(better));
-    first = wasm_i8x16_add(first, wasm_i8x16_const_splat(4));
-  }
-};
-
-// Four centroids at a time: eight sums in registers; a load of x serves four multiply-adds.
-[[gnu::noinline]] v128_t search16(const uint32_t* codebook, int32_t dim, int32_t centroids,
-                                  const Values* x) {
-  Best best;
-  for (int32_t k = 0; k < centroids; k += 4) {
-    v128_t s[4][2];
-#pragma GCC unroll 4
-    for (int32_t j = 0; j < 4; ++j) s[j][0] = s[j][1] = wasm_v128_load32_splat(codebook + j);
-    codebook += 4;
-    for (int32_t v = 0; v < dim; ++v, codebook += 4) {
-#pragma GCC unroll 4
-      for (int32_t j = 0; j < 4; ++j) {
-        const v128_t c = wasm_v128_load32_splat(codebook + j);
-        s[j][0] = wasm_i16x8_add(s[j][0], wasm_i16x8_mul(x[v][0], c));
-        s[j][1] = wasm_i16x8_add(s[j][1], wasm_i16x8_mul(x[v][1], c));
-      }
-    }
-    best.add(s);
-  }
-  return best.code;
 }
 
 // 16 words that fit a byte -> bytes.
@@ -190,10 +125,17 @@ void encode_nearest(const PqShape& s, const uint8_t* packed, const Patch& p, con
     }
     const uint32_t* const codebook =
         reinterpret_cast<const uint32_t*>(packed) + b * codebook_words(s);
-    auto* const search = *codebook != 0 ? search16 : search32;
+    const bool narrow = *codebook != 0;
+    auto* const search = narrow ? search16 : search32;
     for (int32_t i = 0; i < blocks_of(p.rows); ++i) {
       Values x[64];
-      with_rows(rows[i], [&](const auto& loader) { load_values(loader, entries, s.dim, x); });
+      with_rows(rows[i], [&](const auto& loader) {
+        if (narrow) {
+          load_narrow(loader, entries, s.dim, x);
+        } else {
+          load_values(loader, entries, s.dim, x);
+        }
+      });
       store(codes + i * block_bytes(s) + b * kBlock, search(codebook + 1, s.dim, s.centroids, x));
     }
   }

@@ -1,5 +1,5 @@
 // a b + c, rounded once, in vectors: WebAssembly has no such instruction whose bits are the same on
-// every machine. Private to wasm.cc.
+// every machine. Private to wasm_kernels.h.
 //
 // In float64 the product of two floats is exact, and the sum s = a b + c is rounded to 53 bits.
 // Rounding s to a float gives the same as rounding the exact sum, unless s is halfway between two

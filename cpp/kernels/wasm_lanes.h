@@ -1,5 +1,5 @@
 // The operations that functions.h, planes.h and attention.h are written in, for WebAssembly.
-// Private to wasm.cc. scalar_lanes.h says what each of them does.
+// Private to wasm_kernels.h. scalar_lanes.h says what each of them does.
 #pragma once
 
 #include "wasm_common.h"

@@ -1,4 +1,4 @@
-// WebAssembly: sums of table entries by code. Private to wasm.cc. wasm_tables.h says how.
+// WebAssembly: sums of table entries by code. Private to wasm_kernels.h. wasm_tables.h says how.
 //
 // A block of 16 rows and 4 outputs at a time: eight sums of 16 bits, and the codes of a group, are
 // in registers; entries are loaded once for each block of rows.

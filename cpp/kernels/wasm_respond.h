@@ -1,4 +1,4 @@
-// WebAssembly: lookup layers. Private to wasm.cc.
+// WebAssembly: lookup layers. Private to wasm_kernels.h.
 //
 // Swizzles read the row of a weight, one, two or four registers, at the activation indices of 16
 // rows of the tile. The bytes that they find are unsigned. As many of them as cannot overflow are

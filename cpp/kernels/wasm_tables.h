@@ -1,4 +1,4 @@
-// WebAssembly: packed tables, and which codebooks are added in bytes. Private to wasm.cc.
+// WebAssembly: packed tables, and which codebooks are added in bytes. Private to wasm_kernels.h.
 //
 // A swizzle reads 16 rows of a codebook, as bytes v (the value less the least of its codebook and
 // output). Where the ranges of up to four codebooks add up to 255 or less, for all four outputs of

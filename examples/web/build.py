@@ -23,7 +23,7 @@ def build(digits: Path, folder: Path) -> None:
     (folder / "models").mkdir(parents=True, exist_ok=True)
     for name in ("index.html", "style.css", "page.js", "audio.js", "digits.js"):
         shutil.copy(_HERE / name, folder / name)
-    for name in ("lutra.js", "lutra.wasm"):
+    for name in ("lutra.js", "lutra.wasm", "lutra_dot.wasm"):
         shutil.copy(_ROOT / "js" / name, folder / name)
     save_compiled(load_graph(digits), folder / "models" / "digits.lutrac")
     keywords = load_graph(_ROOT / "zoo" / "dscnn_speech_commands.lutra")

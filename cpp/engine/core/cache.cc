@@ -79,8 +79,8 @@ size_t Cache::bytes() const {
 
 void Cache::select(const std::vector<int64_t>& rows) {
   for (const int64_t row : rows) {
-    require(row >= 0 && row < sequences_, "there is no sequence " + std::to_string(row) +
-                                              "; the cache holds " + std::to_string(sequences_));
+    require(row >= 0 && row < sequences_, "there is no sequence %; the cache holds %", row,
+            sequences_);
   }
   const Use use(*this);
   for (const auto& past : pasts_) {

@@ -7,7 +7,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -43,7 +42,7 @@ class PlanBuilder {
 };
 
 // Adds the steps of an operator and returns the number of its output.
-using Builder = std::function<int(PlanBuilder&, const StepArgs&)>;
+using Builder = int(PlanBuilder&, const StepArgs&);
 
 // The builder of an operator that is one step of its inputs.
 template <class S, class... A>
@@ -54,20 +53,20 @@ int add_step(PlanBuilder& plan, const StepArgs& args, A&&... a) {
 inline constexpr size_t kAnyInputs = SIZE_MAX;
 
 struct Operator {
-  Builder build;
+  Builder* build;
   size_t inputs = 1;          // how many it takes,
   size_t most = 0;            // and at most; 0: as many as `inputs`
   bool fuses = false;         // takes a value to add, and a clamp
   bool reads_planes = false;  // takes first planes of its inputs
-  // The layer on its own; empty: there is none.
-  std::function<std::unique_ptr<Layer>(const Kernels&, const StepArgs&)> layer;
+  // The layer on its own; null: there is none.
+  std::unique_ptr<Layer> (*layer)(const Kernels&, const StepArgs&) = nullptr;
 };
 
 class OpRegistry {
  public:
   virtual ~OpRegistry() = default;
   // Throws std::invalid_argument if there is an operator of that name.
-  virtual void add(const std::string& name, Operator op);
+  virtual void add(const char* name, const Operator& op);
 
   std::vector<std::string> names() const;
   // Throws std::invalid_argument with the name of what is missing or does not fit.
@@ -82,14 +81,14 @@ class OpRegistry {
 
 // All operators: those of the engine, and those of the plugins that were loaded.
 OpRegistry& op_registry();
-// Loads a plugin. Throws std::invalid_argument with the path if it is none, or was built for
-// another engine.
+// Loads a plugin (plugins.cc). Throws std::invalid_argument with the path if it is none, or was
+// built for another engine.
 void load_ops(const std::string& path);
 
 // What a plugin and the engine must agree on. Of internal linkage: each of them has its own.
 static inline const char* engine_abi() {
   static const std::string abi = [] {
-    std::string text = "lutra engine 2, sizes";
+    std::string text = "lutra engine 3, sizes";
     for (const size_t size :
          {sizeof(Step), sizeof(StepRun), sizeof(StepArgs), sizeof(Operator), sizeof(OpRegistry),
           sizeof(ThreadPool), sizeof(Shape), sizeof(Kernels), sizeof(Grid), sizeof(std::string)}) {

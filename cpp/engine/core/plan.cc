@@ -56,7 +56,7 @@ size_t stored_bytes(const Shape& s, bool quantized) {
   for (int i = 0; i < s.rank; ++i) {
     const size_t d = static_cast<size_t>(s[i]);
     require(d == 0 || n <= std::numeric_limits<size_t>::max() / 8 / d,
-            "the shape " + s.text() + " is too large for memory");
+            "the shape % is too large for memory", s);
     n *= d;
   }
   if (quantized) n += kSlack;
@@ -74,14 +74,12 @@ int Plan::add_input(bool integers) {
 int Plan::add_step(StepPtr step, std::vector<int> inputs) {
   const int id = static_cast<int>(values_.size());
   for (int i : inputs) {
-    require(i >= 0 && i < id, "value " + std::to_string(id) + " is made from value " +
-                                  std::to_string(i) + ", which does not exist yet");
+    require(i >= 0 && i < id, "value % is made from value %, which does not exist yet", id, i);
   }
   for (size_t i = 0; i < inputs.size(); ++i) {
     const bool integers = values_[static_cast<size_t>(inputs[i])].integers;
-    require(integers == step->reads_integers(i),
-            "input " + std::to_string(i) + " is " + (integers ? "int32" : "float32") +
-                ", and the step reads " + (integers ? "float32" : "int32"));
+    require(integers == step->reads_integers(i), "input % is %, and the step reads %", i,
+            (integers ? "int32" : "float32"), (integers ? "float32" : "int32"));
   }
   values_.emplace_back();
   steps_.push_back({std::move(step), std::move(inputs), id, {}, label_});
@@ -91,7 +89,7 @@ int Plan::add_step(StepPtr step, std::vector<int> inputs) {
 int Plan::quantized(int value, const Quantization& grid) {
   require(value >= 0 && value < static_cast<int>(values_.size()) && !is_quantized(value) &&
               !values_[static_cast<size_t>(value)].integers,
-          "value " + std::to_string(value) + " cannot be quantised");
+          "value % cannot be quantised", value);
   for (size_t i = 0; i < values_.size(); ++i) {
     if (values_[i].source == value && values_[i].grid == grid) return static_cast<int>(i);
   }
@@ -102,9 +100,8 @@ int Plan::quantized(int value, const Quantization& grid) {
 void Plan::finish(std::vector<int> outputs) {
   for (int o : outputs) {
     require(o >= 0 && o < static_cast<int>(values_.size()) && !is_quantized(o),
-            "output value " + std::to_string(o) + " does not exist");
-    require(!values_[static_cast<size_t>(o)].integers,
-            "output value " + std::to_string(o) + " is an input of int32");
+            "output value % does not exist", o);
+    require(!values_[static_cast<size_t>(o)].integers, "output value % is an input of int32", o);
   }
   outputs_ = std::move(outputs);
   fuse();
@@ -205,7 +202,7 @@ Shape Plan::infer(const Entry& e, const Shapes& inputs) const {
     const Shape shape = e.step->infer(inputs);
     bool sound = shape.size() <= kMaxElements;
     for (int i = 0; i < shape.rank; ++i) sound = sound && shape[i] >= 1;
-    require(sound, "its output has the shape " + shape.text() + ", which is empty or too large");
+    require(sound, "its output has the shape %, which is empty or too large", shape);
     return shape;
   } catch (const std::invalid_argument& error) {
     throw std::invalid_argument(e.label + ": " + error.what());

@@ -114,23 +114,26 @@ void copy_axis(const Shape& shape, int axis, const T* from, const Dims& fs, T* t
   }
 }
 
-}  // namespace
+// Of a copy: the axes that it walks along.
+struct Walk {
+  Shape shape;
+  Dims from{}, to{};
+};
 
-template <class T>
-void copy_strided(const Shape& shape, const T* from, const Dims& from_strides, T* to,
-                  const Dims& to_strides) {
-  if (shape.size() == 0) return;
-  // Axes of one entry say nothing; the others are visited in the order of the target's memory, and
-  // those that follow each other on both sides are one.
+// Axes of one entry say nothing; the others are visited in the order of the target's memory, and
+// those that follow each other on both sides are one.
+Walk walk_of(const Shape& shape, const Dims& from_strides, const Dims& to_strides) {
   std::array<int, kMaxRank> order{};
   int axes = 0;
   for (int i = 0; i < shape.rank; ++i) {
-    if (shape[i] != 1) order[axes++] = i;
+    if (shape[i] == 1) continue;
+    int at = axes++;
+    for (; at > 0 && to_strides[order[at - 1]] < to_strides[i]; --at) order[at] = order[at - 1];
+    order[at] = i;
   }
-  std::stable_sort(order.begin(), order.begin() + axes,
-                   [&](int a, int b) { return to_strides[a] > to_strides[b]; });
-  Shape merged;
-  Dims fs{}, ts{};
+  Walk walk;
+  Shape& merged = walk.shape;
+  Dims &fs = walk.from, &ts = walk.to;
   for (int k = 0; k < axes; ++k) {
     const int i = order[k];
     const int64_t n = shape[i];
@@ -143,20 +146,30 @@ void copy_strided(const Shape& shape, const T* from, const Dims& from_strides, T
     fs[merged.rank - 1] = from_strides[i];
     ts[merged.rank - 1] = to_strides[i];
   }
-  if (merged.rank == 0) {
-    *to = *from;
-    return;
-  }
   // Where the source is consecutive along another axis than the target, blocks of both are turned.
   const int last = merged.rank - 1;
-  for (int i = 0; fs[last] != 1 && ts[last] == 1 && i < last - 1; ++i) {
+  for (int i = 0; i < last - 1 && fs[last] != 1 && ts[last] == 1; ++i) {
     if (fs[i] != 1) continue;
     std::rotate(merged.dims.begin() + i, merged.dims.begin() + i + 1, merged.dims.begin() + last);
     std::rotate(fs.begin() + i, fs.begin() + i + 1, fs.begin() + last);
     std::rotate(ts.begin() + i, ts.begin() + i + 1, ts.begin() + last);
     break;
   }
-  copy_axis(merged, 0, from, fs, to, ts);
+  return walk;
+}
+
+}  // namespace
+
+template <class T>
+void copy_strided(const Shape& shape, const T* from, const Dims& from_strides, T* to,
+                  const Dims& to_strides) {
+  if (shape.size() == 0) return;
+  const Walk walk = walk_of(shape, from_strides, to_strides);
+  if (walk.shape.rank == 0) {
+    *to = *from;
+    return;
+  }
+  copy_axis(walk.shape, 0, from, walk.from, to, walk.to);
 }
 
 template void copy_strided(const Shape&, const float*, const Dims&, float*, const Dims&);

@@ -9,6 +9,7 @@
 
 #include "engine/core/cache.h"
 #include "engine/core/quantization.h"
+#include "engine/core/require.h"
 #include "engine/core/shape.h"
 #include "engine/core/thread_pool.h"
 
@@ -125,11 +126,6 @@ class FloatStep : public Step {
 // The int32 values of an input for which reads_integers() holds.
 inline const int32_t* integers_of(const float* input) {
   return reinterpret_cast<const int32_t*>(input);
-}
-
-// Throws std::invalid_argument(what) unless ok.
-inline void require(bool ok, const std::string& what) {
-  if (!ok) throw std::invalid_argument(what);
 }
 
 }  // namespace lutra

@@ -20,26 +20,31 @@ std::string axes_text(size_t axes) {
   return std::to_string(axes) + (axes == 1 ? " axis" : " axes");
 }
 
+std::string text_of(const TensorView& view) {
+  return std::string(name_of(view.dtype)) + " with " + axes_text(view.shape.size());
+}
+
 }  // namespace
 
-const Attr& StepArgs::attr(const std::string& name, size_t kind) const {
-  const std::string wanted =
-      op + " needs the attribute '" + name + "' (" + kKinds[kind] + "), and ";
+const Attr& StepArgs::attr(const char* name, size_t kind) const {
   const auto found = attrs.find(name);
-  require(found != attrs.end(), wanted + "has " + names(attrs));
-  require(found->second.index() == kind, wanted + "it is of type " + kKinds[found->second.index()]);
+  if (found == attrs.end()) {
+    fail("% needs the attribute '%' (%), and has %", {op, name, kKinds[kind], names(attrs)});
+  }
+  require(found->second.index() == kind, "% needs the attribute '%' (%), and it is of type %", op,
+          name, kKinds[kind], kKinds[found->second.index()]);
   return found->second;
 }
 
-const TensorView& StepArgs::tensor(const std::string& name, Dtype dtype, size_t axes) const {
-  const std::string wanted = op + " needs the tensor '" + name + "' (" + name_of(dtype) + ", " +
-                             axes_text(axes) + "), and ";
+const TensorView& StepArgs::tensor(const char* name, Dtype dtype, size_t axes) const {
   const auto found = tensors.find(name);
-  require(found != tensors.end(), wanted + "has " + names(tensors));
-  const TensorView& view = found->second;
-  require(view.dtype == dtype && view.shape.size() == axes,
-          wanted + "it is " + name_of(view.dtype) + " with " + axes_text(view.shape.size()));
-  return view;
+  const bool there = found != tensors.end();
+  if (!there || found->second.dtype != dtype || found->second.shape.size() != axes) {
+    fail("% needs the tensor '%' (%, %), and %",
+         {op, name, name_of(dtype), axes_text(axes),
+          there ? "it is " + text_of(found->second) : "has " + names(tensors)});
+  }
+  return found->second;
 }
 
 }  // namespace lutra

@@ -76,43 +76,43 @@ class StepArgs {
 
   virtual ~StepArgs() = default;
 
-  bool flag(const std::string& name) const { return get<bool>(name); }
-  double number(const std::string& name) const { return get<double>(name); }
-  float float32(const std::string& name) const { return static_cast<float>(number(name)); }
-  const std::string& text(const std::string& name) const { return get<std::string>(name); }
-  const Sizes& integers(const std::string& name) const { return get<Sizes>(name); }
-  int64_t integer(const std::string& name) const { return get<int64_t>(name); }
-  int32_t int32(const std::string& name) const { return narrow(name, integer(name)); }
-  std::vector<int> int32s(const std::string& name) const {
+  bool flag(const char* name) const { return get<bool>(name); }
+  double number(const char* name) const { return get<double>(name); }
+  float float32(const char* name) const { return static_cast<float>(number(name)); }
+  const std::string& text(const char* name) const { return get<std::string>(name); }
+  const Sizes& integers(const char* name) const { return get<Sizes>(name); }
+  int64_t integer(const char* name) const { return get<int64_t>(name); }
+  int32_t int32(const char* name) const { return narrow(name, integer(name)); }
+  std::vector<int> int32s(const char* name) const {
     std::vector<int> all;
     for (const int64_t value : integers(name)) all.push_back(narrow(name, value));
     return all;
   }
-  std::array<int64_t, 2> pair(const std::string& name) const {
+  std::array<int64_t, 2> pair(const char* name) const {
     const Sizes& values = integers(name);
-    require(values.size() == 2, op + " needs two integers as the attribute '" + name + "'");
+    require(values.size() == 2, "% needs two integers as the attribute '%'", op, name);
     return {values[0], values[1]};
   }
 
-  bool has(const std::string& tensor) const { return tensors.count(tensor) > 0; }
+  bool has(const char* tensor) const { return tensors.count(tensor) > 0; }
   template <class T>
-  Tensor<T> tensor(const std::string& name, size_t axes) const {
+  Tensor<T> tensor(const char* name, size_t axes) const {
     const TensorView& view = tensor(name, dtype_of<T>(), axes);
     return {static_cast<const T*>(view.data), view.shape};
   }
 
  private:
-  virtual const Attr& attr(const std::string& name, size_t kind) const;
-  virtual const TensorView& tensor(const std::string& name, Dtype dtype, size_t axes) const;
+  virtual const Attr& attr(const char* name, size_t kind) const;
+  virtual const TensorView& tensor(const char* name, Dtype dtype, size_t axes) const;
 
   template <class T>
-  const T& get(const std::string& name) const {
+  const T& get(const char* name) const {
     return *std::get_if<T>(&attr(name, kind_of<T>()));
   }
-  int32_t narrow(const std::string& name, int64_t value) const {
+  int32_t narrow(const char* name, int64_t value) const {
     using Limits = std::numeric_limits<int32_t>;
     require(value >= Limits::min() && value <= Limits::max(),
-            op + " needs 32-bit integers as the attribute '" + name + "'");
+            "% needs 32-bit integers as the attribute '%'", op, name);
     return static_cast<int32_t>(value);
   }
 };

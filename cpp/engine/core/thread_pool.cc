@@ -1,5 +1,7 @@
 #include "engine/core/thread_pool.h"
 
+#ifndef LUTRA_ONE_THREAD
+
 #include <utility>
 
 #ifdef _WIN32
@@ -161,3 +163,5 @@ void ThreadPool::serve(int worker) {
 }
 
 }  // namespace lutra
+
+#endif

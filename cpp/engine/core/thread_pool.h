@@ -1,6 +1,39 @@
 // A small pool: the caller works too, so a pool of n threads starts n - 1, and a pool of one none.
 #pragma once
 
+#if defined(__EMSCRIPTEN__) && !defined(__EMSCRIPTEN_PTHREADS__)
+#define LUTRA_ONE_THREAD
+#endif
+
+#ifdef LUTRA_ONE_THREAD
+#include <cstddef>
+
+namespace lutra {
+
+// Where there are no threads, the caller does all the work.
+class ThreadPool {
+ public:
+  explicit ThreadPool(int) {}
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int threads() const { return 1; }
+
+  template <class F>  // void(size_t index, int worker)
+  void run(size_t count, double, const F& work) {
+    for (size_t i = 0; i < count; ++i) work(i, 0);
+  }
+
+  class Awake {
+   public:
+    Awake(ThreadPool&, bool) {}
+  };
+};
+
+}  // namespace lutra
+
+#else
+
 #include <atomic>
 #include <condition_variable>
 #include <cstddef>
@@ -96,3 +129,5 @@ class ThreadPool {
 };
 
 }  // namespace lutra
+
+#endif

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "kernels/built.h"
+
 namespace lutra {
 namespace {
 
@@ -117,7 +119,7 @@ void CodePlanes::make(const PatchSource& parts, PatchSource& patches, uint8_t* s
                              pixels, rows,           width,           int64_t{1}};
     patches.load(view, padding_.data(), workspace, pool);
   };
-  if (unit_ == 1) return load(static_cast<const uint8_t*>(shared));
+  if (!kHaveUnits || unit_ == 1) return load(static_cast<const uint8_t*>(shared));
   load(reinterpret_cast<const uint32_t*>(shared));
 }
 

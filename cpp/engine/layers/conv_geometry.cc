@@ -6,19 +6,18 @@ namespace lutra {
 
 ConvGeometry conv_geometry(int64_t channels, Pair kernel, Pair stride, const Sizes& padding,
                            Pair dilation) {
-  require(padding.size() == 2 || padding.size() == 4,
-          "padding needs two or four integers, not " + std::to_string(padding.size()));
+  require(padding.size() == 2 || padding.size() == 4, "padding needs two or four integers, not %",
+          padding.size());
   const bool ends = padding.size() == 4;
   const std::string most = " and at most " + std::to_string(kMaxExtent);
   for (const Pair& pair : {kernel, stride, dilation}) {
     for (const int64_t v : pair) {
-      require(v >= 1 && v <= kMaxExtent, "kernel, stride and dilation must be at least 1" + most +
-                                             ", not " + std::to_string(v));
+      require(v >= 1 && v <= kMaxExtent, "kernel, stride and dilation must be at least 1%, not %",
+              most, v);
     }
   }
   for (const int64_t v : padding) {
-    require(v >= 0 && v <= kMaxExtent,
-            "padding must not be negative" + most + ", not " + std::to_string(v));
+    require(v >= 0 && v <= kMaxExtent, "padding must not be negative%, not %", most, v);
   }
   return {.channels = channels,
           .kernel_h = kernel[0],
@@ -49,8 +48,7 @@ Quantization grid_of(const StepArgs& args) {
 
 const float* per_output(const StepArgs& args, const char* name, int64_t outputs) {
   const Tensor<float> values = args.tensor<float>(name, 1);
-  require(values[0] == outputs, std::string(name) + " needs one value per output, " +
-                                    std::to_string(outputs) + ", not " + std::to_string(values[0]));
+  require(values[0] == outputs, "% needs one value per output, %, not %", name, outputs, values[0]);
   return values.data;
 }
 

@@ -69,18 +69,15 @@ class ConvTransposeStep : public Step {
 
   Shape infer(const Shapes& in) const override {
     const Shape& x = in[0];
-    require(
-        x.rank == 4 && x[1] == g_.channels,
-        "a transposed convolution of " + std::to_string(g_.channels) + " channels got " + x.text());
+    require(x.rank == 4 && x[1] == g_.channels, "a transposed convolution of % channels got %",
+            g_.channels, x);
     const Shape y{
         x[0], outputs_,
         made(x[2], g_.kernel_h, g_.stride_h, g_.pad_h, g_.dilation_h, output_padding_[0]),
         made(x[3], g_.kernel_w, g_.stride_w, g_.pad_w, g_.dilation_w, output_padding_[1])};
-    require(y[2] > 0 && y[3] > 0,
-            "the padding of a transposed convolution leaves nothing of " + x.text());
-    require(!residual_ || in[1] == y, "a transposed convolution that makes " + y.text() +
-                                          " cannot add " +
-                                          (residual_ ? in[1].text() : std::string()));
+    require(y[2] > 0 && y[3] > 0, "the padding of a transposed convolution leaves nothing of %", x);
+    require(!residual_ || in[1] == y, "a transposed convolution that makes % cannot add %", y,
+            (residual_ ? in[1].text() : std::string()));
     return y;
   }
   bool absorb(const Step& next) override {

@@ -50,11 +50,12 @@ void GridLayer::check_codes(const ImageView& x, int64_t, const Codes& codes) con
     fits = codes.shape[i] == shape[i] && (shape[i] <= 1 || codes.strides[i] == strides[i]);
     if (shape[i] > 1) axes.push_back({strides[i], shape[i]});
   }
-  std::sort(axes.begin(), axes.end());
   int64_t next = 1;
-  for (const auto& [stride, length] : axes) {
-    fits = fits && stride == next;
-    next *= length;
+  for (size_t i = 0; fits && i < axes.size(); ++i) {  // the next longer one
+    const auto axis = std::find_if(axes.begin(), axes.end(),
+                                   [next](const auto& one) { return one.first == next; });
+    fits = axis != axes.end();
+    if (fits) next *= axis->second;
   }
   require(fits, "indices need the shape and the strides of x, and both without gaps");
 }

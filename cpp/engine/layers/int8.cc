@@ -4,6 +4,7 @@
 #include "engine/layers/gathered.h"
 #include "engine/layers/int8_conv.h"
 #include "engine/layers/int8_depthwise.h"
+#include "kernels/built.h"
 
 namespace lutra {
 namespace {
@@ -70,7 +71,7 @@ std::unique_ptr<Layer> make_int8(const Kernels& kernels, const StepArgs& args, b
     return make_int8_depthwise(kernels, geometry, weight[0], grid_of(args), weight.data, scale,
                                bias);
   }
-  if (is_quad_conv(kernels, geometry, groups)) {
+  if (kHaveConv8 && is_quad_conv(kernels, geometry, groups)) {
     return make_int8_conv(kernels, geometry, weight[0], grid_of(args), weight.data, scale, bias);
   }
   return std::make_unique<Int8Layer>(kernels, geometry, weight[0], groups, grid_of(args),
@@ -80,8 +81,8 @@ std::unique_ptr<Layer> make_int8(const Kernels& kernels, const StepArgs& args, b
 }  // namespace
 
 void int8_ops(OpRegistry& r) {
-  r.add("int8_conv2d", layer_operator(make_int8, false));
-  r.add("int8_linear", layer_operator(make_int8, true));
+  r.add("int8_conv2d", layer_operator<make_int8, false>());
+  r.add("int8_linear", layer_operator<make_int8, true>());
 }
 
 }  // namespace lutra

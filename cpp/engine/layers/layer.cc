@@ -1,7 +1,5 @@
 #include "engine/layers/layer.h"
 
-#include <stdexcept>
-
 namespace lutra {
 
 Layer::Layer(std::string name, const Kernels& kernels, const ConvGeometry& geometry,
@@ -16,16 +14,15 @@ Layer::Layer(std::string name, const Kernels& kernels, const ConvGeometry& geome
       bias_(bias, bias + outputs) {
   const Quantization& q = quantization;
   require(outputs >= 1, "it has no outputs");
-  require(q.bits >= 1 && q.bits <= most_bits, "activation bits must be 1.." +
-                                                  std::to_string(most_bits) + ", not " +
-                                                  std::to_string(q.bits));
+  require(q.bits >= 1 && q.bits <= most_bits, "activation bits must be 1..%, not %", most_bits,
+          q.bits);
   require(q.zero >= 0 && q.zero <= q.qmax() && q.scale > 0,
           "the zero point must be on the grid and its scale positive");
   grid_ = make_grid(q);
 }
 
-void Layer::require(bool ok, const std::string& what) const {
-  if (!ok) throw std::invalid_argument(name_ + " layer: " + what);
+void Layer::fail(const char* pattern, std::initializer_list<Word> words) const {
+  lutra::fail("% layer: %", {name_, sentence(pattern, words)});
 }
 
 size_t Layer::workspace_bytes(int64_t n, int64_t h, int64_t w, int threads, bool direct) const {

@@ -58,7 +58,12 @@ class Layer {
   // outputs and a grid of at most most_bits bits. The rest of the layer is the subclass's to check.
   Layer(std::string name, const Kernels& kernels, const ConvGeometry& geometry, int64_t outputs,
         const Quantization& quantization, int most_bits, const float* scale, const float* bias);
-  void require(bool ok, const std::string& what) const;  // "<name> layer: <what>"
+  template <class... A>
+  void require(bool ok, const char* pattern, const A&... words) const {
+    if (!ok) fail(pattern, {words...});
+  }
+  // Throws std::invalid_argument: "<name> layer: <sentence>".
+  [[noreturn]] void fail(const char* pattern, std::initializer_list<Word> words) const;
 
   // Where the rows of the source of a call come from.
   virtual ConvGeometry source_geometry() const { return geometry_; }
@@ -97,6 +102,16 @@ class Layer {
 
 // A layer from the arguments of its operator, of images or of rows.
 using LayerMaker = std::unique_ptr<Layer> (*)(const Kernels&, const StepArgs&, bool linear);
-Operator layer_operator(LayerMaker make, bool linear);
+int add_layer(PlanBuilder& plan, const StepArgs& args, std::unique_ptr<Layer> layer, bool linear);
+template <LayerMaker make, bool linear>
+Operator layer_operator() {
+  return {.build =
+              [](PlanBuilder& plan, const StepArgs& args) {
+                return add_layer(plan, args, make(plan.kernels(), args, linear), linear);
+              },
+          .fuses = true,
+          .layer = [](const Kernels& kernels,
+                      const StepArgs& args) { return make(kernels, args, linear); }};
+}
 
 }  // namespace lutra

@@ -10,15 +10,14 @@ Shape LayerStep::infer(const Shapes& inputs) const {
   Shape y = x;
   if (linear_) {
     require(x.rank >= 2 && x[x.rank - 1] == geometry_.channels,
-            "a linear layer of " + std::to_string(geometry_.channels) + " features got the shape " +
-                x.text());
+            "a linear layer of % features got the shape %", geometry_.channels, x);
     y[y.rank - 1] = outputs_;
   } else {
     const ConvGeometry& g = geometry_;
-    require(x.rank == 4 && x[1] == g.channels, "a convolution over " + std::to_string(g.channels) +
-                                                   " channels got the shape " + x.text());
-    require(g.out_h(x[2]) > 0 && g.out_w(x[3]) > 0,
-            "the kernel is larger than the padded image " + x.text());
+    require(x.rank == 4 && x[1] == g.channels, "a convolution over % channels got the shape %",
+            g.channels, x);
+    require(g.out_h(x[2]) > 0 && g.out_w(x[3]) > 0, "the kernel is larger than the padded image %",
+            x);
     y = Shape{x[0], outputs_, g.out_h(x[2]), g.out_w(x[3])};
   }
   require(!residual_ || inputs[1] == y, "the added tensor's shape differs from the output's");
@@ -83,18 +82,10 @@ class QuantizedStep : public LayerStep {
 
 }  // namespace
 
-Operator layer_operator(LayerMaker make, bool linear) {
-  return {.build =
-              [make, linear](PlanBuilder& plan, const StepArgs& args) {
-                std::unique_ptr<Layer> layer = make(plan.kernels(), args, linear);
-                const int bytes = plan.quantized(args.inputs[0], layer->quantization());
-                return plan.add_step(
-                    std::make_unique<QuantizedStep>(std::move(layer), linear, args),
-                    with_residual(bytes, args));
-              },
-          .fuses = true,
-          .layer = [make, linear](const Kernels& kernels,
-                                  const StepArgs& args) { return make(kernels, args, linear); }};
+int add_layer(PlanBuilder& plan, const StepArgs& args, std::unique_ptr<Layer> layer, bool linear) {
+  const int bytes = plan.quantized(args.inputs[0], layer->quantization());
+  return plan.add_step(std::make_unique<QuantizedStep>(std::move(layer), linear, args),
+                       with_residual(bytes, args));
 }
 
 }  // namespace lutra

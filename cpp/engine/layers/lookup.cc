@@ -46,22 +46,21 @@ LookupLayer::LookupLayer(const Kernels& kernels, const ConvGeometry& geometry, i
   const Quantization& q = quantization;
   const int64_t depth = this->depth(), levels = int64_t{1} << q.bits;
   require(weights >= kMinWeights && weights <= kMaxWeights && weights % 2 == 1,
-          "the table must have an odd number of columns, " + std::to_string(kMinWeights) + ".." +
-              std::to_string(kMaxWeights) + ", not " + std::to_string(weights));
-  require(depth >= 1 && depth <= kMaxLookupDepth,
-          "rows of " + std::to_string(depth) + " entries have no exact 32-bit sums");
+          "the table must have an odd number of columns, %..%, not %", kMinWeights, kMaxWeights,
+          weights);
+  require(depth >= 1 && depth <= kMaxLookupDepth, "rows of % entries have no exact 32-bit sums",
+          depth);
   for (int64_t i = 0; i < levels * weights; ++i) {
     const std::string place = "table entry (" + std::to_string(i / weights) + ", " +
                               std::to_string(i % weights) + ") is " + std::to_string(table[i]);
-    require(table[i] >= -kInt8Max, place + "; the range is -127..127");
+    require(table[i] >= -kInt8Max, "%; the range is -127..127", place);
     require(i / weights != q.zero || table[i] == 0,
-            place + ", but activations of zero have zero responses");
+            "%, but activations of zero have zero responses", place);
   }
   for (int64_t i = 0; i < outputs * depth; ++i) {
     if (weight[i] < weights) continue;
-    require(false, "weight index " + std::to_string(weight[i]) + " of output " +
-                       std::to_string(i / depth) + ", entry " + std::to_string(i % depth) +
-                       " is not in 0.." + std::to_string(weights - 1));
+    require(false, "weight index % of output %, entry % is not in 0..%", weight[i], i / depth,
+            i % depth, weights - 1);
   }
   shape_ = {.depth = static_cast<int32_t>(depth),
             .taps = static_cast<int32_t>(geometry.taps()),
@@ -93,17 +92,16 @@ std::unique_ptr<Layer> make_lookup(const Kernels& kernels, const StepArgs& args,
   const Tensor<uint8_t> weight = args.tensor<uint8_t>("weight", 2);
   const int64_t bits = args.integer("weight_bits"), depth = geometry.depth();
   const auto text = [](const Sizes& s) { return Shape{s[0], s[1]}.text(); };
-  require(is_one_of(bits, kWeightBits),
-          "lookup layer: weight bits must be 2, 4 or 8, not " + std::to_string(bits));
+  require(is_one_of(bits, kWeightBits), "lookup layer: weight bits must be 2, 4 or 8, not %", bits);
   require(depth >= 1 && depth <= kMaxLookupDepth && weight[1] == (depth * bits + 7) / 8,
-          "lookup layer: weight indices of the shape " + text(weight.shape) + " for rows of " +
-              std::to_string(depth) + " entries of " + std::to_string(bits) + " bits");
+          "lookup layer: weight indices of the shape % for rows of % entries of % bits",
+          text(weight.shape), depth, bits);
   require(grid.bits >= kMinLookupActBits && grid.bits <= kMaxLookupActBits,
-          "lookup layer: activation bits must be " + std::to_string(kMinLookupActBits) + ".." +
-              std::to_string(kMaxLookupActBits) + ", not " + std::to_string(grid.bits));
-  require(table[0] == int64_t{1} << grid.bits, "lookup layer: a table of the shape " +
-                                                   text(table.shape) + " for activations of " +
-                                                   std::to_string(1 << grid.bits) + " levels");
+          "lookup layer: activation bits must be %..%, not %", kMinLookupActBits, kMaxLookupActBits,
+          grid.bits);
+  require(table[0] == int64_t{1} << grid.bits,
+          "lookup layer: a table of the shape % for activations of % levels", text(table.shape),
+          1 << grid.bits);
   std::vector<uint8_t> indices;
   if (bits < 8) indices = unpacked(weight, bits, depth);
   return std::make_unique<LookupLayer>(kernels, geometry, weight[0], grid, table[1], table.data,
@@ -115,8 +113,8 @@ std::unique_ptr<Layer> make_lookup(const Kernels& kernels, const StepArgs& args,
 }  // namespace
 
 void lookup_ops(OpRegistry& r) {
-  r.add("lookup_conv2d", layer_operator(make_lookup, false));
-  r.add("lookup_linear", layer_operator(make_lookup, true));
+  r.add("lookup_conv2d", layer_operator<make_lookup, false>());
+  r.add("lookup_linear", layer_operator<make_lookup, true>());
 }
 
 }  // namespace lutra

@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
 #include <string>
 
 #include "engine/core/limits.h"
+#include "engine/core/require.h"
 
 namespace lutra {
 
@@ -14,8 +14,9 @@ namespace {
 constexpr double kProductsPerMicrosecond = 50e3;
 constexpr int32_t kDenseCall = 256;  // outputs whose packed weights stay in the second cache
 
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument("low-bit weights: " + message);
+template <class... A>
+void need(bool condition, const char* pattern, const A&... words) {
+  if (!condition) fail("low-bit weights: %", {sentence(pattern, {words...})});
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -100,17 +101,13 @@ const char* lowbit_kernel_name(LowBitKernel kernel) {
 }
 
 void check_lowbit(const LowBitShape& s) {
-  require(is_one_of(s.levels, kLowBitLevels),
-          "levels must be 2, 3, 4, 8 or 16, not " + std::to_string(s.levels));
-  require(s.depth >= 1 && s.depth <= kMaxLowBitDepth, "the depth must be 1.." +
-                                                          std::to_string(kMaxLowBitDepth) +
-                                                          ", not " + std::to_string(s.depth));
-  require(s.outputs >= 1 && s.outputs <= kMaxLowBitOutputs,
-          "outputs must be 1.." + std::to_string(kMaxLowBitOutputs) + ", not " +
-              std::to_string(s.outputs));
-  require(s.group >= 1 && s.depth % s.group == 0, "a group of " + std::to_string(s.group) +
-                                                      " does not divide the depth " +
-                                                      std::to_string(s.depth));
+  need(is_one_of(s.levels, kLowBitLevels), "levels must be 2, 3, 4, 8 or 16, not %", s.levels);
+  need(s.depth >= 1 && s.depth <= kMaxLowBitDepth, "the depth must be 1..%, not %", kMaxLowBitDepth,
+       s.depth);
+  need(s.outputs >= 1 && s.outputs <= kMaxLowBitOutputs, "outputs must be 1..%, not %",
+       kMaxLowBitOutputs, s.outputs);
+  need(s.group >= 1 && s.depth % s.group == 0, "a group of % does not divide the depth %", s.group,
+       s.depth);
 }
 
 struct LowBitMatrix::Scratch {
@@ -134,8 +131,7 @@ LowBitMatrix::LowBitMatrix(const Kernels& kernels, LowBitKernel kernel, const Lo
   const LowBitShape& s = shape_;
   const size_t count = static_cast<size_t>(s.outputs) * static_cast<size_t>(s.depth);
   const uint8_t top = *std::max_element(codes, codes + count);
-  require(top < s.levels, "the code " + std::to_string(top) + " is not below " +
-                              std::to_string(s.levels) + ", the levels");
+  need(top < s.levels, "the code % is not below %, the levels", top, s.levels);
   const struct {
     size_t (*bytes)(const LowBitShape&);
     void (*pack)(const LowBitShape&, const uint8_t*, uint8_t*);

@@ -24,9 +24,8 @@ class StoredCodes {
     int64_t bits = 0;
     while (int64_t{1} << bits < shape.levels) ++bits;
     const int64_t needed = shape.levels == 3 ? (shape.depth + 4) / 5 : bits * plane();
-    require(weight[1] == needed, "lowbit_linear: " + std::to_string(weight[1]) +
-                                     " bytes for an output; its codes need " +
-                                     std::to_string(needed));
+    require(weight[1] == needed, "lowbit_linear: % bytes for an output; its codes need %",
+            weight[1], needed);
   }
   size_t size() const { return bytes_.size(); }
 

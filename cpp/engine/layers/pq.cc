@@ -75,39 +75,32 @@ void PqLayer::check(const EncoderData& encoder) const {
   const Quantization& q = quantization_;
   const int32_t k = s.centroids, parts = shape_.parts;
   const int64_t depth = s.depth;
-  require(is_one_of(k, kCentroidCounts), "K must be 8, 16, 32 or 64, not " + std::to_string(k));
+  require(is_one_of(k, kCentroidCounts), "K must be 8, 16, 32 or 64, not %", k);
   require(shape_.codebooks >= 1 && shape_.codebooks <= kMaxCodebooks,
-          "codebooks must be 1.." + std::to_string(kMaxCodebooks) + ", for exact sums, not " +
-              std::to_string(shape_.codebooks));
+          "codebooks must be 1..%, for exact sums, not %", kMaxCodebooks, shape_.codebooks);
   require(shape_.codebooks == int64_t{s.codebooks} * parts,
-          std::to_string(s.codebooks) + " codebooks for " + std::to_string(parts) +
-              " parts of a patch need as many tables each, not " +
-              std::to_string(shape_.codebooks) + " in all");
+          "% codebooks for % parts of a patch need as many tables each, not % in all", s.codebooks,
+          parts, shape_.codebooks);
   const size_t codebooks = static_cast<size_t>(s.codebooks);
   if (s.encoder == Encoder::kNearest) {
-    require(s.dim >= 1 && s.dim <= kMaxSubvector,
-            "V must be 1.." + std::to_string(kMaxSubvector) + ", not " + std::to_string(s.dim));
+    require(s.dim >= 1 && s.dim <= kMaxSubvector, "V must be 1..%, not %", kMaxSubvector, s.dim);
     const int64_t needed = (depth + s.dim - 1) / s.dim;
-    require(needed == s.codebooks, "it needs " + std::to_string(needed) + " codebooks, not " +
-                                       std::to_string(s.codebooks));
+    require(needed == s.codebooks, "it needs % codebooks, not %", needed, s.codebooks);
     for (size_t i = 0; i < codebooks * k * s.dim; ++i) {
-      require(encoder.centroids[i] <= q.qmax(), "centroid value " +
-                                                    std::to_string(encoder.centroids[i]) +
-                                                    " is above " + std::to_string(q.qmax()));
+      require(encoder.centroids[i] <= q.qmax(), "centroid value % is above %", encoder.centroids[i],
+              q.qmax());
     }
     return;
   }
   size_t levels = 0;
   while ((1 << levels) < k) ++levels;
   for (size_t i = 0; i < codebooks * levels; ++i) {
-    require(encoder.splits[i] >= 0 && encoder.splits[i] < depth,
-            "split " + std::to_string(encoder.splits[i]) + " is outside its rows of " +
-                std::to_string(depth));
+    require(encoder.splits[i] >= 0 && encoder.splits[i] < depth, "split % is outside its rows of %",
+            encoder.splits[i], depth);
   }
   for (size_t i = 0; i < codebooks * (k - 1); ++i) {
-    require(encoder.thresholds[i] <= q.qmax() + 1, "threshold " +
-                                                       std::to_string(encoder.thresholds[i]) +
-                                                       " is above " + std::to_string(q.qmax() + 1));
+    require(encoder.thresholds[i] <= q.qmax() + 1, "threshold % is above %", encoder.thresholds[i],
+            q.qmax() + 1);
   }
 }
 
@@ -388,12 +381,12 @@ std::unique_ptr<Layer> make_pq(const Kernels& kernels, const StepArgs& args, boo
   const bool nearest = args.has("centroids");
   const std::string name = args.attrs.count("group") ? args.text("group") : "patch";
   require(name == "patch" || name == "row" || name == "pixel",
-          "group must be patch, row or pixel, not " + name);
+          "group must be patch, row or pixel, not %", name);
   const Group group = name == "row" ? Group::kRow : name == "pixel" ? Group::kPixel : Group::kPatch;
   const std::string by = args.attrs.count("distance") ? args.text("distance") : "l2";
   require(by == "l2" || by == "l1" || by == "chebyshev",
-          "distance must be l2, l1 or chebyshev, not " + by);
-  require(by == "l2" || nearest, "a tree measures no distance; give it l2, not " + by);
+          "distance must be l2, l1 or chebyshev, not %", by);
+  require(by == "l2" || nearest, "a tree measures no distance; give it l2, not %", by);
   require(args.has("splits") != nearest && args.has("thresholds") != nearest,
           "a layer has centroids, or splits and thresholds; give one of the two");
   PqShape s{.codebooks = static_cast<int32_t>(tables[0]),
@@ -429,8 +422,8 @@ std::unique_ptr<Layer> make_pq(const Kernels& kernels, const StepArgs& args, boo
 }  // namespace
 
 void pq_ops(OpRegistry& r) {
-  r.add("pq_conv2d", layer_operator(make_pq, false));
-  r.add("pq_linear", layer_operator(make_pq, true));
+  r.add("pq_conv2d", layer_operator<make_pq, false>());
+  r.add("pq_linear", layer_operator<make_pq, true>());
 }
 
 }  // namespace lutra

@@ -15,11 +15,11 @@ inline void check_scaled(const StepArgs& args) {
   const size_t sizes = args.integers("size").size();
   const bool scaled = high != 0.0 || wide != 0.0;
   require((sizes == 2) + scaled + (args.inputs.size() == 2) == 1 && (sizes == 0 || sizes == 2),
-          args.op + " needs a size, two scales or a second input, and only one of them");
+          "% needs a size, two scales or a second input, and only one of them", args.op);
   require(!scaled || (high > 0.0 && high <= kMaxFactor && wide > 0.0 && wide <= kMaxFactor),
-          args.op + " needs two scales above 0 and at most " + std::to_string(kMaxFactor));
+          "% needs two scales above 0 and at most %", args.op, kMaxFactor);
   // Smaller ones leave nothing of any image, and have no inverse in float32.
-  require(!scaled || (high >= 1e-12 && wide >= 1e-12), args.op + " needs larger scales");
+  require(!scaled || (high >= 1e-12 && wide >= 1e-12), "% needs larger scales", args.op);
 }
 
 }  // namespace lutra

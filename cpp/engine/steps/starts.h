@@ -13,9 +13,8 @@ namespace lutra {
 inline void check_starts(const int32_t* start, int64_t batch, int64_t tokens, int64_t positions) {
   for (int64_t n = 0; n < batch; ++n) {
     require(start[n] >= 0 && start[n] + tokens <= positions,
-            "sequence " + std::to_string(n) + " starts at token " + std::to_string(start[n]) +
-                " and gets " + std::to_string(tokens) + " more, but the table has " +
-                std::to_string(positions) + " positions");
+            "sequence % starts at token % and gets % more, but the table has % positions", n,
+            start[n], tokens, positions);
   }
 }
 

@@ -29,28 +29,27 @@ class AttentionStep : public Step {
  public:
   AttentionStep(const Kernels& kernels, AttentionSettings settings)
       : kernels_(kernels), s_(std::move(settings)) {
-    require(s_.heads >= 1, "attention: heads must be at least 1, not " + std::to_string(s_.heads));
+    require(s_.heads >= 1, "attention: heads must be at least 1, not %", s_.heads);
   }
 
   Shape infer(const Shapes& in) const override {
     const Shape &q = in[0], &k = in[1], &v = in[2];
     const std::string got =
         "attention got q " + q.text() + ", k " + k.text() + " and v " + v.text();
-    require(q.rank == 3 && k.rank == 3 && v.rank == 3, got + "; (N, tokens, features) is needed");
+    require(q.rank == 3 && k.rank == 3 && v.rank == 3, "%; (N, tokens, features) is needed", got);
     require(k[0] == q[0] && v[0] == q[0] && k[1] == v[1],
-            got + ": the samples, or the tokens of k and v, differ");
+            "%: the samples, or the tokens of k and v, differ", got);
     const int64_t width = features(q);
-    require(width >= 1 && width % s_.heads == 0, got + ": " + std::to_string(width) +
-                                                     " features are not a multiple of " +
-                                                     std::to_string(s_.heads) + " heads");
+    require(width >= 1 && width % s_.heads == 0, "%: % features are not a multiple of % heads", got,
+            width, s_.heads);
     for (int i = 0; i < 3; ++i) {
       require(s_.offset[i] >= 0 && s_.offset[i] + width <= in[static_cast<size_t>(i)][2],
-              got + ": features " + std::to_string(s_.offset[i]) + ".." +
-                  std::to_string(s_.offset[i] + width - 1) + " of one of them do not exist");
+              "%: features %..% of one of them do not exist", got, s_.offset[i],
+              s_.offset[i] + width - 1);
     }
     if (in.size() > 3) {
-      require(in[3] == Shape({q[0], k[1]}),
-              got + " and a mask " + in[3].text() + ", which is not (N, tokens of k)");
+      require(in[3] == Shape({q[0], k[1]}), "% and a mask %, which is not (N, tokens of k)", got,
+              in[3]);
     }
     return {q[0], q[1], width};
   }

@@ -40,7 +40,7 @@ class MeanStep : public FloatStep {
  public:
   MeanStep(std::vector<int> axes, bool keepdims) : reduced_(kMaxRank, false), keepdims_(keepdims) {
     for (int a : axes) {
-      require(a >= 1 && a < kMaxRank, "mean: axis " + std::to_string(a) + " is not 1..7");
+      require(a >= 1 && a < kMaxRank, "mean: axis % is not 1..7", a);
       reduced_[a] = true;
     }
   }
@@ -153,7 +153,7 @@ class ReshapeStep : public FloatStep {
     int64_t given = y.batch();  // elements without what is left for a size of -1
     for (int64_t d : shape_) given *= d < 0 ? 1 : d;
     for (int64_t d : shape_) y[y.rank++] = d < 0 && given > 0 ? in[0].size() / given : d;
-    require(y.size() == in[0].size(), "reshape: " + in[0].text() + " does not fit " + y.text());
+    require(y.size() == in[0].size(), "reshape: % does not fit %", in[0], y);
     return y;
   }
   void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t*,
@@ -226,11 +226,10 @@ class RegroupStep : public FloatStep {
   Shape infer(const Shapes& in) const override {
     Shape y{in[0].batch()};
     for (const int64_t size : sizes_) {
-      require(-size < in[0].rank,
-              "regroup: " + in[0].text() + " has no axis " + std::to_string(-size));
+      require(-size < in[0].rank, "regroup: % has no axis %", in[0], -size);
       y[y.rank++] = size < 0 ? in[0][static_cast<int>(-size)] : size;
     }
-    require(y.size() == in[0].size(), "regroup: " + in[0].text() + " does not fit " + y.text());
+    require(y.size() == in[0].size(), "regroup: % does not fit %", in[0], y);
     return y;
   }
   void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t*,
@@ -278,11 +277,10 @@ class SliceStep : public FloatStep {
   }
   Shape infer(const Shapes& in) const override {
     Shape y = in[0];
-    require(axis_ < y.rank, "slice: no axis " + std::to_string(axis_));
+    require(axis_ < y.rank, "slice: no axis %", axis_);
     const int64_t stop = stop_ < 0 ? y[axis_] + 1 + stop_ : stop_;
-    require(start_ < stop && stop <= y[axis_], "slice: nothing is left of axis " +
-                                                   std::to_string(axis_) + ", or it ends outside " +
-                                                   in[0].text());
+    require(start_ < stop && stop <= y[axis_],
+            "slice: nothing is left of axis %, or it ends outside %", axis_, in[0]);
     y[axis_] = (stop - start_ + step_ - 1) / step_;
     return y;
   }
@@ -310,7 +308,7 @@ class ConcatStep : public FloatStep {
   explicit ConcatStep(int axis) : axis_(axis) {}
   Shape infer(const Shapes& in) const override {
     Shape y = in[0];
-    require(axis_ > 0 && axis_ < y.rank, "concat: no axis " + std::to_string(axis_));
+    require(axis_ > 0 && axis_ < y.rank, "concat: no axis %", axis_);
     for (size_t i = 1; i < in.size(); ++i) {
       Shape other = in[i];
       require(other.rank == y.rank, "concat: the ranks differ");
@@ -374,8 +372,9 @@ int add_reshape(PlanBuilder& plan, const StepArgs& args) {
   if (std::count(sizes.begin(), sizes.end(), -1) > 1) {
     std::string text = "(N";
     for (const int64_t size : sizes) text += size < 0 ? ", ?" : ", " + std::to_string(size);
-    require(false, "its output has the shape " + text +
-                       "), but only one size of it may be known at run time only");
+    require(false,
+            "its output has the shape %), but only one size of it may be known at run time only",
+            text);
   }
   return add_step<ReshapeStep>(plan, args, std::move(sizes));
 }

@@ -37,8 +37,8 @@ void over_line(const float* a, int64_t sa, const float* b, int64_t sb, int64_t c
 
 class PairStep : public BlockStep {
  public:
-  PairStep(const Kernels& kernels, const char* name, bool broadcast, Line line)
-      : BlockStep(kernels), name_(name), broadcast_(broadcast), line_(line) {}
+  PairStep(const Kernels& kernels, std::string name, bool broadcast, Line line)
+      : BlockStep(kernels), name_(std::move(name)), broadcast_(broadcast), line_(line) {}
 
   Shape infer(const Shapes& in) const override {
     bool fits = in[0].rank == in[1].rank;
@@ -47,10 +47,10 @@ class PairStep : public BlockStep {
       if (broadcast_ && y[i] == 1) y[i] = in[1][i];
       fits = in[1][i] == y[i] || (broadcast_ && in[1][i] == 1);
     }
-    require(fits, std::string(name_) + ": the shapes " + in[0].text() + " and " + in[1].text() +
-                      (broadcast_ ? " do not fit each other: ranks must be equal, and sizes equal "
-                                    "or 1"
-                                  : " differ"));
+    require(fits, "%: the shapes % and %%", name_, in[0], in[1],
+            (broadcast_ ? " do not fit each other: ranks must be equal, and sizes equal "
+                          "or 1"
+                        : " differ"));
     return y;
   }
 
@@ -94,7 +94,7 @@ class PairStep : public BlockStep {
     return axes;
   }
 
-  const char* name_;
+  std::string name_;
   bool broadcast_;
   Line line_;
 };
@@ -112,9 +112,10 @@ class WhereStep : public BlockStep {
         if (y[i] == 1) y[i] = x[i];
         fits = x[i] == y[i] || x[i] == 1;
       }
-      require(fits, "where: the shapes " + in[0].text() + ", " + in[1].text() + " and " +
-                        in[2].text() + " do not fit each other: ranks must be equal, and sizes " +
-                        "equal or 1");
+      require(fits,
+              "where: the shapes %, % and % do not fit each other: ranks must be equal, and sizes "
+              "equal or 1",
+              in[0], in[1], in[2]);
     }
     return y;
   }
@@ -162,9 +163,8 @@ class ConstantStep : public FloatStep {
     require(shape_.rank <= kMaxRank, "constant: more than 8 axes");
     shape_[0] = 1;
     for (int i = 1; i < shape_.rank; ++i) shape_[i] = shape[static_cast<size_t>(i - 1)];
-    require(
-        shape_.size() == static_cast<int64_t>(value_.size()),
-        "constant: " + std::to_string(value_.size()) + " numbers for the shape " + shape_.text());
+    require(shape_.size() == static_cast<int64_t>(value_.size()),
+            "constant: % numbers for the shape %", value_.size(), shape_);
   }
   Shape infer(const Shapes& in) const override {
     Shape y = shape_;
@@ -198,16 +198,15 @@ class CastStep : public FloatStep {
 class TransposeStep : public FloatStep {
  public:
   explicit TransposeStep(std::vector<int> axes) : axes_(std::move(axes)) {
-    std::vector<int> sorted = axes_;
-    std::sort(sorted.begin(), sorted.end());
-    for (size_t i = 0; i < sorted.size(); ++i) {
-      require(sorted[i] == static_cast<int>(i), "transpose: its axes are no permutation");
+    for (int i = 0; i < static_cast<int>(axes_.size()); ++i) {
+      require(std::find(axes_.begin(), axes_.end(), i) != axes_.end(),
+              "transpose: its axes are no permutation");
     }
     require(!axes_.empty() && axes_[0] == 0, "transpose: the first axis must stay the first");
   }
   Shape infer(const Shapes& in) const override {
-    require(in[0].rank == static_cast<int>(axes_.size()),
-            "transpose: " + std::to_string(axes_.size()) + " axes for the shape " + in[0].text());
+    require(in[0].rank == static_cast<int>(axes_.size()), "transpose: % axes for the shape %",
+            axes_.size(), in[0]);
     Shape y = in[0];
     for (int i = 0; i < y.rank; ++i) y[i] = in[0][axes_[static_cast<size_t>(i)]];
     return y;
@@ -229,13 +228,12 @@ class ExpandStep : public FloatStep {
   explicit ExpandStep(std::vector<int64_t> shape) : shape_(std::move(shape)) {}
   Shape infer(const Shapes& in) const override {
     Shape y = in[0];
-    require(y.rank == static_cast<int>(shape_.size()) + 1,
-            "expand: " + std::to_string(shape_.size()) + " sizes for the shape " + y.text());
+    require(y.rank == static_cast<int>(shape_.size()) + 1, "expand: % sizes for the shape %",
+            shape_.size(), y);
     for (int i = 1; i < y.rank; ++i) {
       const int64_t size = shape_[static_cast<size_t>(i - 1)];
       require(size == 0 || size == y[i] || (size > 0 && y[i] == 1),
-              "expand: axis " + std::to_string(i) + " of " + y.text() + " cannot become " +
-                  std::to_string(size));
+              "expand: axis % of % cannot become %", i, y, size);
       if (size > 0) y[i] = size;
     }
     return y;
@@ -253,19 +251,18 @@ class ExpandStep : public FloatStep {
   std::vector<int64_t> shape_;
 };
 
-// Of every pair of elements; F is the arithmetic. Equal shapes are equal in every run, also where
-// their sizes are not known yet.
-Operator pair_operator(const char* name, Line line) {
-  return {.build =
-              [=](PlanBuilder& plan, const StepArgs& args) {
-                const bool equal = args.input_shapes[0] == args.input_shapes[1];
-                return add_step<PairStep>(plan, args, plan.kernels(), name, !equal, line);
-              },
-          .inputs = 2};
+// Equal shapes are equal in every run, also where their sizes are not known yet.
+int add_pair(PlanBuilder& plan, const StepArgs& args, Line line) {
+  const bool equal = args.input_shapes[0] == args.input_shapes[1];
+  return add_step<PairStep>(plan, args, plan.kernels(), args.op, !equal, line);
 }
+
+// Of every pair of elements; F, which has no state, is the arithmetic.
 template <class F>
-Operator pair_operator(const char* name, F) {
-  return pair_operator(name, static_cast<Line>(over_line<F>));
+Operator pair_operator(F) {
+  return {.build = [](PlanBuilder& plan,
+                      const StepArgs& args) { return add_pair(plan, args, over_line<F>); },
+          .inputs = 2};
 }
 
 int add_where(PlanBuilder& plan, const StepArgs& args) {
@@ -297,19 +294,16 @@ int add_expand(PlanBuilder& plan, const StepArgs& args) {
 }  // namespace
 
 void arithmetic_ops(OpRegistry& r) {
-  r.add("add", pair_operator("add", [](float a, float b) { return a + b; }));
-  r.add("sub", pair_operator("sub", [](float a, float b) { return a - b; }));
-  r.add("mul", pair_operator("mul", [](float a, float b) { return a * b; }));
-  r.add("div", pair_operator("div", [](float a, float b) { return a / b; }));
+  r.add("add", pair_operator([](float a, float b) { return a + b; }));
+  r.add("sub", pair_operator([](float a, float b) { return a - b; }));
+  r.add("mul", pair_operator([](float a, float b) { return a * b; }));
+  r.add("div", pair_operator([](float a, float b) { return a / b; }));
   // NaN where one is NaN
-  r.add("maximum",
-        pair_operator("maximum", [](float a, float b) { return a > b || a != a ? a : b; }));
-  r.add("minimum",
-        pair_operator("minimum", [](float a, float b) { return a < b || a != a ? a : b; }));
-  r.add("greater", pair_operator("greater", [](float a, float b) { return a > b ? 1.0f : 0.0f; }));
-  r.add("greater_equal",
-        pair_operator("greater_equal", [](float a, float b) { return a >= b ? 1.0f : 0.0f; }));
-  r.add("equal", pair_operator("equal", [](float a, float b) { return a == b ? 1.0f : 0.0f; }));
+  r.add("maximum", pair_operator([](float a, float b) { return a > b || a != a ? a : b; }));
+  r.add("minimum", pair_operator([](float a, float b) { return a < b || a != a ? a : b; }));
+  r.add("greater", pair_operator([](float a, float b) { return a > b ? 1.0f : 0.0f; }));
+  r.add("greater_equal", pair_operator([](float a, float b) { return a >= b ? 1.0f : 0.0f; }));
+  r.add("equal", pair_operator([](float a, float b) { return a == b ? 1.0f : 0.0f; }));
   r.add("where", {.build = add_where, .inputs = 3});
   r.add("constant", {.build = add_constant});
   r.add("affine_scalar", {.build = add_affine_scalar});

@@ -34,28 +34,25 @@ class CachedAttentionStep : public Step {
   CachedAttentionStep(const Kernels& kernels, DecoderAttention settings)
       : kernels_(kernels), s_(std::move(settings)) {
     require(s_.heads >= 1 && s_.kv_heads >= 1 && s_.heads % s_.kv_heads == 0,
-            "cached_attention: " + std::to_string(s_.kv_heads) + " heads of keys do not divide " +
-                std::to_string(s_.heads) + " heads");
+            "cached_attention: % heads of keys do not divide % heads", s_.kv_heads, s_.heads);
     require(s_.width >= 1 && s_.width % s_.heads == 0 && s_.length >= 1,
-            "cached_attention: " + std::to_string(s_.width) + " features are not a multiple of " +
-                std::to_string(s_.heads) + " heads");
+            "cached_attention: % features are not a multiple of % heads", s_.width, s_.heads);
   }
 
   Shape infer(const Shapes& in) const override {
     const Shape &q = in[0], &k = in[1], &v = in[2];
     const std::string got =
         "cached_attention got q " + q.text() + ", k " + k.text() + " and v " + v.text();
-    require(q.rank == 3 && k.rank == 3 && v.rank == 3, got + "; (N, tokens, features) is needed");
+    require(q.rank == 3 && k.rank == 3 && v.rank == 3, "%; (N, tokens, features) is needed", got);
     for (size_t i = 0; i < 3; ++i) {
       const int64_t features = i == 0 ? s_.width : s_.kv_heads * head();
-      require(in[i][0] == q[0] && in[i][1] == q[1], got + ": samples or tokens differ");
+      require(in[i][0] == q[0] && in[i][1] == q[1], "%: samples or tokens differ", got);
       require(s_.offset[i] >= 0 && s_.offset[i] + features <= in[i][2],
-              got + ": features " + std::to_string(s_.offset[i]) + ".." +
-                  std::to_string(s_.offset[i] + features - 1) + " of one of them do not exist");
+              "%: features %..% of one of them do not exist", got, s_.offset[i],
+              s_.offset[i] + features - 1);
     }
-    require(in[3] == Shape({q[0]}), got + " and starts " + in[3].text() + ", which are not (N)");
-    require(q[1] <= s_.length,
-            got + ": a sequence has " + std::to_string(s_.length) + " tokens at most");
+    require(in[3] == Shape({q[0]}), "% and starts %, which are not (N)", got, in[3]);
+    require(q[1] <= s_.length, "%: a sequence has % tokens at most", got, s_.length);
     return {q[0], q[1], s_.width};
   }
 
@@ -112,12 +109,11 @@ class CachedAttentionStep : public Step {
       const std::string where =
           "sequence " + std::to_string(n) + " starts at token " + std::to_string(start[n]);
       const int64_t filled = r.past ? r.past->filled[static_cast<size_t>(r.first + n)] : 0;
-      require(start[n] >= 0 && start[n] <= filled,
-              where + (r.past ? ", but the cache holds " + std::to_string(filled) + " tokens of it"
-                              : ", but the run has no cache: start at 0"));
-      require(start[n] + tokens <= s_.length, where + " and gets " + std::to_string(tokens) +
-                                                  " more, but may have " +
-                                                  std::to_string(s_.length) + " at most");
+      require(start[n] >= 0 && start[n] <= filled, "%%", where,
+              (r.past ? ", but the cache holds " + std::to_string(filled) + " tokens of it"
+                      : ", but the run has no cache: start at 0"));
+      require(start[n] + tokens <= s_.length, "% and gets % more, but may have % at most", where,
+              tokens, s_.length);
     }
   }
 
@@ -210,8 +206,7 @@ class PickTokensStep : public FloatStep {
  public:
   Shape infer(const Shapes& in) const override {
     require(in[0].rank == 3 && in[1].rank == 2 && in[1][0] == in[0][0],
-            "pick_tokens got x " + in[0].text() + " and an index " + in[1].text() +
-                "; (N, T, D) and (N, P) are needed");
+            "pick_tokens got x % and an index %; (N, T, D) and (N, P) are needed", in[0], in[1]);
     return {in[0][0], in[1][1], in[0][2]};
   }
   bool reads_integers(size_t input) const override { return input == 1; }
@@ -223,8 +218,8 @@ class PickTokensStep : public FloatStep {
     const int32_t* const index = integers_of(in[1]);  // stored (P, N)
     for (int64_t i = 0; i < samples * picks; ++i) {
       require(index[i] >= 0 && index[i] < tokens,
-              "token " + std::to_string(index[i]) + " of sequence " + std::to_string(i % samples) +
-                  " is picked, and the run has the tokens 0.." + std::to_string(tokens - 1));
+              "token % of sequence % is picked, and the run has the tokens 0..%", index[i],
+              i % samples, tokens - 1);
     }
     pool.run(static_cast<size_t>(out_shape[2]),
              static_cast<double>(out_shape.size()) / kCopiedPerMicrosecond, [&](size_t item, int) {

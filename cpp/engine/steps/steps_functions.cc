@@ -18,8 +18,8 @@ constexpr std::pair<const char*, Function> kFunctions[] = {
 
 int32_t checked_entries(const char* what, int64_t slopes, int64_t intercepts) {
   require(is_one_of(slopes, kFunctionEntries) && intercepts == slopes,
-          std::string(what) + ": a table needs 8, 16 or 32 slopes and as many intercepts, not " +
-              std::to_string(slopes) + " and " + std::to_string(intercepts));
+          "%: a table needs 8, 16 or 32 slopes and as many intercepts, not % and %", what, slopes,
+          intercepts);
   return static_cast<int32_t>(slopes);
 }
 
@@ -60,8 +60,7 @@ class ElementwiseStep : public BlockStep {
   Shape infer(const Shapes& in) const override {
     const int64_t channels = function_->channels();
     require(channels == 0 || (in[0].rank >= 2 && in[0][1] == channels),
-            "a function of each of " + std::to_string(channels) + " channels got the shape " +
-                in[0].text());
+            "a function of each of % channels got the shape %", channels, in[0]);
     return in[0];
   }
   ElementwisePtr elementwise() const override { return function_; }
@@ -101,13 +100,12 @@ Segments checked_segments(const char* what, const Tensor<float>& slope,
 Piecewise checked_piecewise(const Tensor<float>& breakpoint, const Tensor<float>& slope,
                             const Tensor<float>& intercept) {
   const int32_t entries = checked_entries("piecewise", slope[0], intercept[0]);
-  require(breakpoint[0] == entries - 1, "piecewise: " + std::to_string(entries) + " entries need " +
-                                            std::to_string(entries - 1) + " breakpoints, not " +
-                                            std::to_string(breakpoint[0]));
+  require(breakpoint[0] == entries - 1, "piecewise: % entries need % breakpoints, not %", entries,
+          entries - 1, breakpoint[0]);
   for (int32_t i = 0; i < entries - 1; ++i) {
     const float* const b = breakpoint.data;
     require(b[i] == b[i] && (i == 0 || b[i - 1] <= b[i]),
-            "piecewise: the breakpoints must ascend, and entry " + std::to_string(i) + " does not");
+            "piecewise: the breakpoints must ascend, and entry % does not", i);
   }
   return {.entries = entries,
           .breakpoint = breakpoint.data,
@@ -116,9 +114,10 @@ Piecewise checked_piecewise(const Tensor<float>& breakpoint, const Tensor<float>
 }
 
 LineTable line_table(const StepArgs& args, const std::string& function) {
-  if (!args.has(function + "_slope") && !args.has(function + "_intercept")) return {};
-  const Tensor<float> slope = args.tensor<float>(function + "_slope", 1);
-  const Tensor<float> intercept = args.tensor<float>(function + "_intercept", 1);
+  const std::string slopes = function + "_slope", intercepts = function + "_intercept";
+  if (!args.has(slopes.c_str()) && !args.has(intercepts.c_str())) return {};
+  const Tensor<float> slope = args.tensor<float>(slopes.c_str(), 1);
+  const Tensor<float> intercept = args.tensor<float>(intercepts.c_str(), 1);
   checked_segments(args.op.c_str(), slope, intercept);
   return {slope.values(), intercept.values()};
 }
@@ -126,7 +125,7 @@ LineTable line_table(const StepArgs& args, const std::string& function) {
 ExpTables exp_tables(const StepArgs& args) {
   ExpTables tables{line_table(args, "exp"), line_table(args, "reciprocal")};
   require(tables.exp.empty() == tables.reciprocal.empty(),
-          args.op + ": exp and reciprocal are both tables, or neither is");
+          "%: exp and reciprocal are both tables, or neither is", args.op);
   return tables;
 }
 

@@ -19,14 +19,13 @@ class GroupNormStep : public FloatStep {
   GroupNormStep(int64_t groups, float eps, std::vector<float> weight, std::vector<float> bias)
       : groups_(groups), eps_(eps), weight_(std::move(weight)), bias_(std::move(bias)) {
     require(weight_.size() == bias_.size(), "group_norm: weight and bias differ in length");
-    require(groups >= 1 && channels() % groups == 0, "group_norm: " + std::to_string(groups) +
-                                                         " groups do not divide " +
-                                                         std::to_string(channels()) + " channels");
+    require(groups >= 1 && channels() % groups == 0,
+            "group_norm: % groups do not divide % channels", groups, channels());
   }
 
   Shape infer(const Shapes& in) const override {
-    require(in[0].rank >= 2 && in[0][1] == channels(),
-            "group_norm over " + std::to_string(channels()) + " channels got " + in[0].text());
+    require(in[0].rank >= 2 && in[0][1] == channels(), "group_norm over % channels got %",
+            channels(), in[0]);
     return in[0];
   }
   size_t parameter_bytes() const override {

@@ -57,8 +57,8 @@ class PixelShuffleStep : public FloatStep {
   }
   Shape infer(const Shapes& in) const override {
     const Shape& x = in[0];
-    require(x.rank == 4 && x[1] % (factor_ * factor_) == 0,
-            "a pixel shuffle by " + std::to_string(factor_) + " got the shape " + x.text());
+    require(x.rank == 4 && x[1] % (factor_ * factor_) == 0, "a pixel shuffle by % got the shape %",
+            factor_, x);
     return {x[0], x[1] / (factor_ * factor_), x[2] * factor_, x[3] * factor_};
   }
   StepPtr on_bytes() const override;
@@ -148,10 +148,10 @@ class UpsampleStep : public FloatStep {
 
   Shape infer(const Shapes& in) const override {
     const Shape& x = in[0];
-    require(x.rank == 4, "an upsampling got the shape " + x.text());
+    require(x.rank == 4, "an upsampling got the shape %", x);
     Shape y = x;
     if (u_.like) {
-      require(in[1].rank == 4, "an upsampling got the shape " + in[1].text());
+      require(in[1].rank == 4, "an upsampling got the shape %", in[1]);
       y[2] = in[1][2];
       y[3] = in[1][3];
     } else if (u_.height > 0) {
@@ -161,7 +161,7 @@ class UpsampleStep : public FloatStep {
       y[2] = static_cast<int64_t>(std::floor(static_cast<double>(x[2]) * u_.scale_h));
       y[3] = static_cast<int64_t>(std::floor(static_cast<double>(x[3]) * u_.scale_w));
     }
-    require(y[2] > 0 && y[3] > 0, "an upsampling leaves nothing of " + x.text());
+    require(y[2] > 0 && y[3] > 0, "an upsampling leaves nothing of %", x);
     return y;
   }
 
@@ -283,7 +283,7 @@ int add_pixel_shuffle(PlanBuilder& plan, const StepArgs& args) {
 Upsample upsample_mode(const std::string& name) {
   if (name == "nearest") return Upsample::kNearest;
   if (name == "nearest-exact") return Upsample::kNearestExact;
-  require(name == "bilinear", "unknown upsampling " + name);
+  require(name == "bilinear", "unknown upsampling %", name);
   return Upsample::kBilinear;
 }
 

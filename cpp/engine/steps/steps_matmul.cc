@@ -24,14 +24,14 @@ class MatmulStep : public Step {
     const Shape &a = in[0], &b = in[1];
     const std::string shapes = a.text() + " and " + b.text();
     require(a.rank == b.rank && a.rank >= 3,
-            "matmul: the shapes " + shapes + " must have the same rank of at least 3");
+            "matmul: the shapes % must have the same rank of at least 3", shapes);
     const int last = a.rank - 1;
     require(a[last - (transpose_a_ ? 1 : 0)] == b[last - (transpose_b_ ? 0 : 1)],
-            "matmul: the inner sizes of " + shapes + " differ");
+            "matmul: the inner sizes of % differ", shapes);
     Shape y = a;
     for (int i = 0; i < last - 1; ++i) {
-      require(a[i] == b[i] || a[i] == 1 || b[i] == 1,
-              "matmul: axis " + std::to_string(i) + " of " + shapes + " is neither equal nor 1");
+      require(a[i] == b[i] || a[i] == 1 || b[i] == 1, "matmul: axis % of % is neither equal nor 1",
+              i, shapes);
       y[i] = a[i] == 1 ? b[i] : a[i];
     }
     y[last - 1] = a[last - (transpose_a_ ? 0 : 1)];

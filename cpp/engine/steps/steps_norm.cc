@@ -39,9 +39,8 @@ class NormStep : public Step {
         rsqrt_(std::move(rsqrt)) {}
 
   Shape infer(const Shapes& in) const override {
-    require(
-        in[0].rank >= 2 && in[0][in[0].rank - 1] == width(),
-        std::string(name_) + " over " + std::to_string(width()) + " features got " + in[0].text());
+    require(in[0].rank >= 2 && in[0][in[0].rank - 1] == width(), "% over % features got %", name_,
+            width(), in[0]);
     return in[0];
   }
   int max_quantized() const override { return kMaxQuantized; }
@@ -123,7 +122,7 @@ class SoftmaxStep : public FloatStep {
       : kernels_(kernels), axis_(axis), exp_(std::move(exp)), reciprocal_(std::move(reciprocal)) {}
 
   Shape infer(const Shapes& in) const override {
-    require(axis_ > 0 && axis_ < in[0].rank, "softmax: no axis " + std::to_string(axis_));
+    require(axis_ > 0 && axis_ < in[0].rank, "softmax: no axis %", axis_);
     return in[0];
   }
   std::string method(const Shapes&) const override {

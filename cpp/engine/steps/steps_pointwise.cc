@@ -20,15 +20,15 @@ class Pointwise : public Elementwise {
 };
 
 template <class F>
-int add_pointwise(PlanBuilder& plan, const StepArgs& args, F f) {
+int add_pointwise(PlanBuilder& plan, const StepArgs& args, const F& f) {
   return plan.add_step(elementwise_step(plan.kernels(), std::make_shared<Pointwise<F>>(f)),
                        args.inputs);
 }
 
-template <class F>
-Operator pointwise(F f) {
-  return {.build = [=](PlanBuilder& plan, const StepArgs& args) {
-    return add_pointwise(plan, args, f);
+template <class F>  // without state
+Operator pointwise(F) {
+  return {.build = [](PlanBuilder& plan, const StepArgs& args) {
+    return add_pointwise(plan, args, F());
   }};
 }
 

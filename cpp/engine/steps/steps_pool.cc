@@ -44,10 +44,10 @@ class PoolStep : public FloatStep {
 
   Shape infer(const Shapes& in) const override {
     const Shape& x = in[0];
-    require(x.rank == 4, "a 2-D pooling got the shape " + x.text());
+    require(x.rank == 4, "a 2-D pooling got the shape %", x);
     const Shape y{x[0], x[1], out(high(x), g_.kernel_h, g_.stride_h, g_.pad_h, g_.dilation_h),
                   out(wide(x), g_.kernel_w, g_.stride_w, g_.pad_w, g_.dilation_w)};
-    require(y[2] > 0 && y[3] > 0, "the pooling window is larger than the padded image " + x.text());
+    require(y[2] > 0 && y[3] > 0, "the pooling window is larger than the padded image %", x);
     return y;
   }
 
@@ -229,7 +229,7 @@ class AdaptivePoolStep : public FloatStep {
  public:
   AdaptivePoolStep(Pool kind, int64_t h, int64_t w) : kind_(kind), h_(h), w_(w) {}
   Shape infer(const Shapes& in) const override {
-    require(in[0].rank == 4, "a 2-D pooling got the shape " + in[0].text());
+    require(in[0].rank == 4, "a 2-D pooling got the shape %", in[0]);
     return {in[0][0], in[0][1], h_, w_};
   }
   void run(const Shapes& shapes, const Inputs& in, const Shape& y, float* out, uint8_t*,
@@ -265,8 +265,8 @@ class AdaptivePoolStep : public FloatStep {
 Border border_of(const StepArgs& args) {
   if (args.attrs.count("border") == 0) return {};
   const Sizes& sizes = args.integers("border");
-  require(sizes.size() == 4, args.op + " needs four integers as the attribute 'border'");
-  for (const int64_t size : sizes) require(size >= 0, args.op + ": a border is negative");
+  require(sizes.size() == 4, "% needs four integers as the attribute 'border'", args.op);
+  for (const int64_t size : sizes) require(size >= 0, "%: a border is negative", args.op);
   return {sizes[0], sizes[1], sizes[2], sizes[3], args.float32("border_value")};
 }
 

@@ -32,13 +32,12 @@ class RotaryStep : public FloatStep {
   Shape infer(const Shapes& in) const override {
     const Shape& x = in[0];
     require(in.size() == 1 || in[1] == Shape({x[0]}),
-            "rotary got the shape " + x.text() + " and starts that are not (N)");
-    require(x.rank == 3 && x[2] == heads_ * width_, "rotary of " + std::to_string(heads_) +
-                                                        " heads of " + std::to_string(width_) +
-                                                        " features got the shape " + x.text());
-    require(x[1] <= length_, "sequences of " + std::to_string(x[1]) +
-                                 " are too long; the longest that its table has positions for is " +
-                                 std::to_string(length_));
+            "rotary got the shape % and starts that are not (N)", x);
+    require(x.rank == 3 && x[2] == heads_ * width_,
+            "rotary of % heads of % features got the shape %", heads_, width_, x);
+    require(x[1] <= length_,
+            "sequences of % are too long; the longest that its table has positions for is %", x[1],
+            length_);
     return x;
   }
   size_t parameter_bytes() const override { return (cos_.size() + sin_.size()) * sizeof(float); }
@@ -92,11 +91,10 @@ class RelativeBiasStep : public FloatStep {
 
   Shape infer(const Shapes& in) const override {
     const Shape& x = in[0];
-    require(x.rank == 4 && x[1] == heads_,
-            "relative_bias of " + std::to_string(heads_) + " heads got the shape " + x.text());
+    require(x.rank == 4 && x[1] == heads_, "relative_bias of % heads got the shape %", heads_, x);
     require(x[2] <= length_ && x[3] <= length_,
-            "scores of " + x.text() + " are too long; the longest that its table has distances " +
-                "for is " + std::to_string(length_));
+            "scores of % are too long; the longest that its table has distances for is %", x,
+            length_);
     return x;
   }
   size_t parameter_bytes() const override { return weight_.size() * sizeof(float); }

@@ -160,26 +160,22 @@ class RecurrentStep : public FloatStep {
         from_state_(*state_matrix_),
         hidden_(from_state_.depth()),
         gates_(gates),
-        states_(states),
         parts_(parts),
         reverse_(args.flag("reverse")) {
     const int64_t wanted = gates * hidden_;
     require(from_state_.outputs() == wanted && from_input_.outputs() == wanted,
-            name_ + ": for " + std::to_string(hidden_) + " hidden values both weights must have " +
-                std::to_string(wanted) + " rows");
+            "%: for % hidden values both weights must have % rows", name_, hidden_, wanted);
     require(args.inputs.size() == 1 || args.inputs.size() == 1 + states,
-            name_ + " takes an input and " + std::to_string(states) + " states, or no state");
+            "% takes an input and % states, or no state", name_, states);
   }
 
   Shape infer(const Shapes& in) const override {
     const Shape& x = in[0];
-    require(x.rank == 3 && x[2] == from_input_.depth(), name_ + " of " +
-                                                            std::to_string(from_input_.depth()) +
-                                                            " features got the shape " + x.text());
+    require(x.rank == 3 && x[2] == from_input_.depth(), "% of % features got the shape %", name_,
+            from_input_.depth(), x);
     for (size_t i = 1; i < in.size(); ++i) {
       require(in[i].rank == 2 && in[i][0] == x[0] && in[i][1] == hidden_,
-              name_ + " of " + std::to_string(hidden_) + " hidden values got a state " +
-                  in[i].text() + " for the input " + x.text());
+              "% of % hidden values got a state % for the input %", name_, hidden_, in[i], x);
     }
     return {x[0], x[1], parts_ * hidden_};
   }
@@ -241,26 +237,27 @@ class RecurrentStep : public FloatStep {
   static std::unique_ptr<Matrix> matrix(const Kernels& kernels, const StepArgs& args,
                                         const std::string& side, const std::string& grid,
                                         int64_t gates) {
-    const Tensor<float> bias = args.tensor<float>("bias_" + side, 1);
+    const Tensor<float> bias = args.tensor<float>(("bias_" + side).c_str(), 1);
     const auto checked = [&](int64_t rows) {
-      require(rows == bias[0] && rows % gates == 0, args.op + ": weight_" + side + " and bias_" +
-                                                        side + " must have a row for each gate");
+      require(rows == bias[0] && rows % gates == 0,
+              "%: weight_% and bias_% must have a row for each gate", args.op, side, side);
     };
     if (args.attrs.count(grid + "_scale") == 0) {
-      const Tensor<float> weight = args.tensor<float>("weight_" + side, 2);
+      const Tensor<float> weight = args.tensor<float>(("weight_" + side).c_str(), 2);
       checked(weight[0]);
       return std::make_unique<FloatMatrix>(kernels, weight, bias.values());
     }
-    const Tensor<int8_t> weight = args.tensor<int8_t>("weight_" + side, 2);
-    const Tensor<float> scale = args.tensor<float>("scale_" + side, 1);
+    const Tensor<int8_t> weight = args.tensor<int8_t>(("weight_" + side).c_str(), 2);
+    const Tensor<float> scale = args.tensor<float>(("scale_" + side).c_str(), 1);
     checked(weight[0]);
-    require(scale[0] == bias[0], args.op + ": scale_" + side + " must have a row for each gate");
-    const Quantization q{args.float32(grid + "_scale"), args.int32(grid + "_zero"),
-                         args.int32(grid + "_bits")};
+    require(scale[0] == bias[0], "%: scale_% must have a row for each gate", args.op, side);
+    const Quantization q{args.float32((grid + "_scale").c_str()),
+                         args.int32((grid + "_zero").c_str()),
+                         args.int32((grid + "_bits").c_str())};
     require(q.bits >= 1 && q.bits <= kMaxActBits && q.zero >= 0 && q.zero <= q.qmax() &&
                 q.scale > 0 && weight[1] <= kMaxInt8Depth,
-            args.op + ": a grid of " + std::to_string(q.bits) + " bits with the zero point " +
-                std::to_string(q.zero) + " for rows of " + std::to_string(weight[1]));
+            "%: a grid of % bits with the zero point % for rows of %", args.op, q.bits, q.zero,
+            weight[1]);
     return std::make_unique<Int8Matrix>(kernels, weight, q, scale.values(), bias.values());
   }
 
@@ -302,7 +299,6 @@ class RecurrentStep : public FloatStep {
   std::unique_ptr<Matrix> input_matrix_, state_matrix_;
   const Matrix &from_input_, &from_state_;
   int64_t hidden_, gates_;
-  size_t states_;
   int64_t parts_;
   bool reverse_;
 };

@@ -43,8 +43,7 @@ class ReduceStep : public FloatStep {
   ReduceStep(const char* name, const std::vector<int>& axes, bool keepdims)
       : reduced_(kMaxRank, false), keepdims_(keepdims) {
     for (int a : axes) {
-      require(a >= 1 && a < kMaxRank,
-              std::string(name) + ": axis " + std::to_string(a) + " is not 1..7");
+      require(a >= 1 && a < kMaxRank, "%: axis % is not 1..7", name, a);
       reduced_[static_cast<size_t>(a)] = true;
     }
   }
@@ -204,10 +203,10 @@ class L2NormStep : public ReduceStep {
 class CumulativeSumStep : public FloatStep {
  public:
   explicit CumulativeSumStep(int axis) : axis_(axis) {
-    require(axis >= 1 && axis < kMaxRank, "cumsum: axis " + std::to_string(axis) + " is not 1..7");
+    require(axis >= 1 && axis < kMaxRank, "cumsum: axis % is not 1..7", axis);
   }
   Shape infer(const Shapes& in) const override {
-    require(axis_ < in[0].rank, "cumsum: no axis " + std::to_string(axis_) + " in " + in[0].text());
+    require(axis_ < in[0].rank, "cumsum: no axis % in %", axis_, in[0]);
     return in[0];
   }
   void run(const Shapes& shapes, const Inputs& in, const Shape&, float* out, uint8_t*,

@@ -39,8 +39,8 @@ class BicubicStep : public FloatStep {
 
   Shape infer(const Shapes& in) const override {
     const Shape& x = in[0];
-    require(x.rank == 4, "an upsampling got the shape " + x.text());
-    require(!like_ || in[1].rank == 4, "an upsampling got the shape " + in.back().text());
+    require(x.rank == 4, "an upsampling got the shape %", x);
+    require(!like_ || in[1].rank == 4, "an upsampling got the shape %", in.back());
     Shape y = x;
     for (int i = 0; i < 2; ++i) {
       const size_t k = static_cast<size_t>(i);
@@ -49,7 +49,7 @@ class BicubicStep : public FloatStep {
                      ? size_[k]
                      : static_cast<int64_t>(std::floor(static_cast<double>(x[2 + i]) * scale_[k]));
     }
-    require(y[2] > 0 && y[3] > 0, "an upsampling leaves nothing of " + x.text());
+    require(y[2] > 0 && y[3] > 0, "an upsampling leaves nothing of %", x);
     return y;
   }
 
@@ -152,9 +152,8 @@ class GridSampleStep : public FloatStep {
   Shape infer(const Shapes& in) const override {
     const Shape &x = in[0], &grid = in[1];
     require(x.rank == 4 && grid.rank == 4 && grid[3] == 2 && grid[0] == x[0],
-            "grid_sample of " + x.text() + " got a grid " + grid.text() +
-                "; it takes (N, C, H, W) and (N, H', W', 2)");
-    require(x[2] > 0 && x[3] > 0, "grid_sample got an empty image " + x.text());
+            "grid_sample of % got a grid %; it takes (N, C, H, W) and (N, H', W', 2)", x, grid);
+    require(x[2] > 0 && x[3] > 0, "grid_sample got an empty image %", x);
     return {x[0], x[1], grid[1], grid[2]};
   }
   // The points of a line for every worker.
@@ -256,9 +255,9 @@ int add_bicubic(PlanBuilder& plan, const StepArgs& args) {
 
 int add_grid_sample(PlanBuilder& plan, const StepArgs& args) {
   const std::string &mode = args.text("mode"), &padding = args.text("padding");
-  require(mode == "bilinear" || mode == "nearest", "grid_sample: unknown mode " + mode);
+  require(mode == "bilinear" || mode == "nearest", "grid_sample: unknown mode %", mode);
   require(padding == "zeros" || padding == "border" || padding == "reflection",
-          "grid_sample: unknown padding " + padding);
+          "grid_sample: unknown padding %", padding);
   const Outside outside = padding == "zeros"    ? Outside::kZeros
                           : padding == "border" ? Outside::kBorder
                                                 : Outside::kReflection;

@@ -49,11 +49,8 @@ class TopkStep : public FloatStep {
 
   Shape infer(const Shapes& in) const override {
     Shape y = in[0];
-    require(axis_ >= 1 && axis_ < y.rank,
-            "topk: no axis " + std::to_string(axis_) + " in " + y.text());
-    require(k_ <= y[axis_], "topk of " + std::to_string(k_) + " entries got " +
-                                std::to_string(y[axis_]) + " on axis " + std::to_string(axis_) +
-                                " of " + y.text());
+    require(axis_ >= 1 && axis_ < y.rank, "topk: no axis % in %", axis_, y);
+    require(k_ <= y[axis_], "topk of % entries got % on axis % of %", k_, y[axis_], axis_, y);
     y[axis_] = k_;
     return y;
   }
@@ -113,14 +110,13 @@ class TakeAlongStep : public FloatStep {
     const Shape &x = in[0], &index = in[1];
     const std::string shapes = x.text() + " by " + index.text();
     require(x.rank == index.rank && axis_ >= 1 && axis_ < x.rank,
-            "take_along of " + shapes + " on axis " + std::to_string(axis_) +
-                ": both must have that axis, and the same rank");
+            "take_along of % on axis %: both must have that axis, and the same rank", shapes,
+            axis_);
     Shape y = x;
     y[axis_] = index[axis_];
     for (int i = 0; i < x.rank; ++i) {
       require(i == axis_ || index[i] == x[i] || (i > 0 && index[i] == 1),
-              "take_along of " + shapes + ": axis " + std::to_string(i) +
-                  " of the index must be equal or 1");
+              "take_along of %: axis % of the index must be equal or 1", shapes, i);
     }
     return y;
   }
@@ -143,15 +139,20 @@ class TakeAlongStep : public FloatStep {
                float* const target = out + lines.place(line, to);
                for (int64_t i = 0; i < y[axis_]; ++i) {
                  const float k = order[i * by[axis_]];
-                 require(k >= 0.0f && k < static_cast<float>(x[axis_]),
-                         "take_along: the index " + std::to_string(k) + " is outside axis " +
-                             std::to_string(axis_) + " of " + x.text());
+                 if (!(k >= 0.0f && k < static_cast<float>(x[axis_]))) refuse(k, x);
                  target[i * to[axis_]] = source[static_cast<int64_t>(k) * from[axis_]];
                }
              });
   }
 
  private:
+  [[noreturn]] void refuse(float k, const Shape& x) const {
+    if (!(std::fabs(k) < 0x1p62f)) {
+      fail("take_along: an index is no whole number, and axis % of % has %", {axis_, x, x[axis_]});
+    }
+    fail("take_along: the index % is outside axis % of %", {static_cast<int64_t>(k), axis_, x});
+  }
+
   int axis_;
 };
 
@@ -163,8 +164,7 @@ class FromEndStep : public FloatStep {
   Shape infer(const Shapes& in) const override {
     const Shape& x = in[0];
     require(axis_ >= 1 && axis_ < x.rank && back_ >= 1 && back_ <= x[axis_],
-            "from_end: axis " + std::to_string(axis_) + " of " + x.text() + " has no entry " +
-                std::to_string(back_) + " from its end");
+            "from_end: axis % of % has no entry % from its end", axis_, x, back_);
     Shape y;
     for (int i = 0; i < x.rank; ++i) {
       if (i != axis_) y[y.rank++] = x[i];
@@ -195,8 +195,7 @@ class FlipStep : public FloatStep {
   explicit FlipStep(int axis) : axis_(axis) {}
 
   Shape infer(const Shapes& in) const override {
-    require(axis_ >= 1 && axis_ < in[0].rank,
-            "flip: " + in[0].text() + " has no axis " + std::to_string(axis_));
+    require(axis_ >= 1 && axis_ < in[0].rank, "flip: % has no axis %", in[0], axis_);
     return in[0];
   }
 

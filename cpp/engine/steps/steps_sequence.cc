@@ -22,11 +22,11 @@ struct Positions {
 
   void check(const Shape& x) const {
     require(x.rank == 3 && x[2] == features,
-            "a position embedding of " + std::to_string(features) + " features got the shape " +
-                x.text() + "; it takes (N, T, " + std::to_string(features) + ")");
-    require(x[1] <= length, "sequences of " + std::to_string(x[1]) +
-                                " are too long; the longest that its table has positions for is " +
-                                std::to_string(length));
+            "a position embedding of % features got the shape %; it takes (N, T, %)", features, x,
+            features);
+    require(x[1] <= length,
+            "sequences of % are too long; the longest that its table has positions for is %", x[1],
+            length);
   }
 };
 
@@ -43,7 +43,7 @@ class PositionStep : public FloatStep {
   Shape infer(const Shapes& in) const override {
     positions_.check(in[0]);
     require(in.size() == 1 || in[1] == Shape({in[0][0]}),
-            "a position embedding got the shape " + in[0].text() + " and starts that are not (N)");
+            "a position embedding got the shape % and starts that are not (N)", in[0]);
     return in[0];
   }
   size_t parameter_bytes() const override { return planes_.size() * sizeof(float); }
@@ -100,7 +100,7 @@ class EmbeddingStep : public FloatStep {
   bool reads_integers(size_t) const override { return integers_; }
   Shape infer(const Shapes& in) const override {
     Shape y = in[0];
-    require(y.rank < kMaxRank, "an embedding of ids " + y.text() + " has more than 8 axes");
+    require(y.rank < kMaxRank, "an embedding of ids % has more than 8 axes", y);
     y[y.rank++] = features_;
     if (positions_) positions_->check(y);
     return y;
@@ -141,9 +141,8 @@ class EmbeddingStep : public FloatStep {
     if (!integers_) round_ids(sorted, count);
     const int32_t* const id = integers_of(sorted);
     for (int64_t i = 0; i < count; ++i) {
-      require(id[i] >= 0 && id[i] < rows_, "the id " + std::to_string(id[i]) +
-                                               " is outside its table of " + std::to_string(rows_) +
-                                               " rows, 0.." + std::to_string(rows_ - 1));
+      require(id[i] >= 0 && id[i] < rows_, "the id % is outside its table of % rows, 0..%", id[i],
+              rows_, rows_ - 1);
     }
     uint8_t* const blocks = workspace + ids_bytes(count);
     pool.run(static_cast<size_t>((count + kTokens - 1) / kTokens),
@@ -215,8 +214,7 @@ class MaskedMeanStep : public FloatStep {
   Shape infer(const Shapes& in) const override {
     const Shape &x = in[0], &mask = in[1];
     require(x.rank == 3 && mask.rank == 2 && mask[0] == x[0] && mask[1] == x[1],
-            "a masked mean of " + x.text() + " got a mask " + mask.text() +
-                "; it takes (N, T, D) and (N, T)");
+            "a masked mean of % got a mask %; it takes (N, T, D) and (N, T)", x, mask);
     return {x[0], x[2]};
   }
   size_t workspace(const Shapes& in, int) const override {
@@ -270,15 +268,13 @@ class GatherStep : public FloatStep {
  public:
   GatherStep(std::vector<int32_t> index, int axis) : index_(std::move(index)), axis_(axis) {
     require(!index_.empty(), "gather: it takes nothing");
-    require(axis >= 1 && axis < kMaxRank, "gather: axis " + std::to_string(axis) + " is not 1..7");
+    require(axis >= 1 && axis < kMaxRank, "gather: axis % is not 1..7", axis);
   }
   Shape infer(const Shapes& in) const override {
     Shape y = in[0];
-    require(axis_ < y.rank, "gather: no axis " + std::to_string(axis_) + " in " + y.text());
+    require(axis_ < y.rank, "gather: no axis % in %", axis_, y);
     for (const int32_t i : index_) {
-      require(i >= 0 && i < y[axis_], "gather: the index " + std::to_string(i) +
-                                          " is outside axis " + std::to_string(axis_) + " of " +
-                                          y.text());
+      require(i >= 0 && i < y[axis_], "gather: the index % is outside axis % of %", i, axis_, y);
     }
     y[axis_] = static_cast<int64_t>(index_.size());
     return y;
