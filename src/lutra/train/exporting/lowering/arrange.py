@@ -31,6 +31,7 @@ from lutra.train.exporting.lowering.core import (
 )
 from lutra.train.exporting.lowering.deferred import computed
 from lutra.train.exporting.lowering.operands import constant, is_activation, operand
+from lutra.train.exporting.lowering.rows import of_constant
 from lutra.train.exporting.lowering.select import of_each_sample
 from lutra.train.exporting.lowering.values import REPEATED, Atom
 
@@ -248,21 +249,29 @@ def _rolled(ctx: Lowering, x: Ref, axis: int, shift: int) -> Ref:
     return _join_along(ctx, (rest, cut(ctx, x, axis, 0, -shift)), axis)
 
 
-@lowers("aten.index_select.default", axes=("dim",))
-def _index_select(ctx: Lowering, self: Ref, dim: int, index: Any) -> Ref:
-    axis = dim % self.rank
+@lowers("aten.index_select.default", takes=("self", "index"), axes=("dim",))
+def _index_select(ctx: Lowering, self: Any, dim: int, index: Any) -> Ref | View:
+    of_table = of_constant(ctx, self, [index], dim % len(ctx.result_sizes))
+    if of_table is not None:
+        return of_table  # type: ignore[no-any-return]
+    x = ctx.realise(activation(ctx, self))
+    axis = dim % x.rank
+    index = operand(ctx, index)
     index = need_constant(index, "the index")
-    size = self.shape[axis]
+    size = x.shape[axis]
     if axis == 0:
         raise UnsupportedUse("it picks samples of the batch; index other axes only")
     if not isinstance(size, int) and int(index.min()) < 0:
         raise UnsupportedUse("it counts from an end that is known at run time only")
     index = torch.where(index < 0, index + size, index) if isinstance(size, int) else index
-    return pick(ctx, self, axis, index)
+    return pick(ctx, x, axis, index)
 
 
 @lowers("aten.index.Tensor", takes=("self", "indices"))
 def _index(ctx: Lowering, self: Any, indices: list[Any]) -> Ref | View:
+    of_table = of_constant(ctx, self, indices)
+    if of_table is not None:
+        return of_table  # type: ignore[no-any-return]
     by_sample = of_each_sample(ctx, self, indices)
     if by_sample is not None:
         return by_sample

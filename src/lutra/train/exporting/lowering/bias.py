@@ -35,7 +35,7 @@ from lutra.train.exporting.lowering.core import (
 from lutra.train.exporting.lowering.emitter import expressions
 from lutra.train.exporting.lowering.operands import constant
 from lutra.train.exporting.lowering.placed import by_distance, numbers_at
-from lutra.train.exporting.lowering.rewrite import caller, replace
+from lutra.train.exporting.lowering.program import caller, replace
 from lutra.train.exporting.lowering.sources import Sources, size_at
 from lutra.train.operators.scores import LOWEST
 
