@@ -10,7 +10,13 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram, default_decompositions
 
 from lutra.train.exporting.capture import quiet
-from lutra.train.exporting.lowering import small_matrices, special_functions, volumes, written
+from lutra.train.exporting.lowering import (
+    small_matrices,
+    special_functions,
+    unrolled,
+    volumes,
+    written,
+)
 from lutra.train.exporting.lowering.complex_numbers import split_complex
 from lutra.train.exporting.lowering.core import LOWERINGS
 from lutra.train.exporting.lowering.hints import has_hint
@@ -23,6 +29,7 @@ _WRITTEN = {
     **volumes.WRITTEN,
     **small_matrices.WRITTEN,
     **special_functions.WRITTEN,
+    **unrolled.WRITTEN,
     **written.WRITTEN,
 }
 
@@ -73,5 +80,7 @@ def _must_be_lowered(sources: Sources, node: fx.Node) -> bool:
         deferred = sources.deferred(node)
         if deferred is not None and deferred.inputs:
             return True
+    if str(node.target) == "aten.lstm.input" and unrolled.projects(*node.args[2:4]):  # type: ignore[arg-type]
+        return True
     makes_numbers = not isinstance(value, (int, float, bool)) and value is not None
     return makes_numbers and sources.is_activation(node) and str(node.target) not in LOWERINGS

@@ -66,7 +66,7 @@ def of_constant(ctx: Lowering, x: Any, indices: Sequence[Any], axis: int = 0) ->
 
 def _flat(ctx: Lowering, places: Sequence[Any], sizes: Sequence[int]) -> Ref | View:
     """The place in a table whose axes were made one; below 0 where one of them is outside."""
-    total: Any = 0.0
+    total: Any = None
     inside: Any = None
     for place, size in zip(places, sizes, strict=True):
         from_end = together(ctx, "add", (place, float(size))) if is_activation(place) else None
@@ -85,10 +85,8 @@ def _flat(ctx: Lowering, places: Sequence[Any], sizes: Sequence[int]) -> Ref | V
                 ),
             )
             inside = known if inside is None else together(ctx, "mul", (inside, known))
-        if isinstance(total, float):
-            total = at
-        else:
-            total = _sum(ctx, _scaled(ctx, total, float(size)), at)
+        scaled = None if total is None else _scaled(ctx, total, float(size))
+        total = at if scaled is None else _sum(ctx, scaled, at)
     return together(ctx, "where", (inside, total, -1.0))
 
 
