@@ -217,7 +217,8 @@ def _rounding_written_out() -> Iterator[None]:
 
     def rounded(x: Tensor, scale: Any, zero: Any, low: int, high: int) -> Tensor:
         inverse = scale.reciprocal() if isinstance(scale, Tensor) else 1.0 / scale
-        return ((x * inverse).round() + zero).clamp(low, high).sub(zero) * scale
+        made: Tensor = ((x * inverse).round() + zero).clamp(low, high).sub(zero) * scale
+        return made
 
     def by_channel(
         x: Tensor, scale: Tensor, zero: Tensor, axis: int, low: int, high: int

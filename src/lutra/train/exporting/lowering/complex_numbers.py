@@ -146,7 +146,7 @@ class _Split:
             x = self._given(args[0])
             return self._polar(self._call(_aten.exp.default, x.real), self._imaginary(x))
         if name == "reciprocal":
-            return self._quotient(_Parts(1.0, None), self._given(args[0]))  # type: ignore[arg-type]
+            return self._quotient(self._given(1.0), self._given(args[0]))
         if name == "square" or (name == "pow" and args[1] == 2):
             x = self._given(args[0])
             return self._product_of(_aten.mul.Tensor, x, x)
@@ -267,8 +267,9 @@ class _Split:
         other = self._imaginary(b)
         size = self._call(_aten.add.Tensor, size, self._call(_aten.mul.Tensor, other, other))
         turned = _Parts(b.real, self._call(_aten.neg.default, other))
-        if not isinstance(a.real, fx.Node):
-            made = self._each(turned, lambda part: self._call(_aten.mul.Tensor, part, a.real))
+        number: Any = a.real  # of a real number that is no tensor
+        if isinstance(number, (int, float)):
+            made = self._each(turned, lambda part: self._call(_aten.mul.Tensor, part, number))
         else:
             made = self._product_of(_aten.mul.Tensor, a, turned)
         return self._each(made, lambda part: self._call(_aten.div.Tensor, part, size))
