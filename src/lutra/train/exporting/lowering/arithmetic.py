@@ -148,7 +148,11 @@ def _positions(ctx: Lowering, x: Any, what: Any, factor: Number) -> Ref | View |
         if what.shape[-1] == 1 and isinstance(views.sizes_of(ctx, x)[1], int):
             return None  # a bias of channels
         rows = what.reshape(what.shape[-2:]) if fits and what.shape[-2] > 1 else None
-    if rows is None or _is_endless(rows) or (rows.shape[-1] != 1 and views.sizes_of(ctx, x)[2] == 1):
+    if (
+        rows is None
+        or _is_endless(rows)
+        or (rows.shape[-1] != 1 and views.sizes_of(ctx, x)[2] == 1)
+    ):
         return None
     x = ctx.realise(x)
     width = x.shape[-1]

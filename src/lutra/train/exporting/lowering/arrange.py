@@ -241,22 +241,23 @@ def _rolled(ctx: Lowering, x: Ref, axis: int, shift: int) -> Ref:
     return join_along(ctx, (rest, cut(ctx, x, axis, 0, -shift)), axis)
 
 
-@lowers("aten.index_select.default", takes=("self", "index"), axes=("dim",))
+@lowers("aten.index_select.default", takes=("self", "index"))
 def _index_select(ctx: Lowering, self: Any, dim: int, index: Any) -> Ref | View:
     of_table = of_constant(ctx, self, [index], dim % len(ctx.result_sizes))
     if of_table is not None:
         return of_table  # type: ignore[no-any-return]
-    x = ctx.realise(activation(ctx, self))
-    axis = dim % x.rank
-    index = operand(ctx, index)
-    index = need_constant(index, "the index")
-    size = x.shape[axis]
+    x = activation(ctx, self)
+    order = views.batch_first(ctx, x)
+    ref = ctx.realise(views.permuted(ctx, x, order))
+    axis = order.index(dim % x.rank)
+    index = need_constant(operand(ctx, index), "the index")
+    size = ref.shape[axis]
     if axis == 0:
         raise UnsupportedUse("it picks samples of the batch; index other axes only")
     if not isinstance(size, int) and int(index.min()) < 0:
         raise UnsupportedUse("it counts from an end that is known at run time only")
     index = torch.where(index < 0, index + size, index) if isinstance(size, int) else index
-    return pick(ctx, x, axis, index)
+    return views.put_back(ctx, pick(ctx, ref, axis, index), order)
 
 
 @lowers("aten.index.Tensor", takes=("self", "indices"))

@@ -61,7 +61,24 @@ def _is_mask(x: Any) -> bool:
 
 def _picks(x: fx.Node, mask: fx.Node) -> bool:
     """Whether a node is `y[mask]`."""
-    return str(x.target) == "aten.index.Tensor" and list(x.args[1]) == [mask]  # type: ignore[arg-type]
+    if str(x.target) != "aten.index.Tensor":
+        return False
+    indices: Any = x.args[1]
+    return len(indices) == 1 and _same(indices[0], mask)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two nodes compute the same: a mask is often written twice."""
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return type(a) is type(b) and bool(a == b)
+    if a is b:
+        return True
+    if a.op != "call_function" or a.target is not b.target or a.kwargs != b.kwargs:
+        return False
+    random = torch.Tag.nondeterministic_seeded in getattr(a.target, "tags", ())
+    return not random and _same(a.args, b.args)
 
 
 def _is_number(x: Any) -> bool:

@@ -134,7 +134,8 @@ def _erfinv_of(x: Tensor, w: Tensor) -> Tensor:
 
 def _erfinv(self: Tensor) -> Tensor:
     made = _erfinv_of(self, -((1.0 - self) * (1.0 + self)).log())
-    return torch.where(self.abs() == 1.0, self * math.inf, made)
+    end = torch.where(self > 0.0, math.inf, -math.inf)
+    return torch.where(self.abs() == 1.0, end, made)
 
 
 def _ndtri(self: Tensor) -> Tensor:
@@ -149,8 +150,8 @@ def _ndtri(self: Tensor) -> Tensor:
         slope = (-0.5 * z * z - 0.5 * math.log(2 * math.pi) - at).exp()
         z = z - (at - log) / slope
     made = torch.where(self < 1e-6, z, made)
-    ends = (self == 0.0) | (self == 1.0)
-    return torch.where(ends, x * math.inf, made)
+    end = torch.where(x > 0.0, math.inf, -math.inf)
+    return torch.where((self == 0.0) | (self == 1.0), end, made)
 
 
 def _log_ndtr(self: Tensor) -> Tensor:
