@@ -294,11 +294,23 @@ def _digest(texts: Mapping[str, str], arrays: Mapping[str, Array]) -> str:
 
 # Reading
 
+#: How files of other kinds begin that are given for a model.
+_OTHERS = {
+    b"\x93NUMPY": "an array of NumPy's",
+    b"PK\x03\x04": "an archive, such as PyTorch and NumPy write",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"GGUF": "a GGUF file",
+}
+
 
 def _read_texts(data: bytes) -> dict[str, str]:
     """The metadata strings of the file, with format and version checked."""
     if len(data) < 8:
         raise _NotLutraError(f"it has {len(data)} bytes")
+    known = next((what for magic, what in _OTHERS.items() if data.startswith(magic)), None)
+    if known is not None:
+        raise _NotLutraError(f"it is {known}")
     (length,) = struct.unpack_from("<Q", data)
     if length > min(len(data) - 8, _MAX_HEADER):
         raise _NotLutraError(

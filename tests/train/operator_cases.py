@@ -328,7 +328,7 @@ PRODUCTS = {
     "einsum_sum": call(lambda m, x: torch.einsum("bij->bj", x), TOKENS),
     "einsum_outer": call(lambda m, x, y: torch.einsum("bi,bj->bij", x, y), ROW, (4,)),
     "einsum_dot": call(lambda m, x, y: torch.einsum("bi,bi->b", x, y), ROW, ROW),
-    "einsum_diagonal": call(lambda m, x: torch.einsum("bii->bi", x), (4, 4), refused="diagonal"),
+    "einsum_diagonal": call(lambda m, x: torch.einsum("bii->bi", x), (4, 4)),
     "attention": call(lambda m, x: F.scaled_dot_product_attention(x, x, x), (2, 5, 6)),
 }
 #: The batch in axis 1, as nn.MultiheadAttention has it.
@@ -450,7 +450,7 @@ RESAMPLING = {
     "gather_topk": call(lambda m, x: x.gather(1, x.topk(2, 1)[1])),
     "gather_argmax": call(lambda m, x: x.gather(1, x.argmax(1, keepdim=True))),
     "topk": call(lambda m, x: x.topk(2, 1)[0]),
-    "rnn": module(lambda: Recurrent(nn.RNN), TOKENS, refused="use nn.GRU"),
+    "rnn": module(lambda: Recurrent(nn.RNN), TOKENS),
 }
 FAMILIES = {
     "activations": ACTIVATIONS,

@@ -106,8 +106,9 @@ MATRICES = {
     "inverse_2": call(lambda m, x: torch.linalg.inv(_positive(x)), (4, 2, 2)),
     "inverse_3": call(lambda m, x: torch.inverse(_positive(x)), SQUARE),
     "inverse_4": call(lambda m, x: torch.linalg.inv(_positive(x)), (4, 4)),
-    "inverse_8": call(
-        lambda m, x: torch.linalg.inv(_positive(x)), (8, 8), refused="matrices of up to 4 rows work"
+    "inverse_5": call(lambda m, x: torch.linalg.inv(x), (5, 5)),
+    "inverse_33": call(
+        lambda m, x: torch.linalg.inv(x), (33, 33), refused="matrices of up to 32 rows work"
     ),
     "det": call(lambda m, x: torch.det(_positive(x)), SQUARE),
     "linalg_det": call(lambda m, x: torch.linalg.det(x), (4, 4)),
@@ -116,10 +117,20 @@ MATRICES = {
     "solve": call(lambda m, x: torch.linalg.solve(_positive(x), x), SQUARE),
     "solve_right": call(lambda m, x: torch.linalg.solve(_positive(x), x, left=False), SQUARE),
     "solve_vector": call(lambda m, x: torch.linalg.solve(_positive(x), x[:, 0]), SQUARE),
-    "cholesky": call(
-        lambda m, x: torch.linalg.cholesky(_positive(x)), SQUARE, refused="factors of matrices"
+    "det_5": call(lambda m, x: torch.linalg.det(x), (5, 5)),
+    "det_of_no_rank": call(lambda m, x: torch.linalg.det(x @ m.c), (5, 5), c=torch.zeros(5, 5)),
+    "solve_5": call(lambda m, x: torch.linalg.solve(x, x[..., :2]), (5, 5)),
+    "cholesky": call(lambda m, x: torch.linalg.cholesky(_positive(x)), SQUARE),
+    "cholesky_upper": call(lambda m, x: torch.linalg.cholesky(_positive(x), upper=True), SQUARE),
+    "cholesky_solve": call(
+        lambda m, x: torch.cholesky_solve(x[..., :2], torch.linalg.cholesky(_positive(x))), SQUARE
     ),
-    "lgamma": call(lambda m, x: torch.lgamma(x), (5,), positive=True, refused="outside"),
+    "triangular_right": call(
+        lambda m, x: torch.linalg.solve_triangular(_positive(x), x, upper=True, left=False), SQUARE
+    ),
+    "eigenvalues": call(
+        lambda m, x: torch.linalg.eigvalsh(_positive(x)), SQUARE, refused="factors of matrices"
+    ),
 }
 CASES = {
     f"{family}-{name}": case

@@ -20,20 +20,20 @@ from lutra.errors import InputError, UnsupportedModelError
 from lutra.train.exporting.export import export
 
 
-class LogGamma(nn.Module):
+class Zeta(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x.abs().lgamma()
+        return torch.special.zeta(x.abs() + 2.0, 1.0)
 
 
 class Unsupported(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 3, 3, padding=1)
-        self.act = nn.Sequential(LogGamma(), nn.ReLU(), LogGamma())
+        self.act = nn.Sequential(Zeta(), nn.ReLU(), Zeta())
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.conv(x))
-        y = torch.special.bessel_j0(torch.det(x[:, :, :8]).mean(1)[:, None, None])
+        y = torch.special.bessel_j0(torch.linalg.svdvals(x[:, :, :8]).mean((1, 2))[:, None, None])
         return y * x.mean(1) + x.mean((0, 1))
 
 
@@ -43,9 +43,9 @@ def test_all_unsupported_operators_are_listed(tmp_path: Path) -> None:
         export(Unsupported(), path, torch.randn(2, 3, 9, 8))
     items = caught.value.items
     for part in (
-        "aten.lgamma.default in act.0: compute it outside",
-        "aten.lgamma.default in act.2",
-        "aten.det.default in the model itself",
+        "aten.special_zeta.other_scalar in act.0: compute it outside",
+        "aten.special_zeta.other_scalar in act.2",
+        "aten.linalg_svdvals.default in the model itself",
     ):
         assert any(part in item for item in items), (part, items)
         assert part in str(caught.value)
@@ -72,7 +72,7 @@ def test_all_unsupported_operators_are_listed(tmp_path: Path) -> None:
         (lambda m, x: (x, torch.ones(2)), "does not depend on the inputs"),
         (lambda m, x: x.reshape(2, -1), "one batch size only"),
         (lambda m, x: x if x.sum() > 0 else -x, "could not trace"),
-        (lambda m, x: x.permute(1, 0, 2, 3), "mixes the batch into axis 1"),
+        (lambda m, x: x.permute(1, 0, 2, 3), r"batch in axis 1.*return x.transpose\(0, 1\)"),
         (
             lambda m, x: F.conv_transpose2d(x, x.mean(0, keepdim=True).transpose(0, 1)),
             "batch",

@@ -278,15 +278,3 @@ def test_threads_for_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError), threads_for(nn.Linear(4, 2), x):
         raise RuntimeError
     assert torch.get_num_threads() == 3
-
-
-def test_projections_are_refused_before_the_trace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def traced(*args: object, **settings: object) -> None:
-        raise AssertionError("it was traced")
-
-    monkeypatch.setattr(torch.export, "export", traced)
-    model = nn.Sequential(nn.LSTM(5, 8, num_layers=3, proj_size=2, batch_first=True))
-    with pytest.raises(UnsupportedModelError, match=r"aten\.lstm\.input in 0: it projects"):
-        export(model, tmp_path / "m.lutra", torch.randn(2, 7, 5))

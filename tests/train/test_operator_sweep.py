@@ -20,6 +20,8 @@ from operator_relatives import RELATIVES
 from operator_relatives import SIZES as RELATIVES_OF_ANY_SIZE
 from operator_volumes import CASES as OF_VOLUMES
 from operator_volumes import SIZES as VOLUMES_OF_ANY_SIZE
+from operator_written import CASES as WRITTEN
+from operator_written import SIZES as WRITTEN_OF_ANY_SIZE
 from torch import Tensor
 
 from lutra import Session, runnable_isas
@@ -35,6 +37,7 @@ CASES = {
     **{f"positions-{name}": case for name, case in OF_POSITIONS.items()},
     **OF_ORDERS,
     **OF_VOLUMES,
+    **WRITTEN,
 }
 #: One of each kind; the others are slow.
 QUICK = (
@@ -64,6 +67,10 @@ QUICK = (
     "volume_pools-max_padded",
     "unpools-odd",
     "matrices-inverse_3",
+    "written_functions-lgamma",
+    "written_places-table",
+    "written_writes-under_a_mask",
+    "written_layers-attention_causal_weights",
 )
 
 
@@ -130,6 +137,7 @@ ANY_SIZE = {
     **{f"relatives-{name}": each for name, each in RELATIVES_OF_ANY_SIZE.items()},
     **{f"positions-{name}": each for name, each in POSITIONS_OF_ANY_SIZE.items()},
     **VOLUMES_OF_ANY_SIZE,
+    **{f"written-{name}": each for name, each in WRITTEN_OF_ANY_SIZE.items()},
 }
 
 

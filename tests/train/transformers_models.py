@@ -288,6 +288,33 @@ TEXTS = {
         masked=False,
         fixed=True,
     ),
+    "deberta": text(
+        "DebertaModel",
+        "DebertaConfig",
+        {
+            **ENCODER,
+            "type_vocab_size": 0,
+            "relative_attention": True,
+            "pos_att_type": ["c2p", "p2c"],
+        },
+        masked=False,
+        fixed=True,
+    ),
+    "funnel": text(
+        "FunnelModel",
+        "FunnelConfig",
+        {
+            "vocab_size": 60,
+            "block_sizes": [1, 1],
+            "d_model": 16,
+            "n_head": 2,
+            "d_head": 8,
+            "d_inner": 32,
+            "num_decoder_layers": 1,
+        },
+        masked=False,
+        fixed=True,
+    ),
     "deberta-v2": text(
         "DebertaV2Model",
         "DebertaV2Config",

@@ -164,9 +164,11 @@ def run(args: argparse.Namespace) -> int:
     except (LutraError, OSError, MemoryError):
         raise
     except Exception as error:  # what the model raises on the calibration data
+        shapes = ", ".join(str(tuple(x.shape)) for x in batches[0]) if batches else ""
+        shown = f" on samples of {args.data!r} of shape {shapes}" if shapes else ""
         raise UserError(
-            f"{args.model!r} cannot be converted: {type(error).__name__}: {error}; "
-            "see --debug for where"
+            f"{args.model!r} cannot be converted: {type(error).__name__}{shown}: {error}; give "
+            "what forward takes, or see --debug for where it fails"
         ) from error
 
 

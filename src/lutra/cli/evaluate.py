@@ -24,7 +24,15 @@ from lutra.cli.common import (
     read_array,
     read_arrays,
 )
-from lutra.cli.metrics import Metric, Psnr, Top1, classes_of, need_images, output_of
+from lutra.cli.metrics import (
+    Metric,
+    Psnr,
+    Top1,
+    classes_of,
+    is_of_images,
+    need_images,
+    output_of,
+)
 from lutra.cli.run import assign, sources_of
 from lutra.errors import InputError
 from lutra.graph import Graph
@@ -83,12 +91,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "float32 (C, H, W)",
     )
     parser.add_argument(
-        "--wav", metavar="FOLDER", help="WAV files FOLDER/CLASS/*.wav instead of --images, --labels"
+        "--wav", metavar="FOLDER", help="WAV files FOLDER/CLASS/*.wav instead of --inputs, --labels"
     )
     parser.add_argument(
         "--text",
         metavar="X.tsv",
-        help="labels and texts instead of --images, --labels; also .tsv.gz and .tsv.xz, - is "
+        help="labels and texts instead of --inputs, --labels; also .tsv.gz and .tsv.xz, - is "
         "standard input",
     )
     parser.add_argument(
@@ -110,13 +118,20 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     if args.text is not None:
         if args.inputs or args.targets or args.wav or args.metric != "top1":
-            raise UserError("--text stands for --images and --labels of top1; leave those out")
+            raise UserError("--text stands for --inputs and --labels of top1; leave those out")
         _no_image_flags(args)
         return texts.evaluate(args)
     if args.wav is not None and (args.inputs or args.targets or args.metric != "top1"):
-        raise UserError("--wav stands for --images and --labels of top1; leave those out")
+        raise UserError("--wav stands for --inputs and --labels of top1; leave those out")
     if args.wav is None and not (args.inputs and args.targets):
-        raise UserError("eval needs --images X and --labels Y, or --wav FOLDER, or --text X.tsv")
+        answers = "--labels Y" if args.metric == "top1" else "--targets Y"
+        raise UserError(
+            f"eval has --inputs, and needs {answers} beside it: what the model should answer"
+            if args.inputs
+            else f"eval has {answers[:-2]}, and needs --inputs X beside it: what the model is given"
+            if args.targets
+            else f"eval needs --inputs X and {answers}, or --wav FOLDER, or --text X.tsv"
+        )
     graph, session = open_model(args.file, args.threads, args.isa)
     output = output_of(graph, args.output)
     inputs, metric = (_images if args.metric == "psnr" else _labelled)(args, graph, output)
@@ -125,8 +140,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"file": args.file, **report})
     else:
+        what = "image" if is_of_images(graph) else "sample"
         print(
-            f"{plain(args.file)}: {metric.text()}, {report['ms_per_image']:.4g} ms per image "
+            f"{plain(args.file)}: {metric.text()}, {report['ms_per_image']:.4g} ms per {what} "
             f"(batch {report['batch']}, {report['threads']} threads, {report['isa']})"
         )
     return 0
@@ -232,11 +248,14 @@ def _check(part: Array, name: str, preprocess: object) -> None:
         return
     if part.dtype == np.uint8 and preprocess is None:
         raise InputError(
-            f"{name!r} holds uint8 images, but the model does not say how to prepare them; give "
+            f"{name!r} holds uint8 values, but the model does not say how to prepare them; give "
             "float32 inputs, or export the model with metadata={'preprocess': ...}"
         )
     if part.dtype != np.uint8 and part.dtype.kind != "f":
-        raise InputError(f"{name!r} holds {part.dtype} values; give uint8 images or float32")
+        known = "float32" if preprocess is None else "uint8 images or float32"
+        raise InputError(
+            f"{name!r} holds {part.dtype} values; give {known}, such as x.astype(np.float32)"
+        )
     need_finite(name, part)
 
 
@@ -254,7 +273,7 @@ def _read(path: str, limit: int | None) -> tuple[Array | list[Array], list[str]]
 
 def _need_samples(path: str, count: int) -> None:
     if not count:
-        raise InputError(f"{path!r} holds no images; give at least one")
+        raise InputError(f"{path!r} holds no samples; give at least one")
 
 
 def _as_batches(inputs: Array | list[Array], graph: Graph) -> Array | list[Array]:
@@ -287,9 +306,10 @@ def _labelled(
     classes = classes_of(graph, output)
     if args.wav is not None:
         clips, labels = sound.read_folder(args.wav, graph, args.limit)
-        return clips, Top1(labels, classes, args.wav)
+        return clips, Top1(labels, classes, args.wav, "samples")
     labels = read_array(args.targets)
-    metric = Top1(labels[: args.limit], classes, args.targets)
+    what = "images" if is_of_images(graph) else "samples"
+    metric = Top1(labels[: args.limit], classes, args.targets, what)
     if len(graph.inputs) > 1:
         return _several(args, graph, len(labels)), metric
     path = _only_input(args, graph)
@@ -298,7 +318,7 @@ def _labelled(
         held = f"{len(inputs)} arrays" if isinstance(inputs, list) else f"shape {inputs.shape}"
         raise InputError(
             f"{path!r} has {held} and {args.targets!r} has shape {labels.shape}; give one "
-            "label for each image"
+            f"label for each {'image' if is_of_images(graph) else 'sample'}"
         )
     inputs = inputs[: args.limit]
     _need_samples(path, len(inputs))
@@ -313,7 +333,7 @@ def _several(args: argparse.Namespace, graph: Graph, count: int) -> dict[str, Ar
             "the model takes text; give --text, or its inputs as numbers, as NAME=FILE for each of "
             f"{', '.join(names)}"
         )
-    sources = sources_of(args.inputs, names)
+    sources = sources_of(args.inputs, names, "inputs")
     arrays = {}
     for name in names:
         path, array = sources[name].name, sources[name].read()
@@ -330,7 +350,7 @@ def _several(args: argparse.Namespace, graph: Graph, count: int) -> dict[str, Ar
 def _only_input(args: argparse.Namespace, graph: Graph) -> str:
     """The file of a model of one input."""
     value = graph.inputs[0]
-    return assign(args.inputs, [value.name], "input")[value.name]
+    return assign(args.inputs, [value.name], "input", "inputs")[value.name]
 
 
 def _images(

@@ -43,6 +43,7 @@ class Top1:
         labels: Whole numbers (N,) of 0..classes - 1.
         classes: How many classes the model tells apart.
         name: What to call the labels in errors.
+        what: What to call the samples.
 
     Raises:
         InputError: If the labels are something else.
@@ -50,7 +51,9 @@ class Top1:
 
     name = "top1"
 
-    def __init__(self, labels: Array, classes: int, name: str = "labels") -> None:
+    def __init__(
+        self, labels: Array, classes: int, name: str = "labels", what: str = "images"
+    ) -> None:
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
             raise InputError(
                 f"{name!r} holds {labels.dtype} values of shape {labels.shape}; labels must be "
@@ -61,7 +64,7 @@ class Top1:
                 f"{name!r} holds labels {labels.min()}..{labels.max()}, but the model has "
                 f"{classes} classes; labels must be in 0..{classes - 1}"
             )
-        self._labels = labels
+        self._labels, self._what = labels, what
         self._seen = self._correct = 0
 
     def add(self, outputs: Array) -> None:
@@ -77,7 +80,7 @@ class Top1:
     def text(self) -> str:
         """One line."""
         share = 100 * self._correct / self._seen
-        return f"top-1 {share:.2f}% ({self._correct} of {self._seen} images)"
+        return f"top-1 {share:.2f}% ({self._correct} of {self._seen} {self._what})"
 
 
 class Psnr:
@@ -190,6 +193,11 @@ def classes_of(graph: Graph, output: str) -> int:
             f"{plain(output)} of this model is {shape_text(shape)}"
         )
     return count
+
+
+def is_of_images(graph: Graph) -> bool:
+    """Whether the samples of a model of one input are images: planes (C, H, W)."""
+    return len(graph.inputs) == 1 and len(graph.inputs[0].shape) == 4
 
 
 def need_images(graph: Graph, output: str) -> None:

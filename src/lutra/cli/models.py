@@ -98,7 +98,7 @@ def _constant(text: str) -> tuple[str, Any]:
 
 
 def build(target: str) -> Any:
-    """Calls the function that a target names.
+    """Calls the function that a target names, or takes the module that it names.
 
     Args:
         target: ``pkg.mod:build`` or ``file.py:build``.
@@ -123,6 +123,8 @@ def build(target: str) -> Any:
     except Exception as error:
         raise UserError(f"cannot import {place!r}: {type(error).__name__}: {error}") from error
     build: Callable[[], Any] | None = getattr(module, name, None)
+    if callable(getattr(build, "state_dict", None)) and not isinstance(build, type):
+        return build  # the model itself
     if not callable(build):
         raise UserError(f"{place!r} has no function {name!r}; check the part after the colon")
     try:

@@ -108,12 +108,15 @@ class Source:
         return read_array(self.name) if self.held is None else self.held
 
 
-def sources_of(words: Sequence[str], names: Sequence[str]) -> dict[str, Source]:
+def sources_of(
+    words: Sequence[str], names: Sequence[str], flag: str = "input"
+) -> dict[str, Source]:
     """Where each input comes from: .npz files hold inputs by name, other files one each.
 
     Args:
         words: ``FILE`` or ``NAME=FILE`` each.
         names: Of the inputs.
+        flag: What errors call the option that gives them.
 
     Raises:
         InputError: An archive cannot be read, or holds what is no input.
@@ -133,15 +136,15 @@ def sources_of(words: Sequence[str], names: Sequence[str]) -> dict[str, Source]:
                     f"arrays as its inputs are: {', '.join(names)}"
                 )
             if name in found or any(each.startswith(f"{name}=") for each in words):
-                raise UserError(f"--input gives {name!r} twice; give each input once")
+                raise UserError(f"--{flag} gives {name!r} twice; give each input once")
             found[name] = Source(f"{word}: {name}", array)
     left = [name for name in names if name not in found]
     if rest and not left:
         raise UserError(
-            f"--input {rest[0]!r} is one more than the model takes: the archives hold each of "
+            f"--{flag} {rest[0]!r} is one more than the model takes: the archives hold each of "
             f"{', '.join(names)}; leave it out"
         )
-    files = assign(rest, left, "input") if rest or left else {}
+    files = assign(rest, left, "input", flag) if rest or left else {}
     return {**found, **{name: Source(path) for name, path in files.items()}}
 
 
@@ -184,17 +187,21 @@ def prepared(source: Source, value: Value, graph: Graph) -> Array:
     return np.ascontiguousarray(cast_input(repr(path), value, array))
 
 
-def assign(words: Sequence[str], names: Sequence[str], kind: str) -> dict[str, str]:
+def assign(
+    words: Sequence[str], names: Sequence[str], kind: str, flag: str | None = None
+) -> dict[str, str]:
     """Files by input or output name.
 
     Args:
         words: ``NAME=FILE`` each; the name may be left out where there is one name only.
         names: The names that exist.
         kind: What they are, for errors.
+        flag: What errors call the option that gives them; that of their kind by default.
 
     Raises:
         UserError: If a name is missing, unknown or repeated.
     """
+    flag = flag or kind
     result: dict[str, str] = {}
     for word in words:
         # A name may hold an equals sign, and so may the path of a file.
@@ -204,19 +211,19 @@ def assign(words: Sequence[str], names: Sequence[str], kind: str) -> dict[str, s
             meant = "=" in word and "/" not in word.partition("=")[0] and not os.path.exists(word)
             if len(names) > 1 or meant:
                 raise UserError(
-                    f"--{kind} {word!r} names no {kind} of the model; "
+                    f"--{flag} {word!r} names no {kind} of the model; "
                     f"use NAME=FILE with {' or '.join(names)}"
                 )
             name = names[0]
         if not path:
-            raise UserError(f"--{kind} {word!r} names no file; use NAME=FILE")
+            raise UserError(f"--{flag} {word!r} names no file; use NAME=FILE")
         if name in result:
-            raise UserError(f"--{kind} gives {name!r} twice; give each {kind} once")
+            raise UserError(f"--{flag} gives {name!r} twice; give each {kind} once")
         result[name] = path
     missing = [name for name in names if name not in result]
     if missing and kind == "input":
         raise UserError(
-            f"--input lacks {', '.join(missing)}; give NAME=FILE for each of {', '.join(names)}"
+            f"--{flag} lacks {', '.join(missing)}; give NAME=FILE for each of {', '.join(names)}"
         )
     return result
 

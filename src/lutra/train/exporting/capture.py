@@ -172,6 +172,7 @@ def capture(
             plain_attention(),
             every_expert(),
             _masks_as_given(),
+            _rounding_written_out(),
             whole_recurrent_layers(),
             torch.no_grad(),
         ):
@@ -207,6 +208,36 @@ def _masks_as_given() -> Iterator[None]:
         yield
     finally:
         transformer._detect_is_causal_mask = detect
+
+
+@contextmanager
+def _rounding_written_out() -> Iterator[None]:
+    """Has the rounding of fake quantisation traced as products, sums and limits; PyTorch's own
+    operator cannot be traced."""
+
+    def rounded(x: Tensor, scale: Any, zero: Any, low: int, high: int) -> Tensor:
+        inverse = scale.reciprocal() if isinstance(scale, Tensor) else 1.0 / scale
+        made: Tensor = ((x * inverse).round() + zero).clamp(low, high).sub(zero) * scale
+        return made
+
+    def by_channel(
+        x: Tensor, scale: Tensor, zero: Tensor, axis: int, low: int, high: int
+    ) -> Tensor:
+        shape = [-1 if i == axis % x.ndim else 1 for i in range(x.ndim)]
+        return rounded(x, scale.reshape(shape), zero.reshape(shape), low, high)
+
+    forms = {
+        "fake_quantize_per_tensor_affine": rounded,
+        "fake_quantize_per_channel_affine": by_channel,
+    }
+    kept = {name: getattr(torch, name) for name in forms}
+    for name, form in forms.items():
+        setattr(torch, name, form)
+    try:
+        yield
+    finally:
+        for name, form in kept.items():
+            setattr(torch, name, form)
 
 
 def node_module(node: fx.Node) -> str:

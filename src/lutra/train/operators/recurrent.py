@@ -1,4 +1,4 @@
-"""LSTM and GRU as one torch operator each while a model is traced.
+"""LSTM, GRU and RNN as one torch operator each while a model is traced.
 
 PyTorch writes out the steps of its own operators in a trace, which fixes the length of the
 sequences. These compute the same by PyTorch's kernels and stay whole.
@@ -6,7 +6,7 @@ sequences. These compute the same by PyTorch's kernels and stay whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,9 +76,37 @@ def _(
     return input.new_empty((*input.shape[:-1], width)), h.new_empty(h.shape)
 
 
+#: What a gate adds to be open (1) or shut (0) for any input.
+_OPEN = 100.0
+
+
+def as_gru(params: Sequence[Tensor]) -> list[Tensor]:
+    """Weights of `nn.RNN` with tanh as those of a GRU whose gates never move.
+
+    The old values count whole inside of tanh, and not at all beside it.
+
+    Args:
+        params: Of h' = tanh(W x + b + U h + c): W, U, and b and c if there are biases.
+
+    Returns:
+        Weights and biases of a GRU, (3 H, ...).
+    """
+    w, u, *biases = params
+    hidden = w.shape[0]
+    b, c = biases or (w.new_zeros(hidden), w.new_zeros(hidden))
+    none = w.new_zeros(2 * hidden)
+    gates = torch.cat([w.new_full((hidden,), _OPEN), w.new_full((hidden,), -_OPEN)])
+    return [
+        torch.cat([w.new_zeros((2 * hidden, w.shape[1])), w]),
+        torch.cat([u.new_zeros((2 * hidden, u.shape[1])), u]),
+        torch.cat([gates, b]),
+        torch.cat([none, c]),
+    ]
+
+
 @contextmanager
 def whole_recurrent_layers() -> Iterator[None]:
-    """Have `nn.LSTM` and `nn.GRU` in eval mode call the operators of this file."""
+    """Have `nn.LSTM`, `nn.GRU` and `nn.RNN` with tanh call these operators in eval mode."""
     module: Any = rnn
     kept = module._VF
     module._VF = _Functions(kept)
@@ -102,6 +130,15 @@ class _Functions:
 
     def gru(self, *args: Any) -> Any:
         return _whole(self._kept.gru, _gru, args)
+
+    def rnn_tanh(self, *args: Any) -> Any:
+        return _whole(self._kept.rnn_tanh, _rnn_tanh, args)
+
+
+def _rnn_tanh(x: Tensor, h: Tensor, params: list[Tensor], has_biases: bool, *rest: Any) -> Any:
+    each = 4 if has_biases else 2
+    gates = [g for i in range(0, len(params), each) for g in as_gru(params[i : i + each])]
+    return _gru(x, h, gates, True, *rest)
 
 
 def _whole(kept: Callable[..., Any], whole: Callable[..., Any], args: tuple[Any, ...]) -> Any:

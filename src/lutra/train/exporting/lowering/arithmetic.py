@@ -33,6 +33,9 @@ def add(ctx: Lowering, self: Any, other: Any, alpha: Number) -> Ref | View:
         if placed is not None:
             return placed
     a, b = operand(ctx, self), operand(ctx, other)
+    if _is_endless(a) or _is_endless(b):
+        b = b * alpha if isinstance(b, Tensor) else affine(ctx, b, alpha, 0.0)
+        return together(ctx, "add", (a, b))
     if isinstance(b, (Ref, View)) and not isinstance(a, (Ref, View)):
         return affine(ctx, b, alpha, a)
     x = activation(ctx, a)
@@ -41,6 +44,11 @@ def add(ctx: Lowering, self: Any, other: Any, alpha: Number) -> Ref | View:
     if alpha in (1, -1):
         return together(ctx, "add" if alpha == 1 else "sub", (x, b))
     return together(ctx, "add", (x, affine(ctx, b, alpha, 0.0)))
+
+
+def _is_endless(x: Any) -> bool:
+    """Whether a constant holds infinity or NaN, which no file does."""
+    return isinstance(x, Tensor) and not bool(x.isfinite().all())
 
 
 @lowers("aten.sub.Tensor", "aten.sub.Scalar", takes=_BOTH)
@@ -140,7 +148,11 @@ def _positions(ctx: Lowering, x: Any, what: Any, factor: Number) -> Ref | View |
         if what.shape[-1] == 1 and isinstance(views.sizes_of(ctx, x)[1], int):
             return None  # a bias of channels
         rows = what.reshape(what.shape[-2:]) if fits and what.shape[-2] > 1 else None
-    if rows is None:
+    if (
+        rows is None
+        or _is_endless(rows)
+        or (rows.shape[-1] != 1 and views.sizes_of(ctx, x)[2] == 1)
+    ):
         return None
     x = ctx.realise(x)
     width = x.shape[-1]

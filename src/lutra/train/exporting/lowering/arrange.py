@@ -10,14 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lutra.ops.elementwise import NO_LIMIT
 from lutra.ops.shape import TO_THE_END
 from lutra.train.exporting.lowering import views
 from lutra.train.exporting.lowering.arguments import (
-    Number,
     activation,
     need_constant,
-    need_rank,
     text,
 )
 from lutra.train.exporting.lowering.core import (
@@ -31,15 +28,11 @@ from lutra.train.exporting.lowering.core import (
 )
 from lutra.train.exporting.lowering.deferred import computed
 from lutra.train.exporting.lowering.operands import constant, is_activation, operand
+from lutra.train.exporting.lowering.rows import of_constant
 from lutra.train.exporting.lowering.select import of_each_sample
 from lutra.train.exporting.lowering.values import REPEATED, Atom
 
-_OPEN_END = 2**31  # torch writes the open end of a slice as the largest int64
-_POOLS = (
-    "aten.max_pool1d.default",
-    "aten.max_pool2d.default",
-    "aten.max_pool2d_with_indices.default",
-)
+OPEN_END = 2**31  # torch writes the open end of a slice as the largest int64
 
 
 # ---- joining ------------------------------------------------------------------------------------
@@ -53,7 +46,7 @@ def _join(ctx: Lowering, parts: Sequence[Any], axis: int) -> Ref:
     if like is None:
         raise UnsupportedUse("it joins what is the same for every input; make that a buffer")
     made = [
-        x if isinstance(x, Ref) else constant(ctx, _one_sample(x), like, like.rank) for x in refs
+        x if isinstance(x, Ref) else constant(ctx, one_sample(x), like, like.rank) for x in refs
     ]
     if axis == 0:
         raise UnsupportedUse("it joins along the batch (axis 0); join along another axis")
@@ -65,7 +58,7 @@ def _join(ctx: Lowering, parts: Sequence[Any], axis: int) -> Ref:
     return ctx.emit("concat", made, shape, attrs={"axis": axis})
 
 
-def _one_sample(values: Tensor) -> Tensor:
+def one_sample(values: Tensor) -> Tensor:
     if values.ndim and values.shape[0] > 1 and bool((values == values[:1]).all()):
         return values[:1]
     return values
@@ -97,7 +90,7 @@ def _stack(ctx: Lowering, tensors: list[Any], dim: int) -> Ref | View:
             ref = ctx.realise(x)
             x = views.emit_reshape(ctx, ref, (*ref.shape[:place], 1, *ref.shape[place:]), "row")
         else:
-            x = _one_sample(x).unsqueeze(place)
+            x = one_sample(x).unsqueeze(place)
         parts.append(x)
     joined = _join(ctx, parts, place)
     if axis > 0:
@@ -170,7 +163,7 @@ def cut(ctx: Lowering, x: Ref, axis: int, start: int, stop: int) -> Ref:
     return ctx.emit("slice", x, shape, attrs=attrs, suffix="slice")
 
 
-def _fixed(x: Ref, axis: int, what: str) -> int:
+def fixed(x: Ref, axis: int, what: str) -> int:
     size = x.shape[axis]
     if size is None:
         raise UnsupportedUse(f"{what} the batch (axis 0); use other axes")
@@ -193,7 +186,7 @@ def cut_from_end(ctx: Lowering, x: Ref, axis: int, first: int, last: int) -> Ref
     return turned_over(ctx, part, axis)
 
 
-def _join_along(ctx: Lowering, parts: Sequence[Ref], axis: int) -> Ref:
+def join_along(ctx: Lowering, parts: Sequence[Ref], axis: int) -> Ref:
     """Join what may be of sizes known at run time only."""
     size: Any = parts[0].shape[axis]
     for part in parts[1:]:
@@ -241,28 +234,37 @@ def _rolled(ctx: Lowering, x: Ref, axis: int, shift: int) -> Ref:
         attrs = {"axis": axis, "first": 0, "last": shift, "step": 1}
         shape = (*x.shape[:axis], x.shape[axis] - shift, *x.shape[axis + 1 :])
         rest = ctx.emit("trim", x, shape, attrs=attrs, suffix="trim")
-        return _join_along(ctx, (cut_from_end(ctx, x, axis, shift, 0), rest), axis)
+        return join_along(ctx, (cut_from_end(ctx, x, axis, shift, 0), rest), axis)
     shape = (*x.shape[:axis], x.shape[axis] + shift, *x.shape[axis + 1 :])
     attrs = {"axis": axis, "start": -shift, "stop": TO_THE_END, "step": 1}
     rest = ctx.emit("slice", x, shape, attrs=attrs, suffix="slice")
-    return _join_along(ctx, (rest, cut(ctx, x, axis, 0, -shift)), axis)
+    return join_along(ctx, (rest, cut(ctx, x, axis, 0, -shift)), axis)
 
 
-@lowers("aten.index_select.default", axes=("dim",))
-def _index_select(ctx: Lowering, self: Ref, dim: int, index: Any) -> Ref:
-    axis = dim % self.rank
-    index = need_constant(index, "the index")
-    size = self.shape[axis]
+@lowers("aten.index_select.default", takes=("self", "index"))
+def _index_select(ctx: Lowering, self: Any, dim: int, index: Any) -> Ref | View:
+    of_table = of_constant(ctx, self, [index], dim % len(ctx.result_sizes))
+    if of_table is not None:
+        return of_table  # type: ignore[no-any-return]
+    x = activation(ctx, self)
+    order = views.batch_first(ctx, x)
+    ref = ctx.realise(views.permuted(ctx, x, order))
+    axis = order.index(dim % x.rank)
+    index = need_constant(operand(ctx, index), "the index")
+    size = ref.shape[axis]
     if axis == 0:
         raise UnsupportedUse("it picks samples of the batch; index other axes only")
     if not isinstance(size, int) and int(index.min()) < 0:
         raise UnsupportedUse("it counts from an end that is known at run time only")
     index = torch.where(index < 0, index + size, index) if isinstance(size, int) else index
-    return pick(ctx, self, axis, index)
+    return views.put_back(ctx, pick(ctx, ref, axis, index), order)
 
 
 @lowers("aten.index.Tensor", takes=("self", "indices"))
 def _index(ctx: Lowering, self: Any, indices: list[Any]) -> Ref | View:
+    of_table = of_constant(ctx, self, indices)
+    if of_table is not None:
+        return of_table  # type: ignore[no-any-return]
     by_sample = of_each_sample(ctx, self, indices)
     if by_sample is not None:
         return by_sample
@@ -283,11 +285,11 @@ def _index(ctx: Lowering, self: Any, indices: list[Any]) -> Ref | View:
     shape = np.broadcast_shapes(*(tuple(row.shape) for row in rows))
     rows = [row.expand(shape) for row in rows]
     if len(given) > 1:
-        fixed = [_fixed(ref, first + i, "it picks along") for i in range(len(given))]
+        sides = [fixed(ref, first + i, "it picks along") for i in range(len(given))]
         flat = torch.zeros_like(rows[0])
-        for row, size in zip(rows, fixed, strict=True):
+        for row, size in zip(rows, sides, strict=True):
             flat = flat * size + torch.where(row < 0, row + size, row)
-        merged = (*ref.shape[:first], math.prod(fixed), *ref.shape[first + len(given) :])
+        merged = (*ref.shape[:first], math.prod(sides), *ref.shape[first + len(given) :])
         ref = views.emit_reshape(ctx, ref, merged, "flat")
     else:
         (flat,), (size,) = rows, sizes
@@ -304,145 +306,50 @@ def _index(ctx: Lowering, self: Any, indices: list[Any]) -> Ref | View:
 
 @lowers("aten.diagonal.default", takes=("self",))
 def _diagonal(ctx: Lowering, self: Any, offset: int, dim1: int, dim2: int) -> Ref:
-    x = activation(ctx, self)
+    return diagonal(ctx, activation(ctx, self), offset, dim1, dim2)
+
+
+def diagonal(ctx: Lowering, x: Ref | View, offset: int, dim1: int, dim2: int) -> Ref:
+    """Emit the diagonal of two axes of an activation, as the last axis.
+
+    Args:
+        ctx: The walk.
+        x: The activation.
+        offset: Which diagonal: above 0 those above the main one.
+        dim1: The rows.
+        dim2: The columns.
+    """
     axes = (dim1 % x.rank, dim2 % x.rank)
     order = [*(axis for axis in range(x.rank) if axis not in axes), *axes]
     ref = ctx.realise(views.permuted(ctx, x, order))
-    rows, columns = (_fixed(ref, axis, "it takes a diagonal of") for axis in (-2, -1))
+    rows, columns = (fixed(ref, axis, "it takes a diagonal of") for axis in (-2, -1))
     index = torch.arange(rows * columns).reshape(rows, columns).diagonal(offset)
     flat = views.emit_reshape(ctx, ref, (*ref.shape[:-2], rows * columns), "flat")
     return pick(ctx, flat, flat.rank - 1, index)
-
-
-# ---- writing into a part ------------------------------------------------------------------------
-
-
-@lowers("aten.fill.Tensor", takes=("self",))
-def _fill(ctx: Lowering, self: Any, value: Any) -> Ref | View:
-    number = float(need_constant(value, "what it fills in"))
-    attrs = {"low": number, "high": number}  # of NaN too
-    x = activation(ctx, self)
-    return views.on_each(ctx, (x,), lambda ref: ctx.emit("clamp", ref, ref.shape, attrs=attrs))
-
-
-@lowers("aten.copy.default", takes=("self", "src"))
-def _copy(ctx: Lowering, self: Any, src: Any) -> Ref | View:
-    part = operand(ctx, src)
-    if not is_activation(part):
-        ref = ctx.realise(activation(ctx, self))
-        return _spread(ctx, part, ref, ref.shape)
-    return views.expanded(ctx, part, ctx.result_sizes)
-
-
-@lowers("aten.slice_scatter.default", takes=("self", "src"), axes=("dim",))
-def _slice_scatter(
-    ctx: Lowering, self: Any, src: Any, dim: int, start: int | None, end: int | None, step: int
-) -> Ref | View:
-    ref, axis = _target(ctx, self, src), dim % len(ctx.node.meta["val"].shape)
-    size = ref.shape[axis]
-    if not isinstance(size, int):
-        if (start or 0) == 0 and (end is None or end >= _OPEN_END) and step == 1:
-            return _in_place_of(ctx, ref, operand(ctx, src))
-        _fixed(ref, axis, "it writes into a part of")
-    first, stop, step = slice(start, end, step).indices(size)
-    if (first, stop, step) == (0, size, 1):
-        return _in_place_of(ctx, ref, operand(ctx, src))
-    if step != 1:
-        raise UnsupportedUse(f"it writes into every {step}th entry; write with torch.where")
-    return _written(ctx, ref, axis, first, stop, operand(ctx, src))
-
-
-@lowers("aten.select_scatter.default", takes=("self", "src"))
-def _select_scatter(ctx: Lowering, self: Any, src: Any, dim: int, index: int) -> Ref:
-    ref = _target(ctx, self, src)
-    axis = dim % ref.rank
-    first = index % _fixed(ref, axis, "it writes into an entry of")
-    part = operand(ctx, src)
-    if is_activation(part):
-        row = ctx.realise(part)
-        part = views.emit_reshape(ctx, row, (*ref.shape[:axis], 1, *ref.shape[axis + 1 :]), "row")
-    else:
-        part = part.unsqueeze(axis)
-    return _written(ctx, ref, axis, first, first + 1, part)
-
-
-def _target(ctx: Lowering, x: Any, part: Any) -> Ref:
-    """What is written into, in the shape of the result: constants too, such as zeros."""
-    given = operand(ctx, x)
-    if is_activation(given):
-        return ctx.realise(given)
-    part = operand(ctx, part)
-    if not is_activation(part):
-        raise UnsupportedUse("it works on what is the same for every input; make that a buffer")
-    return _spread(ctx, given, ctx.realise(part), ctx.result_shape)
-
-
-def _in_place_of(ctx: Lowering, x: Ref, part: Any) -> Ref:
-    return ctx.realise(part) if is_activation(part) else _spread(ctx, part, x, x.shape)
-
-
-def _written(ctx: Lowering, x: Ref, axis: int, first: int, stop: int, part: Any) -> Ref:
-    """An activation with a part of an axis from somewhere else."""
-    size = x.shape[axis]
-    shape = (*x.shape[:axis], stop - first, *x.shape[axis + 1 :])
-    middle = ctx.realise(part) if is_activation(part) else _spread(ctx, part, x, shape)
-    parts = [
-        middle if (start, end) == (first, stop) else cut(ctx, x, axis, start, end)
-        for start, end in ((0, first), (first, stop), (stop, size))
-        if end > start
-    ]
-    return ctx.emit("concat", parts, x.shape, attrs={"axis": axis}) if len(parts) > 1 else middle
-
-
-def _spread(ctx: Lowering, values: Tensor, like: Ref, shape: tuple[Any, ...]) -> Ref:
-    """A constant in a shape that it is repeated to."""
-    made = constant(ctx, _one_sample(values), like, len(shape))
-    if made.shape == shape:
-        return made
-    sizes = [0 if a == b else b for a, b in zip(made.shape, shape, strict=True)][1:]
-    return ctx.emit("expand", made, shape, attrs={"shape": sizes})
-
-
-@lowers("aten.unfold.default", takes=("self",))
-def _unfold(ctx: Lowering, self: Any, dimension: int, size: int, step: int) -> Ref | View:
-    x = ctx.realise(activation(ctx, self))
-    axis = dimension % x.rank
-    length = _fixed(x, axis, "it cuts windows of")
-    starts = torch.arange(0, length - size + 1, step)
-    index = (starts[:, None] + torch.arange(size)).reshape(-1)
-    picked = pick(ctx, x, axis, index)
-    sizes = views.sizes_of(ctx, picked)
-    cut = views.reshaped(ctx, picked, (*sizes[:axis], len(starts), size, *sizes[axis + 1 :]))
-    assert cut is not None
-    order = [*range(axis + 1), *range(axis + 2, x.rank + 1), axis + 1]
-    return views.permuted(ctx, cut, order)
-
-
-@lowers("aten.tril.default", "aten.triu.default", takes=("self",))
-def _triangle(ctx: Lowering, self: Any, diagonal: int) -> Ref:
-    x = ctx.realise(activation(ctx, self))
-    rows, columns = (_fixed(x, axis, "it cuts a triangle of") for axis in (x.rank - 2, x.rank - 1))
-    cut = torch.tril if ".tril." in str(ctx.node.target) else torch.triu
-    keep = constant(ctx, cut(torch.ones(rows, columns), diagonal), x, x.rank)
-    zero = constant(ctx, 0.0, x, x.rank)
-    return ctx.emit("where", (keep, x, zero), x.shape)
 
 
 @lowers("aten.glu.default", takes=("self",), axes=("dim",))
 def _glu(ctx: Lowering, self: Any, dim: int) -> Ref | View:
     x = ctx.realise(activation(ctx, self))
     axis = dim % x.rank
-    half = _fixed(x, axis, "it halves") // 2
+    half = fixed(x, axis, "it halves") // 2
     value, gate = cut(ctx, x, axis, 0, half), cut(ctx, x, axis, half, 2 * half)
     return ctx.emit("mul", (value, ctx.emit("sigmoid", gate, gate.shape)), gate.shape)
+
+
+def spread(ctx: Lowering, values: Tensor, like: Ref, shape: tuple[Any, ...]) -> Ref:
+    """A constant in a shape that it is repeated to."""
+    made = constant(ctx, one_sample(values), like, len(shape))
+    if made.shape == shape:
+        return made
+    sizes = [0 if a == b else b for a, b in zip(made.shape, shape, strict=True)][1:]
+    return ctx.emit("expand", made, shape, attrs={"shape": sizes})
 
 
 # ---- channels and pixels ------------------------------------------------------------------------
 
 
-def _regrouped(
-    ctx: Lowering, x: Ref | View, cut: Sequence[Any], order: Sequence[int]
-) -> Ref | View:
+def regrouped(ctx: Lowering, x: Ref | View, cut: Sequence[Any], order: Sequence[int]) -> Ref | View:
     """A view that is cut into axes, which change places, and made the result."""
     apart = views.reshaped(ctx, x, tuple(cut))
     turned = None if apart is None else views.permuted(ctx, apart, order)
@@ -455,149 +362,5 @@ def _regrouped(
 @lowers("aten.channel_shuffle.default", "aten.native_channel_shuffle.default", takes=("self",))
 def _channel_shuffle(ctx: Lowering, self: Any, groups: int) -> Ref:
     x = ctx.realise(activation(ctx, self))
-    channels = torch.arange(_fixed(x, 1, "it shuffles"))
+    channels = torch.arange(fixed(x, 1, "it shuffles"))
     return pick(ctx, x, 1, channels.reshape(groups, -1).t().reshape(-1))
-
-
-@lowers("aten.pixel_unshuffle.default", takes=("self",))
-def _pixel_unshuffle(ctx: Lowering, self: Any, downscale_factor: int) -> Ref | View:
-    x = activation(ctx, self)
-    need_rank(ctx.realise(x), 4)
-    n, c, h, w = views.sizes_of(ctx, x)
-    factor = downscale_factor
-    rows, columns = (size // factor if isinstance(size, int) else size / factor for size in (h, w))
-    cut = (n, c, rows, factor, columns, factor)
-    return _regrouped(ctx, x, cut, (0, 1, 3, 5, 2, 4))
-
-
-# ---- padding ------------------------------------------------------------------------------------
-
-
-@lowers("aten.pad.default", takes=("self",))
-def _pad(ctx: Lowering, self: Any, pad: list[int], mode: str, value: Number | None) -> Ref | View:
-    if mode == "constant":
-        return _constant_pad(ctx, self, pad, value or 0)
-    return _mirrored(ctx, self, pad, mode)
-
-
-@lowers(
-    "aten.reflection_pad1d.default",
-    "aten.reflection_pad2d.default",
-    takes=("self",),
-)
-def _reflection_pad(ctx: Lowering, self: Any, padding: list[int]) -> Ref | View:
-    return _mirrored(ctx, self, padding, "reflect")
-
-
-@lowers(
-    "aten.replication_pad1d.default",
-    "aten.replication_pad2d.default",
-    takes=("self",),
-)
-def _replication_pad(ctx: Lowering, self: Any, padding: list[int]) -> Ref | View:
-    return _mirrored(ctx, self, padding, "replicate")
-
-
-def _mirrored(ctx: Lowering, x: Any, pad: list[int], mode: str) -> Ref | View:
-    """Padding with what is in the activation, one axis after the other."""
-    view = activation(ctx, x)
-    order = views.batch_first(ctx, view)
-    ref = ctx.realise(views.permuted(ctx, view, order))
-    for position in range(len(pad) // 2):
-        before, after = pad[2 * position : 2 * position + 2]
-        axis = order.index(ref.rank - 1 - position)
-        if not (before or after):
-            continue
-        size = ref.shape[axis]
-        if is_dynamic(size):
-            ref = _mirrored_ends(ctx, ref, axis, before, after, mode)
-            continue
-        index = torch.arange(-before, size + after)
-        if mode == "circular":
-            index = index % size
-        elif mode == "replicate":
-            index = index.clamp(0, size - 1)
-        else:
-            index = (size - 1) - ((size - 1) - index.abs()).abs()
-        ref = pick(ctx, ref, axis, index)
-    return views.put_back(ctx, ref, order)
-
-
-def _mirrored_ends(ctx: Lowering, x: Ref, axis: int, before: int, after: int, mode: str) -> Ref:
-    """Padding of an axis whose size is known at run time only: its ends, put before and behind."""
-
-    def end(turned: Ref, count: int) -> Ref:
-        """What stands before the first entry, from the beginning on."""
-        if mode == "reflect":
-            return turned_over(ctx, cut(ctx, turned, axis, 1, count + 1), axis)
-        row = cut(ctx, turned, axis, 0, 1)
-        shape = (*row.shape[:axis], count, *row.shape[axis + 1 :])
-        sizes = [count if i == axis else 0 for i in range(1, x.rank)]
-        return ctx.emit("expand", row, shape, attrs={"shape": sizes}) if count > 1 else row
-
-    parts = [x]
-    if mode == "circular":
-        parts = [cut_from_end(ctx, x, axis, before, 0), x] if before else parts
-        parts = [*parts, cut(ctx, x, axis, 0, after)] if after else parts
-        return _join_along(ctx, parts, axis)
-    if before:
-        parts.insert(0, end(x, before))
-    if after:
-        parts.append(turned_over(ctx, end(turned_over(ctx, x, axis), after), axis))
-    return _join_along(ctx, parts, axis)
-
-
-@lowers("aten.constant_pad_nd.default", takes=("self",))
-def _constant_pad(ctx: Lowering, self: Any, pad: list[int], value: Number) -> Ref | View:
-    view = activation(ctx, self)
-    if not any(pad):
-        return view
-    order = views.batch_first(ctx, view)
-    x = ctx.realise(views.permuted(ctx, view, order))
-    x = _cropped(ctx, x, pad, order)
-    pad = [max(amount, 0) for amount in pad]
-    if not any(pad):
-        return views.put_back(ctx, x, order)
-    # torch names the last axis first; lutra goes from axis 0 on.
-    ends = [(0, 0)] * x.rank
-    for position in range(len(pad) // 2):
-        ends[order.index(x.rank - 1 - position)] = (pad[2 * position], pad[2 * position + 1])
-    if any(ends[0]):
-        raise UnsupportedUse("it pads the batch (axis 0); pad other axes only")
-    pads = tuple(amount for pair in ends for amount in pair)
-    shape = tuple(
-        size if size is None else size + before + after
-        for size, (before, after) in zip(x.shape, ends, strict=True)
-    )
-    attrs = {"pads": pads, "value": _finite(ctx, float(value))}
-    return views.put_back(ctx, ctx.emit("pad", x, shape, attrs=attrs), order)
-
-
-def _cropped(ctx: Lowering, x: Ref, pad: Sequence[int], order: Sequence[int]) -> Ref:
-    """An activation without what negative pads cut off."""
-    for position in range(len(pad) // 2):
-        axis = order.index(x.rank - 1 - position)
-        first, last = (max(-amount, 0) for amount in pad[2 * position : 2 * position + 2])
-        if not (first or last):
-            continue
-        if axis == 0:
-            raise UnsupportedUse("it cuts the batch (axis 0); slice other axes only")
-        size = x.shape[axis]
-        if isinstance(size, int):
-            x = cut(ctx, x, axis, first, size - last)
-            continue
-        attrs = {"axis": axis, "first": first, "last": last, "step": 1}
-        shape = (*x.shape[:axis], size - first - last, *x.shape[axis + 1 :])
-        x = ctx.emit("trim", x, shape, attrs=attrs, suffix="trim")
-    return x
-
-
-def _finite(ctx: Lowering, value: float) -> float:
-    """The number to pad with; minus infinity in front of a maximum is the smallest number."""
-    if math.isfinite(value):
-        return value
-    if value == -math.inf and all(str(user.target) in _POOLS for user in ctx.node.users):
-        return -NO_LIMIT
-    raise UnsupportedUse(
-        f"it pads with {value}; pad with a finite number, or with -inf in front of max pooling only"
-    )

@@ -35,7 +35,7 @@ from lutra.train.exporting.lowering.core import (
 from lutra.train.exporting.lowering.emitter import expressions
 from lutra.train.exporting.lowering.operands import constant
 from lutra.train.exporting.lowering.placed import by_distance, numbers_at
-from lutra.train.exporting.lowering.rewrite import caller, replace
+from lutra.train.exporting.lowering.program import caller, replace
 from lutra.train.exporting.lowering.sources import Sources, size_at
 from lutra.train.operators.scores import LOWEST
 
@@ -90,7 +90,8 @@ def _rewrite_sum(graph: fx.Graph, sources: Sources, node: fx.Node) -> None:
         if _are_scores(sources, scores) and not sources.is_activation(term):
             target = _added(sources, scores, term)
             deferred = sources.deferred(term)
-            if deferred is not None and deferred.inputs and _is_mask(sources, term):
+            masks = deferred is not None and deferred.inputs and _is_mask(sources, term)
+            if masks and scores.meta["val"].ndim == 4:  # heads apart from the batch
                 target = torch.ops.lutra.masked_scores.default
             if target is _aten.add.Tensor:
                 return

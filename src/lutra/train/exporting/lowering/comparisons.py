@@ -223,6 +223,8 @@ def _masked_fill(ctx: Lowering, self: Any, mask: Any, value: Any) -> Ref | View:
     if not isinstance(mask, Deferred) or not is_activation(x) or not math.isfinite(number):
         return together(ctx, "where", (operand(ctx, mask), number, x))
     drop = computed(ctx, mask)
+    if isinstance(drop, torch.Tensor):  # the same for every input
+        return together(ctx, "where", (drop, number, x))
     kept = mul(ctx, x, negated(ctx, drop))
     return kept if number == 0 else add(ctx, kept, mul(ctx, drop, number), 1)
 

@@ -27,7 +27,8 @@ _MOVES = (
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose",
     "permute", "movedim", "slice", "select", "expand", "clone", "contiguous", "alias", "detach",
     "roll", "flip", "cat", "stack", "sum", "mean", "neg", "lift_fresh_copy", "constant_pad_nd",
-    "unbind", "split", "split_with_sizes", "chunk", "index_select", "repeat",
+    "unbind", "split", "split_with_sizes", "chunk", "index_select", "repeat", "slice_scatter",
+    "select_scatter", "copy", "index", "gather", "cumsum", "tile", "diagonal", "pad",
 )  # fmt: skip
 _LINEAR = ("add", "sub")
 _PRODUCTS = ("mul", "matmul", "bmm", "mm", "einsum")
@@ -141,6 +142,16 @@ class _Split:
             return x if _is_complex(node) else _Parts(x.real, None)
         if name in _LINEAR and not node.kwargs:
             return self._sum(node, *(self._given(x) for x in args[:2]))
+        if name == "exp":
+            x = self._given(args[0])
+            return self._polar(self._call(_aten.exp.default, x.real), self._imaginary(x))
+        if name == "reciprocal":
+            return self._quotient(self._given(1.0), self._given(args[0]))
+        if name == "square" or (name == "pow" and args[1] == 2):
+            x = self._given(args[0])
+            return self._product_of(_aten.mul.Tensor, x, x)
+        if name == "div" and not node.kwargs and _is_complex(args[1]):
+            return self._quotient(*(self._given(x) for x in args[:2]))
         if name == "div" and not _is_complex(args[1]) and not isinstance(args[1], complex):
             x = self._given(args[0])
             return self._each(x, lambda part: self._call(node.target, part, *args[1:]))
@@ -233,6 +244,35 @@ class _Split:
         if len(cross) == 2:
             imaginary = self._call(_aten.add.Tensor, *cross)
         return _Parts(real, imaginary)
+
+    def _product_of(self, target: Any, a: _Parts, b: _Parts) -> _Parts:
+        """(a + b i) (c + d i)."""
+        real = self._call(target, a.real, b.real)
+        if a.imaginary is not None and b.imaginary is not None:
+            both = self._call(target, a.imaginary, b.imaginary)
+            real = self._call(_aten.sub.Tensor, real, both)
+        cross = [
+            self._call(target, x, y)
+            for x, y in ((a.real, b.imaginary), (a.imaginary, b.real))
+            if x is not None and y is not None
+        ]
+        imaginary = cross[0] if cross else None
+        if len(cross) == 2:
+            imaginary = self._call(_aten.add.Tensor, *cross)
+        return _Parts(real, imaginary)
+
+    def _quotient(self, a: _Parts, b: _Parts) -> _Parts:
+        """a conj(b) / |b|^2."""
+        size = self._call(_aten.mul.Tensor, b.real, b.real)
+        other = self._imaginary(b)
+        size = self._call(_aten.add.Tensor, size, self._call(_aten.mul.Tensor, other, other))
+        turned = _Parts(b.real, self._call(_aten.neg.default, other))
+        number: Any = a.real  # of a real number that is no tensor
+        if isinstance(number, (int, float)):
+            made = self._each(turned, lambda part: self._call(_aten.mul.Tensor, part, number))
+        else:
+            made = self._product_of(_aten.mul.Tensor, a, turned)
+        return self._each(made, lambda part: self._call(_aten.div.Tensor, part, size))
 
     def _each(self, x: _Parts, make: Callable[[Any], fx.Node]) -> _Parts:
         return _Parts(make(x.real), None if x.imaginary is None else make(x.imaginary))

@@ -176,9 +176,8 @@ def _lowered(ctx: Lowering, node: fx.Node) -> Any:
         return own(ctx, arguments, value.dtype)
     if own is _cast:
         return ctx.apply(node, arguments)
-    bools = isinstance(value, Tensor) and value.dtype == torch.bool
-    if bools and not target.startswith((*_MOVES, *_COMPARES)):
-        raise UnsupportedUse(f"{target} of integers cannot be computed with activations")
+    if isinstance(value, Tensor) and value.dtype == torch.bool and target.startswith(_OF_NUMBERS):
+        raise UnsupportedUse(f"{target} of masks cannot be computed with activations")
     return ctx.apply(node, arguments)
 
 
@@ -241,28 +240,8 @@ def _greater(ctx: Lowering, arguments: list[Any], dtype: torch.dtype) -> Any:
     return _clamp(ctx, _line(ctx, ctx.realise(x), 1.0, -float(other)), 0.0, 1.0)
 
 
-_MOVES = (
-    "aten.view.",
-    "aten.reshape.",
-    "aten.unsqueeze.",
-    "aten.squeeze.",
-    "aten.expand.",
-    "aten.slice.",
-    "aten.select.",
-    "aten.transpose.",
-    "aten.permute.",
-    "aten.clone.",
-    "aten.alias.",
-    "aten.detach.",
-    "aten.unflatten.",
-    "aten.flatten.",
-)
-#: What compares numbers, which float32 does exactly below 2^24, and what joins such answers.
-_COMPARES = (
-    "aten.lt.", "aten.le.", "aten.gt.", "aten.ge.", "aten.eq.", "aten.ne.",
-    "aten.logical_and.", "aten.logical_or.", "aten.logical_xor.",
-    "aten.bitwise_and.", "aten.bitwise_or.", "aten.__and__.", "aten.__or__.",
-)  # fmt: skip
+#: What adds up masks as numbers in the graph, where torch says whether one of them holds.
+_OF_NUMBERS = ("aten.add.", "aten.sub.", "aten.rsub.", "aten.cumsum.")
 _OWN: dict[str, Callable[[Lowering, list[Any], torch.dtype], Any]] = {
     "aten._to_copy.default": _cast,
     "aten.to.dtype": _cast,

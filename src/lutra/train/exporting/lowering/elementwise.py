@@ -154,10 +154,12 @@ def _softmax(ctx: Lowering, self: Any, dim: int) -> Ref | View:
         return views.on_last(
             ctx, x, lambda ref: ctx.emit("softmax", ref, ref.shape, attrs={"axis": ref.rank - 1})
         )
-    x = ctx.realise(x)
-    if axis == 0:
-        raise UnsupportedUse("it works over the batch (axis 0); use another axis")
-    return ctx.emit("softmax", x, attrs={"axis": axis})
+    order = views.batch_first(ctx, x)
+    if order[0] == axis:
+        raise UnsupportedUse(f"it works over the batch (axis {axis}); use another axis")
+    ref = ctx.realise(views.permuted(ctx, x, order))
+    made = ctx.emit("softmax", ref, ref.shape, attrs={"axis": order.index(axis)})
+    return views.put_back(ctx, made, order)
 
 
 @lowers("aten.softmin.int", takes=("self",))

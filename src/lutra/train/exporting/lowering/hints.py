@@ -8,26 +8,26 @@ _BATCH_STATISTICS = (
 )
 
 _TABLE = [
-    ("rnn_tanh rnn_relu", "use nn.GRU or nn.LSTM"),
+    ("rnn_relu", "sequences of fixed length work; take their axis out of dynamic_axes"),
     (
         "conv3d conv_transpose3d max_pool3d adaptive_avg_pool3d adaptive_max_pool3d",
         "volumes work whose height and width are fixed; take their axes out of dynamic_axes",
     ),
     ("avg_pool3d", "divisor_override does not go with ceil_mode; leave one of the two out"),
     (
-        "inverse linalg_inv linalg_inv_ex det linalg_det logdet linalg_slogdet linalg_solve",
-        "matrices of up to 4 rows work; for larger ones compute it outside the exported model, or "
-        "once, as a buffer, where the matrix is constant",
+        "inverse linalg_inv linalg_inv_ex det linalg_det logdet linalg_slogdet linalg_solve "
+        "linalg_cholesky cholesky cholesky_solve linalg_solve_triangular",
+        "matrices of up to 32 rows work; for larger ones compute it outside the exported model, "
+        "or once, as a buffer, where the matrix is constant",
     ),
     (
-        "linalg_cholesky linalg_eigh linalg_eigvalsh linalg_svd linalg_qr matrix_exp pinverse "
-        "linalg_pinv cholesky_solve cholesky_inverse triangular_solve linalg_solve_triangular",
-        "factors of matrices do not exist; compute it outside the exported model, or once, as a "
-        "buffer, where the matrix is constant",
+        "linalg_eigh linalg_eigvalsh linalg_svd linalg_svdvals linalg_qr matrix_exp pinverse "
+        "linalg_pinv cholesky_inverse triangular_solve linalg_lu linalg_ldl_factor",
+        "such factors of matrices do not exist; compute it outside the exported model, or once, as "
+        "a buffer, where the matrix is constant",
     ),
     (
-        "lgamma digamma polygamma special_i0 special_i1 special_i0e special_zeta special_ndtri "
-        "mode",
+        "polygamma igamma igammac special_zeta special_bessel_j0 special_bessel_j1 frexp",
         "compute it outside the exported model, or once, as a buffer, where its input is constant",
     ),
     (

@@ -17,7 +17,10 @@ NEEDS: Final[Mapping[type[nn.Module], tuple[str, ...]]] = {
     nn.RNN: ("aten.rnn_tanh.input", "aten.rnn_relu.input"),
 }
 #: What a layer with projections is told.
-PROJECTS: Final = "it projects its hidden values; leave proj_size out"
+PROJECTS: Final = (
+    "it projects its hidden values, which works for sequences of fixed length; leave proj_size "
+    "out, or take the axis of the sequence out of dynamic_axes"
+)
 
 
 def check_modules(model: nn.Module, example: tuple[Tensor, ...]) -> None:
@@ -56,8 +59,6 @@ def check_modules(model: nn.Module, example: tuple[Tensor, ...]) -> None:
 
 def _lacking(module: nn.Module) -> tuple[str, str] | None:
     """The operator of a module that has no lowering, and what to do; None for other modules."""
-    if isinstance(module, nn.LSTM) and module.proj_size:
-        return "aten.lstm.input", PROJECTS
     needed = NEEDS.get(type(module))
     if needed is None or LOWERINGS.keys() & set(needed):
         return None

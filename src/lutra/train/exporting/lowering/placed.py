@@ -49,6 +49,7 @@ def placed(ctx: Lowering, x: Deferred) -> Ref | View | None:
     ways = [partial(_row_each, ctx, x, sizes, axis) for axis in free]
     if len(free) == 2:
         ways.append(partial(_pairs, ctx, x, sizes, free))
+    ways.append(partial(_grid, ctx, x, sizes, free))
     for way in ways:
         try:
             made: Ref | View | None = way()
@@ -203,6 +204,117 @@ def _once(values: Tensor, axis: int) -> Tensor:
     if not torch.equal(values, first.expand_as(values)):
         raise UnsupportedUse("its numbers differ along more than one axis of free size")
     return first
+
+
+# ---- grids ---------------------------------------------------------------------------------------
+
+
+def _grid(ctx: Lowering, x: Deferred, sizes: Sizes, free: list[int]) -> Ref | View | None:
+    """Numbers of the places of an image, such as their coordinates: a sum of one that depends on
+    the row and one that depends on the column. Rows and columns may be one axis."""
+    sides = _sides(ctx, sizes, free)
+    if sides is None:
+        return None
+    lengths, symbols = sides
+    if any(_of_batch(ctx, size) and size != ctx.batch for size in sizes):
+        return None
+    others = [i for i in range(len(sizes)) if i not in free]
+    kept = [1 if sizes[i] == ctx.batch else sizes[i] for i in others]
+
+    def at(high: int, wide: int, shift: int = 0) -> Tensor:
+        """(rows, columns, ...) of one sample."""
+        chosen = {**ctx.sources.sizes(first=2 + shift), symbols[0]: high, symbols[1]: wide}
+        values = ctx.sources.evaluate(x.node, chosen, {})
+        for place, size in enumerate(sizes):
+            if _of_batch(ctx, size):
+                values = _once(values, place)
+        values = values.permute([*free, *others]).float()
+        count = [size_at(n, chosen) for n in lengths]
+        return values.reshape(*count, *values.shape[len(free) :])
+
+    small = [max(3, ctx.sources.range_of(symbol)[0]) for symbol in symbols]
+    longest = [_most(ctx, symbol, n) for symbol, n in zip(symbols, lengths, strict=True)]
+    rows = at(longest[0], small[1])[:, 0]
+    columns = at(small[0], longest[1])
+    columns = columns[0] - columns[0, :1]
+    for shift, more in enumerate(((0, 0), (3, 1), (1, 4))):
+        values = at(small[0] + more[0], small[1] + more[1], shift)
+        high, wide = values.shape[:2]
+        whole = rows[:high, None] + columns[None, :wide]
+        if values.shape != whole.shape or not torch.allclose(values, whole, rtol=1e-6, atol=1e-6):
+            return None
+    made = []
+    for table, length, axis in ((rows, lengths[0], 1), (columns, lengths[1], 2)):
+        zero = _zeros(ctx, length)
+        if zero is None or not bool(torch.isfinite(table).all()):
+            return None
+        width = table[0].numel()
+        shape = (None, length, width)
+        wide_zero = (
+            zero if width == 1 else ctx.emit("expand", zero, shape, attrs={"shape": (0, width)})
+        )
+        tensors = {"weight": table.reshape(-1, width).contiguous()}
+        one = ctx.emit("position_embedding", wide_zero, shape, tensors=tensors)
+        apart = (None, length, 1, width) if axis == 1 else (None, 1, length, width)
+        made.append(views.emit_reshape(ctx, one, apart, "side"))
+    width = made[0].shape[-1]
+    both = ctx.emit("add", made, (None, *lengths, width), suffix="grid")
+    parts = views.reshaped(ctx, both, (ctx.batch, *lengths, *kept))
+    assert parts is not None  # the features of a value
+    if len(free) == 1:
+        joined = (ctx.batch, lengths[0] * lengths[1], *kept)
+        merged = views.reshaped(ctx, parts, joined)
+        assert merged is not None  # axes that are put together always fit
+        parts = merged
+    places = [*free, *others]
+    order = [0, *(1 + places.index(i) for i in sorted(places))]
+    return _shaped(ctx, views.permuted(ctx, parts, order), sizes)
+
+
+def _sides(ctx: Lowering, sizes: Sizes, free: list[int]) -> tuple[list[Any], list[Any]] | None:
+    """The two sizes of an image, and the sizes of inputs that they depend on; None where there are
+    not two."""
+    if len(free) == 2:
+        lengths = [sizes[axis] for axis in free]
+    elif len(free) == 1:
+        found: dict[Any, None] = {}
+        ctx.find(lambda ref: bool(found.update(dict.fromkeys(filter(is_dynamic, ref.shape)))))
+        single = [size for size in found if len(size.free_symbols) == 1]
+        whole = sizes[free[0]]
+        pairs_of = (
+            [a, b]
+            for i, a in enumerate(single)
+            for b in single[i + 1 :]
+            if (a.free_symbols | b.free_symbols) == whole.free_symbols
+            and (a * b - whole).expand() == 0
+        )
+        lengths = next(pairs_of, [])
+        if lengths and not _rows_first(ctx, lengths):
+            lengths = lengths[::-1]
+    else:
+        return None
+    symbols = [next(iter(size.free_symbols)) for size in lengths if len(size.free_symbols) == 1]
+    if len(symbols) != 2 or symbols[0] == symbols[1] or ctx.batch in symbols:
+        return None
+    return lengths, symbols
+
+
+def _rows_first(ctx: Lowering, lengths: list[Any]) -> bool:
+    """Whether some activation has the two sizes in this order; either where there is none."""
+    turned = ctx.find(lambda ref: ref.shape[-2:] == tuple(lengths[::-1]))
+    return turned is None or ctx.find(lambda ref: ref.shape[-2:] == tuple(lengths)) is not None
+
+
+def _most(ctx: Lowering, symbol: Any, length: Any) -> int:
+    """The largest size of an input that gives no more positions than are kept."""
+    low, high = ctx.sources.range_of(symbol)
+    high = 2**20 if high is None else high
+    while low < high - 1:
+        middle = (low + high) // 2
+        low, high = (
+            (middle, high) if size_at(length, {symbol: middle}) <= ctx.longest else (low, middle)
+        )
+    return low
 
 
 # ---- distances ----------------------------------------------------------------------------------

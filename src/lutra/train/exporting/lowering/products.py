@@ -11,6 +11,7 @@ from torch import Tensor
 from lutra.train.exporting.lowering import views
 from lutra.train.exporting.lowering.arguments import Number, activation
 from lutra.train.exporting.lowering.arithmetic import add, affine, div, mul
+from lutra.train.exporting.lowering.arrange import diagonal
 from lutra.train.exporting.lowering.core import Lowering, Ref, UnsupportedUse, View, lowers
 from lutra.train.exporting.lowering.dense import matmul, product
 from lutra.train.exporting.lowering.folded import parts_of
@@ -131,13 +132,27 @@ def _lerp(ctx: Lowering, self: Any, end: Any, weight: Any) -> Ref | View:
 # ---- einsum -------------------------------------------------------------------------------------
 
 
+def _diagonal(ctx: Lowering, x: Any, letters: str) -> tuple[Any, str]:
+    """An operand with the diagonal of two axes of one letter in their place, last of all."""
+    letter = next(each for each in letters if letters.count(each) > 1)
+    first = letters.index(letter)
+    second = letters.index(letter, first + 1)
+    rest = "".join(each for i, each in enumerate(letters) if i not in (first, second))
+    if not is_activation(x):
+        return torch.diagonal(x, 0, first, second), rest + letter
+    return diagonal(ctx, x, 0, first, second), rest + letter
+
+
 @lowers("aten.einsum.default", takes=("tensors",))
 def _einsum(ctx: Lowering, equation: str, tensors: list[Any]) -> Ref | View:
     given = [operand(ctx, x) for x in tensors]
     ranks = [x.rank if is_activation(x) else x.ndim for x in given]
     inputs, output = _letters(equation, ranks)
-    if any(len(set(letters)) < len(letters) for letters in (*inputs, output)):
-        raise UnsupportedUse(f"einsum {equation!r} takes a diagonal; write it in other operators")
+    if len(set(output)) < len(output):
+        raise UnsupportedUse(f"einsum {equation!r} makes a diagonal; use torch.diag_embed")
+    for index in range(len(inputs)):
+        while len(set(inputs[index])) < len(inputs[index]):
+            given[index], inputs[index] = _diagonal(ctx, given[index], inputs[index])
     while len(given) > 2:  # two at a time, from the left
         later = {*output, *"".join(inputs[2:])}
         kept = "".join(x for x in dict.fromkeys(inputs[0] + inputs[1]) if x in later)

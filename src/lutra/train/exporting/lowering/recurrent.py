@@ -22,7 +22,7 @@ from lutra.train.exporting.lowering.core import (
     lowers,
 )
 from lutra.train.exporting.lowering.modules import PROJECTS
-from lutra.train.operators import recurrent as operators  # noqa: F401  (its operators)
+from lutra.train.operators.recurrent import as_gru
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,33 @@ def _aten_gru(
     batch_first: bool,
 ) -> tuple[Ref | View, ...]:
     return _gru(ctx, input, hx, params, has_biases, num_layers, bidirectional, batch_first)
+
+
+@lowers("aten.rnn_tanh.input", takes=("input", "hx"))
+def _rnn_tanh(
+    ctx: Lowering,
+    input: Any,
+    hx: Any,
+    params: Sequence[Any],
+    has_biases: bool,
+    num_layers: int,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Ref | View, ...]:
+    each = 4 if has_biases else 2
+    weights = [need_constant(p, "a weight") for p in params]
+    gates = [g for i in range(0, len(params), each) for g in as_gru(weights[i : i + each])]
+    return _gru(ctx, input, hx, gates, True, num_layers, bidirectional, batch_first)
+
+
+@lowers("aten.rnn_tanh_cell.default", takes=("hx",))
+def _rnn_tanh_cell(
+    ctx: Lowering, input: Ref, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any
+) -> Ref:
+    given = [need_constant(p, "a weight") for p in (w_ih, w_hh, b_ih, b_hh) if p is not None]
+    gates = as_gru(given)
+    return _cell(ctx, "gru", input, (hx,), gates)
 
 
 @lowers("aten.lstm_cell.default", takes=("hx",))

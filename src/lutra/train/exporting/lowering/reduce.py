@@ -15,6 +15,7 @@ from lutra.train.exporting.lowering.core import (
     Sizes,
     UnsupportedUse,
     View,
+    is_dynamic,
     lowers,
 )
 from lutra.train.exporting.lowering.functions import line
@@ -219,9 +220,12 @@ def _emit_variance(
 ) -> Ref:
     mean = emit_reduced(ctx, "mean", x, axes, True)
     away = ctx.emit("sub", (x, mean), x.shape)
-    spread = emit_reduced(ctx, "mean", ctx.emit("mul", (away, away), x.shape), axes, keepdim)
+    square = ctx.emit("mul", (away, away), x.shape)
+    spread = emit_reduced(ctx, "mean", square, axes, keepdim)
     if correction == 0:
         return spread
+    if any(is_dynamic(x.shape[axis]) for axis in axes):
+        return _corrected(ctx, x, square, axes, keepdim, correction)
     number = count(x, axes, "it corrects a variance", "use correction=0, or unbiased=False")
     if number <= correction:
         raise UnsupportedUse(
@@ -229,6 +233,20 @@ def _emit_variance(
             "divides by nothing; use correction=0"
         )
     return line(ctx, spread, number / (number - correction), 0.0)
+
+
+def _corrected(
+    ctx: Lowering, x: Ref, square: Ref, axes: tuple[int, ...], keepdim: bool, correction: float
+) -> Ref:
+    """A sum of squares over as many numbers as are known at run time only, but for some."""
+    free = [axis for axis in axes if is_dynamic(x.shape[axis])]
+    number = _length(ctx, x, free[0])
+    for axis in free[1:]:
+        number = ctx.emit("mul", (number, _length(ctx, x, axis)), number.shape)
+    fixed = count(x, [axis for axis in axes if axis not in free], "", "")
+    total = emit_sum(ctx, square, axes, True)
+    made = ctx.emit("div", (total, line(ctx, number, fixed, -correction)), total.shape)
+    return made if keepdim else views.emit_reshape(ctx, made, shape_without(x, axes, False))
 
 
 def _variance(

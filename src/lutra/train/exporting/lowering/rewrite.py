@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from lutra.train.exporting.lowering.picked import choose
+from lutra.train.exporting.lowering.program import caller, replace
 from lutra.train.exporting.lowering.sources import Sources
 from lutra.train.exporting.lowering.unpool import unpooled
 
@@ -21,7 +21,16 @@ def rewrite(program: ExportedProgram) -> None:
       look like any others.
     * `max_unpool2d` with the indices of a pooling as a comparison of each window's entries with the
       largest one: no index is needed.
+    * `type_as` as a cast: what is cast does not depend on the other tensor's values.
+    * `x[mask] = f(x[mask])` as f of all of x, and a choice by the mask.
     """
+    for node in list(program.graph.nodes):
+        if str(node.target) == "aten.type_as.default":
+            _rewrite_type_as(program.graph, node)
+    sources = Sources(program)
+    for node in list(program.graph.nodes):
+        if str(node.target) == "aten.index_put.default" and sources.is_activation(node):
+            choose(program.graph, node)
     sources = Sources(program)
     for node in list(program.graph.nodes):
         if not sources.is_activation(node):
@@ -32,23 +41,12 @@ def rewrite(program: ExportedProgram) -> None:
             _rewrite_unpool(program.graph, node)
 
 
-def caller(graph: fx.Graph, node: fx.Node) -> Any:
-    """What adds an operator to the graph, in the place of a node."""
-
-    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        made = graph.call_function(target, args, kwargs)
-        values: Any = fx.map_arg(args, lambda each: each.meta["val"])
-        place = {k: node.meta[k] for k in ("nn_module_stack",) if k in node.meta}
-        made.meta = {**place, "val": target(*values, **kwargs)}
-        return made
-
-    return call
-
-
-def replace(node: fx.Node, made: fx.Node) -> None:
-    """Puts one operator in the place of another, with its value and where it comes from."""
-    made.meta = dict(node.meta)
-    node.replace_all_uses_with(made)
+def _rewrite_type_as(graph: fx.Graph, node: fx.Node) -> None:
+    with graph.inserting_before(node):
+        call = caller(graph, node)
+        made = call(_aten._to_copy.default, node.args[0], dtype=node.meta["val"].dtype)
+    replace(node, made)
+    graph.erase_node(node)
 
 
 def _rewrite_baddbmm(graph: fx.Graph, node: fx.Node) -> None:

@@ -21,7 +21,7 @@ from lutra.train.exporting.lowering.core import (
     lowers,
 )
 from lutra.train.exporting.lowering.deferred import computed, table
-from lutra.train.exporting.lowering.rewrite import replace
+from lutra.train.exporting.lowering.program import replace
 from lutra.train.exporting.lowering.sources import Sources
 from lutra.train.operators import rotary as operators  # noqa: F401  (its operator)
 

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from lutra.train.exporting.lowering import views
 from lutra.train.exporting.lowering.arguments import activation
-from lutra.train.exporting.lowering.arrange import pick
+from lutra.train.exporting.lowering.arrange import pick, spread
 from lutra.train.exporting.lowering.core import Deferred, Lowering, Ref, UnsupportedUse, lowers
 from lutra.train.exporting.lowering.deferred import computed
 from lutra.train.exporting.lowering.operands import constant, is_activation, operand
@@ -131,12 +131,17 @@ def _index_add(ctx: Lowering, self: Any, dim: int, index: Any, source: Any, alph
 
 
 def _indexed(ctx: Lowering, x: Any, dim: int, index: Any, source: Any, *, accumulate: bool) -> Ref:
-    ref = ctx.realise(activation(ctx, x))
+    part, target = _value(ctx, source), _value(ctx, x)
     if not isinstance(index, Tensor):
         raise UnsupportedUse("its index is computed from activations; use scatter along an axis")
+    if is_activation(target):
+        ref = ctx.realise(target)
+    else:  # such as zeros
+        like = ctx.realise(activation(ctx, part))
+        ref = spread(ctx, target, like, ctx.result_shape)
     if dim % ref.rank == 0:
         raise UnsupportedUse("it writes into samples of the batch (axis 0); name another axis")
-    return _at_constant(ctx, ref, dim % ref.rank, index, _value(ctx, source), accumulate)
+    return _at_constant(ctx, ref, dim % ref.rank, index, part, accumulate)
 
 
 # ---- scatter ------------------------------------------------------------------------------------
@@ -144,21 +149,45 @@ def _indexed(ctx: Lowering, x: Any, dim: int, index: Any, source: Any, *, accumu
 
 @lowers("aten.scatter.value", takes=("self", "index"), axes=("dim",))
 def _scatter_value(ctx: Lowering, self: Any, dim: int, index: Any, value: Any) -> Ref:
-    return _scattered(ctx, self, dim, index, float(value), add=False)
+    return _scattered(ctx, self, dim, index, float(value), "")
 
 
 @lowers("aten.scatter.src", takes=("self", "index", "src"), axes=("dim",))
 def _scatter(ctx: Lowering, self: Any, dim: int, index: Any, src: Any) -> Ref:
-    return _scattered(ctx, self, dim, index, src, add=False)
+    return _scattered(ctx, self, dim, index, src, "")
 
 
 @lowers("aten.scatter_add.default", takes=("self", "index", "src"), axes=("dim",))
 def _scatter_add(ctx: Lowering, self: Any, dim: int, index: Any, src: Any) -> Ref:
-    return _scattered(ctx, self, dim, index, src, add=True)
+    return _scattered(ctx, self, dim, index, src, "sum")
 
 
-def _scattered(ctx: Lowering, x: Any, dim: int, index: Any, src: Any, *, add: bool) -> Ref:
-    """Values put, or added, to places of an axis, one entry of the indices after the other."""
+@lowers("aten.scatter_reduce.two", takes=("self", "index", "src"), axes=("dim",))
+def _scatter_reduce(
+    ctx: Lowering, self: Any, dim: int, index: Any, src: Any, reduce: str, include_self: bool
+) -> Ref:
+    return _scattered(ctx, self, dim, index, src, reduce, include_self)
+
+
+#: How a value joins what is at its place; what is neither added nor multiplied does so unless it
+#: is the first.
+_JOINS = {"sum": "add", "mean": "add", "prod": "mul", "amax": "maximum", "amin": "minimum"}
+
+
+def _scattered(
+    ctx: Lowering, x: Any, dim: int, index: Any, src: Any, reduce: str, whole: bool = True
+) -> Ref:
+    """Values put to places of an axis, one entry of the indices after the other.
+
+    Args:
+        ctx: The walk.
+        x: What they are put into.
+        dim: The axis.
+        index: The places.
+        src: The values.
+        reduce: How they join what is there; nothing: they take its place.
+        whole: Whether what was there before counts.
+    """
     given = [_value(ctx, each) for each in (x, index, src)]
     like = next((each for each in given if is_activation(each)), None)
     if like is None:
@@ -197,15 +226,33 @@ def _scattered(ctx: Lowering, x: Any, dim: int, index: Any, src: Any, *, add: bo
     def entry(ref: Ref, place: int) -> Ref:
         return ref if ref.shape[axis] == 1 else pick(ctx, ref, axis, torch.tensor([place]))
 
+    one = constant(ctx, 1.0, target, rank)
+    number: Ref | None = None  # of values that were put to each place
     for place in range(count):
         at = entry(places, place)
         met = tuple(size if i == axis else at.shape[i] for i in range(rank))
         here = ctx.emit("equal", (every, at), met, suffix="here")
         value = entry(values, place)
-        if add:
-            zero = constant(ctx, 0.0, target, rank)
-            value = ctx.emit("where", (here, value, zero), shape)
-            target = ctx.emit("add", (target, value), shape)
-        else:
+        if not reduce:
             target = ctx.emit("where", (here, value, target), shape)
+            continue
+        joined = ctx.emit(_JOINS[reduce], (target, value), shape)
+        if not whole:  # the first one takes the place
+            first = here if number is None else ctx.emit("greater", (one, number), number.shape)
+            joined = ctx.emit("where", (first, value, joined), shape)
+        target = ctx.emit("where", (here, joined, target), shape)
+        if not whole or reduce == "mean":
+            number = here if number is None else _counted(ctx, number, here)
+    if reduce == "mean":
+        assert number is not None
+        number = _counted(ctx, number, one) if whole else number
+        target = ctx.emit("div", (target, _at_least(ctx, number, one)), shape)
     return target
+
+
+def _counted(ctx: Lowering, number: Ref, more: Ref) -> Ref:
+    return ctx.emit("add", (number, more), number.shape)
+
+
+def _at_least(ctx: Lowering, number: Ref, one: Ref) -> Ref:
+    return ctx.emit("maximum", (number, one), number.shape)

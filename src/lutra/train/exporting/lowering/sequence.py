@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from lutra.train.exporting.lowering import views
@@ -16,6 +17,9 @@ from lutra.train.exporting.lowering.core import (
     View,
     lowers,
 )
+from lutra.train.exporting.lowering.reduce import emit_reduced, emit_sum
+from lutra.train.exporting.lowering.rows import embedded
+from lutra.train.exporting.lowering.sources import size_at
 
 
 @lowers("aten.embedding.default", takes=("indices",))
@@ -30,23 +34,59 @@ def _int8_embedding(ctx: Lowering, ids: Any, weight: Tensor, scale: Tensor) -> R
 
 def _rows(ctx: Lowering, indices: Any, tensors: dict[str, Tensor]) -> Ref | View:
     ids: Any = _integers(ctx, indices)
-    order: list[int] | None = None  # of axes, where the batch is not in front
     computed = isinstance(indices, (Ref, View)) or (
         isinstance(indices, Deferred) and bool(indices.inputs)
     )
     if ids is None and computed:
         ids = activation(ctx, indices)
-        if not views.is_sample(ctx, ids):
-            order = views.batch_first(ctx, ids)
-            ids = views.permuted(ctx, ids, order)
-        ids = ctx.realise(ids)
-    if not isinstance(ids, Ref):
+    if not isinstance(ids, (Ref, View)):
         raise UnsupportedUse(
             "its indices depend on sizes only, and not as positions that count from 0; compute "
             "them from an input of int64"
         )
-    made = ctx.emit("embedding", ids, (*ids.shape, tensors["weight"].shape[1]), tensors=tensors)
-    return made if order is None else views.put_back(ctx, made, [*order, len(order)])
+    return embedded(ctx, ids, tensors)
+
+
+@lowers(
+    "aten.embedding_bag.padding_idx",
+    "aten.embedding_bag.default",
+    takes=("indices", "offsets", "per_sample_weights"),
+)
+def _embedding_bag(
+    ctx: Lowering, weight: Tensor, indices: Any, offsets: Any, mode: int, per_sample_weights: Any
+) -> tuple[Ref | View, None, None, None]:
+    padding = ctx.node.args[8] if len(ctx.node.args) > 8 else ctx.node.kwargs.get("padding_idx")
+    if padding not in (None, -1) or per_sample_weights is not None:
+        raise UnsupportedUse(
+            "its padding_idx or weights leave tokens out; write nn.Embedding, a mask and a sum"
+        )
+    rows = _rows(ctx, indices, {"weight": need_constant(weight, "the table")})
+    bags, width = ctx.result_sizes
+    apart = views.reshaped(ctx, rows, (bags, _of_each_bag(ctx, rows, offsets), width))
+    if apart is None or bags != ctx.batch:
+        raise UnsupportedUse("its bags are no samples of the batch; give it indices (N, T)")
+    x = ctx.realise(apart)
+    if mode == 0:
+        return emit_sum(ctx, x, (1,), False), None, None, None
+    return emit_reduced(ctx, "mean" if mode == 1 else "max", x, (1,), False), None, None, None
+
+
+def _of_each_bag(ctx: Lowering, rows: Ref | View, offsets: Any) -> Any:
+    """The tokens of each bag, which begin one after the other.
+
+    Raises:
+        UnsupportedUse: Bags of other sizes.
+    """
+    wanted = UnsupportedUse("its bags differ in size; give it indices (N, T) without offsets")
+    if not isinstance(offsets, Deferred) or offsets.inputs:
+        raise wanted
+    count = views.sizes_of(ctx, rows)[0] / ctx.batch
+    for shift, batch in ((0, 2), (1, 3), (4, 1)):
+        sizes = ctx.sources.sizes(shift=shift, first=batch)
+        starts = ctx.sources.evaluate(offsets.node, sizes, {})
+        if not torch.equal(starts, torch.arange(batch) * size_at(count, sizes)):
+            raise wanted
+    return int(count) if getattr(count, "is_Integer", False) else count
 
 
 @lowers("lutra.masked_mean.default", takes=("mask",))

@@ -22,7 +22,12 @@ from lutra.train.exporting.lowering.values import UnsupportedUse
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 #: What makes activations of integer inputs.
-_EMBEDS = ("aten.embedding.default", "lutra.int8_embedding.default")
+_EMBEDS = (
+    "aten.embedding.default",
+    "aten.embedding_bag.default",
+    "aten.embedding_bag.padding_idx",
+    "lutra.int8_embedding.default",
+)
 #: What looks at the shape of an activation or of integers only, and the number that it fills in.
 _FILLS: dict[str, int | None] = {
     "aten.zeros_like.default": 0,

@@ -336,6 +336,15 @@ class Walk(Lowering):
 
     def _output(self, argument: Any, name: str) -> Ref | None:
         result = self._results.get(argument) if isinstance(argument, fx.Node) else argument
+        place = views.batch_first(self, result)[0] if isinstance(result, View) else 0
+        if place:
+            self._add_unsupported(
+                "output",
+                "",
+                f"output '{name}' has the batch in axis {place}, and a file has it in axis 0; "
+                f"return x.transpose(0, {place})",
+            )
+            return None
         try:
             result = self._plain(result)
         except _Reported:
@@ -386,7 +395,7 @@ class Walk(Lowering):
 def _alike(a: Sizes, b: Sizes) -> bool:
     """Whether two shapes can be the same; torch may write one size in several ways."""
     return len(a) == len(b) and all(
-        x == y or (is_dynamic(x) and is_dynamic(y)) for x, y in zip(a, b, strict=True)
+        x == y or is_dynamic(x) or is_dynamic(y) for x, y in zip(a, b, strict=True)
     )
 
 
