@@ -26,7 +26,7 @@ NAMES = ["Session", "Stream", "load_graph", "convert", "finetune", "export", "op
          "LowBitMatrix"]  # fmt: skip
 #: Files that the commands of a page make.
 MADE = {
-    "build/site", "build/arm", "build/aarch64", "build/digits.lutra",
+    "build/site", "build/web", "build/arm", "build/aarch64", "build/digits.lutra",
     "build/c", "build/c-api/liblutra.so", "build/c-api/examples/c/run_model",
 }  # fmt: skip
 
