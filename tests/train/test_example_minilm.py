@@ -142,9 +142,12 @@ def test_agnews_trains_and_measures_through_the_engine(
     write(tmp_path / "agnews_test.tsv.xz", sentences(50, 4))
     output = tmp_path / "minilm.lutra"
     arguments = ["agnews_minilm.py", "--data", str(tmp_path), "--output", str(output), "--v", "2",
-                 "--batch-size", "50", "--steps", "2", "--epochs", "1"]  # fmt: skip
+                 "--batch-size", "50", "--steps", "2", "--epochs", "1",
+                 "--int8", "attention.*", "--calibration", "2"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", arguments)
     agnews.main()
+    methods = {node.op for node in lutra.Session(output).graph.nodes}
+    assert {"int8_linear", "pq_linear"} <= methods
     result = json.loads(output.with_suffix(".json").read_text())
     assert result["sentences"] == 50
     assert 30.0 < result["neighbours_kept"] <= 100.0
