@@ -148,9 +148,9 @@ class TakeAlongStep : public FloatStep {
  private:
   [[noreturn]] void refuse(float k, const Shape& x) const {
     if (!(std::fabs(k) < 0x1p62f)) {
-      fail("take_along: an index is no whole number, and axis % of % has %", {axis_, x, x[axis_]});
+      fail("take_along: an index that is no whole number is outside axis % of %", {axis_, x});
     }
-    fail("take_along: the index % is outside axis % of %", {static_cast<int64_t>(k), axis_, x});
+    fail("take_along: the index % is outside axis % of %", {static_cast<int64_t>(std::floor(k)), axis_, x});
   }
 
   int axis_;
