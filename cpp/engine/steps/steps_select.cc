@@ -150,7 +150,8 @@ class TakeAlongStep : public FloatStep {
     if (!(std::fabs(k) < 0x1p62f)) {
       fail("take_along: an index that is no whole number is outside axis % of %", {axis_, x});
     }
-    fail("take_along: the index % is outside axis % of %", {static_cast<int64_t>(std::floor(k)), axis_, x});
+    fail("take_along: the index % is outside axis % of %",
+         {static_cast<int64_t>(std::floor(k)), axis_, x});
   }
 
   int axis_;
