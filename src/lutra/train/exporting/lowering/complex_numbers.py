@@ -231,28 +231,19 @@ class _Split:
                 x, y = y, x
             return self._call(node.target, x, y)
 
+        return self._product_by(times, a, b)
+
+    def _product_of(self, target: Any, a: _Parts, b: _Parts) -> _Parts:
+        return self._product_by(lambda x, y: self._call(target, x, y), a, b)
+
+    def _product_by(self, times: Callable[[Any, Any], fx.Node], a: _Parts, b: _Parts) -> _Parts:
+        """(a + b i) (c + d i)."""
         real = times(a.real, b.real)
         if a.imaginary is not None and b.imaginary is not None:
             both = times(a.imaginary, b.imaginary)
             real = self._call(_aten.sub.Tensor, real, both)
         cross = [
             times(x, y)
-            for x, y in ((a.real, b.imaginary), (a.imaginary, b.real))
-            if x is not None and y is not None
-        ]
-        imaginary = cross[0] if cross else None
-        if len(cross) == 2:
-            imaginary = self._call(_aten.add.Tensor, *cross)
-        return _Parts(real, imaginary)
-
-    def _product_of(self, target: Any, a: _Parts, b: _Parts) -> _Parts:
-        """(a + b i) (c + d i)."""
-        real = self._call(target, a.real, b.real)
-        if a.imaginary is not None and b.imaginary is not None:
-            both = self._call(target, a.imaginary, b.imaginary)
-            real = self._call(_aten.sub.Tensor, real, both)
-        cross = [
-            self._call(target, x, y)
             for x, y in ((a.real, b.imaginary), (a.imaginary, b.real))
             if x is not None and y is not None
         ]
