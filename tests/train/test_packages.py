@@ -11,6 +11,9 @@ from lutra.train import export, load_onnx
 
 #: The least cosine of the outputs with those of the dense model, without training.
 INT8 = 0.98
+#: Of models of which docs/models.md states less: MiniLM gets random token ids, and has outliers
+#: behind the GELU of its second block.
+LESS = {"minilm_l6": 0.95}
 
 
 def _entry(name: str) -> None:
@@ -33,7 +36,7 @@ def test_int8(name: str) -> None:
     _entry(name)
     record = measure(name, "int8", samples=16, runs=1)
     assert record["replaced"] > 0
-    assert record["cosine"] > INT8
+    assert record["cosine"] > LESS.get(name, INT8)
 
 
 def test_every_entry_says_what_it_needs() -> None:
