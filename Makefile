@@ -26,7 +26,7 @@ help:
 	@echo "make fuzz      changed files for the C library, under the sanitizers (ten minutes; SECONDS=60)"
 	@echo "make kernels-arm  kernel tests for AArch64, under qemu-aarch64"
 	@echo "make test-arm  tests of the engine and the zoo with an arm64 Python, under qemu-aarch64"
-	@echo "make wasm      the WebAssembly module js/lutra.wasm, with emscripten"
+	@echo "make wasm      the WebAssembly modules in js, with emscripten"
 	@echo "make kernels-wasm  kernel tests for WebAssembly, in Node"
 	@echo "make web       the page of examples/web in build/web; 'make web-test' tries it in Chromium"
 	@echo "make stubs     src/lutra/_engine.pyi from the built extension"

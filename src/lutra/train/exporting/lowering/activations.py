@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from lutra.train.exporting.lowering.sources import Sources
+from lutra.train.exporting.lowering.sources import Sources, value_of
 
 _aten = torch.ops.aten
 
@@ -87,7 +87,7 @@ def _combine(
                 open_.add(value)
         if len(open_) == 1 and len(parts) > 1:
             (x,) = open_
-            if _value(x).shape == _value(root).shape and _value(x).dtype == torch.float32:
+            if value_of(x).shape == value_of(root).shape and value_of(x).dtype == torch.float32:
                 known = _known(sources, parts, x)
                 if known is not None:
                     best = (x, *known, len(parts))
@@ -141,9 +141,3 @@ def _is_each(node: fx.Node) -> bool:
         return False
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.dtype == torch.float32
-
-
-def _value(node: fx.Node) -> Tensor:
-    value = node.meta["val"]
-    assert isinstance(value, Tensor)
-    return value

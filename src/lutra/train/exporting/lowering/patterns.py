@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from lutra.train.exporting.lowering.attention import is_mask
 from lutra.train.exporting.lowering.deferred import looks_like
-from lutra.train.exporting.lowering.sources import Deferred, Sources
+from lutra.train.exporting.lowering.sources import Deferred, Sources, value_of
 from lutra.train.operators import masked_mean as pooling  # noqa: F401  (their operators)
 
 _aten = torch.ops.aten
@@ -59,15 +59,15 @@ def _combine_attention(graph: fx.Graph, sources: Sources, product: fx.Node) -> N
     if weights is None or str(weights.target) not in (*_SOFTMAX, _TABLE_SOFTMAX):
         return
     with_tables = str(weights.target) == _TABLE_SOFTMAX
-    value, rank = product.args[1], _value(weights).ndim
-    if weights.args[5 if with_tables else 1] not in (-1, rank - 1) or _value(value).ndim != rank:
+    value, rank = product.args[1], value_of(weights).ndim
+    if weights.args[5 if with_tables else 1] not in (-1, rank - 1) or value_of(value).ndim != rank:
         return
     found = _Scores(graph, sources, product)
     if not found.read(_through(weights.args[0])):
         return
     with graph.inserting_before(product):
         key = graph.call_function(_aten.transpose.int, (found.key, -2, -1))
-        key.meta = {**_place(product), "val": _value(found.key).transpose(-2, -1)}
+        key.meta = {**_place(product), "val": value_of(found.key).transpose(-2, -1)}
         operands = (found.query, key, value, found.mask)
         if with_tables:
             made = graph.call_function(
@@ -118,7 +118,7 @@ class _Scores:
 
     def _only_masks(self, mask: fx.Node, drops: bool) -> bool:
         """Whether something adds nothing to scores that keep their weight."""
-        if drops or not _value(mask).is_floating_point():
+        if drops or not value_of(mask).is_floating_point():
             return True
         sizes = self._sources.sizes()
         given = self._sources.random(sizes, 2, torch.Generator().manual_seed(0))
@@ -128,13 +128,13 @@ class _Scores:
         """A mask of what to keep, or one that is added where it is the only one."""
         if drops:
             return self._call(_aten.logical_not.default, mask)
-        if len(self._masks) > 1 and _value(mask).is_floating_point():
+        if len(self._masks) > 1 and value_of(mask).is_floating_point():
             return self._call(_aten.gt.Scalar, mask, _MASKED)
         return mask
 
     def _call(self, target: Any, *args: Any) -> fx.Node:
         made = self._graph.call_function(target, args)
-        values: Any = fx.map_arg(args, _value)
+        values: Any = fx.map_arg(args, value_of)
         made.meta = {**_place(self._product), "val": target(*values)}
         return made
 
@@ -206,14 +206,14 @@ def _combine_mean(graph: fx.Graph, sources: Sources, quotient: fx.Node) -> None:
     product, axes = _through(total.args[0]), total.args[1]
     if axes not in ([1], [-2]) or keeps or product is None:
         return
-    if _value(product).ndim != 3 or not isinstance(below, fx.Node):
+    if value_of(product).ndim != 3 or not isinstance(below, fx.Node):
         return
     x, weight, want = _weighted(sources, product)
     count = sources.deferred(below)
     if x is None or weight is None or count is None:
         return
     for source in sorted(weight.inputs, key=str):
-        if _value(source).ndim == 2 and looks_like(sources, weight, want, source):
+        if value_of(source).ndim == 2 and looks_like(sources, weight, want, source):
             if looks_like(sources, count, _count, source):
                 with graph.inserting_before(quotient):
                     made = graph.call_function(torch.ops.lutra.masked_mean.default, (x, source))
@@ -263,7 +263,7 @@ def _through(node: Any) -> fx.Node | None:
         if target in _NOTHING:
             source = node.args[0]
             assert isinstance(source, fx.Node)
-            old, new = _value(source), _value(node)
+            old, new = value_of(source), value_of(node)
             if old.shape != new.shape or old.is_floating_point() != new.is_floating_point():
                 return node
             node = source
@@ -272,12 +272,6 @@ def _through(node: Any) -> fx.Node | None:
         else:
             return node
     return None
-
-
-def _value(node: Any) -> Tensor:
-    value = node.meta["val"]
-    assert isinstance(value, Tensor)
-    return value
 
 
 def _place(node: fx.Node) -> dict[str, Any]:

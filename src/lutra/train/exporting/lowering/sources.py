@@ -60,6 +60,13 @@ class _Source:
     sizes: bool = False
 
 
+def value_of(node: Any) -> Tensor:
+    """The tensor, without its values, that a node of a program makes."""
+    value = node.meta["val"]
+    assert isinstance(value, Tensor)
+    return value
+
+
 class Sources:
     """Where every result of a program comes from."""
 
