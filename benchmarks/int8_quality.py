@@ -3,7 +3,8 @@
     python -m benchmarks.int8_quality --data FOLDER [--esrgan FOLDER] [--case TEXT] [--json FILE]
 
 All quantise after training, with the same calibration inputs, every convolution and linear layer.
-ONNX Runtime: static, QDQ, a scale for each channel, ranges by MinMax, Entropy and Percentile.
+ONNX Runtime: static, QDQ, a scale for each channel, ranges by MinMax, Entropy and Percentile;
+"reduced" has weights of 7 bits, which its guide has for CPUs without VNNI.
 OpenVINO: NNCF, preset "mixed", the model type of transformers where it is one; ONNX Runtime's file
 where NNCF is missing. Printed are the mean cosine between float32 and int8 on other inputs,
 the error relative to the variance of the output and, of classifiers, how often classes are equal.
@@ -16,6 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 
 from benchmarks.int8_networks import Case, Inputs, cases
-from benchmarks.machine import machine, write_json
+from benchmarks.machine import machine, saturates, write_json
 from lutra import Session
 from lutra.formatting import table
 from lutra.train import Int8, Lookup, convert, export
@@ -80,7 +82,9 @@ def contestants(case: Case, folder: Path, name: str) -> dict[str, Callable[[], R
     """What makes each int8 network."""
     found: dict[str, Callable[[], Run]] = {}
     for ranges in _RANGES:
-        found[f"onnxruntime {ranges}"] = lambda ranges=ranges: _onnxruntime(case, folder, ranges)  # type: ignore[misc]
+        for kind in ("", " reduced") if saturates() else ("",):
+            run = partial(_onnxruntime, case, folder, ranges, reduced=bool(kind))
+            found[f"onnxruntime {ranges}{kind}"] = run
     found["openvino"] = lambda: _openvino(case, folder, name == "MiniLM")
     for who, method in METHODS.items():
         found[who] = lambda method=method: _lutra(case, folder, method)  # type: ignore[misc]
@@ -134,7 +138,7 @@ def _float_onnx(case: Case, folder: Path) -> tuple[Path, list[str]]:
     return path, names
 
 
-def _onnxruntime(case: Case, folder: Path, ranges: str) -> Run:
+def _onnxruntime(case: Case, folder: Path, ranges: str, *, reduced: bool) -> Run:
     import onnxruntime
     from onnxruntime.quantization import (
         CalibrationDataReader,
@@ -157,7 +161,7 @@ def _onnxruntime(case: Case, folder: Path, ranges: str) -> Run:
                 return None
             return {n: x.numpy() for n, x in zip(names, inputs, strict=True)}
 
-    prepared, path = folder / "prepared.onnx", folder / f"{ranges}.onnx"
+    prepared, path = folder / "prepared.onnx", folder / f"{ranges}{reduced}.onnx"
     quant_pre_process(str(plain), str(prepared), skip_symbolic_shape=True)
     quantize_static(
         str(prepared),
@@ -165,6 +169,7 @@ def _onnxruntime(case: Case, folder: Path, ranges: str) -> Run:
         Batches(),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
+        reduce_range=reduced,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         calibrate_method=getattr(CalibrationMethod, ranges),

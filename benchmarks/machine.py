@@ -36,6 +36,21 @@ def machine() -> dict[str, Any]:
     }
 
 
+def saturates() -> bool:
+    """Whether products of uint8 and int8 are added in 16 bits here, with saturation, by others.
+
+    So `vpmaddubsw` does on x86 CPUs without VNNI. ONNX Runtime's guide has weights of 7 bits for
+    them (`reduce_range`).
+    """
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return False
+    return not {"avx512_vnni", "avx_vnni"}.intersection(flags)
+
+
 def interleaved(
     cases: Mapping[str, Callable[[], object]],
     runs: int,
