@@ -24,9 +24,10 @@ class StepGrower(LayerGrower):
         scale = self.random.uniform(-2, 2)
         if self.chance(0.3):
             return self.add("affine_scalar", x, scale=scale, bias=0.25, hidden=hidden)
-        size = self.shape(x)[0]
+        axis = self.random.randint(1, len(self.shape(x))) if self.chance(0.2) else 1
+        size = self.shape(x)[axis - 1]
         tensors = {"scale": self.normal(size), "bias": self.normal(size)}
-        return self.add("affine", x, tensors=tensors, hidden=hidden)
+        return self.add("affine", x, tensors=tensors, axis=axis, hidden=hidden)
 
     def bend(self, x: str, *, hidden: bool) -> str:
         """A function that is exact, or one that is computed."""

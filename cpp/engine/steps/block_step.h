@@ -57,9 +57,12 @@ class BlockStep : public Step {
 
   // The channels of what is stored from there on.
   static Channels channels_at(const Shape& s, int64_t first) {
-    if (s.rank < 2) return {};
-    const int64_t step = storage_strides(s)[1];
-    return {first / step % s[1], first % step, step, s[1]};
+    return s.rank < 2 ? Channels{} : along(s, 1, first);
+  }
+  // The same of the entries of any axis.
+  static Channels along(const Shape& s, int axis, int64_t first) {
+    const int64_t step = storage_strides(s)[static_cast<size_t>(axis)], size = s[axis];
+    return {first / step % size, first % step, step, size};
   }
 
   const Kernels& kernels_;

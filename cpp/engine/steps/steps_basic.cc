@@ -352,12 +352,38 @@ int add_clamp(PlanBuilder& plan, const StepArgs& args) {
                     high == kNoLimit ? INFINITY : static_cast<float>(high));
 }
 
+// A line for each entry of an axis other than that of channels, which layers do not take over.
+class LinesAlongAxis final : public BlockStep {
+ public:
+  LinesAlongAxis(const Kernels& kernels, ElementwisePtr lines, int axis)
+      : BlockStep(kernels), lines_(std::move(lines)), axis_(axis) {}
+  Shape infer(const Shapes& in) const override {
+    const int64_t count = lines_->channels();  // 0: all have the same line
+    require(axis_ >= 1 && axis_ < in[0].rank && (count == 0 || in[0][axis_] == count),
+            "lines of % entries of axis % got the shape %", count, axis_, in[0]);
+    return in[0];
+  }
+  void run(const StepRun& r) const override {
+    in_blocks(r, [&](int64_t first, int64_t count, float* to) {
+      lines_->apply(r.inputs[0] + first, static_cast<size_t>(count),
+                    along(r.out_shape, axis_, first), to);
+    });
+  }
+
+ private:
+  ElementwisePtr lines_;
+  int axis_;
+};
+
 int add_affine(PlanBuilder& plan, const StepArgs& args) {
-  return plan.add_step(
-      elementwise_step(plan.kernels(),
-                       affine(plan.kernels(), args.tensor<float>("scale", 1).values(),
-                              args.tensor<float>("bias", 1).values())),
-      args.inputs);
+  ElementwisePtr lines = affine(plan.kernels(), args.tensor<float>("scale", 1).values(),
+                                args.tensor<float>("bias", 1).values());
+  const int axis = args.attrs.count("axis") ? args.int32("axis") : 1;
+  if (axis == 1) {
+    return plan.add_step(elementwise_step(plan.kernels(), std::move(lines)), args.inputs);
+  }
+  return plan.add_step(std::make_unique<LinesAlongAxis>(plan.kernels(), std::move(lines), axis),
+                       args.inputs);
 }
 
 int add_mean(PlanBuilder& plan, const StepArgs& args) {

@@ -34,7 +34,6 @@ from lutra.ops.spec import (
     inner,
     integer,
     need_axis,
-    need_rank,
     need_size,
     node_error,
     number,
@@ -159,13 +158,14 @@ def _check_affine(node: Node, tensors: Mapping[str, Array]) -> None:
 
 def _infer_affine(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Array]) -> Value:
     (x,) = inputs
-    need_rank(node, x, 2)
-    if tensors["scale"].shape != (need_size(node, x, 1),):
+    axis = integer(node, "axis")
+    need_axis(node, x, "axis", axis)
+    if tensors["scale"].shape != (need_size(node, x, axis),):
         raise node_error(
             node,
             f"has scale of shape {tensors['scale'].shape} but its input {x.name!r} has the shape "
             f"{x.shape}",
-            f"it must be ({x.shape[1]},), one for each channel",
+            f"it must be ({x.shape[axis]},), one for each entry of axis {axis}",
         )
     return x.with_shape(node.output, x.shape)
 
@@ -260,6 +260,7 @@ SPECS: Final = (
     ),
     OpSpec(
         "affine",
+        attrs={"axis": Attr(int, default=1, low=1, high=7, since=3)},
         tensors={"scale": TensorRole("float32", 1), "bias": TensorRole("float32", 1)},
         check=_check_affine,
         infer=_infer_affine,

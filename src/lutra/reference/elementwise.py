@@ -49,9 +49,9 @@ def affine_scalar(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Arr
 
 
 def affine(node: Node, inputs: Sequence[Array], tensors: Mapping[str, Array]) -> Array:
-    """x * scale[c] + bias[c] for each channel c, axis 1: a multiply, then an add."""
+    """x * scale[c] + bias[c] for each entry c of an axis: a multiply, then an add."""
     (x,) = inputs
-    channels = (-1,) + (1,) * (x.ndim - 2)
+    channels = (-1,) + (1,) * (x.ndim - 1 - integer(node, "axis"))
     result: Array = x * tensors["scale"].reshape(channels) + tensors["bias"].reshape(channels)
     return result
 

@@ -253,6 +253,9 @@ class Int8(Method, name="int8"):
     Args:
         act_bits: bits of the activation grid, 1..7.
         otherwise: what a layer becomes that cannot be computed so, as of `PQ`.
+        smooth: None lets calibration divide the features of a linear layer's input by factors, and
+            multiply the weights that meet them, wherever that lowers the error well (SmoothQuant,
+            arXiv 2211.10438); False never does.
 
     Raises:
         LutraError: a value is out of range.
@@ -265,6 +268,7 @@ class Int8(Method, name="int8"):
 
     act_bits: int = MAX_ACT_BITS
     otherwise: Method | None = None
+    smooth: bool | None = None
 
     def __post_init__(self) -> None:
         if type(self.act_bits) is not int or not 1 <= self.act_bits <= MAX_ACT_BITS:
@@ -273,6 +277,18 @@ class Int8(Method, name="int8"):
                 f"leave it out for {MAX_ACT_BITS}"
             )
         _check_otherwise("Int8", self.otherwise)
+        if self.smooth is not None and self.smooth is not False:
+            raise LutraError(
+                f"Int8: smooth={self.smooth!r} is neither None nor False; leave it out to let "
+                "calibration choose"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """The fields by name, as JSON holds them; without a `smooth` that is None."""
+        settings = super().settings()
+        if self.smooth is None:
+            settings.pop("smooth")
+        return settings
 
 
 @dataclass(frozen=True)

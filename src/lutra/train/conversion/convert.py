@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
@@ -33,6 +33,7 @@ from lutra.train.conversion.prepare import (
 from lutra.train.conversion.replay import Replay
 from lutra.train.conversion.resume import FinishedLayers, digest, restore
 from lutra.train.conversion.sequential import Batches, Targets, norms_behind
+from lutra.train.conversion.smooth import smoothing_factors
 from lutra.train.conversion.speed_gate import SpeedGate, attach, decide, record, rival
 from lutra.train.conversion.spill import Spill
 from lutra.train.functions.swap import FunctionSwap
@@ -199,6 +200,16 @@ def convert(
                 "ranges of channels were made alike: the outputs of "
                 f"{', '.join(sorted(scaled))} are scaled, channel by channel"
             )
+    if chosen:
+        factors = smoothing_factors(
+            model,
+            {name: layer.module for name, layer in chosen.items()},
+            {name: layer.method for name, layer in chosen.items() if layer.method is not None},
+            {name: samples[name].rows for name in chosen},
+            {name: _read(samples[name]) for name in chosen},
+        )
+        for name, own in factors.items():
+            chosen[name].factors = own
     if sequential and chosen:
         most = _fitted_rows(rows, memory_bytes, chosen.values())
         targets = Targets(Batches(list(batches), most, seed), store, Replay(memory_bytes))
@@ -299,6 +310,7 @@ class Candidate:
         method: what it becomes; None where it is kept.
         report: its entry in the report.
         noted: the fields of the report that the new layer gave.
+        factors: by which the features of its input are divided.
     """
 
     module: nn.Module
@@ -306,6 +318,7 @@ class Candidate:
     method: Method | None
     report: LayerReport
     noted: Mapping[str, Any] = field(default_factory=dict)
+    factors: Tensor | None = None
 
     def form(self) -> Any:
         """The class of the new layer."""
@@ -349,6 +362,8 @@ class Candidate:
             raise LutraError(f"layer '{self.name}': {error}") from None
         for parameter in ("weight", "bias"):
             setattr(new, parameter, getattr(old, parameter))
+        if self.factors is not None:
+            cast(Any, new).smooth(self.factors)
         new.train(old.training)
         return new
 
@@ -547,9 +562,14 @@ def _leaders(layers: Mapping[str, Candidate], samples: Mapping[str, Reservoir]) 
     for name, layer in layers.items():
         own = None if layer.method is None else layer.form().sharing_key(layer.method)
         if own is not None:
-            key = (own, layer.geometry, tuple(samples[name].sources), samples[name].input_shape)
+            key = (own, layer.geometry, _read(samples[name]))
             leaders[name] = first.setdefault(key, name)
     return leaders
+
+
+def _read(sample: Reservoir) -> Hashable:
+    """Which tensors a layer has read."""
+    return tuple(sample.sources), sample.input_shape
 
 
 def _check_recipe(recipe: Recipe, names: Mapping[nn.Module, list[str]], model: nn.Module) -> None:

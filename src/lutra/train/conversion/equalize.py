@@ -339,7 +339,10 @@ def equalize(
             error = 0.0
             for name in own:
                 moved = finder.readers[name].gather(trial.__getitem__)
-                error += _error(modules[name], methods[name], rows[name], moved)
+                weight, groups = _weight_of(modules[name])
+                taps = rows[name].shape[1] // len(moved)
+                divisor = moved.repeat_interleave(taps)
+                error += grid_error(weight, methods[name], rows[name], divisor, groups)
             return distributed.mean(error)
 
         start = total({**ones, **factors})
@@ -406,20 +409,24 @@ def _peaks(
         channels.peaks = distributed.all_reduce(channels.peaks, "max")
 
 
-def _error(layer: nn.Module, method: Method, rows: Tensor, factors: Tensor) -> float:
+def _weight_of(layer: Any) -> tuple[Tensor, int]:
+    """The weight (M, D / G) of a layer, and G, its groups."""
+    weight: Tensor = layer.weight
+    return weight.detach().float().flatten(1).cpu(), getattr(layer, "groups", 1)
+
+
+def grid_error(
+    weight: Tensor, method: Method, rows: Tensor, divisor: Tensor, groups: int = 1
+) -> float:
     """Squared error of the outputs on a grid for all channels, relative to their variance.
 
     Args:
+        weight: float32 (M, D / groups).
         rows: samples (n, D) of the input.
-        factors: by which the inputs of the layer are divided (C).
+        divisor: by which the inputs are divided, and the weights multiplied (D).
     """
     assert isinstance(method, Int8 | Lookup)
-    weight: Any = layer.weight
-    weight = weight.detach().float().flatten(1).cpu()
     x = rows[:: max(1, len(rows) // _ROWS)]
-    groups = getattr(layer, "groups", 1)
-    taps = x.shape[1] // (getattr(layer, "in_channels", None) or x.shape[1])
-    divisor = factors.repeat_interleave(taps)
     qmax = (1 << method.act_bits) - 1
     scaled = x / divisor
     low, high = float(scaled.min().clamp(max=0.0)), float(scaled.max().clamp(min=0.0))

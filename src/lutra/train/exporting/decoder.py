@@ -22,6 +22,7 @@ from lutra.reference.compare import difference
 from lutra.runtime.session import Session
 from lutra.train.exporting.cached import with_cache
 from lutra.train.exporting.export import export_graph, with_golden
+from lutra.train.exporting.last_axis import with_affines_along_last
 from lutra.train.exporting.parity import ROUNDING_FACTOR, Rounding
 
 _SAMPLES: Final = 2  # of the check where no ids are given
@@ -107,7 +108,7 @@ def export_decoder(
         tolerance=tolerance,
         longest=max_length,
     )
-    graph = _renamed(with_cache(plain, max_length))
+    graph = with_affines_along_last(_renamed(with_cache(plain, max_length)))
     graph.validate()
     tokens = ids.numpy().astype(np.int32)
     _check(plain, graph, tokens, tolerance, rounding)

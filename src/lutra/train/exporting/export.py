@@ -36,6 +36,7 @@ from lutra.train.exporting.compact_tables import (
     with_compact_tables,
 )
 from lutra.train.exporting.fold import fold_program, with_biases
+from lutra.train.exporting.last_axis import with_affines_along_last
 from lutra.train.exporting.lowering import decomposed, lower
 from lutra.train.exporting.lowering.modules import check_modules
 from lutra.train.exporting.outputs import return_tensors
@@ -141,6 +142,7 @@ def export(
         tolerance=tolerance,
         tables=tables,
     )
+    graph = with_affines_along_last(graph)
     if golden:
         graph = with_golden(graph, feeds)
     save_graph(graph, path)

@@ -293,7 +293,7 @@ def _clamp(b: Builder, node: Node, x: list[fx.Node], a: Args, t: Mapping[str, Te
 
 
 def _affine(b: Builder, node: Node, x: list[fx.Node], a: Args, t: Mapping[str, Tensor]) -> Any:
-    shape = [-1] + [1] * (b.ndim(x[0]) - 2)
+    shape = [-1] + [1] * (b.ndim(x[0]) - 1 - a["axis"])
     scale, bias = t["scale"], t["bias"]
     made: Any = x[0]
     if bool((scale != 1).any()):

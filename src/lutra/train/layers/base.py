@@ -227,6 +227,8 @@ class QuantizedLayer(nn.Module):
     bias: nn.Parameter | None
     act_scale: Tensor
     signed: Tensor
+    #: What the features of the input (D) are divided by before they are rounded; None for nothing.
+    smoothing: Tensor | None
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, geometry: Geometry, method: Method
@@ -237,6 +239,7 @@ class QuantizedLayer(nn.Module):
         self.method = method
         self.weight = nn.Parameter(weight.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.register_buffer("smoothing", None)
         if self.has_grid:
             self._hold_grid(weight.device)
 
@@ -386,6 +389,10 @@ class QuantizedLayer(nn.Module):
         return None
 
     # ---- the grid -------------------------------------------------------------------------------
+
+    def smoothed(self, rows: Tensor) -> Tensor:
+        """Samples (n, D) of the input as the grid meets them."""
+        return rows if self.smoothing is None else rows * (1.0 / self.smoothing)
 
     def _hold_grid(self, device: torch.device) -> None:
         """Registers what the grid is made of."""

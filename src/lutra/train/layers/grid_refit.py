@@ -98,7 +98,7 @@ def fit_grid(layer: QuantizedLayer, rows: Tensor) -> None:
     """Sets the activation grid of a layer, if it has one, from samples of its input."""
     if not layer.has_grid:
         return
-    low, high = _activation_range(rows, layer.method.act_bits)
+    low, high = _activation_range(layer.smoothed(rows), layer.method.act_bits)
     # A process whose samples are all positive must take the others' signed grid.
     reach = distributed.all_reduce(torch.tensor([-low, high]), "max")
     layer.set_activation_range(-float(reach[0]), float(reach.max()))
@@ -126,7 +126,8 @@ def fit_range(layer: QuantizedLayer, rows: Tensor, goal: Goal) -> None:
         y = judge.of_rows(some)
         return wanted.error(y + distributed.mean_row(wanted.targets(y) - y))
 
-    layer.set_activation_range(*search(ends(-rows), ends(rows), error))
+    seen = layer.smoothed(rows)
+    layer.set_activation_range(*search(ends(-seen), ends(seen), error))
 
 
 @torch.no_grad()
@@ -146,7 +147,9 @@ def fit_rounded(
             change the weights within what the layer rounds to.
     """
     grid, y = layer.grid(), layer.of_rows(rows)
-    x = (portable.quantize(rows, grid) - grid.zero) * grid.scale
+    x = (portable.quantize(layer.smoothed(rows), grid) - grid.zero) * grid.scale
+    if layer.smoothing is not None:
+        x = x * layer.smoothing
     others = [t for t in (*layer.parameters(), *layer.buffers()) if t is not layer.weight]
     before = [(tensor, tensor.clone()) for tensor in others]
     weight, bias, start = layer.weight, layer.bias, goal.error(y)

@@ -99,12 +99,15 @@ class Int8Layer(ZeroPointLayer):
             )
 
     def _kernel(self) -> Tensor:
-        """Weights (M, C / G, kh, kw)."""
-        return self.kernel_weight.reshape(self.outputs, -1, *self.geometry.kernel)
+        """Weights (M, C / G, kh, kw) of the input as the grid meets it."""
+        kernel = self.kernel_weight.reshape(self.outputs, -1, *self.geometry.kernel)
+        return kernel if self.smoothing is None else kernel * self.smoothing.view(1, -1, 1, 1)
 
     def _run(self, x: Tensor) -> Tensor:
         """y (N, M, H', W') of x (N, C, H, W), in float32."""
         self.forget_frozen()  # fused optimizers do not count their writes
+        if self.smoothing is not None:
+            x = x.float() * (1.0 / self.smoothing).view(1, -1, 1, 1)
         device = x.device.type
         mixed = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if mixed else torch.float32  # of the gradients
@@ -124,9 +127,11 @@ class Int8Layer(ZeroPointLayer):
             torch.no_grad(),
             torch.autocast(device, enabled=False),
         ):
-            weight = self.kernel_weight if self.weight.dim() == 2 else self._kernel()
+            weight = self._kernel().flatten(1) if self.weight.dim() == 2 else self._kernel()
             weight, scale = quantize_weight(weight.float(), self.grid())
-            return self._freeze(FrozenInt8, {"weight": weight, "scale": scale})
+            frozen = self._freeze(FrozenInt8, {"weight": weight, "scale": scale})
+            frozen.divide_by(self.smoothing)
+            return frozen
 
     @torch.no_grad()
     def settle(self, rows: Tensor) -> dict[str, Any]:
@@ -142,7 +147,7 @@ class Int8Layer(ZeroPointLayer):
     def _output_error(self, rows: Tensor) -> float:
         """Mean squared output error relative to the output's variance, of samples (n, D)."""
         g, grid, kernel = self.geometry, self.grid(), self._kernel().float()
-        patches = rows.view(-1, g.channels, *g.kernel)
+        patches = self.smoothed(rows).view(-1, g.channels, *g.kernel)
         weight, scale = quantize_weight(kernel, grid)
         once = replace(g, stride=(1, 1), padding=(0, 0), dilation=(1, 1))
         got = integer_sums(patches, weight, once, grid) * scale.view(-1, 1, 1)
@@ -164,9 +169,18 @@ class Int8Conv2d(ImageLayer, Int8Layer):
 
 
 class Int8Linear(RowLayer, Int8Layer):
-    """A linear layer in int8."""
+    """A linear layer in int8. With `smooth` its state has `smoothing` (D)."""
 
     op = "int8_linear"
+
+    def smooth(self, factors: Tensor) -> None:
+        """Divides the features of the input by factors (D), and multiplies the weights by them."""
+        self.smoothing = factors.detach().to(self.weight.device, torch.float32).clone()
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        factors = state.get(prefix + "smoothing")
+        self.smoothing = None if factors is None else torch.empty_like(factors)
+        super()._load_from_state_dict(state, prefix, *rest)
 
 
 class FrozenInt8(FrozenLayer):
@@ -175,6 +189,16 @@ class FrozenInt8(FrozenLayer):
     weight: Tensor
     scale: Tensor
     bias: Tensor
+    factor: Tensor | None  # for each feature of the input
+
+    def divide_by(self, smoothing: Tensor | None) -> None:
+        """Lets features be divided by these numbers first; by none for None."""
+        factor = None if smoothing is None else 1.0 / smoothing
+        self.register_buffer("factor", factor, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As of the layer that was frozen."""
+        return super().forward(x if self.factor is None else x * self.factor)
 
 
 register(

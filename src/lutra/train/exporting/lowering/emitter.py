@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, fx
 
 from lutra.errors import LutraError, UnsupportedModelError
+from lutra.graph import make_node
 from lutra.node import AttrValue, Node, Value
 from lutra.train.exporting.capture import node_module
 from lutra.train.exporting.lowering.values import Ref, Sizes, Unlowered, UnsupportedUse, is_dynamic
@@ -26,6 +27,11 @@ class UnsupportedOp:
 
     def __str__(self) -> str:
         return f"{self.op} in {self.module or 'the model itself'}: {self.hint}"
+
+
+def _is_layer(node: fx.Node) -> bool:
+    """Whether a torch operator is all that a frozen layer does, or most of it."""
+    return str(node.target) == "lutra.frozen.default"
 
 
 class Emitter:
@@ -47,6 +53,8 @@ class Emitter:
         self._made_shape: Sizes | None = None
         paths = {node_module(node) for node in graph.nodes}
         self._leaves = {p for p in paths if p and not any(q.startswith(p + ".") for q in paths)}
+        # The node of a frozen layer has the layer's name, whatever else the layer does.
+        self._layers = {node_module(node) for node in graph.nodes if _is_layer(node)}
         self._batch: Any = None
 
     # ---- what lowerings use -------------------------------------------------------------------
@@ -128,7 +136,8 @@ class Emitter:
         shape = self.result_shape if shape is None else shape
         inputs = (inputs,) if isinstance(inputs, Ref) else tuple(inputs)
         module = node_module(self.node)
-        parts = [module] if module in self._leaves and not suffix else [module, suffix or op]
+        alone = module in self._leaves and (module not in self._layers or _is_layer(self.node))
+        parts = [module] if alone and not suffix else [module, suffix or op]
         name = self._unique(".".join(part for part in parts if part), self._names)
         plain = {k: tuple(v) if isinstance(v, list) else v for k, v in (attrs or {}).items()}
         if any(is_dynamic(leaf) for leaf in flatten(plain)):
@@ -138,14 +147,7 @@ class Emitter:
             )
         stored = {role: self._store(name, role, t) for role, t in (tensors or {}).items()}
         value = self._unique(name, self._shapes)
-        node = Node(
-            op=op,
-            name=name,
-            inputs=tuple(ref.name for ref in inputs),
-            output=value,
-            attrs=plain,
-            tensors=stored,
-        )
+        node = make_node(op, name, [ref.name for ref in inputs], value, plain, stored)
         self._nodes.append(node)
         self._makers[value] = node
         self._names.add(name)
