@@ -165,7 +165,7 @@ def _infer_affine(node: Node, inputs: Sequence[Value], tensors: Mapping[str, Arr
             node,
             f"has scale of shape {tensors['scale'].shape} but its input {x.name!r} has the shape "
             f"{x.shape}",
-            f"it must be ({x.shape[axis]},), one for each entry of axis {axis}",
+            f"it must be ({x.shape[axis]},), one for each channel, which is axis {axis}",
         )
     return x.with_shape(node.output, x.shape)
 
