@@ -63,6 +63,12 @@ def test_options_for_zig() -> None:
     macos = translated("aarch64-macos.11.0", ["-bundle", "-Wl,@x/darwin-ld-cpython.sym", "-Wl,-x"])
     assert macos[:3] == ["-shared", "-undefined", "dynamic_lookup"]
     assert "-Wl,-x" not in macos
+    # to know the compiler takes no C++ library; what is compiled anyway stays as it is
+    assert translated("x86_64-linux-musl", ["CMakeCXXCompilerId.cpp"])[:2] == [
+        "-c",
+        "CMakeCXXCompilerId.cpp",
+    ]
+    assert translated("x86_64-linux-musl", ["-c", "CMakeCXXCompilerId.cpp"]).count("-c") == 1
 
 
 @pytest.mark.parametrize(
