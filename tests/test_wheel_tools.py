@@ -63,6 +63,12 @@ def test_options_for_zig() -> None:
     macos = translated("aarch64-macos.11.0", ["-bundle", "-Wl,@x/darwin-ld-cpython.sym", "-Wl,-x"])
     assert macos[:3] == ["-shared", "-undefined", "dynamic_lookup"]
     assert "-Wl,-x" not in macos
+    # to know the compiler takes no C++ library; what is compiled anyway stays as it is
+    assert translated("x86_64-linux-musl", ["CMakeCXXCompilerId.cpp"])[:2] == [
+        "-c",
+        "CMakeCXXCompilerId.cpp",
+    ]
+    assert translated("x86_64-linux-musl", ["-c", "CMakeCXXCompilerId.cpp"]).count("-c") == 1
 
 
 @pytest.mark.parametrize(
@@ -283,3 +289,29 @@ def test_which_wheels_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_wheels.reason_against(LINUX, Interface("cp313-cp313t", (3, 13), False, True))
     assert run_wheels.versions(STABLE)[0] == (3, 12)
     assert run_wheels.versions(CP311) == [(3, 11)]
+
+
+@pytest.mark.parametrize(
+    ("tag", "said", "good"),
+    [
+        ("manylinux_2_28_x86_64", 'the following platform tag: "manylinux_2_17_x86_64".', True),
+        ("manylinux_2_28_x86_64", 'the following platform tag: "linux_x86_64".', False),
+        ("musllinux_1_2_x86_64", 'required by the wheel: { "libc.so": null } In order', True),
+        ("musllinux_1_2_x86_64", 'by the wheel: { "libc.so": null, "libz.so.1": null }', False),
+        ("musllinux_1_2_x86_64", "ELFError: Magic number does not match", False),
+    ],
+)
+def test_what_auditwheel_says(
+    monkeypatch: pytest.MonkeyPatch, tag: str, said: str, good: bool
+) -> None:
+    asked: list[str] = []
+
+    def answer(module: str, *words: str | Path) -> str:
+        asked.append(" ".join([module, *map(str, words[:-1])]))
+        return said
+
+    monkeypatch.setattr(check_wheels, "_said", answer)
+    found = check_wheels.outside_complaints(Path(f"lutra-0.1.0-cp311-cp311-{tag}.whl"))
+    assert found == ([] if good else [f"auditwheel says: {said}"])
+    # musl's libc.so has the name of a script for this machine's linker, which is not read
+    assert asked == ["auditwheel show" + " --ldpaths " * tag.startswith("musl")]

@@ -215,25 +215,30 @@ def outside_complaints(wheel: Path) -> list[str]:
     """What `auditwheel` and `abi3audit` say, where they apply."""
     target, interface = parts_of(wheel)
     found = []
-    if target.system == "Linux":
-        answer = _run("auditwheel", "show", wheel)
-        said = re.sub(r"\s+", " ", answer)
-        match = re.search(r'following platform tag: "(\w+)"', said)
-        kind = target.tag.split("_")[0]
-        if not match or not (match[1].startswith(kind) or kind == "musllinux"):
-            found.append(f"auditwheel says: {said.strip()}")
+    if target.tag.startswith("manylinux"):
+        said = _said("auditwheel", "show", wheel)
+        if not re.search('following platform tag: "manylinux', said):
+            found.append(f"auditwheel says: {said}")
+    elif target.system == "Linux":
+        # Zig calls musl `libc.so`, which musl's loader takes for itself under any name of that
+        # kind; auditwheel knows only Alpine's name. It must complain of nothing else, and not read
+        # the file of that name that this machine has for its linker.
+        said = _said("auditwheel", "show", "--ldpaths", "", wheel)
+        if 'required by the wheel: { "libc.so": null }' not in said:
+            found.append(f"auditwheel says: {said}")
     if interface.stable:
-        answer = _run("abi3audit", "--strict", "--report", "--summary", wheel)
+        said = _said("abi3audit", "--strict", "--report", "--summary", wheel)
         good = r'"is_abi3": true, "is_abi3_baseline_compatible": true, "baseline": "3\.12"'
-        if len(re.findall(good, answer)) != 1:
-            found.append(f"abi3audit says: {answer.strip()}")
+        if len(re.findall(good, said)) != 1:
+            found.append(f"abi3audit says: {said}")
     return found
 
 
-def _run(module: str, *words: str | Path) -> str:
+def _said(module: str, *words: str | Path) -> str:
+    """What a program says, on one line."""
     command = [sys.executable, "-m", module, *map(str, words)]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return answer.stdout + answer.stderr
+    return re.sub(r"\s+", " ", answer.stdout + answer.stderr).strip()
 
 
 def main(wheels: list[Path]) -> None:

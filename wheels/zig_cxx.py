@@ -39,7 +39,10 @@ def translated(target: str, arguments: list[str]) -> list[str]:
             result += {"-Wl,-dead_strip": ["-dead_strip"], "-Wl,-S": ["-s"]}.get(word, [])
         else:
             result.append(word)
-    return [*result, "-fomit-frame-pointer", "-g0"]
+    # CMake reads who the compiler is from what it makes. For a program Zig would first build its
+    # C++ library, for flags that no wheel has.
+    asked = ["-c"] if result[-1:] == ["CMakeCXXCompilerId.cpp"] and "-c" not in result else []
+    return [*asked, *result, "-fomit-frame-pointer", "-g0"]
 
 
 if __name__ == "__main__":
