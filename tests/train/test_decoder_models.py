@@ -11,12 +11,12 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from torch import nn  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
-from lutra import Generator  # noqa: E402
+from lutra import Generator, Session  # noqa: E402
 from lutra.errors import UnsupportedModelError  # noqa: E402
 from lutra.preprocess.tokens import CharacterTokenizer  # noqa: E402
-from lutra.train import Keep, LowBit, convert, export_decoder  # noqa: E402
+from lutra.train import Keep, LowBit, convert, export, export_decoder  # noqa: E402
 from lutra.train.exporting.decoder import feeds  # noqa: E402
 
 VOCABULARY, LENGTH = 40, 30
@@ -147,6 +147,29 @@ def test_a_window_is_as_long_as_texts_may_be(tmp_path: Path) -> None:
         scores = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
     want = scores[torch.arange(25), torch.tensor(ids[1:])].numpy()
     np.testing.assert_allclose(Generator(path).score(ids), want, atol=1e-3)
+
+
+class Scores(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        scores: Tensor = self.model(ids, use_cache=False).logits
+        return scores
+
+
+@pytest.mark.slow
+def test_a_file_of_whole_texts_has_the_window(tmp_path: Path) -> None:
+    """Of inputs that are longer than the window, though the example is shorter."""
+    model = Scores(build("Mistral", sliding_window=26))
+    ids = torch.randint(0, VOCABULARY, (2, 50), generator=torch.Generator().manual_seed(2))
+    export(model, tmp_path / "m.lutra", ids[:, :12], dynamic_axes=(0, 1))
+    with torch.no_grad():
+        want = model(ids).numpy()
+    session = Session(tmp_path / "m.lutra")
+    (scores,) = session.run(None, {session.inputs[0].name: ids.numpy().astype(np.int32)})
+    np.testing.assert_allclose(scores, want, atol=1e-3 * np.abs(want).max())
 
 
 @pytest.mark.parametrize(

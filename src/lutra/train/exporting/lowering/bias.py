@@ -199,9 +199,7 @@ def _is_mask(sources: Sources, mask: fx.Node) -> bool:
 def _window(sources: Sources, node: fx.Node, mask: fx.Node, longest: int) -> int | None:
     """How many tokens the mask of an attention lets a query see, if that is less than `longest`."""
     query: Any = node.args[0]
-    return window_of(
-        sources, sources.deferred(mask), expressions(query.meta["val"].shape), longest
-    )
+    return window_of(sources, sources.deferred(mask), expressions(query.meta["val"].shape), longest)
 
 
 def _mask_keys(graph: fx.Graph, sources: Sources, node: fx.Node, mask: fx.Node) -> bool:
@@ -375,6 +373,8 @@ def _masked_scores(ctx: Lowering, x: Ref, keep: Any) -> Ref | View:
     sizes = (batch, heads, queries, 1)
     try:
         found = find_mask(ctx.sources, keep, sizes, keys, heads)
+        if window_of(ctx.sources, keep, sizes, LONGEST) is not None:
+            raise UnsupportedUse("its mask has a window")
     except UnsupportedUse:
         source = find_keys(ctx.sources, keep, sizes, keys, heads)
         scores = _masked_positions(ctx, scores, keep)
