@@ -109,7 +109,8 @@ def test_a_file_continues_texts_as_the_model_does(family: str, tmp_path: Path) -
     attention = [node.attrs for node in graph.nodes if node.op == "cached_attention"]
     groups = {"GPTNeoX": 4, "Falcon": 1}.get(family, 2)
     assert all((each["heads"], each["kv_heads"]) == (4, groups) for each in attention)
-    assert attention and "expand" not in ops
+    assert attention
+    assert "expand" not in ops
     if family == "Qwen3":
         assert ops.count("rms_norm") == 5  # those of queries and keys too
         assert "rsqrt" not in ops
