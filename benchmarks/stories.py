@@ -67,7 +67,7 @@ def main() -> None:
 
         def write(made: torch.nn.Module) -> None:
             export_decoder(
-                made, path, max_length=_LONGEST, tokenizer=tokenizer, bos=1, tolerance=1.0
+                made, path, max_length=_LONGEST, tokenizer=tokenizer, bos=1, eos=(), tolerance=1.0
             )
 
         def report(name: str) -> None:

@@ -23,6 +23,13 @@ from lutra.ops.functions import FUNCTIONS
 from lutra.ops.spec import flag, integer, ints, number
 from lutra.preprocess.tokens import LOGITS, PICKED, START, TOKENS
 
+#: What scores go through between the product of queries and keys and the softmax.
+_SCORES = (
+    "affine", "affine_scalar", "add", "mul", "tanh", "relative_bias", "maximum",
+    "reshape", "regroup",
+)  # fmt: skip
+#: A score that gets this added has no weight left.
+_MASKED = -1e4
 _ROWWISE = ("rms_norm", "layer_norm", "affine_scalar", *FUNCTIONS)
 
 
@@ -37,16 +44,20 @@ def with_cache(graph: Graph, length: int) -> Graph:
         UnsupportedModelError: If it is something else.
     """
     graph = _named(_with_norms(graph))
+    makers = {node.output: node for node in graph.nodes}
+    for node in graph.nodes:
+        if node.op == "softmax":
+            _need_known_scores(graph, makers, node)
     if not any(node.op == "attention" for node in graph.nodes):
         raise UnsupportedModelError(
             "export_decoder: the model has no attention that lutra knows, so there is nothing to "
             "cache; use lutra.train.export"
         )
-    makers = {node.output: node for node in graph.nodes}
     nodes, tensors = [], dict(graph.tensors)
     for node in graph.nodes:
         if node.op == "attention":
-            node = _cached_attention(node, makers, graph.values, length)
+            flat, node = _cached_attention(node, makers, graph.values, length)
+            nodes += flat
         elif node.op in ("rotary", "position_embedding"):
             node = _from_start(node, tensors, length)
         nodes.append(node)
@@ -81,9 +92,40 @@ def _named(graph: Graph) -> Graph:
     return replace(graph, inputs=(replace(ids[0], name=TOKENS),), outputs=(LOGITS,), nodes=nodes)
 
 
+def _need_known_scores(graph: Graph, makers: Mapping[str, Node], softmax: Node) -> None:
+    """Raises UnsupportedModelError if the scores of an attention stayed apart from its softmax."""
+    passed: list[Node] = []
+    node = makers.get(softmax.inputs[0])
+    while node is not None and node.op in _SCORES:
+        passed.append(node)
+        node = makers.get(node.inputs[0])
+    if node is None or node.op != "matmul":
+        return  # weights of experts, say
+    for each in passed:
+        if each.op == "tanh":
+            what = "squashes its scores by tanh (`attn_logit_softcapping`)"
+        elif each.op == "relative_bias" and _adds_numbers(graph.tensors[each.tensors["weight"]]):
+            what = "adds numbers to its scores that depend on distances (ALiBi, say)"
+        else:
+            continue
+        break
+    else:
+        what = f"computes its scores by {', '.join(each.op for each in reversed(passed))}"
+    raise UnsupportedModelError(
+        f"export_decoder: the attention with the node {softmax.name!r} {what}, which attention "
+        "over a cache does not know; use a model without, or lutra.train.export"
+    )
+
+
+def _adds_numbers(bias: Array) -> bool:
+    """Whether a bias of distances is more than a mask."""
+    return bool(((bias != 0) & (bias > _MASKED)).any())
+
+
 def _cached_attention(
     node: Node, makers: Mapping[str, Node], values: Mapping[str, Value], length: int
-) -> Node:
+) -> tuple[list[Node], Node]:
+    """Attention over a cache, and the nodes before it that bring heads side by side."""
     q, k, v, *mask = node.inputs
     if mask or not flag(node, "causal"):
         raise UnsupportedModelError(
@@ -96,19 +138,27 @@ def _cached_attention(
     (k, groups), (v, others) = keys, values_
     if groups != others:
         (k, v), groups = node.inputs[1:3], heads
-    width = values[q].shape[2]
-    assert width is not None
+    flat = [
+        Node("flatten", f"{node.name}.{role}", (name,), f"{node.name}.{role}", {"start_axis": 2})
+        for role, name in (("k", k), ("v", v))
+        if len(values[name].shape) == 4
+    ]
+    made = {each.inputs[0]: each.output for each in flat}
     attrs = {
         "heads": heads,
         "kv_heads": groups,
         "scale": number(node, "scale"),
         "length": length,
     }
-    return replace(node, op="cached_attention", inputs=(q, k, v, START), attrs=attrs)
+    inputs = (q, made.get(k, k), made.get(v, v), START)
+    return flat, replace(node, op="cached_attention", inputs=inputs, attrs=attrs)
 
 
 def _unrepeated(name: str, makers: Mapping[str, Node], heads: int) -> tuple[str, int]:
-    """Keys or values whose heads are repeated, before that, and how many heads they have."""
+    """Keys or values whose heads are repeated, before that, and how many heads they have.
+
+    Before that they are (N, T, G d), or (N, T, G, d) where heads were moved around.
+    """
     flat = makers.get(name)
     expand = makers.get(flat.inputs[0]) if flat is not None and flat.op == "flatten" else None
     apart = makers.get(expand.inputs[0]) if expand is not None and expand.op == "expand" else None
@@ -202,15 +252,15 @@ def _norm(
             return None
         chain.append(behind[0])
     _, mean, shift, root, scaled, turned, weight, back = chain
-    rank = len(graph.values[x].shape)
+    last = len(graph.values[x].shape) - 1
     scales = {role: graph.tensors[name] for role, name in weight.tensors.items()}
     if (
-        ints(mean, "axes") != (rank - 1,)
+        ints(mean, "axes") != (last,)
         or number(shift, "scale") != 1.0
         or number(shift, "bias") <= 0.0
         or set(scaled.inputs) != {x, root.output}
-        or ints(turned, "axes") != (0, 2, 1)
-        or ints(back, "axes") != (0, 2, 1)
+        or ints(turned, "axes") != (0, last, *range(1, last))
+        or ints(back, "axes") != (0, *range(2, last + 1), 1)
         or scales["bias"].any()
     ):
         return None

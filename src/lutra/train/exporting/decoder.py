@@ -50,7 +50,7 @@ def export_decoder(
     max_length: int,
     tokenizer: Tokenizer | None = None,
     bos: int | None = None,
-    eos: Sequence[int] = (),
+    eos: int | Sequence[int] | None = None,
     example: Tensor | None = None,
     metadata: Mapping[str, Any] | None = None,
     tolerance: float = 1e-3,
@@ -70,7 +70,9 @@ def export_decoder(
             keys and values as a text grows.
         tokenizer: How text becomes tokens and back; without it the file takes and gives ids.
         bos: The token that every text begins with; None for none.
-        eos: The tokens that end a text.
+        eos: The token that ends a text, or several; `()` for none. By default those of the model:
+            `eos_token_id` of its `generation_config`, or of its `config`, as far as it has such
+            tokens.
         example: Ids (N, T) for the check, T at least 4; random ones without it.
         metadata: Stored in the file: anything JSON can hold.
         tolerance: The largest difference from torch allowed, as a share of the largest output.
@@ -98,7 +100,8 @@ def export_decoder(
             f"export_decoder: max_length={max_length!r} must be a whole number in 4..{MAX_TOKENS}"
         )
     vocabulary = _vocabulary(model)
-    decoding = Decoding(max_length, tokenizer, bos, tuple(eos), vocabulary)
+    ends = _ends(model, vocabulary) if eos is None else _listed(eos)
+    decoding = Decoding(max_length, tokenizer, bos, ends, vocabulary)
     ids = _example(example, max_length, vocabulary)
     plain, _, rounding = export_graph(
         _Scores(model),
@@ -134,6 +137,22 @@ def _vocabulary(model: nn.Module) -> int:
     raise InputError(
         "export_decoder: the model has no embedding of tokens; give one that takes ids (N, T)"
     )
+
+
+def _ends(model: nn.Module, vocabulary: int) -> tuple[int, ...]:
+    """The tokens with which a model of transformers says that a text ends.
+
+    Configurations of models of few tokens often name an end that is none of them: it never comes.
+    """
+    for name in ("generation_config", "config"):
+        ends = getattr(getattr(model, name, None), "eos_token_id", None)
+        if ends is not None:
+            return tuple(end for end in _listed(ends) if 0 <= end < vocabulary)
+    return ()
+
+
+def _listed(ends: int | Sequence[int]) -> tuple[int, ...]:
+    return (ends,) if isinstance(ends, int) else tuple(ends)
 
 
 def _example(given: Tensor | None, length: int, vocabulary: int) -> Tensor:

@@ -67,7 +67,8 @@ def lower(
         output_names: One per output; by default the keys of a returned dict, else `output` or
             `output_0`, `output_1`, ...
         metadata: Put into the graph as it is.
-        longest: Positions of tables where the model sets no limit; by default `core.LONGEST`.
+        longest: Of a decoder, the most tokens of a text: so many positions have tables where the
+            model sets no limit; by default `core.LONGEST`.
 
     Returns:
         The graph, not yet validated, and the torch node behind each of its values.
@@ -77,6 +78,6 @@ def lower(
     """
     combine(program)
     combine_activations(program)
-    bias.combine_biases(program)
+    bias.combine_biases(program, longest)
     rotary.combine_rotary(program)
     return Walk(program, longest).run(input_names, output_names, metadata or {}, without_detours)

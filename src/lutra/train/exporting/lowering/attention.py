@@ -37,6 +37,9 @@ _TRIAL_OF_IDS = (1, 3, 7)
 #: Of numbers that may be lengths: some below the number of keys and some above.
 _TRIALS_OF_LENGTHS = ((3, 4, 7), (1, 5, 12), (5, 3, 20), (2, 6, 5))
 
+#: The longest text whose whole mask is computed, to find windows: its square is the memory taken.
+_LONGEST_MASK = 8192
+
 _MASK_ADVICE = (
     "give it a mask of keys, which is an input of int64 or bool of shape (N, S) that is not 0 "
     "where a key may be attended to, a causal mask, or both"
@@ -311,6 +314,40 @@ def allowed_at(sources: Sources, mask: Any, sizes: Mapping[Any, int]) -> Tensor:
     given = sources.random(sizes, 2, torch.Generator().manual_seed(0))
     ones = {node: torch.ones_like(value) for node, value in given.items()}
     return _allowed(sources.evaluate(mask.node, sizes, ones))
+
+
+def window_of(sources: Sources, mask: Any, query: Sizes, length: int) -> int | None:
+    """How many tokens the last query of a long text sees, where a causal mask has a window.
+
+    Texts of a few tokens, on which masks are tried, are shorter than most windows.
+
+    Args:
+        sources: Of the program.
+        mask: As for `find_mask`.
+        query: Sizes of the queries (..., T, D).
+        length: T, the longest that counts; no more than `_LONGEST_MASK` are looked at.
+
+    Returns:
+        The window; None where there is none, or the mask is none of positions alone.
+    """
+    symbol = query[-2]
+    if not isinstance(mask, Deferred) or not getattr(symbol, "is_Symbol", False):
+        return None
+    _, high = sources.range_of(symbol)
+    length = min(length, _LONGEST_MASK, length if high is None else high)
+    try:
+        allowed = allowed_at(sources, mask, {**sources.sizes(first=1), symbol: length})
+    except UnsupportedUse:  # what reads the mask says what is wrong with it
+        return None
+    if allowed.shape[-2:] != (length, length) or allowed.numel() != length**2:
+        return None
+    rows = allowed.reshape(length, length)
+    seen = int(rows[-1].sum())
+    if seen == length or not seen:
+        return None
+    places = torch.arange(length)
+    distance = places[:, None] - places
+    return seen if torch.equal(rows, (distance >= 0) & (distance < seen)) else None
 
 
 class _Trial:

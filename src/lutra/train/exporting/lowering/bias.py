@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from lutra.errors import UnsupportedModelError
+from lutra.train.exporting.capture import node_module
 from lutra.train.exporting.lowering import views
 from lutra.train.exporting.lowering.arguments import activation
 from lutra.train.exporting.lowering.attention import (
@@ -22,6 +24,7 @@ from lutra.train.exporting.lowering.attention import (
     find_mask,
     is_mask,
     keys_of_mask,
+    window_of,
 )
 from lutra.train.exporting.lowering.core import (
     LONGEST,
@@ -63,9 +66,18 @@ _ANDS = ("aten.logical_and.default", "aten.bitwise_and.Tensor", "aten.__and__.Te
 _MASKED = -1e4
 
 
-def combine_biases(program: ExportedProgram) -> None:
-    """Write each attention that adds numbers to its scores in its parts, in place."""
+def combine_biases(program: ExportedProgram, longest: int | None = None) -> None:
+    """Write each attention that adds numbers to its scores in its parts, in place.
+
+    Args:
+        program: What was captured.
+        longest: Of a decoder, the most tokens of a text; None for other models.
+
+    Raises:
+        UnsupportedModelError: Tokens of a decoder see fewer tokens than a text may have.
+    """
     sources = Sources(program)
+    windows: dict[fx.Node, int | None] = {}
     for node in list(program.graph.nodes):
         if str(node.target) == "aten.add.Tensor":
             _rewrite_sum(program.graph, sources, node)
@@ -73,7 +85,15 @@ def combine_biases(program: ExportedProgram) -> None:
             continue
         mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
         if isinstance(mask, fx.Node):
-            known = _known(sources, node, mask)
+            if mask not in windows:
+                windows[mask] = _window(sources, node, mask, longest or LONGEST)
+            if longest is not None and windows[mask] is not None:
+                raise UnsupportedModelError(
+                    f"export_decoder: the attention of {node_module(node)!r} sees the last "
+                    f"{windows[mask]} tokens only, and a text may have max_length={longest}; "
+                    f"choose {windows[mask]} at most"
+                )
+            known = "positions" if windows[mask] else _known(sources, node, mask)
             if known == "computed" and _mask_keys(program.graph, sources, node, mask):
                 continue
             if known != "mask" or _adds_numbers(sources, mask):
@@ -174,6 +194,12 @@ def _is_mask(sources: Sources, mask: fx.Node) -> bool:
         return is_mask(sources.evaluate(mask, sizes, given))
     except UnsupportedUse:
         return True  # the attention says in words of its own what is wrong
+
+
+def _window(sources: Sources, node: fx.Node, mask: fx.Node, longest: int) -> int | None:
+    """How many tokens the mask of an attention lets a query see, if that is less than `longest`."""
+    query: Any = node.args[0]
+    return window_of(sources, sources.deferred(mask), expressions(query.meta["val"].shape), longest)
 
 
 def _mask_keys(graph: fx.Graph, sources: Sources, node: fx.Node, mask: fx.Node) -> bool:
@@ -347,6 +373,8 @@ def _masked_scores(ctx: Lowering, x: Ref, keep: Any) -> Ref | View:
     sizes = (batch, heads, queries, 1)
     try:
         found = find_mask(ctx.sources, keep, sizes, keys, heads)
+        if window_of(ctx.sources, keep, sizes, LONGEST) is not None:
+            raise UnsupportedUse("its mask has a window")
     except UnsupportedUse:
         source = find_keys(ctx.sources, keep, sizes, keys, heads)
         scores = _masked_positions(ctx, scores, keep)
