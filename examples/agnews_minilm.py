@@ -105,7 +105,9 @@ def main() -> None:
     parser.add_argument("--gradient", default="projected")
     parser.add_argument("--reconstruction", type=float, default=0.0)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="stop after so many; default: all epochs")
+    parser.add_argument(
+        "--steps", type=int, help="stop after so many; 0: no training; default: all epochs"
+    )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--calibration", type=int, default=32, help="batches; default: 32")
     parser.add_argument("--lr", type=float, default=4e-4)
@@ -142,25 +144,28 @@ def main() -> None:
         return neighbours_kept(embed(model, held_out).numpy(), wanted)
 
     print(f"after conversion: {kept(lookups):.1f} % of the neighbours", flush=True)
-    length: dict[str, Any] = {"steps": options.steps} if options.steps else {"epochs": 1}
-    tuned = finetune(
-        lookups,
-        DataLoader(Vectors(train, targets), batch_size=1, shuffle=True, collate_fn=first),
-        **length, lr=options.lr, warmup=50, clip_norm=1.0, **steady(options),
-        loss=lambda got, want: 1.0 - F.cosine_similarity(got, want).mean(),
-        teacher=teacher, distillation=0.0,
-        feature_layers=FEATURES, feature_weight=options.feature_weight,
-        evaluate=Log(f"V={options.v}", kept, "% of the neighbours"), evaluate_every=200,
-        checkpoint_dir=stage(options.checkpoints, f"v{options.v}"), checkpoint_every=200,
-        seed=options.seed,
-    )  # fmt: skip
+    length: dict[str, Any] = {"epochs": 1} if options.steps is None else {"steps": options.steps}
+    training: dict[str, Any] = {"steps": 0}
+    if options.steps != 0:
+        tuned = finetune(
+            lookups,
+            DataLoader(Vectors(train, targets), batch_size=1, shuffle=True, collate_fn=first),
+            **length, lr=options.lr, warmup=50, clip_norm=1.0, **steady(options),
+            loss=lambda got, want: 1.0 - F.cosine_similarity(got, want).mean(),
+            teacher=teacher, distillation=0.0,
+            feature_layers=FEATURES, feature_weight=options.feature_weight,
+            evaluate=Log(f"V={options.v}", kept, "% of the neighbours"), evaluate_every=200,
+            checkpoint_dir=stage(options.checkpoints, f"v{options.v}"), checkpoint_every=200,
+            seed=options.seed,
+        )  # fmt: skip
+        training = {"steps": tuned.steps, "seconds": tuned.seconds}
     lookups.eval()
     export_text(
         lookups, options.output, tokenizer, {**train[0][0]}, longest=options.longest,
         metadata={
             "recipe": recipe_to_json(recipe),
             "seed": options.seed,
-            "training": {"steps": tuned.steps, "seconds": tuned.seconds},
+            "training": training,
         },
     )  # fmt: skip
     test = tokenize(tokenizer, read_tsv(options.data / "agnews_test.tsv.xz")[1], options.longest)[

@@ -154,3 +154,20 @@ def test_agnews_trains_and_measures_through_the_engine(
     assert 0.5 < result["rank_correlation"] <= 1.0
     vectors = SentenceEncoder(output).encode(sentences(5, 9)[1])
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_agnews_without_training(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "agnews_train10k.tsv.xz", sentences(700, 3))
+    write(tmp_path / "agnews_test.tsv.xz", sentences(50, 4))
+    output = tmp_path / "minilm.lutra"
+    arguments = ["agnews_minilm.py", "--data", str(tmp_path), "--output", str(output),
+                 "--int8", "*", "--calibration", "2", "--steps", "0"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", arguments)
+    agnews.main()
+    graph = lutra.Session(output).graph
+    assert "pq_linear" not in {node.op for node in graph.nodes}
+    assert graph.metadata["training"] == {"steps": 0}
+    assert json.loads(output.with_suffix(".json").read_text())["neighbours_kept"] > 60.0
