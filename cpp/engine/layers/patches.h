@@ -320,10 +320,10 @@ class PaddedPlanes {
   }
 
  private:
-  // Lookups read a line of every plane for each output, and again for the next ones. Planes of codes
-  // an even number of cache lines apart, as those of large batches are, would share half of the sets
-  // of the nearest cache or fewer. In elements, whatever their size: planes of bytes tell where
-  // units of four bytes are.
+  // Lookups read a line of every plane for each output, and again for the next ones. Planes of
+  // codes an even number of cache lines apart, as those of large batches are, would share half of
+  // the sets of the nearest cache or fewer. In elements, whatever their size: planes of bytes tell
+  // where units of four bytes are.
   static int64_t apart(int64_t elements) {
     constexpr int64_t kLine = 64;
     return elements % (2 * kLine) == 0 ? elements + kLine : elements;

@@ -438,9 +438,9 @@ def grid_error(
     want = _product(x, weight, groups)
     best = math.inf
     for share in _SHARES:
-        step = max((high - low) * share, 1e-30) / qmax
-        zero = round(-low * share / step)
-        grid = ((scaled / step).round() + zero).clamp(0, qmax).sub_(zero).mul_(step)
+        width = max((high - low) * share, 1e-30) / qmax
+        zero = round(-low * share / width)
+        grid = ((scaled / width).round() + zero).clamp(0, qmax).sub_(zero).mul_(width)
         rest = _product(grid, kernel, groups) - want
         best = min(best, float((rest - rest.mean(0)).square().mean()))
     return best / max(float(want.var(0, correction=0).mean()), 1e-30)
