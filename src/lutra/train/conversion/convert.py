@@ -189,6 +189,7 @@ def convert(
     targets = None
     chosen = {name: layer for name, layer in calibrated.items() if layer.method is not None}
     notes = list(ready.notes)
+    scaled: Mapping[str, float] = {}
     if equalize and chosen:
         methods = {name: layer.method for name, layer in chosen.items() if layer.method is not None}
         sampled = {name: samples[name].rows for name in chosen}
@@ -200,7 +201,7 @@ def convert(
                 "ranges of channels were made alike: the outputs of "
                 f"{', '.join(sorted(scaled))} are scaled, channel by channel"
             )
-    if chosen:
+    if chosen and not scaled:  # else samples are those of other weights
         factors = smoothing_factors(
             model,
             {name: layer.module for name, layer in chosen.items()},
