@@ -51,7 +51,8 @@ _LEAST = 1.0 / 64.0  # of the largest channel: smaller ones are taken for as lar
 _GAIN = 0.95  # of the error without factors, at most
 _SHARES = (1.0, 0.85, 0.7, 0.55, 0.4)  # of the range that a grid covers
 _ROWS = 512  # that an error is measured on
-_NEEDED = 1024  # rows of a layer: fewer say too little of the size of a channel
+#: Samples of a layer: fewer say too little of the size of a channel.
+NEEDED_ROWS = 1024
 
 
 class _Channels:
@@ -332,7 +333,7 @@ def equalize(
             for name in read
             if name in methods and any(p.root() is channels for p in finder.readers[name].parts)
         ]
-        if not own or min(len(rows[name]) for name in own) < _NEEDED:
+        if not own or min(len(rows[name]) for name in own) < NEEDED_ROWS:
             continue
 
         def total(trial: Mapping[_Channels, Tensor], own: list[str] = own) -> float:

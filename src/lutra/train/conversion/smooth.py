@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lutra.train import distributed
-from lutra.train.conversion.equalize import grid_error
+from lutra.train.conversion.equalize import NEEDED_ROWS, grid_error
 from lutra.train.layers.forms import form_of
 from lutra.train.layers.recurrent import Recurrent
 from lutra.train.recipe import Int8, Method
@@ -51,6 +51,9 @@ def smoothing_factors(
             continue
         if form is None or form.dense is not nn.Linear or rows[name].shape[1] < _LEAST_FEATURES:
             continue
+        count = torch.tensor(float(len(rows[name])))
+        if -float(distributed.all_reduce(-count, "max")) < NEEDED_ROWS:  # in any process
+            continue
         if not isinstance(model.get_submodule(name.rpartition(".")[0]), Recurrent):
             groups.setdefault((sources[name], method.act_bits), []).append(name)
     found: dict[str, Tensor] = {}
@@ -80,23 +83,30 @@ def _best(weights: list[Tensor], rows: list[Tensor], method: Method) -> Tensor |
         rows: samples (n, D) of their inputs.
         method: what all of them become.
     """
-    size = torch.stack([x.abs().amax(0) for x in rows]).amax(0).float().cpu()
-    size = distributed.all_reduce(size, "max")
-    reach = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
-    size, reach = (part.clamp_min(_LEAST * float(part.max())) for part in (size, reach))
-    if not (float(size.max()) > 0.0 and float(reach.max()) > 0.0):
+    reach = _largest(weights)
+    parts = [(x[::2].cpu().float(), x[1::2].cpu().float()) for x in rows]
+    seen = distributed.all_reduce(_largest([seen for seen, _ in parts]), "max")
+    every = torch.maximum(seen, distributed.all_reduce(_largest([x for _, x in parts]), "max"))
+    if not (float(seen.max()) > 0.0 and float(reach.max()) > 0.0):
         return None
 
     def error(factors: Tensor) -> float:
-        return distributed.mean(
-            sum(grid_error(w, method, x.cpu(), factors) for w, x in zip(weights, rows, strict=True))
-        )
+        """Of samples that the factors are not made of."""
+        held = (grid_error(w, method, x, factors) for w, (_, x) in zip(weights, parts, strict=True))
+        return distributed.mean(sum(held))
 
-    start = error(torch.ones_like(size))
-    tried = []
-    for power in POWERS:
-        factors = size**power / reach ** (1.0 - power)
-        factors = factors / factors.log().mean().exp()
-        tried.append((error(factors), power, factors))
-    least, _, factors = min(tried, key=lambda entry: entry[0])
-    return factors if least < _GAIN * start else None
+    start = error(torch.ones_like(seen))
+    least, power = min((error(_factors(seen, reach, power)), power) for power in POWERS)
+    return _factors(every, reach, power) if least < _GAIN * start else None
+
+
+def _largest(rows: list[Tensor]) -> Tensor:
+    """The largest magnitude of each feature (D) in some (n, D)."""
+    return torch.stack([x.abs().amax(0) for x in rows]).amax(0)
+
+
+def _factors(size: Tensor, reach: Tensor, power: float) -> Tensor:
+    """Factors of features of a size that meet weights of a reach, with a geometric mean of 1."""
+    size, reach = (part.clamp_min(_LEAST * float(part.max())) for part in (size, reach))
+    factors = size**power / reach ** (1.0 - power)
+    return factors / factors.log().mean().exp()
