@@ -120,8 +120,10 @@ def test_a_file_continues_texts_as_the_model_does(family: str, tmp_path: Path) -
 
 # The linear layers of Falcon multiply by `@`: they are kept.
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [4, 1.58])
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "Falcon"])
+@pytest.mark.parametrize(
+    ("family", "bits"),
+    [*((family, 4) for family in FAMILIES if family != "Falcon"), ("Phi", 1.58), ("Gemma", 1.58)],
+)
 def test_a_converted_model_says_what_the_module_says(
     family: str, bits: float, tmp_path: Path
 ) -> None:
@@ -198,6 +200,7 @@ def test_scores_that_a_cache_does_not_know(
     assert not (tmp_path / "m.lutra").exists()
 
 
+@pytest.mark.slow
 def test_a_file_ends_texts_as_the_model_does(tmp_path: Path) -> None:
     path = tmp_path / "m.lutra"
     model = build("Llama")
