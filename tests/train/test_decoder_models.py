@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from small_decoders import LENGTH, SETTINGS, VOCABULARY  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from lutra import Generator, Session  # noqa: E402
@@ -19,19 +20,6 @@ from lutra.preprocess.tokens import CharacterTokenizer  # noqa: E402
 from lutra.train import Keep, LowBit, convert, export, export_decoder  # noqa: E402
 from lutra.train.exporting.decoder import feeds  # noqa: E402
 
-VOCABULARY, LENGTH = 40, 30
-SETTINGS: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 #: The name of a family, and settings of its own.
 FAMILIES: dict[str, dict[str, Any]] = {
     "Phi": {},  # rotary embeddings of a half of each head, blocks side by side

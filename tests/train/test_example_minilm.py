@@ -134,18 +134,24 @@ def test_sst2_trains_resumes_and_writes_a_file(
         np.testing.assert_array_equal(tensor, session.graph.tensors[name], err_msg=name)
 
 
+def run_agnews(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> Path:
+    """The file that the example makes of a few sentences."""
+    write(folder / "agnews_train10k.tsv.xz", sentences(700, 3))
+    write(folder / "agnews_test.tsv.xz", sentences(50, 4))
+    output = folder / "minilm.lutra"
+    arguments = ["agnews_minilm.py", "--data", str(folder), "--output", str(output), *options]
+    monkeypatch.setattr(sys, "argv", arguments)
+    agnews.main()
+    return output
+
+
 @pytest.mark.slow
 def test_agnews_trains_and_measures_through_the_engine(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path / "agnews_train10k.tsv.xz", sentences(700, 3))
-    write(tmp_path / "agnews_test.tsv.xz", sentences(50, 4))
-    output = tmp_path / "minilm.lutra"
-    arguments = ["agnews_minilm.py", "--data", str(tmp_path), "--output", str(output), "--v", "2",
-                 "--batch-size", "50", "--steps", "2", "--epochs", "1",
-                 "--int8", "attention.*", "--calibration", "2"]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", arguments)
-    agnews.main()
+    options = ["--v", "2", "--batch-size", "50", "--steps", "2", "--epochs", "1",
+               "--int8", "attention.*", "--calibration", "2"]  # fmt: skip
+    output = run_agnews(tmp_path, monkeypatch, *options)
     methods = {node.op for node in lutra.Session(output).graph.nodes}
     assert {"int8_linear", "pq_linear"} <= methods
     result = json.loads(output.with_suffix(".json").read_text())
@@ -160,13 +166,8 @@ def test_agnews_trains_and_measures_through_the_engine(
 def test_agnews_without_training(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path / "agnews_train10k.tsv.xz", sentences(700, 3))
-    write(tmp_path / "agnews_test.tsv.xz", sentences(50, 4))
-    output = tmp_path / "minilm.lutra"
-    arguments = ["agnews_minilm.py", "--data", str(tmp_path), "--output", str(output),
-                 "--int8", "*", "--calibration", "2", "--steps", "0"]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", arguments)
-    agnews.main()
+    options = ["--int8", "*", "--calibration", "2", "--steps", "0"]
+    output = run_agnews(tmp_path, monkeypatch, *options)
     graph = lutra.Session(output).graph
     assert "pq_linear" not in {node.op for node in graph.nodes}
     assert graph.metadata["training"] == {"steps": 0}
