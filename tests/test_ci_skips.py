@@ -79,15 +79,20 @@ def test_data_may_be_absent_as_a_whole(
 
 
 def test_instruction_sets_that_the_machine_lacks(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    two, more = "needs two sets of kernels", "needs a CPU with more than AVX2"
-    text = f"def test_a(): pytest.skip({two!r})\ndef test_b(): pytest.skip({more!r})"
-    for isas, skipped in (
-        (("scalar",), 2),
-        (("scalar", "avx2"), 1),
-        (("scalar", "avx2", "avx512"), 0),
-    ):
-        monkeypatch.setattr(lutra, "runnable_isas", lambda isas=isas: isas)
-        run(text).assert_outcomes(skipped=skipped, failed=2 - skipped)
+    reasons = {
+        "needs two sets of kernels": 1,
+        "needs AVX2": 1,
+        "needs a CPU with more than AVX2": 2,
+        "needs AVX-512": 2,
+    }  # with the number of instruction sets from which on none of them is skipped
+    text = "\n".join(
+        f"def test_{i}(): pytest.skip({reason!r})" for i, reason in enumerate(reasons)
+    )
+    isas = ("scalar", "avx2", "avx512")
+    for count in range(3):
+        monkeypatch.setattr(lutra, "runnable_isas", lambda count=count: isas[: count + 1])
+        skipped = sum(least > count for least in reasons.values())
+        run(text).assert_outcomes(skipped=skipped, failed=len(reasons) - skipped)
 
 
 def test_packages_may_be_missing_where_they_are_not_installed(
