@@ -85,9 +85,7 @@ def test_instruction_sets_that_the_machine_lacks(run, monkeypatch: pytest.Monkey
         "needs a CPU with more than AVX2": 2,
         "needs AVX-512": 2,
     }  # with the number of instruction sets from which on none of them is skipped
-    text = "\n".join(
-        f"def test_{i}(): pytest.skip({reason!r})" for i, reason in enumerate(reasons)
-    )
+    text = "\n".join(f"def test_{i}(): pytest.skip({reason!r})" for i, reason in enumerate(reasons))
     isas = ("scalar", "avx2", "avx512")
     for count in range(3):
         monkeypatch.setattr(lutra, "runnable_isas", lambda count=count: isas[: count + 1])

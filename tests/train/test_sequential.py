@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lutra.errors import LutraError
 from lutra.train import PQ, Int8, Lookup, convert
-from lutra.train.conversion.convert import Calibration, Candidate
+from lutra.train.conversion.candidate import Candidate
+from lutra.train.conversion.convert import Calibration
 from lutra.train.conversion.replay import Replay
 from lutra.train.conversion.sequential import Batches, Targets, output_rows
 from lutra.train.conversion.spill import Spill

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lutra.errors import LutraError
-from lutra.train.conversion.convert import Candidate
+from lutra.train.conversion.candidate import Candidate
 from lutra.train.conversion.prepare import (
     PARENTS,
     leave_fast_path,
