@@ -1,7 +1,8 @@
-"""Inputs of int8 linear layers whose features are divided by factors."""
+"""Inputs of linear layers whose features are divided by factors."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,16 @@ from torch import Tensor, nn
 
 import lutra
 from lutra.errors import LutraError
-from lutra.train import Int8, Int8Linear, convert, export, recipe_from_json, recipe_to_json
+from lutra.train import (
+    Int8,
+    Int8Linear,
+    Lookup,
+    convert,
+    export,
+    recipe_from_json,
+    recipe_to_json,
+)
+from lutra.train.recipe import Method
 
 FEATURES = 48
 
@@ -50,18 +60,24 @@ def error(model: nn.Module, dense: nn.Module, x: Tensor) -> float:
     return float((got - want).square().mean() / want.var())
 
 
+methods = pytest.mark.parametrize("method", [Int8(), Lookup()], ids=["int8", "lookup"])
+
+
 @pytest.mark.parametrize("calibration", ["sequential", "parallel"])
-def test_large_features_get_factors(calibration: str) -> None:
+@methods
+def test_large_features_get_factors(method: Int8 | Lookup, calibration: str) -> None:
     dense, data = network(), batches()
-    plain, _ = convert(dense, {"*": Int8(smooth=False)}, data, calibration=calibration)  # type: ignore[arg-type]
-    smooth, _ = convert(dense, {"*": Int8()}, data, calibration=calibration)  # type: ignore[arg-type]
+    plain, _ = convert(dense, {"*": replace(method, smooth=False)}, data, calibration=calibration)  # type: ignore[arg-type]
+    smooth, _ = convert(dense, {"*": method}, data, calibration=calibration)  # type: ignore[arg-type]
     assert plain.a.smoothing is None
     assert smooth.a.smoothing is not None
     torch.testing.assert_close(smooth.a.smoothing, smooth.b.smoothing, rtol=0, atol=0)
     assert smooth.a.smoothing.argmax() in (3, 20)
     held = batches(15)[-1]
     assert error(smooth, dense, held) < 0.25 * error(plain, dense, held)
-    torch.testing.assert_close(smooth.a.dense_forward(held), dense.a(held), rtol=0.5, atol=0.5)
+    with torch.no_grad():
+        fitted, want = smooth.a.dense_forward(held), dense.a(held)
+    assert float((fitted - want).square().mean()) < 0.1 * float(want.var())
 
 
 def test_even_features_get_none() -> None:
@@ -71,9 +87,12 @@ def test_even_features_get_none() -> None:
     assert [layer.smoothing for layer in converted if isinstance(layer, Int8Linear)] == [None, None]
 
 
-def test_the_file_divides_once_for_layers_that_read_one_value(tmp_path: Path) -> None:
+@methods
+def test_the_file_divides_once_for_layers_that_read_one_value(
+    method: Method, tmp_path: Path
+) -> None:
     data = batches()
-    model, _ = convert(network(), {"*": Int8()}, data)
+    model, _ = convert(network(), {"*": method}, data)
     graph = export(model, tmp_path / "m.lutra", data[0], dynamic_axes=(0, 1))
     divisions = [node for node in graph.nodes if node.op == "affine"]
     assert [node.attrs["axis"] for node in divisions] == [2] * len(divisions)
@@ -87,9 +106,10 @@ def test_the_file_divides_once_for_layers_that_read_one_value(tmp_path: Path) ->
         np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-def test_training_computes_what_the_frozen_layer_does() -> None:
+@methods
+def test_training_computes_what_the_frozen_layer_does(method: Method) -> None:
     data = batches()
-    model, _ = convert(network(), {"*": Int8()}, data)
+    model, _ = convert(network(), {"*": method}, data)
     with torch.no_grad():
         want = model.eval()(data[0])
     trained = model.train()(data[0])
@@ -98,11 +118,12 @@ def test_training_computes_what_the_frozen_layer_does() -> None:
     assert float(model.a.weight.grad.abs().sum()) > 0.0
 
 
-def test_state_carries_the_factors() -> None:
+@methods
+def test_state_carries_the_factors(method: Int8 | Lookup) -> None:
     data = batches()
-    model, _ = convert(network(), {"*": Int8()}, data)
-    plain, _ = convert(network(), {"*": Int8(smooth=False)}, data)
-    other, _ = convert(network(), {"*": Int8(smooth=False)}, data)
+    model, _ = convert(network(), {"*": method}, data)
+    plain, _ = convert(network(), {"*": replace(method, smooth=False)}, data)
+    other, _ = convert(network(), {"*": replace(method, smooth=False)}, data)
     with torch.no_grad():
         other.load_state_dict(model.state_dict())
         torch.testing.assert_close(other.eval()(data[0]), model.eval()(data[0]), rtol=0, atol=0)
@@ -122,13 +143,14 @@ def test_matrices_of_recurrent_layers_have_none(tmp_path: Path) -> None:
     assert all(layer.smoothing is None for layer in layers)
 
 
-def test_recipes_hold_the_setting() -> None:
-    recipe = {"a": Int8(smooth=False), "b": Int8()}
+@methods
+def test_recipes_hold_the_setting(method: Int8 | Lookup) -> None:
+    recipe = {"a": replace(method, smooth=False), "b": method}
     assert recipe_to_json(recipe)["a"]["smooth"] is False
     assert "smooth" not in recipe_to_json(recipe)["b"]
     assert recipe_from_json(recipe_to_json(recipe)) == recipe
     with pytest.raises(LutraError, match="smooth=True is neither None nor False"):
-        Int8(smooth=True)
+        type(method)(smooth=True)
 
 
 def test_few_samples_decide_nothing() -> None:

@@ -47,9 +47,11 @@ class Method:
         _METHODS[name] = cls
 
     def settings(self) -> dict[str, Any]:
-        """The fields by name, as JSON holds them; without an `otherwise` that is None."""
+        """The fields by name, as JSON holds them; without an `otherwise` or `smooth` of None."""
         entries: Any = self
         settings = dataclasses.asdict(entries)
+        if settings.get(_SMOOTH, False) is None:
+            settings.pop(_SMOOTH)
         if _OTHERWISE in settings:
             other: Method | None = entries.otherwise
             settings.pop(_OTHERWISE)
@@ -72,6 +74,7 @@ class Method:
 
 
 _OTHERWISE = "otherwise"  # the setting that says what a layer becomes that the method cannot have
+_SMOOTH = "smooth"
 
 
 def _check_otherwise(owner: str, other: Any) -> None:
@@ -80,6 +83,15 @@ def _check_otherwise(owner: str, other: Any) -> None:
         raise LutraError(
             f"{owner}: otherwise={other!r} is no method of layers; give Int8(), Lookup(...), "
             "LowBit(...), PQ(...) or Keep()"
+        )
+
+
+def _check_smooth(owner: str, smooth: Any) -> None:
+    """Raises LutraError unless this is None or False."""
+    if smooth is not None and smooth is not False:
+        raise LutraError(
+            f"{owner}: smooth={smooth!r} is neither None nor False; leave it out to let "
+            "calibration choose"
         )
 
 
@@ -277,18 +289,7 @@ class Int8(Method, name="int8"):
                 f"leave it out for {MAX_ACT_BITS}"
             )
         _check_otherwise("Int8", self.otherwise)
-        if self.smooth is not None and self.smooth is not False:
-            raise LutraError(
-                f"Int8: smooth={self.smooth!r} is neither None nor False; leave it out to let "
-                "calibration choose"
-            )
-
-    def settings(self) -> dict[str, Any]:
-        """The fields by name, as JSON holds them; without a `smooth` that is None."""
-        settings = super().settings()
-        if self.smooth is None:
-            settings.pop("smooth")
-        return settings
+        _check_smooth("Int8", self.smooth)
 
 
 @dataclass(frozen=True)
@@ -381,6 +382,7 @@ class Lookup(Method, name="lookup"):
         rescale: whether the gradient of an entry is divided by the square root of the number of
             its reads, so that rare entries learn as fast as frequent ones (LLT, CVPR 2022).
         otherwise: what a layer becomes that cannot be looked up, as of `PQ`.
+        smooth: whether calibration may divide features by factors, as of `Int8`.
 
     Raises:
         LutraError: a value is out of range.
@@ -400,6 +402,7 @@ class Lookup(Method, name="lookup"):
     temperature: tuple[float, float] = (1.0, 1.0)
     rescale: bool = True
     otherwise: Method | None = None
+    smooth: bool | None = None
 
     def __post_init__(self) -> None:
         def require(ok: bool, what: str) -> None:
@@ -437,6 +440,7 @@ class Lookup(Method, name="lookup"):
         )
         object.__setattr__(self, "temperature", (float(ends[0]), float(ends[1])))  # JSON has lists
         _check_otherwise("Lookup", self.otherwise)
+        _check_smooth("Lookup", self.smooth)
 
     @property
     def act_bits(self) -> int:

@@ -28,6 +28,7 @@ from lutra.train.conversion.behind import ADD, CLIPS, clip_of, tensors_in
 from lutra.train.conversion.prepare import tied_parameters
 from lutra.train.conversion.sequential import Batches
 from lutra.train.layers.dropin import copy_model
+from lutra.train.layers.lookup import nearest_levels
 from lutra.train.recipe import Int8, Lookup, Method
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -436,6 +437,8 @@ def grid_error(
     if isinstance(method, Int8):
         step = kernel.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127.0
         kernel = (kernel / step).round() * step
+    else:
+        kernel = nearest_levels(kernel, method.weights)
     want = _product(x, weight, groups)
     best = math.inf
     for share in _SHARES:

@@ -1,4 +1,4 @@
-"""Factors for the inputs of int8 linear layers whose features differ much in size.
+"""Factors for the inputs of linear layers whose features differ much in size.
 
 All features of an input share one activation grid. In transformers a few features are ten times as
 large as the others, which are left with few steps. What a layer reads is then divided by a factor
@@ -19,7 +19,7 @@ from lutra.train import distributed
 from lutra.train.conversion.equalize import NEEDED_ROWS, grid_error
 from lutra.train.layers.forms import form_of
 from lutra.train.layers.recurrent import Recurrent
-from lutra.train.recipe import Int8, Method
+from lutra.train.recipe import Int8, Lookup, Method
 
 #: How much of the difference is moved into the weights: each is tried.
 POWERS = (0.5, 0.65, 0.75, 0.85)
@@ -47,7 +47,7 @@ def smoothing_factors(
     groups: dict[Hashable, list[str]] = {}  # steps of a recurrent layer read its matrices alone
     for name, layer in layers.items():
         method, form = methods[name], form_of(layer)
-        if not (isinstance(method, Int8) and method.smooth is None):
+        if not (isinstance(method, Int8 | Lookup) and method.smooth is None):
             continue
         if form is None or form.dense is not nn.Linear or rows[name].shape[1] < _LEAST_FEATURES:
             continue
@@ -55,7 +55,7 @@ def smoothing_factors(
         if -float(distributed.all_reduce(-count, "max")) < NEEDED_ROWS:  # in any process
             continue
         if not isinstance(model.get_submodule(name.rpartition(".")[0]), Recurrent):
-            groups.setdefault((sources[name], method.act_bits), []).append(name)
+            groups.setdefault((sources[name], type(method), method.act_bits), []).append(name)
     found: dict[str, Tensor] = {}
     for names in groups.values():
         factors = _best(

@@ -148,14 +148,13 @@ def fit_rounded(
     """
     grid, y = layer.grid(), layer.of_rows(rows)
     x = (portable.quantize(layer.smoothed(rows), grid) - grid.zero) * grid.scale
-    if layer.smoothing is not None:
-        x = x * layer.smoothing
     others = [t for t in (*layer.parameters(), *layer.buffers()) if t is not layer.weight]
     before = [(tensor, tensor.clone()) for tensor in others]
     weight, bias, start = layer.weight, layer.bias, goal.error(y)
     fit = fit_weight(x, y, goal)
     assert fit.products is not None
-    fitted = layer.kernel_weight.float().reshape(layer.outputs, -1) + fit.change
+    change = fit.change if layer.smoothing is None else fit.change / layer.smoothing
+    fitted = layer.kernel_weight.float().reshape(layer.outputs, -1) + change
     replace_weight(layer, fitted)
     layer.shift_bias(fit.shift)
     settle(fit.products)

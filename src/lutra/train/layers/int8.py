@@ -20,15 +20,14 @@ from lutra.train import distributed
 from lutra.train.geometry import Geometry, Grid
 from lutra.train.layers.base import (
     Family,
-    FrozenLayer,
     ImageLayer,
-    RowLayer,
     clip_gradient,
     register,
 )
 from lutra.train.layers.goal import Goal
 from lutra.train.layers.grid_refit import fit_range, fit_rounded
 from lutra.train.layers.int8_embedding import Int8Embedding
+from lutra.train.layers.smoothed import FrozenSmoothed, SmoothedLinear
 from lutra.train.layers.zero_point import ZeroPointLayer
 from lutra.train.operators import portable
 from lutra.train.operators.int8 import integer_sums
@@ -106,8 +105,6 @@ class Int8Layer(ZeroPointLayer):
     def _run(self, x: Tensor) -> Tensor:
         """y (N, M, H', W') of x (N, C, H, W), in float32."""
         self.forget_frozen()  # fused optimizers do not count their writes
-        if self.smoothing is not None:
-            x = x.float() * (1.0 / self.smoothing).view(1, -1, 1, 1)
         device = x.device.type
         mixed = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if mixed else torch.float32  # of the gradients
@@ -168,37 +165,18 @@ class Int8Conv2d(ImageLayer, Int8Layer):
     op = "int8_conv2d"
 
 
-class Int8Linear(RowLayer, Int8Layer):
+class Int8Linear(SmoothedLinear, Int8Layer):
     """A linear layer in int8. With `smooth` its state has `smoothing` (D)."""
 
     op = "int8_linear"
 
-    def smooth(self, factors: Tensor) -> None:
-        """Divides the features of the input by factors (D), and multiplies the weights by them."""
-        self.smoothing = factors.detach().to(self.weight.device, torch.float32).clone()
 
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        factors = state.get(prefix + "smoothing")
-        self.smoothing = None if factors is None else torch.empty_like(factors)
-        super()._load_from_state_dict(state, prefix, *rest)
-
-
-class FrozenInt8(FrozenLayer):
+class FrozenInt8(FrozenSmoothed):
     """A frozen layer of int8 weights."""
 
     weight: Tensor
     scale: Tensor
     bias: Tensor
-    factor: Tensor | None  # for each feature of the input
-
-    def divide_by(self, smoothing: Tensor | None) -> None:
-        """Lets features be divided by these numbers first; by none for None."""
-        factor = None if smoothing is None else 1.0 / smoothing
-        self.register_buffer("factor", factor, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As of the layer that was frozen."""
-        return super().forward(x if self.factor is None else x * self.factor)
 
 
 register(

@@ -24,15 +24,14 @@ from lutra.train.functions.calls import exact_functions
 from lutra.train.geometry import Geometry, Grid
 from lutra.train.layers.base import (
     Family,
-    FrozenLayer,
     ImageLayer,
-    RowLayer,
     register,
 )
 from lutra.train.layers.goal import Goal
 from lutra.train.layers.grid_refit import fit_range, fit_rounded, replace_weight
 from lutra.train.layers.lookup_table import Response, default_entries, quantize_table
 from lutra.train.layers.products import Products
+from lutra.train.layers.smoothed import FrozenSmoothed, SmoothedLinear
 from lutra.train.layers.weight_rounding import Feedback, round_weights
 from lutra.train.layers.zero_point import ZeroPointLayer
 from lutra.train.operators import lookup as lookup_ops
@@ -70,6 +69,14 @@ def weight_index(weight: Tensor, scale: Tensor, count: int) -> Tensor:
             unit = (weight[part] / scale[part, None]).clamp_(-1.0, 1.0)
             index[part] = unit.add_(1.0).mul_(half).round_()
     return index
+
+
+@torch.no_grad()
+def nearest_levels(weight: Tensor, count: int) -> Tensor:
+    """Weights (M, D) rounded to a number of even levels, each output by its own best scale."""
+    scale, half = _weight_scale(weight, count), count // 2
+    index = weight_index(weight, scale, count)
+    return (index.float() - half) * (scale / half)[:, None]
 
 
 class WeightLevels(torch.autograd.Function):
@@ -254,7 +261,13 @@ class LookupLayer(ZeroPointLayer):
         return [self.log_weight_scale, self.log_act_scale, *self.response.parameters()]
 
     def _rows(self) -> Tensor:
-        return self.kernel_weight.reshape(self.outputs, -1).float()
+        """Weights (M, D) of the input as the grid meets it."""
+        rows = self.kernel_weight.reshape(self.outputs, -1).float()
+        return rows if self.smoothing is None else rows * self.smoothing
+
+    def _put(self, rows: Tensor) -> None:
+        """Sets the weights to what makes `_rows` these."""
+        replace_weight(self, rows if self.smoothing is None else rows / self.smoothing)
 
     @property
     def entries(self) -> int:
@@ -323,7 +336,9 @@ class LookupLayer(ZeroPointLayer):
             bits = bits_for(self.method.weights)
             weight = lookup_ops.pack(self._weight_index(), bits)
             tensors = {"weight": weight, "table": table, "scale": self._scale(grid, entries)}
-            return self._freeze(FrozenLookup, tensors, {"weight_bits": bits})
+            frozen = self._freeze(FrozenLookup, tensors, {"weight_bits": bits})
+            frozen.divide_by(self.smoothing)
+            return frozen
 
     @torch.no_grad()
     def refit(self, rows: Tensor, goal: Goal, *, keep_weight: bool = False) -> None:
@@ -346,7 +361,7 @@ class LookupLayer(ZeroPointLayer):
         reach = _INSIDE * step[:, None]
         moved = torch.maximum(torch.minimum(rows, found + reach), found - reach)
         self.log_weight_scale.copy_(scale.log())
-        replace_weight(self, moved)
+        self._put(moved)
 
     def _fit_scale(self, rows: Tensor, goal: Goal) -> None:
         """The scale of each output by least squares, if that makes the outputs better."""
@@ -358,7 +373,7 @@ class LookupLayer(ZeroPointLayer):
         gain = 1.0 + products / distributed.mean_row(y * y).clamp_min(1e-30)
         gain = gain.clamp(1.0 / _MOST_GAIN, _MOST_GAIN)
         weight, scale = self.weight, self.log_weight_scale.clone()
-        replace_weight(self, self._rows() * gain[:, None])
+        self._put(self._rows() * gain[:, None])
         self.log_weight_scale.add_(gain.log())
         if goal.error(self.of_rows(rows)) >= start:
             self.weight = weight
@@ -387,7 +402,7 @@ class LookupLayer(ZeroPointLayer):
         """Mean squared output error relative to the output's variance, of samples (n, D)."""
         grid, entries = self.grid(), self.entries
         table = quantize_table(self.response(grid.zero, rows.device).table, entries)
-        one, scale = Geometry(rows.shape[1]), self._scale(grid, entries)
+        one, scale, rows = Geometry(rows.shape[1]), self._scale(grid, entries), self.smoothed(rows)
         got, _ = lookup_ops.forward(
             rows[:, :, None, None].contiguous(), one, grid, self._weight_index(), table, scale
         )
@@ -409,13 +424,19 @@ class LookupConv2d(ImageLayer, LookupLayer):
     op = "lookup_conv2d"
 
 
-class LookupLinear(RowLayer, LookupLayer):
-    """A linear layer by reads from one table."""
+class LookupLinear(SmoothedLinear, LookupLayer):
+    """A linear layer by reads from one table. With `smooth` its state has `smoothing` (D)."""
 
     op = "lookup_linear"
 
+    def smooth(self, factors: Tensor) -> None:
+        """Divides the features of the input by factors (D), and multiplies the weights by them."""
+        super().smooth(factors)
+        with torch.no_grad():
+            self.log_weight_scale.copy_(_weight_scale(self._rows(), self.method.weights).log())
 
-class FrozenLookup(FrozenLayer):
+
+class FrozenLookup(FrozenSmoothed):
     """A frozen layer of packed weight indices and one table."""
 
     weight: Tensor
