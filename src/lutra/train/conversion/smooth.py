@@ -10,7 +10,7 @@ one step of the network.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import cast
+from typing import Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ from lutra.train.recipe import Int8, Lookup, Method
 
 #: How much of the difference is moved into the weights: each is tried.
 POWERS = (0.5, 0.65, 0.75, 0.85)
-_GAIN = 0.5  # of the error without factors, at most: the division costs time
+#: Largest error that pays for the division, relative to the error without factors.
+_MOST_ERROR: Final[Mapping[type[Method], float]] = {Int8: 0.5, Lookup: 0.9}
 _LEAST_FEATURES = 16
 _LEAST = 1e-5  # of the largest: smaller features and weights are taken for as large
 
@@ -47,7 +48,7 @@ def smoothing_factors(
     groups: dict[Hashable, list[str]] = {}  # steps of a recurrent layer read its matrices alone
     for name, layer in layers.items():
         method, form = methods[name], form_of(layer)
-        if not (isinstance(method, Int8 | Lookup) and method.smooth is None):
+        if not isinstance(method, Int8 | Lookup) or method.smooth is False:
             continue
         if form is None or form.dense is not nn.Linear or rows[name].shape[1] < _LEAST_FEATURES:
             continue
@@ -97,7 +98,7 @@ def _best(weights: list[Tensor], rows: list[Tensor], method: Method) -> Tensor |
 
     start = error(torch.ones_like(seen))
     least, power = min((error(_factors(seen, reach, power)), power) for power in POWERS)
-    return _factors(every, reach, power) if least < _GAIN * start else None
+    return _factors(every, reach, power) if least < _MOST_ERROR[type(method)] * start else None
 
 
 def _largest(rows: list[Tensor]) -> Tensor:
