@@ -68,7 +68,8 @@ methods = pytest.mark.parametrize("method", [Int8(), Lookup()], ids=["int8", "lo
 def test_large_features_get_factors(method: Int8 | Lookup, calibration: str) -> None:
     dense, data = network(), batches()
     plain, _ = convert(dense, {"*": replace(method, smooth=False)}, data, calibration=calibration)  # type: ignore[arg-type]
-    smooth, _ = convert(dense, {"*": method}, data, calibration=calibration)  # type: ignore[arg-type]
+    smooth, report = convert(dense, {"*": method}, data, calibration=calibration)  # type: ignore[arg-type]
+    assert any("features of the inputs of a, b" in note for note in report.notes)
     assert plain.a.smoothing is None
     assert smooth.a.smoothing is not None
     torch.testing.assert_close(smooth.a.smoothing, smooth.b.smoothing, rtol=0, atol=0)

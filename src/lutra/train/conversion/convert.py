@@ -202,6 +202,11 @@ def convert(
         )
         for name, own in factors.items():
             chosen[name].factors = own
+        if factors:
+            notes.append(
+                f"features of the inputs of {', '.join(sorted(factors))} are divided by factors, "
+                "as some are much larger than others"
+            )
     if sequential and chosen:
         most = _fitted_rows(rows, memory_bytes, chosen.values())
         targets = Targets(Batches(list(batches), most, seed), store, Replay(memory_bytes))
