@@ -119,6 +119,17 @@ def test_points_of_any_number() -> None:
         Session(graph)(np.zeros((1, 3, 0), F))
 
 
+def test_every_second_of_a_row() -> None:
+    """No value behind the last that counts is read or written, at any length."""
+    for start in (0, 1):
+        b = Builder(("x", (None, None)))
+        b.add("slice", "x", axis=1, start=start, stop=2**31 - 1, step=2)
+        session = Session(b.graph())
+        for n in (*range(start + 1, 20), 63, 64, 65):
+            x = normal(3, n, seed=n)
+            assert same_bits(session(x), x[:, start::2])
+
+
 def test_slices_to_the_end() -> None:
     b = Builder(("x", IMAGE))
     x = b.add("slice", "x", axis=2, start=1, stop=2**31 - 1, step=2)
