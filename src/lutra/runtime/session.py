@@ -35,6 +35,7 @@ _SEQUENCE_ARENA: Final = 2**22
 _ATTENTIONS: Final = frozenset({"attention", "masked_attention", "cached_attention"})
 #: So many sizes of samples are remembered.
 _KNOWN_SIZES: Final = 64
+_DTYPES: Final = {name: np.dtype(name) for name in ("float32", "int32")}
 _Shapes: TypeAlias = Sequence[tuple[int, ...]]
 
 
@@ -106,6 +107,7 @@ class Session:
             self._name = "bytes" if isinstance(model, bytes) else Path(model).name
             self._graph = load_graph(model)
         self._outputs = [self._graph.values[name] for name in self._graph.outputs]
+        self._input_names = [value.name for value in self._graph.inputs]
         self._ids = id_ranges(self._graph)
         self._plan = build_plan(self._graph, self._isa, self._threads)
         self._remembers = any(OPS[node.op].remembers for node in self._graph.nodes)
@@ -235,16 +237,16 @@ class Session:
             MemoryError: If one sample takes more memory than the session may use, or the outputs
                 do not fit in memory.
         """
-        picked = list(range(len(self._outputs)))
-        if output_names is not None:
-            names = [value.name for value in self._outputs]
-            for name in output_names:
-                if name not in names:
-                    raise InputError(
-                        f"Session.run: there is no output {name!r}; {did_you_mean(name, names)}"
-                        f"the model has {names}"
-                    )
-            picked = [names.index(name) for name in output_names]
+        if output_names is None:
+            return self.run_checked(self._checked(feeds), cache)
+        names = [value.name for value in self._outputs]
+        for name in output_names:
+            if name not in names:
+                raise InputError(
+                    f"Session.run: there is no output {name!r}; {did_you_mean(name, names)}"
+                    f"the model has {names}"
+                )
+        picked = [names.index(name) for name in output_names]
         results = self.run_checked(self._checked(feeds), cache)
         return [results[index] for index in picked]
 
@@ -488,7 +490,7 @@ class Session:
 
     def _checked(self, feeds: Mapping[str, Array]) -> list[Array]:
         """The inputs in order, as aligned C-contiguous float32 or int32."""
-        names = [value.name for value in self._graph.inputs]
+        names = self._input_names
         if not isinstance(feeds, Mapping):
             raise InputError(
                 f"Session.run: the inputs are a {type(feeds).__name__}; "
@@ -507,46 +509,59 @@ class Session:
                 raise InputError(
                     f"Session.run: the input {value.name!r} is missing; give all of {names}"
                 )
-            where = f"Session.run: input {value.name!r}"
             given = feeds[value.name]
-            _check_shape(where, value, given, batch)
-            array = cast_input(where, value, given)
+            _check_shape(value, given, batch)
+            array = given
+            if not (isinstance(given, np.ndarray) and given.dtype == _DTYPES[value.dtype]):
+                array = cast_input(_where(value), value, given)
             if value.shape[0] is None:
                 batch = array.shape[0]
             if value.name in self._ids:
                 node, rows = self._ids[value.name]
-                check_ids(where, node, array, rows)
-            plain = np.require(array, requirements=("C", "A"))
+                check_ids(_where(value), node, array, rows)
+            flags, plain = array.flags, array
+            if not (flags.c_contiguous and flags.aligned):
+                plain = np.require(array, requirements=("C", "A"))
             if value.dtype == "float32" and self._check_finite and not all_finite(plain):
                 raise _not_finite(value.name, array)
             arrays.append(plain)
         return arrays
 
 
-def _check_shape(where: str, value: Value, array: object, batch: int | None) -> None:
+def _where(value: Value) -> str:
+    """What an input is, for errors."""
+    return f"Session.run: input {value.name!r}"
+
+
+# Runs of a small model take a few microseconds, so that no sentence is written before it is needed.
+def _check_shape(value: Value, array: object, batch: int | None) -> None:
     """Raises InputError about an array of the wrong shape; what is no array is left alone."""
     if not isinstance(array, np.ndarray):
         return
-    takes = f"the model takes {shape_text(value.shape)}"
-    if array.ndim != len(value.shape):
+    shape, wanted = array.shape, value.shape
+    if len(shape) != len(wanted):
         raise InputError(
-            f"{where} has shape {array.shape}, which is {array.ndim} axes, but {takes}; "
+            f"{_where(value)} has shape {shape}, which is {array.ndim} axes, but {_takes(value)}; "
             "give every axis, the batch included"
         )
-    for axis, (size, wanted) in enumerate(zip(array.shape, value.shape, strict=True)):
+    for axis, size in enumerate(shape):
         if size == 0:
-            raise InputError(f"{where} has shape {array.shape}, which is empty; {takes}")
-        if wanted is not None and size != wanted:
+            raise InputError(f"{_where(value)} has shape {shape}, which is empty; {_takes(value)}")
+        if size != wanted[axis] and wanted[axis] is not None:
             raise InputError(
-                f"{where} has shape {array.shape} but {takes}; axis {axis} must be {wanted}: "
-                "change the input, or export the model with an example input of that size or with "
-                "dynamic_axes"
+                f"{_where(value)} has shape {shape} but {_takes(value)}; axis {axis} must be "
+                f"{wanted[axis]}: change the input, or export the model with an example input of "
+                "that size or with dynamic_axes"
             )
-    if value.shape[0] is None and batch not in (None, array.shape[0]):
+    if batch is not None and wanted[0] is None and batch != shape[0]:
         raise InputError(
-            f"{where} has a batch of {array.shape[0]} and an input before it one of {batch}; "
+            f"{_where(value)} has a batch of {shape[0]} and an input before it one of {batch}; "
             "all inputs must have the same batch"
         )
+
+
+def _takes(value: Value) -> str:
+    return f"the model takes {shape_text(value.shape)}"
 
 
 def _not_finite(name: str, array: Array) -> InputError:
