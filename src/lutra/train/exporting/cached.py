@@ -22,14 +22,13 @@ from lutra.ops import OPS
 from lutra.ops.functions import FUNCTIONS
 from lutra.ops.spec import flag, integer, ints, number
 from lutra.preprocess.tokens import LOGITS, PICKED, START, TOKENS
+from lutra.train.operators.scores import MASKED
 
 #: What scores go through between the product of queries and keys and the softmax.
 _SCORES = (
     "affine", "affine_scalar", "add", "mul", "tanh", "relative_bias", "maximum",
     "reshape", "regroup",
 )  # fmt: skip
-#: A score that gets this added has no weight left.
-_MASKED = -1e4
 _ROWWISE = ("rms_norm", "layer_norm", "affine_scalar", *FUNCTIONS)
 
 
@@ -119,7 +118,7 @@ def _need_known_scores(graph: Graph, makers: Mapping[str, Node], softmax: Node) 
 
 def _adds_numbers(bias: Array) -> bool:
     """Whether a bias of distances is more than a mask."""
-    return bool(((bias != 0) & (bias > _MASKED)).any())
+    return bool(((bias != 0) & (bias > MASKED)).any())
 
 
 def _cached_attention(

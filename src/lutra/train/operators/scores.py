@@ -10,7 +10,7 @@ from torch import Tensor
 #: What is added to scores is at least this: sums of a few stay finite.
 LOWEST: Final = -1e30
 #: A score that gets this added has no weight left.
-_MASKED: Final = -1e4
+MASKED: Final = -1e4
 
 
 @torch.library.custom_op("lutra::relative_bias", mutates_args=())
@@ -25,7 +25,7 @@ def _(x: Tensor, bias: Tensor) -> Tensor:
 
 @torch.library.custom_op("lutra::masked_scores", mutates_args=())
 def _masked_scores(x: Tensor, keep: Tensor) -> Tensor:
-    kept = keep if keep.dtype == torch.bool else keep > _MASKED
+    kept = keep if keep.dtype == torch.bool else keep > MASKED
     return x + torch.where(kept, 0.0, LOWEST)
 
 

@@ -28,9 +28,8 @@ from lutra.train.exporting.lowering.operands import (
 )
 from lutra.train.exporting.lowering.sources import Sources, size_at
 from lutra.train.exporting.lowering.values import REPEATED, Atom, Sizes
+from lutra.train.operators.scores import MASKED
 
-#: A score that gets this added has no weight left.
-_MASKED = -1e4
 #: Shift of the sizes, batch and numbers below which the integer inputs lie, of each trial.
 _TRIALS = ((0, 2, 2), (1, 3, 2), (4, 1, 2), (2, 4, 2))
 _TRIAL_OF_IDS = (1, 3, 7)
@@ -445,7 +444,7 @@ def _sizes_of_keys(
 def _allowed(mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask
-    masked = mask <= _MASKED
+    masked = mask <= MASKED
     if not (masked | (mask == 0)).all():
         raise UnsupportedUse(
             "its mask adds other numbers to the scores than 0 and large negative ones, such as "

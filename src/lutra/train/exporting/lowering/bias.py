@@ -40,7 +40,7 @@ from lutra.train.exporting.lowering.operands import constant
 from lutra.train.exporting.lowering.placed import by_distance, numbers_at
 from lutra.train.exporting.lowering.program import caller, replace
 from lutra.train.exporting.lowering.sources import Sources, size_at
-from lutra.train.operators.scores import LOWEST
+from lutra.train.operators.scores import LOWEST, MASKED
 
 _aten = torch.ops.aten
 _ATTENTION = "aten.scaled_dot_product_attention.default"
@@ -62,8 +62,6 @@ _SCALES = (
 )
 _WHERE = ("aten.where.ScalarOther", "aten.where.self")
 _ANDS = ("aten.logical_and.default", "aten.bitwise_and.Tensor", "aten.__and__.Tensor")
-#: A score that gets this added has no weight left.
-_MASKED = -1e4
 
 
 def combine_biases(program: ExportedProgram, longest: int | None = None) -> None:
@@ -227,7 +225,7 @@ def _mask_keys(graph: fx.Graph, sources: Sources, node: fx.Node, mask: fx.Node) 
     with graph.inserting_before(node):
         kept = call(_aten.select.int, call(_aten.select.int, part, 1, 0), 1, 0)
         if kept.meta["val"].dtype != torch.bool:
-            kept = call(_aten.gt.Scalar, kept, _MASKED)
+            kept = call(_aten.gt.Scalar, kept, MASKED)
         target = torch.ops.lutra.masked_attention.default
         made = call(target, query, key, value, kept, found == "causal", factor)
         made = _in_order(call, sources, node, made)
@@ -283,7 +281,7 @@ def _take_apart(
             target = torch.ops.lutra.masked_scores.default
             computed = keeps and _known(sources, node, term) == "computed"
             if computed and term.meta["val"].dtype != torch.bool:
-                term = call(_aten.gt.Scalar, term, _MASKED)
+                term = call(_aten.gt.Scalar, term, MASKED)
             if term.meta["val"].dtype == torch.bool and (computed or not keeps):
                 scores = call(_aten.where.ScalarOther, term, scores, LOWEST)
                 continue
@@ -333,8 +331,8 @@ def _is_masked(sources: Sources, number: Any) -> bool:
         if sources.is_activation(number) or sources.deferred(number) is not None:
             return False
         number = sources.evaluate(number, {}, {})
-        return number.numel() == 1 and float(number) <= _MASKED
-    return isinstance(number, (int, float)) and number <= _MASKED
+        return number.numel() == 1 and float(number) <= MASKED
+    return isinstance(number, (int, float)) and number <= MASKED
 
 
 def _added(sources: Sources, scores: fx.Node, term: fx.Node) -> Any:

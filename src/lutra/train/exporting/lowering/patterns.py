@@ -17,6 +17,7 @@ from lutra.train.exporting.lowering.attention import is_mask
 from lutra.train.exporting.lowering.deferred import looks_like
 from lutra.train.exporting.lowering.sources import Deferred, Sources, value_of
 from lutra.train.operators import masked_mean as pooling  # noqa: F401  (their operators)
+from lutra.train.operators.scores import MASKED
 
 _aten = torch.ops.aten
 _PRODUCTS = ("aten.matmul.default", "aten.bmm.default")
@@ -36,7 +37,6 @@ _NOTHING = (
     "aten.reshape.default",
     "aten._unsafe_view.default",
 )
-_MASKED = -1e4
 
 
 def combine(program: ExportedProgram) -> None:
@@ -129,7 +129,7 @@ class _Scores:
         if drops:
             return self._call(_aten.logical_not.default, mask)
         if len(self._masks) > 1 and value_of(mask).is_floating_point():
-            return self._call(_aten.gt.Scalar, mask, _MASKED)
+            return self._call(_aten.gt.Scalar, mask, MASKED)
         return mask
 
     def _call(self, target: Any, *args: Any) -> fx.Node:
@@ -191,7 +191,7 @@ class _Scores:
 
 
 def _masks(number: Any) -> bool:
-    return isinstance(number, (int, float)) and number <= _MASKED
+    return isinstance(number, (int, float)) and number <= MASKED
 
 
 # ---- the mean of the tokens that count ----------------------------------------------------------
