@@ -228,6 +228,9 @@ def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument(
         "--group", default="patch", choices=("patch", "row", "pixel"), help="PQ: what codes are of"
     )
+    parser.add_argument(
+        "--free-tables", action="store_true", help="PQ: train more than products in the tables"
+    )
     parser.add_argument("--distillation", type=float, default=1.0, help="weight of the teacher")
     parser.add_argument("--feature-weight", type=float, default=1.0)
     parser.add_argument("--limit", type=int, help="use only this many training images")
@@ -240,7 +243,10 @@ def method_of(options: argparse.Namespace) -> PQ | Lookup:
     """The method that the options ask for."""
     if options.method == "lookup":
         return lookup_method(options.bits, options.rank)
-    return PQ(v=options.v, k=options.k, encoder=options.encoder, group=options.group)
+    return PQ(
+        v=options.v, k=options.k, encoder=options.encoder, group=options.group,
+        free_tables=True if options.free_tables else None,
+    )  # fmt: skip
 
 
 @torch.no_grad()

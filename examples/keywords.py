@@ -186,8 +186,8 @@ def resnet_task(options: argparse.Namespace) -> Task:
     used, valid = data.split(everything, 0.1, options.seed)
     print(f"{len(used)} clips to train with, {len(valid)} held out, {len(tests)} to test")
     torch.manual_seed(options.seed)
-    pq = PQ(v=options.v or 3, k=options.k, act_bits=options.act_bits)
-    one = PQ(v=4, k=options.k, act_bits=options.act_bits)
+    pq = lookups(options.v or 3, options)
+    one = lookups(4, options)
     return Task(
         dense=ResNet(tuple(options.widths)),
         train=data.Augmented(used),
@@ -229,7 +229,7 @@ def dscnn_task(options: argparse.Namespace) -> Task:
     )
     dense = DSCNN(data.MFCC.std)
     load_public(dense, options.weights)
-    pq = PQ(v=options.v or 2, k=options.k, act_bits=options.act_bits)
+    pq = lookups(options.v or 2, options)
     return Task(
         dense=dense,
         train=data.AugmentedMfcc(used, mapping, kws, rows),
@@ -264,6 +264,12 @@ TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
     "resnet": resnet_task,
     "dscnn": dscnn_task,
 }
+
+
+def lookups(v: int, options: argparse.Namespace) -> PQ:
+    """Product quantisation with sub-vectors of `v` values; compact tables need 8-bit weights."""
+    bits = 8 if options.compact else None
+    return PQ(v=v, k=options.k, act_bits=options.act_bits, weight_bits=bits)
 
 
 def load_clips(options: argparse.Namespace) -> tuple[data.Clips, data.Clips]:

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -103,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tables",
         choices=["stored", "compact", "factors"],
         default="stored",
-        help="compact: int8 weights, a smaller file with slightly other numbers (default: stored)",
+        help="compact: int8 weights in place of tables, a smaller file (default: stored)",
     )
     parser.add_argument(
         "--dynamic-axes",
@@ -222,6 +223,8 @@ def _convert(
     more: Mapping[str, Any],
 ) -> int:
     """Replaces layers and writes the result."""
+    if args.tables != "stored":
+        recipe = _with_weight_bits(recipe, train)
     converted, report = train.convert(
         # arguments in a tuple of their own: none of them is taken for targets
         model,
@@ -296,16 +299,22 @@ def _swap(args: argparse.Namespace) -> int:
     return 0
 
 
+def _with_weight_bits(recipe: Mapping[str, Any], train: Any) -> dict[str, Any]:
+    """The recipe with tables of 8-bit weights, so that compact tables are those of calibration."""
+    return {
+        pattern: replace(method, weight_bits=8)
+        if isinstance(method, train.PQ) and not method.has_free_tables
+        else method
+        for pattern, method in recipe.items()
+    }
+
+
 def _compact_text(entry: Mapping[str, Any]) -> str:
-    """Which tables are built from int8 weights, what that costs, and which are not and why."""
+    """Which tables are built from int8 weights, and which are not and why."""
     built, kept = len(entry["layers"]), entry["stored"]
     lines = []
     if built:
-        moved = max(entry["largest_output_difference"].values())
-        lines.append(
-            f"tables of {counted(built, 'layer')} are built from int8 weights: outputs of the "
-            f"examples differ by up to {moved:.2g} of the largest value; measure the accuracy again"
-        )
+        lines.append(f"tables of {counted(built, 'layer')} are built from int8 weights")
     lines += [f"layer '{plain(name)}' keeps its tables: {reason}" for name, reason in kept.items()]
     return "\n".join(lines) or "there are no tables to build from int8 weights"
 

@@ -130,6 +130,10 @@ class PQ(Method, name="pq"):
         free_tables: whether tables are trained beyond the products of centroids and weights, where
             they begin. Calibration can then fit them to the dense network. None: trees only, which
             have no other tables. Files of free tables cannot be stored as compact tables.
+        weight_bits: 8 lets tables be products of weights of 8 bits, with a step for each output,
+            from calibration on. They are what `export(..., tables="compact")` writes, so such a
+            file then has the tables that were trained; with None it rounds the weights at the end,
+            which costs accuracy. Not with free tables.
         reconstruction: weight of the mean squared difference between the layer and its dense
             product in the loss (see `lutra.train.reconstruction_loss`); eLUT-NN takes 1e-3 for
             BERT. 0 leaves it out.
@@ -171,6 +175,7 @@ class PQ(Method, name="pq"):
     free_tables: bool | None = None
     otherwise: Method | None = None
     distance: Distance = "l2"
+    weight_bits: int | None = None
 
     @property
     def has_free_tables(self) -> bool:
@@ -249,6 +254,15 @@ class PQ(Method, name="pq"):
             self.gradient != "dense" or self.reconstruction > 0.0 or self.centroids == "average",
             "gradient='dense' trains no codebooks; set reconstruction (eLUT-NN takes 1e-3), or "
             "centroids='average'",
+        )
+        require(
+            self.weight_bits is None or (type(self.weight_bits) is int and self.weight_bits == 8),
+            f"weight_bits={self.weight_bits!r} is neither 8 nor None",
+        )
+        require(
+            self.weight_bits is None or not self.has_free_tables,
+            f"weight_bits={self.weight_bits} is of tables that are products of weights, and free "
+            "tables (free_tables=True, or trees by default) are more; set free_tables=False",
         )
         require(0.0 <= self.decay < 1.0, f"decay={self.decay} is not in [0, 1)")
         require(0.0 < self.temperature < 1.0, f"temperature={self.temperature} is not in (0, 1)")

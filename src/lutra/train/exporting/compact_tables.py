@@ -7,70 +7,89 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from lutra.errors import LutraError
 from lutra.graph import Graph
 from lutra.node import Array, Node
-from lutra.ops.limits import INT8_MAX
 from lutra.train.geometry import Grid
 from lutra.train.layers.base import FrozenLayer, QuantizedLayer
+from lutra.train.layers.pq_compact import factors, round_rows
 
 _TABLES: Final = "tables"
-_MOST: Final = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class CompactTables:
-    """What the tables of a layer are built from: weight int8 (M, D) and factor float32 (M)."""
+    """What the tables of a layer are built from: weight int8 (M, D), factor float32 (M), and
+    centroids uint8 (G, K, V) where the layer has none of its own."""
 
     weight: Array
     factor: Array
+    centroids: Array | None = None
+
+    @property
+    def tensors(self) -> dict[str, Array]:
+        """By role."""
+        arrays = {"weight": self.weight, "factor": self.factor, "centroids": self.centroids}
+        return {role: array for role, array in arrays.items() if array is not None}
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor | str]:
-    """The float weights (M, D) of every lookup layer, under each path that leads to it, or the
-    reason why its tables cannot be built from weights."""
-    found: dict[str, Tensor | str] = {}
+@dataclass(frozen=True)
+class Sources:
+    """What the compact tables of a layer are rounded from.
+
+    Attributes:
+        weight: float32 (M, D).
+        centroids: uint8 (G, K, V) where the frozen layer has none.
+    """
+
+    weight: Tensor
+    centroids: Tensor | None
+
+
+def sources_of(model: nn.Module) -> dict[str, Sources | str]:
+    """The weights of every lookup layer, under each path that leads to it, or the reason why its
+    tables cannot be built from weights."""
+    found: dict[str, Sources | str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         weight = module.compact_weight() if isinstance(module, QuantizedLayer) else None
-        if weight is not None:
-            found[path] = weight.cpu() if isinstance(weight, Tensor) else weight
+        if isinstance(weight, str):
+            found[path] = weight
+        elif weight is not None:
+            assert isinstance(module, QuantizedLayer)
+            centroids = module.compact_centroids()
+            found[path] = Sources(weight.cpu(), None if centroids is None else centroids.cpu())
     return found
 
 
-@torch.no_grad()
 def compact_tables_of(
-    model: nn.Module, weights: Mapping[str, Tensor | str]
+    model: nn.Module, sources: Mapping[str, Sources | str]
 ) -> dict[str, CompactTables | str]:
     """Rounds the weights of frozen layers to int8, each output with a step of its own.
 
     Args:
         model: The model, its lookup layers frozen and no norm folded into their scales.
-        weights: What `weights_of` found before they were frozen.
+        sources: What `sources_of` found before they were frozen.
 
     Returns:
         Compact tables by the name of the tables that they replace, in the state of the model; or
         the reason why there are none.
     """
     result: dict[str, CompactTables | str] = {}
-    for path, weight in weights.items():
+    for path, source in sources.items():
         frozen = model.get_submodule(path)
         if not isinstance(frozen, FrozenLayer) or frozen.node.spec.table_role != _TABLES:
             continue
         tables = f"{path}.{_TABLES}" if path else _TABLES
-        if isinstance(weight, str):
-            result[tables] = weight
+        if isinstance(source, str):
+            result[tables] = source
             continue
-        rows = weight.double().numpy()
-        scale = frozen.tensors["scale"].double().cpu().numpy()
+        weight, step = round_rows(source.weight)
         grid = Grid.of_attrs(frozen.node.attrs)
-        step = np.maximum(np.abs(rows).max(axis=1), 1e-30) / INT8_MAX
-        result[tables] = CompactTables(
-            np.rint(rows / step[:, None]).astype(np.int8),
-            np.minimum(step * grid.scale / scale, _MOST).astype(np.float32),
-        )
+        factor = factors(step, grid.scale, frozen.tensors["scale"].detach().cpu())
+        centroids = None if source.centroids is None else source.centroids.numpy()
+        result[tables] = CompactTables(weight.numpy(), factor.numpy(), centroids)
     return result
 
 
@@ -133,14 +152,15 @@ def _usable(
     found = compact.get(node.tensors[_TABLES], "its weights are not known")
     if isinstance(found, str):
         return found
-    _, k, v = graph.node_tensors(node)["centroids"].shape
+    own = found.centroids
+    _, k, v = (graph.node_tensors(node)["centroids"] if own is None else own).shape
     return f"V={v} is not less than K={k}: its tables are no larger" if v >= k else found
 
 
 def _store(arrays: dict[str, Array], tables: str, compact: CompactTables) -> dict[str, str]:
     """Adds the tensors under new names, and returns these by role."""
     roles = {}
-    for role, array in (("weight", compact.weight), ("factor", compact.factor)):
+    for role, array in compact.tensors.items():
         name = tables.removesuffix(_TABLES) + role
         while name in arrays:
             name += "_"
@@ -151,7 +171,11 @@ def _store(arrays: dict[str, Array], tables: str, compact: CompactTables) -> dic
 
 def _described(node: Node, before: Node, graph: Graph, made: Graph) -> dict[str, Any]:
     old, new = graph.node_tensors(before)[_TABLES], made.node_tensors(node)[_TABLES]
-    size = sum(made.tensors[node.tensors[role]].nbytes for role in ("weight", "factor"))
+    size = sum(
+        made.tensors[name].nbytes
+        for role, name in node.tensors.items()
+        if role not in before.tensors
+    )
     return {
         "name": node.name,
         "bytes": size,

@@ -32,7 +32,7 @@ from lutra.train.exporting.capture import (
 from lutra.train.exporting.compact_tables import (
     CompactTables,
     compact_tables_of,
-    weights_of,
+    sources_of,
     with_compact_tables,
 )
 from lutra.train.exporting.fold import fold_program, with_biases
@@ -106,9 +106,10 @@ def export(
             its metadata (`golden`) say why.
         tolerance: The largest difference from torch allowed, as a share of the largest output.
         tables: "stored" writes the tables. "compact" writes int8 weights instead, from which a
-            session builds its tables: a smaller file where V < K, slower to load, and other
-            numbers, because the weights are rounded before the tables are. How far the outputs
-            for the example move is in the metadata (`tables`); measure the accuracy again.
+            session builds its tables: a smaller file where V < K, slower to load. The tables of
+            layers of `PQ(weight_bits=8)` are the same in both; those of others change, because
+            the weights are rounded before the tables are. How far the outputs for the example
+            move is in the metadata (`tables`); measure the accuracy again.
 
     Returns:
         The graph that was written.
@@ -172,10 +173,10 @@ def export_graph(
     """
     example = tuple(tensor[:_SAMPLES] for tensor in example_tensors(example_input))
     given = return_tensors(prepare_copy(model))
-    weights = weights_of(given)
+    sources = sources_of(given)
     with threads_for(given, example):
         frozen = _frozen_copy(model)
-        compact = compact_tables_of(frozen, weights)  # before norms go into the scales
+        compact = compact_tables_of(frozen, sources)  # before norms go into the scales
         names = _input_names(frozen, len(example), input_names)
         axes = dynamic_axes_of(dynamic_axes, names, example)
         check_modules(frozen, example)

@@ -388,6 +388,11 @@ class QuantizedLayer(nn.Module):
         None for layers without such tables."""
         return None
 
+    def compact_centroids(self) -> Tensor | None:
+        """The centroids uint8 (G, K, V) that go with `compact_weight` where the frozen layer has
+        none: codes of trees need no centroids."""
+        return None
+
     # ---- the grid -------------------------------------------------------------------------------
 
     def smoothed(self, rows: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from lutra.ops.limits import INT8_MAX, MAX_CODEBOOKS, MAX_SUBVECTOR
 from lutra.train import distributed
 from lutra.train.encoder import Encoder, Nearest, Tree
 from lutra.train.geometry import Geometry
+from lutra.train.layers import pq_compact as compact
 from lutra.train.layers import pq_reconstruction as reconstruction
 from lutra.train.layers import pq_tree as trees
 from lutra.train.layers.base import (
@@ -152,9 +153,18 @@ class _PQLayer(QuantizedLayer):
             self.cluster_counts.copy_(leader.cluster_counts)
         self.follows = True
 
+    def _table_rows(self) -> Tensor:
+        """The weights (M, D) that the tables are products of; gradients go straight through the
+        rounding of `PQ.weight_bits`."""
+        rows = self.kernel_weight.reshape(self.outputs, -1)
+        if self.method.weight_bits is None:
+            return rows
+        rounded, step = compact.round_rows(rows)
+        return straight_through(rows.float(), rounded.float() * step[:, None])
+
     def weight_blocks(self) -> Tensor:
         """Weights by table: (B, V, M), zero where the last sub-vector is short."""
-        return self.parts.blocks(self.kernel_weight.reshape(self.outputs, -1), self.v)
+        return self.parts.blocks(self._table_rows(), self.v)
 
     def _output_metric(self) -> Tensor:
         """What a change of the sub-vectors of each codebook is to the outputs, (G, V, V)."""
@@ -180,19 +190,35 @@ class _PQLayer(QuantizedLayer):
     def tables(self, encoder: Encoder) -> Tensor:
         """Float tables (B, K, M), with gradients to weights and centroids.
 
-        Centroids that are searched are those on the grid, and the gradient goes straight through
-        their rounding; a tree never looks at its centroids, so they need none.
+        The gradient goes straight through the rounding of the centroids to the grid.
         """
-        values = self.centroids.float()
-        if isinstance(encoder, Nearest):
-            values = straight_through(values, self._centroid_values(encoder.centroids))
+        values = straight_through(self.centroids.float(), self._values(encoder))
         product = torch.bmm(self.parts.spread(values), self.weight_blocks().float())
         return product + self.table_residual.float() if self.method.has_free_tables else product
 
-    def _centroid_values(self, grid_centroids: Tensor) -> Tensor:
-        """Real values (G, K, V) of centroids on the grid; missing entries are 0."""
+    def quantized_tables(self, encoder: Encoder, tables: Tensor) -> tuple[Tensor, Tensor]:
+        """int8 tables (B, K, M) and float32 scale (M) of what `tables` returned."""
+        rounded, scale = quantize_tables(tables)
+        if self.method.weight_bits is None:
+            return rounded, scale
+        weight, step = compact.round_rows(self.kernel_weight.reshape(self.outputs, -1))
         grid = self.grid()
-        values = (grid_centroids.float() - grid.zero) * grid.scale
+        offsets = self.parts.spread(self._on_grid(encoder).float() - grid.zero)
+        blocks = self.parts.blocks(weight.float(), self.v)
+        factor = compact.factors(step, grid.scale, scale)
+        return compact.build_tables(offsets, blocks, factor), scale
+
+    def _on_grid(self, encoder: Encoder) -> Tensor:
+        """The centroids (G, K, V) uint8 that the tables are products of."""
+        return encoder.centroids if isinstance(encoder, Nearest) else self.grid_centroids()
+
+    def _values(self, encoder: Encoder) -> Tensor:
+        """Real values (G, K, V) whose products with the weights the tables are; missing entries
+        are 0. A tree looks at no centroids, and with free tables no file needs them on the grid."""
+        if not isinstance(encoder, Nearest) and self.method.has_free_tables:
+            return self.centroids.detach().float()
+        grid = self.grid()
+        values = (self._on_grid(encoder).float() - grid.zero) * grid.scale
         short = self.codebooks * self.v - self.parts.depth
         if short and grid.zero:
             values[-1, :, self.v - short :] = 0.0
@@ -213,7 +239,7 @@ class _PQLayer(QuantizedLayer):
             encoder = self.encoder()
             tables = self.tables(encoder)
             with torch.no_grad():
-                int8_tables, scale = quantize_tables(tables)
+                int8_tables, scale = self.quantized_tables(encoder, tables)
                 rounded = int8_tables.float() * scale
             tables = straight_through(tables, rounded)
             call = (geometry, grid, encoder, int8_tables, scale, codes)
@@ -284,13 +310,12 @@ class _PQLayer(QuantizedLayer):
             _, codes = ops.forward(part, window, grid, encoder, int8_tables, scale)
         else:
             codes = portable.encode(part, window, grid, replace(encoder, group="patch"))
-        if not isinstance(encoder, Nearest) or self.method.has_free_tables:
+        if self.method.has_free_tables:
             kinds = torch.arange(self.method.k, dtype=torch.uint8, device=codes.device)[:, None]
             quantized = (codes[:, None] == kinds).float()  # (G, K, rows)
         else:
             index = codes.long()[:, :, None].expand(-1, -1, self.v)
-            values = self._centroid_values(encoder.centroids)
-            quantized = torch.gather(values, 1, index).transpose(1, 2)
+            quantized = torch.gather(self._values(encoder), 1, index).transpose(1, 2)
         self.projection.copy_(regression(portable.unfold(part, window, self.v, 0.0), quantized))
 
     @torch.no_grad()
@@ -347,7 +372,7 @@ class _PQLayer(QuantizedLayer):
             torch.autocast(device, enabled=False),
         ):
             encoder = self.encoder()
-            tables, scale = quantize_tables(self.tables(encoder))
+            tables, scale = self.quantized_tables(encoder, self.tables(encoder))
             codes = {role: tensor.clone() for role, tensor in encoder.tensors.items()}
             tensors = {**codes, "tables": tables, "scale": scale}
             known = op_spec(self.op).attrs
@@ -394,6 +419,8 @@ class _PQLayer(QuantizedLayer):
         self.centroids.copy_(centroids)
         self.splits.copy_(entries.gather(1, taps))
         self.thresholds.copy_(thresholds)
+        if not self.method.has_free_tables:
+            return
         codes, tables = self._codes(rows), self.tables(self.encoder())
         want = rows @ self.kernel_weight.float().reshape(self.outputs, -1).t()
         fit = fit_tables(codes, tables, sum_rows(codes, tables), Goal(want))
@@ -405,11 +432,11 @@ class _PQLayer(QuantizedLayer):
         """The weights on the quantised input, then free tables, by ridge regression."""
         codes = self._codes(rows)
         if not keep_weight:
-            index, values = codes.long(), self._table_values()
+            index, values = codes.long(), self.parts.spread(self._values(self.encoder()))
             picked = torch.stack([v[c] for v, c in zip(values, index, strict=True)], 1)
             x = self.parts.rows_of(picked.permute(1, 2, 0))
             fit = fit_weight(x, self._float_outputs(codes), goal)
-            weight = self.kernel_weight.float().reshape(self.outputs, -1) + fit.change
+            weight = self._table_rows().float() + fit.change
             fitted = self.form.kernel(weight).view_as(self.weight).to(self.weight.dtype)
             self.weight = nn.Parameter(fitted, requires_grad=self.weight.requires_grad)
             self.shift_bias(fit.shift)
@@ -419,13 +446,6 @@ class _PQLayer(QuantizedLayer):
             self.table_residual.add_(fit.change)
             self.shift_bias(fit.shift)
         self._center(rows, goal)
-
-    def _table_values(self) -> Tensor:
-        """The values (B, K, V) whose products with the weights the tables are."""
-        encoder, values = self.encoder(), self.centroids.float()
-        if isinstance(encoder, Nearest):
-            values = self._centroid_values(encoder.centroids)
-        return self.parts.spread(values)
 
     def _float_outputs(self, codes: Tensor) -> Tensor:
         """Outputs (n, M) for codes (B, n), with tables that are not rounded."""
@@ -473,7 +493,8 @@ class _PQLayer(QuantizedLayer):
         """Relative squared error of the output, and codes (B, n), with the grid and the int8 tables
         that the engine will have."""
         codes = self._codes(rows)
-        tables, scale = quantize_tables(self.tables(self.encoder()))
+        encoder = self.encoder()
+        tables, scale = self.quantized_tables(encoder, self.tables(encoder))
         got = portable.lookup(codes, tables).float() * scale
         want = rows @ self.kernel_weight.float().reshape(self.outputs, -1).t()
         variance = want.var(correction=0).clamp_min(1e-12)
@@ -510,6 +531,10 @@ class _PQLayer(QuantizedLayer):
             kind = "free_tables=True" if self.method.free_tables else "encoder 'tree'"
             return f"{kind}: its tables are more than products of centroids and weights"
         return self.kernel_weight.detach().float().reshape(self.outputs, -1)
+
+    def compact_centroids(self) -> Tensor | None:
+        """Those of a tree, which has none when it is frozen."""
+        return self.grid_centroids() if self.method.encoder == "tree" else None
 
     def extra_repr(self) -> str:
         g, m = self.geometry, self.method
