@@ -35,7 +35,7 @@ LAYERS = (
     ("resnet20_cifar10_nearest", "layer1.0.conv1", 9),
     ("resnet20_cifar10_fast", "layer2.1.conv1", 9),
     ("dscnn_speech_commands", "blocks.0.pointwise", 2),
-    ("resnet_speech_commands", "blocks.2.conv2", 3),
+    ("resnet_speech_commands", "blocks.2.conv2", 2),
 )
 TILE = 16
 T = TypeVar("T")

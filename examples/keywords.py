@@ -28,7 +28,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +186,7 @@ def resnet_task(options: argparse.Namespace) -> Task:
     used, valid = data.split(everything, 0.1, options.seed)
     print(f"{len(used)} clips to train with, {len(valid)} held out, {len(tests)} to test")
     torch.manual_seed(options.seed)
-    pq = lookups(options.v or 3, options)
-    one = lookups(4, options)
+    pq = replace(lookups(options.v or 2, options), group="pixel")
     return Task(
         dense=ResNet(tuple(options.widths)),
         train=data.Augmented(used),
@@ -196,7 +195,7 @@ def resnet_task(options: argparse.Namespace) -> Task:
         tests={"test": Part(data.LOG_MEL.values(tests.x), tests.y)},
         front=data.LOG_MEL,
         classes=data.CLASSES,
-        recipe={"conv1": Int8(), "linear": Int8(), "*.shortcut.*": one, "*": pq},
+        recipe={"conv1": Int8(), "linear": Int8(), "*.shortcut.*": Int8(), "*": pq},
         features=[f"blocks.{i}" for i in range(len(options.widths))],
         notes={"train_clips": len(used)},
     )
@@ -346,7 +345,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--distillation", type=float, default=0.9, help="weight of the teacher")
     parser.add_argument("--feature-weight", type=float, default=1.0)
-    parser.add_argument("--v", type=int, help="values of a sub-vector; default: dscnn 2, resnet 3")
+    parser.add_argument("--v", type=int, help="values of a sub-vector; default: 2")
     parser.add_argument("--k", type=int, default=16, help="centroids of a codebook")
     parser.add_argument("--act-bits", type=int, default=7)
     parser.add_argument("--first", choices=sorted(FIRST), default="keep", help="dscnn: layer 1")

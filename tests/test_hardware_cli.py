@@ -155,14 +155,14 @@ def test_verilog(tmp_path: Path, file: str, simulator: str) -> None:
 
 @pytest.mark.slow
 def test_the_widest_layer_of_the_keyword_network(tmp_path: Path) -> None:
-    """All rows of a sample through 192 tables of 64 outputs, four tiles, in Verilator."""
+    """All rows of a sample through 288 tables of 64 outputs, four tiles, in Verilator."""
     from lutra.hardware.layer import graph_shapes
     from lutra.hardware.tools import run_verilog
 
     needs("verilator")
     graph = lutra.load_graph(ZOO / "resnet_speech_commands.lutra")
     name, rows, tables, outputs = max(graph_shapes(graph), key=lambda shape: shape[2] * shape[3])
-    assert (name, rows, tables, outputs) == ("blocks.2.conv2", 35, 192, 64)
+    assert (name, rows, tables, outputs) == ("blocks.2.conv2", 35, 288, 64)
     bundle = make_bundle(graph, name, rows=rows, elements=4)
     bundle.write(tmp_path)
     outcome = run_verilog(tmp_path, "verilator")
