@@ -212,6 +212,15 @@ def test_instructions_of_x86(instruction: str, newer: bool) -> None:
 
 @pytest.mark.parametrize(
     ("instruction", "newer"),
+    [("pshufb", False), ("movddup", False), ("pmulld", True), ("popcntq", True), ("vaddps", True)],
+)
+def test_instructions_of_intel_macs(instruction: str, newer: bool) -> None:
+    """Each of them has SSSE3."""
+    assert bool(instructions.NEWER_MAC.fullmatch(instruction)) == newer
+
+
+@pytest.mark.parametrize(
+    ("instruction", "newer"),
     [
         ("sdot", True),
         ("ldaddal", True),

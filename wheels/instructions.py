@@ -4,7 +4,8 @@
 
 Object files of an instruction set may use it: the engine calls them only where it runs. All others
 may use what every CPU of the architecture has, which for x86-64 is SSE2, and for AArch64 Armv8.0.
-On macOS for ARM, where the oldest CPU is an M1, the compiler may use what that has.
+On macOS for ARM, where the oldest CPU is an M1, the compiler may use what that has. Every Mac with
+an Intel CPU has SSSE3, and Apple's compilers use it by default.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from pathlib import Path
 FREE = ("avx2.cc", "avx512.cc", "neon_dot.cc")
 
 # tzcnt and pause are hints to older CPUs, and xgetbv is asked for with a check.
-NEWER_X86 = re.compile(
+_SSSE3 = (
+    r"p(shufb|alignr|abs[bwd]|sign[bwd]|maddubsw|mulhrsw|hadd\w+|hsub\w+)"
+    r"|(addsub|hadd|hsub)p[sd]|mov(ddup|shdup|sldup)|lddqu|fisttp\w*|monitor|mwait"  # SSE3
+)
+_NEWER = (
     r"v(?!er[rw]\b)[a-z0-9]+"  # VEX and EVEX
     r"|k(mov|and|or|xor|not|shift|unpck|test|add)\w*"  # masks
-    r"|(p(shufb|alignr|abs[bwd]|sign[bwd]|maddubsw|mulhrsw|hadd\w+|hsub\w+))"  # SSSE3
-    r"|(addsub|hadd|hsub)p[sd]|mov(ddup|shdup|sldup)|lddqu|fisttp\w*|monitor|mwait"  # SSE3
     r"|p(blend(vb|w)|muld?q?ll?d|muldq|minsb|minud|minsd|minuw|maxsb|maxud|maxsd|maxuw)"  # SSE4.1
     r"|pmov[sz]x\w+|p(extr|insr)[bdq]|extractps|insertps|blendv?p[sd]|round[ps][sd]|dpp[sd]"
     r"|mpsadbw|packusdw|ptest|pcmpeqq|phminposuw|movntdqa"
@@ -32,6 +35,7 @@ NEWER_X86 = re.compile(
     r"|(sar|shl|shr)x[lq]?|adcx\w*|adox\w*|movbe\w*|aes\w+|pclmul\w*|sha(1|256)\w+|gf2p8\w+"
     r"|rdrand\w*|rdseed\w*"
 )
+NEWER_X86, NEWER_MAC = re.compile(f"{_SSSE3}|{_NEWER}"), re.compile(_NEWER)
 NEWER_ARM64 = re.compile(
     r"[su]dot|usdot|sudot|[su]mmla|usmmla|bf\w*dot|bfmmla|sqrdml[as]h|fmlal2?|fmlsl2?|fcmla|fcadd"
     r"|(cas|swp|ld(add|clr|eor|set|[su]max|[su]min)|st(add|clr|eor|set|[su]max|[su]min))a?l?[bhp]?"
@@ -65,9 +69,10 @@ def newer(program: str, path: Path, pattern: re.Pattern[str]) -> list[str]:
     return found
 
 
-def check_folder(folder: Path, machine: str) -> tuple[int, list[str]]:
+def check_folder(folder: Path, machine: str, *, mac: bool = False) -> tuple[int, list[str]]:
     """How many object files of a build folder were read, and what is wrong with them."""
-    pattern = NEWER_ARM64 if machine in ("aarch64", "arm64") else NEWER_X86
+    arm = machine in ("aarch64", "arm64")
+    pattern = NEWER_ARM64 if arm else NEWER_MAC if mac else NEWER_X86
     files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".o", ".obj")]
     files = [path for path in files if "CMakeScratch" not in path.parts]
     read = [path for path in files if path.stem not in FREE]
@@ -80,10 +85,11 @@ if __name__ == "__main__":
 
     for word in sys.argv[1:]:
         (target,) = [t for t in TARGETS if t.tag in Path(word).parts]
-        if target.tag.startswith("macosx") and target.machine == "arm64":
+        mac = target.tag.startswith("macosx")
+        if mac and target.machine == "arm64":
             print(f"{word}: every CPU is an M1 or newer")
             continue
-        count, wrong = check_folder(Path(word), target.machine)
+        count, wrong = check_folder(Path(word), target.machine, mac=mac)
         if wrong or not count:
             raise SystemExit("\n".join([f"{word}: {count} object files", *wrong[:20]]))
         print(f"{word}: {count} object files have no instruction that some CPUs lack")

@@ -64,5 +64,5 @@ def why_not(method: Method, module: nn.Module, kind: type[nn.Module]) -> str | N
 
 def only(kind: type[nn.Module]) -> str:
     """Which methods a kind of layer takes."""
-    able = [family.method.__name__ for family in families() if kind in family.layers]
+    able = sorted(family.method.__name__ for family in families() if kind in family.layers)
     return f"{KINDS[kind]}s take {' or '.join(f'{name}()' for name in able)} only"
