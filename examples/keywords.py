@@ -28,7 +28,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,6 @@ def resnet_task(options: argparse.Namespace) -> Task:
     used, valid = data.split(everything, 0.1, options.seed)
     print(f"{len(used)} clips to train with, {len(valid)} held out, {len(tests)} to test")
     torch.manual_seed(options.seed)
-    pq = replace(lookups(options.v or 2, options), group="pixel")
     return Task(
         dense=ResNet(tuple(options.widths)),
         train=data.Augmented(used),
@@ -195,7 +194,12 @@ def resnet_task(options: argparse.Namespace) -> Task:
         tests={"test": Part(data.LOG_MEL.values(tests.x), tests.y)},
         front=data.LOG_MEL,
         classes=data.CLASSES,
-        recipe={"conv1": Int8(), "linear": Int8(), "*.shortcut.*": Int8(), "*": pq},
+        recipe={
+            "conv1": Int8(),
+            "linear": Int8(),
+            "*.shortcut.*": Int8(),
+            "*": codes_of_pixels(options),
+        },
         features=[f"blocks.{i}" for i in range(len(options.widths))],
         notes={"train_clips": len(used)},
     )
@@ -228,7 +232,6 @@ def dscnn_task(options: argparse.Namespace) -> Task:
     )
     dense = DSCNN(data.MFCC.std)
     load_public(dense, options.weights)
-    pq = lookups(options.v or 2, options)
     return Task(
         dense=dense,
         train=data.AugmentedMfcc(used, mapping, kws, rows),
@@ -248,7 +251,7 @@ def dscnn_task(options: argparse.Namespace) -> Task:
             "conv1": FIRST[options.first],
             "linear": Int8(),
             "blocks.*.depthwise": Int8(),
-            "blocks.*.pointwise": pq,
+            "blocks.*.pointwise": codes_of_pixels(options),
         },
         features=[f"blocks.{i}" for i in range(4)],
         notes={"train_inputs": len(rows), "train_clips": len(used)},
@@ -265,10 +268,10 @@ TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
 }
 
 
-def lookups(v: int, options: argparse.Namespace) -> PQ:
-    """Product quantisation with sub-vectors of `v` values; compact tables need 8-bit weights."""
+def codes_of_pixels(options: argparse.Namespace) -> PQ:
+    """The lookups of both networks; compact tables need 8-bit weights."""
     bits = 8 if options.compact else None
-    return PQ(v=v, k=options.k, act_bits=options.act_bits, weight_bits=bits)
+    return PQ(v=options.v, k=options.k, act_bits=options.act_bits, group="pixel", weight_bits=bits)
 
 
 def load_clips(options: argparse.Namespace) -> tuple[data.Clips, data.Clips]:
@@ -345,7 +348,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--distillation", type=float, default=0.9, help="weight of the teacher")
     parser.add_argument("--feature-weight", type=float, default=1.0)
-    parser.add_argument("--v", type=int, help="values of a sub-vector; default: 2")
+    parser.add_argument("--v", type=int, default=2, help="values of a sub-vector; default: 2")
     parser.add_argument("--k", type=int, default=16, help="centroids of a codebook")
     parser.add_argument("--act-bits", type=int, default=7)
     parser.add_argument("--first", choices=sorted(FIRST), default="keep", help="dscnn: layer 1")

@@ -19,11 +19,11 @@ from pathlib import Path
 #: Object files that may use newer instructions, by the name of their source.
 FREE = ("avx2.cc", "avx512.cc", "neon_dot.cc")
 
-# tzcnt and pause are hints to older CPUs, and xgetbv is asked for with a check.
 _SSSE3 = (
     r"p(shufb|alignr|abs[bwd]|sign[bwd]|maddubsw|mulhrsw|hadd\w+|hsub\w+)"
     r"|(addsub|hadd|hsub)p[sd]|mov(ddup|shdup|sldup)|lddqu|fisttp\w*|monitor|mwait"  # SSE3
 )
+# tzcnt and pause are hints to older CPUs, and xgetbv is asked for with a check.
 _NEWER = (
     r"v(?!er[rw]\b)[a-z0-9]+"  # VEX and EVEX
     r"|k(mov|and|or|xor|not|shift|unpck|test|add)\w*"  # masks

@@ -263,6 +263,7 @@ def test_compact_tables_are_those_of_calibration(
     Path("net.py").write_text(BUILD)
     np.save("x.npy", floats(32))
     recipe = {"0": "int8", "2": {"method": "pq", "v": 3}, "5": {"method": "pq", "encoder": "tree"}}
+    recipe["*"] = {"method": "pq", "v": 16}  # no smaller as weights
     Path("r.json").write_text(json.dumps(recipe))
     words = ["convert", "net.py:build", "--data", "x.npy", "--recipe", "r.json"]
     code, out, err = capture(*words, "-o", "small.lutra", "--tables", "compact")
@@ -272,6 +273,6 @@ def test_compact_tables_are_those_of_calibration(
     metadata = lutra.load_graph("small.lutra").metadata
     assert [entry["changed_entries"] for entry in metadata["tables"]["layers"]] == [0.0]
     patterns = metadata["recipe"]["patterns"]
-    assert (patterns["2"]["weight_bits"], patterns["5"]["weight_bits"]) == (8, None)
+    assert [patterns[name]["weight_bits"] for name in ("2", "5", "*")] == [8, None, None]
     assert capture(*words, "-o", "large.lutra")[0] == 0
     assert Path("small.lutra").stat().st_size < Path("large.lutra").stat().st_size

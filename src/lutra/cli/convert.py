@@ -301,10 +301,13 @@ def _swap(args: argparse.Namespace) -> int:
 
 def _with_weight_bits(recipe: Mapping[str, Any], train: Any) -> dict[str, Any]:
     """The recipe with tables of 8-bit weights, so that compact tables are those of calibration."""
+
+    def may_be_compact(method: Any) -> bool:
+        known = isinstance(method, train.PQ) and not method.has_free_tables
+        return known and (method.v is None or method.v < method.k)
+
     return {
-        pattern: replace(method, weight_bits=8)
-        if isinstance(method, train.PQ) and not method.has_free_tables
-        else method
+        pattern: replace(method, weight_bits=8) if may_be_compact(method) else method
         for pattern, method in recipe.items()
     }
 

@@ -53,11 +53,12 @@ def sources_of(model: nn.Module) -> dict[str, Sources | str]:
     tables cannot be built from weights."""
     found: dict[str, Sources | str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        weight = module.compact_weight() if isinstance(module, QuantizedLayer) else None
+        if not isinstance(module, QuantizedLayer):
+            continue
+        weight = module.compact_weight()
         if isinstance(weight, str):
             found[path] = weight
         elif weight is not None:
-            assert isinstance(module, QuantizedLayer)
             centroids = module.compact_centroids()
             found[path] = Sources(weight.cpu(), None if centroids is None else centroids.cpu())
     return found

@@ -47,9 +47,14 @@ from lutra.train.recipe import PQ
 _TINY = torch.finfo(torch.float32).tiny
 
 
+def table_scale(tables: Tensor) -> Tensor:
+    """The step of int8 tables (B, K, M), float32 (M): one for each output channel."""
+    return (tables.abs().amax((0, 1)) / INT8_MAX).clamp_min(_TINY)
+
+
 def quantize_tables(tables: Tensor) -> tuple[Tensor, Tensor]:
     """int8 tables (B, K, M) and float32 scale (M): one scale per output channel."""
-    scale = (tables.abs().amax((0, 1)) / INT8_MAX).clamp_min(_TINY)
+    scale = table_scale(tables)
     return (tables / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale
 
 
@@ -198,9 +203,9 @@ class _PQLayer(QuantizedLayer):
 
     def quantized_tables(self, encoder: Encoder, tables: Tensor) -> tuple[Tensor, Tensor]:
         """int8 tables (B, K, M) and float32 scale (M) of what `tables` returned."""
-        rounded, scale = quantize_tables(tables)
         if self.method.weight_bits is None:
-            return rounded, scale
+            return quantize_tables(tables)
+        scale = table_scale(tables)
         weight, step = compact.round_rows(self.kernel_weight.reshape(self.outputs, -1))
         grid = self.grid()
         offsets = self.parts.spread(self._on_grid(encoder).float() - grid.zero)
